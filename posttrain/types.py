@@ -1,0 +1,290 @@
+"""The core types every layer speaks, and the six errors.
+
+Shapes: P tasks, G attempts each, L tokens in one episode, B rows, T padded length.
+Index t describes token t: `logp[t]` is the log-probability of token t given tokens < t, so t = 0 is never trained.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+Role = Literal["system", "user", "assistant", "tool"]
+StopReason = Literal["stop", "length"]
+Author = Literal["prompt", "model", "env"]
+
+
+class PosttrainError(Exception):
+    """Base of the six errors. The message says what failed, the value seen, what was expected and what to do."""
+
+    exit_code = 1
+
+
+class ConfigError(PosttrainError, ValueError):
+    """A recipe, flag or argument that cannot be used as given."""
+
+    exit_code = 2
+
+
+class DataError(PosttrainError, ValueError):
+    """A row, file or data set that cannot be read; the message starts with `file:line` where there is one."""
+
+    exit_code = 3
+
+
+class TemplateError(PosttrainError, ValueError):
+    """A chat template or tokenizer that would corrupt what the model reads."""
+
+    exit_code = 4
+
+
+class RolloutError(PosttrainError, RuntimeError):
+    """Something outside the policy failed while an episode was made; `boundary` names which part."""
+
+    exit_code = 5
+
+    def __init__(self, message: str, boundary: str = "rollout") -> None:
+        super().__init__(message)
+        self.boundary = boundary
+
+
+class TrainingDiverged(PosttrainError, RuntimeError):
+    """Updates that cannot be applied (non-finite), or a run that no longer learns anything."""
+
+    exit_code = 6
+
+
+class ResumeError(PosttrainError, RuntimeError):
+    """A run folder that cannot be continued: locked, damaged, or made by something else."""
+
+    exit_code = 7
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Role
+    content: str
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.role not in ("system", "user", "assistant", "tool"):
+            raise DataError(f"role {self.role!r} is not one of system, user, assistant, tool.")
+        if not isinstance(self.content, str):
+            raise DataError(f"content of a {self.role} message is {type(self.content).__name__}, expected text.")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One row to be attempted: what is asked, and what a right answer is. `meta` is passed to the reward."""
+
+    id: str
+    env: str
+    messages: tuple[Message, ...]
+    answer: Any
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.messages or not any(m.role == "user" for m in self.messages):
+            raise DataError(f"task {self.id!r} has no user message, so there is nothing to answer.")
+
+    @property
+    def prompt(self) -> str:
+        """The last thing the user said."""
+        return next(m.content for m in reversed(self.messages) if m.role == "user")
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are drawn. `top_k = 0` and `top_p = 1` leave the distribution whole; `temperature = 0` is greedy."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ConfigError(f"temperature={self.temperature} cannot be sampled at; use 0 (greedy) or more.")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p={self.top_p} is not in (0, 1].")
+        if self.top_k < 0:
+            raise ConfigError(f"top_k={self.top_k} is negative; 0 keeps every token.")
+        if self.max_tokens < 1:
+            raise ConfigError(f"max_tokens={self.max_tokens} leaves no room for an answer; use 1 or more.")
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the model wrote.
+
+    `tokens` [K] includes the stop token when `stop == "stop"`. `logprobs` [K] are log-probabilities under the full
+    softmax at the sampling temperature (what a learner can reproduce); `kept_logmass` [K] is the log of the
+    probability that top-k/top-p kept, so a token was drawn with log-probability `logprobs - kept_logmass`.
+    """
+
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    kept_logmass: np.ndarray
+    stop: StopReason
+    version: int = 0
+
+    def __post_init__(self) -> None:
+        if not len(self.tokens) == len(self.logprobs) == len(self.kept_logmass) >= 1:
+            raise RolloutError(
+                f"completion has {len(self.tokens)} tokens, {len(self.logprobs)} log-probabilities and "
+                f"{len(self.kept_logmass)} kept masses; all three must be equal and at least 1.",
+                boundary="generator",
+            )
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens written by one author. `logprobs` [n] are present exactly when the model wrote them."""
+
+    by: Author
+    tokens: np.ndarray
+    logprobs: np.ndarray | None = None
+    version: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.logprobs is not None) != (self.by == "model"):
+            raise RolloutError(f"a span by {self.by!r} must {'' if self.by == 'model' else 'not '}carry logprobs.")
+        if self.logprobs is not None and len(self.logprobs) != len(self.tokens):
+            raise RolloutError(f"span has {len(self.tokens)} tokens but {len(self.logprobs)} log-probabilities.")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A verifier's finding. Wrong is a score; something that could not be judged is an exception."""
+
+    score: float
+    passed: bool
+    detail: str = ""
+    parts: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.score, bool) or not isinstance(self.score, int | float) or not math.isfinite(self.score):
+            raise RolloutError(f"verdict score is {self.score!r}, expected a finite number.", boundary="reward")
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One attempt at a task. `reward is None` means it could not be scored (see `error`), never that it was wrong."""
+
+    task_id: str
+    group: int
+    index: int
+    spans: tuple[Span, ...]
+    text: str
+    reward: float | None
+    passed: bool = False
+    parts: Mapping[str, float] = field(default_factory=dict)
+    stop: StopReason = "stop"
+    error: str | None = None
+    seconds: float = 0.0
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """All token ids [L], prompt included."""
+        return np.concatenate([s.tokens for s in self.spans])
+
+    @property
+    def loss_mask(self) -> np.ndarray:
+        """True [L] exactly where the model chose the token."""
+        return np.concatenate([np.full(len(s.tokens), s.by == "model") for s in self.spans])
+
+    @property
+    def behaviour_logp(self) -> np.ndarray:
+        """The sampler's log-probabilities [L], 0 where the model did not choose."""
+        parts = [s.logprobs if s.logprobs is not None else np.zeros(len(s.tokens), np.float32) for s in self.spans]
+        return np.concatenate(parts).astype(np.float32)
+
+    @property
+    def length(self) -> int:
+        """Tokens the model wrote."""
+        return sum(len(s.tokens) for s in self.spans if s.by == "model")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training row. `weight_rows` are set later over the whole optimizer batch."""
+
+    tokens: np.ndarray
+    loss_mask: np.ndarray
+    behaviour_logp: np.ndarray
+    advantages: np.ndarray
+    old_logp: np.ndarray | None = None
+    ref_logp: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("loss_mask", "behaviour_logp", "advantages", "old_logp", "ref_logp"):
+            value = getattr(self, name)
+            if value is not None and len(value) != len(self.tokens):
+                raise DataError(f"sample.{name} has {len(value)} entries for {len(self.tokens)} tokens; expected equal.")
+        if len(self.loss_mask) and self.loss_mask[0]:
+            raise DataError("sample.loss_mask[0] is set, but the first token has nothing before it to be predicted from.")
+
+    def with_(self, **changes: Any) -> Sample:
+        """A copy with some fields replaced."""
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded rows for one forward pass. `weights > 0` is the loss mask; weighted losses are summed, never averaged."""
+
+    tokens: torch.Tensor  # (B, T) int64
+    real: torch.Tensor  # (B, T) bool, False on right padding
+    weights: torch.Tensor  # (B, T) float32
+    behaviour_logp: torch.Tensor  # (B, T) float32
+    advantages: torch.Tensor  # (B, T) float32
+    old_logp: torch.Tensor | None = None  # (B, T) float32
+    ref_logp: torch.Tensor | None = None  # (B, T) float32
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """(B, T) bool: tokens that are trained."""
+        return self.weights > 0
+
+
+@dataclass(frozen=True)
+class Stat:
+    """A metric that adds without becoming a mean of means. `kind` is mean, sum, max or min."""
+
+    total: float
+    count: float = 1.0
+    kind: Literal["mean", "sum", "max", "min"] = "mean"
+
+    def __add__(self, other: Stat) -> Stat:
+        if self.kind != other.kind:
+            raise ValueError(f"cannot add a {self.kind} to a {other.kind}.")
+        if self.kind == "max":
+            return Stat(max(self.total, other.total), self.count + other.count, "max")
+        if self.kind == "min":
+            return Stat(min(self.total, other.total), self.count + other.count, "min")
+        return Stat(self.total + other.total, self.count + other.count, self.kind)
+
+    @property
+    def value(self) -> float:
+        """The number to show; a mean over nothing is NaN."""
+        if self.kind == "mean":
+            return self.total / self.count if self.count else math.nan
+        return self.total
+
+
+def add_stats(rows: Sequence[Mapping[str, Stat]]) -> dict[str, Stat]:
+    """Adds stats key by key."""
+    out: dict[str, Stat] = {}
+    for row in rows:
+        for name, stat in row.items():
+            out[name] = out[name] + stat if name in out else stat
+    return out
