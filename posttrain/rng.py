@@ -65,7 +65,7 @@ def draw_order(count: int, start: int, take: int, seed: int) -> list[int]:
 
 
 def seed_global(*parts: int | str) -> None:
-    """Seeds Python, NumPy and torch from a key, so that library code that draws (dropout, LoRA init) is a function too."""
+    """Seeds Python, NumPy and torch, so that what libraries draw (dropout, LoRA init) is a function of `parts` too."""
     import torch
 
     value = key("global", *parts)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -216,7 +216,7 @@ class Episode:
 
 @dataclass(frozen=True)
 class Sample:
-    """One training row. `weight_rows` are set later over the whole optimizer batch."""
+    """One training row [L]. Its token weights are set later, over the whole optimizer batch."""
 
     tokens: np.ndarray
     loss_mask: np.ndarray
@@ -229,13 +229,9 @@ class Sample:
         for name in ("loss_mask", "behaviour_logp", "advantages", "old_logp", "ref_logp"):
             value = getattr(self, name)
             if value is not None and len(value) != len(self.tokens):
-                raise DataError(f"sample.{name} has {len(value)} entries for {len(self.tokens)} tokens; expected equal.")
+                raise DataError(f"sample.{name} has {len(value)} entries for {len(self.tokens)} tokens.")
         if len(self.loss_mask) and self.loss_mask[0]:
-            raise DataError("sample.loss_mask[0] is set, but the first token has nothing before it to be predicted from.")
-
-    def with_(self, **changes: Any) -> Sample:
-        """A copy with some fields replaced."""
-        return replace(self, **changes)
+            raise DataError("sample.loss_mask[0] is set, but nothing precedes the first token to predict it from.")
 
 
 @dataclass(frozen=True)
