@@ -1,0 +1,1 @@
+"""Hugging Face models, and the little that RL adds to them."""

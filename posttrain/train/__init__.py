@@ -1,0 +1,1 @@
+"""The learner and its five verbs."""
