@@ -1,0 +1,322 @@
+"""Checkpoints that are whole or absent, and say which.
+
+`ckpt/step_0000020/` holds one safetensors file per group of tensors (model, optim, …), `state.json` and `MANIFEST.json`
+with the size and sha256 of each. A save writes a hidden folder, forces every file and name to disk, and becomes visible
+by one rename; only then are old checkpoints removed. So at any instant, on any power cut, the newest folder whose
+manifest verifies is either the previous checkpoint or the new one. Only safetensors and JSON are ever read: loading a
+checkpoint cannot run code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
+
+from posttrain.store import durable
+from posttrain.store.durable import DiskError
+from posttrain.store.failpoints import failpoint
+from posttrain.types import DataError, ResumeError
+
+FORMAT = 1
+"""Version of the folder layout, in every manifest."""
+
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_NAME = re.compile(r"step_(\d{7,})(\.old)?")
+_GROUP = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose every byte was verified. `skipped` says, one line each, which newer ones were damaged."""
+
+    step: int
+    path: Path
+    skipped: tuple[str, ...] = ()
+
+
+def save(
+    run_folder: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, torch.Tensor]],
+    state: Mapping[str, Any],
+    keep: int,
+) -> Path:
+    """Saves groups of named tensors and a JSON state as the checkpoint of `step`, then keeps the newest `keep`.
+
+    Returns the checkpoint's folder; when this returns, it survives a power cut. Saving a step again (a replay after a
+    kill) keeps the existing folder if its bytes are equal. Tensors may be on any device and of any layout; one at a
+    time is copied to memory. Raises DiskError (exit code 8), with every earlier checkpoint intact, when fewer than
+    twice the bytes are free or the disk fails midway, and DataError for a state that JSON would change.
+    """
+    text = _state_text(state)
+    files = [(_file_name(group), _safetensors(tensors[group])) for group in sorted(tensors)]
+    files.append(("state.json", iter([text.encode()])))
+    need = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values()) + len(text)
+    root = run_folder / "ckpt"
+    hidden = root / f".tmp-step_{step:07d}-{os.getpid()}"
+    try:
+        durable.make_folder(root)
+        _remove_leftovers(root)  # only the holder of the run's lock saves, so these are from a process that died
+        _check_space(run_folder, step, need)
+        _write_hidden(hidden, step, files)
+        final = _publish(hidden, root / f"step_{step:07d}")
+    except OSError as error:
+        with suppress(OSError):  # the first error is the one to report; the next save cleans up again
+            _remove_leftovers(root)
+        raise DiskError(
+            f"saving the checkpoint of step {step} in {run_folder} failed: {error.strerror or error}. "
+            "Earlier checkpoints are intact; make space or check the disk, then resume."
+        ) from error
+    try:
+        _retain(root, final, keep)
+    except OSError as error:
+        raise DiskError(
+            f"the checkpoint of step {step} in {run_folder} is saved, but removing older ones failed: "
+            f"{error.strerror or error}. Check the disk, then resume."
+        ) from error
+    return final
+
+
+def folders(run_folder: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of every checkpoint, newest first, not yet verified."""
+    found: list[tuple[int, bool, Path]] = []
+    if (run_folder / "ckpt").is_dir():
+        for path in (run_folder / "ckpt").iterdir():
+            match = _NAME.fullmatch(path.name)
+            if match and path.is_dir():
+                found.append((int(match[1]), match[2] is None, path))
+    return [(step, path) for step, _, path in sorted(found, reverse=True)]
+
+
+def latest(run_folder: Path) -> Checkpoint | None:
+    """The newest checkpoint whose sizes and hashes verify, or None when none was ever saved.
+
+    Damaged ones are passed over and listed in `skipped`. Raises ResumeError when there are only damaged ones: starting
+    again from step 0 is then a decision for a person.
+    """
+    skipped: list[str] = []
+    for step, path in folders(run_folder):
+        try:
+            _verify(path, deep=True)
+        except ResumeError as error:
+            skipped.append(str(error))
+        else:
+            return Checkpoint(step, path, tuple(skipped))
+    if skipped:
+        raise ResumeError(
+            f"{run_folder} has no usable checkpoint: {' '.join(skipped)} "
+            f"Restore one from a copy, or remove {run_folder / 'ckpt'} to start again from step 0."
+        )
+    return None
+
+
+def load(
+    checkpoint: Checkpoint | Path, only: Sequence[str] | None = None
+) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
+    """(tensors by group on the CPU, state) of a checkpoint. A bare folder is verified first; `only` picks groups.
+
+    Raises ResumeError when the folder is damaged or lacks a group that `only` names.
+    """
+    path = checkpoint.path if isinstance(checkpoint, Checkpoint) else checkpoint
+    sizes = _verify(path, deep=isinstance(checkpoint, Path))
+    groups = [name.removesuffix(".safetensors") for name in sizes if name.endswith(".safetensors")]
+    for name in only or ():
+        if name not in groups:
+            raise ResumeError(f"checkpoint {path} has no group {name!r}; it has {', '.join(groups) or 'none'}.")
+    wanted = groups if only is None else only
+    try:
+        tensors = {name: load_file(path / _file_name(name)) for name in wanted}
+        return tensors, json.loads((path / "state.json").read_text("utf-8"))
+    except Exception as error:  # safetensors raises its own class for files that another program wrote
+        raise ResumeError(f"checkpoint {path} cannot be read: {error}") from error
+
+
+def weights_digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """sha256 over names, dtypes, shapes and bytes, whatever the order, device or layout of the tensors."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(json.dumps([name, _dtype(name, tensor), list(tensor.shape)]).encode() + b"\n")
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _write_hidden(hidden: Path, step: int, files: list[tuple[str, Iterator[bytes | memoryview]]]) -> None:
+    """Writes all files and the manifest, and forces them and their names to disk."""
+    durable.make_folder(hidden)
+    manifest: dict[str, dict[str, int | str]] = {}
+    for name, chunks in files:
+        digest = durable.write_file(hidden / name, chunks, lambda: failpoint("checkpoint:file-written"))
+        manifest[name] = {"size": (hidden / name).stat().st_size, "sha256": digest}
+        failpoint("checkpoint:fsynced")
+    document = json.dumps({"format": FORMAT, "step": step, "files": manifest}, indent=1)
+    durable.write_file(hidden / "MANIFEST.json", [document.encode()], lambda: failpoint("checkpoint:manifest"))
+    durable.sync_folder(hidden)
+    failpoint("checkpoint:before-rename")
+
+
+def _publish(hidden: Path, final: Path) -> Path:
+    """Gives the hidden folder its name. An existing folder of that step stays readable at every instant."""
+    if final.exists():
+        if _same(hidden, final):
+            durable.sync_folder(final.parent)  # a process killed right after its rename did not get this far
+            durable.remove_folder(hidden)
+            return final
+        old = final.with_name(final.name + ".old")  # `latest` reads this name too, so no instant is without it
+        if old.exists():
+            durable.remove_folder(old)
+        durable.rename(final, old)
+    durable.rename(hidden, final)
+    failpoint("checkpoint:after-rename")
+    return final
+
+
+def _same(hidden: Path, final: Path) -> bool:
+    """Whether the published folder is undamaged and equals the one just written."""
+    try:
+        _verify(final, deep=True)
+    except ResumeError:
+        return False
+    return (hidden / "MANIFEST.json").read_bytes() == (final / "MANIFEST.json").read_bytes()
+
+
+def _retain(root: Path, final: Path, keep: int) -> None:
+    """Removes all but `final` and the newest others of `keep`.
+
+    `final` is known to be whole, so one good checkpoint always remains. The others count when their sizes agree with
+    their manifest; their hashes are checked where it matters, before loading, not by reading every byte at every save.
+    """
+    kept = {int(cast(re.Match[str], _NAME.fullmatch(final.name))[1])}
+    for step, path in folders(root.parent):
+        if path == final:
+            continue
+        if step not in kept and len(kept) < keep and _is_whole(path):
+            kept.add(step)
+        else:
+            failpoint("checkpoint:retention")
+            durable.remove_folder(path)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        _verify(path, deep=False)
+    except ResumeError:
+        return False
+    return True
+
+
+def _verify(path: Path, deep: bool) -> dict[str, int]:
+    """File name → size of a sound checkpoint; raises ResumeError naming what is wrong. `deep` compares hashes too."""
+    try:
+        manifest = json.loads((path / "MANIFEST.json").read_bytes())
+        if manifest["format"] != FORMAT:
+            raise ResumeError(f"{path} has format {manifest['format']!r}, this version reads {FORMAT}.")
+        if manifest["step"] != int(path.name.removesuffix(".old").removeprefix("step_")):
+            raise ResumeError(f"{path} is damaged: its manifest is of step {manifest['step']!r}.")
+        sizes: dict[str, int] = {}
+        for name, entry in manifest["files"].items():
+            sizes[_plain(name, path)] = size = (path / name).stat().st_size
+            if size != entry["size"]:
+                raise ResumeError(f"{path} is damaged: {name} has {size} bytes, expected {entry['size']}.")
+            if deep and _file_digest(path / name) != entry["sha256"]:
+                raise ResumeError(f"{path} is damaged: {name} does not have the bytes that were saved.")
+        if "state.json" not in sizes:
+            raise ResumeError(f"{path} is damaged: its manifest does not list state.json.")
+        return sizes
+    except FileNotFoundError as error:
+        raise ResumeError(f"{path} is damaged: {Path(str(error.filename)).name} is missing.") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ResumeError(f"{path} is damaged: its manifest cannot be read ({type(error).__name__}).") from error
+
+
+def _plain(name: str, path: Path) -> str:
+    if name != Path(name).name:
+        raise ResumeError(f"{path} is damaged: its manifest names {name!r}, which is not a file in it.")
+    return name
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _remove_leftovers(root: Path) -> None:
+    for path in list(root.glob(".tmp-*")):
+        durable.remove_folder(path)
+
+
+def _check_space(run_folder: Path, step: int, need: int) -> None:
+    free = durable.free_bytes(run_folder)
+    if free < 2 * need:
+        raise DiskError(
+            f"the checkpoint of step {step} needs {2 * need / 1e6:.1f} MB free in {run_folder} (twice its size), "
+            f"{free / 1e6:.1f} MB are. Nothing was written and earlier checkpoints are intact; make space, then resume."
+        )
+
+
+def _state_text(state: Mapping[str, Any]) -> str:
+    """The state as JSON, refused unless reading it back gives the same."""
+    try:
+        text = json.dumps(dict(state), sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"checkpoint state is not JSON: {error}. Pass tensors as tensors, numbers finite.") from None
+    back = json.loads(text)
+    for name, value in state.items():
+        if name not in back or back[name] != value:
+            raise DataError(f"checkpoint state {name!r} would come back changed; use lists and text keys.")
+    return text
+
+
+def _file_name(group: str) -> str:
+    if not _GROUP.fullmatch(group):
+        raise DataError(f"checkpoint group {group!r} cannot be a file name; use letters, digits, - and _.")
+    return f"{group}.safetensors"
+
+
+def _safetensors(tensors: Mapping[str, torch.Tensor]) -> Iterator[bytes | memoryview]:
+    """A safetensors file in pieces: equal tensors give equal bytes, and only one tensor is copied at a time."""
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # keeps every tensor aligned
+    header: dict[str, Any] = {}
+    end = 0
+    for name in order:
+        tensor, start = tensors[name], end
+        end += tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _dtype(name, tensor), "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return itertools.chain([len(text).to_bytes(8, "little") + text], (_bytes(tensors[name]) for name in order))
+
+
+def _dtype(name: str, tensor: torch.Tensor) -> str:
+    if tensor.dtype not in _DTYPES or name == "__metadata__":
+        raise DataError(f"tensor {name!r} of {tensor.dtype} cannot be kept in a safetensors file.")
+    return _DTYPES[tensor.dtype]
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
