@@ -90,7 +90,7 @@ class Task:
     env: str
     messages: tuple[Message, ...]
     answer: Any
-    meta: Mapping[str, Any] = field(default_factory=dict)
+    meta: Mapping[str, Any] = field(default_factory=lambda: {})
 
     def __post_init__(self) -> None:
         if not self.messages or not any(m.role == "user" for m in self.messages):
@@ -169,7 +169,7 @@ class Verdict:
     score: float
     passed: bool
     detail: str = ""
-    parts: Mapping[str, float] = field(default_factory=dict)
+    parts: Mapping[str, float] = field(default_factory=lambda: {})
 
     def __post_init__(self) -> None:
         if isinstance(self.score, bool) or not isinstance(self.score, int | float) or not math.isfinite(self.score):
@@ -187,7 +187,7 @@ class Episode:
     text: str
     reward: float | None
     passed: bool = False
-    parts: Mapping[str, float] = field(default_factory=dict)
+    parts: Mapping[str, float] = field(default_factory=lambda: {})
     stop: StopReason = "stop"
     error: str | None = None
     seconds: float = 0.0

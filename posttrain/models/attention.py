@@ -1,0 +1,158 @@
+"""One attention function for every Hugging Face causal LM: packed rows for the learner, slots for the sampler.
+
+transformers looks attention up by name and passes keyword arguments through the model untouched, so a *layout* object
+handed to `model(..., layout=…)` arrives at each layer and decides what the tokens of the call attend to. The modelling
+code stays transformers' own; no padding token goes through a linear layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+
+NAME = "posttrain"
+KEY_BLOCK = 64  # keys are read in multiples of this; masked keys add exact zeros
+
+
+class Layout(Protocol):
+    """What the tokens of one model call attend to."""
+
+    longest: int
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """query (b, Hq, t, D), key and value (b, Hkv, t, D) → (b, t, Hq, D)."""
+        ...
+
+
+def attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    layout: Layout | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """The function transformers calls in each layer; refuses what a layout does not express."""
+    if layout is None:
+        raise ValueError("a model loaded by posttrain was called without a layout; use posttrain.models.load.forward.")
+    if sliding_window is not None and layout.longest > sliding_window:
+        raise ValueError(
+            f"a sequence of {layout.longest} tokens is longer than the model's sliding window of {sliding_window}. "
+            "Lower rollout.max_tokens or data.max_prompt_tokens."
+        )
+    if softcap is not None or dropout:
+        raise ValueError("attention soft-capping and attention dropout are not supported.")
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    return layout.attend(int(module.layer_idx), query, key, value, scale), None  # type: ignore[arg-type]
+
+
+AttentionInterface.register(NAME, attention)
+
+
+class Packed:
+    """Rows laid end to end in one (1, N) call; each token attends to its own row's past.
+
+    Linear layers see only real tokens. Attention alone is computed on rows right-padded to the longest, one causal
+    call for all of them; what a pad computes is dropped and nothing real ever sees one.
+    """
+
+    def __init__(self, lengths: torch.Tensor) -> None:
+        """lengths (B,) int64: tokens in each row, all at least 1; N is their sum."""
+        self.longest = int(lengths.max())
+        steps = torch.arange(self.longest, device=lengths.device)
+        starts = lengths.cumsum(0) - lengths
+        self.real = steps < lengths.unsqueeze(1)  # (B, longest)
+        self.index = torch.where(self.real, starts.unsqueeze(1) + steps, 0).reshape(-1)
+        self.back = self.real.reshape(-1).nonzero().squeeze(1)  # (N,) packed → padded
+        self.positions = steps.expand_as(self.real)[self.real].unsqueeze(0)  # (1, N)
+
+    def _pad(self, packed: torch.Tensor) -> torch.Tensor:
+        heads, width = packed.shape[1], packed.shape[3]
+        padded = packed[0].transpose(0, 1).index_select(0, self.index)
+        return padded.view(*self.real.shape, heads, width).transpose(1, 2)
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        out = F.scaled_dot_product_attention(
+            self._pad(query),
+            self._pad(key),
+            self._pad(value),
+            is_causal=True,
+            scale=scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        flat = out.transpose(1, 2).reshape(-1, query.shape[1], query.shape[3])
+        return flat.index_select(0, self.back).unsqueeze(0)
+
+
+class Prefill:
+    """Prompts of one padded length, computed once each; keeps every layer's keys and values for the slots."""
+
+    def __init__(self, longest: int) -> None:
+        self.longest = longest
+        self.keys: list[torch.Tensor] = []  # per layer (n, Hkv, longest, D)
+        self.values: list[torch.Tensor] = []
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        self.keys.append(key)
+        self.values.append(value)
+        gqa = query.shape[1] != key.shape[1]
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=gqa)
+        return out.transpose(1, 2)
+
+
+class SlotCache:
+    """Keys and values of `slots` sequences, `capacity` tokens each, and one decode step's view of them."""
+
+    def __init__(self, layers: int, slots: int, heads: int, capacity: int, width: int, like: torch.Tensor) -> None:
+        shape = (layers, slots, heads, capacity, width)
+        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
+        self.capacity = capacity
+        self.longest = self.first = 0
+        self.rows = self.positions = self.hidden = torch.empty(0)
+
+    def step(self, positions: torch.Tensor, first: int = 0) -> SlotCache:
+        """Sets where slots first … first + R − 1 write their next token; positions (R,) int64."""
+        self.longest, self.first = int(positions.max()) + 1, first
+        keys = min(-(-self.longest // KEY_BLOCK) * KEY_BLOCK, self.capacity)
+        self.positions = positions
+        self.rows = torch.arange(len(positions), device=positions.device)
+        self.hidden = torch.arange(keys, device=positions.device) > positions.view(-1, 1, 1, 1)
+        return self
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        count, heads, _, width = query.shape
+        slots = slice(self.first, self.first + count)
+        keys, values = self.keys[layer, slots], self.values[layer, slots]
+        keys[self.rows, :, self.positions] = key[:, :, 0]
+        values[self.rows, :, self.positions] = value[:, :, 0]
+        seen = self.hidden.shape[-1]
+        grouped = query.reshape(count, keys.shape[1], heads // keys.shape[1], width) * scale
+        scores = torch.matmul(grouped, keys[:, :, :seen].transpose(2, 3)).masked_fill_(self.hidden, float("-inf"))
+        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
+        return torch.matmul(weights, values[:, :, :seen]).reshape(count, 1, heads, width)
+
+    def fill(self, slot: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Copies a prompt's keys and values (layers, Hkv, n, D) to the start of a slot."""
+        self.keys[:, slot, :, : keys.shape[2]] = keys
+        self.values[:, slot, :, : values.shape[2]] = values
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copies the first `length` tokens of one slot over another."""
+        self.keys[:, target, :, :length] = self.keys[:, source, :, :length]
+        self.values[:, target, :, :length] = self.values[:, source, :, :length]

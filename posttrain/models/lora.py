@@ -1,0 +1,38 @@
+"""LoRA through PEFT: attach, switch off (the frozen reference), merge."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft import LoraConfig, PeftModel, get_peft_model
+
+
+def attach(model: Any, rank: int, alpha: float) -> PeftModel:
+    """Adds adapters to every linear layer but the output; only they learn. The first state changes no output."""
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
+    with warnings.catch_warnings():  # PEFT asks transformers by a name that is being renamed
+        warnings.simplefilter("ignore", FutureWarning)
+        return get_peft_model(model, config)
+
+
+def unwrap(model: Any) -> Any:
+    """The transformers model inside, adapters included in its layers."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+@contextmanager
+def disabled(model: Any) -> Iterator[None]:
+    """Within the block the model is the one before training: the reference costs no second copy."""
+    if not isinstance(model, PeftModel):
+        raise TypeError("only a model with adapters can be its own reference.")
+    with model.disable_adapter():
+        yield
+
+
+def merged(model: Any) -> Any:
+    """A model with the adapters folded into its weights; the one given stays as it is."""
+    return copy.deepcopy(model).merge_and_unload() if isinstance(model, PeftModel) else model

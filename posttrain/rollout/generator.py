@@ -1,0 +1,100 @@
+"""What samples completions: the protocol, its request, and the pure functions that draw one token.
+
+A completion is a function of (weights, prompt, seed) and the sampling parameters. Engines differ in speed only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from posttrain import rng
+from posttrain.types import Completion, RolloutError, SamplingParams
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt and the seed of each completion wanted for it. The prompt is computed once for all of them."""
+
+    prompt: np.ndarray  # [n] token ids
+    seeds: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.prompt) < 1 or not self.seeds:
+            raise RolloutError(
+                f"request has {len(self.prompt)} prompt tokens and {len(self.seeds)} seeds; both need one or more.",
+                boundary="generator",
+            )
+
+
+OnToken = Callable[[int, int, int], None]
+"""Called with (request, index, token) as each token is drawn."""
+
+
+class Generator(Protocol):
+    """Samples completions. `version` counts the weights it holds and is stamped on what it makes."""
+
+    version: int
+
+    def generate(
+        self, requests: Sequence[Request], params: SamplingParams, on_token: OnToken | None = None
+    ) -> list[list[Completion]]:
+        """One list per request, one completion per seed, in order."""
+        ...
+
+    def load(self, weights: object, version: int) -> None:
+        """Takes new weights; what follows is sampled from them."""
+        ...
+
+
+def attempt_seed(run_seed: int, purpose: str, step: int, task_id: str, index: int) -> int:
+    """The seed of attempt `index` at a task in a step: batch-mates, slots and workers play no part."""
+    return rng.key(run_seed, purpose, step, task_id, index)
+
+
+def shape_logits(logits: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
+    """The full and the truncated log-distribution, each (R, V) fp32: softmax(logits / T), then top-k, then top-p.
+
+    Top-p keeps the smallest set of most likely tokens whose probability reaches `top_p`, at least one token.
+    The truncated one is not renormalised; dropped tokens are −inf. With temperature 0 the full one is at T = 1.
+    """
+    full = torch.log_softmax(logits.float() / (params.temperature or 1.0), dim=-1)
+    kept = full
+    if 0 < params.top_k < logits.shape[-1]:
+        floor = kept.topk(params.top_k, dim=-1).values[:, -1:]
+        kept = kept.masked_fill(kept < floor, -torch.inf)
+    if params.top_p < 1:
+        ordered, order = kept.sort(dim=-1, descending=True, stable=True)
+        before = ordered.exp().cumsum(-1) - ordered.exp()
+        limit = params.top_p * ordered.exp().sum(-1, keepdim=True)
+        drop = torch.zeros_like(kept, dtype=torch.bool).scatter(-1, order, before >= limit)
+        drop.scatter_(-1, order[:, :1], False)
+        kept = kept.masked_fill(drop, -torch.inf)
+    return full, kept
+
+
+def draw(
+    logits: torch.Tensor, uniforms: torch.Tensor, params: SamplingParams
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One token a row by inverting the cumulative distribution at the row's own uniform number.
+
+    logits (R, V), uniforms (R,) float64 in [0, 1) → tokens (R,) int64, logprobs (R,) under the full distribution,
+    kept_logmass (R,): log of the probability that truncation kept. Greedy (temperature 0) takes the largest logit and
+    reports log-probabilities at temperature 1.
+    """
+    full, kept = shape_logits(logits, params)
+    if params.temperature == 0:
+        tokens = logits.argmax(-1)
+        mass = torch.zeros(len(tokens), device=logits.device)
+    else:
+        cumulative = kept.double().exp().cumsum(-1)
+        total = cumulative[:, -1:]
+        tokens = torch.searchsorted(cumulative, uniforms.unsqueeze(1) * total, right=True).squeeze(1)
+        last = (kept > -torch.inf).long().cumsum(-1).argmax(-1)  # rounding at the very end must not pick a dropped token
+        tokens = torch.minimum(tokens, last)
+        mass = total.squeeze(1).log().float() if kept is not full else torch.zeros(len(tokens), device=logits.device)
+    return tokens, full.gather(-1, tokens.unsqueeze(1)).squeeze(1), mass
