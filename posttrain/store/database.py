@@ -1,0 +1,83 @@
+"""The SQLite file of a run: its tables, how it is opened, and its errors in one line."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+from typing import Literal
+
+from posttrain.store.durable import DiskError
+from posttrain.types import DataError, PosttrainError, ResumeError
+
+MIGRATIONS: list[tuple[str, ...]] = [
+    (
+        "CREATE TABLE metrics(step INTEGER, name TEXT, value REAL, PRIMARY KEY(step, name)) WITHOUT ROWID",
+        "CREATE TABLE timings(step INTEGER, name TEXT, value REAL, PRIMARY KEY(step, name)) WITHOUT ROWID",
+        "CREATE TABLE episodes(kind TEXT, step INTEGER, grp INTEGER, idx INTEGER, task_id TEXT, prompt TEXT, "
+        "text TEXT, reward REAL, passed INTEGER, stop TEXT, length INTEGER, parts TEXT, error TEXT, tokens BLOB, "
+        "loss_mask BLOB, logprobs BLOB, advantage REAL, PRIMARY KEY(kind, step, grp, idx))",
+        "CREATE TABLE events(id INTEGER PRIMARY KEY, step INTEGER, level TEXT, kind TEXT, message TEXT, detail TEXT, "
+        "exact INTEGER, UNIQUE(step, kind, message))",
+        "CREATE TABLE meta(key TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID",
+    ),
+]
+"""Statements that take the database from version i to i + 1; `PRAGMA user_version` is the number applied."""
+
+
+def connect(folder: Path, mode: Literal["rwc", "rw", "ro"], query: str = "") -> sqlite3.Connection:
+    """Opens run.db; a writer also checks it, turns on the write-ahead log and applies missing migrations."""
+    path = folder / "run.db"
+    if mode != "rwc" and not path.exists():
+        raise ResumeError(f"run {folder} is damaged: run.db is missing. Restore it from a copy.")
+    database: sqlite3.Connection | None = None
+    try:
+        uri = f"{path.absolute().as_uri()}?mode={mode}{query}"
+        database = sqlite3.connect(uri, uri=True, timeout=30, isolation_level=None)
+        _check_version(folder, database, mode)
+        if mode != "ro":
+            _prepare(folder, database)
+        return database
+    except (sqlite3.Error, PosttrainError) as error:
+        if database is not None:
+            database.close()
+        raise error if isinstance(error, PosttrainError) else explained(folder, error) from error
+
+
+def _check_version(folder: Path, database: sqlite3.Connection, mode: str) -> None:
+    version = database.execute("PRAGMA user_version").fetchone()[0]
+    if version > len(MIGRATIONS):
+        raise ResumeError(
+            f"run {folder} has database version {version}, this posttrain knows {len(MIGRATIONS)}. Upgrade posttrain."
+        )
+    if version < len(MIGRATIONS) and mode == "ro":
+        raise ResumeError(
+            f"run {folder} has database version {version}, {len(MIGRATIONS)} is needed. Resume it once to upgrade it."
+        )
+
+
+def _prepare(folder: Path, database: sqlite3.Connection) -> None:
+    journal = database.execute("PRAGMA journal_mode = WAL").fetchone()[0]
+    if journal != "wal":
+        raise ResumeError(
+            f"run folder {folder} is on a file system without a write-ahead log (SQLite offers {journal!r}). "
+            "Put it on a local disk."
+        )
+    database.execute("PRAGMA synchronous = FULL")
+    verdict = database.execute("PRAGMA quick_check(1)").fetchone()[0]
+    if verdict != "ok":
+        raise ResumeError(f"run {folder} is damaged: {' '.join(verdict.split())}. Restore run.db from a copy.")
+    for version in range(database.execute("PRAGMA user_version").fetchone()[0], len(MIGRATIONS)):
+        database.execute("BEGIN IMMEDIATE")
+        for statement in MIGRATIONS[version]:
+            database.execute(statement)
+        database.execute(f"PRAGMA user_version = {version + 1}")
+        database.execute("COMMIT")
+
+
+def explained(folder: Path, error: sqlite3.Error) -> PosttrainError:
+    name = getattr(error, "sqlite_errorname", "")
+    if isinstance(error, sqlite3.IntegrityError):
+        return DataError(f"two rows for run {folder} have the same key ({error}); each episode needs its own index.")
+    if name.startswith(("SQLITE_FULL", "SQLITE_IOERR")):
+        return DiskError(f"writing to run {folder} failed: {error}. What was stored before is intact; then resume.")
+    return ResumeError(f"run.db of {folder} cannot be used: {error}.")
