@@ -29,7 +29,7 @@ class ModelConfig:
     """Precision of the weights, for sampling and for training alike."""
     lora_rank: int = 0
     """Rank of LoRA adapters on every linear layer; 0 trains all weights."""
-    lora_alpha: float = 32.0
+    lora_alpha: int = 32
     """LoRA scale: adapters are multiplied by lora_alpha / lora_rank."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""

@@ -10,7 +10,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -40,7 +40,7 @@ class Policy:
         return lora.unwrap(self.model).get_decoder()
 
     @property
-    def head(self) -> nn.Module:
+    def head(self) -> nn.Linear:
         """The output layer."""
         return lora.unwrap(self.model).get_output_embeddings()
 
@@ -68,7 +68,7 @@ def resolve_path(path: str) -> str:
     return str(ABACUS) if path == "abacus" else path
 
 
-def load_policy(cfg: ModelConfig, device: str = "cpu") -> Policy:
+def load_policy(cfg: ModelConfig, device: torch.device | str = "cpu") -> Policy:
     """Loads weights and tokenizer, attaches LoRA if asked, and checks that they fit each other and this package."""
     source = resolve_path(cfg.path)
     _require_safetensors(source, cfg.path)
@@ -82,7 +82,7 @@ def load_policy(cfg: ModelConfig, device: str = "cpu") -> Policy:
     except (OSError, ValueError) as error:
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ConfigError(f"model {cfg.path!r} cannot be loaded: {first}") from None
-    policy = Policy(model.to(device), tokenizer, cfg.path, _stop_ids(model, tokenizer, cfg.path))
+    policy = Policy(cast(nn.Module, model).to(device), tokenizer, cfg.path, _stop_ids(model, tokenizer, cfg.path))
     _check_tokenizer(policy)
     check_forward(policy)
     if cfg.lora_rank:
@@ -177,6 +177,14 @@ def describe(policy: Policy) -> dict[str, Any]:
     parameters = sum(p.numel() for p in policy.model.parameters())
     learn = sum(p.numel() for p in trainable(policy).values())
     return json.loads(
-        json.dumps({"path": policy.source, "class": type(lora.unwrap(policy.model)).__name__, "parameters": parameters,
-                    "trainable": learn, "vocab": policy.vocab, "stop_ids": list(policy.stop_ids)})
+        json.dumps(
+            {
+                "path": policy.source,
+                "class": type(lora.unwrap(policy.model)).__name__,
+                "parameters": parameters,
+                "trainable": learn,
+                "vocab": policy.vocab,
+                "stop_ids": list(policy.stop_ids),
+            }
+        )
     )

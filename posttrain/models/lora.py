@@ -11,7 +11,7 @@ from typing import Any
 from peft import LoraConfig, PeftModel, get_peft_model
 
 
-def attach(model: Any, rank: int, alpha: float) -> PeftModel:
+def attach(model: Any, rank: int, alpha: int) -> Any:
     """Adds adapters to every linear layer but the output; only they learn. The first state changes no output."""
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
     with warnings.catch_warnings():  # PEFT asks transformers by a name that is being renamed

@@ -14,7 +14,9 @@ def group_relative(rewards: torch.Tensor, std: bool = False) -> torch.Tensor:
     it); Dr. GRPO (arXiv 2503.20783) does not divide. Raises ValueError for G < 2.
     """
     if rewards.dim() != 2 or rewards.shape[1] < 2:
-        raise ValueError(f"rewards have shape {tuple(rewards.shape)}; expected (tasks, attempts) with 2 attempts or more.")
+        raise ValueError(
+            f"rewards have shape {tuple(rewards.shape)}; expected (tasks, attempts) with 2 attempts or more."
+        )
     scored = rewards.isfinite()
     wide = torch.where(scored, rewards, 0).double()
     count = scored.sum(1, keepdim=True)

@@ -48,9 +48,7 @@ def clip(
     return torch.where(mask, -torch.minimum(free, bound), 0), mask & (bound < free)
 
 
-def is_correction(
-    old_logp: torch.Tensor, behaviour_logp: torch.Tensor, mask: torch.Tensor, cap: float
-) -> torch.Tensor:
+def is_correction(old_logp: torch.Tensor, behaviour_logp: torch.Tensor, mask: torch.Tensor, cap: float) -> torch.Tensor:
     """Truncated importance weight min(π_old / π_sampler, cap) (B, T), detached, 1 outside the mask.
 
     Corrects for a sampler whose numerics or weights differ from the learner's (Espeholt et al., arXiv 1802.01561,

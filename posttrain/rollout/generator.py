@@ -94,7 +94,9 @@ def draw(
         cumulative = kept.double().exp().cumsum(-1)
         total = cumulative[:, -1:]
         tokens = torch.searchsorted(cumulative, uniforms.unsqueeze(1) * total, right=True).squeeze(1)
-        last = (kept > -torch.inf).long().cumsum(-1).argmax(-1)  # rounding at the very end must not pick a dropped token
+        last = (
+            (kept > -torch.inf).long().cumsum(-1).argmax(-1)
+        )  # rounding at the very end must not pick a dropped token
         tokens = torch.minimum(tokens, last)
         mass = total.squeeze(1).log().float() if kept is not full else torch.zeros(len(tokens), device=logits.device)
     return tokens, full.gather(-1, tokens.unsqueeze(1)).squeeze(1), mass

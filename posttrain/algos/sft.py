@@ -1,0 +1,124 @@
+"""Supervised fine-tuning: make the demonstrated tokens likelier. The whole algorithm in one file.
+
+The loss of a step is the mean negative log-probability over all trained tokens of its rows (every token counts the
+same, whatever row or pass it is in). With `train_on = "assistant"` only what the assistant wrote is trained, its stop
+token included; prompts and template text are context. Rows run packed, so no padding is computed.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from posttrain import rng
+from posttrain.config import SFTRecipe
+from posttrain.data import batching
+from posttrain.models.load import Policy
+from posttrain.store import checkpoint
+from posttrain.store.failpoints import failpoint
+from posttrain.store.run import Run
+from posttrain.train.interrupt import Interrupt
+from posttrain.train.learner import Learner
+from posttrain.types import Batch, DataError, Sample, Stat, add_stats
+
+OnStep = Callable[[int, dict[str, float]], None]
+"""Called after each step with its number and every metric and timing."""
+
+
+def loss(logp: torch.Tensor, entropy: torch.Tensor, b: Batch) -> tuple[torch.Tensor, dict[str, Stat]]:
+    """−log π of the trained tokens, weighted over the optimizer batch; logp, entropy (B, T)."""
+    mask = b.mask
+    stats = {
+        "nll": Stat(-logp[mask].sum().item(), int(mask.sum())),
+        "entropy": Stat(entropy[mask].sum().item(), int(mask.sum())),
+    }
+    return -(b.weights * torch.where(mask, logp, 0)).sum(), stats
+
+
+def to_sample(tokens: np.ndarray, loss_mask: np.ndarray, max_tokens: int, where: str) -> tuple[Sample, int]:
+    """The training row of tokens [L] and how many tokens were cut off its end. A row with nothing to train is refused.
+
+    Raises DataError naming the row: a batch of such rows would report a loss of 0 and learn nothing.
+    """
+    kept = tokens[:max_tokens]
+    mask = loss_mask[:max_tokens].copy()
+    mask[:1] = False
+    if not mask.any():
+        raise DataError(
+            f"{where}: no token of this row would be trained"
+            + (f" within algo.max_tokens={max_tokens}; raise it." if loss_mask[1:].any() else "; it has no reply.")
+        )
+    blank = np.zeros(len(kept), np.float32)
+    return Sample(kept, mask, blank, blank + 1), len(tokens) - len(kept)
+
+
+def run(
+    recipe: SFTRecipe,
+    store: Run,
+    policy: Policy,
+    train_rows: Sequence[Sample],
+    test_rows: Sequence[Sample],
+    on_step: OnStep,
+) -> dict[str, Any] | None:
+    """Trains for `train.steps` steps (0: one pass over the rows), from the newest checkpoint if there is one.
+
+    Returns the summary, or None when a signal stopped the run (then it is saved and resumable).
+    """
+    rows_per_step = recipe.algo.batch_rows
+    steps = recipe.train.steps or math.ceil(len(train_rows) / rows_per_step)
+    learner = Learner(policy, recipe.train, steps)
+    step = 0
+    if saved := checkpoint.latest(store.folder):
+        tensors, state = checkpoint.load(saved)
+        learner.load(tensors, state["learner"])
+        step = state["step"]
+    if step == 0:
+        values = held_out_loss(learner, test_rows)
+        store.write(0, values, {})
+        on_step(0, values)
+    with Interrupt() as interrupt:
+        while step < steps and not interrupt.requested:
+            failpoint("step:start")
+            start = time.monotonic()
+            order = rng.draw_order(len(train_rows), step * rows_per_step, rows_per_step, recipe.run.seed)
+            if not recipe.train.steps:  # one pass: the last step takes what is left
+                order = order[: len(train_rows) - step * rows_per_step]
+            rows = [train_rows[i] for i in order]
+            rng.seed_global(recipe.run.seed, "update", step)
+            batches = batching.micro(rows, recipe.train.tokens_per_pass, "token-mean", device=policy.device)
+            stats = [learner.forward_backward(batch, loss) for batch in batches]
+            stats.append(learner.step())
+            step += 1
+            failpoint("step:updated")
+            values = {name: stat.value for name, stat in add_stats(stats).items()}
+            if step == steps:
+                values |= held_out_loss(learner, test_rows)
+            tokens, seconds = sum(len(r.tokens) for r in rows), time.monotonic() - start
+            timings = {"seconds": seconds, "tokens_per_second": tokens / seconds}
+            failpoint("step:before-store")
+            store.write(step, values, timings)
+            failpoint("step:after-store")
+            on_step(step, values | timings)
+            if step % recipe.run.checkpoint_every == 0 or step == steps or interrupt.requested:
+                failpoint("step:before-checkpoint")
+                tensors, state = learner.state()
+                checkpoint.save(store.folder, step, tensors, {"step": step, "learner": state}, recipe.run.keep)
+                failpoint("step:after-checkpoint")
+    if step < steps:
+        return None
+    before, after = ({name: v for at, name, v in store.metrics() if at == which} for which in (0, step))
+    return {"steps": step, "before": before, "after": after, "weights": checkpoint.weights_digest(learner.weights())}
+
+
+def held_out_loss(learner: Learner, rows: Sequence[Sample]) -> dict[str, float]:
+    """Mean negative log-probability per trained token of rows that are not trained on; empty without such rows."""
+    if not rows:
+        return {}
+    per_row = learner.sample_logprobs(rows)
+    total = -sum(float(row[sample.loss_mask].sum(dtype=np.float64)) for row, sample in zip(per_row, rows, strict=True))
+    return {"eval/nll": total / sum(int(sample.loss_mask.sum()) for sample in rows)}

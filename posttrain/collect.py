@@ -1,0 +1,97 @@
+"""From tasks to scored groups of episodes, and from episodes to training samples."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from posttrain.rewards.functions import score_safely
+
+from posttrain.rollout.generator import Generator, Request, attempt_seed
+from posttrain.types import Episode, RolloutError, Sample, SamplingParams, Span, Stat, Task, Verdict
+
+Verifier = Callable[[Task, str], Verdict]
+
+
+@dataclass(frozen=True)
+class Collector:
+    """Everything that turns a task into scored attempts, but the tasks."""
+
+    generator: Generator
+    encode: Callable[[Task], np.ndarray]  # prompt token ids
+    decode: Callable[[np.ndarray], str]  # completion token ids, stop token left out
+    verify: Verifier
+    params: SamplingParams
+    seed: int
+
+    def groups(self, tasks: Sequence[Task], attempts: int, step: int, purpose: str = "train") -> list[list[Episode]]:
+        """`attempts` episodes for each task. An attempt that cannot be scored has reward None and says why."""
+        prompts = [self.encode(task) for task in tasks]
+        requests = [
+            Request(prompt, tuple(attempt_seed(self.seed, purpose, step, task.id, i) for i in range(attempts)))
+            for task, prompt in zip(tasks, prompts, strict=True)
+        ]
+        start = time.monotonic()
+        completions = self.generator.generate(requests, self.params)
+        seconds = (time.monotonic() - start) / max(1, len(tasks) * attempts)
+        out: list[list[Episode]] = []
+        for g, (task, prompt, group) in enumerate(zip(tasks, prompts, completions, strict=True)):
+            episodes: list[Episode] = []
+            for i, c in enumerate(group):
+                text = self.decode(c.tokens[:-1] if c.stop == "stop" else c.tokens)
+                verdict, error = score_safely(self.verify, task, text)
+                spans = (Span("prompt", prompt), Span("model", c.tokens, c.logprobs, c.version))
+                scored = (verdict.score, verdict.passed, verdict.parts) if verdict else (None, False, {})
+                episodes.append(Episode(task.id, g, i, spans, text, *scored, c.stop, error, seconds))
+            out.append(episodes)
+        return out
+
+
+def check_failures(groups: Sequence[Sequence[Episode]], limit: float) -> None:
+    """Raises RolloutError when more than `limit` of the attempts, and more than one, could not be scored."""
+    episodes = [e for group in groups for e in group]
+    failed = [e for e in episodes if e.reward is None]
+    if len(failed) > max(1, limit * len(episodes)):
+        raise RolloutError(
+            f"{len(failed)} of {len(episodes)} attempts could not be scored (allowed: {limit:.0%}); the first: "
+            f"{failed[0].error} Fix the reward; the run resumes from its last checkpoint.",
+            boundary="reward",
+        )
+
+
+def rewards_tensor(groups: Sequence[Sequence[Episode]]) -> torch.Tensor:
+    """(P, G) float32; NaN where an attempt could not be scored."""
+    return torch.tensor([[np.nan if e.reward is None else e.reward for e in group] for group in groups])
+
+
+def to_sample(episode: Episode, advantage: float) -> Sample:
+    """The training row of an episode. One that could not be scored trains nothing."""
+    tokens, mask = episode.tokens, episode.loss_mask & (episode.reward is not None)
+    advantages = np.where(mask, np.float32(advantage), np.float32(0))
+    return Sample(tokens, mask, np.where(mask, episode.behaviour_logp, 0).astype(np.float32), advantages)
+
+
+def with_logp(
+    samples: Sequence[Sample], field: str, logprobs: Callable[[Sequence[Sample]], list[np.ndarray]]
+) -> list[Sample]:
+    """Samples with `field` (`old_logp` or `ref_logp`) filled in by a no-grad pass."""
+    return [replace(s, **{field: row}) for s, row in zip(samples, logprobs(samples), strict=True)]
+
+
+def episode_stats(groups: Sequence[Sequence[Episode]], flat: int) -> dict[str, Stat]:
+    """What a step's episodes looked like; `flat` groups had equal rewards."""
+    episodes = [e for group in groups for e in group]
+    scored = [e for e in episodes if e.reward is not None]
+    count = len(scored)
+    return {
+        "reward": Stat(sum(e.reward for e in scored if e.reward is not None), count),
+        "accuracy": Stat(sum(e.passed for e in scored), count),
+        "think_share": Stat(sum("<think>" in e.text for e in episodes), len(episodes)),
+        "length": Stat(sum(e.length for e in episodes), len(episodes)),
+        "truncated": Stat(sum(e.stop == "length" for e in episodes), len(episodes)),
+        "flat_groups": Stat(flat, len(groups)),
+        "unscored": Stat(len(episodes) - count, 1, "sum"),
+    }

@@ -1,0 +1,87 @@
+"""From samples to the padded micro-batches of one optimizer step. Normalisation is data: weights are fixed here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from posttrain import rng
+from posttrain.objectives.tokens import token_weights
+from posttrain.types import Batch, Sample
+
+
+def minibatches(samples: Sequence[Sample], count: int, seed: int) -> list[list[Sample]]:
+    """Deals samples into `count` optimizer batches, in an order that is a function of the seed."""
+    if count == 1:
+        return [list(samples)]
+    order = rng.permutation(len(samples), seed)
+    return [[samples[i] for i in sorted(part)] for part in np.array_split(order, count)]
+
+
+def micro(
+    samples: Sequence[Sample],
+    tokens_per_pass: int,
+    how: str,
+    max_len: int | None = None,
+    device: torch.device | str = "cpu",
+    skip_zero_advantage: bool = False,
+) -> list[Batch]:
+    """Splits one optimizer batch into passes of at most `tokens_per_pass` real tokens (a longer row goes alone).
+
+    Weights are computed over all samples first, so the split cannot change the gradient. Longest rows come first:
+    if memory is short, it shows at once. With `skip_zero_advantage`, rows whose advantages are all 0 are left out of
+    the passes after they were counted: their policy gradient is exactly 0.
+    """
+    if not samples:
+        return []
+    weights = token_weights(loss_masks(samples), how, max_len)
+    place = {id(s): i for i, s in enumerate(samples)}
+    kept = [s for s in samples if np.any(s.advantages)] if skip_zero_advantage else samples
+    return [pad(part, weights[[place[id(s)] for s in part]], device) for part in passes(kept, tokens_per_pass)]
+
+
+def passes(samples: Sequence[Sample], tokens_per_pass: int) -> list[list[Sample]]:
+    """Splits samples, longest first, into lists of at most `tokens_per_pass` tokens; a longer row goes alone."""
+    out: list[list[Sample]] = []
+    room = 0
+    for sample in sorted(samples, key=lambda s: -len(s.tokens)):  # stable, so equal lengths keep their order
+        if not out or len(sample.tokens) > room:
+            out.append([])
+            room = tokens_per_pass
+        out[-1].append(sample)
+        room -= len(sample.tokens)
+    return out
+
+
+def loss_masks(samples: Sequence[Sample]) -> torch.Tensor:
+    """The samples' loss masks (B, T) bool, False on padding."""
+    return _stack([s.loss_mask for s in samples], torch.bool)
+
+
+def pad(samples: Sequence[Sample], weights: torch.Tensor, device: torch.device | str = "cpu") -> Batch:
+    """Right-pads samples to their longest; weights (B, ≥T) are cut to that length."""
+
+    def optional(name: str) -> torch.Tensor | None:
+        rows = [getattr(s, name) for s in samples]
+        return None if rows[0] is None else _stack(rows, torch.float32).to(device)
+
+    tokens = _stack([s.tokens for s in samples], torch.int64)
+    lengths = torch.tensor([len(s.tokens) for s in samples])
+    return Batch(
+        tokens=tokens.to(device),
+        real=(torch.arange(tokens.shape[1]) < lengths.unsqueeze(1)).to(device),
+        weights=weights[:, : tokens.shape[1]].to(device),
+        behaviour_logp=_stack([s.behaviour_logp for s in samples], torch.float32).to(device),
+        advantages=_stack([s.advantages for s in samples], torch.float32).to(device),
+        old_logp=optional("old_logp"),
+        ref_logp=optional("ref_logp"),
+    )
+
+
+def _stack(rows: Sequence[np.ndarray], dtype: torch.dtype) -> torch.Tensor:
+    out = torch.zeros(len(rows), max(len(r) for r in rows), dtype=dtype)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = torch.from_numpy(np.ascontiguousarray(row)).to(dtype)
+    return out
