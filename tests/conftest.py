@@ -1,0 +1,17 @@
+"""What every test file may use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(__file__).resolve().parents[1].parent / "shared"
+
+
+def shared(*parts: str) -> Path:
+    """A file of the shared folder beside the repository; the test is skipped, naming it, where it is absent."""
+    path = SHARED.joinpath(*parts)
+    if not path.exists():
+        pytest.skip(f"needs shared/{'/'.join(parts)}, which is not here")
+    return path
