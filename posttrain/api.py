@@ -1,0 +1,248 @@
+"""posttrain from Python, and what the command line calls: make a run, continue one, evaluate a model.
+
+    import posttrain as pt
+    pt.grpo(model="abacus", tasks="arithmetic", reward=my_reward, out="runs/x", steps=40)
+
+Settings are the fields of `posttrain.config`, by `section__key`, or by the key alone where only one section has it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from posttrain import __version__, config, machine, rng
+from posttrain.algos import grpo as grpo_algorithm
+from posttrain.algos import sft as sft_algorithm
+from posttrain.collect import Collector, Verifier
+from posttrain.config import GRPORecipe, SFTRecipe
+from posttrain.data.chat import ChatFormat
+from posttrain.envs import tasks as task_sets
+from posttrain.evaluate import Report
+from posttrain.evaluate import evaluate as evaluate_tasks
+from posttrain.models.load import Policy, load_policy, load_weights, save_pretrained
+from posttrain.rewards.functions import reward_from
+from posttrain.rewards.skills import final_answer
+from posttrain.rollout.engine import EmbeddedGenerator
+from posttrain.store import checkpoint
+from posttrain.store.run import Event, Run, next_folder
+from posttrain.types import ConfigError, Episode, ResumeError, SamplingParams, Task
+
+Reward = str | Callable[..., Any]
+OnStep = Callable[[int, dict[str, float]], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A run that ended: `summary` is None when a signal stopped it, and `posttrain resume` continues it."""
+
+    folder: Path
+    summary: dict[str, Any] | None
+
+    @property
+    def model(self) -> Path:
+        """The trained model as a Hugging Face folder (written when the run finished)."""
+        return self.folder / "model"
+
+
+def grpo(
+    model: str = "abacus",
+    tasks: str | Sequence[Task] = "arithmetic",
+    reward: Reward = "auto",
+    out: str | Path = "",
+    on_step: OnStep | None = None,
+    **settings: Any,
+) -> Result:
+    """Trains `model` with GRPO on `tasks` (a built-in name, file, hub id, or list of Task) and returns the run.
+
+    `reward` is `auto`, a verifier's name, `FILE.py:FUNCTION`, or a function `(completion, answer, **task) -> float`.
+    """
+    overrides = {"model.path": model, "run.out": str(out), **_dotted(settings)}
+    given = None if isinstance(tasks, str) else list(tasks)
+    overrides["data.tasks"] = "given from Python" if given is not None else tasks
+    overrides["reward.name"] = reward if isinstance(reward, str) else "given from Python"
+    recipe = config.resolve("grpo", {}, overrides)
+    return start("grpo", recipe, on_step, given, None if isinstance(reward, str) else reward)
+
+
+def sft(model: str = "abacus", data: str = "", out: str | Path = "", on_step: OnStep | None = None, **settings: Any) -> Result:
+    """Fine-tunes `model` on a file of texts or conversations and returns the run."""
+    overrides = {"model.path": model, "data.tasks": data, "run.out": str(out), **_dotted(settings)}
+    return start("sft", config.resolve("sft", {}, overrides), on_step)
+
+
+def start(
+    algorithm: str,
+    recipe: GRPORecipe | SFTRecipe,
+    on_step: OnStep | None = None,
+    given: list[Task] | None = None,
+    reward: Callable[..., Any] | None = None,
+) -> Result:
+    """Makes a new run folder for a resolved recipe and runs it to the end."""
+    folder = Path(recipe.run.out) if recipe.run.out else next_folder(Path("runs"), algorithm)
+    prepared = prepare(recipe, folder, given, reward)
+    header = {
+        "posttrain": __version__,
+        "algorithm": algorithm,
+        "recipe": config.as_dict(recipe),
+        "data": prepared.data_hash,
+        "given": [name for name, value in (("tasks", given), ("reward", reward)) if value is not None],
+        "fingerprint": prepared.fingerprint,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+    with Run.create(folder, header) as store:
+        if given is not None:
+            task_sets.write_tasks(folder / "tasks.jsonl", given)
+        for note in prepared.notes:
+            store.note(0, Event("info", "data", note))
+        return _drive(algorithm, recipe, store, prepared, on_step)
+
+
+def resume(folder: str | Path, reward: Callable[..., Any] | None = None, on_step: OnStep | None = None) -> Result:
+    """Continues a run from its newest checkpoint, to the same bits an uninterrupted run gives on this machine.
+
+    A reward that was given as a Python function has to be given again. Raises ResumeError for changed data, or a run
+    that another process holds.
+    """
+    folder = Path(folder)
+    with Run.open(folder) as store:
+        header = store.header
+        algorithm = header["algorithm"]
+        recipe = config.resolve(algorithm, header["recipe"])
+        if done := store.summary():
+            return Result(folder, done)
+        if "reward" in header["given"] and reward is None:
+            raise ResumeError(
+                f"{folder} was started from Python with a reward function; continue it there with "
+                "posttrain.resume(folder, reward=function)."
+            )
+        machine.set_threads(header["fingerprint"]["threads"])
+        given = task_sets.read_tasks(folder / "tasks.jsonl") if "tasks" in header["given"] else None
+        prepared = prepare(recipe, folder, given, reward)
+        if prepared.data_hash != header["data"]:
+            raise ResumeError(
+                f"the tasks of {folder} are not the ones it was started with ({recipe.data.tasks!r} has changed). "
+                "Restore the file, or start a new run."
+            )
+        changed = machine.differences(header["fingerprint"], prepared.fingerprint)
+        if changed:
+            text = f"Resumed on something else ({'; '.join(changed)}): the result may differ in its last bits."
+            last = checkpoint.latest(folder)
+            store.rewind(last.step + 1 if last else 0)
+            store.note(last.step if last else 0, Event("warning", "fingerprint", text))
+        return _drive(algorithm, recipe, store, prepared, on_step)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything a run needs before its first step."""
+
+    policy: Policy
+    chat: ChatFormat
+    train: list[Any]  # Task, or Sample for sft
+    test: list[Any]
+    verify: Verifier | None
+    data_hash: str
+    fingerprint: dict[str, Any]
+    notes: list[str]
+
+
+def prepare(recipe: Any, folder: Path, given: list[Task] | None, reward: Callable[..., Any] | None) -> Prepared:
+    """Loads the model and the data and checks both; every refusal happens here, before step 0."""
+    machine.set_threads(recipe.train.threads)
+    device = machine.device(recipe.train.device)
+    rng.seed_global(recipe.run.seed, "init")  # LoRA's first weights
+    policy = load_policy(recipe.model, device)
+    chat = ChatFormat(policy.tokenizer, recipe.data.format)
+    fingerprint = machine.fingerprint(policy, device)
+    if isinstance(recipe, SFTRecipe):
+        sets = task_sets.load_conversations(recipe.data, recipe.run.seed)
+        train, notes = task_sets.training_rows(sets.train, chat, recipe.algo)
+        test, _ = task_sets.training_rows(sets.test, chat, recipe.algo)
+        return Prepared(policy, chat, train, test, None, sets.hash, fingerprint, sets.notes + notes)
+    sets = task_sets.load_tasks(recipe.data, recipe.run.seed, given)
+    verify = reward_from(reward or recipe.reward.name, task_sets.verifier_for)
+    sets = task_sets.fit_prompts(sets, chat, recipe.data)
+    if not sets.test:
+        raise ConfigError("no held-out tasks are left to evaluate on; set data.eval_tasks or raise data.holdout.")
+    if recipe.reward.name == "auto":
+        task_sets.validate(sets.train + sets.test, verify)
+    return Prepared(policy, chat, sets.train, sets.test, verify, sets.hash, fingerprint, sets.notes)
+
+
+def make_collector(policy: Policy, chat: ChatFormat, verify: Verifier, recipe: GRPORecipe) -> Collector:
+    """Engine, chat format and verifier put together for a recipe."""
+    rollout = recipe.rollout
+    return Collector(
+        generator=EmbeddedGenerator(policy, rollout.slots),
+        encode=lambda task: chat.prompt_tokens(task.messages),
+        decode=lambda tokens: policy.tokenizer.decode(tokens, skip_special_tokens=True),
+        verify=verify,
+        params=SamplingParams(temperature=rollout.temperature, max_tokens=rollout.max_tokens),
+        seed=recipe.run.seed,
+    )
+
+
+def _drive(algorithm: str, recipe: Any, store: Run, prepared: Prepared, on_step: OnStep | None) -> Result:
+    tell = on_step or (lambda step, values: None)
+    policy = prepared.policy
+    if algorithm == "grpo":
+        assert prepared.verify is not None
+        collector = make_collector(policy, prepared.chat, prepared.verify, recipe)
+        test = prepared.test[: recipe.eval.problems]
+        summary = grpo_algorithm.run(recipe, store, policy, collector, prepared.train, test, final_answer, tell)
+    else:
+        summary = sft_algorithm.run(recipe, store, policy, prepared.train, prepared.test, tell)
+    if summary is not None:
+        save_pretrained(policy, store.folder / "model")
+        store.finish(summary)
+    return Result(store.folder, summary)
+
+
+def open_policy(path: str, cfg: config.ModelConfig | None = None, device: torch.device | str = "cpu") -> Policy:
+    """A model from a folder, hub id, `abacus`, or a run folder (its newest checkpoint, finished or not)."""
+    if not (Path(path) / "run.json").exists():
+        return load_policy(replace(cfg or config.ModelConfig(), path=path), device)
+    with Run.read(Path(path)) as store:
+        recipe = config.resolve(store.header["algorithm"], store.header["recipe"])
+    rng.seed_global(recipe.run.seed, "init")
+    policy = load_policy(recipe.model, device)
+    saved = checkpoint.latest(Path(path))
+    if saved is None:
+        raise ResumeError(f"{path} has no checkpoint yet; resume it, or use its base model {recipe.model.path!r}.")
+    load_weights(policy, checkpoint.load(saved, only=["model"])[0]["model"])
+    return policy
+
+
+def evaluate(
+    model: str = "abacus", tasks: str = "arithmetic", reward: Reward = "auto", **settings: Any
+) -> tuple[Report, list[list[Episode]]]:
+    """Held-out accuracy of a model or run, with intervals, and the episodes behind it."""
+    overrides = {"data.tasks": tasks, **_dotted(settings)}
+    if isinstance(reward, str):
+        overrides["reward.name"] = reward
+    return evaluate_recipe(model, config.resolve("grpo", {}, overrides), None if isinstance(reward, str) else reward)
+
+
+def evaluate_recipe(
+    model: str, recipe: GRPORecipe, reward: Callable[..., Any] | None = None
+) -> tuple[Report, list[list[Episode]]]:
+    """The same for a resolved recipe: its data, rollout, eval and run.seed settings apply."""
+    machine.set_threads(recipe.train.threads)
+    policy = open_policy(model, recipe.model, machine.device(recipe.train.device))
+    chat = ChatFormat(policy.tokenizer, recipe.data.format)
+    sets = task_sets.fit_prompts(task_sets.load_tasks(recipe.data, recipe.run.seed), chat, recipe.data)
+    verify = reward_from(reward or recipe.reward.name, task_sets.verifier_for)
+    collector = make_collector(policy, chat, verify, recipe)
+    collector = replace(collector, params=replace(collector.params, temperature=recipe.eval.temperature))
+    return evaluate_tasks(collector, sets.test[: recipe.eval.problems], recipe.eval.samples, 0, final_answer)
+
+
+def _dotted(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name.replace("__", "."): value for name, value in settings.items()}
