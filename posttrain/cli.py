@@ -1,0 +1,288 @@
+"""The command line. One function a command; everything heavy is imported inside it, so that `--help` is quick.
+
+Exit codes: 0 done · 1 unexpected error · 2 bad setting or usage · 3 bad data · 4 template or tokenizer · 5 rollout or
+reward · 6 training diverged · 7 run folder · 8 disk · 130 stopped by Ctrl-C · 143 stopped by SIGTERM (both resumable).
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from posttrain import __version__, config
+from posttrain.types import ConfigError, PosttrainError
+
+RECIPE_HELP = "RECIPE is a TOML file or the name of a shipped recipe; any setting follows as `--section.key value`."
+
+
+class Cli(click.Group):
+    """Shows commands in the order they are defined and turns our errors into one line and an exit code."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except PosttrainError as error:
+            click.echo(f"error: {error}", err=True)
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("stopped.", err=True)
+            sys.exit(130)
+
+
+@click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="posttrain")
+def main() -> None:
+    """Post-train language models with reinforcement learning, from a laptop's CPU to a cluster.
+
+    Start with `posttrain demo`: it trains the little model that ships here to think, in minutes.
+    """
+
+
+def settings_command(name: str, **extra: Any) -> Any:
+    """A command that takes free `--section.key value` settings besides its own options."""
+    return main.command(name, context_settings={"ignore_unknown_options": True, "allow_extra_args": True}, **extra)
+
+
+def split_settings(args: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Separates positional arguments from `--key value` and `--key=value` settings."""
+    words: list[str] = []
+    settings: dict[str, str] = {}
+    rest = list(args)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            words.append(word)
+            continue
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise ConfigError(f"setting --{key} has no value; write --{key} VALUE.")
+            value = rest.pop(0)
+        settings[key] = value
+    return words, settings
+
+
+def find_recipe(name: str) -> Path:
+    """A recipe file, or a shipped recipe by its name."""
+    shipped = Path(__file__).parent / "recipes"
+    for path in (Path(name), shipped / name, shipped / f"{name}.toml"):
+        if path.is_file():
+            return path
+    known = sorted(p.stem for p in shipped.glob("*.toml"))
+    raise ConfigError(f"recipe {name!r} does not exist{config.nearest(name, known)}")
+
+
+def read_recipe(algorithm: str | None, args: Sequence[str], **given: str | None) -> tuple[str, Any]:
+    """The algorithm and the resolved recipe of a command's arguments; options that were not given change nothing."""
+    words, settings = split_settings(args)
+    if len(words) > 1:
+        raise ConfigError(f"expected one recipe, got {len(words)}: {' '.join(words)}.")
+    overrides = {**{k.replace("__", "."): v for k, v in given.items() if v is not None}, **settings}
+    if not words:
+        assert algorithm is not None
+        return algorithm, config.resolve(algorithm, {}, overrides)
+    if words[0] in config.RECIPES and algorithm is None:
+        return words[0], config.resolve(words[0], {}, overrides)
+    found, sections, _ = config.read_toml(find_recipe(words[0]))
+    if algorithm is not None and found != algorithm:
+        raise ConfigError(f"recipe {words[0]!r} is for `posttrain {found}`, not `posttrain {algorithm}`.")
+    return found, config.resolve(found, sections, overrides)
+
+
+def run_training(algorithm: str, recipe: Any, as_json: bool, resume: str | None = None) -> None:
+    """Runs or resumes with the live progress line, then says what happened and what to do next."""
+    from posttrain import show
+
+    out = show.console(as_json)
+    with out.status("loading model and data"):
+        from posttrain import api
+    with show.StepLine(out, recipe) as line:
+        result = api.resume(resume, on_step=line) if resume else api.start(algorithm, recipe, line)
+    if result.summary is None:
+        number = line.stopped_by or signal.SIGINT
+        out.print(f"Stopped and saved. Continue with: posttrain resume {result.folder}")
+        sys.exit(128 + number)
+    show.finished(out, result.folder)
+    if as_json:
+        click.echo(json.dumps({"folder": str(result.folder), "summary": result.summary}))
+
+
+@main.command()
+@click.option("--out", default="", help="Run folder.  [default: runs/grpo-NUMBER]")
+@click.option("--steps", type=int, help="Fewer or more updates than the recipe's.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+def demo(out: str, steps: int | None, seed: int, as_json: bool) -> None:
+    """Train the shipped model to think: R1-Zero in miniature, on this machine, in minutes."""
+    from posttrain.demo import run_demo
+
+    run_demo(out, steps, seed, as_json)
+
+
+@settings_command("grpo", epilog=RECIPE_HELP)
+@click.argument("args", nargs=-1, type=click.UNPROCESSED, metavar="[RECIPE] [--section.key value]...")
+@click.option("--model", help="Model folder, hub id, or `abacus`.")
+@click.option("--tasks", help="Built-in task, JSONL/Parquet file, or data set id.")
+@click.option("--reward", help="`auto`, a verifier, or FILE.py:FUNCTION.")
+@click.option("--out", help="Run folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+def grpo(
+    args: tuple[str, ...], model: str | None, tasks: str | None, reward: str | None, out: str | None, as_json: bool
+) -> None:
+    """Reinforcement learning with group-relative advantages on a reward a program can compute."""
+    given = {"model__path": model, "data__tasks": tasks, "reward__name": reward, "run__out": out}
+    algorithm, recipe = read_recipe("grpo", args, **given)
+    run_training(algorithm, recipe, as_json)
+
+
+@settings_command("sft", epilog=RECIPE_HELP)
+@click.argument("args", nargs=-1, type=click.UNPROCESSED, metavar="[RECIPE] [--section.key value]...")
+@click.option("--model", help="Model folder, hub id, or `abacus`.")
+@click.option("--data", help="JSONL/Parquet file of texts or conversations, or data set id.")
+@click.option("--out", help="Run folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+def sft(args: tuple[str, ...], model: str | None, data: str | None, out: str | None, as_json: bool) -> None:
+    """Supervised fine-tuning on texts or conversations; only what the assistant wrote is trained."""
+    algorithm, recipe = read_recipe("sft", args, model__path=model, data__tasks=data, run__out=out)
+    run_training(algorithm, recipe, as_json)
+
+
+@main.command()
+@click.argument("run")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+def resume(run: str, as_json: bool) -> None:
+    """Continue a run that was stopped or killed, to the same bits."""
+    from posttrain.store.run import Run
+
+    with Run.read(Path(run)) as store:
+        algorithm = store.header["algorithm"]
+        recipe = config.resolve(algorithm, store.header["recipe"])
+        if store.summary():
+            click.echo(f"{run} is finished; there is nothing to resume.", err=True)
+    run_training(algorithm, recipe, as_json, resume=run)
+
+
+@settings_command("eval", epilog="Settings of the data, rollout, eval and run sections follow as --section.key value.")
+@click.argument("model")
+@click.argument("args", nargs=-1, type=click.UNPROCESSED, metavar="[--section.key value]...")
+@click.option("--tasks", help="Built-in task, file, or data set id.")
+@click.option("--reward", help="`auto`, a verifier, or FILE.py:FUNCTION.")
+@click.option("--samples", help="Answers per task; 2 or more adds pass@k and maj@k.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on stdout.")
+def evaluate(
+    model: str, args: tuple[str, ...], tasks: str | None, reward: str | None, samples: str | None, as_json: bool
+) -> None:
+    """Held-out accuracy of a model or run, with 95 % intervals, pass@k and maj@k."""
+    from posttrain import show
+
+    words, _ = split_settings(args)
+    if words:
+        raise ConfigError(f"unexpected argument {words[0]!r}; settings are written --section.key value.")
+    given = {"data__tasks": tasks, "reward__name": reward, "eval__samples": samples}
+    _, recipe = read_recipe("grpo", args, **given)
+    out = show.console(as_json)
+    with out.status(f"evaluating {model} on {recipe.data.tasks}"):
+        from posttrain import api
+
+        report, groups = api.evaluate_recipe(model, recipe)
+    if as_json:
+        click.echo(json.dumps(report.as_dict()))
+    else:
+        show.report(out, model, report, groups)
+
+
+@main.command()
+@click.argument("model")
+@click.argument("prompt")
+@click.option("-n", "count", default=1, show_default=True, help="Answers.")
+@click.option("--temperature", default=1.0, show_default=True, help="0 is greedy.")
+@click.option("--top-p", default=1.0, show_default=True)
+@click.option("--top-k", default=0, show_default=True, help="0 keeps every token.")
+@click.option("--max-tokens", default=256, show_default=True)
+@click.option("--seed", default=0, show_default=True)
+@click.option("--plain", is_flag=True, help="Feed the text as it is, without a chat template.")
+@click.option("--json", "as_json", is_flag=True, help="Print tokens and log-probabilities too, as JSON.")
+def sample(model: str, prompt: str, plain: bool, as_json: bool, **options: Any) -> None:
+    """Answers of a model or run to one prompt."""
+    from posttrain import show
+
+    out = show.console(as_json)
+    with out.status(f"loading {model}"):
+        from posttrain import talk
+    answers = talk.sample(model, prompt, plain, **options)
+    if as_json:
+        click.echo(json.dumps(answers))
+    else:
+        for answer in answers:
+            click.echo(show.printable(answer["text"]) + ("" if answer["stop"] == "stop" else " …"))
+
+
+@main.command()
+@click.argument("model")
+@click.option("--temperature", default=1.0, show_default=True, help="0 is greedy.")
+@click.option("--max-tokens", default=256, show_default=True)
+@click.option("--system", default="", help="System message.")
+def chat(model: str, temperature: float, max_tokens: int, system: str) -> None:
+    """Talk to a model or run in the terminal; an empty line or Ctrl-D ends."""
+    from posttrain import show
+
+    with show.console().status(f"loading {model}"):
+        from posttrain import talk
+    talk.chat(model, temperature, max_tokens, system)
+
+
+@main.command()
+@click.argument("folder", default="runs")
+@click.option("--json", "as_json", is_flag=True, help="Print the list as JSON on stdout.")
+def runs(folder: str, as_json: bool) -> None:
+    """List the runs in a folder."""
+    from posttrain import show
+    from posttrain.store.run import list_runs
+
+    found = list_runs(Path(folder))
+    if as_json:
+        rows = [{"path": str(r.path), "status": r.status, "step": r.last_step, "note": r.note} for r in found]
+        click.echo(json.dumps(rows))
+    elif found:
+        show.console().print(show.runs_table(found))
+    else:
+        click.echo(f"No runs in {folder}. `posttrain demo` makes the first one.")
+
+
+@settings_command("config", epilog=RECIPE_HELP)
+@click.argument("args", nargs=-1, type=click.UNPROCESSED, metavar="RECIPE|ALGORITHM [--section.key value]...")
+@click.option("--explain/--bare", default=True, help="With or without what each setting means.")
+def show_config(args: tuple[str, ...], explain: bool) -> None:
+    """Print a resolved recipe: every setting, its value and what it means."""
+    words, _ = split_settings(args)
+    if not words:
+        shipped = ", ".join(sorted(p.stem for p in (Path(__file__).parent / "recipes").glob("*.toml")))
+        raise ConfigError(f"name a recipe ({shipped}), a TOML file, or an algorithm ({', '.join(config.RECIPES)}).")
+    algorithm, recipe = read_recipe(None, args)
+    click.echo(config.as_toml(algorithm, recipe, explain), nl=False)
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON on stdout.")
+def doctor(as_json: bool) -> None:
+    """What this machine offers: device, speed of each dtype, sandbox layers, hub."""
+    from posttrain import show
+
+    out = show.console(as_json)
+    with out.status("measuring"):
+        from posttrain.doctor import examine
+
+        findings = examine()
+    if as_json:
+        click.echo(json.dumps(findings))
+    else:
+        show.doctor(out, findings)

@@ -1,0 +1,94 @@
+"""Asking a model things: samples for one prompt, and a chat in the terminal."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+
+from posttrain import api, machine
+from posttrain.data.chat import ChatFormat
+from posttrain.models.load import Policy
+from posttrain.rollout.engine import EmbeddedGenerator
+from posttrain.rollout.generator import Request, attempt_seed
+from posttrain.show import printable
+from posttrain.types import Completion, Message, SamplingParams
+
+
+def text_of(policy: Policy, completion: Completion) -> str:
+    """A completion's text without its stop token."""
+    tokens = completion.tokens[:-1] if completion.stop == "stop" else completion.tokens
+    return policy.tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def sample(
+    model: str,
+    prompt: str,
+    plain: bool,
+    count: int,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    max_tokens: int,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """`count` answers: text, stop reason, tokens and log-probabilities."""
+    params = SamplingParams(temperature, top_p, top_k, max_tokens)
+    policy = api.open_policy(model, device=machine.device("auto"))
+    tokens = ChatFormat(policy.tokenizer, "plain" if plain else "chat").prompt_tokens((Message("user", prompt),))
+    request = Request(tokens, tuple(attempt_seed(seed, "sample", 0, prompt, i) for i in range(count)))
+    (completions,) = EmbeddedGenerator(policy, slots=min(count, 128)).generate([request], params)
+    return [
+        {
+            "text": text_of(policy, c),
+            "stop": c.stop,
+            "tokens": c.tokens.tolist(),
+            "logprobs": [round(float(x), 6) for x in c.logprobs],
+        }
+        for c in completions
+    ]
+
+
+def chat(model: str, temperature: float, max_tokens: int, system: str) -> None:
+    """Reads lines and streams replies until an empty line or end of input."""
+    policy = api.open_policy(model, device=machine.device("auto"))
+    form = ChatFormat(policy.tokenizer, "chat")
+    engine = EmbeddedGenerator(policy, slots=1)
+    history = [Message("system", system)] if system else []
+    params = SamplingParams(temperature, max_tokens=max_tokens)
+    print(f"Talking to {model}. An empty line or Ctrl-D ends.")
+    while line := _ask():
+        history.append(Message("user", line))
+        request = Request(form.prompt_tokens(tuple(history)), (attempt_seed(0, "chat", len(history), line, 0),))
+        shown = Stream(policy)
+        ((reply,),) = engine.generate([request], params, on_token=lambda g, i, token: shown.add(token))
+        print()
+        history.append(Message("assistant", text_of(policy, reply)))
+
+
+class Stream:
+    """Prints text as its tokens arrive, holding back characters that are not complete yet."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.tokens: list[int] = []
+        self.printed = ""
+
+    def add(self, token: int) -> None:
+        """Prints what this token adds."""
+        if token in self.policy.stop_ids:
+            return
+        self.tokens.append(token)
+        text = self.policy.tokenizer.decode(np.array(self.tokens), skip_special_tokens=True)
+        if not text.endswith("\ufffd") and text.startswith(self.printed):
+            sys.stdout.write(printable(text[len(self.printed) :]))
+            sys.stdout.flush()
+            self.printed = text
+
+
+def _ask() -> str:
+    try:
+        return input("\n> ").strip()
+    except EOFError:
+        return ""
