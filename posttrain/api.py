@@ -8,7 +8,6 @@ Settings are the fields of `posttrain.config`, by `section__key`, or by the key 
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from posttrain.algos import sft as sft_algorithm
 from posttrain.collect import Collector, Verifier
 from posttrain.config import GRPORecipe, SFTRecipe
 from posttrain.data.chat import ChatFormat
+from posttrain.envs import prepare as data_sets
 from posttrain.envs import tasks as task_sets
 from posttrain.evaluate import Report
 from posttrain.evaluate import evaluate as evaluate_tasks
@@ -71,7 +71,9 @@ def grpo(
     return start("grpo", recipe, on_step, given, None if isinstance(reward, str) else reward)
 
 
-def sft(model: str = "abacus", data: str = "", out: str | Path = "", on_step: OnStep | None = None, **settings: Any) -> Result:
+def sft(
+    model: str = "abacus", data: str = "", out: str | Path = "", on_step: OnStep | None = None, **settings: Any
+) -> Result:
     """Fine-tunes `model` on a file of texts or conversations and returns the run."""
     overrides = {"model.path": model, "data.tasks": data, "run.out": str(out), **_dotted(settings)}
     return start("sft", config.resolve("sft", {}, overrides), on_step)
@@ -162,13 +164,13 @@ def prepare(recipe: Any, folder: Path, given: list[Task] | None, reward: Callabl
     chat = ChatFormat(policy.tokenizer, recipe.data.format)
     fingerprint = machine.fingerprint(policy, device)
     if isinstance(recipe, SFTRecipe):
-        sets = task_sets.load_conversations(recipe.data, recipe.run.seed)
-        train, notes = task_sets.training_rows(sets.train, chat, recipe.algo)
-        test, _ = task_sets.training_rows(sets.test, chat, recipe.algo)
+        sets = data_sets.load_conversations(recipe.data, recipe.run.seed)
+        train, notes = sft_algorithm.training_rows(sets.train, chat, recipe.algo)
+        test, _ = sft_algorithm.training_rows(sets.test, chat, recipe.algo)
         return Prepared(policy, chat, train, test, None, sets.hash, fingerprint, sets.notes + notes)
     sets = task_sets.load_tasks(recipe.data, recipe.run.seed, given)
     verify = reward_from(reward or recipe.reward.name, task_sets.verifier_for)
-    sets = task_sets.fit_prompts(sets, chat, recipe.data)
+    sets = data_sets.fit_prompts(sets, chat, recipe.data)
     if not sets.test:
         raise ConfigError("no held-out tasks are left to evaluate on; set data.eval_tasks or raise data.holdout.")
     if recipe.reward.name == "auto":
@@ -237,7 +239,7 @@ def evaluate_recipe(
     machine.set_threads(recipe.train.threads)
     policy = open_policy(model, recipe.model, machine.device(recipe.train.device))
     chat = ChatFormat(policy.tokenizer, recipe.data.format)
-    sets = task_sets.fit_prompts(task_sets.load_tasks(recipe.data, recipe.run.seed), chat, recipe.data)
+    sets = data_sets.fit_prompts(task_sets.load_tasks(recipe.data, recipe.run.seed), chat, recipe.data)
     verify = reward_from(reward or recipe.reward.name, task_sets.verifier_for)
     collector = make_collector(policy, chat, verify, recipe)
     collector = replace(collector, params=replace(collector.params, temperature=recipe.eval.temperature))

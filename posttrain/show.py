@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.live import Live
 from rich.table import Table
 from rich.text import Text
+
+from posttrain.store.run import EpisodeRow, Run, RunInfo
+from posttrain.types import Episode
+
+if TYPE_CHECKING:
+    from posttrain.evaluate import Report
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 
@@ -88,3 +97,166 @@ def duration(seconds: float) -> str:
     """`75` → `1m15s`."""
     whole = int(round(seconds))
     return f"{whole}s" if whole < 60 else f"{whole // 60}m{whole % 60:02d}s"
+
+
+class StepLine:
+    """The live line of a run: step, reward, accuracy, thinking, length, speed and time left; plain lines in a pipe."""
+
+    def __init__(self, out: Console, recipe: Any) -> None:
+        self.out, self.total = out, recipe.train.steps
+        self.stopped_by = 0
+        self._began: tuple[int, float] | None = None
+        self._live = Live(Text("measuring before training"), console=out, refresh_per_second=8, transient=False)
+        self._every = max(1, self.total // 20)
+
+    def __enter__(self) -> StepLine:
+        if self.out.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live.is_started:
+            self._live.stop()
+
+    def __call__(self, step: int, values: Mapping[str, float]) -> None:
+        """Shows a step's numbers."""
+        now = time.monotonic()
+        if self._began is None:
+            self._began = (step, now)
+        line = self.line(step, values, now)
+        if self.out.is_terminal:
+            self._live.update(Text(line))
+        elif step == 0 or step % self._every == 0 or step == self.total:
+            self.out.print(line, soft_wrap=True)
+
+    def line(self, step: int, values: Mapping[str, float], now: float) -> str:
+        """One line of text for a step."""
+        parts = [f"step {step}/{self.total}" if self.total else f"step {step}"]
+        for name, label, form in FIELDS:
+            if name in values and math.isfinite(values[name]):
+                parts.append(f"{label} {form.format(values[name])}")
+        assert self._began is not None
+        first, start = self._began
+        if self.total and step > first:
+            parts.append(f"left {duration((now - start) / (step - first) * (self.total - step))}")
+        return " · ".join(parts)
+
+
+FIELDS = (
+    ("reward", "reward", "{:.2f}"),
+    ("accuracy", "accuracy", "{:.0%}"),
+    ("think_share", "thinks", "{:.0%}"),
+    ("length", "length", "{:.0f}"),
+    ("nll", "loss", "{:.3f}"),
+    ("eval/accuracy", "held-out accuracy", "{:.1%}"),
+    ("eval/nll", "held-out loss", "{:.3f}"),
+    ("mismatch", "mismatch", "{:.0e}"),
+    ("tokens_per_second", "tokens/s", "{:,.0f}"),
+)
+"""Metrics of the progress line: name, label, format."""
+
+
+def finished(out: Console, folder: Path) -> None:
+    """After a run: what changed on held-out tasks, answers before and after, the curve, and where things are."""
+    with Run.read(folder) as store:
+        summary = store.summary() or {}
+        before, after = summary.get("before", {}), summary.get("after", {})
+        first, last = store.episodes("eval", 0), store.episodes("eval", summary["steps"])
+        curves = {name: store.curve(name) for name in ("accuracy", "think_share", "length", "nll")}
+        warnings = [e.message for e in store.events() if e.level != "info"]
+    out.print()
+    if first and last:
+        out.print(answers_table(side_by_side(first, last), "The same held-out questions, before and after"))
+        steps, values = curves["accuracy"]
+        out.print(Text(terminal_curve(steps, values, "accuracy of the answers it trained on, sampled")))
+    out.print(change_table(before, after))
+    for message in dict.fromkeys(warnings[-5:]):
+        out.print(Text(f"note: {message}", style="yellow"))
+    drawn = {name: curve for name, curve in curves.items() if curve[0]}
+    if drawn:
+        picture(drawn, folder / "curve.png", folder.name)
+        out.print(f"learning curve: {folder / 'curve.png'}", soft_wrap=True)
+    out.print(f"trained model:  {folder / 'model'}", soft_wrap=True)
+
+
+CHANGES = (
+    ("eval/accuracy", "held-out accuracy (sampled)", "{:.1%}"),
+    ("eval/think_share", "share of answers that think", "{:.0%}"),
+    ("eval/length", "mean answer length (tokens)", "{:.1f}"),
+    ("eval/truncated", "cut by max_tokens", "{:.1%}"),
+    ("eval/nll", "held-out loss (nats per token)", "{:.4f}"),
+)
+"""Rows of the before/after table: metric, label, format."""
+
+
+def change_table(before: Mapping[str, float], after: Mapping[str, float]) -> Table:
+    """Before and after, with the 95 % interval of the accuracy."""
+    table = Table(title_justify="left")
+    table.add_column("")
+    table.add_column("before", justify="right")
+    table.add_column("after", justify="right")
+    for name, label, form in CHANGES:
+        if name in before and name in after:
+            table.add_row(label, form.format(before[name]), form.format(after[name]))
+            if name == "eval/accuracy":
+                spans = [f"{v['eval/accuracy_low']:.1%} – {v['eval/accuracy_high']:.1%}" for v in (before, after)]
+                table.add_row("  95 % interval", *spans)
+    return table
+
+
+def side_by_side(
+    first: Sequence[EpisodeRow], last: Sequence[EpisodeRow], count: int = 5
+) -> list[tuple[str, str, bool, str, bool]]:
+    """Answers to the same questions at two steps: the first `count` questions, one answer each, not chosen by result."""
+    after = {(e.group, e.index): e for e in last}
+    rows = [(e, after[e.group, 0]) for e in first if e.index == 0 and (e.group, 0) in after]
+    return [(a.prompt, a.text, a.passed, b.text, b.passed) for a, b in rows[:count]]
+
+
+def report(out: Console, model: str, found: Report, groups: Sequence[Sequence[Episode]]) -> None:
+    """An evaluation as a table."""
+    table = Table(title=f"{model}: {found.tasks} held-out tasks × {found.samples}", title_justify="left")
+    table.add_column("")
+    table.add_column("value", justify="right")
+    table.add_column("95 % interval", justify="right")
+    measured = {"accuracy": found.accuracy}
+    measured |= {f"pass@{k}": e for k, e in found.pass_at.items()} | {f"maj@{k}": e for k, e in found.maj_at.items()}
+    for name, estimate in measured.items():
+        table.add_row(name, f"{estimate.value:.1%}", f"{estimate.low:.1%} – {estimate.high:.1%}")
+    table.add_row("share that think", f"{found.think_share:.0%}", "")
+    table.add_row("mean length (tokens)", f"{found.length:.1f}", "")
+    table.add_row("cut by max_tokens", f"{found.truncated:.1%}", "")
+    if found.unscored:
+        table.add_row("not scored", str(found.unscored), "")
+    out.print(table)
+    errors = {e.error for group in groups for e in group if e.error}
+    for error in sorted(errors)[:3]:
+        out.print(Text(error, style="red"))
+
+
+def runs_table(found: Sequence[RunInfo]) -> Table:
+    """One line a run."""
+    table = Table()
+    for name in ("run", "algorithm", "model", "tasks", "status", "step", "held-out accuracy"):
+        table.add_column(name)
+    for run in found:
+        recipe = run.header.get("recipe", {})
+        pair = [(run.summary or {}).get(at, {}).get("eval/accuracy") for at in ("before", "after")]
+        change = " → ".join(f"{v:.1%}" for v in pair if v is not None)
+        cells = (run.header.get("algorithm", ""), recipe.get("model", {}).get("path", ""))
+        step = "" if run.last_step is None else str(run.last_step)
+        table.add_row(
+            str(run.path), *cells, recipe.get("data", {}).get("tasks", ""), run.status, step, change or run.note
+        )
+    return table
+
+
+def doctor(out: Console, findings: Sequence[Mapping[str, Any]]) -> None:
+    """The machine's findings as a table."""
+    table = Table()
+    table.add_column("what")
+    table.add_column("found")
+    for finding in findings:
+        mark = {True: "✓ ", False: "✗ ", None: ""}[finding["ok"]]
+        table.add_row(str(finding["name"]), Text(mark + str(finding["value"])))
+    out.print(table)

@@ -61,8 +61,7 @@ def chat(model: str, temperature: float, max_tokens: int, system: str) -> None:
     while line := _ask():
         history.append(Message("user", line))
         request = Request(form.prompt_tokens(tuple(history)), (attempt_seed(0, "chat", len(history), line, 0),))
-        shown = Stream(policy)
-        ((reply,),) = engine.generate([request], params, on_token=lambda g, i, token: shown.add(token))
+        ((reply,),) = engine.generate([request], params, on_token=Stream(policy).add)
         print()
         history.append(Message("assistant", text_of(policy, reply)))
 
@@ -75,8 +74,8 @@ class Stream:
         self.tokens: list[int] = []
         self.printed = ""
 
-    def add(self, token: int) -> None:
-        """Prints what this token adds."""
+    def add(self, request: int, index: int, token: int) -> None:
+        """Prints what this token adds (there is one request with one completion)."""
         if token in self.policy.stop_ids:
             return
         self.tokens.append(token)

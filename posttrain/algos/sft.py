@@ -16,15 +16,17 @@ import numpy as np
 import torch
 
 from posttrain import rng
-from posttrain.config import SFTRecipe
+from posttrain.config import SFTConfig, SFTRecipe
 from posttrain.data import batching
+from posttrain.data.chat import ChatFormat
+from posttrain.envs.prepare import Conversation
 from posttrain.models.load import Policy
 from posttrain.store import checkpoint
 from posttrain.store.failpoints import failpoint
 from posttrain.store.run import Run
 from posttrain.train.interrupt import Interrupt
 from posttrain.train.learner import Learner
-from posttrain.types import Batch, DataError, Sample, Stat, add_stats
+from posttrain.types import Batch, DataError, Sample, Stat, TemplateError, add_stats
 
 OnStep = Callable[[int, dict[str, float]], None]
 """Called after each step with its number and every metric and timing."""
@@ -40,21 +42,32 @@ def loss(logp: torch.Tensor, entropy: torch.Tensor, b: Batch) -> tuple[torch.Ten
     return -(b.weights * torch.where(mask, logp, 0)).sum(), stats
 
 
-def to_sample(tokens: np.ndarray, loss_mask: np.ndarray, max_tokens: int, where: str) -> tuple[Sample, int]:
-    """The training row of tokens [L] and how many tokens were cut off its end. A row with nothing to train is refused.
+def training_rows(
+    rows: Sequence[tuple[str, Conversation]], chat: ChatFormat, cfg: SFTConfig
+) -> tuple[list[Sample], list[str]]:
+    """Tokens and loss masks of rows (where, text or messages), and notes on what was cut at `max_tokens`.
 
-    Raises DataError naming the row: a batch of such rows would report a loss of 0 and learn nothing.
+    A row in which nothing would be trained is refused with a DataError that names it: its loss would be reported as 0.
     """
-    kept = tokens[:max_tokens]
-    mask = loss_mask[:max_tokens].copy()
-    mask[:1] = False
-    if not mask.any():
-        raise DataError(
-            f"{where}: no token of this row would be trained"
-            + (f" within algo.max_tokens={max_tokens}; raise it." if loss_mask[1:].any() else "; it has no reply.")
-        )
-    blank = np.zeros(len(kept), np.float32)
-    return Sample(kept, mask, blank, blank + 1), len(tokens) - len(kept)
+    samples: list[Sample] = []
+    cut_rows = cut_tokens = 0
+    for where, row in rows:
+        try:
+            tokens, mask = chat.text_tokens(row) if isinstance(row, str) else chat.conversation_tokens(row)
+        except (DataError, TemplateError) as error:
+            raise type(error)(f"{where}: {error}") from None
+        if cfg.train_on == "all":
+            mask = np.arange(len(tokens)) > 0
+        cut_rows += len(tokens) > cfg.max_tokens
+        cut_tokens += max(0, len(tokens) - cfg.max_tokens)
+        if not mask[1 : cfg.max_tokens].any():
+            why = f"none of its trained tokens is among the first {cfg.max_tokens}; raise algo.max_tokens"
+            raise DataError(f"{where}: {why if mask[1:].any() else 'no token of this row would be trained'}.")
+        tokens, mask = tokens[: cfg.max_tokens], mask[: cfg.max_tokens]
+        blank = np.zeros(len(tokens), np.float32)
+        samples.append(Sample(tokens, mask, blank, blank + 1))
+    cut = f"{cut_rows} rows were cut at algo.max_tokens={cfg.max_tokens}, losing {cut_tokens} tokens in all."
+    return samples, [cut] if cut_rows else []
 
 
 def run(

@@ -1,0 +1,107 @@
+"""What this machine offers, measured: device, matrix-product speed by dtype, sandbox layers, hub."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import socket
+import time
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import torch
+import torch.nn.functional as F
+
+from posttrain import __version__
+
+Finding = dict[str, Any]  # name, value, ok (True, False, or None for a plain fact)
+
+
+def examine() -> list[Finding]:
+    """All findings, in the order a person wants them. Takes a few seconds."""
+    return [*_software(), *_speed(), *_sandbox(), _hub()]
+
+
+def _fact(name: str, value: object, ok: bool | None = None) -> Finding:
+    return {"name": name, "value": value, "ok": ok}
+
+
+def _software() -> list[Finding]:
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none; everything runs on the CPU"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return [
+        _fact("posttrain", f"{__version__} on Python {platform.python_version()}, torch {torch.__version__}"),
+        _fact("CPU", f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}, {memory:.0f} GiB memory"),
+        _fact("torch threads", torch.get_num_threads()),
+        _fact("GPU", gpu),
+    ]
+
+
+def _speed() -> list[Finding]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found: list[Finding] = []
+    rates: dict[str, float] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        rates[name] = _gflops(64, dtype, device)
+        found.append(
+            _fact(f"matrix products in {name}", f"{rates[name]:.0f} GFLOP/s at 64 rows (decoding), "
+                  f"{_gflops(2048, dtype, device):.0f} at 2048 (training)")
+        )  # fmt: skip
+    best = max(rates, key=lambda name: rates[name])
+    found.append(_fact("faster dtype for decoding", f"model.dtype = {best}"))
+    return found
+
+
+@torch.no_grad()
+def _gflops(rows: int, dtype: torch.dtype, device: str, width: int = 1024) -> float:
+    """Median speed of `rows` × width² products over about 0.3 s."""
+    left = torch.randn(rows, width, device=device).to(dtype)
+    weight = torch.randn(width, width, device=device).to(dtype)
+    times: list[float] = []
+    deadline = time.monotonic() + 0.3
+    while time.monotonic() < deadline or len(times) < 3:
+        start = time.perf_counter()
+        F.linear(left, weight)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return 2 * rows * width * width / sorted(times)[len(times) // 2] / 1e9
+
+
+def _sandbox() -> list[Finding]:
+    """Which layers the kernel grants this user for isolating programs; each is tried, not guessed."""
+    if platform.system() != "Linux":
+        return [_fact("sandbox layers", f"not available on {platform.system()}", False)]
+    libc = ctypes.CDLL(None, use_errno=True)
+    user_namespaces = _in_child(lambda: libc.unshare(0x10000000) == 0)  # CLONE_NEWUSER
+    landlock = libc.syscall(444, None, 0, 1)  # landlock_create_ruleset, asking for its version
+    seccomp = "seccomp" in Path("/proc/self/status").read_text().lower()
+    writable = [str(p) for p in (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/memory")) if os.access(p, os.W_OK)]
+    return [
+        _fact("sandbox: user namespaces", "granted" if user_namespaces else "refused by the kernel", user_namespaces),
+        _fact("sandbox: landlock", f"version {landlock}" if landlock > 0 else "not in this kernel", landlock > 0),
+        _fact("sandbox: seccomp", "available" if seccomp else "not in this kernel", seccomp),
+        _fact("sandbox: cgroups", f"writable at {writable[0]}" if writable else "not writable", bool(writable)),
+    ]
+
+
+def _in_child(attempt: Any) -> bool:
+    """Runs `attempt` in a forked child, so that trying a layer does not change this process."""
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0 if attempt() else 1)
+    return os.waitpid(pid, 0)[1] == 0
+
+
+def _hub() -> Finding:
+    from huggingface_hub import constants
+
+    host = urlparse(constants.ENDPOINT).hostname or ""
+    try:
+        with socket.create_connection((host, 443), timeout=2):
+            return _fact("model hub", f"{host} answers", True)
+    except OSError as error:
+        return _fact("model hub", f"{host} cannot be reached ({error}); local folders work", False)
