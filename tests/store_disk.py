@@ -10,12 +10,21 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 Tree = Mapping[str, bytes | None]
 """Relative path → bytes of a file, or None for a folder."""
+
+
+@contextmanager
+def in_memory() -> Iterator[Path]:
+    """A folder in memory where the machine has one: kill -9 and the disk models do not depend on the real disk."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as folder:
+        yield Path(folder)
 
 
 class Disk:

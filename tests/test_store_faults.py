@@ -9,10 +9,8 @@ import os
 import random
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +21,10 @@ from posttrain.store import checkpoint, durable, failpoints
 from posttrain.store.durable import DiskError
 from posttrain.store.run import Run
 from posttrain.types import ConfigError
-from tests.store_disk import Disk, Tree, lay_out
+from tests.store_disk import Disk, Tree, in_memory, lay_out
 
 KILLED = -9
 Tensors = dict[str, dict[str, torch.Tensor]]
-
-
-@contextmanager
-def in_memory() -> Iterator[Path]:
-    """A folder in memory where the machine has one: kill -9 and the disk models do not depend on the real disk."""
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as folder:
-        yield Path(folder)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ MIGRATIONS: list[tuple[str, ...]] = [
         "text TEXT, reward REAL, passed INTEGER, stop TEXT, length INTEGER, parts TEXT, error TEXT, tokens BLOB, "
         "loss_mask BLOB, logprobs BLOB, advantage REAL, PRIMARY KEY(kind, step, grp, idx))",
         "CREATE TABLE events(id INTEGER PRIMARY KEY, step INTEGER, level TEXT, kind TEXT, message TEXT, detail TEXT, "
-        "exact INTEGER, UNIQUE(step, kind, message))",
+        "exact INTEGER, UNIQUE(step, kind, message, exact))",
         "CREATE TABLE meta(key TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID",
     ),
 ]
@@ -49,6 +49,8 @@ def _check_version(folder: Path, database: sqlite3.Connection, mode: str) -> Non
         raise ResumeError(
             f"run {folder} has database version {version}, this posttrain knows {len(MIGRATIONS)}. Upgrade posttrain."
         )
+    if version == 0 and mode != "rwc":
+        raise ResumeError(f"run {folder} is damaged: run.db is empty. Restore it from a copy.")
     if version < len(MIGRATIONS) and mode == "ro":
         raise ResumeError(
             f"run {folder} has database version {version}, {len(MIGRATIONS)} is needed. Resume it once to upgrade it."

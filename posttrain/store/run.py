@@ -356,7 +356,7 @@ def _put_events(db: sqlite3.Connection, step: int, events: Iterable[Event], exac
         detail = _json(event.detail, f"detail of event {event.kind!r}")
         db.execute(
             "INSERT INTO events(step, level, kind, message, detail, exact) VALUES (?, ?, ?, ?, ?, ?) "
-            "ON CONFLICT DO UPDATE SET level = excluded.level, detail = excluded.detail, exact = excluded.exact",
+            "ON CONFLICT DO UPDATE SET level = excluded.level, detail = excluded.detail",
             (step, event.level, event.kind, _text(event.message), detail, exact),
         )
 
