@@ -1,0 +1,31 @@
+# Five verbs. Each does its own set-up in .venv; nothing outside this folder is touched.
+PYTHON ?= python3
+# Any torch will do. On Linux without a GPU, a CPU build saves gigabytes: see "Installing" in docs/install.md.
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+
+.PHONY: demo test lint docs clean
+
+demo: .venv/installed  ## train the shipped model to think, and show what changed
+	$(BIN)/posttrain demo
+
+test: .venv/installed  ## the whole suite
+	$(BIN)/python -m pytest
+
+lint: .venv/installed  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+docs: .venv/installed  ## write the generated pages of docs/ anew
+	$(BIN)/python docs/generate.py
+
+clean:  ## remove what the other verbs made (run folders stay)
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis *.egg-info
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "posttrain needs Python 3.11 or newer; set PYTHON=")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
