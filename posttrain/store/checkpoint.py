@@ -183,8 +183,7 @@ def _publish(hidden: Path, final: Path) -> Path:
     """Gives the hidden folder its name. An existing folder of that step stays readable at every instant."""
     if final.exists():
         if _same(hidden, final):
-            durable.sync_folder(final.parent)  # a process killed right after its rename did not get this far
-            durable.remove_folder(hidden)
+            durable.remove_folder(hidden)  # making it forced the name of `final` to disk, should a kill have left that
             return final
         old = final.with_name(final.name + ".old")  # `latest` reads this name too, so no instant is without it
         if old.exists():
