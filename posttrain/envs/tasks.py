@@ -1,0 +1,214 @@
+"""Single-turn tasks: built-in problems, files, hub data sets and lists from Python, and what judges each of them."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from posttrain.config import DataConfig, nearest
+from posttrain.data.sources import (
+    Row,
+    data_hash,
+    drop_leaks,
+    duplicates,
+    is_file_name,
+    is_hub_id,
+    read_rows,
+    row_to_task,
+    split_holdout,
+    with_instruction,
+    with_system,
+)
+from posttrain.models.abacus.problems import GENERATORS, HARMLESS, Problem, Split, stream
+from posttrain.rewards.functions import score_safely
+from posttrain.rewards.skills import judge
+from posttrain.rewards.verifiers import Verifier, exact, is_mathematical, math, numeric
+from posttrain.rng import permutation
+from posttrain.types import ConfigError, DataError, Message, Task, Verdict
+
+BUILT_IN = (*GENERATORS, "addition")
+"""Names `data.tasks` may have besides files and hub ids."""
+PATIENCE = 1000
+"""Draws without a new problem after which a built-in task has no more to give."""
+HELD_OUT = 512
+"""Most problems in the test split of a built-in task; the same ones for every seed, so that runs compare."""
+SHOWN = 20
+
+
+@dataclass(frozen=True)
+class TaskSets:
+    """What to train on and what to evaluate on; `notes` say what was left out, `hash` names the content."""
+
+    train: list[Task]
+    test: list[Task]
+    notes: list[str]
+    hash: str
+
+
+def load_tasks(cfg: DataConfig, seed: int, given: Sequence[Task] | None = None, needs_answer: bool = True) -> TaskSets:
+    """The tasks that `data.tasks` names, or the `given` ones, and held-out ones to evaluate on.
+
+    A question asked on both sides is dropped from training, so that the evaluation set stays whole. Raises ConfigError
+    for an unknown name and DataError for rows that cannot be used. `needs_answer=False` allows rows without an answer,
+    for rewards that do not look at it.
+    """
+    notes: list[str] = []
+    if given is not None:
+        train = [_framed(task, cfg) for task in given]
+        _require_distinct_ids(train)
+    elif cfg.tasks in BUILT_IN:
+        train = [_framed(task, cfg) for task in _built_in(cfg.tasks, cfg.count, seed, "train")]
+        if len(train) < cfg.count:
+            notes.append(f"{cfg.tasks} has only {len(train)} training problems, {cfg.count} were asked for.")
+    else:
+        train = _from_source(cfg.tasks, cfg, needs_answer)
+    if not train:
+        raise DataError(f"there are no tasks to train on (data.tasks={cfg.tasks!r}, data.count={cfg.count}).")
+    if copies := duplicates(train):
+        notes.append(f"{copies} training tasks repeat the question of another; they are kept.")
+    if cfg.eval_tasks in BUILT_IN or (not cfg.eval_tasks and given is None and cfg.tasks in BUILT_IN):
+        test = [_framed(task, cfg) for task in _built_in(cfg.eval_tasks or cfg.tasks, HELD_OUT, 0, "test")]
+    elif cfg.eval_tasks:
+        test = _from_source(cfg.eval_tasks, cfg, needs_answer)
+    else:
+        train, test = split_holdout(train, cfg.holdout, seed)
+    train, dropped = drop_leaks(train, test)
+    if dropped:
+        notes.append(f"{dropped} training tasks that the evaluation set also asks were dropped.")
+    content = data_hash(Row(task.id, _as_values(task)) for task in (*train, *test))
+    return TaskSets(train, test, notes, content)
+
+
+def verifier_for(task: Task) -> Verifier:
+    """What `reward.name = "auto"` means for a task.
+
+    Built-in abacus problems are judged by their skill's checker and `addition` as a number; other tasks by `math` where
+    the gold answer is a number or a formula, else by `exact`.
+    """
+    if task.env in GENERATORS and "skill" in task.meta:
+        return _judge_skill
+    if task.env == "addition":
+        return numeric
+    return math if is_mathematical(task.answer) else exact
+
+
+def validate(tasks: Sequence[Task], verifier: Verifier) -> None:
+    """Raises DataError listing tasks whose own gold answer fails its verifier, or whom an empty reply satisfies."""
+    faults: list[str] = []
+    for task in tasks:
+        verdict, error = score_safely(verifier, task, gold_reply(task))
+        if verdict is None or not verdict.passed:
+            faults.append(f"{task.id}: its own answer {str(task.answer)[:60]!r} does not pass ({error or 'it fails'}).")
+            continue
+        empty, _ = score_safely(verifier, task, "")
+        if empty is not None and empty.passed:
+            faults.append(f"{task.id}: an empty reply passes.")
+    if faults:
+        more = f" (the first {SHOWN} are shown)" if len(faults) > SHOWN else ""
+        raise DataError(
+            "\n".join(faults[:SHOWN])
+            + f"\n{len(faults)} of {len(tasks)} tasks cannot be judged{more}. Fix their answers, or set another reward."
+        )
+
+
+def gold_reply(task: Task) -> str:
+    """A reply that gives the gold answer; for the safety problems, whose gold is `decline` or `help`, one that does."""
+    if task.meta.get("skill") == "safety" and task.env in GENERATORS:
+        return "Sorry, I can't help with that." if task.answer == "decline" else HARMLESS[task.meta["act"]]
+    return str(task.answer)
+
+
+def write_tasks(path: str | Path, tasks: Sequence[Task]) -> None:
+    """Writes tasks as JSON Lines that `read_tasks` gives back equal. Raises DataError where JSON cannot hold one."""
+    lines: list[str] = []
+    for task in tasks:
+        values = _as_values(task)
+        try:
+            line = json.dumps(values, ensure_ascii=False, allow_nan=False)
+            line.encode("utf-8")
+            same = json.loads(line) == values
+        except (TypeError, ValueError) as error:
+            raise DataError(f"task {task.id!r} cannot be written as JSON: {error}.") from None
+        if not same:
+            raise DataError(
+                f"task {task.id!r} would come back changed from JSON (a tuple, or keys that are not text). "
+                "Use lists and text keys in answer and meta."
+            )
+        lines.append(line + "\n")
+    Path(path).write_text("".join(lines), encoding="utf-8", newline="\n")
+
+
+def read_tasks(path: str | Path) -> list[Task]:
+    """Tasks written by `write_tasks`. Raises DataError naming `file:line`."""
+    tasks: list[Task] = []
+    for row in read_rows(str(path)):
+        v = row.values
+        try:
+            messages = tuple(Message(m["role"], m["content"], tuple(m["tool_calls"])) for m in v["messages"])
+            tasks.append(Task(v["id"], v["env"], messages, v["answer"], v["meta"]))
+        except (KeyError, TypeError, DataError) as error:
+            raise DataError(f"{row.where}: not a task as write_tasks writes it: {error}.") from None
+    return tasks
+
+
+def _as_values(task: Task) -> dict[str, Any]:
+    messages = [{"role": m.role, "content": m.content, "tool_calls": [*map(dict, m.tool_calls)]} for m in task.messages]
+    return {"id": task.id, "env": task.env, "messages": messages, "answer": task.answer, "meta": dict(task.meta)}
+
+
+def _judge_skill(task: Task, text: str) -> Verdict:
+    return judge(task.answer, task.meta, text)
+
+
+def _framed(task: Task, cfg: DataConfig) -> Task:
+    messages = with_system(f"task {task.id}", with_instruction(task.messages, cfg.instruction), cfg.system)
+    return task if messages == task.messages else replace(task, messages=messages)
+
+
+def _require_distinct_ids(tasks: Sequence[Task]) -> None:
+    seen: set[str] = set()
+    for task in tasks:
+        if task.id in seen:
+            raise DataError(f"two tasks have the id {task.id!r}; ids must differ, because randomness hangs on them.")
+        seen.add(task.id)
+
+
+def _from_source(source: str, cfg: DataConfig, needs_answer: bool) -> list[Task]:
+    if not is_file_name(source) and not is_hub_id(source):
+        raise ConfigError(f"unknown task {source!r}{nearest(source, [*BUILT_IN])} A file or owner/name works too.")
+    env = Path(source).name if is_file_name(source) else source
+    rows = read_rows(source, cfg.count)
+    return [row_to_task(row, env, cfg.system, cfg.instruction, needs_answer) for row in rows]
+
+
+def _built_in(name: str, count: int, seed: int, split: Split) -> list[Task]:
+    if name == "addition":
+        return _addition(count, seed, split)
+    found: dict[str, Problem] = {}
+    stale = 0
+    for problem in stream(name, random.Random(f"{name}/{split}/{seed}"), split):
+        if len(found) >= count or stale == PATIENCE:
+            break
+        stale = stale + 1 if problem.id in found else 0
+        found.setdefault(problem.id, problem)
+    return [Task(p.id, name, (Message("user", p.prompt),), p.answer, p.meta) for p in found.values()]
+
+
+def _addition(count: int, seed: int, split: Split) -> list[Task]:
+    """One-digit sums for pretrained models: 80 pairs to train on, 20 held out; a + b and b + a on the same side."""
+    pairs = [(a, b) for a in range(10) for b in range(10)]
+    # Ten of the 45 unordered pairs of different digits are twenty questions.
+    unordered = [(a, b) for a, b in pairs if a < b]
+    held = {unordered[i] for i in permutation(len(unordered), "addition")[:10]}
+    mine = [(a, b) for a, b in pairs if ((min(a, b), max(a, b)) in held) == (split == "test")]
+    chosen = [mine[i] for i in permutation(len(mine), "addition", seed, split)[:count]]
+    return [
+        Task(
+            f"addition:{a}+{b}", "addition", (Message("user", f"What is {a} + {b}?"),), str(a + b), {"numbers": [a, b]}
+        )
+        for a, b in chosen
+    ]
