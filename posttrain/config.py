@@ -9,6 +9,8 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
+import json
+import math
 import tomllib
 import types
 import typing
@@ -192,6 +194,11 @@ class GRPORecipe:
             )
         if self.rollout.temperature <= 0:
             raise ConfigError("rollout.temperature=0 makes all answers of a group equal. Set it above 0, usually 1.")
+        if self.eval.temperature < 0:
+            raise ConfigError(f"eval.temperature={self.eval.temperature} is negative; 0 is greedy.")
+        for name in ("clip_low", "clip_high", "kl_coef", "is_cap", "max_mismatch"):
+            if getattr(algo, name) < 0:
+                raise ConfigError(f"algo.{name}={getattr(algo, name)} cannot be negative.")
         _require_positive(algo, "prompts", "minibatches", "max_flat_steps")
         _require_positive(self.train, "steps")
         _check_shared(self)
@@ -225,8 +232,10 @@ def _require_positive(section: Any, *names: str) -> None:
 
 def _check_shared(recipe: Any) -> None:
     train, run, data = recipe.train, recipe.run, recipe.data
-    if train.lr < 0 or train.warmup_steps < 0 or train.steps < 0 or train.max_grad_norm < 0:
-        raise ConfigError("train.lr, warmup_steps, steps and max_grad_norm cannot be negative.")
+    if min(train.lr, train.warmup_steps, train.steps, train.max_grad_norm, train.weight_decay) < 0:
+        raise ConfigError("train.lr, warmup_steps, steps, max_grad_norm and weight_decay cannot be negative.")
+    if not (0 <= train.beta1 < 1 and 0 <= train.beta2 < 1):
+        raise ConfigError(f"train.beta1={train.beta1} and beta2={train.beta2} must both be in [0, 1).")
     if not 0 <= data.holdout < 1:
         raise ConfigError(f"data.holdout={data.holdout} is not in [0, 1).")
     if data.count < 0:
@@ -246,10 +255,12 @@ def read_toml(path: str | Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
         raw = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"recipe {path} does not exist.") from None
+    except OSError as error:
+        raise ConfigError(f"recipe {path} cannot be read: {error.strerror}.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"recipe {path} is not valid TOML: {error}.") from None
     algorithm, expect = raw.pop("algorithm", None), raw.pop("expect", {})
-    if algorithm not in RECIPES:
+    if not isinstance(algorithm, str) or algorithm not in RECIPES:
         raise ConfigError(f"{path}: algorithm is {algorithm!r}; expected one of {', '.join(RECIPES)}.")
     return algorithm, raw, expect
 
@@ -260,7 +271,9 @@ def resolve(algorithm: str, settings: Mapping[str, Any], overrides: Mapping[str,
     merged: dict[str, Any] = {s: dict(v) if isinstance(v, Mapping) else v for s, v in settings.items()}
     for name, value in (overrides or {}).items():
         section, key = locate(cls, name)
-        merged.setdefault(section, {})[key] = value
+        values = merged.setdefault(section, {})
+        if isinstance(values, dict):  # anything else is refused, with its name, by _build
+            values[key] = value
     return _build(cls, merged, "")
 
 
@@ -321,11 +334,14 @@ def coerce(value: Any, hint: Any, name: str) -> Any:
         return coerce(value, next(a for a in typing.get_args(hint) if a is not type(None)), name)
     if hint is bool and isinstance(value, str) and value.lower() in ("true", "false"):
         return value.lower() == "true"
-    if hint in (int, float) and isinstance(value, str):
+    if hint in (int, float) and (isinstance(value, str) or value != value):
         try:
-            return hint(value)
+            number = hint(value)
         except ValueError:
-            raise ConfigError(f"{name}={value!r} is not {'a whole number' if hint is int else 'a number'}.") from None
+            number = math.nan
+        if number != number:  # NaN would pass every range check below and poison the weights
+            raise ConfigError(f"{name}={value!r} is not {'a whole number' if hint is int else 'a number'}.")
+        return number
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
@@ -376,6 +392,5 @@ def _toml_value(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\t", "\\t")
-        return f'"{escaped}"'
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # TOML's escapes are JSON's, plus DEL
     return repr(value)
