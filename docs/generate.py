@@ -1,0 +1,220 @@
+"""Writes the pages of docs/ that are made from the code: config.md and cli.md.
+
+    python docs/generate.py           # write them
+    python docs/generate.py --check   # exit 1 and name each page that is not what the code says
+
+The same code gives the same bytes: nothing of the machine or the time goes into a page.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import typing
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+from posttrain import cli, config
+from posttrain.store.durable import DiskError
+from posttrain.store.failpoints import FAILPOINTS, VARIABLE
+from posttrain.types import PosttrainError
+
+HERE = Path(__file__).parent
+MADE = "<!-- Made by docs/generate.py from the code. Edit the code, then run `make docs`. -->"
+
+ENVIRONMENT = (
+    (
+        VARIABLE,
+        "posttrain",
+        "For tests: `NAME` or `NAME:HIT` ends the process with SIGKILL the HIT-th time it passes that point. "
+        f"Names: {', '.join(f'`{name}`' for name in FAILPOINTS)}.",
+    ),
+    ("HF_HOME", "huggingface_hub", "Where models and data sets from the hub are kept."),
+    ("HF_TOKEN", "huggingface_hub", "Access to gated or private models and data sets."),
+    ("HF_HUB_OFFLINE", "huggingface_hub", "`1` never asks the network; only what is already on disk is found."),
+    ("OMP_NUM_THREADS", "torch", "CPU threads, when `train.threads` is 0."),
+    ("CUDA_VISIBLE_DEVICES", "CUDA", "Which GPUs torch sees; empty hides them all."),
+    ("NO_COLOR", "rich", "Any value turns colours off."),
+)
+"""Environment variables that matter: name, what reads it, meaning."""
+
+
+def pages() -> dict[str, str]:
+    """File name → the text it should have."""
+    return {"config.md": config_page(), "cli.md": cli_page()}
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A Markdown table; bars inside cells are escaped."""
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return lines + ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+
+
+def config_page() -> str:
+    """Every section and field of every recipe."""
+    lines = [
+        MADE,
+        "# Settings",
+        "",
+        'A recipe is a TOML file: `algorithm = "…"`, then sections with settings. What a recipe leaves out keeps its '
+        "default. `posttrain config RECIPE` prints the result, every setting explained.",
+        "",
+        "On the command line a setting is `--section.key value`. In Python it is `section__key=value`. The key alone "
+        "is enough where only one section of the recipe has it. Hyphens and underscores are the same. An unknown name "
+        "is an error that gives the nearest known one.",
+        "",
+        "A recipe may also have an `[expect]` table with numbers it is meant to reach. It is not a section of settings "
+        "and changes nothing in a run.",
+    ]
+    shared: dict[str, list[str]] = {}
+    for algorithm, recipe in config.RECIPES.items():
+        for section in fields(recipe):
+            if section.name != "algo":
+                shared.setdefault(section.name, []).append(algorithm)
+    for algorithm, recipe in config.RECIPES.items():
+        lines += ["", f"## `{algorithm}`", "", (recipe.__doc__ or "").strip(), ""]
+        names = [f"[`[{s.name}]`](#{'algo-of-' + algorithm if s.name == 'algo' else s.name})" for s in fields(recipe)]
+        lines.append("Sections: " + ", ".join(names) + ".")
+        lines += ["", f"### `[algo]` of {algorithm}", "", *section_table(section_class(recipe, "algo"))]
+    lines += ["", "## Sections that algorithms share"]
+    for name, users in shared.items():
+        used = " and ".join(f"`{user}`" for user in users)
+        cls = section_class(config.RECIPES[users[0]], name)
+        lines += ["", f"### `[{name}]`", "", f"Used by {used}.", "", *section_table(cls)]
+    return "\n".join(lines) + "\n"
+
+
+def section_class(recipe: type, name: str) -> type:
+    """The dataclass of a recipe's section."""
+    return typing.get_type_hints(recipe)[name]
+
+
+def section_table(cls: type) -> list[str]:
+    """One row a field."""
+    docs, hints = config.field_docs(cls), typing.get_type_hints(cls)
+    rows = [(f"`{f.name}`", kind(hints[f.name]), f"`{default(f)}`", docs[f.name]) for f in fields(cls)]
+    return table(("setting", "value", "default", "meaning"), rows)
+
+
+def kind(hint: Any) -> str:
+    """What may be written, in words."""
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(f"`{choice}`" for choice in typing.get_args(hint))
+    return {str: "text", int: "whole number", float: "number", bool: "`true` or `false`"}[hint]
+
+
+def default(field: Field[Any]) -> str:
+    """A field's default as TOML."""
+    assert field.default is not MISSING
+    value = field.default
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f'"{value}"' if isinstance(value, str) else repr(value)
+
+
+def cli_page() -> str:
+    """Every command and option, exit codes and environment variables."""
+    lines = [
+        MADE,
+        "# Commands",
+        "",
+        "`posttrain COMMAND --help` says the same in the terminal. `--json` prints one JSON document on stdout and "
+        "sends everything meant for people to stderr.",
+    ]
+    for name, command in cli.main.commands.items():
+        lines += ["", f"## `posttrain {name}`", "", *command_lines(name, command)]
+    lines += ["", "## Exit codes", "", *table(("code", "meaning", "error class"), exit_codes())]
+    lines += [
+        "",
+        "After 130 and 143 of a training command the run is saved and `posttrain resume RUN` continues it. An error "
+        "is printed on stderr: what failed, the value seen, what was expected and what to do.",
+        "",
+        "## Environment variables",
+        "",
+        *table(("variable", "read by", "meaning"), [(f"`{a}`", b, c) for a, b, c in ENVIRONMENT]),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def command_lines(name: str, command: click.Command) -> list[str]:
+    """Usage, what it does and its options."""
+    context = click.Context(command, info_name=f"posttrain {name}")
+    usage = " ".join([f"posttrain {name}", *command.collect_usage_pieces(context)])
+    lines = ["```text", usage, "```", "", one_line(command.help or "")]
+    options = [p for p in command.params if isinstance(p, click.Option)]
+    if options:
+        lines += ["", *table(("option", "default", "meaning"), [option_row(o, context) for o in options])]
+    if command.epilog:
+        lines += ["", one_line(command.epilog)]
+    return lines
+
+
+def option_row(option: click.Option, context: click.Context) -> tuple[str, str, str]:
+    """Spelling, default and meaning of one option."""
+    spelling = ", ".join(f"`{text}`" for text in option.opts)
+    if option.secondary_opts:
+        spelling += " / " + ", ".join(f"`{text}`" for text in option.secondary_opts)
+    elif not option.is_flag:
+        spelling += f" {(option.metavar or option.type.name).upper()}"
+    value = option.get_default(context)
+    plain = value is None or value == "" or isinstance(value, bool) or type(value).__name__ == "Sentinel"
+    meaning, _, stated = (option.help or "").partition("  [default: ")  # a default that is made up at run time
+    return spelling, stated.rstrip("]") if stated else "" if plain else f"`{value}`", meaning or fallback(option)
+
+
+def fallback(option: click.Option) -> str:
+    """The meaning of an option that has no help of its own: that of the setting of the same name."""
+    known = {
+        "seed": "Everything random is a function of this number.",
+        "top_p": "Sample only among the most likely tokens that together have this probability; 1 keeps every token.",
+        "max_tokens": "Longest answer, stop token included.",
+    }
+    return known[option.name or ""]
+
+
+def one_line(text: str) -> str:
+    """Docstring text without its line breaks; paragraphs stay."""
+    return "\n\n".join(" ".join(part.split()) for part in text.strip().split("\n\n"))
+
+
+def exit_codes() -> list[tuple[str, str, str]]:
+    """(code, meaning, error classes) from the command line's own docstring and the error classes."""
+    listed = one_line((cli.__doc__ or "").partition("Exit codes:")[2]).rstrip(".")
+    owners: dict[int, list[str]] = {}
+    for error in (PosttrainError, *PosttrainError.__subclasses__(), DiskError):
+        owners.setdefault(error.exit_code, []).append(f"`{error.__name__}`")
+    rows: list[tuple[str, str, str]] = []
+    for entry in listed.split(" · "):
+        found = re.fullmatch(r"(\d+) (.+)", entry)
+        assert found, f"posttrain/cli.py: exit code entry {entry!r} is not NUMBER meaning"
+        code, meaning = found.groups()
+        rows.append((code, re.sub(r" \(both resumable\)$", "", meaning), ", ".join(owners.pop(int(code), []))))
+    assert not owners, f"posttrain/cli.py does not list the exit codes of {owners}"
+    return rows
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Writes or checks; the exit status."""
+    if arguments not in ([], ["--check"]):
+        print("usage: python docs/generate.py [--check]", file=sys.stderr)
+        return 2
+    stale = 0
+    for name, text in pages().items():
+        path = HERE / name
+        if path.exists() and path.read_text(encoding="utf-8") == text:
+            continue
+        if arguments:
+            print(f"docs/{name} is not what the code says; run `make docs`.")
+            stale = 1
+        else:
+            path.write_text(text, encoding="utf-8", newline="\n")
+            print(f"wrote docs/{name}")
+    return stale
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
