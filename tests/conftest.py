@@ -5,6 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("posttrain", deadline=None)  # a busy machine must not fail a test
+settings.load_profile("posttrain")
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 
