@@ -113,6 +113,9 @@ def test_math_compares_mathematics_not_letters(gold: str, reply: str, passes: bo
         r"\binom{1000000}{500000}",
         "2^{(9^9)}",
         r"{((2^{99})^{99})}^{99}",
+        "(a+b+c+d+e+f)^{999}",
+        "(x+1)^{30}(y+2)^{30}",
+        r"\log(\sin(\cos(x^2)))",
         "x" * 100_000,
         r"\boxed{" * 20_000,
         "1,234" * 20_000,
@@ -122,11 +125,11 @@ def test_math_compares_mathematics_not_letters(gold: str, reply: str, passes: bo
 )
 def test_no_reply_makes_a_verifier_run_away(bomb: str) -> None:
     start = time.monotonic()
-    for gold in ("7", r"\sqrt{2}"):
+    for gold in ("7", r"\sqrt{2}", "x^2+(y+1)^{3}"):
         for reply in (bomb, rf"\boxed{{{bomb}}}"):
             assert not math(task(gold), reply).passed
     assert not numeric(task("-7"), bomb).passed
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < 20  # unguarded, most of these take hours
 
 
 def test_math_gives_the_same_verdicts_in_any_thread() -> None:

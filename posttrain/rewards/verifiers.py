@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 from collections.abc import Callable
 from fractions import Fraction
+from functools import cache
 
 import math_verify
 
@@ -33,6 +35,7 @@ _CLEAN = (("{,}", ","), (",\\!", ","), ("\\!", ""), ("\\,", ""), ("\\%", "%"), (
 _INLINE_MATH = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _THINKING = re.compile(r"\s*<think>(?P<think>.*?)</think>(?P<answer>.*)", re.DOTALL)
 _DIGITS = 400
+_BUDGET = 4_000_000  # calls and returns, two to three seconds; ordinary comparisons take 1 to 5 % of it
 
 
 def exact(task: Task, text: str) -> Verdict:
@@ -63,8 +66,9 @@ def numeric(task: Task, text: str) -> Verdict:
 def math(task: Task, text: str) -> Verdict:
     r"""Passes where the final answer is mathematically the gold answer: LaTeX, sets, intervals, matrices, numbers.
 
-    Deterministic and callable from any thread: nothing is timed. Instead, answers whose evaluation could run away
-    (towers of powers, sums, integrals, over 300 characters) are compared as text only.
+    Callable from any thread, and no clock decides: answers whose evaluation could run away (towers of powers, sums,
+    integrals, over 300 characters) are compared as text only, and a comparison that takes more than a fixed number of
+    Python calls fails.
     """
     gold, final = _gold(task), final_part(text)
     given = _math_candidate(final, numeric_gold=bool(_whole_number(gold)))
@@ -195,6 +199,10 @@ def _runs_away(text: str) -> bool:
     powers = r"(?:\^|\*\*)\s*"
     if re.search(powers + r"(?:\{[^{}]*\}|\w+)\s*(?:\^|\*\*)", text):
         return True  # a tower of powers
+    letters = set(re.findall(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", text)))
+    expanded = [int(n[:9]) for n in re.findall(r"[)}\]]\s*" + powers + r"\{?(\d+)", text)]
+    if sum(expanded) * len(letters) > 60:
+        return True  # a power of a sum with too many terms
     size = 1
     for exponent in re.findall(powers + r"(\{[^{}]*\}|\([^()]*\)|-?\w+|\\\w+|.)", text):
         if exponent in "{(" or any(c in exponent for c in "^!") or "**" in exponent:
@@ -205,12 +213,43 @@ def _runs_away(text: str) -> bool:
 
 
 _log = logging.getLogger("math_verify")
-_log.setLevel(logging.ERROR)  # it warns that timeouts are off; `_runs_away` stands in for them
+_log.setLevel(logging.ERROR)  # it warns that timeouts are off; `_runs_away` and `_BUDGET` stand in for them
 
 
-def _same_mathematics(gold: str, given: str) -> bool:
+class _OutOfBudget(BaseException):
+    """Not an Exception: math-verify swallows those and would go on."""
+
+
+def _compare(gold: str, given: str) -> bool:
     left, right = (
         math_verify.parse(f"${text.strip('$')}$", parsing_timeout=None)  # pyright: ignore[reportArgumentType]
         for text in (gold, given)
     )
     return bool(left and right and math_verify.verify(left, right, timeout_seconds=None))
+
+
+@cache
+def _warm_up() -> None:
+    """Lets the parser and sympy load their tables, so that no reply's verdict depends on who came first."""
+    for gold, given in (("x^2+2x+1", "(x+1)^2"), ("(1,2]", "[1,2]"), (r"\sin(2x)", r"2\sin(x)\cos(x)")):
+        _compare(gold, given)
+
+
+def _same_mathematics(gold: str, given: str) -> bool:
+    _warm_up()
+    events = 0
+
+    def count(*_: object) -> None:
+        nonlocal events
+        events += 1
+        if events > _BUDGET:
+            raise _OutOfBudget
+
+    profiler = sys.getprofile()
+    sys.setprofile(count)  # of this thread alone
+    try:
+        return _compare(gold, given)
+    except (_OutOfBudget, RecursionError):
+        return False
+    finally:
+        sys.setprofile(profiler)
