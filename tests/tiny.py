@@ -1,0 +1,63 @@
+"""A random two-layer Llama and its tokenizer in a folder, so that the model tests run in a bare clone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from posttrain.config import ModelConfig
+from posttrain.models.load import Policy, load_policy
+
+VOCAB, STOP = 64, 2
+
+
+def make(folder: Path, kv_heads: int = 2) -> Path:
+    """Writes the model: 4 heads over `kv_heads` key-value heads, weights large enough that logits differ by units."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=256,
+        initializer_range=0.3,
+        bos_token_id=1,
+        eos_token_id=STOP,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    words = {name: i for i, name in enumerate(["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(3, VOCAB))])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", bos_token="<s>").save_pretrained(folder)
+    return folder
+
+
+def load(folder: Path, **settings: Any) -> Policy:
+    return load_policy(ModelConfig(path=str(folder), **settings))
+
+
+def prompts(policy: Policy, count: int, seed: int = 0, longest: int = 40) -> list[np.ndarray]:
+    """Random prompts of 1 … `longest` tokens."""
+    draw = np.random.default_rng(seed)
+    return [draw.integers(3, policy.vocab, draw.integers(1, longest + 1)) for _ in range(count)]
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Runs the block with `count` CPU threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
