@@ -4,6 +4,9 @@ Shapes: P tasks, G attempts each, L tokens in one episode, B rows, T padded leng
 Index t describes token t: `logp[t]` is the log-probability of token t given tokens < t, so t = 0 is never trained.
 """
 
+# Values from outside are checked at run time, whatever their annotation says.
+# pyright: reportUnnecessaryIsInstance=false
+
 from __future__ import annotations
 
 import math

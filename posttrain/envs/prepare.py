@@ -21,8 +21,8 @@ Conversation = str | tuple[Message, ...]
 class Conversations:
     """Supervised rows: (where it came from, text or messages)."""
 
-    train: list[tuple[str, Conversation]]
-    test: list[tuple[str, Conversation]]
+    train: Sequence[tuple[str, Conversation]]
+    test: Sequence[tuple[str, Conversation]]
     notes: list[str]
     hash: str
 

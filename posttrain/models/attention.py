@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 
 NAME = "posttrain"
-KEY_BLOCK = 64  # keys are read in multiples of this; masked keys add exact zeros
+KEY_BLOCK = 16  # keys are read in multiples of this; masked keys add exact zeros
+QUERY_ROWS = 4  # one query row takes another kernel, with other bits, than this many
+EXACT_KEYS = 512  # up to here rows go through `exact_causal` on the CPU; its memory grows with the square
 
 
 class Layout(Protocol):
@@ -59,6 +61,28 @@ def attention(
 AttentionInterface.register(NAME, attention)
 
 
+def causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    """Causal attention over whole rows: query (b, Hq, t, D), key and value (b, Hkv, t, D) → (b, Hq, t, D).
+
+    On the CPU in fp32, with t a multiple of KEY_BLOCK, short rows are computed with the very products a decode step
+    uses, so that sampler and learner agree to the last bit; otherwise by torch's fused kernel, to about 1e-6.
+    """
+    if query.device.type == "cpu" and query.dtype == torch.float32 and query.shape[2] <= EXACT_KEYS:
+        return exact_causal(query, key, value, scale)
+    gqa = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=gqa)
+
+
+def exact_causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    """Causal attention from two matrix products and a softmax, whose row i has the bits of a decode step at i."""
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    later = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool, device=query.device).triu(1)
+    scores = torch.matmul(query * scale, key.transpose(2, 3)).masked_fill(later, float("-inf"))
+    return torch.matmul(torch.softmax(scores, dim=-1), value)
+
+
 class Packed:
     """Rows laid end to end in one (1, N) call; each token attends to its own row's past.
 
@@ -69,9 +93,9 @@ class Packed:
     def __init__(self, lengths: torch.Tensor) -> None:
         """lengths (B,) int64: tokens in each row, all at least 1; N is their sum."""
         self.longest = int(lengths.max())
-        steps = torch.arange(self.longest, device=lengths.device)
+        steps = torch.arange(-(-self.longest // KEY_BLOCK) * KEY_BLOCK, device=lengths.device)
         starts = lengths.cumsum(0) - lengths
-        self.real = steps < lengths.unsqueeze(1)  # (B, longest)
+        self.real = steps < lengths.unsqueeze(1)  # (B, longest rounded up)
         self.index = torch.where(self.real, starts.unsqueeze(1) + steps, 0).reshape(-1)
         self.back = self.real.reshape(-1).nonzero().squeeze(1)  # (N,) packed → padded
         self.positions = steps.expand_as(self.real)[self.real].unsqueeze(0)  # (1, N)
@@ -84,14 +108,7 @@ class Packed:
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        out = F.scaled_dot_product_attention(
-            self._pad(query),
-            self._pad(key),
-            self._pad(value),
-            is_causal=True,
-            scale=scale,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
+        out = causal(self._pad(query), self._pad(key), self._pad(value), scale)
         flat = out.transpose(1, 2).reshape(-1, query.shape[1], query.shape[3])
         return flat.index_select(0, self.back).unsqueeze(0)
 
@@ -109,17 +126,18 @@ class Prefill:
     ) -> torch.Tensor:
         self.keys.append(key)
         self.values.append(value)
-        gqa = query.shape[1] != key.shape[1]
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=gqa)
-        return out.transpose(1, 2)
+        return causal(query, key, value, scale).transpose(1, 2)
 
 
 class SlotCache:
-    """Keys and values of `slots` sequences, `capacity` tokens each, and one decode step's view of them."""
+    """Keys and values of `slots` sequences, `capacity` tokens each, and one decode step's view of them.
+
+    Keys are stored with tokens last: the product with a query then reads them in order.
+    """
 
     def __init__(self, layers: int, slots: int, heads: int, capacity: int, width: int, like: torch.Tensor) -> None:
-        shape = (layers, slots, heads, capacity, width)
-        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
+        self.keys = like.new_zeros(layers, slots, heads, width, capacity)
+        self.values = like.new_zeros(layers, slots, heads, capacity, width)
         self.capacity = capacity
         self.longest = self.first = 0
         self.rows = self.positions = self.hidden = torch.empty(0)
@@ -139,20 +157,26 @@ class SlotCache:
         count, heads, _, width = query.shape
         slots = slice(self.first, self.first + count)
         keys, values = self.keys[layer, slots], self.values[layer, slots]
-        keys[self.rows, :, self.positions] = key[:, :, 0]
+        keys[self.rows, :, :, self.positions] = key[:, :, 0]
         values[self.rows, :, self.positions] = value[:, :, 0]
-        seen = self.hidden.shape[-1]
-        grouped = query.reshape(count, keys.shape[1], heads // keys.shape[1], width) * scale
-        scores = torch.matmul(grouped, keys[:, :, :seen].transpose(2, 3)).masked_fill_(self.hidden, float("-inf"))
+        seen, groups = self.hidden.shape[-1], heads // keys.shape[1]
+        grouped = (query * scale).view(count, keys.shape[1], groups, width)
+        scores = torch.matmul(_rows(grouped), keys[..., :seen])[:, :, :groups].masked_fill(self.hidden, float("-inf"))
         weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
-        return torch.matmul(weights, values[:, :, :seen]).reshape(count, 1, heads, width)
+        return torch.matmul(_rows(weights), values[:, :, :seen])[:, :, :groups].reshape(count, 1, heads, width)
 
     def fill(self, slot: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Copies a prompt's keys and values (layers, Hkv, n, D) to the start of a slot."""
-        self.keys[:, slot, :, : keys.shape[2]] = keys
+        self.keys[:, slot, :, :, : keys.shape[2]] = keys.transpose(2, 3)
         self.values[:, slot, :, : values.shape[2]] = values
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copies the first `length` tokens of one slot over another."""
-        self.keys[:, target, :, :length] = self.keys[:, source, :, :length]
+        self.keys[:, target, :, :, :length] = self.keys[:, source, :, :, :length]
         self.values[:, target, :, :length] = self.values[:, source, :, :length]
+
+
+def _rows(part: torch.Tensor) -> torch.Tensor:
+    """(R, H, n, D) with n raised to QUERY_ROWS by repeating rows, so that every product has enough of them."""
+    n = part.shape[2]
+    return part if n >= QUERY_ROWS else part.repeat(1, 1, -(-QUERY_ROWS // n), 1)

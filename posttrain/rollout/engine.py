@@ -15,13 +15,14 @@ import numpy as np
 import torch
 
 from posttrain import rng
-from posttrain.models.attention import KEY_BLOCK, Prefill, SlotCache
+from posttrain.models.attention import Prefill, SlotCache
 from posttrain.models.invariance import ROW_COUNTS, TILE, equal_row_counts
 from posttrain.models.load import Policy, hidden_states
 from posttrain.rollout.generator import OnToken, Request, draw
 from posttrain.rollout.scheduler import Scheduler
 from posttrain.types import Completion, RolloutError, SamplingParams
 
+CACHE_BLOCK = 64  # room per sequence is a multiple of this many tokens
 PROMPT_BLOCK = 32  # prompts are padded on the right to a multiple of this; no real token sees the padding
 
 
@@ -180,7 +181,7 @@ class EmbeddedGenerator:
 
     def _room(self, longest: int) -> SlotCache:
         config = self.policy.config
-        capacity = -(-longest // KEY_BLOCK) * KEY_BLOCK
+        capacity = -(-longest // CACHE_BLOCK) * CACHE_BLOCK
         if self._cache is None or self._cache.capacity < capacity:
             width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
             like = next(self.policy.model.parameters())

@@ -1,0 +1,87 @@
+"""Whole training runs, started in a forked process so that they can be killed and resumed by the dozen.
+
+The server imports torch once and forks a fresh process for each life of a run. It reads one JSON request per line,
+`{"folder", "model", "data", "algorithm", "failpoint", "kill_after", "signal"}`, and answers with how it ended.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from posttrain import api, config
+from posttrain.store import failpoints
+from posttrain.types import Task
+
+STEPS = 5
+SETTINGS: dict[str, dict[str, Any]] = {
+    "grpo": {
+        "data.tasks": "sums",
+        "data.count": 64,
+        "reward.name": str(Path(__file__).parent / "vowels.py") + ":vowels",
+        "rollout.max_tokens": 8,
+        "rollout.slots": 32,
+        "algo.prompts": 3,
+        "algo.group_size": 4,
+        "algo.minibatches": 2,
+        "algo.kl_coef": 0.01,
+        "eval.problems": 4,
+        "eval.every": 3,
+        "train.lr": 1e-2,
+    },
+    "sft": {"algo.batch_rows": 4, "train.lr": 1e-2, "train.schedule": "cosine", "train.warmup_steps": 2},
+}
+SHARED: dict[str, Any] = {
+    "train.steps": STEPS,
+    "train.threads": 1,
+    "run.checkpoint_every": 2,
+    "train.tokens_per_pass": 128,
+}
+
+
+def live(request: dict[str, Any]) -> None:
+    """One life: starts the run, or resumes it where the folder has one."""
+    folder = Path(request["folder"])
+    os.environ[failpoints.VARIABLE] = request.get("failpoint") or ""
+    if (folder / "run.json").exists():
+        result = api.resume(folder)
+    else:
+        settings = {"model.path": request["model"], "run.out": str(folder)}
+        if request.get("data"):
+            settings["data.tasks"] = request["data"]
+        name = request["algorithm"]
+        merged = {**SHARED, **SETTINGS[name], **settings, **request.get("settings", {})}
+        result = api.start(name, config.resolve(name, {}, merged))
+    Path(f"{folder}.hits").write_text(json.dumps(failpoints.hits))
+    os._exit(0 if result.summary else 42)
+
+
+def serve() -> None:
+    """Answers requests until the input closes."""
+    torch.set_num_threads(1)
+    assert Task  # the imports above are the expensive part; every child inherits them
+    for line in sys.stdin:
+        request = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            try:
+                live(request)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+        if request.get("kill_after") is not None:
+            time.sleep(request["kill_after"])
+            os.kill(child, request.get("signal", signal.SIGKILL))
+        print(json.dumps(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])), flush=True)
+
+
+if __name__ == "__main__":
+    serve()

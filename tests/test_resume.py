@@ -1,0 +1,126 @@
+"""A run that is killed anywhere and resumed ends with the same bits as one that never stopped."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from posttrain.store import checkpoint
+from posttrain.store.failpoints import FAILPOINTS
+from posttrain.store.run import Run
+from tests import run_server, tiny
+
+ALGORITHMS = ("grpo", "sft")
+
+
+@dataclass
+class Server:
+    """Runs in forked processes; `baseline` holds what an uninterrupted one gives."""
+
+    process: subprocess.Popen[str]
+    root: Path
+    baseline: dict[str, tuple[Any, ...]]
+
+    def live(self, name: str, algorithm: str, **request: Any) -> int:
+        """One life of a run; its exit code, negative for the signal that ended it."""
+        assert self.process.stdin and self.process.stdout
+        base = {"folder": str(self.root / name), "model": str(self.root / "model"), "algorithm": algorithm}
+        if algorithm == "sft":
+            base["data"] = str(self.root / "rows.jsonl")
+        self.process.stdin.write(json.dumps({**base, **request}) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def outcome(self, name: str) -> tuple[Any, ...]:
+        """Everything that must be equal: the store's digest, the weights, optimizer and exported model."""
+        folder = self.root / name
+        with Run.read(folder) as run:
+            saved = checkpoint.latest(folder)
+            assert saved is not None and run.status() == "finished"
+            tensors, state = checkpoint.load(saved)
+            digests = [checkpoint.weights_digest(group) for _, group in sorted(tensors.items())]
+            return run.digest(), digests, state, (folder / "model" / "model.safetensors").read_bytes()
+
+    def hits(self, name: str) -> dict[str, int]:
+        """How often each failpoint was passed in the last life."""
+        return cast("dict[str, int]", json.loads(Path(f"{self.root / name}.hits").read_text()))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    root = tmp_path_factory.mktemp("runs")
+    tiny.build(root / "model")
+    rows = [{"prompt": f"Say {word}.", "completion": word * 2} for word in ("ab", "cd", "ef", "gh", "ij", "kl")] * 6
+    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [sys.executable, "-m", "tests.run_server"]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]
+    )
+    made = Server(process, root, {})
+    for algorithm in ALGORITHMS:
+        assert made.live(f"{algorithm}-whole", algorithm) == 0
+        made.baseline[algorithm] = made.outcome(f"{algorithm}-whole")
+    yield made
+    process.communicate()  # closes the pipes; the server ends at the end of its input
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_two_uninterrupted_runs_are_equal_bit_for_bit(server: Server, algorithm: str) -> None:
+    assert server.live(f"{algorithm}-again", algorithm) == 0
+    assert server.outcome(f"{algorithm}-again") == server.baseline[algorithm]
+
+
+def test_training_changed_the_weights_and_another_seed_gives_another_run(server: Server) -> None:
+    assert server.live("grpo-seed", "grpo", settings={"run.seed": 1}) == 0
+    assert server.outcome("grpo-seed")[1] != server.baseline["grpo"][1]
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("name", FAILPOINTS)
+def test_killed_at_any_failpoint_a_run_resumes_to_the_same_bits(server: Server, name: str, algorithm: str) -> None:
+    last = server.hits(f"{algorithm}-whole").get(name, 0)
+    if not last:
+        assert (algorithm, name) == ("sft", "step:rollouts-done"), "only sft has no rollouts"
+    hits = {1, (last + 1) // 2, last} if algorithm == "grpo" else {(last + 1) // 2}
+    for hit in sorted(hits - {0}):
+        folder = f"{algorithm}-{name.replace(':', '-')}-{hit}"
+        assert server.live(folder, algorithm, failpoint=f"{name}:{hit}") == -signal.SIGKILL
+        assert server.live(folder, algorithm) == 0
+        assert server.outcome(folder) == server.baseline[algorithm], f"killed at {name}, hit {hit}"
+
+
+def test_killed_at_twenty_random_moments_runs_resume_to_the_same_bits(server: Server) -> None:
+    chance = random.Random(0)
+    killed = 0
+    for i in range(20):
+        folder = f"grpo-random-{i}"
+        killed += server.live(folder, "grpo", kill_after=chance.uniform(0.05, 0.8)) == -signal.SIGKILL
+        while server.live(folder, "grpo", kill_after=None) != 0:
+            raise AssertionError("a resumed run did not finish")
+        assert server.outcome(folder) == server.baseline["grpo"]
+    assert killed >= 5, "the moments were all after the end; the test proves nothing"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_polite_signal_finishes_the_step_and_saves_it(server: Server, number: signal.Signals) -> None:
+    folder = f"grpo-{number.name}"
+    code = server.live(folder, "grpo", kill_after=0.7, signal=int(number), settings={"train.steps": 4000})
+    assert code == 42, "the run should end by itself, unfinished"
+    with Run.read(server.root / folder) as run:
+        saved = checkpoint.latest(server.root / folder)
+        assert saved is not None and saved.step == run.last_step() and run.status() == "interrupted"
+
+
+def test_the_failpoints_of_a_real_run_are_all_passed(server: Server) -> None:
+    passed = {n for n, count in server.hits("grpo-whole").items() if count}
+    assert not passed ^ set(FAILPOINTS)
+    assert run_server.STEPS == server.baseline["grpo"][2]["step"]
