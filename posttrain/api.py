@@ -34,6 +34,9 @@ from posttrain.store import checkpoint
 from posttrain.store.run import Event, Run, next_folder
 from posttrain.types import ConfigError, Episode, ResumeError, SamplingParams, Task
 
+GOLD_DECIDES = ("auto", "exact", "numeric", "math")
+"""Rewards that compare with the task's gold answer, so that every task must have one that passes."""
+
 Reward = str | Callable[..., Any]
 OnStep = Callable[[int, dict[str, float]], None]
 
@@ -168,14 +171,26 @@ def prepare(recipe: Any, folder: Path, given: list[Task] | None, reward: Callabl
         train, notes = sft_algorithm.training_rows(sets.train, chat, recipe.algo)
         test, _ = sft_algorithm.training_rows(sets.test, chat, recipe.algo)
         return Prepared(policy, chat, train, test, None, sets.hash, fingerprint, sets.notes + notes)
-    sets = task_sets.load_tasks(recipe.data, recipe.run.seed, given)
+    sets, verify = judged_tasks(recipe, chat, given, reward)
+    return Prepared(policy, chat, sets.train, sets.test, verify, sets.hash, fingerprint, sets.notes)
+
+
+def judged_tasks(
+    recipe: GRPORecipe, chat: ChatFormat, given: list[Task] | None, reward: Callable[..., Any] | None
+) -> tuple[task_sets.TaskSets, Verifier]:
+    """The tasks of a recipe and what scores them; where a gold answer decides, each task's own must pass."""
     verify = reward_from(reward or recipe.reward.name, task_sets.verifier_for)
+    gold_decides = reward is None and recipe.reward.name in GOLD_DECIDES
+    sets = task_sets.load_tasks(recipe.data, recipe.run.seed, given, needs_answer=gold_decides)
     sets = data_sets.fit_prompts(sets, chat, recipe.data)
     if not sets.test:
         raise ConfigError("no held-out tasks are left to evaluate on; set data.eval_tasks or raise data.holdout.")
-    if recipe.reward.name == "auto":
+    if gold_decides:
         task_sets.validate(sets.train + sets.test, verify)
-    return Prepared(policy, chat, sets.train, sets.test, verify, sets.hash, fingerprint, sets.notes)
+    if len(sets.test) < recipe.eval.problems:
+        note = f"{len(sets.test)} held-out tasks exist; eval.problems={recipe.eval.problems} evaluates all of them."
+        sets = replace(sets, notes=[*sets.notes, note])
+    return sets, verify
 
 
 def make_collector(policy: Policy, chat: ChatFormat, verify: Verifier, recipe: GRPORecipe) -> Collector:
@@ -239,8 +254,7 @@ def evaluate_recipe(
     machine.set_threads(recipe.train.threads)
     policy = open_policy(model, recipe.model, machine.device(recipe.train.device))
     chat = ChatFormat(policy.tokenizer, recipe.data.format)
-    sets = data_sets.fit_prompts(task_sets.load_tasks(recipe.data, recipe.run.seed), chat, recipe.data)
-    verify = reward_from(reward or recipe.reward.name, task_sets.verifier_for)
+    sets, verify = judged_tasks(recipe, chat, None, reward)
     collector = make_collector(policy, chat, verify, recipe)
     collector = replace(collector, params=replace(collector.params, temperature=recipe.eval.temperature))
     return evaluate_tasks(collector, sets.test[: recipe.eval.problems], recipe.eval.samples, 0, final_answer)

@@ -11,7 +11,7 @@ from posttrain import rng
 from posttrain.config import DataConfig
 from posttrain.data.chat import ChatFormat
 from posttrain.data.sources import data_hash, read_rows, row_to_conversation
-from posttrain.envs.tasks import BUILT_IN, TaskSets, load_tasks
+from posttrain.envs.tasks import BUILT_IN, TaskSets, gold_reply, load_tasks
 from posttrain.types import DataError, Message, Task
 
 Conversation = str | tuple[Message, ...]
@@ -75,7 +75,7 @@ def load_conversations(cfg: DataConfig, seed: int) -> Conversations:
 
 
 def _demonstration(task: Task) -> tuple[Message, ...]:
-    return (*task.messages, Message("assistant", str(task.answer)))
+    return (*task.messages, Message("assistant", gold_reply(task)))
 
 
 def _split(
