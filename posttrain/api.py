@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -21,17 +21,18 @@ from posttrain.algos import grpo as grpo_algorithm
 from posttrain.algos import sft as sft_algorithm
 from posttrain.collect import Collector, Verifier
 from posttrain.config import GRPORecipe, SFTRecipe
+from posttrain.data.answers import final_part, marked_answer
 from posttrain.data.chat import ChatFormat
 from posttrain.envs import prepare as data_sets
 from posttrain.envs import tasks as task_sets
-from posttrain.evaluate import Report
-from posttrain.evaluate import evaluate as evaluate_tasks
+from posttrain.evaluation import Report
+from posttrain.evaluation import evaluate as evaluate_tasks
 from posttrain.models.load import Policy, load_policy, load_weights, save_pretrained
 from posttrain.rewards.functions import reward_from
-from posttrain.rewards.skills import final_answer
 from posttrain.rollout.engine import EmbeddedGenerator
 from posttrain.store import checkpoint
 from posttrain.store.run import Event, Run, next_folder
+from posttrain.train.interrupt import Interrupt
 from posttrain.types import ConfigError, Episode, ResumeError, SamplingParams, Task
 
 GOLD_DECIDES = ("auto", "exact", "numeric", "math")
@@ -43,10 +44,11 @@ OnStep = Callable[[int, dict[str, float]], None]
 
 @dataclass(frozen=True)
 class Result:
-    """A run that ended: `summary` is None when a signal stopped it, and `posttrain resume` continues it."""
+    """A run that ended: `summary` is None when signal `stopped_by` stopped it, and `posttrain resume` continues it."""
 
     folder: Path
     summary: dict[str, Any] | None
+    stopped_by: int = 0
 
     @property
     def model(self) -> Path:
@@ -75,7 +77,11 @@ def grpo(
 
 
 def sft(
-    model: str = "abacus", data: str = "", out: str | Path = "", on_step: OnStep | None = None, **settings: Any
+    model: str = "abacus",
+    data: str = "arithmetic",
+    out: str | Path = "",
+    on_step: OnStep | None = None,
+    **settings: Any,
 ) -> Result:
     """Fine-tunes `model` on a file of texts or conversations and returns the run."""
     overrides = {"model.path": model, "data.tasks": data, "run.out": str(out), **_dotted(settings)}
@@ -135,13 +141,27 @@ def resume(folder: str | Path, reward: Callable[..., Any] | None = None, on_step
                 f"the tasks of {folder} are not the ones it was started with ({recipe.data.tasks!r} has changed). "
                 "Restore the file, or start a new run."
             )
-        changed = machine.differences(header["fingerprint"], prepared.fingerprint)
-        if changed:
+        saved = checkpoint.latest(folder)
+        step = saved.step if saved else 0
+        for damaged in saved.skipped if saved else ():
+            store.note(step, Event("warning", "checkpoint", f"passed over: {damaged}"))
+        if changed := machine.differences(header["fingerprint"], prepared.fingerprint):
             text = f"Resumed on something else ({'; '.join(changed)}): the result may differ in its last bits."
-            last = checkpoint.latest(folder)
-            store.rewind(last.step + 1 if last else 0)
-            store.note(last.step if last else 0, Event("warning", "fingerprint", text))
+            store.rewind(step + 1 if saved else 0)
+            store.note(step, Event("warning", "fingerprint", text))
         return _drive(algorithm, recipe, store, prepared, on_step)
+
+
+def speak(policy: Policy, form: Literal["chat", "plain"]) -> ChatFormat:
+    """The policy's chat format; what ends a turn in it also ends a completion, so that what is trained stops."""
+    chat = ChatFormat(policy.tokenizer, form)
+    policy.stop_ids = tuple(dict.fromkeys([*policy.stop_ids, *chat.stop_ids]))
+    return chat
+
+
+def final_answer(text: str) -> str:
+    """What two replies must share to count as the same vote: the announced answer, or else the part after thinking."""
+    return marked_answer(final_part(text)) or final_part(text)
 
 
 @dataclass(frozen=True)
@@ -164,7 +184,7 @@ def prepare(recipe: Any, folder: Path, given: list[Task] | None, reward: Callabl
     device = machine.device(recipe.train.device)
     rng.seed_global(recipe.run.seed, "init")  # LoRA's first weights
     policy = load_policy(recipe.model, device)
-    chat = ChatFormat(policy.tokenizer, recipe.data.format)
+    chat = speak(policy, recipe.data.format)
     fingerprint = machine.fingerprint(policy, device)
     if isinstance(recipe, SFTRecipe):
         sets = data_sets.load_conversations(recipe.data, recipe.run.seed)
@@ -208,18 +228,19 @@ def make_collector(policy: Policy, chat: ChatFormat, verify: Verifier, recipe: G
 
 def _drive(algorithm: str, recipe: Any, store: Run, prepared: Prepared, on_step: OnStep | None) -> Result:
     tell = on_step or (lambda step, values: None)
-    policy = prepared.policy
-    if algorithm == "grpo":
-        assert prepared.verify is not None
-        collector = make_collector(policy, prepared.chat, prepared.verify, recipe)
-        test = prepared.test[: recipe.eval.problems]
-        summary = grpo_algorithm.run(recipe, store, policy, collector, prepared.train, test, final_answer, tell)
-    else:
-        summary = sft_algorithm.run(recipe, store, policy, prepared.train, prepared.test, tell)
-    if summary is not None:
-        save_pretrained(policy, store.folder / "model")
-        store.finish(summary)
-    return Result(store.folder, summary)
+    policy, train, test = prepared.policy, prepared.train, prepared.test
+    with Interrupt() as interrupt:
+        if algorithm == "grpo":
+            assert prepared.verify is not None
+            collector = make_collector(policy, prepared.chat, prepared.verify, recipe)
+            test = test[: recipe.eval.problems]
+            summary = grpo_algorithm.run(recipe, store, policy, collector, train, test, final_answer, tell, interrupt)
+        else:
+            summary = sft_algorithm.run(recipe, store, policy, train, test, tell, interrupt)
+        if summary is not None:
+            save_pretrained(policy, store.folder / "model")
+            store.finish(summary)
+    return Result(store.folder, summary, 0 if summary else interrupt.requested)
 
 
 def open_policy(path: str, cfg: config.ModelConfig | None = None, device: torch.device | str = "cpu") -> Policy:
@@ -253,7 +274,7 @@ def evaluate_recipe(
     """The same for a resolved recipe: its data, rollout, eval and run.seed settings apply."""
     machine.set_threads(recipe.train.threads)
     policy = open_policy(model, recipe.model, machine.device(recipe.train.device))
-    chat = ChatFormat(policy.tokenizer, recipe.data.format)
+    chat = speak(policy, recipe.data.format)
     sets, verify = judged_tasks(recipe, chat, None, reward)
     collector = make_collector(policy, chat, verify, recipe)
     collector = replace(collector, params=replace(collector.params, temperature=recipe.eval.temperature))

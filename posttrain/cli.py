@@ -7,9 +7,8 @@ reward · 6 training diverged · 7 run folder · 8 disk · 130 stopped by Ctrl-C
 from __future__ import annotations
 
 import json
-import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,15 +80,30 @@ def find_recipe(name: str) -> Path:
     raise ConfigError(f"recipe {name!r} does not exist{config.nearest(name, known)}")
 
 
-def read_recipe(algorithm: str | None, args: Sequence[str], **given: str | None) -> tuple[str, Any]:
+def sections_of(model: str) -> dict[str, Any]:
+    """The settings a GRPO run was made with, so that it is evaluated on its own terms; nothing for other models."""
+    if not (Path(model) / "run.json").exists():
+        return {}
+    from posttrain.store.run import Run
+
+    with Run.read(Path(model)) as store:
+        return store.header["recipe"] if store.header["algorithm"] == "grpo" else {}
+
+
+def read_recipe(
+    algorithm: str | None,
+    args: Sequence[str],
+    given: Mapping[str, str | None] | None = None,
+    base: Mapping[str, Any] | None = None,
+) -> tuple[str, Any]:
     """The algorithm and the resolved recipe of a command's arguments; options that were not given change nothing."""
     words, settings = split_settings(args)
     if len(words) > 1:
         raise ConfigError(f"expected one recipe, got {len(words)}: {' '.join(words)}.")
-    overrides = {**{k.replace("__", "."): v for k, v in given.items() if v is not None}, **settings}
+    overrides = {**{k: v for k, v in (given or {}).items() if v is not None}, **settings}
     if not words:
         assert algorithm is not None
-        return algorithm, config.resolve(algorithm, {}, overrides)
+        return algorithm, config.resolve(algorithm, base or {}, overrides)
     if words[0] in config.RECIPES and algorithm is None:
         return words[0], config.resolve(words[0], {}, overrides)
     found, sections, _ = config.read_toml(find_recipe(words[0]))
@@ -108,9 +122,8 @@ def run_training(algorithm: str, recipe: Any, as_json: bool, resume: str | None 
     with show.StepLine(out, recipe) as line:
         result = api.resume(resume, on_step=line) if resume else api.start(algorithm, recipe, line)
     if result.summary is None:
-        number = line.stopped_by or signal.SIGINT
         out.print(f"Stopped and saved. Continue with: posttrain resume {result.folder}")
-        sys.exit(128 + number)
+        sys.exit(128 + result.stopped_by)
     show.finished(out, result.folder)
     if as_json:
         click.echo(json.dumps({"folder": str(result.folder), "summary": result.summary}))
@@ -139,8 +152,8 @@ def grpo(
     args: tuple[str, ...], model: str | None, tasks: str | None, reward: str | None, out: str | None, as_json: bool
 ) -> None:
     """Reinforcement learning with group-relative advantages on a reward a program can compute."""
-    given = {"model__path": model, "data__tasks": tasks, "reward__name": reward, "run__out": out}
-    algorithm, recipe = read_recipe("grpo", args, **given)
+    given = {"model.path": model, "data.tasks": tasks, "reward.name": reward, "run.out": out}
+    algorithm, recipe = read_recipe("grpo", args, given)
     run_training(algorithm, recipe, as_json)
 
 
@@ -152,7 +165,7 @@ def grpo(
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 def sft(args: tuple[str, ...], model: str | None, data: str | None, out: str | None, as_json: bool) -> None:
     """Supervised fine-tuning on texts or conversations; only what the assistant wrote is trained."""
-    algorithm, recipe = read_recipe("sft", args, model__path=model, data__tasks=data, run__out=out)
+    algorithm, recipe = read_recipe("sft", args, {"model.path": model, "data.tasks": data, "run.out": out})
     run_training(algorithm, recipe, as_json)
 
 
@@ -187,8 +200,8 @@ def evaluate(
     words, _ = split_settings(args)
     if words:
         raise ConfigError(f"unexpected argument {words[0]!r}; settings are written --section.key value.")
-    given = {"data__tasks": tasks, "reward__name": reward, "eval__samples": samples}
-    _, recipe = read_recipe("grpo", args, **given)
+    given = {"data.tasks": tasks, "reward.name": reward, "eval.samples": samples}
+    _, recipe = read_recipe("grpo", args, given, sections_of(model))
     out = show.console(as_json)
     with out.status(f"evaluating {model} on {recipe.data.tasks}"):
         from posttrain import api

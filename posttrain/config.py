@@ -86,9 +86,9 @@ class TrainConfig:
     lr: float = 1e-4
     """Peak learning rate of AdamW."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Learning rate after warm-up: constant, or down to 0 at the last step."""
+    """Learning rate after warm-up: constant, or falling so that it would be 0 one update after the last."""
     warmup_steps: int = 0
-    """Steps over which the learning rate rises linearly from 0."""
+    """Optimizer updates over which the learning rate rises linearly from 0."""
     weight_decay: float = 0.0
     """AdamW weight decay, on matrices only."""
     beta1: float = 0.9

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
 import time
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from posttrain import api, config, show
+from posttrain.models.load import ABACUS
 from posttrain.store.run import Run, next_folder
 
 RECIPE = Path(__file__).parent / "recipes" / "demo.toml"
@@ -28,11 +28,13 @@ def run_demo(out: str, steps: int | None, seed: int, as_json: bool) -> None:
     folder = Path(out) if out else next_folder(Path("runs"), algorithm)
     overrides = {"run.seed": seed, "run.out": str(folder)} | ({} if steps is None else {"train.steps": steps})
     recipe = config.resolve(algorithm, sections, overrides)
+    parameters = json.loads((ABACUS / "build.json").read_text())["parameters"]
     screen.print("[bold]posttrain demo[/]: teach a small language model to think, with rewards alone.\n")
     screen.print(
-        f"abacus is a 1.8M-parameter base model. It is asked {recipe.eval.problems} held-out problems at temperature "
-        f"{recipe.eval.temperature:g}, then gets {recipe.train.steps} GRPO steps of {recipe.algo.prompts} × "
-        f"{recipe.algo.group_size} answers. The only reward: is the answer right?\nCtrl-C stops safely at any moment.\n"
+        f"abacus is a base model of {parameters / 1e6:.1f}M parameters. It is asked {recipe.eval.problems} held-out "
+        f"problems at temperature {recipe.eval.temperature:g}, then gets {recipe.train.steps} GRPO steps of "
+        f"{recipe.algo.prompts} × {recipe.algo.group_size} answers. The only reward: is the answer right?\n"
+        "Ctrl-C stops safely at any moment.\n"
     )
     with show.StepLine(screen, recipe) as line:
 
@@ -44,7 +46,7 @@ def run_demo(out: str, steps: int | None, seed: int, as_json: bool) -> None:
         result = api.start(algorithm, recipe, tell)
     if result.summary is None:
         screen.print(f"\nStopped and saved. Finish it, to the same bits, with: posttrain resume {folder}")
-        sys.exit(128 + (line.stopped_by or signal.SIGINT))
+        sys.exit(128 + result.stopped_by)
     show.finished(screen, folder)
     screen.print(f"whole demo:     {show.duration(time.monotonic() - began)}\n")
     screen.print("[bold]What next[/]")

@@ -8,6 +8,7 @@ resume and no sample depends on how many others were drawn before it. The genera
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 
 import numpy as np
@@ -19,7 +20,7 @@ _LOW, _SHIFT = np.uint64(0xFFFFFFFF), np.uint64(32)
 
 def key(*parts: int | str) -> int:
     """A 64-bit key from any mix of numbers and names, e.g. `key(run_seed, step, task_id, index)`."""
-    text = "\x1f".join(f"{type(p).__name__}:{p}" for p in parts)
+    text = json.dumps([p if isinstance(p, str) else int(p) for p in parts])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 

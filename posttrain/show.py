@@ -17,7 +17,7 @@ from posttrain.store.run import EpisodeRow, Run, RunInfo
 from posttrain.types import Episode
 
 if TYPE_CHECKING:
-    from posttrain.evaluate import Report
+    from posttrain.evaluation import Report
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 
@@ -104,7 +104,6 @@ class StepLine:
 
     def __init__(self, out: Console, recipe: Any) -> None:
         self.out, self.total = out, recipe.train.steps
-        self.stopped_by = 0
         self._began: tuple[int, float] | None = None
         self._live = Live(Text("measuring before training"), console=out, refresh_per_second=8, transient=False)
         self._every = max(1, self.total // 20)
@@ -207,7 +206,7 @@ def change_table(before: Mapping[str, float], after: Mapping[str, float]) -> Tab
 def side_by_side(
     first: Sequence[EpisodeRow], last: Sequence[EpisodeRow], count: int = 5
 ) -> list[tuple[str, str, bool, str, bool]]:
-    """Answers to the same questions at two steps: the first `count` questions, one answer each, not chosen by result."""
+    """Answers to the same questions at two steps: the first `count`, one answer each, not chosen by result."""
     after = {(e.group, e.index): e for e in last}
     rows = [(e, after[e.group, 0]) for e in first if e.index == 0 and (e.group, 0) in after]
     return [(a.prompt, a.text, a.passed, b.text, b.passed) for a, b in rows[:count]]

@@ -61,7 +61,7 @@ def live(request: dict[str, Any]) -> None:
         merged = {**SHARED, **SETTINGS[name], **settings, **request.get("settings", {})}
         result = api.start(name, config.resolve(name, {}, merged))
     Path(f"{folder}.hits").write_text(json.dumps(failpoints.hits))
-    os._exit(0 if result.summary else 42)
+    os._exit(0 if result.summary else 40 + result.stopped_by)
 
 
 def serve() -> None:

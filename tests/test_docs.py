@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import posttrain as pt
 from posttrain import api, cli, config
 from posttrain.envs.tasks import BUILT_IN
-from posttrain.evaluate import Estimate, Report
+from posttrain.evaluation import Estimate, Report
 from posttrain.rewards.verifiers import VERIFIERS
 from posttrain.show import CHANGES, FIELDS
 from posttrain.store.run import Run

@@ -58,7 +58,7 @@ class Server:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     root = tmp_path_factory.mktemp("runs")
-    tiny.build(root / "model")
+    tiny.chatty(root / "model")
     rows = [{"prompt": f"Say {word}.", "completion": word * 2} for word in ("ab", "cd", "ef", "gh", "ij", "kl")] * 6
     (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = [sys.executable, "-m", "tests.run_server"]
@@ -114,7 +114,7 @@ def test_killed_at_twenty_random_moments_runs_resume_to_the_same_bits(server: Se
 def test_a_polite_signal_finishes_the_step_and_saves_it(server: Server, number: signal.Signals) -> None:
     folder = f"grpo-{number.name}"
     code = server.live(folder, "grpo", kill_after=0.7, signal=int(number), settings={"train.steps": 4000})
-    assert code == 42, "the run should end by itself, unfinished"
+    assert code == 40 + number, "the run should end by itself, unfinished, and say which signal asked for it"
     with Run.read(server.root / folder) as run:
         saved = checkpoint.latest(server.root / folder)
         assert saved is not None and saved.step == run.last_step() and run.status() == "interrupted"
@@ -123,4 +123,4 @@ def test_a_polite_signal_finishes_the_step_and_saves_it(server: Server, number: 
 def test_the_failpoints_of_a_real_run_are_all_passed(server: Server) -> None:
     passed = {n for n, count in server.hits("grpo-whole").items() if count}
     assert not passed ^ set(FAILPOINTS)
-    assert run_server.STEPS == server.baseline["grpo"][2]["step"]
+    assert server.baseline["grpo"][2]["step"] == run_server.STEPS

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from posttrain.config import ModelConfig
@@ -18,11 +18,15 @@ from posttrain.models.load import Policy, load_policy
 VOCAB, STOP = 64, 2
 
 
-def make(folder: Path, kv_heads: int = 2) -> Path:
-    """Writes the model: 4 heads over `kv_heads` key-value heads, weights large enough that logits differ by units."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
+TEMPLATE = (
+    "<bos>{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<eos>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def _config(vocab: int, kv_heads: int, **more: Any) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=vocab,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
@@ -33,12 +37,35 @@ def make(folder: Path, kv_heads: int = 2) -> Path:
         bos_token_id=1,
         eos_token_id=STOP,
         tie_word_embeddings=True,
+        **more,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def make(folder: Path, kv_heads: int = 2) -> Path:
+    """Writes the model: 4 heads over `kv_heads` key-value heads, weights large enough that logits differ by units."""
+    torch.manual_seed(0)
+    LlamaForCausalLM(_config(VOCAB, kv_heads)).save_pretrained(folder)
     words = {name: i for i, name in enumerate(["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(3, VOCAB))])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", bos_token="<s>").save_pretrained(folder)
+    return folder
+
+
+def chatty(folder: Path) -> Path:
+    """Writes a model with a character tokenizer and a chat template, for whole runs."""
+    special = ["<pad>", "<bos>", "<eos>", "<user>", "<assistant>", "<system>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {text: i for i, text in enumerate([*special, *letters])}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    backend.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    names = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, additional_special_tokens=special[3:], chat_template=TEMPLATE, **names
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    LlamaForCausalLM(_config(len(vocab), 2, pad_token_id=0)).save_pretrained(folder)
     return folder
 
 

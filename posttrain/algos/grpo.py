@@ -25,7 +25,7 @@ from posttrain import rng
 from posttrain.collect import Collector, check_failures, episode_stats, rewards_tensor, to_sample, with_logp
 from posttrain.config import GRPORecipe
 from posttrain.data import batching
-from posttrain.evaluate import evaluate
+from posttrain.evaluation import evaluate
 from posttrain.models import lora
 from posttrain.models.load import Policy, load_policy
 from posttrain.objectives.advantages import flat_groups, group_relative
@@ -58,7 +58,7 @@ def make_loss(recipe: GRPORecipe) -> Loss:
             per_token = per_token * is_correction(old_logp, b.behaviour_logp, mask, cfg.is_cap)
         stats = {"clipped": _mean(clipped.float(), mask), "entropy": _mean(entropy, mask)}
         if b.ref_logp is not None:
-            kl = torch.where(mask, kl_k3(logp, b.ref_logp), 0)
+            kl = kl_k3(torch.where(mask, logp, 0), torch.where(mask, b.ref_logp, 0))
             per_token = per_token + cfg.kl_coef * kl
             stats["kl"] = _mean(kl, mask)
         gap = (old_logp - b.behaviour_logp).abs()[mask]
@@ -78,11 +78,12 @@ def run(
     test_tasks: Sequence[Task],
     final_answer: Callable[[str], str],
     on_step: OnStep,
+    interrupt: Interrupt,
 ) -> dict[str, Any] | None:
     """Trains until `train.steps`, from the run's newest checkpoint if it has one.
 
     Everything random is a function of (run.seed, step, task, attempt), so a run that was killed anywhere and resumed
-    ends with the same bits. Returns the summary, or None when a signal stopped it (then it is saved and resumable).
+    ends with the same bits. Returns the summary, or None when `interrupt` asked it to stop (saved, resumable).
     """
     cfg, seed = recipe.algo, recipe.run.seed
     learner = Learner(policy, recipe.train, recipe.train.steps * cfg.minibatches, recipe.rollout.temperature)
@@ -104,64 +105,64 @@ def run(
         store.write(0, values, {}, rows)
         on_step(0, values)
 
-    with Interrupt() as interrupt:
-        while step < recipe.train.steps and not interrupt.requested:
-            failpoint("step:start")
-            start = time.monotonic()
-            collector.generator.load(learner.weights(), version=step)
-            tasks = [train_tasks[i] for i in rng.draw_order(len(train_tasks), step * cfg.prompts, cfg.prompts, seed)]
-            groups = collector.groups(tasks, cfg.group_size, step)  # P lists of G episodes
-            check_failures(groups, recipe.reward.max_failure_rate)
-            sampled = time.monotonic()
-            failpoint("step:rollouts-done")
+    while step < recipe.train.steps and not interrupt.requested:
+        failpoint("step:start")
+        start = time.monotonic()
+        collector.generator.load(learner.weights(), version=step)
+        tasks = [train_tasks[i] for i in rng.draw_order(len(train_tasks), step * cfg.prompts, cfg.prompts, seed)]
+        groups = collector.groups(tasks, cfg.group_size, step)  # P lists of G episodes
+        check_failures(groups, recipe.reward.max_failure_rate)
+        sampled = time.monotonic()
+        failpoint("step:rollouts-done")
 
-            rewards = rewards_tensor(groups)  # (P, G)
-            advantages = group_relative(rewards, std=cfg.normalise_std)  # (P, G)
-            flat = flat_groups(rewards)  # (P,)
-            samples = [
-                to_sample(e, float(a))
-                for g, row in zip(groups, advantages, strict=True)
-                for e, a in zip(g, row, strict=True)
-            ]
-            if cfg.minibatches > 1:  # several updates per batch: remember the policy before the first
-                samples = with_logp(samples, "old_logp", learner.sample_logprobs)
-            if reference is not None:
-                samples = with_logp(samples, "ref_logp", reference)
+        rewards = rewards_tensor(groups)  # (P, G)
+        advantages = group_relative(rewards, std=cfg.normalise_std)  # (P, G)
+        flat = flat_groups(rewards)  # (P,)
+        samples = [
+            to_sample(e, float(a))
+            for g, row in zip(groups, advantages, strict=True)
+            for e, a in zip(g, row, strict=True)
+        ]
+        if cfg.minibatches > 1:  # several updates per batch: remember the policy before the first
+            samples = with_logp(samples, "old_logp", learner.sample_logprobs)
+        if reference is not None:
+            samples = with_logp(samples, "ref_logp", reference)
 
-            rng.seed_global(seed, "update", step)  # dropout, if the model has any
-            stats = [episode_stats(groups, int(flat.sum()))]
-            for minibatch in batching.minibatches(samples, cfg.minibatches, rng.key(seed, "minibatch", step)):
-                for batch in batching.micro(
-                    minibatch,
-                    recipe.train.tokens_per_pass,
-                    cfg.aggregate,
-                    recipe.rollout.max_tokens,
-                    policy.device,
-                    skip_zero_advantage=reference is None,  # without KL, a row with advantage 0 has gradient 0
-                ):
-                    stats.append(learner.forward_backward(batch, loss))
+        rng.seed_global(seed, "update", step)  # dropout, if the model has any
+        stats = [episode_stats(groups, int(flat.sum()))]
+        for minibatch in batching.minibatches(samples, cfg.minibatches, rng.key(seed, "minibatch", step)):
+            batches = batching.micro(
+                minibatch,
+                recipe.train.tokens_per_pass,
+                cfg.aggregate,
+                recipe.rollout.max_tokens,
+                policy.device,
+                skip_zero_advantage=reference is None,  # without KL, a row with advantage 0 has gradient 0
+            )
+            stats += [learner.forward_backward(batch, loss) for batch in batches]
+            if batches:  # without a signal nothing moves, momentum included
                 stats.append(learner.step())
-            step += 1
-            flat_steps = flat_steps + 1 if bool(flat.all()) else 0
-            failpoint("step:updated")
+        step += 1
+        flat_steps = flat_steps + 1 if bool(flat.all()) else 0
+        failpoint("step:updated")
 
-            values = {name: stat.value for name, stat in add_stats(stats).items()}
-            timings = _timings(groups, start, sampled)
-            rows = _rows("train", step, groups, tasks, advantages)
-            if step == recipe.train.steps or (recipe.eval.every and step % recipe.eval.every == 0):
-                measured, eval_rows = examine(step)
-                values, rows = values | measured, rows + eval_rows
-            failpoint("step:before-store")
-            store.write(step, values, timings, rows, _events(values, flat_steps))
-            failpoint("step:after-store")
-            on_step(step, values | timings)
-            _stop_if_hopeless(recipe, step, values, flat_steps)
-            if step % recipe.run.checkpoint_every == 0 or step == recipe.train.steps or interrupt.requested:
-                failpoint("step:before-checkpoint")
-                tensors, state = learner.state()
-                whole = {"step": step, "flat_steps": flat_steps, "learner": state}
-                checkpoint.save(store.folder, step, tensors, whole, recipe.run.keep)
-                failpoint("step:after-checkpoint")
+        values = {name: stat.value for name, stat in add_stats(stats).items()}
+        timings = _timings(groups, start, sampled)
+        rows = _rows("train", step, groups, tasks, advantages)
+        if step == recipe.train.steps or (recipe.eval.every and step % recipe.eval.every == 0):
+            measured, eval_rows = examine(step)
+            values, rows = values | measured, rows + eval_rows
+        failpoint("step:before-store")
+        store.write(step, values, timings, rows, _events(values, flat_steps))
+        failpoint("step:after-store")
+        on_step(step, values | timings)
+        _stop_if_hopeless(recipe, step, values, flat_steps)
+        if step % recipe.run.checkpoint_every == 0 or step == recipe.train.steps or interrupt.requested:
+            failpoint("step:before-checkpoint")
+            tensors, state = learner.state()
+            whole = {"step": step, "flat_steps": flat_steps, "learner": state}
+            checkpoint.save(store.folder, step, tensors, whole, recipe.run.keep)
+            failpoint("step:after-checkpoint")
     if step < recipe.train.steps:
         return None
     before, after = ({name: v for at, name, v in store.metrics() if at == which} for which in (0, step))

@@ -77,10 +77,11 @@ def run(
     train_rows: Sequence[Sample],
     test_rows: Sequence[Sample],
     on_step: OnStep,
+    interrupt: Interrupt,
 ) -> dict[str, Any] | None:
     """Trains for `train.steps` steps (0: one pass over the rows), from the newest checkpoint if there is one.
 
-    Returns the summary, or None when a signal stopped the run (then it is saved and resumable).
+    Returns the summary, or None when `interrupt` asked it to stop (then it is saved and resumable).
     """
     rows_per_step = recipe.algo.batch_rows
     steps = recipe.train.steps or math.ceil(len(train_rows) / rows_per_step)
@@ -94,34 +95,33 @@ def run(
         values = held_out_loss(learner, test_rows)
         store.write(0, values, {})
         on_step(0, values)
-    with Interrupt() as interrupt:
-        while step < steps and not interrupt.requested:
-            failpoint("step:start")
-            start = time.monotonic()
-            order = rng.draw_order(len(train_rows), step * rows_per_step, rows_per_step, recipe.run.seed)
-            if not recipe.train.steps:  # one pass: the last step takes what is left
-                order = order[: len(train_rows) - step * rows_per_step]
-            rows = [train_rows[i] for i in order]
-            rng.seed_global(recipe.run.seed, "update", step)
-            batches = batching.micro(rows, recipe.train.tokens_per_pass, "token-mean", device=policy.device)
-            stats = [learner.forward_backward(batch, loss) for batch in batches]
-            stats.append(learner.step())
-            step += 1
-            failpoint("step:updated")
-            values = {name: stat.value for name, stat in add_stats(stats).items()}
-            if step == steps:
-                values |= held_out_loss(learner, test_rows)
-            tokens, seconds = sum(len(r.tokens) for r in rows), time.monotonic() - start
-            timings = {"seconds": seconds, "tokens_per_second": tokens / seconds}
-            failpoint("step:before-store")
-            store.write(step, values, timings)
-            failpoint("step:after-store")
-            on_step(step, values | timings)
-            if step % recipe.run.checkpoint_every == 0 or step == steps or interrupt.requested:
-                failpoint("step:before-checkpoint")
-                tensors, state = learner.state()
-                checkpoint.save(store.folder, step, tensors, {"step": step, "learner": state}, recipe.run.keep)
-                failpoint("step:after-checkpoint")
+    while step < steps and not interrupt.requested:
+        failpoint("step:start")
+        start = time.monotonic()
+        order = rng.draw_order(len(train_rows), step * rows_per_step, rows_per_step, recipe.run.seed)
+        if not recipe.train.steps:  # one pass: the last step takes what is left
+            order = order[: len(train_rows) - step * rows_per_step]
+        rows = [train_rows[i] for i in order]
+        rng.seed_global(recipe.run.seed, "update", step)
+        batches = batching.micro(rows, recipe.train.tokens_per_pass, "token-mean", device=policy.device)
+        stats = [learner.forward_backward(batch, loss) for batch in batches]
+        stats.append(learner.step())
+        step += 1
+        failpoint("step:updated")
+        values = {name: stat.value for name, stat in add_stats(stats).items()}
+        tokens, seconds = sum(len(r.tokens) for r in rows), time.monotonic() - start
+        timings = {"seconds": seconds, "tokens_per_second": tokens / seconds}
+        if step == steps:
+            values |= held_out_loss(learner, test_rows)
+        failpoint("step:before-store")
+        store.write(step, values, timings)
+        failpoint("step:after-store")
+        on_step(step, values | timings)
+        if step % recipe.run.checkpoint_every == 0 or step == steps or interrupt.requested:
+            failpoint("step:before-checkpoint")
+            tensors, state = learner.state()
+            checkpoint.save(store.folder, step, tensors, {"step": step, "learner": state}, recipe.run.keep)
+            failpoint("step:after-checkpoint")
     if step < steps:
         return None
     before, after = ({name: v for at, name, v in store.metrics() if at == which} for which in (0, step))

@@ -37,21 +37,25 @@ def micro(
     if not samples:
         return []
     weights = token_weights(loss_masks(samples), how, max_len)
-    place = {id(s): i for i, s in enumerate(samples)}
-    kept = [s for s in samples if np.any(s.advantages)] if skip_zero_advantage else samples
-    return [pad(part, weights[[place[id(s)] for s in part]], device) for part in passes(kept, tokens_per_pass)]
+    kept = [i for i, s in enumerate(samples) if not skip_zero_advantage or np.any(s.advantages)]
+    parts = passes([len(samples[i].tokens) for i in kept], tokens_per_pass)
+    chosen = [[kept[j] for j in part] for part in parts]
+    return [pad([samples[i] for i in part], weights[part], device) for part in chosen]
 
 
-def passes(samples: Sequence[Sample], tokens_per_pass: int) -> list[list[Sample]]:
-    """Splits samples, longest first, into lists of at most `tokens_per_pass` tokens; a longer row goes alone."""
-    out: list[list[Sample]] = []
+def passes(lengths: Sequence[int], tokens_per_pass: int) -> list[list[int]]:
+    """Splits rows of these lengths, longest first, into lists of row numbers of at most `tokens_per_pass` tokens.
+
+    A row that is longer than that goes alone. Rows of equal length keep their order.
+    """
+    out: list[list[int]] = []
     room = 0
-    for sample in sorted(samples, key=lambda s: -len(s.tokens)):  # stable, so equal lengths keep their order
-        if not out or len(sample.tokens) > room:
+    for row in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not out or lengths[row] > room:
             out.append([])
             room = tokens_per_pass
-        out[-1].append(sample)
-        room -= len(sample.tokens)
+        out[-1].append(row)
+        room -= lengths[row]
     return out
 
 

@@ -49,7 +49,7 @@ def clip(
 
 
 def is_correction(old_logp: torch.Tensor, behaviour_logp: torch.Tensor, mask: torch.Tensor, cap: float) -> torch.Tensor:
-    """Truncated importance weight min(π_old / π_sampler, cap) (B, T), detached, 1 outside the mask.
+    """Truncated importance weight min(π_old / π_sampler, cap) (B, T), detached; min(1, cap) outside the mask.
 
     Corrects for a sampler whose numerics or weights differ from the learner's (Espeholt et al., arXiv 1802.01561,
     truncation c̄; used token-wise for LLMs as "TIS").

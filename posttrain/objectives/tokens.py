@@ -37,8 +37,11 @@ def kl_k2(logp: torch.Tensor, ref_logp: torch.Tensor) -> torch.Tensor:
 
 
 def kl_k3(logp: torch.Tensor, ref_logp: torch.Tensor) -> torch.Tensor:
-    """r − 1 − log r with r = π_ref / π (Schulman, "Approximating KL divergence"): unbiased and never negative."""
-    log_ratio = ref_logp - logp
+    """r − 1 − log r with r = π_ref / π (Schulman, "Approximating KL divergence"): unbiased and never negative.
+
+    log r is clamped at +20: beyond it exp would soon overflow in fp32, and one such token already stops learning.
+    """
+    log_ratio = (ref_logp - logp).clamp(max=20.0)
     return torch.expm1(log_ratio) - log_ratio
 
 

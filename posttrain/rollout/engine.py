@@ -68,6 +68,8 @@ class EmbeddedGenerator:
         self, requests: Sequence[Request], params: SamplingParams, on_token: OnToken | None = None
     ) -> list[list[Completion]]:
         """See `Generator.generate`. Raises RolloutError if prompt and completion exceed the model's context."""
+        if not requests:
+            return []
         self._check(requests, params)
         self.policy.model.eval()
         cache = self._room(max(len(r.prompt) for r in requests) + params.max_tokens)
@@ -138,7 +140,8 @@ class EmbeddedGenerator:
             by_length.setdefault(padded, []).append(group)
         for padded, members in sorted(by_length.items()):
             while members:  # one prompt alone is exact by definition; more only at a proven row count
-                size = max((n for n in range(2, len(members) + 1) if n * padded in self.rows), default=1)
+                sizes = [n for n in range(2, len(members) + 1) if {padded, n * padded} <= {*self.rows}]
+                size = max(sizes, default=1)
                 self._prefill_call(members[:size], padded, requests, prompts)
                 members = members[size:]
 

@@ -69,12 +69,11 @@ def sample_logprobs(
 ) -> list[np.ndarray]:
     """Per-token log-probabilities [L] float32 of each sample's trained tokens under a policy, in the order given."""
     out: list[np.ndarray] = [np.zeros(0, np.float32)] * len(samples)
-    numbered = {id(s): i for i, s in enumerate(samples)}
-    for part in batching.passes(samples, tokens_per_pass):
-        weights = batching.loss_masks(part).float()
-        rows = logprobs(policy, batching.pad(part, weights, policy.device), temperature).cpu().numpy()
-        for sample, row in zip(part, rows, strict=True):
-            out[numbered[id(sample)]] = row[: len(sample.tokens)].astype(np.float32)
+    for part in batching.passes([len(s.tokens) for s in samples], tokens_per_pass):
+        rows = [samples[i] for i in part]
+        batch = batching.pad(rows, batching.loss_masks(rows).float(), policy.device)
+        for i, row in zip(part, logprobs(policy, batch, temperature).cpu().numpy(), strict=True):
+            out[i] = row[: len(samples[i].tokens)].astype(np.float32)
     return out
 
 
@@ -180,7 +179,7 @@ class Learner:
             for name, master in self.master.items():
                 master.copy_(tensors["model"][name])
                 kept = {
-                    key.rsplit("/", 1)[1]: value.clone()
+                    key.rsplit("/", 1)[1]: value.to(master.device, copy=True)
                     for key, value in tensors["optim"].items()
                     if key.rsplit("/", 1)[0] == name
                 }

@@ -56,6 +56,7 @@ class Report:
             "eval/think_share": self.think_share,
             "eval/length": self.length,
             "eval/truncated": self.truncated,
+            "eval/unscored": float(self.unscored),
         }
         for name, table in (("pass", self.pass_at), ("maj", self.maj_at)):
             out |= {f"eval/{name}_at_{k}": estimate.value for k, estimate in table.items()}
@@ -114,7 +115,7 @@ def evaluate(
 
 
 def summarise(groups: Sequence[Sequence[Episode]], samples: int, final_answer: Callable[[str], str]) -> Report:
-    """The report of episodes already made. Tasks with an unscored answer are left out of pass@k and maj@k."""
+    """The report of one or more episodes. Tasks with an unscored answer are left out of pass@k and maj@k."""
     episodes = [e for group in groups for e in group]
     rewards = [e.reward for e in episodes if e.reward is not None]
     scored = [e for e in episodes if e.reward is not None]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from posttrain.evaluate import Estimate, bootstrap, majority, pass_at_k, summarise, wilson
+from posttrain.evaluation import Estimate, bootstrap, majority, pass_at_k, summarise, wilson
 from posttrain.types import Episode, Span, StopReason
 
 
