@@ -122,7 +122,7 @@ def run_training(algorithm: str, recipe: Any, as_json: bool, resume: str | None 
     with show.StepLine(out, recipe) as line:
         result = api.resume(resume, on_step=line) if resume else api.start(algorithm, recipe, line)
     if result.summary is None:
-        out.print(f"Stopped and saved. Continue with: posttrain resume {result.folder}")
+        out.print(f"Stopped and saved. Continue with: posttrain resume {result.folder}", soft_wrap=True)
         sys.exit(128 + result.stopped_by)
     show.finished(out, result.folder)
     if as_json:

@@ -82,7 +82,7 @@ class RolloutConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     steps: int = 60
-    """Updates to run (for sft, 0 means one pass over the data)."""
+    """Updates to run. For sft the default is 0: one pass over the data."""
     lr: float = 1e-4
     """Peak learning rate of AdamW."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -211,7 +211,7 @@ class SFTRecipe:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     algo: SFTConfig = field(default_factory=SFTConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=0))
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:

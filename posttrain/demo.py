@@ -45,7 +45,9 @@ def run_demo(out: str, steps: int | None, seed: int, as_json: bool) -> None:
 
         result = api.start(algorithm, recipe, tell)
     if result.summary is None:
-        screen.print(f"\nStopped and saved. Finish it, to the same bits, with: posttrain resume {folder}")
+        screen.print(
+            f"\nStopped and saved. Finish it, to the same bits, with: posttrain resume {folder}", soft_wrap=True
+        )
         sys.exit(128 + result.stopped_by)
     show.finished(screen, folder)
     screen.print(f"whole demo:     {show.duration(time.monotonic() - began)}\n")
