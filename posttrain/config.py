@@ -15,7 +15,7 @@ import tomllib
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -274,7 +274,7 @@ def resolve(algorithm: str, settings: Mapping[str, Any], overrides: Mapping[str,
         values = merged.setdefault(section, {})
         if isinstance(values, dict):  # anything else is refused, with its name, by _build
             values[key] = value
-    return _build(cls, merged, "")
+    return _build(cls(), merged, "")
 
 
 def locate(cls: type, name: str) -> tuple[str, str]:
@@ -306,7 +306,9 @@ def _section_type(cls: type, name: str) -> type:
     return _hints(cls)[name]
 
 
-def _build(cls: type, values: Mapping[str, Any], where: str) -> Any:
+def _build(default: Any, values: Mapping[str, Any], where: str) -> Any:
+    """`default` with the values given; a recipe's own defaults (sft's steps) outlive a section that sets others."""
+    cls = type(default)
     known = {f.name for f in fields(cls)}
     built: dict[str, Any] = {}
     for name, value in values.items():
@@ -316,10 +318,10 @@ def _build(cls: type, values: Mapping[str, Any], where: str) -> Any:
         if is_dataclass(hint):
             if not isinstance(value, Mapping):
                 raise ConfigError(f"{name} is a section; write [{name}] with settings below it, not a value.")
-            built[name] = _build(typing.cast(type, hint), value, f"{name}.")
+            built[name] = _build(getattr(default, name), value, f"{name}.")
         else:
             built[name] = coerce(value, hint, f"{where}{name}")
-    return cls(**built)
+    return replace(default, **built)
 
 
 def coerce(value: Any, hint: Any, name: str) -> Any:

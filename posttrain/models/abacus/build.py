@@ -26,7 +26,7 @@ from posttrain.models.abacus import PATH
 from posttrain.models.abacus.corpus import documents
 
 SEED = 20
-CHARACTERS = 10_000_000
+CHARACTERS = 8_000_000
 VOCABULARY = 512
 CONTEXT = 512  # tokens the finished model is meant for
 ROW, ROWS = 256, 16  # tokens in a training row, rows in a step
