@@ -1,0 +1,24 @@
+"""Turns a recorded terminal session into the picture of the README: `python docs/picture.py SESSION.txt OUT.svg`.
+
+Record with `COLUMNS=100 FORCE_COLOR=1 posttrain demo > SESSION.txt`; the text is shown as it was printed.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+
+def draw(session: Path, out: Path, width: int = 100) -> None:
+    """Writes the session as an SVG of a terminal `width` columns wide."""
+    screen = Console(record=True, width=width, file=io.StringIO(), force_terminal=True)
+    screen.print(Text.from_ansi(session.read_text(encoding="utf-8")))
+    screen.save_svg(str(out), title="posttrain demo")
+
+
+if __name__ == "__main__":
+    draw(Path(sys.argv[1]), Path(sys.argv[2]))
