@@ -241,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Build from the command line; with ``--check`` return 1 if a hash differs from the shipped build.json."""
     parser = argparse.ArgumentParser(prog="python -m posttrain.models.abacus.build", description=__doc__)
     parser.add_argument("--out", type=Path, help="folder to write (default: the shipped one, or a new one for --check)")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads; the weights depend on it (default: 2)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads; the weights depend on it (default: 1)")
     parser.add_argument("--check", action="store_true", help="compare the result with the shipped hashes")
     options = parser.parse_args(arguments)
     shipped = json.loads((PATH / "build.json").read_text()) if options.check else {}
