@@ -54,11 +54,11 @@ def run_demo(out: str, steps: int | None, seed: int, as_json: bool) -> None:
     screen.print("[bold]What next[/]")
     for command, why in (
         (f"posttrain chat {folder}", "talk to it"),
-        (f'posttrain sample {folder} -n 4 "What is 47 * 6?"', "ask it something"),
-        (f"posttrain eval {folder} --samples 8", "pass@k and majority vote, with intervals"),
+        (f'posttrain sample {folder} -n 4 "What is 47*6?"', "ask it something"),
+        (f"posttrain eval {folder} --samples 8", "pass@k and majority vote"),
         ("posttrain grpo --tasks countdown", "another task"),
         ("posttrain grpo --reward my_rewards.py:score --tasks my_tasks.jsonl", "your reward, your tasks"),
-        ("posttrain config demo", "every setting of this run, explained"),
+        ("posttrain config demo", "every setting, explained"),
     ):
         screen.print(Text(f"  {command.ljust(66)} ") + Text(why, style="dim"), soft_wrap=True)
     if as_json:

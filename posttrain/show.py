@@ -149,7 +149,6 @@ FIELDS = (
     ("nll", "loss", "{:.3f}"),
     ("eval/accuracy", "held-out accuracy", "{:.1%}"),
     ("eval/nll", "held-out loss", "{:.3f}"),
-    ("mismatch", "mismatch", "{:.0e}"),
     ("tokens_per_second", "tokens/s", "{:,.0f}"),
 )
 """Metrics of the progress line: name, label, format."""
@@ -162,6 +161,7 @@ def finished(out: Console, folder: Path) -> None:
         before, after = summary.get("before", {}), summary.get("after", {})
         first, last = store.episodes("eval", 0), store.episodes("eval", summary["steps"])
         curves = {name: store.curve(name) for name in ("accuracy", "think_share", "length", "nll")}
+        mismatch = store.curve("mismatch")[1]
         warnings = [e.message for e in store.events() if e.level != "info"]
     out.print()
     if first and last:
@@ -169,6 +169,10 @@ def finished(out: Console, folder: Path) -> None:
         steps, values = curves["accuracy"]
         out.print(Text(terminal_curve(steps, values, "accuracy of the answers it trained on, sampled")))
     out.print(change_table(before, after))
+    if gaps := [gap for gap in mismatch if math.isfinite(gap)]:
+        out.print(
+            f"sampler and learner: at most {max(gaps):.1g} apart in any token's log-probability\n", soft_wrap=True
+        )
     for message in dict.fromkeys(warnings[-5:]):
         out.print(Text(f"note: {message}", style="yellow"))
     drawn = {name: curve for name, curve in curves.items() if curve[0]}
