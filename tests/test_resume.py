@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,6 +119,19 @@ def test_a_polite_signal_finishes_the_step_and_saves_it(server: Server, number: 
     with Run.read(server.root / folder) as run:
         saved = checkpoint.latest(server.root / folder)
         assert saved is not None and saved.step == run.last_step() and run.status() == "interrupted"
+
+
+def test_interrupted_at_any_moment_a_run_resumes_to_the_same_bits(server: Server) -> None:
+    began = time.monotonic()
+    assert server.live("grpo-timed", "grpo") == 0
+    life = time.monotonic() - began
+    codes: list[int] = []
+    for i in range(8):
+        folder = f"grpo-interrupted-{i}"
+        codes.append(server.live(folder, "grpo", kill_after=life * (0.4 + 0.07 * i), signal=int(signal.SIGINT)))
+        assert server.live(folder, "grpo") == 0
+        assert server.outcome(folder) == server.baseline["grpo"]
+    assert 40 + signal.SIGINT in codes, "no moment was inside the loop; the test proves nothing"
 
 
 def test_the_failpoints_of_a_real_run_are_all_passed(server: Server) -> None:
