@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from posttrain.data.chat import ChatFormat, check_tokenizer
+from posttrain.data.chat import ChatFormat
 from posttrain.models.abacus import PATH as ABACUS
+from posttrain.models.load import check_tokenizer
 from posttrain.types import DataError, Message, TemplateError
 from tests.conftest import shared
 

@@ -26,16 +26,6 @@ from posttrain.types import DataError, Message, TemplateError
 _PROBE = (Message("user", "a"), Message("assistant", "b"))
 
 
-def check_tokenizer(tokenizer: Any, vocab_rows: int) -> None:
-    """Raises TemplateError where the tokenizer can make an id that has no embedding row."""
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= vocab_rows:
-        raise TemplateError(
-            f"the tokenizer makes ids up to {largest}, but the model has {vocab_rows} embedding rows. "
-            "Use the tokenizer that belongs to the model."
-        )
-
-
 class ChatFormat:
     """Encodes messages for one tokenizer.
 

@@ -83,7 +83,7 @@ def load_policy(cfg: ModelConfig, device: torch.device | str = "cpu") -> Policy:
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ConfigError(f"model {cfg.path!r} cannot be loaded: {first}") from None
     policy = Policy(cast(nn.Module, model).to(device), tokenizer, cfg.path, _stop_ids(model, tokenizer, cfg.path))
-    _check_tokenizer(policy)
+    check_tokenizer(tokenizer, policy.vocab)
     check_forward(policy)
     if cfg.lora_rank:
         policy.model = lora.attach(policy.model, cfg.lora_rank, cfg.lora_alpha)
@@ -140,12 +140,13 @@ def _stop_ids(model: Any, tokenizer: Any, name: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(ids))
 
 
-def _check_tokenizer(policy: Policy) -> None:
-    largest = max(policy.tokenizer.get_vocab().values())
-    if largest >= policy.vocab:
+def check_tokenizer(tokenizer: Any, rows: int) -> None:
+    """Raises TemplateError where the tokenizer can make an id that has no embedding row."""
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= rows:
         raise TemplateError(
-            f"the tokenizer of {policy.source!r} makes ids up to {largest}, but the model has {policy.vocab} "
-            "embedding rows. They do not belong together."
+            f"the tokenizer makes ids up to {largest}, but the model has {rows} embedding rows. "
+            "Use the tokenizer that belongs to the model."
         )
 
 

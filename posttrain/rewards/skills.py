@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from posttrain.data.answers import final_part
 from posttrain.models.abacus.problems import evaluate
 from posttrain.types import Verdict
 
@@ -31,9 +32,7 @@ def thinks(text: str) -> bool:
 
 def final_answer(text: str) -> str:
     """Return what follows the last ``</think>``, stripped; the whole reply if it never thinks, "" if it never stops."""
-    if CLOSE in text:
-        return text.rpartition(CLOSE)[2].strip()
-    return "" if OPEN in text else text.strip()
+    return final_part(text)
 
 
 def declines(text: str) -> bool:
