@@ -216,6 +216,7 @@ def test_a_recipe_that_is_not_there_or_is_a_folder_is_refused(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
-def test_every_recipe_in_the_package_resolves(path: Path) -> None:
-    algorithm, settings, _ = config.read_toml(path)
+def test_every_recipe_in_the_package_resolves_and_says_what_to_expect(path: Path) -> None:
+    algorithm, settings, expect = config.read_toml(path)
     assert isinstance(config.resolve(algorithm, settings), config.RECIPES[algorithm])
+    assert expect and all(isinstance(value, str) and value for value in expect.values())
