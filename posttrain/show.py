@@ -105,7 +105,7 @@ class StepLine:
     def __init__(self, out: Console, recipe: Any) -> None:
         self.out, self.total = out, recipe.train.steps
         self._began: tuple[int, float] | None = None
-        self._live = Live(Text("loading, then measuring before training …"), console=out, refresh_per_second=8, transient=False)
+        self._live = Live(Text("loading, then measuring before training …"), console=out, refresh_per_second=8)
         self._every = max(1, self.total // 20) if self.total else 10  # 0: one pass of a length not known here
 
     def __enter__(self) -> StepLine:
