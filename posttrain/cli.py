@@ -135,7 +135,10 @@ def run_training(algorithm: str, recipe: Any, as_json: bool, resume: str | None 
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 def demo(out: str, steps: int | None, seed: int, as_json: bool) -> None:
-    """Train the shipped model to think: R1-Zero in miniature, on this machine, in minutes."""
+    """Train the shipped model to think, in minutes.
+
+    R1-Zero in miniature, on this machine: the only reward is whether the answer is right.
+    """
     from posttrain.demo import run_demo
 
     run_demo(out, steps, seed, as_json)
@@ -151,7 +154,10 @@ def demo(out: str, steps: int | None, seed: int, as_json: bool) -> None:
 def grpo(
     args: tuple[str, ...], model: str | None, tasks: str | None, reward: str | None, out: str | None, as_json: bool
 ) -> None:
-    """Reinforcement learning with group-relative advantages on a reward a program can compute."""
+    """Reinforcement learning on a reward that a program computes.
+
+    An answer's advantage is its reward minus the mean of the answers to the same question (GRPO).
+    """
     given = {"model.path": model, "data.tasks": tasks, "reward.name": reward, "run.out": out}
     algorithm, recipe = read_recipe("grpo", args, given)
     run_training(algorithm, recipe, as_json)
@@ -164,7 +170,10 @@ def grpo(
 @click.option("--out", help="Run folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 def sft(args: tuple[str, ...], model: str | None, data: str | None, out: str | None, as_json: bool) -> None:
-    """Supervised fine-tuning on texts or conversations; only what the assistant wrote is trained."""
+    """Supervised fine-tuning on texts or conversations.
+
+    In conversations only what the assistant wrote is trained.
+    """
     algorithm, recipe = read_recipe("sft", args, {"model.path": model, "data.tasks": data, "run.out": out})
     run_training(algorithm, recipe, as_json)
 
@@ -194,7 +203,10 @@ def resume(run: str, as_json: bool) -> None:
 def evaluate(
     model: str, args: tuple[str, ...], tasks: str | None, reward: str | None, samples: str | None, as_json: bool
 ) -> None:
-    """Held-out accuracy of a model or run, with 95 % intervals, pass@k and maj@k."""
+    """Held-out accuracy of a model or run, with intervals.
+
+    With --samples 2 or more also pass@k and maj@k.
+    """
     from posttrain import show
 
     words, _ = split_settings(args)
@@ -245,7 +257,10 @@ def sample(model: str, prompt: str, plain: bool, as_json: bool, **options: Any) 
 @click.option("--max-tokens", default=256, show_default=True)
 @click.option("--system", default="", help="System message.")
 def chat(model: str, temperature: float, max_tokens: int, system: str) -> None:
-    """Talk to a model or run in the terminal; an empty line or Ctrl-D ends."""
+    """Talk to a model or run in the terminal.
+
+    An empty line or Ctrl-D ends.
+    """
     from posttrain import show
 
     with show.console().status(f"loading {model}"):
@@ -275,7 +290,7 @@ def runs(folder: str, as_json: bool) -> None:
 @click.argument("args", nargs=-1, type=click.UNPROCESSED, metavar="RECIPE|ALGORITHM [--section.key value]...")
 @click.option("--explain/--bare", default=True, help="With or without what each setting means.")
 def show_config(args: tuple[str, ...], explain: bool) -> None:
-    """Print a resolved recipe: every setting, its value and what it means."""
+    """Print a resolved recipe, every setting explained."""
     words, _ = split_settings(args)
     if not words:
         shipped = ", ".join(sorted(p.stem for p in (Path(__file__).parent / "recipes").glob("*.toml")))
@@ -287,7 +302,10 @@ def show_config(args: tuple[str, ...], explain: bool) -> None:
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON on stdout.")
 def doctor(as_json: bool) -> None:
-    """What this machine offers: device, speed of each dtype, sandbox layers, hub."""
+    """What this machine offers, measured.
+
+    Device, speed of each dtype, sandbox layers, reachability of the model hub.
+    """
     from posttrain import show
 
     out = show.console(as_json)
