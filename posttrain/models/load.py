@@ -6,7 +6,6 @@ held against transformers' own on a few tokens, so an architecture this package 
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,21 +170,3 @@ def check_forward(policy: Policy) -> float:
             f"and the packed one (allowed {limit:.2g}); this architecture is not supported."
         )
     return difference
-
-
-def describe(policy: Policy) -> dict[str, Any]:
-    """Facts for run.json and `doctor`."""
-    parameters = sum(p.numel() for p in policy.model.parameters())
-    learn = sum(p.numel() for p in trainable(policy).values())
-    return json.loads(
-        json.dumps(
-            {
-                "path": policy.source,
-                "class": type(lora.unwrap(policy.model)).__name__,
-                "parameters": parameters,
-                "trainable": learn,
-                "vocab": policy.vocab,
-                "stop_ids": list(policy.stop_ids),
-            }
-        )
-    )
