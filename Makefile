@@ -13,8 +13,8 @@ test: .venv/installed  ## the whole suite
 	$(BIN)/python -m pytest
 
 lint: .venv/installed  ## style and types
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/ruff check --no-cache .
+	$(BIN)/ruff format --no-cache --check .
 	$(BIN)/pyright
 
 docs: .venv/installed  ## write the generated pages of docs/ anew

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from posttrain.rewards.functions import score_safely
 
+from posttrain.rewards.functions import score_safely
 from posttrain.rollout.generator import Generator, Request, attempt_seed
 from posttrain.types import Episode, RolloutError, Sample, SamplingParams, Span, Stat, Task, Verdict
 
