@@ -106,6 +106,66 @@ class Task:
 
 
 @dataclass(frozen=True)
+class Preference:
+    """Two answers to one prompt, and how sure it is that the first is the better one.
+
+    `label` is the probability that `chosen` is better: 1 is certain, 0.5 a tie. `margin` says by how much.
+    """
+
+    id: str
+    prompt: tuple[Message, ...]
+    chosen: str
+    rejected: str
+    label: float = 1.0
+    margin: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise DataError(f"preference {self.id!r} has no prompt.")
+        for name in ("chosen", "rejected"):
+            if not getattr(self, name).strip():
+                raise DataError(f"preference {self.id!r}: the {name} answer is empty. Remove the row.")
+        if self.chosen == self.rejected:
+            raise DataError(f"preference {self.id!r}: chosen and rejected are the same text, so it teaches nothing.")
+        if not 0 <= self.label <= 1:
+            raise DataError(f"preference {self.id!r}: label={self.label} is not a probability.")
+        if not math.isfinite(self.margin):
+            raise DataError(f"preference {self.id!r}: margin={self.margin} is not a finite number.")
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """One answer and whether it is desirable (unpaired feedback, a thumb up or down)."""
+
+    id: str
+    prompt: tuple[Message, ...]
+    answer: str
+    desirable: bool
+
+    def __post_init__(self) -> None:
+        if not self.prompt or not self.answer.strip():
+            raise DataError(f"judgement {self.id!r} has no prompt or an empty answer. Remove the row.")
+
+
+@dataclass(frozen=True)
+class Solution:
+    """An answer in steps, each labelled with how likely it leads to a right result (1 good, 0 wrong)."""
+
+    id: str
+    prompt: tuple[Message, ...]
+    steps: tuple[str, ...]
+    labels: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.prompt or not self.steps or not all(step.strip() for step in self.steps):
+            raise DataError(f"solution {self.id!r} has no prompt, no steps or an empty step. Remove the row.")
+        if len(self.steps) != len(self.labels):
+            raise DataError(f"solution {self.id!r} has {len(self.steps)} steps but {len(self.labels)} labels.")
+        if not all(0 <= label <= 1 for label in self.labels):
+            raise DataError(f"solution {self.id!r}: labels {self.labels} are not all in [0, 1].")
+
+
+@dataclass(frozen=True)
 class SamplingParams:
     """How tokens are drawn. `top_k = 0` and `top_p = 1` leave the distribution whole; `temperature = 0` is greedy."""
 
@@ -227,9 +287,13 @@ class Sample:
     advantages: np.ndarray
     old_logp: np.ndarray | None = None
     ref_logp: np.ndarray | None = None
+    old_values: np.ndarray | None = None
+    returns: np.ndarray | None = None  # what a value or step head should predict
+    label: float = 1.0  # of a pair: the probability that this row is the better; of one answer: 1 desirable, 0 not
+    margin: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("loss_mask", "behaviour_logp", "advantages", "old_logp", "ref_logp"):
+        for name in ("loss_mask", "behaviour_logp", "advantages", "old_logp", "ref_logp", "old_values", "returns"):
             value = getattr(self, name)
             if value is not None and len(value) != len(self.tokens):
                 raise DataError(f"sample.{name} has {len(value)} entries for {len(self.tokens)} tokens.")
@@ -248,11 +312,20 @@ class Batch:
     advantages: torch.Tensor  # (B, T) float32
     old_logp: torch.Tensor | None = None  # (B, T) float32
     ref_logp: torch.Tensor | None = None  # (B, T) float32
+    old_values: torch.Tensor | None = None  # (B, T) float32
+    returns: torch.Tensor | None = None  # (B, T) float32
+    labels: torch.Tensor | None = None  # (B,) float32
+    margins: torch.Tensor | None = None  # (B,) float32
 
     @property
     def mask(self) -> torch.Tensor:
         """(B, T) bool: tokens that are trained."""
         return self.weights > 0
+
+    @property
+    def row_weights(self) -> torch.Tensor:
+        """(B,) float32: the weight of each row, for losses of whole rows; 0 for a row without a trained token."""
+        return self.weights.amax(1)
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,10 @@ def pad(samples: Sequence[Sample], weights: torch.Tensor, device: torch.device |
         advantages=_stack([s.advantages for s in samples], torch.float32).to(device),
         old_logp=optional("old_logp"),
         ref_logp=optional("ref_logp"),
+        old_values=optional("old_values"),
+        returns=optional("returns"),
+        labels=torch.tensor([s.label for s in samples], dtype=torch.float32, device=device),
+        margins=torch.tensor([s.margin for s in samples], dtype=torch.float32, device=device),
     )
 
 
