@@ -127,7 +127,7 @@ def _read_json(path: Path, problems: _Problems) -> Iterator[Row]:
         except (ValueError, RecursionError) as error:
             problems.add(where, f"not valid JSON: {_json_reason(error)}.")
             continue
-        if reason := _row_fault(value, text):
+        if reason := row_fault(value, text):
             problems.add(where, reason)
         else:
             yield Row(where, value)
@@ -203,7 +203,7 @@ def _array_rows(path: Path, text: str, problems: _Problems) -> Iterator[Row]:
         except (ValueError, RecursionError) as error:
             problems.add(where, f"not valid JSON: {_json_reason(error)}; the rest of the array was not read.")
             return
-        if reason := _row_fault(value, text[counted:position]):
+        if reason := row_fault(value, text[counted:position]):
             problems.add(where, reason)
         else:
             yield Row(where, value)
@@ -246,7 +246,7 @@ def _json_reason(error: Exception) -> str:
     return "nested too deeply" if isinstance(error, RecursionError) else str(error).split(";")[0]
 
 
-def _row_fault(value: Any, text: str) -> str | None:
+def row_fault(value: Any, text: str) -> str | None:
     """Why a decoded value cannot be a row, or None."""
     if not isinstance(value, dict):
         kind = {list: "an array", str: "a string", type(None): "null", bool: "a boolean"}.get(type(value), "a number")

@@ -8,13 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeVar
 
 from posttrain.data.answers import split_gold
-from posttrain.data.files import Row, data_hash, is_file_name, is_hub_id, read_rows
+from posttrain.data.files import SHOWN, Row, data_hash, is_file_name, is_hub_id, read_rows
 from posttrain.rng import key
-from posttrain.types import DataError, Message, Task
+from posttrain.types import DataError, Judgement, Message, Preference, Solution, Task
 
 __all__ = [
     "ANSWER_COLUMNS",
@@ -26,11 +26,17 @@ __all__ = [
     "duplicates",
     "is_file_name",
     "is_hub_id",
+    "parse_rows",
     "read_rows",
     "row_to_conversation",
     "row_to_task",
+    "split_by_key",
     "split_holdout",
 ]
+
+T = TypeVar("T")
+Asked = TypeVar("Asked", Task, Preference, Judgement, Solution)
+"""What is asked of a model: a task, or a prompt with answers to it."""
 
 PROMPT_COLUMNS = ("messages", "prompt", "question", "problem", "instruction", "input")
 """Where a question is looked for, in this order. `input` is appended to `instruction` when a row has both."""
@@ -48,12 +54,12 @@ def row_to_task(row: Row, env: str, system: str = "", instruction: str = "", nee
     `meta["worked"]`. Every column that is not used goes to `meta`. Raises DataError naming `file:line`.
     """
     values = dict(row.values)
-    column = _first(values, PROMPT_COLUMNS)
+    column = first_column(values, PROMPT_COLUMNS)
     if column is None:
-        raise _missing(row, "a question", PROMPT_COLUMNS)
-    messages = _question(row, values, column)
+        raise missing_column(row, "a question", PROMPT_COLUMNS)
+    messages = question_of(row, values, column)
     used = {column, "input"} if column == "instruction" else {column}
-    answer_column = _first(values, tuple(c for c in ANSWER_COLUMNS if c not in used))
+    answer_column = first_column(values, tuple(c for c in ANSWER_COLUMNS if c not in used))
     answer: Any = None
     if messages[-1].role == "assistant":
         answer, messages = messages[-1].content, messages[:-1]
@@ -61,7 +67,7 @@ def row_to_task(row: Row, env: str, system: str = "", instruction: str = "", nee
         answer = values[answer_column]
         used.add(answer_column)
     if needs_answer and answer is None:
-        raise _missing(row, "an answer", ANSWER_COLUMNS)
+        raise missing_column(row, "an answer", ANSWER_COLUMNS)
     meta = {name: value for name, value in values.items() if name not in used}
     if isinstance(answer, str):
         answer, worked = split_gold(answer)
@@ -86,18 +92,18 @@ def row_to_conversation(row: Row, system: str = "", instruction: str = "") -> st
     if values.get("text") is not None:
         if system or instruction:
             raise DataError(f"{row.where}: a `text` row has no place for data.system or data.instruction. Unset them.")
-        return _text(row, values, "text")
+        return text_of(row, values, "text")
     if values.get("messages") is not None:
-        messages = _messages(row, values["messages"], "messages")
+        messages = messages_of(row, values["messages"], "messages")
     else:
         pair = next((p for p in PAIRS if all(values.get(c) is not None for c in p)), None)
         if pair is None:
-            raise _missing(row, "text to learn", ("text", "messages", *("+".join(p) for p in PAIRS)))
-        messages = _question(row, values, pair[0])
+            raise missing_column(row, "text to learn", ("text", "messages", *("+".join(p) for p in PAIRS)))
+        messages = question_of(row, values, pair[0])
         if isinstance(values[pair[1]], list):
-            messages += _messages(row, values[pair[1]], pair[1])
+            messages += messages_of(row, values[pair[1]], pair[1])
         else:
-            messages += (Message("assistant", _text(row, values, pair[1])),)
+            messages += (Message("assistant", text_of(row, values, pair[1])),)
     if not any(m.role == "assistant" and m.content.strip() for m in messages):
         raise DataError(f"{row.where}: no assistant message with text, so nothing would train. Remove the row.")
     return with_system(row.where, with_instruction(messages, instruction), system)
@@ -119,27 +125,56 @@ def with_system(where: str, messages: tuple[Message, ...], system: str) -> tuple
     return (Message("system", system), *messages)
 
 
-def content_key(task: Task) -> str:
-    """A stable name for what a task asks: equal exactly when the messages are."""
-    text = json.dumps([(m.role, m.content, list(m.tool_calls)) for m in task.messages], default=str)
+def parse_rows(
+    rows: Sequence[Row], parse: Callable[[Row], T], bad: Literal["refuse", "drop"] = "refuse"
+) -> tuple[list[T], list[str]]:
+    """What `parse` makes of each row, and the sentences of the rows it refused.
+
+    With `bad="refuse"` any such row raises one DataError that shows the first 20 and counts all; with "drop" they are
+    left out, and the caller says how many. Raises DataError where no row is left.
+    """
+    parsed: list[T] = []
+    faults: list[str] = []
+    for row in rows:
+        try:
+            parsed.append(parse(row))
+        except DataError as error:
+            faults.append(str(error))
+    if faults and (bad == "refuse" or not parsed):
+        more = f" ({len(faults) - SHOWN} more not shown)" if len(faults) > SHOWN else ""
+        raise DataError(
+            "\n".join(faults[:SHOWN])
+            + f"\n{len(faults)} of {len(rows)} rows cannot be used{more}; nothing was. Fix or remove them."
+        )
+    return parsed, faults
+
+
+def content_key(item: Task | Preference | Judgement | Solution) -> str:
+    """A stable name for what is asked: equal exactly when the messages before the answer are."""
+    messages = item.messages if isinstance(item, Task) else item.prompt
+    text = json.dumps([(m.role, m.content, list(m.tool_calls)) for m in messages], default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def duplicates(tasks: Sequence[Task]) -> int:
-    """How many tasks ask what an earlier one asked. They are kept: how often a row counts is the file's choice."""
-    return len(tasks) - len({content_key(t) for t in tasks})
+def duplicates(items: Sequence[Task | Preference | Judgement | Solution]) -> int:
+    """How many items ask what an earlier one asked. They are kept: how often a row counts is the file's choice."""
+    return len(items) - len({content_key(item) for item in items})
 
 
-def split_holdout(tasks: Sequence[Task], share: float, seed: int) -> tuple[list[Task], list[Task]]:
-    """(train, held out): about `share` of the distinct questions are held out, at least one of two or more.
+def split_holdout(items: Sequence[Asked], share: float, seed: int) -> tuple[list[Asked], list[Asked]]:
+    """(train, held out) by what is asked: all rows with the same prompt fall on the same side (see `split_by_key`)."""
+    return split_by_key(items, [content_key(item) for item in items], share, seed)
 
-    The choice is a function of each question's content and `seed`, so neither the order of the rows nor their number
-    of copies matters, and all copies of a question fall on the same side. A share of 0 holds nothing out. Raises
-    DataError where a single question would have to be on both sides.
+
+def split_by_key(items: Sequence[T], names: Sequence[str], share: float, seed: int) -> tuple[list[T], list[T]]:
+    """(train, held out): the items of about `share` of the distinct names are held out, at least one of two or more.
+
+    The choice is a function of each name and `seed`, so neither the order of the items nor their number of copies
+    matters, and all items of one name fall on the same side. A share of 0 holds nothing out. Raises DataError where a
+    single name would have to be on both sides.
     """
     if share <= 0:
-        return list(tasks), []
-    names = [content_key(t) for t in tasks]
+        return list(items), []
     ranked = sorted(set(names), key=lambda name: key("holdout", seed, name))
     if len(ranked) < 2:
         raise DataError(
@@ -147,18 +182,18 @@ def split_holdout(tasks: Sequence[Task], share: float, seed: int) -> tuple[list[
             "Give more rows, or set data.eval_tasks."
         )
     held = set(ranked[: min(len(ranked) - 1, max(1, round(share * len(ranked))))])
-    train = [t for t, name in zip(tasks, names, strict=True) if name not in held]
-    return train, [t for t, name in zip(tasks, names, strict=True) if name in held]
+    train = [item for item, name in zip(items, names, strict=True) if name not in held]
+    return train, [item for item, name in zip(items, names, strict=True) if name in held]
 
 
-def drop_leaks(train: Sequence[Task], evaluation: Sequence[Task]) -> tuple[list[Task], int]:
-    """Training tasks that no evaluation task asks, and how many were dropped.
+def drop_leaks(train: Sequence[Asked], evaluation: Sequence[Asked]) -> tuple[list[Asked], int]:
+    """Training items whose prompt no evaluation item asks, and how many were dropped.
 
     The training side loses the row, so that a published benchmark stays whole and its score comparable. Raises
     DataError where nothing would be left to train on.
     """
-    asked = {content_key(t) for t in evaluation}
-    kept = [t for t in train if content_key(t) not in asked]
+    asked = {content_key(item) for item in evaluation}
+    kept = [item for item in train if content_key(item) not in asked]
     if train and not kept:
         raise DataError(
             f"all {len(train)} training questions are also in the evaluation set. Set data.eval_tasks to other data."
@@ -166,27 +201,31 @@ def drop_leaks(train: Sequence[Task], evaluation: Sequence[Task]) -> tuple[list[
     return kept, len(train) - len(kept)
 
 
-def _first(values: Mapping[str, Any], names: Sequence[str]) -> str | None:
+def first_column(values: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    """The first of `names` that the row fills, or None."""
     return next((name for name in names if values.get(name) is not None), None)
 
 
-def _missing(row: Row, what: str, columns: Sequence[str]) -> DataError:
+def missing_column(row: Row, what: str, columns: Sequence[str]) -> DataError:
+    """The error of a row that fills none of `columns`."""
     shown = [f"{name} (null)" if value is None else name for name, value in row.values.items()]
     return DataError(
         f"{row.where}: no column holds {what} ({', '.join(columns)}); the row has {', '.join(shown)}. Rename one."
     )
 
 
-def _question(row: Row, values: Mapping[str, Any], column: str) -> tuple[Message, ...]:
+def question_of(row: Row, values: Mapping[str, Any], column: str) -> tuple[Message, ...]:
+    """The messages that `column` holds, or its text as one user message; `input` follows `instruction`."""
     if column == "messages" or isinstance(values[column], list):
-        return _messages(row, values[column], column)
-    text = _text(row, values, column)
+        return messages_of(row, values[column], column)
+    text = text_of(row, values, column)
     if column == "instruction" and values.get("input"):
-        text = f"{text}\n\n{_text(row, values, 'input')}"
+        text = f"{text}\n\n{text_of(row, values, 'input')}"
     return (Message("user", text),)
 
 
-def _text(row: Row, values: Mapping[str, Any], column: str) -> str:
+def text_of(row: Row, values: Mapping[str, Any], column: str) -> str:
+    """A column's text; numbers become text. Raises DataError where it is empty or something else."""
     value = values[column]
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
@@ -197,7 +236,8 @@ def _text(row: Row, values: Mapping[str, Any], column: str) -> str:
     return value
 
 
-def _messages(row: Row, value: Any, column: str) -> tuple[Message, ...]:
+def messages_of(row: Row, value: Any, column: str) -> tuple[Message, ...]:
+    """The messages in a column's list of objects with role and content (and tool_calls). Raises DataError."""
     if not isinstance(value, list) or not value:
         raise DataError(f"{row.where}: column {column!r} is not a list of messages with role and content.")
     messages: list[Message] = []
