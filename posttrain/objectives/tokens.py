@@ -45,6 +45,37 @@ def kl_k3(logp: torch.Tensor, ref_logp: torch.Tensor) -> torch.Tensor:
     return torch.expm1(log_ratio) - log_ratio
 
 
+def kl_k3_plus(logp: torch.Tensor, ref_logp: torch.Tensor) -> torch.Tensor:
+    """The value of k3 with the gradient of k2: low variance to read, right to descend."""
+    k2 = kl_k2(logp, ref_logp)
+    return kl_k3(logp, ref_logp).detach() + k2 - k2.detach()
+
+
+KL_ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3, "k3+": kl_k3_plus}
+
+
+def kl(logp: torch.Tensor, ref_logp: torch.Tensor, how: str) -> torch.Tensor:
+    """Per-token estimate of KL(π ‖ π_ref) at tokens that π sampled; `how` is a key of KL_ESTIMATORS.
+
+    logp, ref_logp, any shape → the same shape. As part of the reward, where nothing is differentiated, each will do:
+    k1 and k3 are unbiased. As a term of the loss, what counts is the expected gradient, and a good value does not
+    make a good gradient, because the sampling itself is not differentiated. With score s = ∇ log π, E_π[s] = 0:
+
+    | how | gradient per token          | expected under π                                              |
+    |-----|-----------------------------|---------------------------------------------------------------|
+    | k1  | s                           | 0: no force at all, only noise                                |
+    | k2  | (log π − log π_ref) · s     | ∇ KL(π ‖ π_ref), the right one                                |
+    | k3  | (1 − π_ref / π) · s         | ∇ KL(π_ref ‖ π), the forward KL's: weak where π_ref is small  |
+    | k3+ | that of k2                  | ∇ KL(π ‖ π_ref), with k3's value                              |
+
+    "Right" is per visited state: that earlier tokens decide which states are visited is left out, by all four.
+    Raises ValueError for an unknown `how`.
+    """
+    if how not in KL_ESTIMATORS:
+        raise ValueError(f"unknown KL estimator {how!r}; expected one of {', '.join(KL_ESTIMATORS)}.")
+    return KL_ESTIMATORS[how](logp, ref_logp)
+
+
 AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant")
 
 
@@ -82,3 +113,27 @@ def token_weights(loss_mask: torch.Tensor, how: str, max_len: int | None = None)
 def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Mean of `values` where `mask`, 0 when the mask is empty; unmasked entries may hold anything, even NaN."""
     return torch.where(mask, values, 0).sum() / mask.sum().clamp_min(1)
+
+
+def masked_var(values: torch.Tensor, mask: torch.Tensor, bessel: bool = True) -> torch.Tensor:
+    """Variance of `values` where `mask`, over n − 1 with `bessel`, else n; 0 with fewer than two entries."""
+    centred = torch.where(mask, values - masked_mean(values, mask), 0)
+    return centred.square().sum() / (mask.sum() - int(bessel)).clamp_min(1)
+
+
+def whiten(
+    values: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True, bessel: bool = True, eps: float = 1e-8
+) -> torch.Tensor:
+    """(values − mean) / √(var + eps) over all of the mask, 0 elsewhere; without `shift_mean` the mean is added back.
+
+    values (B, T), mask (B, T) bool → (B, T), same dtype; statistics are those of the tensors given, so whiten the
+    whole batch before it is split. verl and TRL use Bessel's n − 1, OpenRLHF and NeMo-RL n. Equal values give
+    exactly 0 (or their mean).
+    """
+    wide = torch.where(mask, values, 0).double()
+    mean = masked_mean(wide, mask)
+    white = (wide - mean) * (masked_var(wide, mask, bessel) + eps).rsqrt()
+    known = wide[mask]
+    if known.numel() and known.min() == known.max():
+        white = torch.zeros_like(wide)
+    return torch.where(mask, white if shift_mean else white + mean, 0).to(values.dtype)
