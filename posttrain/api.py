@@ -12,34 +12,32 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+import posttrain.algos.grpo
+import posttrain.algos.sft
 from posttrain import __version__, config, machine, rng
-from posttrain.algos import grpo as grpo_algorithm
-from posttrain.algos import sft as sft_algorithm
-from posttrain.collect import Collector, Verifier
-from posttrain.config import GRPORecipe, SFTRecipe
-from posttrain.data.answers import final_part, marked_answer
-from posttrain.data.chat import ChatFormat
-from posttrain.envs import prepare as data_sets
+from posttrain.config import GRPORecipe
 from posttrain.envs import tasks as task_sets
 from posttrain.evaluation import Report
 from posttrain.evaluation import evaluate as evaluate_tasks
+from posttrain.models import heads
 from posttrain.models.load import Policy, load_policy, load_weights, save_pretrained
-from posttrain.rewards.functions import reward_from
-from posttrain.rollout.engine import EmbeddedGenerator
+from posttrain.prepare import Job, OnStep, Setup, final_answer, judged_tasks, make_collector, speak
 from posttrain.store import checkpoint
 from posttrain.store.run import Event, Run, next_folder
 from posttrain.train.interrupt import Interrupt
-from posttrain.types import ConfigError, Episode, ResumeError, SamplingParams, Task
+from posttrain.types import Episode, ResumeError, Task
 
-GOLD_DECIDES = ("auto", "exact", "numeric", "math")
-"""Rewards that compare with the task's gold answer, so that every task must have one that passes."""
+ALGORITHMS: dict[str, Any] = {
+    "grpo": posttrain.algos.grpo,
+    "sft": posttrain.algos.sft,
+}
+"""Name → the algorithm's file: a module with `prepare(setup) -> Job`, one for every recipe class."""
 
 Reward = str | Callable[..., Any]
-OnStep = Callable[[int, dict[str, float]], None]
 
 
 @dataclass(frozen=True)
@@ -90,29 +88,29 @@ def sft(
 
 def start(
     algorithm: str,
-    recipe: GRPORecipe | SFTRecipe,
+    recipe: Any,
     on_step: OnStep | None = None,
     given: list[Task] | None = None,
     reward: Callable[..., Any] | None = None,
 ) -> Result:
     """Makes a new run folder for a resolved recipe and runs it to the end."""
     folder = Path(recipe.run.out) if recipe.run.out else next_folder(Path("runs"), algorithm)
-    prepared = prepare(recipe, folder, given, reward)
+    job, fingerprint = prepare(algorithm, recipe, folder, given, reward)
     header = {
         "posttrain": __version__,
         "algorithm": algorithm,
         "recipe": config.as_dict(recipe),
-        "data": prepared.data_hash,
+        "data": job.data_hash,
         "given": [name for name, value in (("tasks", given), ("reward", reward)) if value is not None],
-        "fingerprint": prepared.fingerprint,
+        "fingerprint": fingerprint,
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
     with Run.create(folder, header) as store:
         if given is not None:
             task_sets.write_tasks(folder / "tasks.jsonl", given)
-        for note in prepared.notes:
+        for note in job.notes:
             store.note(0, Event("info", "data", note))
-        return _drive(algorithm, recipe, store, prepared, on_step)
+        return _drive(store, job, on_step)
 
 
 def resume(folder: str | Path, reward: Callable[..., Any] | None = None, on_step: OnStep | None = None) -> Result:
@@ -135,8 +133,8 @@ def resume(folder: str | Path, reward: Callable[..., Any] | None = None, on_step
             )
         machine.set_threads(header["fingerprint"]["threads"])
         given = task_sets.read_tasks(folder / "tasks.jsonl") if "tasks" in header["given"] else None
-        prepared = prepare(recipe, folder, given, reward)
-        if prepared.data_hash != header["data"]:
+        job, fingerprint = prepare(algorithm, recipe, folder, given, reward)
+        if job.data_hash != header["data"]:
             raise ResumeError(
                 f"the tasks of {folder} are not the ones it was started with ({recipe.data.tasks!r} has changed). "
                 "Restore the file, or start a new run."
@@ -145,100 +143,35 @@ def resume(folder: str | Path, reward: Callable[..., Any] | None = None, on_step
         step = saved.step if saved else 0
         for damaged in saved.skipped if saved else ():
             store.note(step, Event("warning", "checkpoint", f"passed over: {damaged}"))
-        if changed := machine.differences(header["fingerprint"], prepared.fingerprint):
+        if changed := machine.differences(header["fingerprint"], fingerprint):
             text = f"Resumed on something else ({'; '.join(changed)}): the result may differ in its last bits."
             store.rewind(step + 1 if saved else 0)
             store.note(step, Event("warning", "fingerprint", text))
-        return _drive(algorithm, recipe, store, prepared, on_step)
+        return _drive(store, job, on_step)
 
 
-def speak(policy: Policy, form: Literal["chat", "plain"]) -> ChatFormat:
-    """The policy's chat format; what ends a turn in it also ends a completion, so that what is trained stops."""
-    chat = ChatFormat(policy.tokenizer, form)
-    policy.stop_ids = tuple(dict.fromkeys([*policy.stop_ids, *chat.stop_ids]))
-    return chat
+def prepare(
+    algorithm: str, recipe: Any, folder: Path, given: list[Task] | None, reward: Callable[..., Any] | None
+) -> tuple[Job, dict[str, Any]]:
+    """Loads the model and the data and checks both; every refusal happens here, before step 0.
 
-
-def final_answer(text: str) -> str:
-    """What two replies must share to count as the same vote: the announced answer, or else the part after thinking."""
-    return marked_answer(final_part(text)) or final_part(text)
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Everything a run needs before its first step."""
-
-    policy: Policy
-    chat: ChatFormat
-    train: list[Any]  # Task, or Sample for sft
-    test: list[Any]
-    verify: Verifier | None
-    data_hash: str
-    fingerprint: dict[str, Any]
-    notes: list[str]
-
-
-def prepare(recipe: Any, folder: Path, given: list[Task] | None, reward: Callable[..., Any] | None) -> Prepared:
-    """Loads the model and the data and checks both; every refusal happens here, before step 0."""
+    Returns the job and the fingerprint of the machine and model under which its bits repeat.
+    """
     machine.set_threads(recipe.train.threads)
     device = machine.device(recipe.train.device)
     rng.seed_global(recipe.run.seed, "init")  # LoRA's first weights
     policy = load_policy(recipe.model, device)
-    chat = speak(policy, recipe.data.format)
-    fingerprint = machine.fingerprint(policy, device)
-    if isinstance(recipe, SFTRecipe):
-        sets = data_sets.load_conversations(recipe.data, recipe.run.seed)
-        train, notes = sft_algorithm.training_rows(sets.train, chat, recipe.algo)
-        test, _ = sft_algorithm.training_rows(sets.test, chat, recipe.algo)
-        return Prepared(policy, chat, train, test, None, sets.hash, fingerprint, sets.notes + notes)
-    sets, verify = judged_tasks(recipe, chat, given, reward)
-    return Prepared(policy, chat, sets.train, sets.test, verify, sets.hash, fingerprint, sets.notes)
+    setup = Setup(recipe, policy, speak(policy, recipe.data.format), folder, given, reward)
+    return ALGORITHMS[algorithm].prepare(setup), machine.fingerprint(policy, device)
 
 
-def judged_tasks(
-    recipe: GRPORecipe, chat: ChatFormat, given: list[Task] | None, reward: Callable[..., Any] | None
-) -> tuple[task_sets.TaskSets, Verifier]:
-    """The tasks of a recipe and what scores them; where a gold answer decides, each task's own must pass."""
-    verify = reward_from(reward or recipe.reward.name, task_sets.verifier_for)
-    gold_decides = reward is None and recipe.reward.name in GOLD_DECIDES
-    sets = task_sets.load_tasks(recipe.data, recipe.run.seed, given, needs_answer=gold_decides)
-    sets = data_sets.fit_prompts(sets, chat, recipe.data)
-    if not sets.test:
-        raise ConfigError("no held-out tasks are left to evaluate on; set data.eval_tasks or raise data.holdout.")
-    if gold_decides:
-        task_sets.validate(sets.train + sets.test, verify)
-    if len(sets.test) < recipe.eval.problems:
-        note = f"{len(sets.test)} held-out tasks exist; eval.problems={recipe.eval.problems} evaluates all of them."
-        sets = replace(sets, notes=[*sets.notes, note])
-    return sets, verify
-
-
-def make_collector(policy: Policy, chat: ChatFormat, verify: Verifier, recipe: GRPORecipe) -> Collector:
-    """Engine, chat format and verifier put together for a recipe."""
-    rollout = recipe.rollout
-    return Collector(
-        generator=EmbeddedGenerator(policy, rollout.slots),
-        encode=lambda task: chat.prompt_tokens(task.messages),
-        decode=lambda tokens: policy.tokenizer.decode(tokens, skip_special_tokens=True),
-        verify=verify,
-        params=SamplingParams(temperature=rollout.temperature, max_tokens=rollout.max_tokens),
-        seed=recipe.run.seed,
-    )
-
-
-def _drive(algorithm: str, recipe: Any, store: Run, prepared: Prepared, on_step: OnStep | None) -> Result:
-    tell = on_step or (lambda step, values: None)
-    policy, train, test = prepared.policy, prepared.train, prepared.test
+def _drive(store: Run, job: Job, on_step: OnStep | None) -> Result:
     with Interrupt() as interrupt:
-        if algorithm == "grpo":
-            assert prepared.verify is not None
-            collector = make_collector(policy, prepared.chat, prepared.verify, recipe)
-            test = test[: recipe.eval.problems]
-            summary = grpo_algorithm.run(recipe, store, policy, collector, train, test, final_answer, tell, interrupt)
-        else:
-            summary = sft_algorithm.run(recipe, store, policy, train, test, tell, interrupt)
+        summary = job.run(store, on_step or (lambda step, values: None), interrupt)
         if summary is not None:
-            save_pretrained(policy, store.folder / "model")
+            save_pretrained(job.policy, store.folder / "model")
+            if job.policy.scalar is not None:
+                heads.save_head(job.policy, store.folder / "model")
             store.finish(summary)
     return Result(store.folder, summary, 0 if summary else interrupt.requested)
 
@@ -278,7 +211,7 @@ def evaluate_recipe(
     sets, verify = judged_tasks(recipe, chat, None, reward)
     collector = make_collector(policy, chat, verify, recipe)
     collector = replace(collector, params=replace(collector.params, temperature=recipe.eval.temperature))
-    return evaluate_tasks(collector, sets.test[: recipe.eval.problems], recipe.eval.samples, 0, final_answer)
+    return evaluate_tasks(collector, sets.test, recipe.eval.samples, 0, final_answer)
 
 
 def _dotted(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,9 +6,11 @@ reward · 6 training diverged · 7 run folder · 8 disk · 130 stopped by Ctrl-C
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -81,13 +83,16 @@ def find_recipe(name: str) -> Path:
 
 
 def sections_of(model: str) -> dict[str, Any]:
-    """The settings a GRPO run was made with, so that it is evaluated on its own terms; nothing for other models."""
+    """The settings a run was made with, as far as an evaluation has them; nothing for other models."""
     if not (Path(model) / "run.json").exists():
         return {}
     from posttrain.store.run import Run
 
     with Run.read(Path(model)) as store:
-        return store.header["recipe"] if store.header["algorithm"] == "grpo" else {}
+        recipe = store.header["recipe"]
+    known = config.as_dict(config.GRPORecipe())
+    shared = {name: recipe[name] for name in known if name in recipe and name != "algo"}
+    return {name: {k: v for k, v in values.items() if k in known[name]} for name, values in shared.items()}
 
 
 def read_recipe(
@@ -144,38 +149,39 @@ def demo(out: str, steps: int | None, seed: int, as_json: bool) -> None:
     run_demo(out, steps, seed, as_json)
 
 
-@settings_command("grpo", epilog=RECIPE_HELP)
-@click.argument("args", nargs=-1, type=click.UNPROCESSED, metavar="[RECIPE] [--section.key value]...")
-@click.option("--model", help="Model folder, hub id, or `abacus`.")
-@click.option("--tasks", help="Built-in task, JSONL/Parquet file, or data set id.")
-@click.option("--reward", help="`auto`, a verifier, or FILE.py:FUNCTION.")
-@click.option("--out", help="Run folder.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
-def grpo(
-    args: tuple[str, ...], model: str | None, tasks: str | None, reward: str | None, out: str | None, as_json: bool
-) -> None:
-    """Reinforcement learning on a reward that a program computes.
+def training_command(algorithm: str) -> None:
+    """The command of an algorithm: what its recipe class says, with its most used settings as options."""
+    recipe = config.RECIPES[algorithm]
+    sections = {section.name for section in fields(recipe)}
+    shown = [("--model", "model.path", "Model folder, hub id, or `abacus`.")]
+    judged = "reward" in sections
+    what = (
+        "Built-in task, JSONL/Parquet file, or data set id." if judged else "JSONL/Parquet file, data set id, or task."
+    )
+    shown.append(("--tasks" if judged else "--data", "data.tasks", what))
+    if judged:
+        shown.append(("--reward", "reward.name", "`auto`, a verifier, FILE.py:FUNCTION, or model:FOLDER."))
+    if presets := config.PRESETS.get(algorithm):
+        shown.append(
+            ("--preset", "algo.preset", f"Settings of a paper or another implementation: {', '.join(presets)}.")
+        )
+    shown.append(("--out", "run.out", "Run folder."))
 
-    An answer's advantage is its reward minus the mean of the answers to the same question (GRPO).
-    """
-    given = {"model.path": model, "data.tasks": tasks, "reward.name": reward, "run.out": out}
-    algorithm, recipe = read_recipe("grpo", args, given)
-    run_training(algorithm, recipe, as_json)
+    def command(args: tuple[str, ...], as_json: bool, **given: str | None) -> None:
+        named = {setting: given[option.removeprefix("--")] for option, setting, _ in shown}
+        found, resolved = read_recipe(algorithm, args, named)
+        run_training(found, resolved, as_json)
+
+    command = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")(command)
+    for option, _, text in reversed(shown):
+        command = click.option(option, help=text)(command)
+    metavar = "[RECIPE] [--section.key value]..."
+    command = click.argument("args", nargs=-1, type=click.UNPROCESSED, metavar=metavar)(command)
+    settings_command(algorithm, epilog=RECIPE_HELP, help=inspect.cleandoc(recipe.__doc__ or ""))(command)
 
 
-@settings_command("sft", epilog=RECIPE_HELP)
-@click.argument("args", nargs=-1, type=click.UNPROCESSED, metavar="[RECIPE] [--section.key value]...")
-@click.option("--model", help="Model folder, hub id, or `abacus`.")
-@click.option("--data", help="JSONL/Parquet file of texts or conversations, or data set id.")
-@click.option("--out", help="Run folder.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
-def sft(args: tuple[str, ...], model: str | None, data: str | None, out: str | None, as_json: bool) -> None:
-    """Supervised fine-tuning on texts or conversations.
-
-    In conversations only what the assistant wrote is trained.
-    """
-    algorithm, recipe = read_recipe("sft", args, {"model.path": model, "data.tasks": data, "run.out": out})
-    run_training(algorithm, recipe, as_json)
+for _algorithm in config.RECIPES:
+    training_command(_algorithm)
 
 
 @main.command()

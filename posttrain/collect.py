@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
 
-from posttrain.rewards.functions import score_safely
+from posttrain.rewards.functions import score_all
 from posttrain.rollout.generator import Generator, Request, attempt_seed
+from posttrain.store.run import EpisodeRow
 from posttrain.types import Episode, RolloutError, Sample, SamplingParams, Span, Stat, Task, Verdict
 
 Verifier = Callable[[Task, str], Verdict]
@@ -37,12 +39,14 @@ class Collector:
         start = time.monotonic()
         completions = self.generator.generate(requests, self.params)
         seconds = (time.monotonic() - start) / max(1, len(tasks) * attempts)
+        texts = [[self.decode(c.tokens[:-1] if c.stop == "stop" else c.tokens) for c in group] for group in completions]
+        pairs = [(task, text) for task, group in zip(tasks, texts, strict=True) for text in group]
+        judged = iter(score_all(self.verify, pairs))
         out: list[list[Episode]] = []
         for g, (task, prompt, group) in enumerate(zip(tasks, prompts, completions, strict=True)):
             episodes: list[Episode] = []
-            for i, c in enumerate(group):
-                text = self.decode(c.tokens[:-1] if c.stop == "stop" else c.tokens)
-                verdict, error = score_safely(self.verify, task, text)
+            for i, (c, text) in enumerate(zip(group, texts[g], strict=True)):
+                verdict, error = next(judged)
                 spans = (Span("prompt", prompt), Span("model", c.tokens, c.logprobs, c.version))
                 scored = (verdict.score, verdict.passed, verdict.parts) if verdict else (None, False, {})
                 episodes.append(Episode(task.id, g, i, spans, text, *scored, c.stop, error, seconds))
@@ -94,4 +98,30 @@ def episode_stats(groups: Sequence[Sequence[Episode]], flat: int) -> dict[str, S
         "truncated": Stat(sum(e.stop == "length" for e in episodes), len(episodes)),
         "flat_groups": Stat(flat, len(groups)),
         "unscored": Stat(len(episodes) - count, 1, "sum"),
+    }
+
+
+def episode_rows(
+    kind: Literal["train", "eval"],
+    step: int,
+    groups: Sequence[Sequence[Episode]],
+    tasks: Sequence[Task],
+    advantages: torch.Tensor | None = None,
+) -> list[EpisodeRow]:
+    """Groups as the store keeps them; advantages (P, G)."""
+    return [
+        EpisodeRow.of(kind, step, e, task.prompt, None if advantages is None else float(advantages[e.group, e.index]))
+        for task, group in zip(tasks, groups, strict=True)
+        for e in group
+    ]
+
+
+def timings(groups: Sequence[Sequence[Episode]], start: float, sampled: float) -> dict[str, float]:
+    """Seconds and tokens per second of a step that began at `start` and had its answers at `sampled`."""
+    now, tokens = time.monotonic(), sum(e.length for g in groups for e in g)
+    return {
+        "seconds": now - start,
+        "seconds_rollout": sampled - start,
+        "tokens_per_second": tokens / (now - start),
+        "rollout_tokens_per_second": tokens / (sampled - start),
     }

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from posttrain import rng
-from posttrain.collect import Collector
+from posttrain.collect import Collector, episode_rows
+from posttrain.store.run import EpisodeRow
 from posttrain.types import Episode, Task
 
 Z95 = 1.959963984540054
@@ -112,6 +113,23 @@ def evaluate(
     """Samples `samples` answers to each task and summarises them."""
     groups = collector.groups(tasks, samples, step, purpose)
     return summarise(groups, samples, final_answer), groups
+
+
+@dataclass(frozen=True)
+class Examiner:
+    """A fixed held-out examination, the same tasks and random numbers each time it is called."""
+
+    collector: Collector
+    tasks: Sequence[Task]
+    samples: int
+    temperature: float
+    final_answer: Callable[[str], str]
+
+    def __call__(self, step: int) -> tuple[dict[str, float], list[EpisodeRow]]:
+        """Metrics named `eval/…` and the episodes behind them, stamped with `step`."""
+        collector = replace(self.collector, params=replace(self.collector.params, temperature=self.temperature))
+        report, groups = evaluate(collector, self.tasks, self.samples, 0, self.final_answer)
+        return report.metrics(), episode_rows("eval", step, groups, self.tasks)
 
 
 def summarise(groups: Sequence[Sequence[Episode]], samples: int, final_answer: Callable[[str], str]) -> Report:

@@ -9,6 +9,7 @@ import numpy as np
 
 from posttrain import api, machine
 from posttrain.models.load import Policy
+from posttrain.prepare import speak
 from posttrain.rollout.engine import EmbeddedGenerator
 from posttrain.rollout.generator import Request, attempt_seed
 from posttrain.show import printable
@@ -35,7 +36,7 @@ def sample(
     """`count` answers: text, stop reason, tokens and log-probabilities."""
     params = SamplingParams(temperature, top_p, top_k, max_tokens)
     policy = api.open_policy(model, device=machine.device("auto"))
-    tokens = api.speak(policy, "plain" if plain else "chat").prompt_tokens((Message("user", prompt),))
+    tokens = speak(policy, "plain" if plain else "chat").prompt_tokens((Message("user", prompt),))
     request = Request(tokens, tuple(attempt_seed(seed, "sample", 0, prompt, i) for i in range(count)))
     (completions,) = EmbeddedGenerator(policy, slots=min(count, 128)).generate([request], params)
     return [
@@ -52,7 +53,7 @@ def sample(
 def chat(model: str, temperature: float, max_tokens: int, system: str) -> None:
     """Reads lines and streams replies until an empty line or end of input."""
     policy = api.open_policy(model, device=machine.device("auto"))
-    form = api.speak(policy, "chat")
+    form = speak(policy, "chat")
     engine = EmbeddedGenerator(policy, slots=1)
     history = [Message("system", system)] if system else []
     params = SamplingParams(temperature, max_tokens=max_tokens)

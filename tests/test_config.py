@@ -6,7 +6,7 @@ import dataclasses
 import math
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 from hypothesis import given
@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from posttrain import config
 from posttrain.types import ConfigError
 
-RECIPES = sorted((Path(config.__file__).parent / "recipes").glob("*.toml"))
+RECIPES = sorted((Path(config.__file__).parents[1] / "recipes").glob("*.toml"))
 SECTIONS = sorted(
-    {config._section_type(cls, s.name) for cls in config.RECIPES.values() for s in dataclasses.fields(cls)},
+    {get_type_hints(cls)[s.name] for cls in config.RECIPES.values() for s in dataclasses.fields(cls)},
     key=lambda cls: cls.__name__,
 )
 

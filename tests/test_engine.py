@@ -14,7 +14,7 @@ from posttrain.models.load import Policy
 from posttrain.rollout.engine import EmbeddedGenerator
 from posttrain.rollout.generator import Request, attempt_seed, draw, shape_logits
 from posttrain.rollout.scheduler import Scheduler
-from posttrain.train.learner import sample_logprobs
+from posttrain.train.forward import sample_logprobs
 from posttrain.types import Completion, RolloutError, Sample, SamplingParams
 from tests import tiny
 from tests.conftest import shared

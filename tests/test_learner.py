@@ -18,8 +18,9 @@ from posttrain.models import lora
 from posttrain.models.attention import Packed
 from posttrain.models.load import Policy, hidden_states
 from posttrain.objectives.tokens import token_logprobs
-from posttrain.train import learner as learner_module
-from posttrain.train.learner import Learner, sample_logprobs, token_stats
+from posttrain.train import forward as forward_module
+from posttrain.train.forward import sample_logprobs, token_stats
+from posttrain.train.learner import Learner
 from posttrain.types import Batch, ResumeError, Sample, Stat, TrainingDiverged
 from tests import tiny
 from tests.conftest import shared
@@ -207,7 +208,7 @@ def test_projecting_in_chunks_gives_the_same_values_and_gradient(
 ) -> None:
     samples = samples_for(policy)
     logp, gradient = sample_logprobs(policy, samples, 10**6), gradients(policy, samples)
-    monkeypatch.setattr(learner_module, "LOGITS_PER_CHUNK", 7 * policy.vocab)
+    monkeypatch.setattr(forward_module, "LOGITS_PER_CHUNK", 7 * policy.vocab)
     for ours, theirs in zip(sample_logprobs(policy, samples, 10**6), logp, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
     scale = max(1.0, max(float(g.abs().max()) for g in gradient.values()))

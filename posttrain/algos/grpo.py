@@ -15,33 +15,49 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
 from posttrain import rng
-from posttrain.collect import Collector, check_failures, episode_stats, rewards_tensor, to_sample, with_logp
+from posttrain.collect import (
+    Collector,
+    check_failures,
+    episode_rows,
+    episode_stats,
+    rewards_tensor,
+    timings,
+    to_sample,
+    with_logp,
+)
 from posttrain.config import GRPORecipe
 from posttrain.data import batching
-from posttrain.evaluation import evaluate
+from posttrain.evaluation import Examiner
 from posttrain.models import lora
 from posttrain.models.load import Policy, load_policy
 from posttrain.objectives.advantages import flat_groups, group_relative
 from posttrain.objectives.policy import clip, is_correction, reinforce
 from posttrain.objectives.tokens import kl_k3
+from posttrain.prepare import Job, OnStep, Setup, final_answer, judged_tasks, make_collector
 from posttrain.store import checkpoint
 from posttrain.store.failpoints import failpoint
-from posttrain.store.run import EpisodeRow, Event, Run
+from posttrain.store.run import Event, Run
+from posttrain.train.forward import sample_logprobs
 from posttrain.train.interrupt import Interrupt
-from posttrain.train.learner import Learner, Loss, sample_logprobs
-from posttrain.types import Batch, Episode, Sample, Stat, Task, TrainingDiverged, add_stats
+from posttrain.train.learner import Learner, Loss
+from posttrain.types import Batch, Sample, Stat, Task, TrainingDiverged, add_stats
 
 POLICY_LOSSES = {"clip": clip, "reinforce": reinforce}
 
-OnStep = Callable[[int, dict[str, float]], None]
-"""Called after each step with its number and every metric and timing."""
+
+def prepare(setup: Setup) -> Job:
+    """The job of a recipe: judged tasks, a collector on the policy being trained, an examination."""
+    recipe, policy = setup.recipe, setup.policy
+    sets, verify = judged_tasks(recipe, setup.chat, setup.given, setup.reward)
+    collector = make_collector(policy, setup.chat, verify, recipe)
+    examine = Examiner(collector, sets.test, recipe.eval.samples, recipe.eval.temperature, final_answer)
+    return Job(policy, sets.hash, sets.notes, lambda *rest: run(recipe, policy, collector, sets.train, examine, *rest))
 
 
 def make_loss(recipe: GRPORecipe) -> Loss:
@@ -71,12 +87,11 @@ def make_loss(recipe: GRPORecipe) -> Loss:
 
 def run(
     recipe: GRPORecipe,
-    store: Run,
     policy: Policy,
     collector: Collector,
     train_tasks: Sequence[Task],
-    test_tasks: Sequence[Task],
-    final_answer: Callable[[str], str],
+    examine: Examiner,
+    store: Run,
     on_step: OnStep,
     interrupt: Interrupt,
 ) -> dict[str, Any] | None:
@@ -88,17 +103,12 @@ def run(
     cfg, seed = recipe.algo, recipe.run.seed
     learner = Learner(policy, recipe.train, recipe.train.steps * cfg.minibatches, recipe.rollout.temperature)
     reference = make_reference(recipe, policy)
-    evaluator = replace(collector, params=replace(collector.params, temperature=recipe.eval.temperature))
     loss = make_loss(recipe)
     step, flat_steps = 0, 0
     if saved := checkpoint.latest(store.folder):
         tensors, state = checkpoint.load(saved)
         learner.load(tensors, state["learner"])
         step, flat_steps = state["step"], state["flat_steps"]
-
-    def examine(at: int) -> tuple[dict[str, float], list[EpisodeRow]]:
-        report, groups = evaluate(evaluator, test_tasks, recipe.eval.samples, 0, final_answer)
-        return report.metrics(), _rows("eval", at, groups, test_tasks)
 
     if step == 0:
         values, rows = examine(0)
@@ -147,15 +157,15 @@ def run(
         failpoint("step:updated")
 
         values = {name: stat.value for name, stat in add_stats(stats).items()}
-        timings = _timings(groups, start, sampled)
-        rows = _rows("train", step, groups, tasks, advantages)
+        times = timings(groups, start, sampled)
+        rows = episode_rows("train", step, groups, tasks, advantages)
         if step == recipe.train.steps or (recipe.eval.every and step % recipe.eval.every == 0):
             measured, eval_rows = examine(step)
             values, rows = values | measured, rows + eval_rows
         failpoint("step:before-store")
-        store.write(step, values, timings, rows, _events(values, flat_steps))
+        store.write(step, values, times, rows, _events(values, flat_steps))
         failpoint("step:after-store")
-        on_step(step, values | timings)
+        on_step(step, values | times)
         _stop_if_hopeless(recipe, step, values, flat_steps)
         if step % recipe.run.checkpoint_every == 0 or step == recipe.train.steps or interrupt.requested:
             failpoint("step:before-checkpoint")
@@ -188,30 +198,6 @@ def make_reference(recipe: GRPORecipe, policy: Policy) -> Callable[[Sequence[Sam
 
 def _mean(values: torch.Tensor, mask: torch.Tensor) -> Stat:
     return Stat(torch.where(mask, values, 0).sum().item(), int(mask.sum()))
-
-
-def _rows(
-    kind: Literal["train", "eval"],
-    step: int,
-    groups: Sequence[Sequence[Episode]],
-    tasks: Sequence[Task],
-    advantages: torch.Tensor | None = None,
-) -> list[EpisodeRow]:
-    return [
-        EpisodeRow.of(kind, step, e, task.prompt, None if advantages is None else float(advantages[e.group, e.index]))
-        for task, group in zip(tasks, groups, strict=True)
-        for e in group
-    ]
-
-
-def _timings(groups: Sequence[Sequence[Episode]], start: float, sampled: float) -> dict[str, float]:
-    now, tokens = time.monotonic(), sum(e.length for g in groups for e in g)
-    return {
-        "seconds": now - start,
-        "seconds_rollout": sampled - start,
-        "tokens_per_second": tokens / (now - start),
-        "rollout_tokens_per_second": tokens / (sampled - start),
-    }
 
 
 def _events(values: dict[str, float], flat_steps: int) -> list[Event]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,9 @@ from posttrain import rng
 from posttrain.config import SFTConfig, SFTRecipe
 from posttrain.data import batching
 from posttrain.data.chat import ChatFormat
-from posttrain.envs.prepare import Conversation
+from posttrain.envs.prepare import Conversation, load_conversations
 from posttrain.models.load import Policy
+from posttrain.prepare import Job, OnStep, Setup
 from posttrain.store import checkpoint
 from posttrain.store.failpoints import failpoint
 from posttrain.store.run import Run
@@ -28,8 +29,14 @@ from posttrain.train.interrupt import Interrupt
 from posttrain.train.learner import Learner
 from posttrain.types import Batch, DataError, Sample, Stat, TemplateError, add_stats
 
-OnStep = Callable[[int, dict[str, float]], None]
-"""Called after each step with its number and every metric and timing."""
+
+def prepare(setup: Setup) -> Job:
+    """The job of a recipe: conversations or texts as token rows, a share of them held out."""
+    recipe, policy = setup.recipe, setup.policy
+    sets = load_conversations(recipe.data, recipe.run.seed)
+    train, notes = training_rows(sets.train, setup.chat, recipe.algo)
+    test, _ = training_rows(sets.test, setup.chat, recipe.algo)
+    return Job(policy, sets.hash, sets.notes + notes, lambda *rest: run(recipe, policy, train, test, *rest))
 
 
 def loss(logp: torch.Tensor, entropy: torch.Tensor, b: Batch) -> tuple[torch.Tensor, dict[str, Stat]]:
@@ -72,10 +79,10 @@ def training_rows(
 
 def run(
     recipe: SFTRecipe,
-    store: Run,
     policy: Policy,
     train_rows: Sequence[Sample],
     test_rows: Sequence[Sample],
+    store: Run,
     on_step: OnStep,
     interrupt: Interrupt,
 ) -> dict[str, Any] | None:

@@ -27,19 +27,22 @@ def micro(
     max_len: int | None = None,
     device: torch.device | str = "cpu",
     skip_zero_advantage: bool = False,
+    together: int = 1,
 ) -> list[Batch]:
     """Splits one optimizer batch into passes of at most `tokens_per_pass` real tokens (a longer row goes alone).
 
     Weights are computed over all samples first, so the split cannot change the gradient. Longest rows come first:
     if memory is short, it shows at once. With `skip_zero_advantage`, rows whose advantages are all 0 are left out of
-    the passes after they were counted: their policy gradient is exactly 0.
+    the passes after they were counted: their policy gradient is exactly 0. With `together` = 2, rows 2i and 2i + 1 are
+    a pair and stay neighbours in one pass.
     """
     if not samples:
         return []
     weights = token_weights(loss_masks(samples), how, max_len)
     kept = [i for i, s in enumerate(samples) if not skip_zero_advantage or np.any(s.advantages)]
-    parts = passes([len(samples[i].tokens) for i in kept], tokens_per_pass)
-    chosen = [[kept[j] for j in part] for part in parts]
+    units = [kept[i : i + together] for i in range(0, len(kept), together)]
+    parts = passes([sum(len(samples[i].tokens) for i in unit) for unit in units], tokens_per_pass)
+    chosen = [[i for u in part for i in units[u]] for part in parts]
     return [pad([samples[i] for i in part], weights[part], device) for part in chosen]
 
 

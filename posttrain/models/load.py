@@ -32,6 +32,7 @@ class Policy:
     tokenizer: Any
     source: str
     stop_ids: tuple[int, ...]
+    scalar: nn.Linear | None = None  # width → scores or values, for reward models and critics (models/heads.py)
 
     @property
     def body(self) -> nn.Module:
@@ -105,8 +106,11 @@ def load_weights(policy: Policy, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def trainable(policy: Policy) -> dict[str, nn.Parameter]:
-    """The parameters that learn, by name; tied weights appear once."""
-    return {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
+    """The parameters that learn, by name; tied weights appear once. A scalar head's are named `scalar.…`."""
+    own = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
+    if policy.scalar is not None:
+        own |= {f"scalar.{name}": p for name, p in policy.scalar.named_parameters()}
+    return own
 
 
 def save_pretrained(policy: Policy, folder: Path) -> None:

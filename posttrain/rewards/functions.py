@@ -13,7 +13,7 @@ import math
 import numbers
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,18 @@ def score_safely(verify: Verifier, task: Task, text: str) -> tuple[Verdict | Non
     if not isinstance(verdict, Verdict):
         return None, f"{_name(verify)} returned {_show(verdict)} for task {task.id!r}, expected a Verdict."
     return verdict, None
+
+
+def score_all(verify: Verifier, pairs: Sequence[tuple[Task, str]]) -> list[tuple[Verdict | None, str | None]]:
+    """`score_safely` of every pair. A verifier with a method `score_all(pairs) -> verdicts` judges them in one go."""
+    together = getattr(verify, "score_all", None)
+    if together is None:
+        return [score_safely(verify, task, text) for task, text in pairs]
+    try:
+        verdicts = together(pairs)
+    except RolloutError as error:
+        return [(None, str(error))] * len(pairs)
+    return [(verdict, None) for verdict in verdicts]
 
 
 def to_verdict(value: Any, name: str, task: Task) -> Verdict:

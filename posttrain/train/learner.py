@@ -1,8 +1,7 @@
 """The learner's five verbs in one process: `logprobs`, `forward_backward`, `step`, `weights`, `state`/`load`.
 
-The loss is the algorithm's own function of (B, T) tensors. The model underneath runs packed: no padding token goes
-through a linear layer, and log-probabilities come from a chunked projection of the trained positions only. Gradients
-of all passes are summed; `step` applies them once.
+The loss is the algorithm's own function of (B, T) tensors; `forward` says which ones it gets (train/forward.py).
+Gradients of all passes are summed; `step` applies them once.
 """
 
 from __future__ import annotations
@@ -13,75 +12,32 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from posttrain.config import TrainConfig
-from posttrain.data import batching
-from posttrain.models.attention import Packed
-from posttrain.models.load import Policy, hidden_states, trainable
-from posttrain.objectives.tokens import select
+from posttrain.models.load import Policy, trainable
+from posttrain.train.forward import Forward, logprobs, sample_logprobs, token_stats
 from posttrain.types import Batch, ResumeError, Sample, Stat, TrainingDiverged
 
-Loss = Callable[[torch.Tensor, torch.Tensor, Batch], tuple[torch.Tensor, dict[str, Stat]]]
-"""loss(logp (B, T), entropy (B, T), batch) → (scalar already weighted over the optimizer batch, stats)."""
+Loss = Callable[..., tuple[torch.Tensor, dict[str, Stat]]]
+"""loss(*forward(policy, batch), batch) → (scalar already weighted over the optimizer batch, stats).
 
-LOGITS_PER_CHUNK = 1 << 24  # elements of a (tokens, vocabulary) block held at once, 64 MiB in fp32
-
-
-def token_stats(policy: Policy, batch: Batch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities and entropies (B, T) of the trained tokens, 0 elsewhere; differentiable."""
-    layout = Packed(batch.real.sum(1))
-    tokens = batch.tokens[batch.real]
-    hidden = hidden_states(policy, tokens.unsqueeze(0), layout.positions, layout)[0]
-    where = batch.mask[batch.real].nonzero().squeeze(1)  # packed positions of trained tokens
-    logp, entropy = _project(policy, hidden.index_select(0, where - 1), tokens[where], temperature)
-    blank = torch.zeros(batch.tokens.shape, dtype=logp.dtype, device=logp.device)
-    return blank.masked_scatter(batch.mask, logp), blank.masked_scatter(batch.mask, entropy.detach())
-
-
-def _project(
-    policy: Policy, hidden: torch.Tensor, targets: torch.Tensor, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """hidden (K, width), targets (K,) → logp (K,), entropy (K,) without ever holding all (K, V) logits."""
-
-    def chunk(part: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return select(policy.head(part), wanted, temperature)
-
-    size = max(1, LOGITS_PER_CHUNK // policy.vocab)
-    if len(hidden) <= size:
-        return chunk(hidden, targets)
-    parts = [
-        checkpoint(chunk, part, wanted, use_reentrant=False)
-        for part, wanted in zip(hidden.split(size), targets.split(size), strict=True)
-    ]
-    return torch.cat([logp for logp, _ in parts]), torch.cat([entropy for _, entropy in parts])  # type: ignore[misc]
-
-
-@torch.no_grad()
-def logprobs(policy: Policy, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
-    """(B, T) log-probabilities of the trained tokens under a policy, 0 elsewhere, without gradient."""
-    policy.model.eval()
-    return token_stats(policy, batch, temperature)[0]
-
-
-def sample_logprobs(
-    policy: Policy, samples: Sequence[Sample], tokens_per_pass: int, temperature: float = 1.0
-) -> list[np.ndarray]:
-    """Per-token log-probabilities [L] float32 of each sample's trained tokens under a policy, in the order given."""
-    out: list[np.ndarray] = [np.zeros(0, np.float32)] * len(samples)
-    for part in batching.passes([len(s.tokens) for s in samples], tokens_per_pass):
-        rows = [samples[i] for i in part]
-        batch = batching.pad(rows, batching.loss_masks(rows).float(), policy.device)
-        for i, row in zip(part, logprobs(policy, batch, temperature).cpu().numpy(), strict=True):
-            out[i] = row[: len(samples[i].tokens)].astype(np.float32)
-    return out
+With the default `forward` that is loss(logp (B, T), entropy (B, T), batch).
+"""
 
 
 class Learner:
     """Owns the optimizer of one policy. Weights in bf16 get an fp32 master copy that the optimizer updates."""
 
-    def __init__(self, policy: Policy, cfg: TrainConfig, total_steps: int, temperature: float = 1.0) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        cfg: TrainConfig,
+        total_steps: int,
+        temperature: float = 1.0,
+        forward: Forward = token_stats,
+    ) -> None:
         self.policy, self.cfg, self.temperature, self.total_steps = policy, cfg, temperature, total_steps
+        self.forward = forward
         self.steps = 0
         self.parameters = trainable(policy)
         self.master = {
@@ -106,13 +62,13 @@ class Learner:
     def forward_backward(self, batch: Batch, loss: Loss) -> dict[str, Stat]:
         """Adds one pass's gradient. Raises TrainingDiverged on a loss that is not finite; nothing is applied."""
         self.policy.model.train()
-        logp, entropy = token_stats(self.policy, batch, self.temperature)
-        value, stats = loss(logp, entropy, batch)
+        outputs = self.forward(self.policy, batch, self.temperature)
+        value, stats = loss(*outputs, batch)
         if not torch.isfinite(value):
-            rows = (~torch.isfinite(logp)).any(1).nonzero().flatten().tolist()
+            rows = (~torch.isfinite(outputs[0])).any(1).nonzero().flatten().tolist()
             raise TrainingDiverged(
-                f"the loss of update {self.steps + 1} is {value.item()} (rows with non-finite log-probabilities: "
-                f"{rows or 'none'}). The update was not applied; lower train.lr or inspect the step's episodes."
+                f"the loss of update {self.steps + 1} is {value.item()} (rows with non-finite model outputs: "
+                f"{rows or 'none'}). The update was not applied; lower train.lr or inspect the step's data."
             )
         value.backward()
         for name, parameter in self.parameters.items():

@@ -1,0 +1,12 @@
+"""Algorithm name → the recipe class its settings resolve to."""
+
+from __future__ import annotations
+
+from posttrain.config.grpo import GRPORecipe
+from posttrain.config.sft import SFTRecipe
+
+RECIPES: dict[str, type] = {
+    "grpo": GRPORecipe,
+    "sft": SFTRecipe,
+}
+"""Every algorithm there is, in the order the command line shows them."""

@@ -1,0 +1,184 @@
+"""Recipes: TOML plus `--section.key value` overrides become frozen dataclasses, or one clear error.
+
+Settings come from three places, later ones winning: the preset that `algo.preset` names, the recipe file, overrides.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+import json
+import math
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from posttrain.config.presets import PRESETS
+from posttrain.config.recipes import RECIPES
+from posttrain.types import ConfigError
+
+
+def read_toml(path: str | Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Reads a recipe file: (algorithm, settings by section, the `[expect]` table)."""
+    try:
+        raw = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"recipe {path} does not exist.") from None
+    except OSError as error:
+        raise ConfigError(f"recipe {path} cannot be read: {error.strerror}.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"recipe {path} is not valid TOML: {error}.") from None
+    algorithm, expect = raw.pop("algorithm", None), raw.pop("expect", {})
+    if not isinstance(algorithm, str) or algorithm not in RECIPES:
+        raise ConfigError(f"{path}: algorithm is {algorithm!r}; expected one of {', '.join(RECIPES)}.")
+    return algorithm, raw, expect
+
+
+def resolve(algorithm: str, settings: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Any:
+    """Builds the recipe of `algorithm` from nested settings, then from overrides named `section.key` or just `key`."""
+    cls = RECIPES[algorithm]
+    given: dict[str, Any] = {s: dict(v) if isinstance(v, Mapping) else v for s, v in settings.items()}
+    for name, value in (overrides or {}).items():
+        section, key = locate(cls, name)
+        values = given.setdefault(section, {})
+        if isinstance(values, dict):  # anything else is refused, with its name, by _build
+            values[key] = value
+    return _build(_with_preset(cls(), algorithm, given.get("algo")), given, "")
+
+
+def _with_preset(default: Any, algorithm: str, algo: Any) -> Any:
+    """The defaults of `algorithm`, changed by the preset that the settings name."""
+    name = algo.get("preset") if isinstance(algo, Mapping) else None
+    if not name:
+        return default
+    presets = PRESETS.get(algorithm, {})
+    if name not in presets:
+        raise ConfigError(f"unknown preset {name!r}{nearest(str(name), [*presets])}")
+    return _build(default, presets[name].settings, "")
+
+
+def locate(cls: type, name: str) -> tuple[str, str]:
+    """Finds the (section, key) that `section.key`, or a key only one section has, stands for."""
+    known = {f"{s.name}.{k.name}": (s.name, k.name) for s in fields(cls) for k in fields(_section_type(cls, s.name))}
+    name = name.replace("-", "_")
+    if name in known:
+        return known[name]
+    hits = [full for full, (_, key) in known.items() if key == name]
+    if len(hits) == 1:
+        return known[hits[0]]
+    if hits:
+        raise ConfigError(f"setting {name!r} is ambiguous: it could be {' or '.join(sorted(hits))}. Give the section.")
+    raise ConfigError(f"unknown setting {name!r}{nearest(name, [*known, *(k for _, k in known.values())])}")
+
+
+def nearest(name: str, options: list[str]) -> str:
+    """` Did you mean 'x'?`, or the end of the sentence when nothing is near."""
+    close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+    return f". Did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(set(options)))}."
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _section_type(cls: type, name: str) -> type:
+    return _hints(cls)[name]
+
+
+def _build(default: Any, values: Mapping[str, Any], where: str) -> Any:
+    """`default` with the values given; a recipe's own defaults (sft's steps) outlive a section that sets others."""
+    cls = type(default)
+    known = {f.name for f in fields(cls)}
+    built: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in known:
+            raise ConfigError(f"unknown setting {where}{name!r}{nearest(name, sorted(known))}")
+        hint = _hints(cls)[name]
+        if is_dataclass(hint):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{name} is a section; write [{name}] with settings below it, not a value.")
+            built[name] = _build(getattr(default, name), value, f"{name}.")
+        else:
+            built[name] = coerce(value, hint, f"{where}{name}")
+    return replace(default, **built)
+
+
+def coerce(value: Any, hint: Any, name: str) -> Any:
+    """Turns a TOML value or command-line text into the field's type, or says what was expected."""
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        choices = typing.get_args(hint)
+        if value not in choices:
+            raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(str, choices))}.")
+        return value
+    if origin in (types.UnionType, typing.Union):
+        return coerce(value, next(a for a in typing.get_args(hint) if a is not type(None)), name)
+    if hint is bool and isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    if hint in (int, float) and (isinstance(value, str) or value != value):
+        try:
+            number = hint(value)
+        except ValueError:
+            number = math.nan
+        if number != number:  # NaN would pass every range check below and poison the weights
+            raise ConfigError(f"{name}={value!r} is not {'a whole number' if hint is int else 'a number'}.")
+        return number
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ConfigError(f"{name}={value!r} is {type(value).__name__}, expected {hint.__name__}.")
+    return value
+
+
+@cache
+def field_docs(cls: type) -> dict[str, str]:
+    """The string under each field of a config dataclass."""
+    body = typing.cast(ast.ClassDef, ast.parse(inspect.getsource(cls)).body[0]).body
+    docs: dict[str, str] = {}
+    for node, after in zip(body, body[1:], strict=False):
+        if (
+            isinstance(node, ast.AnnAssign)
+            and isinstance(node.target, ast.Name)
+            and isinstance(after, ast.Expr)
+            and isinstance(after.value, ast.Constant)
+            and isinstance(after.value.value, str)
+        ):
+            docs[node.target.id] = after.value.value
+    return docs
+
+
+def as_dict(recipe: Any) -> dict[str, dict[str, Any]]:
+    """Section → key → value, ready for JSON."""
+    return {
+        s.name: {k.name: getattr(getattr(recipe, s.name), k.name) for k in fields(getattr(recipe, s.name))}
+        for s in fields(recipe)
+    }
+
+
+def as_toml(algorithm: str, recipe: Any, explain: bool = True) -> str:
+    """The resolved recipe as TOML that resolves to itself, each setting explained unless `explain` is off."""
+    lines = [f'algorithm = "{algorithm}"']
+    for section in fields(recipe):
+        value = getattr(recipe, section.name)
+        docs = field_docs(type(value))
+        lines += ["", f"[{section.name}]"]
+        for key in fields(value):
+            if explain:
+                lines.append(f"# {docs[key.name]}")
+            lines.append(f"{key.name} = {_toml_value(getattr(value, key.name))}")
+    return "\n".join(lines) + "\n"
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # TOML's escapes are JSON's, plus DEL
+    return repr(value)

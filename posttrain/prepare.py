@@ -1,0 +1,95 @@
+"""From a recipe to a job: the model, its chat format, judged tasks and a collector, all checked before step 0."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from posttrain.collect import Collector, Verifier
+from posttrain.data.answers import final_part, marked_answer
+from posttrain.data.chat import ChatFormat
+from posttrain.envs import prepare as data_sets
+from posttrain.envs import tasks as task_sets
+from posttrain.models.load import Policy
+from posttrain.rewards.functions import reward_from
+from posttrain.rollout.engine import EmbeddedGenerator
+from posttrain.store.run import Run
+from posttrain.train.interrupt import Interrupt
+from posttrain.types import ConfigError, SamplingParams, Task
+
+GOLD_DECIDES = ("auto", "exact", "numeric", "math")
+"""Rewards that compare with the task's gold answer, so that every task must have one that passes."""
+
+OnStep = Callable[[int, dict[str, float]], None]
+"""Called after each step with its number and every metric and timing."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What every algorithm starts from: the resolved recipe, the model it names, and what was given from Python."""
+
+    recipe: Any
+    policy: Policy
+    chat: ChatFormat
+    folder: Path  # of the run; does not exist yet when the run is new
+    given: list[Task] | None = None
+    reward: Callable[..., Any] | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that is ready to start: what names its data, what to tell the user, and the call that trains.
+
+    `run` continues from the run's newest checkpoint if it has one and returns the summary, or None when the interrupt
+    asked it to stop. `policy` is what is exported when it has finished.
+    """
+
+    policy: Policy
+    data_hash: str
+    notes: list[str]
+    run: Callable[[Run, OnStep, Interrupt], dict[str, Any] | None]
+
+
+def speak(policy: Policy, form: Literal["chat", "plain"]) -> ChatFormat:
+    """The policy's chat format; what ends a turn in it also ends a completion, so that what is trained stops."""
+    chat = ChatFormat(policy.tokenizer, form)
+    policy.stop_ids = tuple(dict.fromkeys([*policy.stop_ids, *chat.stop_ids]))
+    return chat
+
+
+def final_answer(text: str) -> str:
+    """What two replies must share to count as the same vote: the announced answer, or else the part after thinking."""
+    return marked_answer(final_part(text)) or final_part(text)
+
+
+def judged_tasks(
+    recipe: Any, chat: ChatFormat, given: list[Task] | None = None, reward: Callable[..., Any] | None = None
+) -> tuple[task_sets.TaskSets, Verifier]:
+    """The tasks of a recipe and what scores them; where a gold answer decides, each task's own must pass."""
+    verify = reward_from(reward or recipe.reward.name, task_sets.verifier_for)
+    gold_decides = reward is None and recipe.reward.name in GOLD_DECIDES
+    sets = task_sets.load_tasks(recipe.data, recipe.run.seed, given, needs_answer=gold_decides)
+    sets = data_sets.fit_prompts(sets, chat, recipe.data)
+    if not sets.test:
+        raise ConfigError("no held-out tasks are left to evaluate on; set data.eval_tasks or raise data.holdout.")
+    if gold_decides:
+        task_sets.validate(sets.train + sets.test, verify)
+    if len(sets.test) < recipe.eval.problems:
+        note = f"{len(sets.test)} held-out tasks exist; eval.problems={recipe.eval.problems} evaluates all of them."
+        sets = replace(sets, notes=[*sets.notes, note])
+    return replace(sets, test=sets.test[: recipe.eval.problems]), verify
+
+
+def make_collector(policy: Policy, chat: ChatFormat, verify: Verifier, recipe: Any) -> Collector:
+    """Engine, chat format and verifier put together for a recipe."""
+    rollout = recipe.rollout
+    return Collector(
+        generator=EmbeddedGenerator(policy, rollout.slots),
+        encode=lambda task: chat.prompt_tokens(task.messages),
+        decode=lambda tokens: policy.tokenizer.decode(tokens, skip_special_tokens=True),
+        verify=verify,
+        params=SamplingParams(temperature=rollout.temperature, max_tokens=rollout.max_tokens),
+        seed=recipe.run.seed,
+    )

@@ -1,0 +1,157 @@
+"""What one packed forward pass yields for a batch: log-probabilities, entropies, values, scores; all differentiable.
+
+No padding token goes through a linear layer, and log-probabilities come from a chunked projection of the trained
+positions only, so all (tokens, vocabulary) logits never exist at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from posttrain.data import batching
+from posttrain.models.attention import Packed
+from posttrain.models.load import Policy, hidden_states
+from posttrain.objectives.tokens import select
+from posttrain.types import Batch, Sample
+
+LOGITS_PER_CHUNK = 1 << 24  # elements of a (tokens, vocabulary) block held at once, 64 MiB in fp32
+
+Forward = Callable[[Policy, Batch, float], tuple[torch.Tensor, ...]]
+"""forward(policy, batch, temperature) → the tensors that a loss gets before the batch."""
+
+
+def packed_hidden(policy: Policy, batch: Batch) -> torch.Tensor:
+    """Last hidden states (N, width) of the batch's N real tokens, row after row."""
+    layout = Packed(batch.real.sum(1))
+    return hidden_states(policy, batch.tokens[batch.real].unsqueeze(0), layout.positions, layout)[0]
+
+
+def trained_positions(batch: Batch) -> torch.Tensor:
+    """Where the trained tokens are among the packed ones (K,)."""
+    return batch.mask[batch.real].nonzero().squeeze(1)
+
+
+def scatter(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """values (K,) at the K true entries of mask (B, T), 0 elsewhere."""
+    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
+
+
+def token_stats(policy: Policy, batch: Batch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities and entropies (B, T) of the trained tokens, 0 elsewhere; the entropies carry no gradient."""
+    logp, entropy = token_stats_with_entropy(policy, batch, temperature)
+    return logp, entropy.detach()
+
+
+def token_stats_with_entropy(policy: Policy, batch: Batch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same with differentiable entropies, for losses with an entropy bonus."""
+    return _language(policy, batch, packed_hidden(policy, batch), temperature)
+
+
+def token_values(policy: Policy, batch: Batch, temperature: float = 1.0) -> tuple[torch.Tensor]:
+    """Values (B, T) of the states before the trained tokens, 0 elsewhere: entry t has seen the tokens before t."""
+    return (_values(policy, batch, packed_hidden(policy, batch)),)
+
+
+def actor_critic(policy: Policy, batch: Batch, temperature: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-probabilities, differentiable entropies and values (B, T) from one pass, for a shared critic."""
+    hidden = packed_hidden(policy, batch)
+    return (*_language(policy, batch, hidden, temperature), _values(policy, batch, hidden))
+
+
+def row_scores(policy: Policy, batch: Batch, temperature: float = 1.0) -> tuple[torch.Tensor]:
+    """Scores (B, heads) of whole rows, read by the scalar head at each row's last real token."""
+    last = batch.real.sum(1).cumsum(0) - 1
+    return (_scalar(policy, packed_hidden(policy, batch).index_select(0, last)),)
+
+
+def step_scores(policy: Policy, batch: Batch, temperature: float = 1.0) -> tuple[torch.Tensor]:
+    """Scores (B, T) read by the scalar head AT the masked tokens (the ends of steps), 0 elsewhere."""
+    hidden = packed_hidden(policy, batch).index_select(0, trained_positions(batch))
+    return (scatter(_scalar(policy, hidden)[:, 0], batch.mask),)
+
+
+def _language(
+    policy: Policy, batch: Batch, hidden: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    where = trained_positions(batch)
+    targets = batch.tokens[batch.real][where]
+    logp, entropy = project(policy, hidden.index_select(0, where - 1), targets, temperature)
+    return scatter(logp, batch.mask), scatter(entropy, batch.mask)
+
+
+def _values(policy: Policy, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
+    return scatter(_scalar(policy, hidden.index_select(0, trained_positions(batch) - 1))[:, 0], batch.mask)
+
+
+def _scalar(policy: Policy, hidden: torch.Tensor) -> torch.Tensor:
+    assert policy.scalar is not None, "this pass needs a scalar head"
+    return policy.scalar(hidden.to(policy.scalar.weight.dtype))
+
+
+def project(
+    policy: Policy, hidden: torch.Tensor, targets: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """hidden (K, width), targets (K,) → logp (K,), entropy (K,) without ever holding all (K, V) logits."""
+
+    def chunk(part: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return select(policy.head(part), wanted, temperature)
+
+    size = max(1, LOGITS_PER_CHUNK // policy.vocab)
+    if len(hidden) <= size:
+        return chunk(hidden, targets)
+    parts = [
+        checkpoint(chunk, part, wanted, use_reentrant=False)
+        for part, wanted in zip(hidden.split(size), targets.split(size), strict=True)
+    ]
+    return torch.cat([logp for logp, _ in parts]), torch.cat([entropy for _, entropy in parts])  # type: ignore[misc]
+
+
+@torch.no_grad()
+def logprobs(policy: Policy, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
+    """(B, T) log-probabilities of the trained tokens under a policy, 0 elsewhere, without gradient."""
+    policy.model.eval()
+    return token_stats(policy, batch, temperature)[0]
+
+
+def sample_logprobs(
+    policy: Policy, samples: Sequence[Sample], tokens_per_pass: int, temperature: float = 1.0
+) -> list[np.ndarray]:
+    """Per-token log-probabilities [L] float32 of each sample's trained tokens under a policy, in the order given."""
+    return _trimmed(samples, _in_passes(policy, samples, tokens_per_pass, lambda b: logprobs(policy, b, temperature)))
+
+
+def sample_values(policy: Policy, samples: Sequence[Sample], tokens_per_pass: int) -> list[np.ndarray]:
+    """Per-token values [L] float32 of the states before each trained token, in the order given."""
+    return _trimmed(samples, _in_passes(policy, samples, tokens_per_pass, lambda b: token_values(policy, b)[0]))
+
+
+def sample_step_scores(policy: Policy, samples: Sequence[Sample], tokens_per_pass: int) -> list[np.ndarray]:
+    """Scores [L] float32 at each masked token, 0 elsewhere, in the order given."""
+    return _trimmed(samples, _in_passes(policy, samples, tokens_per_pass, lambda b: step_scores(policy, b)[0]))
+
+
+def sample_scores(policy: Policy, samples: Sequence[Sample], tokens_per_pass: int) -> np.ndarray:
+    """Scores (N, heads) float32 of whole rows at their last token, in the order given."""
+    return np.stack(_in_passes(policy, samples, tokens_per_pass, lambda b: row_scores(policy, b)[0]))
+
+
+@torch.no_grad()
+def _in_passes(
+    policy: Policy, samples: Sequence[Sample], tokens_per_pass: int, of: Callable[[Batch], torch.Tensor]
+) -> list[np.ndarray]:
+    policy.model.eval()
+    out: list[np.ndarray] = [np.zeros(0, np.float32)] * len(samples)
+    for part in batching.passes([len(s.tokens) for s in samples], tokens_per_pass):
+        rows = [samples[i] for i in part]
+        batch = batching.pad(rows, batching.loss_masks(rows).float(), policy.device)
+        for i, row in zip(part, of(batch).float().cpu().numpy(), strict=True):
+            out[i] = row
+    return out
+
+
+def _trimmed(samples: Sequence[Sample], rows: Sequence[np.ndarray]) -> list[np.ndarray]:
+    return [row[: len(sample.tokens)] for sample, row in zip(samples, rows, strict=True)]
