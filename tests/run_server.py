@@ -39,6 +39,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "sft": {"algo.batch_rows": 4, "train.lr": 1e-2, "train.schedule": "cosine", "train.warmup_steps": 2},
 }
+DATA = {"sft": "rows.jsonl"}
+"""Offline algorithms → the file in the test's folder that they read: rows.jsonl or pairs.jsonl."""
 SHARED: dict[str, Any] = {
     "train.steps": STEPS,
     "train.threads": 1,
