@@ -233,8 +233,8 @@ def token_rewards(scores: Array, kl: Array, mask: Array, kl_coef: float) -> Arra
 # --- policy losses: (loss, gradient of the loss's sum with respect to logp, clipped), each (B, T) -----------------
 
 
-def ratio_of(log_ratio: float) -> float:
-    return math.exp(min(max(log_ratio, -MAX_LOG_RATIO), MAX_LOG_RATIO))
+def ratio_of(log_ratio: Array | float) -> float:
+    return math.exp(min(max(float(log_ratio), -MAX_LOG_RATIO), MAX_LOG_RATIO))
 
 
 def reinforce(logp: Array, old: Array, advantages: Array, mask: Array, low: float, high: float) -> tuple[Array, ...]:

@@ -168,7 +168,8 @@ def sapo(
     `high` are not used; nothing is clipped.
     """
     advantage = torch.where(mask, advantages, 0)
-    tau = torch.where(advantage > 0, tau_positive, tau_negative)
+    positive = torch.full_like(advantage, tau_positive)  # in the tensors' own precision: 1.05 is not 1.05 in fp32
+    tau = torch.where(advantage > 0, positive, tau_negative)
     gate = torch.sigmoid(tau * (ratio(logp, old_logp, mask) - 1)) * 4 / tau
     return -gate * advantage, torch.zeros_like(mask)
 
