@@ -181,7 +181,7 @@ def overlong_penalty(length: float, max_len: int, buffer: int) -> float:
 def turns(rewards: Array, mask: Array) -> list[tuple[int, float]]:
     """One row's trained positions, each with the rewards from it up to the next trained position."""
     at = [t for t, m in enumerate(mask) if m]
-    ends = [*at[1:], len(mask)]
+    ends = [*at[1:], len(mask)][: len(at)]
     return [(t, math.fsum(float(r) for r in rewards[t:end])) for t, end in zip(at, ends, strict=True)]
 
 

@@ -48,7 +48,7 @@ def kl_k3(logp: torch.Tensor, ref_logp: torch.Tensor) -> torch.Tensor:
 def kl_k3_plus(logp: torch.Tensor, ref_logp: torch.Tensor) -> torch.Tensor:
     """The value of k3 with the gradient of k2: low variance to read, right to descend."""
     k2 = kl_k2(logp, ref_logp)
-    return kl_k3(logp, ref_logp).detach() + k2 - k2.detach()
+    return kl_k3(logp, ref_logp).detach() + (k2 - k2.detach())
 
 
 KL_ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3, "k3+": kl_k3_plus}

@@ -60,7 +60,8 @@ def value_loss(
     if not clip_range:
         return free, torch.zeros_like(mask)
     old = torch.where(mask, old_values, 0)
-    bound = 0.5 * (old + (value - old).clamp(-clip_range, clip_range) - target).square()
+    near = value.clamp(old - clip_range, old + clip_range)  # exactly `value` inside the range, so ties are ties
+    bound = 0.5 * (near - target).square()
     return torch.maximum(free, bound), mask & (bound > free)
 
 
