@@ -1,0 +1,373 @@
+"""Rows become preferences, judgements and stepwise solutions: what reward models and offline methods learn from.
+
+Every layout ends as one conversation for each answer; what comes before its last message is the prompt. Wherever a
+row is refused the error starts with `file:line`; `sources.parse_rows` collects such errors over a whole file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from posttrain.data.files import Row, is_file_name, read_rows, row_fault
+from posttrain.data.sources import (
+    PROMPT_COLUMNS,
+    first_column,
+    messages_of,
+    missing_column,
+    question_of,
+    text_of,
+    with_instruction,
+    with_system,
+)
+from posttrain.types import DataError, Judgement, Message, Preference, Solution
+
+PAIR_COLUMNS = ("chosen", "rejected")
+"""Where the two answers of a preference are looked for: texts, or lists of messages."""
+COMPLETION_COLUMNS = ("completion", "response", "output", "answer")
+"""Where the one answer of a judgement is looked for, in this order; then the last message of `messages`."""
+STEP_COLUMNS = ("steps", "completions")
+"""Where the steps of a solution are looked for, in this order."""
+STEP_LABEL_COLUMNS = ("labels", "mistake_index", "label")
+"""Where the steps' labels are looked for, in this order: one label each, or the number of the first wrong step."""
+
+# `prompt` first: a row that has `messages` beside it usually repeats the prompt and one of the answers there.
+_PROMPTS = ("prompt", *(name for name in PROMPT_COLUMNS if name != "prompt"))
+_TURN = re.compile(r"\n\n(Human|Assistant):")
+_VERDICTS = {"desirable": True, "undesirable": False}
+
+AfterMistake = Literal["drop", "wrong"]
+T = TypeVar("T", Preference, Judgement, Solution)
+
+
+def row_to_preference(row: Row, system: str = "", instruction: str = "") -> Preference:
+    """The preference a row describes; its id is `file:line` without the folder.
+
+    `chosen` and `rejected` are answers to the prompt column (text, or messages that begin with the assistant's), or
+    whole conversations: messages that begin with the system or the user, or a text of turns that each begin with
+    "Human:" or "Assistant:" after a blank line (the layout of Anthropic's HH-RLHF; white space around a turn is
+    removed). The last assistant message is the answer and everything before it must be the same on both sides; a
+    prompt column beside whole conversations must be part of them.
+
+    `label` is the probability that chosen is better; without it `tie: true` means 0.5 and anything else 1. The margin
+    is `margin`, or else `score_chosen` − `score_rejected`, or else 0. Raises DataError naming `file:line`.
+    """
+    filled = [name for name in PAIR_COLUMNS if row.values.get(name) is not None]
+    if not filled:
+        raise missing_column(row, "a pair of answers", PAIR_COLUMNS)
+    if len(filled) == 1:
+        (lacking,) = set(PAIR_COLUMNS) - set(filled)
+        raise DataError(f"{row.where}: the row has {filled[0]!r} but no {lacking!r}. Add it or remove the row.")
+    asked = _asked(row)
+    chosen, rejected = (_conversation(row, name, asked) for name in PAIR_COLUMNS)
+    if chosen[:-1] != rejected[:-1]:
+        raise DataError(
+            f"{row.where}: chosen ({len(chosen)} messages) and rejected ({len(rejected)}) differ before their last "
+            f"message, first in message {_first_difference(chosen, rejected)}. Only the answers may differ."
+        )
+    prompt = _prompt(row, chosen[:-1], system, instruction)
+    try:
+        return Preference(_id(row), prompt, chosen[-1].content, rejected[-1].content, _label(row), _margin(row))
+    except DataError as error:
+        raise _at(row, error) from None
+
+
+def row_to_judgement(row: Row, system: str = "", instruction: str = "") -> Judgement:
+    """The judgement a row describes: a prompt, one answer and whether it is desirable (the layout of KTO).
+
+    The answer is text or messages, as in `row_to_preference`. `label` is true or false, 1 or 0, or "desirable" or
+    "undesirable". Raises DataError naming `file:line`.
+    """
+    column = first_column(row.values, COMPLETION_COLUMNS)
+    if column is None and row.values.get("messages") is None:
+        raise missing_column(row, "an answer", (*COMPLETION_COLUMNS, "messages"))
+    conversation = _conversation(row, column, _asked(row)) if column else _conversation(row, "messages", ())
+    label = row.values.get("label")
+    if label is None:
+        raise missing_column(row, "a label", ("label",))
+    verdict = _VERDICTS.get(label.strip().lower()) if isinstance(label, str) else label
+    if verdict not in (0, 1):
+        raise DataError(
+            f"{row.where}: label={label!r} is neither true (or 1, 'desirable') nor false (or 0, 'undesirable')."
+        )
+    prompt = _prompt(row, conversation[:-1], system, instruction)
+    return Judgement(_id(row), prompt, conversation[-1].content, bool(verdict))
+
+
+def judgements_of(preference: Preference) -> tuple[Judgement, ...]:
+    """The better answer as desirable and the other as not; a tie (label 0.5) says neither and gives none.
+
+    So KTO learns from pairs. Ids are the preference's with `/chosen` and `/rejected`.
+    """
+    if preference.label == 0.5:
+        return ()
+    better = preference.label > 0.5
+    return (
+        Judgement(f"{preference.id}/chosen", preference.prompt, preference.chosen, better),
+        Judgement(f"{preference.id}/rejected", preference.prompt, preference.rejected, not better),
+    )
+
+
+def row_to_solution(
+    row: Row, system: str = "", instruction: str = "", after_mistake: AfterMistake = "drop"
+) -> Solution:
+    """The stepwise solution a row describes: a prompt, steps, and one label for each.
+
+    Labels are true or false or numbers in [0, 1], one for each step, and kept as given; or the 0-based number of the
+    first wrong step, in `mistake_index` (BIG-Bench-Mistake: null where all are right) or `label` (ProcessBench: −1
+    where all are right). Then the steps before it are labelled 1 and it is labelled 0. What follows a mistake nobody
+    labelled: it is dropped, as in Lightman et al. 2023 ("Let's Verify Step by Step"), who supervise up to and
+    including the first mistake; `after_mistake="wrong"` keeps these steps with label 0. Raises DataError naming
+    `file:line`.
+    """
+    steps = _steps(row)
+    column = first_column(row.values, STEP_LABEL_COLUMNS)
+    if "mistake_index" in row.values and column != "labels":
+        column = "mistake_index"  # null says that every step is right
+    if column is None:
+        raise missing_column(row, "step labels", STEP_LABEL_COLUMNS)
+    if column == "labels":
+        labels = _step_labels(row)
+    else:
+        wrong = _first_mistake(row, column, len(steps))
+        labels = [1.0] * len(steps) if wrong is None else [1.0] * wrong + [0.0] * (len(steps) - wrong)
+        if wrong is not None and after_mistake == "drop":
+            steps, labels = steps[: wrong + 1], labels[: wrong + 1]
+    prompt = _prompt(row, _needed(row), system, instruction)
+    try:
+        return Solution(_id(row), prompt, tuple(steps), tuple(labels))
+    except DataError as error:
+        raise _at(row, error) from None
+
+
+def row_to_outcome(row: Row, system: str = "", instruction: str = "", separator: str = "\n") -> Judgement:
+    """A stepwise row as one answer, all its steps joined, that is desirable exactly where its final answer is right.
+
+    Right is `final_answer_correct` where the row has it (ProcessBench), or else that `answer` equals `target` but for
+    white space around them (BIG-Bench-Mistake; a null answer is wrong). Raises DataError naming `file:line`.
+    """
+    values = row.values
+    right = values.get("final_answer_correct")
+    if right is None and "answer" in values and values.get("target") is not None:
+        right = values["answer"] is not None and str(values["answer"]).strip() == str(values["target"]).strip()
+    if right is None:
+        raise missing_column(row, "whether the final answer is right", ("final_answer_correct", "answer+target"))
+    if not isinstance(right, bool):
+        raise DataError(f"{row.where}: final_answer_correct={right!r}, expected true or false.")
+    try:
+        prompt = _prompt(row, _needed(row), system, instruction)
+        return Judgement(_id(row), prompt, separator.join(_steps(row)), right)
+    except DataError as error:
+        raise _at(row, error) from None
+
+
+def write_preferences(path: str | Path, preferences: Sequence[Preference]) -> None:
+    """Writes JSON Lines that `read_preferences` gives back equal. Raises DataError where JSON cannot hold one."""
+    _write(path, preferences)
+
+
+def read_preferences(path: str | Path) -> list[Preference]:
+    """Preferences written by `write_preferences`. Raises DataError naming `file:line`."""
+    return _read(path, Preference)
+
+
+def write_judgements(path: str | Path, judgements: Sequence[Judgement]) -> None:
+    """Writes JSON Lines that `read_judgements` gives back equal. Raises DataError where JSON cannot hold one."""
+    _write(path, judgements)
+
+
+def read_judgements(path: str | Path) -> list[Judgement]:
+    """Judgements written by `write_judgements`. Raises DataError naming `file:line`."""
+    return _read(path, Judgement)
+
+
+def write_solutions(path: str | Path, solutions: Sequence[Solution]) -> None:
+    """Writes JSON Lines that `read_solutions` gives back equal. Raises DataError where JSON cannot hold one."""
+    _write(path, solutions)
+
+
+def read_solutions(path: str | Path) -> list[Solution]:
+    """Solutions written by `write_solutions`. Raises DataError naming `file:line`."""
+    return _read(path, Solution)
+
+
+def _asked(row: Row) -> tuple[Message, ...]:
+    """What the prompt column holds, or nothing where there is none."""
+    column = first_column(row.values, _PROMPTS)
+    if column is None:
+        return ()
+    messages = question_of(row, row.values, column)
+    if len(messages) == 1 and _is_dialogue(messages[0].content):
+        turns = _dialogue(messages[0].content)
+        if turns[-1] == Message("assistant", ""):  # a prompt that ends where the assistant begins
+            return turns[:-1]
+    return messages
+
+
+def _needed(row: Row) -> tuple[Message, ...]:
+    asked = _asked(row)
+    if not asked:
+        raise missing_column(row, "a prompt", _PROMPTS)
+    return asked
+
+
+def _conversation(row: Row, column: str, asked: tuple[Message, ...]) -> tuple[Message, ...]:
+    """What was said up to and including the answer in `column`; it begins with `asked` where that is given."""
+    if isinstance(row.values[column], list):
+        messages = messages_of(row, row.values[column], column)
+    else:
+        text = text_of(row, row.values, column)
+        messages = _dialogue(text) if _is_dialogue(text) else (Message("assistant", text),)
+    if messages[0].role in ("assistant", "tool"):
+        messages = (*(asked or _needed(row)), *messages)
+    elif not _said(asked) <= _said(messages):
+        raise DataError(f"{row.where}: {column!r} is a conversation that does not hold the prompt. Remove one of them.")
+    answer = messages[-1]
+    if answer.role != "assistant":
+        raise DataError(f"{row.where}: {column!r} ends with a {answer.role} message, expected the assistant's answer.")
+    if answer.tool_calls:
+        raise DataError(f"{row.where}: the answer in {column!r} calls tools, and only text can be compared. Remove it.")
+    if not answer.content.strip():
+        raise DataError(f"{row.where}: the answer in {column!r} is empty. Fill it or remove the row.")
+    return messages
+
+
+def _said(messages: Sequence[Message]) -> set[str]:
+    return {m.content.strip() for m in messages if m.role == "user"}
+
+
+def _is_dialogue(text: str) -> bool:
+    return text.lstrip().startswith("Human:") and "\n\nAssistant:" in text
+
+
+def _dialogue(text: str) -> tuple[Message, ...]:
+    """Turns of a text that begins with `Human:`."""
+    _, *pieces = _TURN.split("\n\n" + text.lstrip())
+    return tuple(
+        Message("user" if name == "Human" else "assistant", said.strip())
+        for name, said in zip(pieces[::2], pieces[1::2], strict=True)
+    )
+
+
+def _prompt(row: Row, messages: tuple[Message, ...], system: str, instruction: str) -> tuple[Message, ...]:
+    if not any(m.role == "user" for m in messages):
+        raise DataError(f"{row.where}: no user message comes before the answer, so nothing is asked. Remove the row.")
+    if messages[-1].role == "assistant":
+        raise DataError(
+            f"{row.where}: an assistant message comes right before the answer, so where the answer begins is unclear. "
+            "Join the two or remove the row."
+        )
+    return with_system(row.where, with_instruction(messages, instruction), system)
+
+
+def _first_difference(one: Sequence[Message], other: Sequence[Message]) -> int:
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False), 1) if a != b), min(len(one), len(other)))
+
+
+def _label(row: Row) -> float:
+    tie, label = row.values.get("tie"), _number(row, "label")
+    if tie is not None and not isinstance(tie, bool):
+        raise DataError(f"{row.where}: tie={tie!r}, expected true or false.")
+    if label is None:
+        return 0.5 if tie else 1.0
+    if tie and label != 0.5:
+        raise DataError(f"{row.where}: tie=true but label={label:g}. Keep the one that is meant.")
+    return label
+
+
+def _margin(row: Row) -> float:
+    margin = _number(row, "margin")
+    if margin is not None:
+        return margin
+    chosen, rejected = _number(row, "score_chosen"), _number(row, "score_rejected")
+    if (chosen is None) != (rejected is None):
+        raise DataError(f"{row.where}: the row has one of score_chosen and score_rejected; it needs both or neither.")
+    return 0.0 if chosen is None or rejected is None else chosen - rejected
+
+
+def _number(row: Row, column: str) -> float | None:
+    value = row.values.get(column)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise DataError(f"{row.where}: {column}={value!r} is not a finite number.")
+    return float(value)
+
+
+def _steps(row: Row) -> list[str]:
+    column = first_column(row.values, STEP_COLUMNS)
+    if column is None:
+        raise missing_column(row, "steps", STEP_COLUMNS)
+    steps = row.values[column]
+    if not isinstance(steps, list) or not all(isinstance(step, str) for step in steps):
+        raise DataError(f"{row.where}: column {column!r} is not a list of texts, one for each step.")
+    return steps
+
+
+def _step_labels(row: Row) -> list[float]:
+    labels = row.values["labels"]
+    if not isinstance(labels, list) or not all(isinstance(label, int | float) for label in labels):
+        raise DataError(f"{row.where}: labels={labels!r} is not a list of true, false or numbers from 0 to 1.")
+    return [float(label) for label in labels]
+
+
+def _first_mistake(row: Row, column: str, steps: int) -> int | None:
+    value = row.values[column]
+    if value is None or (column == "label" and value == -1):
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < steps:
+        none = "-1" if column == "label" else "null"
+        raise DataError(
+            f"{row.where}: {column}={value!r} names none of the {steps} steps; expected 0 to {steps - 1}, or {none} "
+            "where no step is wrong."
+        )
+    return value
+
+
+def _id(row: Row) -> str:
+    source, _, line = row.where.rpartition(":")
+    return f"{Path(source).name if is_file_name(source) else source}:{line}"
+
+
+def _at(row: Row, error: DataError) -> DataError:
+    text = str(error)
+    return error if text.startswith(f"{row.where}: ") else DataError(f"{row.where}: {text}")
+
+
+def _write(path: str | Path, items: Sequence[Preference | Judgement | Solution]) -> None:
+    lines: list[str] = []
+    for item in items:
+        values = {f.name: getattr(item, f.name) for f in fields(item)}
+        values = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+        values["prompt"] = [
+            {"role": m.role, "content": m.content, "tool_calls": [*map(dict, m.tool_calls)]} for m in item.prompt
+        ]
+        try:
+            lines.append(json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n")
+            lines[-1].encode("utf-8")
+            fault = "it would come back changed." if json.loads(lines[-1]) != values else row_fault(values, lines[-1])
+        except (TypeError, ValueError) as error:
+            fault = f"{error}."
+        if fault:
+            raise DataError(f"{type(item).__name__.lower()} {item.id!r} cannot be written as JSON: {fault}")
+    Path(path).write_text("".join(lines), encoding="utf-8", newline="\n")
+
+
+def _read(path: str | Path, kind: type[T]) -> list[T]:
+    items: list[T] = []
+    for row in read_rows(str(path)):
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row.values.items()}
+        try:
+            values["prompt"] = tuple(
+                Message(m["role"], m["content"], tuple(m["tool_calls"])) for m in row.values["prompt"]
+            )
+            items.append(kind(**values))
+        except (KeyError, TypeError, AttributeError, DataError) as error:
+            name = kind.__name__.lower()
+            raise DataError(f"{row.where}: not a {name} as write_{name}s writes it: {error}.") from None
+    return items
