@@ -107,6 +107,36 @@ class ChatFormat:
                 mask[region[: stops[-1] + 1]] = True
         return tokens, mask
 
+    def answer_marks(
+        self, messages: Sequence[Message], marks: Sequence[int] = ()
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """A conversation that ends with the assistant's answer, and where that answer's characters are in its tokens.
+
+        Returns ids [L] int32, cut after the token that ends the turn, and for each of `marks` (counts of the answer's
+        characters) how many tokens begin before that place and how many have ended there, both [len(marks)]. A step
+        of the answer that ends at a mark has its last token at `begun - 1`. Raises TemplateError where the template
+        changes the answer's text.
+        """
+        tokens, mask = self.conversation_tokens(messages)
+        tokens, answer = tokens[: np.flatnonzero(mask)[-1] + 1], messages[-1]
+        secured = self.format == "plain" or self._needs_twin(messages)
+        shown = self._hide(answer.content, answer) if secured else answer.content
+        if self.format == "plain":
+            before, start, text = int(mask.argmax()), 0, shown
+        else:
+            text = self._render(messages, False, secured)
+            first, last = self._turn(messages, len(messages) - 1, text, secured)
+            start = text.find(shown.strip(), first, last) - (len(shown) - len(shown.lstrip()))
+            before = 0
+            if shown.strip() not in text[first:last]:
+                raise TemplateError("the chat template changes the assistant's text, so its steps cannot be located.")
+        _, offsets = self._encode(text, secured)
+        heads = [answer.content[:mark] for mark in marks]
+        places = np.array([start + len(self._hide(head, answer) if secured else head) for head in heads], int)
+        begun = np.searchsorted([a for a, _ in offsets], places, side="left")
+        ended = np.searchsorted([b for _, b in offsets], places, side="right")
+        return tokens, before + begun, before + ended
+
     def text_tokens(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """BOS (where the model has one), text and EOS as ids [L] int32; the mask [L] is True on all but the first."""
         tokens = self._with_bos([*self._encode_text(text, self._special), *self._stop()])
