@@ -19,12 +19,14 @@ from posttrain.data.sources import (
     data_hash,
     drop_leaks,
     duplicates,
+    parse_rows,
     read_rows,
     row_to_conversation,
     row_to_task,
+    split_by_key,
     split_holdout,
 )
-from posttrain.types import DataError, Message, Task
+from posttrain.types import DataError, Judgement, Message, Preference, Solution, Task
 from tests.conftest import shared
 
 GOOD = b'{"question": "q", "answer": "1"}\n'
@@ -371,6 +373,63 @@ def test_training_loses_the_rows_the_evaluation_asks() -> None:
     assert [t.prompt for t in kept] == ["a", "c"] and dropped == 2
     with pytest.raises(DataError, match="all 1 training questions are also in the evaluation"):
         drop_leaks([ask("a")], [ask("a", 2)])
+
+
+def prefer(word: str, line: int) -> Preference:
+    return Preference(f"p:{line}", (Message("user", word),), f"a{line}", f"b{line}")
+
+
+@given(questions, st.floats(0.05, 0.95), st.integers(0, 5))
+def test_all_that_is_asked_by_one_prompt_falls_on_the_side_where_its_task_falls(
+    words: list[str], share: float, seed: int
+) -> None:
+    distinct = {*words, "q0", "q1"}
+    pairs = [prefer(w, i) for i, w in enumerate((*words, "q0", "q1"))]
+    judged = [Judgement(p.id, p.prompt, p.chosen, True) for p in pairs]
+    stepwise = [Solution(p.id, p.prompt, (p.chosen,), (1.0,)) for p in pairs]
+    tasks = [ask(word) for word in distinct]
+    held = {t.prompt for t in split_holdout(tasks, share, seed)[1]}
+    train, test = split_holdout(pairs, share, seed)
+    assert train and test and len(train) + len(test) == len(pairs)
+    assert {p.prompt[0].content for p in test} == held
+    assert {p.prompt[0].content for p in train} == distinct - held
+    assert [j.id for j in split_holdout(judged, share, seed)[1]] == [p.id for p in test]
+    assert [s.id for s in split_holdout(stepwise, share, seed)[1]] == [p.id for p in test]
+    assert duplicates(pairs) == len(pairs) - len(distinct)
+    assert drop_leaks(train, test) == (train, 0)
+    assert drop_leaks(pairs, test) == (train, len(test))
+
+
+@given(questions, st.floats(0.05, 0.95), st.integers(0, 5))
+def test_a_split_by_key_keeps_equal_keys_together_and_the_order(words: list[str], share: float, seed: int) -> None:
+    items = list(enumerate((*words, "q0", "q1")))
+    train, held = split_by_key(items, [word for _, word in items], share, seed)
+    assert sorted(train + held) == items and train == sorted(train) and held == sorted(held)
+    assert not {word for _, word in train} & {word for _, word in held}
+
+
+def number(row: Row) -> int:
+    if not isinstance(row.values["n"], int):
+        raise DataError(f"{row.where}: n={row.values['n']!r} is no number.")
+    return row.values["n"]
+
+
+def test_rows_that_cannot_be_parsed_are_shown_counted_or_dropped_by_choice() -> None:
+    rows = [Row(f"a.jsonl:{i}", {"n": "x" if i % 2 else i}) for i in range(60)]
+    parsed, faults = parse_rows(rows, number, "drop")
+    assert parsed == list(range(0, 60, 2))
+    assert len(faults) == 30 and faults[0] == "a.jsonl:1: n='x' is no number."
+    assert parse_rows(rows[::2], number) == (parsed, [])
+    with pytest.raises(DataError) as caught:
+        parse_rows(rows, number)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 21 and lines[:20] == faults[:20]
+    assert lines[20] == "30 of 60 rows cannot be used (10 more not shown); nothing was. Fix or remove them."
+
+
+def test_dropping_every_row_is_refused() -> None:
+    with pytest.raises(DataError, match="a.jsonl:1: n='x' is no number.\n1 of 1 rows cannot be used; nothing was"):
+        parse_rows([Row("a.jsonl:1", {"n": "x"})], number, "drop")
 
 
 def test_the_hash_is_of_the_values_alone() -> None:
