@@ -1,0 +1,275 @@
+"""The comparisons of `bench/parity.py`: what TRL is asked for, what ours is, and where they must differ and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+from bench.parity_ours import LONGEST, World, grpo, kto, pair, reward, rloo, sft
+
+Quantity = Literal["loss", "gradient"]
+BOTH: tuple[Quantity, ...] = ("loss", "gradient")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison. `differs` names what must not agree; `reason` says why, in TRL's terms and ours."""
+
+    name: str
+    trainer: str
+    ours: Callable[[World], float]
+    config: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    differs: tuple[Quantity, ...] = ()
+    reason: str = ""
+
+    def for_peer(self) -> dict[str, Any]:
+        """What `parity_peer.py` reads."""
+        return {"name": self.name, "trainer": self.trainer, "config": self.config, **self.options}
+
+
+def _reward(name: str, config: dict[str, Any], margin: bool = False, centring: float = 0.0) -> Row:
+    ours = partial(reward, margin=margin, centring=centring)
+    return Row(f"reward: {name}", "reward", ours, config, {"margin": margin})
+
+
+def _dpo(
+    name: str,
+    config: dict[str, Any],
+    ours: dict[str, Any],
+    differs: tuple[Quantity, ...] = (),
+    reason: str = "",
+    one_by_one: bool = False,
+    data: str = "pairs",
+) -> Row:
+    options = {"one_by_one": one_by_one, "data": data}
+    loss = partial(pair, **{"beta": config["beta"], "data": data, **ours})
+    return Row(f"DPO: {name}", "dpo", loss, config, options, differs, reason)
+
+
+def _grpo(
+    name: str,
+    config: dict[str, Any],
+    ours: dict[str, Any],
+    differs: tuple[Quantity, ...] = (),
+    reason: str = "",
+    data: str = "attempts",
+    micro_batches: int = 1,
+) -> Row:
+    options = {
+        "data": data,
+        "micro_batches": micro_batches,
+        "off_policy": ours.get("off_policy", True),
+        "tools": ours.get("tools", False),
+        "sampler": bool(ours.get("correction")),
+    }
+    config = {"num_generations": 4, "max_completion_length": LONGEST, **config}
+    return Row(f"GRPO: {name}", "grpo", partial(grpo, data=data, **ours), config, options, differs, reason)
+
+
+def _rloo(
+    name: str,
+    config: dict[str, Any],
+    ours: dict[str, Any],
+    differs: tuple[Quantity, ...] = (),
+    reason: str = "",
+) -> Row:
+    options = {
+        "data": "attempts",
+        "micro_batches": 1,
+        "off_policy": ours.get("off_policy", False),
+        "tools": False,
+        "sampler": False,
+    }
+    config = {"num_generations": 4, "max_completion_length": LONGEST, "beta": 0.0, **config}
+    return Row(f"RLOO: {name}", "rloo", partial(rloo, **ours), config, options, differs, reason)
+
+
+SUPERVISED = [
+    Row("SFT", "sft", sft),
+    _reward("Bradley–Terry", {}),
+    _reward("with margins", {}, margin=True),
+    _reward("centred, 0.01", {"center_rewards_coefficient": 0.01}, centring=0.01),
+]
+
+PAIRS = [
+    _dpo("sigmoid", {"loss_type": ["sigmoid"], "beta": 0.1}, {"loss": "sigmoid"}),
+    _dpo("sigmoid per token", {"loss_type": ["sigmoid_norm"], "beta": 2.0}, {"loss": "sigmoid", "mean": True}),
+    _dpo(
+        "cDPO, ε = 0.1",
+        {"loss_type": ["sigmoid"], "beta": 0.1, "label_smoothing": 0.1},
+        {"loss": "sigmoid", "label": 0.9},
+        BOTH,
+        "TRL's sigmoid loss does not read label_smoothing",
+    ),
+    _dpo(
+        "cDPO, ε = 0.1, as TRL's AOT of one pair",
+        {"loss_type": ["aot"], "beta": 0.1, "label_smoothing": 0.1},
+        {"loss": "sigmoid", "label": 0.9},
+        one_by_one=True,
+    ),
+    _dpo(
+        "robust, ε = 0.1",
+        {"loss_type": ["robust"], "beta": 0.1, "label_smoothing": 0.1},
+        {"loss": "robust", "label": 0.9},
+    ),
+    _dpo("hinge", {"loss_type": ["hinge"], "beta": 0.1}, {"loss": "hinge"}),
+    _dpo("IPO per token", {"loss_type": ["ipo"], "beta": 0.1}, {"loss": "ipo", "mean": True}),
+    _dpo(
+        "IPO",
+        {"loss_type": ["ipo"], "beta": 0.1},
+        {"loss": "ipo"},
+        BOTH,
+        "TRL divides each answer's log-ratio by its length; the paper's eq. 17 is on sums",
+    ),
+    _dpo(
+        "IPO per token, prompts cut off",
+        {"loss_type": ["ipo"], "beta": 0.1},
+        {"loss": "ipo", "mean": True},
+        BOTH,
+        "TRL divides by the unshifted mask and so counts the row's first token, which nothing predicts (trl #6879)",
+        data="cut_pairs",
+    ),
+    Row(
+        "CPO",
+        "cpo",
+        partial(pair, loss="cpo", beta=0.1, nll="answer"),
+        {"loss_type": "sigmoid", "beta": 0.1, "cpo_alpha": 1.0},
+    ),
+    Row(
+        "CPO, ε = 0.1, without cross-entropy",
+        "cpo",
+        partial(pair, loss="cpo", beta=0.1, label=0.9),
+        {"loss_type": "sigmoid", "beta": 0.1, "cpo_alpha": 0.0, "label_smoothing": 0.1},
+    ),
+    Row(
+        "SimPO, γ = 0.5",
+        "cpo",
+        partial(pair, loss="simpo", beta=2.0, margin=0.5, mean=True),
+        {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 0.5, "cpo_alpha": 0.0},
+    ),
+    Row(
+        "SimPO, γ = 0.5, ε = 0.1",
+        "cpo",
+        partial(pair, loss="simpo", beta=2.0, margin=0.5, mean=True, label=0.9),
+        {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 0.5, "cpo_alpha": 0.0, "label_smoothing": 0.1},
+        differs=BOTH,
+        reason="should the other answer be the better, ours asks it to win by γ, TRL lets it lose by up to γ",
+    ),
+    Row(
+        "SLiC (hinge without reference)",
+        "cpo",
+        partial(pair, loss="hinge", beta=0.1, reference=False),
+        {"loss_type": "hinge", "beta": 0.1, "cpo_alpha": 0.0},
+    ),
+    Row("ORPO, λ = 0.1", "orpo", partial(pair, loss="orpo", beta=0.1, mean=True, nll="all"), {"beta": 0.1}),
+    Row(
+        "ORPO, λ = 0.1, cross-entropy of the answer",
+        "orpo",
+        partial(pair, loss="orpo", beta=0.1, mean=True, nll="answer"),
+        {"beta": 0.1},
+        differs=BOTH,
+        reason="TRL's cross-entropy includes the prompt's tokens; the paper's P(y | x), eq. 3, is of the answer",
+    ),
+    Row(
+        "KTO",
+        "kto",
+        partial(kto, beta=0.1, desirable=1.0, undesirable=1.0),
+        {"beta": 0.1},
+        {"swap": False},
+    ),
+    Row(
+        "KTO, policy and reference exchanged, weights 1 and 1.5",
+        "kto",
+        partial(kto, beta=0.1, desirable=1.0, undesirable=1.5, swap=True),
+        {"beta": 0.1, "undesirable_weight": 1.5},
+        {"swap": True},
+    ),
+]
+
+SEQ = "seq-mean-token-mean"
+PLAIN_KL = {"beta": 0.04, "use_bias_correction_kl": False}
+ONLINE = [
+    _grpo("TRL's defaults (on-policy, dapo)", {}, {"off_policy": False}),
+    _grpo("dapo", {"loss_type": "dapo"}, {}),
+    _grpo("dapo, two micro-batches", {"loss_type": "dapo"}, {}, micro_batches=2),
+    _grpo("dapo, clip-higher", {"loss_type": "dapo", "epsilon_high": 0.28}, {"high": 0.28}),
+    _grpo("dapo, two-sided clip, δ = 1.3", {"delta": 1.3}, {"loss": "dual-clip", "bound": 1.3}),
+    _grpo("dapo, tool tokens masked", {"loss_type": "dapo"}, {"tools": True}),
+    _grpo("dapo, one answer unscored", {"loss_type": "dapo"}, {}, data="unscored_attempts"),
+    _grpo("dapo, cut answers left out", {"mask_truncated_completions": True}, {"drop_cut": True}),
+    _grpo("grpo", {"loss_type": "grpo"}, {"how": SEQ}),
+    _grpo(
+        "grpo, cut answers left out",
+        {"loss_type": "grpo", "mask_truncated_completions": True},
+        {"how": SEQ, "drop_cut": True},
+        BOTH,
+        "TRL's mean over rows counts the rows that were left out; ours only those with a loss token",
+    ),
+    _grpo("bnpo", {"loss_type": "bnpo"}, {}),
+    _grpo(
+        "bnpo, two micro-batches",
+        {"loss_type": "bnpo"},
+        {},
+        BOTH,
+        "TRL takes each micro-batch's own mean; ours is fixed over the optimizer batch whatever the split",
+        micro_batches=2,
+    ),
+    _grpo("dr_grpo, no std", {"loss_type": "dr_grpo", "scale_rewards": "none"}, {"how": "constant", "std": "none"}),
+    _grpo("std of the batch", {"scale_rewards": "batch"}, {"std": "batch"}),
+    _grpo(
+        "GSPO",
+        {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 0.05},
+        {
+            "loss": "gspo",
+            "how": SEQ,
+            "low": 0.05,
+            "high": 0.05,
+        },
+    ),
+    _grpo("CISPO, weights at most 1.2", {"loss_type": "cispo", "epsilon_high": 1.2}, {"loss": "cispo", "low": 1.0}),
+    _grpo(
+        "CISPO, ε = 0.2 in both",
+        {"loss_type": "cispo"},
+        {"loss": "cispo"},
+        BOTH,
+        "TRL's bound is the absolute epsilon_high, which falls back to 0.2, with no lower bound; the paper's is 1 ± ε",
+    ),
+    _grpo("SAPO", {"loss_type": "sapo"}, {"loss": "sapo", "how": SEQ}),
+    _grpo("KL k3, 0.04", PLAIN_KL, {"kl_coef": 0.04}),
+    _grpo(
+        "KL k3 with TRL's ratio, 0.04, on-policy",
+        {"beta": 0.04},
+        {"kl_coef": 0.04, "kl_estimator": "k3+", "off_policy": False},
+    ),
+    _grpo(
+        "KL k3 with TRL's ratio, 0.04",
+        {"beta": 0.04},
+        {"kl_coef": 0.04, "kl_estimator": "k3+", "kl_ratio": True},
+    ),
+    _grpo(
+        "vLLM correction, sequence_mask above 2",
+        {"vllm_importance_sampling_mode": "sequence_mask", "vllm_importance_sampling_clip_max": 2.0},
+        {"correction": "sequence-sum-mask", "cap": 2.0, "off_policy": False},
+    ),
+    _grpo(
+        "vLLM correction, token_truncate at 1.2",
+        {"vllm_importance_sampling_mode": "token_truncate", "vllm_importance_sampling_clip_max": 1.2},
+        {"correction": "token-truncate", "cap": 1.2, "off_policy": False},
+    ),
+    _rloo("on-policy", {}, {}),
+    _rloo("off-policy, one ratio per answer", {}, {"off_policy": True}),
+    _rloo("KL 0.05 in the reward, off-policy", {"beta": 0.05}, {"kl_coef": 0.05, "off_policy": True}),
+    _rloo("advantages whitened, off-policy", {"normalize_advantages": True}, {"whiten": True, "off_policy": True}),
+    _rloo(
+        "on-policy, one ratio per token",
+        {},
+        {"per_token": True},
+        ("loss",),
+        "at ratio 1 ours is a sum over tokens where TRL has one term per answer; the gradients are the same",
+    ),
+]
+
+ROWS = [*SUPERVISED, *PAIRS, *ONLINE]
