@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 
+import posttrain.algos.distill
 import posttrain.algos.grpo
+import posttrain.algos.raft
 import posttrain.algos.sft
 from posttrain import __version__, config, machine, rng
 from posttrain.config import GRPORecipe
@@ -34,6 +36,8 @@ from posttrain.types import Episode, ResumeError, Task
 ALGORITHMS: dict[str, Any] = {
     "grpo": posttrain.algos.grpo,
     "sft": posttrain.algos.sft,
+    "raft": posttrain.algos.raft,
+    "distill": posttrain.algos.distill,
 }
 """Name → the algorithm's file: a module with `prepare(setup) -> Job`, one for every recipe class."""
 

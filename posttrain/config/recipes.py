@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from posttrain.config.distill import DistillRecipe
 from posttrain.config.grpo import GRPORecipe
+from posttrain.config.raft import RaftRecipe
 from posttrain.config.sft import SFTRecipe
 
 RECIPES: dict[str, type] = {
     "grpo": GRPORecipe,
     "sft": SFTRecipe,
+    "raft": RaftRecipe,
+    "distill": DistillRecipe,
 }
 """Every algorithm there is, in the order the command line shows them."""
