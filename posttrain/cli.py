@@ -292,6 +292,25 @@ def runs(folder: str, as_json: bool) -> None:
         click.echo(f"No runs in {folder}. `posttrain demo` makes the first one.")
 
 
+@main.command()
+@click.argument("algorithm", default="grpo")
+@click.option("--json", "as_json", is_flag=True, help="Print every preset's settings as JSON on stdout.")
+def presets(algorithm: str, as_json: bool) -> None:
+    """Table of presets: what papers and other implementations chose.
+
+    Use one with `posttrain ALGORITHM --preset NAME`; any setting given besides it wins.
+    """
+    if algorithm not in config.PRESETS:
+        raise ConfigError(f"{algorithm!r} has no presets{config.nearest(algorithm, list(config.PRESETS))}")
+    if as_json:
+        names = config.PRESETS[algorithm]
+        click.echo(json.dumps({n: {"source": p.source, "differs": p.differs, **p.settings} for n, p in names.items()}))
+        return
+    from posttrain import show
+
+    show.presets(show.console(), algorithm)
+
+
 @settings_command("config", epilog=RECIPE_HELP)
 @click.argument("args", nargs=-1, type=click.UNPROCESSED, metavar="RECIPE|ALGORITHM [--section.key value]...")
 @click.option("--explain/--bare", default=True, help="With or without what each setting means.")

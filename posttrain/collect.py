@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -32,10 +33,13 @@ class Collector:
     def groups(self, tasks: Sequence[Task], attempts: int, step: int, purpose: str = "train") -> list[list[Episode]]:
         """`attempts` episodes for each task. An attempt that cannot be scored has reward None and says why."""
         prompts = [self.encode(task) for task in tasks]
-        requests = [
-            Request(prompt, tuple(attempt_seed(self.seed, purpose, step, task.id, i) for i in range(attempts)))
-            for task, prompt in zip(tasks, prompts, strict=True)
-        ]
+        seen: Counter[str] = Counter()
+        requests: list[Request] = []
+        for task, prompt in zip(tasks, prompts, strict=True):
+            first = seen[task.id] * attempts  # a task that is asked twice is answered anew
+            numbers = range(first, first + attempts)
+            requests.append(Request(prompt, tuple(attempt_seed(self.seed, purpose, step, task.id, i) for i in numbers)))
+            seen[task.id] += 1
         start = time.monotonic()
         completions = self.generator.generate(requests, self.params)
         seconds = (time.monotonic() - start) / max(1, len(tasks) * attempts)

@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from posttrain import config
 from posttrain.store.run import EpisodeRow, Run, RunInfo
 from posttrain.types import Episode
 
@@ -252,6 +253,31 @@ def runs_table(found: Sequence[RunInfo]) -> Table:
             str(run.path), *cells, recipe.get("data", {}).get("tasks", ""), run.status, step, change or run.note
         )
     return table
+
+
+def presets(out: Console, algorithm: str) -> None:
+    """Each preset's settings, the ones in which it differs from the defaults, and where it is from."""
+    default = config.as_dict(config.resolve(algorithm, {}))
+    found = config.PRESETS[algorithm]
+    resolved = {name: config.as_dict(config.resolve(algorithm, {"algo": {"preset": name}})) for name in found}
+    keys = [
+        (section, key)
+        for section, values in default.items()
+        for key in values
+        if key != "preset" and len({str(r[section][key]) for r in (default, *resolved.values())}) > 1
+    ]
+    table = Table(title=f"posttrain {algorithm} --preset NAME", title_justify="left", show_lines=True)
+    table.add_column("preset")
+    table.add_column("settings that differ from the defaults", overflow="fold")
+    table.add_column("reproduces", overflow="fold")
+    shown = ", ".join(f"{key} {default[section][key]}" for section, key in keys)
+    table.add_row("(defaults)", shown, "")
+    for name, preset in found.items():
+        own = resolved[name]
+        changed = [f"{key} {own[s][key]}" for s, key in keys if own[s][key] != default[s][key]]
+        about = preset.source + (f". Not reproduced: {preset.differs}." if preset.differs else ".")
+        table.add_row(name, ", ".join(changed), about)
+    out.print(table)
 
 
 def doctor(out: Console, findings: Sequence[Mapping[str, Any]]) -> None:

@@ -37,6 +37,23 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "eval.every": 3,
         "train.lr": 1e-2,
     },
+    "grpo+lag": {  # a sampler with older weights, refilled groups, a running baseline, everything that is state
+        "data.tasks": "sums",
+        "data.count": 64,
+        "reward.name": str(Path(__file__).parent / "vowels.py") + ":vowels",
+        "rollout.max_tokens": 8,
+        "rollout.slots": 32,
+        "algo.prompts": 3,
+        "algo.group_size": 2,
+        "algo.epochs": 2,
+        "algo.baseline": "ema",
+        "algo.max_lag": 2,
+        "algo.is_cap": 2.0,
+        "algo.max_refills": 2,
+        "algo.entropy_coef": 0.01,
+        "eval.problems": 4,
+        "train.lr": 1e-2,
+    },
     "sft": {"algo.batch_rows": 4, "train.lr": 1e-2, "train.schedule": "cosine", "train.warmup_steps": 2},
 }
 DATA = {"sft": "rows.jsonl"}
@@ -59,9 +76,9 @@ def live(request: dict[str, Any]) -> None:
         settings = {"model.path": request["model"], "run.out": str(folder)}
         if request.get("data"):
             settings["data.tasks"] = request["data"]
-        name = request["algorithm"]
+        name = request["algorithm"]  # a variant is written algorithm+variant
         merged = {**SHARED, **SETTINGS[name], **settings, **request.get("settings", {})}
-        result = api.start(name, config.resolve(name, {}, merged))
+        result = api.start(name.split("+")[0], config.resolve(name.split("+")[0], {}, merged))
     Path(f"{folder}.hits").write_text(json.dumps(failpoints.hits))
     os._exit(0 if result.summary else 40 + result.stopped_by)
 

@@ -167,7 +167,7 @@ def test_a_completion_ends_with_its_stop_token_or_is_marked_as_cut(policy: Polic
 def test_completions_carry_the_version_of_the_weights_they_were_sampled_from(
     policy: Policy, engine: EmbeddedGenerator
 ) -> None:
-    engine.load(None, version=7)
+    engine.load(engine.weights(), version=7)
     request = requests_for(policy, 1)
     assert {c.version for c in flat(engine.generate(request, SamplingParams(max_tokens=2)))} == {7}
 

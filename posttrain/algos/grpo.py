@@ -1,20 +1,23 @@
-"""GRPO: group-relative policy optimisation (DeepSeekMath, arXiv 2402.03300), the whole algorithm in one file.
+"""GRPO and its family (DeepSeekMath, arXiv 2402.03300, and those who changed it), the whole algorithm in one file.
 
-For each task the policy writes a group of answers; a program scores them; an answer's advantage is its reward minus
-the group's mean; the policy gradient makes better-than-average answers likelier, token by token. There is no critic
-and, by default, no reference model.
+For each task the policy writes a group of answers; a program scores them; an answer's advantage is its reward compared
+with a baseline, by default the group's mean; the policy gradient makes better answers likelier, token by token. There
+is no critic and, by default, no reference model.
 
 What this file decides, and where implementations differ: advantages are not divided by the group's standard deviation
-(Dr. GRPO) unless `normalise_std`; tokens are weighted equally over the whole optimizer batch (DAPO's token-mean) unless
-`aggregate` says otherwise; the stop token is trained; answers cut by max_tokens are trained as they were scored; an
-answer that could not be scored has weight 0. With `minibatches = 1` the update is strictly on-policy: `old_logp` is
-`logp` itself, the ratio is 1 and nothing clips.
+(Dr. GRPO) unless `std`; tokens are weighted equally over the whole optimizer batch (DAPO's token-mean) unless
+`aggregate` says otherwise; the stop token is trained; answers cut by max_tokens are trained as they were scored unless
+`drop_truncated`; an answer that could not be scored has weight 0. With one minibatch, one epoch and no lag the update
+is strictly on-policy: `old_logp` is `logp` itself, the ratio is 1 and nothing clips. `posttrain presets` lists the
+choices of papers and other implementations, each of which is a set of the settings in config/grpo.py.
 """
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,24 +34,34 @@ from posttrain.collect import (
     to_sample,
     with_logp,
 )
-from posttrain.config import GRPORecipe
+from posttrain.config import GRPOConfig, GRPORecipe
 from posttrain.data import batching
 from posttrain.evaluation import Examiner
 from posttrain.models import lora
 from posttrain.models.load import Policy, load_policy
-from posttrain.objectives.advantages import flat_groups, group_relative
-from posttrain.objectives.policy import clip, is_correction, reinforce
-from posttrain.objectives.tokens import kl_k3
+from posttrain.objectives.advantages import (
+    batch_relative,
+    flat_groups,
+    group_relative,
+    leave_one_out,
+    max_rl,
+    minus_baseline,
+    overlong_penalty,
+    returns_to_go,
+)
+from posttrain.objectives.policy import POLICY_LOSSES, is_correction
+from posttrain.objectives.tokens import KL_ESTIMATORS, whiten
 from posttrain.prepare import Job, OnStep, Setup, final_answer, judged_tasks, make_collector
 from posttrain.store import checkpoint
 from posttrain.store.failpoints import failpoint
 from posttrain.store.run import Event, Run
-from posttrain.train.forward import sample_logprobs
+from posttrain.train.forward import sample_logprobs, token_stats, token_stats_with_entropy
 from posttrain.train.interrupt import Interrupt
 from posttrain.train.learner import Learner, Loss
-from posttrain.types import Batch, Sample, Stat, Task, TrainingDiverged, add_stats
+from posttrain.types import Batch, Episode, Sample, Stat, Task, TrainingDiverged, add_stats
 
-POLICY_LOSSES = {"clip": clip, "reinforce": reinforce}
+Reference = Callable[[Sequence[Sample]], list[np.ndarray]]
+"""Per-token log-probabilities of samples under the starting model."""
 
 
 def prepare(setup: Setup) -> Job:
@@ -57,11 +70,13 @@ def prepare(setup: Setup) -> Job:
     sets, verify = judged_tasks(recipe, setup.chat, setup.given, setup.reward)
     collector = make_collector(policy, setup.chat, verify, recipe)
     examine = Examiner(collector, sets.test, recipe.eval.samples, recipe.eval.temperature, final_answer)
+    if recipe.algo.max_lag:  # a sampler that lags has weights of its own
+        collector = make_collector(copy.deepcopy(policy), setup.chat, verify, recipe)
     return Job(policy, sets.hash, sets.notes, lambda *rest: run(recipe, policy, collector, sets.train, examine, *rest))
 
 
 def make_loss(recipe: GRPORecipe) -> Loss:
-    """The loss of one pass: weighted per-token policy loss, optional sampler correction and KL to the reference."""
+    """The loss of one pass: weighted per-token policy loss, sampler correction, KL to the reference, entropy bonus."""
     cfg = recipe.algo
 
     def loss(logp: torch.Tensor, entropy: torch.Tensor, b: Batch) -> tuple[torch.Tensor, dict[str, Stat]]:  # (B, T)
@@ -70,13 +85,17 @@ def make_loss(recipe: GRPORecipe) -> Loss:
         per_token, clipped = POLICY_LOSSES[cfg.policy_loss](
             logp, old_logp, b.advantages, mask, cfg.clip_low, cfg.clip_high
         )
-        if cfg.is_cap:
-            per_token = per_token * is_correction(old_logp, b.behaviour_logp, mask, cfg.is_cap)
         stats = {"clipped": _mean(clipped.float(), mask), "entropy": _mean(entropy, mask)}
+        if cfg.is_cap:
+            weight = is_correction(old_logp, b.behaviour_logp, mask, cfg.is_cap, cfg.is_mode, cfg.is_floor)
+            per_token = per_token * weight
+            stats["is_weight"] = _mean(weight, mask)
         if b.ref_logp is not None:
-            kl = kl_k3(torch.where(mask, logp, 0), torch.where(mask, b.ref_logp, 0))
-            per_token = per_token + cfg.kl_coef * kl
+            kl = KL_ESTIMATORS[cfg.kl_estimator](torch.where(mask, logp, 0), torch.where(mask, b.ref_logp, 0))
+            per_token = per_token + (cfg.kl_coef * kl if cfg.kl_place == "loss" else 0)
             stats["kl"] = _mean(kl, mask)
+        if cfg.entropy_coef:
+            per_token = per_token - cfg.entropy_coef * entropy
         gap = (old_logp - b.behaviour_logp).abs()[mask]
         stats["mismatch"] = Stat(gap.max().item() if gap.numel() else 0.0, 1, "max")
         stats["mismatch_mean"] = Stat(gap.sum().item(), gap.numel())
@@ -100,15 +119,19 @@ def run(
     Everything random is a function of (run.seed, step, task, attempt), so a run that was killed anywhere and resumed
     ends with the same bits. Returns the summary, or None when `interrupt` asked it to stop (saved, resumable).
     """
-    cfg, seed = recipe.algo, recipe.run.seed
-    learner = Learner(policy, recipe.train, recipe.train.steps * cfg.minibatches, recipe.rollout.temperature)
+    cfg, seed, sampler = recipe.algo, recipe.run.seed, collector.generator
+    updates = cfg.minibatches * cfg.epochs
+    forward = token_stats_with_entropy if cfg.entropy_coef else token_stats
+    learner = Learner(policy, recipe.train, recipe.train.steps * updates, recipe.rollout.temperature, forward)
     reference = make_reference(recipe, policy)
     loss = make_loss(recipe)
-    step, flat_steps = 0, 0
+    step, flat_steps, cursor, ema = 0, 0, 0, None
     if saved := checkpoint.latest(store.folder):
         tensors, state = checkpoint.load(saved)
         learner.load(tensors, state["learner"])
-        step, flat_steps = state["step"], state["flat_steps"]
+        step, flat_steps, cursor, ema = (state[name] for name in ("step", "flat_steps", "cursor", "ema"))
+        if "sampler" in tensors:
+            sampler.load(tensors["sampler"], state["sampler"])
 
     if step == 0:
         values, rows = examine(0)
@@ -118,47 +141,52 @@ def run(
     while step < recipe.train.steps and not interrupt.requested:
         failpoint("step:start")
         start = time.monotonic()
-        collector.generator.load(learner.weights(), version=step)
-        tasks = [train_tasks[i] for i in rng.draw_order(len(train_tasks), step * cfg.prompts, cfg.prompts, seed)]
-        groups = collector.groups(tasks, cfg.group_size, step)  # P lists of G episodes
+        if step % (cfg.max_lag + 1) == 0:
+            sampler.load(learner.weights(), version=step)
+        sampled = gather(recipe, collector, train_tasks, cursor, step)  # P groups of G episodes, some of them dropped
+        groups, cursor = sampled.groups, cursor + len(sampled.groups)
         check_failures(groups, recipe.reward.max_failure_rate)
-        sampled = time.monotonic()
+        finished = time.monotonic()
         failpoint("step:rollouts-done")
 
-        rewards = rewards_tensor(groups)  # (P, G)
-        advantages = group_relative(rewards, std=cfg.normalise_std)  # (P, G)
-        flat = flat_groups(rewards)  # (P,)
-        samples = [
-            to_sample(e, float(a))
-            for g, row in zip(groups, advantages, strict=True)
-            for e, a in zip(g, row, strict=True)
-        ]
-        if cfg.minibatches > 1:  # several updates per batch: remember the policy before the first
+        rewards = shaped_rewards(recipe, groups)  # (P, G)
+        samples = [to_sample(e, 0.0) for group in groups for e in group]  # P·G, group after group
+        if updates > 1 or (cfg.max_lag and cfg.is_cap):  # remember the policy before this step's first update
             samples = with_logp(samples, "old_logp", learner.sample_logprobs)
+        elif cfg.max_lag:  # the ratio itself corrects for the older sampler
+            samples = [replace(s, old_logp=s.behaviour_logp) for s in samples]
         if reference is not None:
             samples = with_logp(samples, "ref_logp", reference)
+        baseline = greedy_rewards(collector, sampled.tasks, step) if cfg.baseline == "greedy" else ema
+        samples, rewards, advantages = credit(cfg, samples, rewards, baseline, learner)
+        ema = moving_mean(ema, rewards, cfg.ema_decay)
+        samples = trained(cfg, samples, groups, sampled.kept)
 
         rng.seed_global(seed, "update", step)  # dropout, if the model has any
-        stats = [episode_stats(groups, int(flat.sum()))]
-        for minibatch in batching.minibatches(samples, cfg.minibatches, rng.key(seed, "minibatch", step)):
-            batches = batching.micro(
-                minibatch,
-                recipe.train.tokens_per_pass,
-                cfg.aggregate,
-                recipe.rollout.max_tokens,
-                policy.device,
-                skip_zero_advantage=reference is None,  # without KL, a row with advantage 0 has gradient 0
-            )
-            stats += [learner.forward_backward(batch, loss) for batch in batches]
-            if batches:  # without a signal nothing moves, momentum included
-                stats.append(learner.step())
+        flat = flat_groups(rewards) if cfg.group_size > 1 else (advantages == 0).all(1)  # (P,)
+        stats = [episode_stats(groups, int(flat.sum())), {"lag": Stat(step - sampler.version)}]
+        stats.append({"groups": Stat(len(groups), 1, "sum"), "groups_kept": Stat(sum(sampled.kept), 1, "sum")})
+        for epoch in range(cfg.epochs):
+            for minibatch in batching.minibatches(samples, cfg.minibatches, rng.key(seed, "minibatch", step, epoch)):
+                batches = batching.micro(
+                    minibatch,
+                    recipe.train.tokens_per_pass,
+                    cfg.aggregate,
+                    recipe.rollout.max_tokens,
+                    policy.device,
+                    # without KL and entropy in the loss, a row with advantage 0 has gradient 0
+                    skip_zero_advantage=not cfg.entropy_coef and (reference is None or cfg.kl_place != "loss"),
+                )
+                stats += [learner.forward_backward(batch, loss) for batch in batches]
+                if batches:  # without a signal nothing moves, momentum included
+                    stats.append(learner.step())
         step += 1
         flat_steps = flat_steps + 1 if bool(flat.all()) else 0
         failpoint("step:updated")
 
         values = {name: stat.value for name, stat in add_stats(stats).items()}
-        times = timings(groups, start, sampled)
-        rows = episode_rows("train", step, groups, tasks, advantages)
+        times = timings(groups, start, finished)
+        rows = episode_rows("train", step, groups, sampled.tasks, advantages)
         if step == recipe.train.steps or (recipe.eval.every and step % recipe.eval.every == 0):
             measured, eval_rows = examine(step)
             values, rows = values | measured, rows + eval_rows
@@ -170,7 +198,9 @@ def run(
         if step % recipe.run.checkpoint_every == 0 or step == recipe.train.steps or interrupt.requested:
             failpoint("step:before-checkpoint")
             tensors, state = learner.state()
-            whole = {"step": step, "flat_steps": flat_steps, "learner": state}
+            whole = {"step": step, "flat_steps": flat_steps, "cursor": cursor, "ema": ema, "learner": state}
+            if step % (cfg.max_lag + 1):  # the next steps still sample from older weights
+                tensors["sampler"], whole["sampler"] = sampler.weights(), sampler.version
             checkpoint.save(store.folder, step, tensors, whole, recipe.run.keep)
             failpoint("step:after-checkpoint")
     if step < recipe.train.steps:
@@ -179,7 +209,124 @@ def run(
     return {"steps": step, "before": before, "after": after, "weights": checkpoint.weights_digest(learner.weights())}
 
 
-def make_reference(recipe: GRPORecipe, policy: Policy) -> Callable[[Sequence[Sample]], list[np.ndarray]] | None:
+@dataclass(frozen=True)
+class Sampled:
+    """A step's groups in the order they were sampled, their tasks, and which of them are trained on."""
+
+    groups: list[list[Episode]]
+    tasks: list[Task]
+    kept: list[bool]
+
+
+def gather(recipe: GRPORecipe, collector: Collector, tasks: Sequence[Task], cursor: int, step: int) -> Sampled:
+    """`algo.prompts` groups from the tasks at `cursor` on; with dynamic sampling flat ones are replaced by fresh tasks.
+
+    Each round samples exactly as many groups as are missing (DAPO, arXiv 2503.14476, section 3.2), up to
+    `algo.max_refills` rounds; a step that is still short trains on fewer groups.
+    """
+    cfg = recipe.algo
+    out = Sampled([], [], [])
+    for attempt in range(cfg.max_refills + 1):
+        missing = cfg.prompts - sum(out.kept)
+        order = rng.draw_order(len(tasks), cursor + len(out.groups), missing, recipe.run.seed)
+        chosen = [tasks[i] for i in order]
+        purpose = f"train-{attempt}" if attempt else "train"  # a task drawn again within a step is answered anew
+        groups = collector.groups(chosen, cfg.group_size, step, purpose)
+        flat = flat_groups(shaped_rewards(recipe, groups)).tolist() if cfg.max_refills else [False] * len(groups)
+        out.groups.extend([replace(e, group=e.group + len(out.tasks)) for e in group] for group in groups)
+        out.tasks.extend(chosen)
+        out.kept.extend(not f for f in flat)
+        if not any(flat):
+            break
+    return out
+
+
+def shaped_rewards(recipe: GRPORecipe, groups: Sequence[Sequence[Episode]]) -> torch.Tensor:
+    """(P, G) rewards, NaN where unscored, minus DAPO's penalty for answers that come close to max_tokens."""
+    rewards, limit = rewards_tensor(groups), recipe.rollout.max_tokens
+    if not recipe.algo.overlong_share:
+        return rewards
+    lengths = torch.tensor([[e.length for e in group] for group in groups])
+    return rewards + overlong_penalty(lengths, limit, max(1, round(recipe.algo.overlong_share * limit)))
+
+
+def greedy_rewards(collector: Collector, tasks: Sequence[Task], step: int) -> torch.Tensor:
+    """(P, 1) reward of the greedy answer to each task: ReMax's baseline (arXiv 2310.10505)."""
+    greedy = replace(collector, params=replace(collector.params, temperature=0.0))
+    return rewards_tensor(greedy.groups(tasks, 1, step, "greedy"))
+
+
+def credit(
+    cfg: GRPOConfig,
+    samples: Sequence[Sample],
+    rewards: torch.Tensor,
+    baseline: torch.Tensor | float | None,
+    learner: Learner,
+) -> tuple[list[Sample], torch.Tensor, torch.Tensor]:
+    """Advantages for every token of the samples; also the rewards (P, G) they came from and each answer's own (P, G).
+
+    With the KL in the reward, it is subtracted from the answer's reward before the baseline; with "reward-to-go" each
+    token's advantage loses the KL penalties from that token on, after the baseline (OpenRLHF, REINFORCE++).
+    """
+    mask = batching.loss_masks(samples)  # (P·G, T)
+    penalty = torch.zeros(mask.shape)
+    if cfg.kl_coef and cfg.kl_place != "loss":
+        now = learner.sample_logprobs(samples) if samples[0].old_logp is None else [s.old_logp for s in samples]
+        for i, (sample, logp) in enumerate(zip(samples, now, strict=True)):
+            assert sample.ref_logp is not None and logp is not None
+            kl = KL_ESTIMATORS[cfg.kl_estimator](torch.from_numpy(logp), torch.from_numpy(sample.ref_logp))
+            penalty[i, : len(kl)] = torch.where(mask[i, : len(kl)], -cfg.kl_coef * kl, 0)
+    if cfg.kl_place == "reward":
+        rewards = rewards + penalty.sum(1).view(rewards.shape)
+    advantages = compare(cfg, rewards, baseline)  # (P, G)
+    per_token = torch.where(mask, advantages.reshape(-1, 1), 0)
+    if cfg.kl_place == "reward-to-go":
+        per_token = per_token + returns_to_go(penalty, mask, 1.0)
+    if cfg.whiten != "none":
+        per_token = whiten(per_token, mask, bessel=cfg.whiten == "sample")
+    rows = per_token.numpy()
+    done = [replace(s, advantages=rows[i, : len(s.tokens)].copy()) for i, s in enumerate(samples)]
+    return done, rewards, advantages
+
+
+def compare(cfg: GRPOConfig, rewards: torch.Tensor, baseline: torch.Tensor | float | None) -> torch.Tensor:
+    """Rewards (P, G) against the baseline the recipe names → advantages (P, G); 0 where unscored."""
+    if cfg.baseline == "leave-one-out":
+        return leave_one_out(rewards)
+    if cfg.baseline == "batch-mean":
+        return batch_relative(rewards, "sample" if cfg.std == "batch" else "none", cfg.std_eps)
+    if cfg.baseline == "group-mean":
+        return max_rl(rewards) if cfg.std == "mean" else group_relative(rewards, cfg.std, cfg.std_eps)
+    if cfg.baseline == "none":
+        baseline = 0.0
+    elif baseline is None:  # the running mean starts at the first step's own
+        baseline = rewards.nanmean()
+    return minus_baseline(rewards, torch.as_tensor(baseline, dtype=rewards.dtype).expand(len(rewards), 1))
+
+
+def moving_mean(ema: float | None, rewards: torch.Tensor, decay: float) -> float | None:
+    """The running mean of the rewards after one more step; the first step's own mean starts it."""
+    if not rewards.isfinite().any():
+        return ema
+    mean = float(rewards.nanmean())
+    return mean if ema is None else decay * ema + (1 - decay) * mean
+
+
+def trained(
+    cfg: GRPOConfig, samples: Sequence[Sample], groups: Sequence[Sequence[Episode]], kept: Sequence[bool]
+) -> list[Sample]:
+    """The samples of kept groups; with `drop_truncated`, answers that were cut keep no trained token."""
+    episodes = [(e, keep) for group, keep in zip(groups, kept, strict=True) for e in group]
+    out: list[Sample] = []
+    for sample, (episode, keep) in zip(samples, episodes, strict=True):
+        if keep and cfg.drop_truncated and episode.stop == "length":
+            out.append(replace(sample, loss_mask=np.zeros_like(sample.loss_mask), advantages=sample.advantages * 0))
+        elif keep:
+            out.append(sample)
+    return out
+
+
+def make_reference(recipe: GRPORecipe, policy: Policy) -> Reference | None:
     """Log-probabilities under the starting model: adapters switched off, or a frozen second copy; None without KL."""
     if not recipe.algo.kl_coef:
         return None
@@ -212,7 +359,7 @@ def _events(values: dict[str, float], flat_steps: int) -> list[Event]:
 
 def _stop_if_hopeless(recipe: GRPORecipe, step: int, values: dict[str, float], flat_steps: int) -> None:
     """Raises TrainingDiverged when sampler and learner disagree, or when nothing has been learnable for long."""
-    if values.get("mismatch", 0.0) > recipe.algo.max_mismatch:
+    if not values["lag"] and values.get("mismatch", 0.0) > recipe.algo.max_mismatch:
         raise TrainingDiverged(
             f"step {step}: sampler and learner differ by {values['mismatch']:.3g} in a token's log-probability "
             f"(allowed: algo.max_mismatch={recipe.algo.max_mismatch}). The rollouts are not from this policy."

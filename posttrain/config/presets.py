@@ -1,4 +1,8 @@
-"""Named settings: the paper or the implementation whose choices they reproduce."""
+"""Named settings: the paper or the implementation whose choices they reproduce. `posttrain presets` prints them.
+
+What a preset does not name keeps the algorithm's default, and a recipe or flag beats a preset. Sizes (prompts, steps)
+are not part of a preset; learning rates are neither, because they belong to a model's size.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +13,135 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Preset:
-    """Settings by section, and what they reproduce."""
+    """Settings by section, where they are from, and what they cannot reproduce."""
 
-    about: str
+    source: str
     settings: Mapping[str, Mapping[str, Any]]
+    differs: str = ""
 
 
-PRESETS: dict[str, dict[str, Preset]] = {}
+def _grpo(source: str, differs: str = "", **algo: Any) -> Preset:
+    return Preset(source, {"algo": algo}, differs)
+
+
+PRESETS: dict[str, dict[str, Preset]] = {
+    "grpo": {
+        "reinforce": _grpo(
+            "Williams, 1992: reward minus a running mean, one answer a task, the whole sequence's gradient",
+            group_size=1,
+            baseline="ema",
+            policy_loss="reinforce",
+            aggregate="seq-mean-token-sum",
+        ),
+        "rloo": _grpo(
+            "Ahmadian et al., arXiv 2402.14740: leave-one-out baseline, KL in the reward",
+            group_size=4,
+            baseline="leave-one-out",
+            policy_loss="reinforce",
+            aggregate="seq-mean-token-sum",
+            kl_coef=0.03,
+            kl_estimator="k1",
+            kl_place="reward",
+        ),
+        "reinforce++": _grpo(
+            "Hu et al., arXiv 2501.03262: KL to go in each token's advantage, whitened over the batch",
+            group_size=1,
+            baseline="none",
+            whiten="population",
+            kl_coef=0.01,
+            kl_estimator="k1",
+            kl_place="reward-to-go",
+        ),
+        "reinforce++-baseline": _grpo(
+            "the same authors' variant for groups: group mean, whitened over the batch, KL as k2 in the loss",
+            whiten="population",
+            kl_coef=1e-5,
+            kl_estimator="k2",
+        ),
+        "remax": _grpo(
+            "Li et al., arXiv 2310.10505: the greedy answer's reward is the baseline",
+            group_size=1,
+            baseline="greedy",
+            policy_loss="reinforce",
+            aggregate="seq-mean-token-sum",
+        ),
+        "grpo": _grpo(
+            "DeepSeekMath, arXiv 2402.03300: group standard deviation, mean over answers of their token means, k3",
+            group_size=64,
+            std="sample",
+            aggregate="seq-mean-token-mean",
+            kl_coef=0.04,
+            kl_estimator="k3",
+        ),
+        "dr-grpo": _grpo(
+            "Liu et al., arXiv 2503.20783: no standard deviation, every token divided by the same constant, no KL",
+            aggregate="constant",
+        ),
+        "dapo": _grpo(
+            "Yu et al., arXiv 2503.14476: clip-higher, token mean, dynamic sampling, overlong shaping and filtering",
+            group_size=16,
+            std="sample",
+            clip_high=0.28,
+            max_refills=10,
+            overlong_share=0.2,
+            drop_truncated=True,
+            minibatches=16,
+        ),
+        "gspo": _grpo(
+            "Zheng et al., arXiv 2507.18071: one length-normalised ratio per answer, tight bounds",
+            std="sample",
+            policy_loss="gspo",
+            clip_low=3e-4,
+            clip_high=4e-4,
+            aggregate="seq-mean-token-mean",
+            minibatches=4,
+        ),
+        "cispo": _grpo(
+            "MiniMax-M1, arXiv 2506.13585: the clipped weight is detached, no token loses its gradient",
+            std="sample",
+            policy_loss="cispo",
+            clip_low=1.0,
+            clip_high=4.0,
+            minibatches=2,
+        ),
+        "nanochat": _grpo(
+            "nanochat's scripts/chat_rl.py: REINFORCE minus the group's mean, token means of 8 rows",
+            "samples with top-k 50 and leaves the stop token untrained; ours samples whole and trains it",
+            group_size=16,
+            policy_loss="reinforce",
+            aggregate="chunk-mean",
+        ),
+        "grpo-trl": _grpo(
+            "TRL 1.16 GRPOTrainer, its defaults",
+            "with KL and several updates per batch, TRL multiplies the KL by the ratio",
+            std="sample",
+            std_eps=1e-4,
+            kl_estimator="k3+",
+        ),
+        "grpo-verl": _grpo(
+            "verl 0.9.1, its GRPO example",
+            "clamps the KL's value to ±10",
+            group_size=5,
+            std="sample",
+            std_eps=1e-6,
+            policy_loss="dual-clip",
+            kl_coef=1e-3,
+            kl_estimator="k3",
+            minibatches=4,
+        ),
+        "grpo-openrlhf": _grpo(
+            "OpenRLHF 0.11.2, its group-norm example",
+            "clips normalised rewards to ±10 and the KL's value to ±10",
+            std="sample",
+            std_eps=1e-9,
+            clip_high=0.27,
+            kl_coef=1e-3,
+            kl_estimator="k3",
+            is_cap=5.0,
+            is_floor=0.5,
+            is_mode="token-mask",
+            minibatches=8,
+        ),
+    },
+}
 """Algorithm → preset name → preset."""

@@ -77,6 +77,8 @@ def kl(logp: torch.Tensor, ref_logp: torch.Tensor, how: str) -> torch.Tensor:
 
 
 AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant")
+ORDERED_AGGREGATIONS = ("chunk-mean",)  # these depend on the order of the rows
+CHUNK_ROWS = 8  # nanochat's device_batch_size
 
 
 def token_weights(loss_mask: torch.Tensor, how: str, max_len: int | None = None) -> torch.Tensor:
@@ -91,6 +93,7 @@ def token_weights(loss_mask: torch.Tensor, how: str, max_len: int | None = None)
     | seq-mean-token-mean | 1 / (N · len_b)  | GRPO (arXiv 2402.03300)              |
     | seq-mean-token-sum  | 1 / N            | REINFORCE over whole sequences       |
     | constant            | 1 / (N · max_len)| Dr. GRPO (arXiv 2503.20783)          |
+    | chunk-mean          | 1 / (C · Σ_c len)| nanochat: C chunks of 8 rows         |
 
     Raises ValueError for an unknown `how`, or "constant" without `max_len`.
     """
@@ -107,7 +110,11 @@ def token_weights(loss_mask: torch.Tensor, how: str, max_len: int | None = None)
         if not max_len:
             raise ValueError("aggregate 'constant' divides by max_len; pass the longest completion allowed.")
         return mask / (rows * max_len)
-    raise ValueError(f"unknown aggregate {how!r}; expected one of {', '.join(AGGREGATIONS)}.")
+    if how == "chunk-mean":
+        in_chunk = torch.cat([part.sum().expand(len(part)) for part in length.squeeze(1).split(CHUNK_ROWS)])
+        chunks = sum(bool(part.any()) for part in length.squeeze(1).split(CHUNK_ROWS))
+        return mask / (max(1, chunks) * in_chunk.clamp_min(1).unsqueeze(1))
+    raise ValueError(f"unknown aggregate {how!r}; expected one of {', '.join(AGGREGATIONS + ORDERED_AGGREGATIONS)}.")
 
 
 def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ batch-mates, on the number of slots, or on what was sampled before.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 from posttrain import rng
 from posttrain.models.attention import Prefill, SlotCache
 from posttrain.models.invariance import ROW_COUNTS, TILE, equal_row_counts
-from posttrain.models.load import Policy, hidden_states
+from posttrain.models.load import Policy, hidden_states, trainable
 from posttrain.rollout.generator import OnToken, Request, draw
 from posttrain.rollout.scheduler import Scheduler
 from posttrain.types import Completion, RolloutError, SamplingParams
@@ -49,7 +49,7 @@ class _Sequence:
 
 
 class EmbeddedGenerator:
-    """`Generator` on a Policy in this process. Weights are shared with the learner, so `load` only counts versions."""
+    """`Generator` on a Policy in this process, the learner's own or a copy whose weights lag behind."""
 
     def __init__(self, policy: Policy, slots: int = 128) -> None:
         self.policy = policy
@@ -59,9 +59,17 @@ class EmbeddedGenerator:
         self.head_rows = equal_row_counts(policy.head, self.slots, policy.device)
         self._cache: SlotCache | None = None
 
-    def load(self, weights: object, version: int) -> None:
-        """Records a new version; the tensors are the learner's own."""
+    def load(self, weights: Mapping[str, torch.Tensor], version: int) -> None:
+        """Takes new weights, named as in `trainable(policy)`. The learner's own are already here and not copied."""
+        with torch.no_grad():
+            for name, own in trainable(self.policy).items():
+                if own.data_ptr() != weights[name].data_ptr():
+                    own.copy_(weights[name])
         self.version = version
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The weights it samples from, by name (views, not copies)."""
+        return {name: parameter.detach() for name, parameter in trainable(self.policy).items()}
 
     @torch.no_grad()
     def generate(

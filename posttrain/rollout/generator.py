@@ -5,7 +5,7 @@ A completion is a function of (weights, prompt, seed) and the sampling parameter
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -46,8 +46,12 @@ class Generator(Protocol):
         """One list per request, one completion per seed, in order."""
         ...
 
-    def load(self, weights: object, version: int) -> None:
+    def load(self, weights: Mapping[str, torch.Tensor], version: int) -> None:
         """Takes new weights; what follows is sampled from them."""
+        ...
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The weights it samples from."""
         ...
 
 
