@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from posttrain import machine
 from posttrain.collect import Collector, Verifier
 from posttrain.data.answers import final_part, marked_answer
 from posttrain.data.chat import ChatFormat
@@ -14,6 +15,7 @@ from posttrain.envs import prepare as data_sets
 from posttrain.envs import tasks as task_sets
 from posttrain.models.load import Policy
 from posttrain.rewards.functions import reward_from
+from posttrain.rewards.models import PREFIX, load_reward_model
 from posttrain.rollout.engine import EmbeddedGenerator
 from posttrain.store.run import Run
 from posttrain.train.interrupt import Interrupt
@@ -68,7 +70,11 @@ def judged_tasks(
     recipe: Any, chat: ChatFormat, given: list[Task] | None = None, reward: Callable[..., Any] | None = None
 ) -> tuple[task_sets.TaskSets, Verifier]:
     """The tasks of a recipe and what scores them; where a gold answer decides, each task's own must pass."""
-    verify = reward_from(reward or recipe.reward.name, task_sets.verifier_for)
+    if reward is None and recipe.reward.name.startswith(PREFIX):
+        device = machine.device(recipe.train.device)
+        verify: Verifier = load_reward_model(recipe.reward.name, recipe.reward, device, task_sets.verifier_for)
+    else:
+        verify = reward_from(reward or recipe.reward.name, task_sets.verifier_for)
     gold_decides = reward is None and recipe.reward.name in GOLD_DECIDES
     sets = task_sets.load_tasks(recipe.data, recipe.run.seed, given, needs_answer=gold_decides)
     sets = data_sets.fit_prompts(sets, chat, recipe.data)

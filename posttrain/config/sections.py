@@ -47,7 +47,11 @@ class DataConfig:
 @dataclass(frozen=True)
 class RewardConfig:
     name: str = "auto"
-    """`auto` (the task's own verifier), `exact`, `numeric`, `math`, `format`, or `FILE.py:FUNCTION`."""
+    """`auto` (the task's own verifier), `exact`, `numeric`, `math`, `format`, `FILE.py:FUNCTION`, or `model:FOLDER`."""
+    ensemble: Literal["mean", "min", "penalised"] = "mean"
+    """How the scores of several reward models or heads are joined; `penalised` is their mean minus the next setting."""
+    uncertainty_coef: float = 1.0
+    """With `penalised`, how much of the variance between the scores is subtracted."""
     max_failure_rate: float = 0.01
     """Stop when more than this share of a step's attempts could not be scored (and more than one attempt)."""
 

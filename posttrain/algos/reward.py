@@ -1,0 +1,227 @@
+"""Reward model: a score for whole answers, learned from which of two is better. The whole algorithm in one file.
+
+The model reads a conversation and a linear head turns its last hidden state, at the token that ends the answer, into
+one number. The loss of a pair is −log σ(chosen − rejected), Bradley and Terry's model of a preference (InstructGPT,
+arXiv 2203.02155, eq. 1): only differences of scores mean anything.
+
+What this file decides, and where implementations differ: every pair weighs the same, whatever prompt it is from; the
+score is read at the end-of-turn token and nothing after it, and a pair that does not fit `pairs.max_tokens` is left out
+rather than cut, because a cut answer has no end to read; the default is one pass over the pairs (a second one overfits,
+as InstructGPT found); margins and centring are off; after training the heads' biases are shifted so that the scores of
+the training answers have mean 0. With `heads` = K, head k weighs each pair by its own Poisson(1) count, an online
+bootstrap (Oza and Russell, 2001), fixed for the whole run by the seed.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from posttrain import rng
+from posttrain.config.reward import RewardModelConfig, RewardModelRecipe
+from posttrain.data import batching
+from posttrain.data.chat import ChatFormat
+from posttrain.evaluation import wilson
+from posttrain.models.heads import as_critic, attach_scalar
+from posttrain.models.load import Policy
+from posttrain.objectives.reward import bradley_terry, centring, expected_calibration_error
+from posttrain.pairs import load_pairs, pair_rows
+from posttrain.prepare import Job, OnStep, Setup
+from posttrain.store import checkpoint
+from posttrain.store.failpoints import failpoint
+from posttrain.store.run import Run
+from posttrain.train.forward import row_scores, sample_scores
+from posttrain.train.interrupt import Interrupt
+from posttrain.train.learner import Learner, Loss
+from posttrain.types import Batch, DataError, Preference, Sample, Stat, add_stats
+
+BINS = 20  # of predicted probability, from 0 to 1; confidences fall into the upper half
+
+Pair = tuple[Sample, Sample]
+"""The rows of a preference: chosen, rejected."""
+
+
+def prepare(setup: Setup) -> Job:
+    """The job of a recipe: pairs as token rows, a share of them held out, and a head on the model."""
+    recipe, policy = setup.recipe, setup.policy
+    sets = load_pairs(setup)
+    train, notes = whole_pairs(sets.train, setup.chat, recipe.pairs.max_tokens)
+    test, _ = whole_pairs(sets.test, setup.chat, recipe.pairs.max_tokens)
+    about = {"kind": "reward", "format": recipe.data.format}
+    as_critic(attach_scalar(policy, recipe.algo.heads, recipe.run.seed, about=about))
+    return Job(policy, sets.hash, sets.notes + notes, lambda *rest: run(recipe, policy, train, test, *rest))
+
+
+def whole_pairs(preferences: Sequence[Preference], chat: ChatFormat, max_tokens: int) -> tuple[list[Pair], list[str]]:
+    """Preferences as rows that end with their end-of-turn token, and notes on what was left out."""
+    rows, notes = pair_rows(preferences, chat, np.iinfo(np.int32).max)
+    ended = [_ended(row) for row in rows]
+    pairs = list(zip(ended[::2], ended[1::2], strict=True))
+    kept = [pair for pair in pairs if max(len(row.tokens) for row in pair) <= max_tokens]
+    if len(kept) < len(pairs):
+        notes.append(f"{len(pairs) - len(kept)} pairs longer than pairs.max_tokens={max_tokens} were left out.")
+    if preferences and not kept:
+        raise DataError(f"none of {len(preferences)} pairs fits pairs.max_tokens={max_tokens}; raise it.")
+    return kept, notes
+
+
+def make_loss(cfg: RewardModelConfig, weights: torch.Tensor) -> Loss:
+    """The loss of one pass of n pairs; weights (n, K) say what each counts for each head."""
+
+    def loss(scores: torch.Tensor, b: Batch) -> tuple[torch.Tensor, dict[str, Stat]]:  # (2n, K), better answers first
+        assert b.labels is not None and b.margins is not None
+        chosen, rejected = scores[0::2], scores[1::2]
+        label, margin = b.labels[0::2, None], b.margins[0::2, None] * cfg.margin
+        per_pair = bradley_terry(chosen, rejected, label, margin)  # (n, K)
+        if cfg.centre_coef:
+            per_pair = per_pair + cfg.centre_coef * centring(chosen, rejected)
+        gap = ((chosen - rejected) * (label - 0.5).sign()).detach().mean(1)  # (n,) over heads; 0 for a tie
+        told = label[:, 0] != 0.5
+        stats = {
+            "pair_accuracy": Stat(float((gap > 0)[told].sum()), int(told.sum())),
+            "score_gap": Stat(float(gap.sum()), int(told.sum())),
+            "score": Stat(float(scores.detach().sum()), scores.numel()),
+        }
+        return (weights * per_pair).sum(), stats
+
+    return loss
+
+
+def run(
+    recipe: RewardModelRecipe,
+    policy: Policy,
+    train: Sequence[Pair],
+    test: Sequence[Pair],
+    store: Run,
+    on_step: OnStep,
+    interrupt: Interrupt,
+) -> dict[str, Any] | None:
+    """Trains for `train.steps` steps (0: one pass over the pairs), from the newest checkpoint if there is one.
+
+    Returns the summary, or None when `interrupt` asked it to stop (then it is saved and resumable).
+    """
+    cfg, seed, room = recipe.algo, recipe.run.seed, recipe.train.tokens_per_pass
+    per_step = cfg.batch_pairs
+    steps = recipe.train.steps or math.ceil(len(train) / per_step)
+    learner = Learner(policy, recipe.train, steps, forward=row_scores)
+    counts = bootstrap_counts(len(train), cfg.heads, seed)
+    step = 0
+    if saved := checkpoint.latest(store.folder):
+        tensors, state = checkpoint.load(saved)
+        learner.load(tensors, state["learner"])
+        step = state["step"]
+    if step == 0:
+        values, _ = held_out(policy, test, room)
+        store.write(0, values, {})
+        on_step(0, values)
+    while step < steps and not interrupt.requested:
+        failpoint("step:start")
+        start = time.monotonic()
+        order = rng.draw_order(len(train), step * per_step, per_step, seed)
+        if not recipe.train.steps:  # one pass: the last step takes what is left
+            order = order[: len(train) - step * per_step]
+        rng.seed_global(seed, "update", step)
+        stats: list[dict[str, Stat]] = []
+        for part, batch in pair_batches([train[i] for i in order], room, policy.device):
+            weights = counts[[order[i] for i in part]] / (len(order) * cfg.heads)
+            stats.append(learner.forward_backward(batch, make_loss(cfg, weights.to(policy.device))))
+        stats.append(learner.step())
+        step += 1
+        failpoint("step:updated")
+        values = {name: stat.value for name, stat in add_stats(stats).items()}
+        tokens, seconds = sum(len(row.tokens) for i in order for row in train[i]), time.monotonic() - start
+        timings = {"seconds": seconds, "tokens_per_second": tokens / seconds}
+        if step == steps and cfg.normalise:
+            shift_to_zero(policy, train, room)
+        if step == steps or (recipe.eval.every and step % recipe.eval.every == 0):
+            values |= held_out(policy, test, room)[0]
+        failpoint("step:before-store")
+        store.write(step, values, timings)
+        failpoint("step:after-store")
+        on_step(step, values | timings)
+        if step % recipe.run.checkpoint_every == 0 or step == steps or interrupt.requested:
+            failpoint("step:before-checkpoint")
+            tensors, state = learner.state()
+            checkpoint.save(store.folder, step, tensors, {"step": step, "learner": state}, recipe.run.keep)
+            failpoint("step:after-checkpoint")
+    if step < steps:
+        return None
+    before, after = ({name: v for at, name, v in store.metrics() if at == which} for which in (0, step))
+    found = {"steps": step, "before": before, "after": after, "calibration": held_out(policy, test, room)[1]}
+    return {**found, "weights": checkpoint.weights_digest(learner.weights())}
+
+
+def bootstrap_counts(pairs: int, heads: int, seed: int) -> torch.Tensor:
+    """How often each pair is in each head's bootstrap (pairs, heads): Poisson(1), or 1 where there is one head."""
+    if heads == 1:
+        return torch.ones(pairs, 1)
+    uniforms = np.stack([rng.uniforms(rng.key("bootstrap", seed, k), pairs) for k in range(heads)], axis=1)
+    below = np.cumsum([math.exp(-1) / math.factorial(n) for n in range(16)])  # P(count ≤ n)
+    return torch.from_numpy(np.searchsorted(below, uniforms, side="right").astype(np.float32))
+
+
+def pair_batches(
+    pairs: Sequence[Pair], tokens_per_pass: int, device: torch.device
+) -> Iterator[tuple[list[int], Batch]]:
+    """Passes of at most `tokens_per_pass` tokens: which pairs, and their rows, chosen and rejected adjacent."""
+    for part in batching.passes([sum(len(row.tokens) for row in pair) for pair in pairs], tokens_per_pass):
+        rows = [row for i in part for row in pairs[i]]
+        yield part, batching.pad(rows, batching.loss_masks(rows).float(), device)
+
+
+def shift_to_zero(policy: Policy, train: Sequence[Pair], tokens_per_pass: int) -> None:
+    """Moves each head's bias so that its mean score of the training answers is 0; no difference of scores changes."""
+    assert policy.scalar is not None
+    scores = sample_scores(policy, [row for pair in train for row in pair], tokens_per_pass)
+    with torch.no_grad():
+        policy.scalar.bias.sub_(torch.from_numpy(scores.mean(0, dtype=np.float64)).to(policy.scalar.bias))
+
+
+def held_out(
+    policy: Policy, pairs: Sequence[Pair], tokens_per_pass: int
+) -> tuple[dict[str, float], list[dict[str, float]]]:
+    """Metrics `eval/…` of pairs that are not trained on, and the calibration table; both empty without such pairs.
+
+    Several heads are judged by the mean of their scores. A tie (label 0.5) is left out of accuracy and gap. A
+    prediction's confidence is σ(|difference|), and it came true where the higher-scored answer is the better.
+    """
+    if not pairs:
+        return {}, []
+    heads = sample_scores(policy, [row for pair in pairs for row in pair], tokens_per_pass).astype(np.float64)
+    scores = heads.mean(1)
+    label = np.array([chosen.label for chosen, _ in pairs])
+    gap = scores[0::2] - scores[1::2]
+    better, told = gap * np.sign(label - 0.5), label != 0.5
+    confidence = torch.sigmoid(torch.from_numpy(np.abs(gap)))
+    outcome = torch.from_numpy(np.where(gap >= 0, label, 1 - label))
+    accuracy = wilson(int((better[told] > 0).sum()), int(told.sum()))
+    calibration = expected_calibration_error(confidence, outcome, BINS)
+    loss = bradley_terry(*(torch.from_numpy(x) for x in (scores[0::2], scores[1::2], label, np.zeros_like(label))))
+    values = {
+        "eval/pair_accuracy": accuracy.value,
+        "eval/pair_accuracy_low": accuracy.low,
+        "eval/pair_accuracy_high": accuracy.high,
+        "eval/pair_loss": float(loss.mean()),
+        "eval/score_gap": float(better[told].mean()) if told.any() else math.nan,
+        "eval/score": float(scores.mean()),
+        "eval/score_std": float(scores.std()),
+        "eval/ece": float(calibration.error),
+    }
+    if heads.shape[1] > 1:
+        values["eval/uncertainty"] = float(heads.std(1).mean())
+    rows = zip(
+        calibration.counts.tolist(), calibration.confidence.tolist(), calibration.frequency.tolist(), strict=True
+    )
+    return values, [{"pairs": n, "predicted": p, "observed": q} for n, p, q in rows if n]
+
+
+def _ended(row: Sample) -> Sample:
+    """The row up to the token that ends the answer, which is where its score is read."""
+    end = int(np.flatnonzero(row.loss_mask)[-1]) + 1
+    parts = (row.tokens, row.loss_mask, row.behaviour_logp, row.advantages)
+    return Sample(*(part[:end] for part in parts), label=row.label, margin=row.margin)

@@ -1,0 +1,165 @@
+"""Reward models as verifiers: an answer's reward is what one or more trained models say of it.
+
+Messages and reply are written anew in each reward model's own chat format, so it may have another tokenizer than the
+model it judges; that format also ends the reply, whether or not the sampler was cut off.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from posttrain.config import ModelConfig, RewardConfig
+from posttrain.data.chat import ChatFormat
+from posttrain.data.steps import step_row, step_spans
+from posttrain.models.heads import about, load_scorer
+from posttrain.models.load import Policy
+from posttrain.objectives.reward import aggregate_steps, ensemble
+from posttrain.rewards.verifiers import Verifier
+from posttrain.train.forward import sample_scores, sample_step_scores
+from posttrain.types import ConfigError, RolloutError, Sample, Task, Verdict
+
+PREFIX = "model:"
+KINDS = {"reward": 0.0, "outcome": 0.5, "step": 0.5}
+"""What a head may score → the score above which an answer without a gold one counts as passed."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One trained model: scores (N, heads) of answers, or for step and outcome models probabilities (N, 1)."""
+
+    policy: Policy
+    chat: ChatFormat
+    tokens_per_pass: int
+
+    @property
+    def kind(self) -> str:
+        return about(self.policy)["kind"]
+
+    def scores(self, pairs: Sequence[tuple[Task, str]]) -> np.ndarray:
+        """(N, heads) float64, in the order given. An answer without any step has probability 0 from a step model."""
+        said = about(self.policy)
+        rows = [self._row(task, text, said) for task, text in pairs]
+        if self.kind != "step":
+            scores = sample_scores(self.policy, rows, self.tokens_per_pass).astype(np.float64)
+            return scores if self.kind == "reward" else 1 / (1 + np.exp(-scores))
+        steps = sample_step_scores(self.policy, rows, self.tokens_per_pass)
+        at_ends = [torch.from_numpy(all_[row.loss_mask]) for all_, row in zip(steps, rows, strict=True)]
+        return np.array([[joined_steps(logits, said["aggregate"])] for logits in at_ends])
+
+    def _row(self, task: Task, text: str, said: dict[str, str]) -> Sample:
+        spans = step_spans(text, said["separator"]) if self.kind == "step" else []
+        row = step_row(self.chat, task.messages, text, [end for _, end in spans])
+        context = getattr(self.policy.config, "max_position_embeddings", None)
+        if context and len(row.tokens) > context:
+            raise RolloutError(
+                f"task {task.id!r} and its answer are {len(row.tokens)} tokens for the reward model "
+                f"{self.policy.source}, which reads {context}. Lower rollout.max_tokens.",
+                boundary="reward",
+            )
+        return row
+
+
+def joined_steps(logits: torch.Tensor, how: str) -> float:
+    """One probability from the logits (S,) of an answer's steps; 0 for an answer without any."""
+    probabilities = torch.sigmoid(logits.double()).unsqueeze(0)
+    mask = torch.ones_like(probabilities, dtype=torch.bool)
+    return float(aggregate_steps(probabilities, mask, how)) if len(logits) else 0.0
+
+
+class RewardModel:
+    """A verifier whose score is the reward models' own, joined over every head of every member.
+
+    `parts` hold each head's score (`head_0`, …), their standard deviation (`uncertainty`, with two heads or more) and,
+    for a task with a gold answer, whether `judge` finds it met (`gold`): that is `passed`, so that accuracy stays what
+    it is while the model decides what is learned. Without a gold answer a score above `KINDS` passes.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        how: str = "mean",
+        coef: float = 1.0,
+        judge: Callable[[Task], Verifier] | None = None,
+    ) -> None:
+        kinds = {member.kind for member in members}
+        if len(kinds) != 1:
+            raise ConfigError(f"models of different kinds ({', '.join(sorted(kinds))}) cannot be joined in one score.")
+        (self.kind,) = kinds
+        self.members, self.how, self.coef, self.judge = members, how, coef, judge
+
+    def __call__(self, task: Task, text: str) -> Verdict:
+        """The verdict on one reply; `score_all` is quicker for many."""
+        return self.score_all([(task, text)])[0]
+
+    def scores(self, pairs: Sequence[tuple[Task, str]]) -> np.ndarray:
+        """One score (N,) for each reply."""
+        return self._joined(self._heads(pairs))
+
+    def score_all(self, pairs: Sequence[tuple[Task, str]]) -> list[Verdict]:
+        """Verdicts in the order given. Raises RolloutError where a score is not finite, or a row does not fit."""
+        if not pairs:
+            return []
+        heads = self._heads(pairs)
+        out: list[Verdict] = []
+        for (task, text), row, score in zip(pairs, heads, self._joined(heads).tolist(), strict=True):
+            if not math.isfinite(score):
+                raise RolloutError(f"the reward model scores task {task.id!r} with {score}.", boundary="reward")
+            parts = {f"head_{k}": float(value) for k, value in enumerate(row)}
+            if len(row) > 1:
+                parts["uncertainty"] = float(row.std())
+            passed = score > KINDS[self.kind]
+            if self.judge is not None and task.answer not in (None, ""):
+                passed = self.judge(task)(task, text).passed
+                parts["gold"] = float(passed)
+            out.append(Verdict(score, passed, "", parts))
+        return out
+
+    def _heads(self, pairs: Sequence[tuple[Task, str]]) -> np.ndarray:
+        return np.concatenate([member.scores(pairs) for member in self.members], axis=1)
+
+    def _joined(self, heads: np.ndarray) -> np.ndarray:
+        return ensemble(torch.from_numpy(heads.T), self.how, self.coef).numpy()
+
+
+def load_reward_model(
+    spec: str,
+    cfg: RewardConfig,
+    device: torch.device | str = "cpu",
+    judge: Callable[[Task], Verifier] | None = None,
+    tokens_per_pass: int = 8192,
+) -> RewardModel:
+    """The verifier that `model:FOLDER`, or `model:A+B` for an ensemble of runs, names.
+
+    A folder is a finished `posttrain reward` or `posttrain prm` run, or the model folder in it. Raises ConfigError for
+    anything that cannot score.
+    """
+    members = [_member(folder, device, tokens_per_pass) for folder in spec.removeprefix(PREFIX).split("+")]
+    return RewardModel(members, cfg.ensemble, cfg.uncertainty_coef, judge)
+
+
+def _member(name: str, device: torch.device | str, tokens_per_pass: int) -> Member:
+    folder = Path(name)
+    if not name or not folder.is_dir():
+        raise ConfigError(f"reward model folder {name!r} does not exist. Write model:FOLDER, or model:A+B for several.")
+    if (folder / "run.json").is_file():
+        if not (folder / "model").is_dir():
+            raise ConfigError(
+                f"run {name} has no model yet, because it has not finished. Continue it with `posttrain resume`."
+            )
+        folder = folder / "model"
+    policy = load_scorer(ModelConfig(path=str(folder)), device)
+    said = about(policy)
+    if said.get("kind") not in KINDS:
+        raise ConfigError(
+            f"the scalar head of {name} was not trained to score answers (a critic's predicts returns). Give a "
+            "`posttrain reward` or `posttrain prm` run."
+        )
+    policy.model.requires_grad_(False)
+    return Member(policy, ChatFormat(policy.tokenizer, cast(Any, said["format"])), tokens_per_pass)
