@@ -1,0 +1,28 @@
+"""Settings of posttrain/pairs.py, for every algorithm that learns from preferences."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from posttrain.config.sections import require_positive
+from posttrain.types import ConfigError
+
+
+@dataclass(frozen=True)
+class PairsConfig:
+    samples: int = 8
+    """Answers sampled from the starting model per task, where data.tasks names tasks rather than preferences."""
+    per_task: int = 2
+    """Most pairs kept of one task's sampled answers."""
+    max_tokens: int = 1024
+    """Longest row, prompt and answer; longer ones are cut at the end and counted, never silently."""
+
+
+def check_pairs(recipe: Any) -> None:
+    pairs = recipe.pairs
+    require_positive(pairs, "per_task", "max_tokens")
+    if pairs.samples < 2:
+        raise ConfigError(f"pairs.samples={pairs.samples} makes no pair of answers; set it to 2 or more.")
+    if recipe.rollout.temperature <= 0:
+        raise ConfigError("rollout.temperature=0 makes all answers of a task equal. Set it above 0, usually 1.")
