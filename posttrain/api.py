@@ -19,6 +19,7 @@ import torch
 import posttrain.algos.distill
 import posttrain.algos.grpo
 import posttrain.algos.raft
+import posttrain.algos.reward
 import posttrain.algos.sft
 from posttrain import __version__, config, machine, rng
 from posttrain.config import GRPORecipe
@@ -36,6 +37,7 @@ from posttrain.types import Episode, ResumeError, Task
 ALGORITHMS: dict[str, Any] = {
     "grpo": posttrain.algos.grpo,
     "sft": posttrain.algos.sft,
+    "reward": posttrain.algos.reward,
     "raft": posttrain.algos.raft,
     "distill": posttrain.algos.distill,
 }
@@ -185,13 +187,19 @@ def open_policy(path: str, cfg: config.ModelConfig | None = None, device: torch.
     if not (Path(path) / "run.json").exists():
         return load_policy(replace(cfg or config.ModelConfig(), path=path), device)
     with Run.read(Path(path)) as store:
-        recipe = config.resolve(store.header["algorithm"], store.header["recipe"])
+        algorithm = store.header["algorithm"]
+        recipe = config.resolve(algorithm, store.header["recipe"])
     rng.seed_global(recipe.run.seed, "init")
     policy = load_policy(recipe.model, device)
     saved = checkpoint.latest(Path(path))
     if saved is None:
         raise ResumeError(f"{path} has no checkpoint yet; resume it, or use its base model {recipe.model.path!r}.")
-    load_weights(policy, checkpoint.load(saved, only=["model"])[0]["model"])
+    tensors = checkpoint.load(saved, only=["model"])[0]["model"]
+    if (head := tensors.get("scalar.weight")) is not None:
+        heads.attach_scalar(policy, len(head))
+        if algorithm in ("reward", "prm"):
+            heads.as_critic(policy)
+    load_weights(policy, tensors)
     return policy
 
 

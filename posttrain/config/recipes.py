@@ -5,11 +5,13 @@ from __future__ import annotations
 from posttrain.config.distill import DistillRecipe
 from posttrain.config.grpo import GRPORecipe
 from posttrain.config.raft import RaftRecipe
+from posttrain.config.reward import RewardModelRecipe
 from posttrain.config.sft import SFTRecipe
 
 RECIPES: dict[str, type] = {
     "grpo": GRPORecipe,
     "sft": SFTRecipe,
+    "reward": RewardModelRecipe,
     "raft": RaftRecipe,
     "distill": DistillRecipe,
 }
