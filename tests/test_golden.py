@@ -11,16 +11,30 @@ import numpy as np
 import pytest
 import torch
 
-from posttrain.objectives import advantages, policy, tokens
+from posttrain.objectives import advantages, policy, tokens, values
 
 FOLDER = Path(__file__).parent / "golden"
 Inputs = dict[str, Any]
 
 
 def policy_loss(name: str) -> Callable[[Inputs], torch.Tensor]:
-    return lambda i: getattr(policy, name)(
-        i["logp"], i["old_logp"], i["advantages"], i["mask"], i.get("low", 0.2), i.get("high", 0.2)
-    )[0]
+    """The loss of that name; inputs beyond the shared six are its own constants."""
+    return lambda i: getattr(policy, name)(**i)[0]
+
+
+def call(function: Callable[..., Any]) -> Callable[[Inputs], torch.Tensor]:
+    """A function whose parameters are the file's inputs."""
+    return lambda i: function(**i)
+
+
+def gae(i: Inputs) -> torch.Tensor:
+    both = values.gae(i["rewards"], i["values"], i["mask"], i["gamma"], i["lam"])
+    return both[("advantages", "returns").index(i["of"])]
+
+
+def gdpo(i: Inputs) -> torch.Tensor:
+    components = [advantages.group_relative(component, "sample") for component in i["rewards"]]
+    return advantages.batch_relative(torch.stack(components).sum(0))
 
 
 def cross_entropy(i: Inputs) -> torch.Tensor:
@@ -31,19 +45,37 @@ def cross_entropy(i: Inputs) -> torch.Tensor:
 
 # file → the function whose value and gradient it states
 CALLS: dict[str, Callable[[Inputs], torch.Tensor]] = {
-    "clip": policy_loss("clip"),
-    "reinforce": policy_loss("reinforce"),
-    "is_correction": lambda i: policy.is_correction(i["old_logp"], i["behaviour_logp"], i["mask"], i["cap"]),
-    "kl_k1": lambda i: tokens.kl_k1(i["logp"], i["ref_logp"]),
-    "kl_k2": lambda i: tokens.kl_k2(i["logp"], i["ref_logp"]),
-    "kl_k3": lambda i: tokens.kl_k3(i["logp"], i["ref_logp"]),
-    "group_relative": lambda i: advantages.group_relative(i["rewards"], i["std"]),
+    **{
+        name: policy_loss(name)
+        for name in ("reinforce", "importance", "clip", "dual_clip", "gspo", "gspo_token", "cispo", "sapo")
+    },
+    "is_correction": call(policy.is_correction),
+    "kl_k1": call(tokens.kl_k1),
+    "kl_k2": call(tokens.kl_k2),
+    "kl_k3": call(tokens.kl_k3),
+    "kl_k3_plus": call(tokens.kl_k3_plus),
+    "group_relative": call(advantages.group_relative),
+    "leave_one_out": call(advantages.leave_one_out),
+    "max_rl": call(advantages.max_rl),
+    "batch_relative": call(advantages.batch_relative),
+    "minus_baseline": call(advantages.minus_baseline),
+    "gdpo": gdpo,
+    "overlong_penalty": call(advantages.overlong_penalty),
+    "returns_to_go": call(advantages.returns_to_go),
+    "gae": gae,
+    "token_rewards": call(values.token_rewards),
+    "value_loss": lambda i: values.value_loss(**i)[0],
+    "adaptive_kl": call(values.adaptive_kl),
+    "whiten": call(tokens.whiten),
+    "masked_var": call(tokens.masked_var),
     "token_weights": lambda i: (tokens.token_weights(i["mask"], i["how"], i["max_len"]) * i["losses"]).sum(),
     "cross_entropy": cross_entropy,
     "masked_mean": lambda i: torch.stack(
         [tokens.masked_mean(v, m) for v, m in zip(i["values"], i["mask"], strict=True)]
     ),
 }
+# advantages of a group sum to 0, so a gradient of their sum would say nothing: theirs is of each row's first entry
+OF_THE_FIRST = {"group_relative", "leave_one_out", "max_rl", "batch_relative", "gdpo", "minus_baseline", "whiten"}
 
 
 def cases() -> list[Any]:
@@ -87,7 +119,7 @@ def test_value_and_gradient_are_the_stated_ones(
     value = CALLS[file](inputs)
     stated = (torch.tensor(case[name], dtype=torch.float64) for name in ("value", "gradient"))
     torch.testing.assert_close(value.double(), next(stated), rtol=tolerance, atol=tolerance)
-    summed = value[:, 0].sum() if file == "group_relative" else value.sum()
+    summed = value[:, 0].sum() if file in OF_THE_FIRST else value.sum()
     gradient = torch.autograd.grad(summed, leaf)[0] if summed.requires_grad else torch.zeros_like(leaf)
     torch.testing.assert_close(gradient.double(), next(stated), rtol=tolerance, atol=tolerance)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 
 STDS = ("none", "sample", "population", "batch")
-SMALLEST_STD = 1e-12  # keeps 0 / 0 finite where rewards differ by less than float64 resolves
 
 
 def group_relative(rewards: torch.Tensor, std: bool | str = False, eps: float = 0.0) -> torch.Tensor:
@@ -33,10 +32,9 @@ def group_relative(rewards: torch.Tensor, std: bool | str = False, eps: float = 
     _check_groups(rewards)
     advantages, count = _centred(rewards, (1,))
     if how == "batch":
-        advantages = advantages / (_spread(*_centred(rewards, (0, 1)), (0, 1)) + eps).clamp_min(SMALLEST_STD)
+        advantages = advantages / (_spread(*_centred(rewards, (0, 1)), (0, 1)) + eps)
     elif how != "none":
-        spread = _spread(advantages, count, (1,), bessel=how == "sample")
-        advantages = advantages / (spread + eps).clamp_min(SMALLEST_STD)
+        advantages = advantages / (_spread(advantages, count, (1,), bessel=how == "sample") + eps)
     return _finish(advantages, rewards, (1,))
 
 
@@ -81,8 +79,7 @@ def batch_relative(rewards: torch.Tensor, std: str = "sample", eps: float = 1e-8
     everything = tuple(range(rewards.dim()))
     advantages, count = _centred(rewards, everything)
     if std != "none":
-        spread = _spread(advantages, count, everything, bessel=std == "sample")
-        advantages = advantages / (spread + eps).clamp_min(SMALLEST_STD)
+        advantages = advantages / (_spread(advantages, count, everything, bessel=std == "sample") + eps)
     return _finish(advantages, rewards, everything)
 
 
@@ -154,8 +151,9 @@ def _centred(rewards: torch.Tensor, over: tuple[int, ...]) -> tuple[torch.Tensor
 
 
 def _spread(centred: torch.Tensor, count: torch.Tensor, over: tuple[int, ...], bessel: bool = True) -> torch.Tensor:
-    """The standard deviation of what `_centred` returned."""
-    return (centred.square().sum(over, keepdim=True) / (count - int(bessel)).clamp_min(1)).sqrt()
+    """The standard deviation of what `_centred` returned, and 1 in place of 0, which nothing can be divided by."""
+    variance = centred.square().sum(over, keepdim=True) / (count - int(bessel)).clamp_min(1)
+    return torch.where(variance > 0, variance, 1).sqrt()
 
 
 def _flat(rewards: torch.Tensor, over: tuple[int, ...]) -> torch.Tensor:
