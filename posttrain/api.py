@@ -18,6 +18,7 @@ import torch
 
 import posttrain.algos.distill
 import posttrain.algos.grpo
+import posttrain.algos.ppo
 import posttrain.algos.raft
 import posttrain.algos.reward
 import posttrain.algos.sft
@@ -38,6 +39,7 @@ ALGORITHMS: dict[str, Any] = {
     "grpo": posttrain.algos.grpo,
     "sft": posttrain.algos.sft,
     "reward": posttrain.algos.reward,
+    "ppo": posttrain.algos.ppo,
     "raft": posttrain.algos.raft,
     "distill": posttrain.algos.distill,
 }

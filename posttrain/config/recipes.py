@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from posttrain.config.distill import DistillRecipe
 from posttrain.config.grpo import GRPORecipe
+from posttrain.config.ppo import PPORecipe
 from posttrain.config.raft import RaftRecipe
 from posttrain.config.reward import RewardModelRecipe
 from posttrain.config.sft import SFTRecipe
@@ -12,6 +13,7 @@ RECIPES: dict[str, type] = {
     "grpo": GRPORecipe,
     "sft": SFTRecipe,
     "reward": RewardModelRecipe,
+    "ppo": PPORecipe,
     "raft": RaftRecipe,
     "distill": DistillRecipe,
 }

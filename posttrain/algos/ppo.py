@@ -1,0 +1,400 @@
+"""PPO with a critic (Schulman et al., arXiv 1707.06347) as InstructGPT does it (arXiv 2203.02155), in one file.
+
+The policy answers; each answer is scored once, at its end. A critic predicts, before every token, what is still to
+come; generalised advantage estimation compares its predictions with each other and with the score; the clipped policy
+gradient makes tokens likelier after which things went better than expected. On the way every token pays for its
+distance from the starting model. A fresh value head is 0, so the first advantages are the plain returns.
+
+What this file decides, and where implementations differ:
+- The KL is part of the reward, token by token (InstructGPT, TRL, OpenRLHF), not a term of the loss (GRPO). The score is
+  on the last trained token, which is the stop token where there is one.
+- Only trained tokens are time. Values skip what the policy did not write, so a tool's answer neither discounts nor
+  interrupts (verl, NeMo-RL); TRL's experimental PPO and SkyRL treat such tokens as the policy's own.
+- Advantages are whitened over the whole step before minibatches are dealt, with variance over n − 1 (TRL, verl; NeMo-RL
+  and OpenRLHF divide by n). Returns are made of the advantages before that.
+- The value loss has the factor ½ (OpenRLHF, NeMo-RL; TRL has it too and multiplies by `vf_coef`, and so does a shared
+  critic here). Values are clipped around those at sampling time, as in OpenAI's code.
+- Tokens weigh the same over the optimizer batch in both losses (token-mean), in whatever passes they are computed.
+- The buffer is frozen: `old_logp`, `old_values`, advantages and returns are computed once, by the very passes that the
+  first epoch repeats, so that the first ratio is exactly 1.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from posttrain import collect, rng
+from posttrain.collect import Collector
+from posttrain.config.ppo import PPOConfig, PPORecipe
+from posttrain.data import batching
+from posttrain.data.demonstrations import demonstration_rows
+from posttrain.envs.prepare import load_conversations
+from posttrain.evaluation import Examiner
+from posttrain.models.load import Policy
+from posttrain.objectives.policy import clip
+from posttrain.objectives.tokens import kl, kl_k3, masked_mean, masked_var, whiten
+from posttrain.objectives.values import adaptive_kl, gae, token_rewards, value_loss
+from posttrain.prepare import Job, OnStep, Setup, final_answer, judged_tasks, make_collector
+from posttrain.store import checkpoint
+from posttrain.store.failpoints import failpoint
+from posttrain.store.run import Event, Run
+from posttrain.train import forward as passes
+from posttrain.train.critic import ReturnScale, keep_only_head, make_critic
+from posttrain.train.forward import Forward
+from posttrain.train.frozen import PerRow, frozen_start
+from posttrain.train.interrupt import Interrupt
+from posttrain.train.learner import Learner, Loss
+from posttrain.types import Batch, Episode, Sample, Stat, Task, TrainingDiverged, add_stats
+
+Rows = Sequence[Sample]
+
+
+@dataclass
+class Progress:
+    """What a run carries from step to step besides weights and optimizers. All of it is saved."""
+
+    kl_coef: float
+    step: int = 0
+    flat_steps: int = 0
+    ptx_rows: int = 0  # demonstrations used so far: the position in their endless order
+    scale: ReturnScale = field(default_factory=ReturnScale)  # moved by whiten_returns alone
+
+
+def prepare(setup: Setup) -> Job:
+    """The job of a recipe: judged tasks, a collector on the policy, a critic that fits it, rows for the ptx term."""
+    recipe, policy, cfg = setup.recipe, setup.policy, setup.recipe.algo
+    sets, verify = judged_tasks(recipe, setup.chat, setup.given, setup.reward)
+    critic = make_critic(recipe.model, policy, cfg.critic == "shared", cfg.critic_init, recipe.run.seed)
+    collector = make_collector(policy, setup.chat, verify, recipe)
+    examine = Examiner(collector, sets.test, recipe.eval.samples, recipe.eval.temperature, final_answer)
+    data_hash, notes, shown = sets.hash, list(sets.notes), list[Sample]()
+    if cfg.ptx_coef:
+        data = replace(recipe.data, tasks=cfg.ptx_data, eval_tasks="", holdout=0.0)
+        found = load_conversations(data, recipe.run.seed)
+        shown, cut = demonstration_rows(found.train, setup.chat, cfg.ptx_max_tokens)
+        data_hash += f"+{found.hash}"
+        notes += [f"{cut} rows of algo.ptx_data were cut at algo.ptx_max_tokens={cfg.ptx_max_tokens}."] * bool(cut)
+    parts = (recipe, policy, critic, collector, sets.train, shown, examine)
+    return Job(policy, data_hash, notes, lambda *rest: run(*parts, *rest))
+
+
+def policy_loss(cfg: PPOConfig) -> Loss:
+    """The clipped policy gradient less the entropy bonus; (logp, entropy (B, T), batch) → (scalar, stats)."""
+
+    def loss(logp: torch.Tensor, entropy: torch.Tensor, b: Batch) -> tuple[torch.Tensor, dict[str, Stat]]:
+        mask = b.mask
+        assert b.old_logp is not None
+        per_token, clipped = clip(logp, b.old_logp, b.advantages, mask, cfg.clip_low, cfg.clip_high)
+        per_token = per_token - cfg.entropy_coef * entropy
+        moved = kl_k3(torch.where(mask, b.old_logp, 0), torch.where(mask, logp.detach(), 0))
+        stats = {"clipped": clipped.float(), "entropy": entropy.detach(), "approx_kl": moved}
+        return (b.weights * per_token).sum(), {name: _mean(values, mask) for name, values in stats.items()}
+
+    return loss
+
+
+def critic_loss(cfg: PPOConfig) -> Loss:
+    """The clipped value loss; (values (B, T), batch) → (scalar, stats)."""
+
+    def loss(values: torch.Tensor, b: Batch) -> tuple[torch.Tensor, dict[str, Stat]]:
+        assert b.old_values is not None and b.returns is not None
+        per_token, clipped = value_loss(values, b.old_values, b.returns, b.mask, cfg.value_clip)
+        stats = {"value_loss": _mean(per_token.detach(), b.mask), "value_clipped": _mean(clipped.float(), b.mask)}
+        return (b.weights * per_token).sum(), stats
+
+    return loss
+
+
+def shared_loss(cfg: PPOConfig, only_critic: bool) -> Loss:
+    """Policy loss + vf_coef · value loss, for a critic on the policy's own body; `only_critic` leaves the first out."""
+    of_policy, of_critic = policy_loss(cfg), critic_loss(cfg)
+
+    def loss(logp: torch.Tensor, entropy: torch.Tensor, values: torch.Tensor, b: Batch) -> Any:
+        value, stats = of_critic(values, b)
+        if only_critic:
+            return cfg.vf_coef * value, stats
+        surrogate, more = of_policy(logp, entropy, b)
+        return surrogate + cfg.vf_coef * value, {**stats, **more}
+
+    return loss
+
+
+def ptx_loss(coef: float) -> Loss:
+    """coef · mean negative log-probability of the demonstrated tokens."""
+
+    def loss(logp: torch.Tensor, entropy: torch.Tensor, b: Batch) -> tuple[torch.Tensor, dict[str, Stat]]:
+        imitate = -(b.weights * torch.where(b.mask, logp, 0)).sum()
+        return coef * imitate, {"ptx_nll": _mean(-logp.detach(), b.mask)}
+
+    return loss
+
+
+def make_forward(cfg: PPOConfig) -> Forward:
+    """What a pass of the policy's learner yields: with values where the critic is shared."""
+    ours: Forward = passes.token_stats_with_entropy if cfg.entropy_coef else passes.token_stats
+    if cfg.critic == "shared":
+        ours = passes.actor_critic
+
+    def forward(policy: Policy, batch: Batch, temperature: float) -> tuple[torch.Tensor, ...]:
+        if batch.returns is None:  # demonstrations: at temperature 1, as in sft, and nothing to value
+            return passes.token_stats(policy, batch, 1.0)
+        return ours(policy, batch, temperature)
+
+    return forward
+
+
+def run(
+    recipe: PPORecipe,
+    policy: Policy,
+    critic_policy: Policy,
+    collector: Collector,
+    train_tasks: Sequence[Task],
+    shown: Rows,
+    examine: Examiner,
+    store: Run,
+    on_step: OnStep,
+    interrupt: Interrupt,
+) -> dict[str, Any] | None:
+    """Trains until `train.steps`, from the run's newest checkpoint if it has one.
+
+    Everything random is a function of (run.seed, step, task, attempt), so a run that was killed anywhere and resumed
+    ends with the same bits. Returns the summary, or None when `interrupt` asked it to stop (saved, resumable).
+    """
+    cfg, train, seed = recipe.algo, recipe.train, recipe.run.seed
+    learner, critic = make_learners(recipe, policy, critic_policy)
+    room, temperature = train.tokens_per_pass, recipe.rollout.temperature
+    reference = frozen_start(recipe.model, policy, room, temperature) if cfg.kl_coef else None
+    at = Progress(kl_coef=cfg.kl_coef)
+    if saved := checkpoint.latest(store.folder):
+        tensors, state = checkpoint.load(saved)
+        at = Progress(**{**state["progress"], "scale": ReturnScale(**state["progress"]["scale"])})
+        learner.load(tensors, state["learner"])
+        if critic:
+            critic.load({"model": tensors["critic"], "optim": tensors["critic_optim"]}, state["critic"])
+
+    if at.step == 0:
+        values, rows = examine(0)
+        store.write(0, values, {}, rows)
+        on_step(0, values)
+
+    while at.step < train.steps and not interrupt.requested:
+        failpoint("step:start")
+        start = time.monotonic()
+        collector.generator.load(learner.weights(), version=at.step)
+        tasks = [train_tasks[i] for i in rng.draw_order(len(train_tasks), at.step * cfg.prompts, cfg.prompts, seed)]
+        groups = collector.groups(tasks, cfg.group_size, at.step)  # P lists of G episodes
+        collect.check_failures(groups, recipe.reward.max_failure_rate)
+        sampled = time.monotonic()
+        failpoint("step:rollouts-done")
+
+        scores = terminal_scores([e for group in groups for e in group], cfg)  # (B,)
+        samples = [collect.to_sample(e, 0.0) for group in groups for e in group]
+        first = deal(recipe, at.step, 0)
+        samples = fill(samples, first, "old_logp", learner.sample_logprobs)
+        if reference is not None:
+            samples = fill(samples, first, "ref_logp", reference)
+        samples = fill(samples, first, "old_values", lambda part: passes.sample_values(critic_policy, part, room))
+        samples, stats = freeze(samples, scores, cfg, at, critic_policy)
+
+        rng.seed_global(seed, "update", at.step)  # dropout, if the model has any
+        stats = [collect.episode_stats(groups, 0), stats, *improve(recipe, at, learner, critic, samples, shown)]
+        values = {name: stat.value for name, stat in add_stats(stats).items() if name != "flat_groups"}
+        known = scores[scores.isfinite()]
+        if cfg.kl_controller == "adaptive" and len(known) and at.step >= cfg.critic_warmup:
+            at.kl_coef = adaptive_kl(at.kl_coef, values["kl_episode"], cfg.kl_target, cfg.kl_horizon, len(known))
+        at.flat_steps = at.flat_steps + 1 if len(known.unique()) < 2 else 0
+        at.step += 1
+        failpoint("step:updated")
+
+        times = collect.timings(groups, start, sampled)
+        rows = collect.episode_rows("train", at.step, groups, tasks, mean_advantages(samples).view(len(groups), -1))
+        if at.step == train.steps or (recipe.eval.every and at.step % recipe.eval.every == 0):
+            measured, eval_rows = examine(at.step)
+            values, rows = values | measured, rows + eval_rows
+        failpoint("step:before-store")
+        store.write(at.step, values, times, rows, _events(values, at.flat_steps))
+        failpoint("step:after-store")
+        on_step(at.step, values | times)
+        _stop_if_hopeless(cfg, at, values)
+        if at.step % recipe.run.checkpoint_every == 0 or at.step == train.steps or interrupt.requested:
+            failpoint("step:before-checkpoint")
+            tensors, state = learner.state()
+            whole: dict[str, Any] = {"step": at.step, "progress": asdict(at), "learner": state}
+            if critic:
+                own, whole["critic"] = critic.state()
+                tensors |= {"critic": own["model"], "critic_optim": own["optim"]}
+            checkpoint.save(store.folder, at.step, tensors, whole, recipe.run.keep)
+            failpoint("step:after-checkpoint")
+    if at.step < train.steps:
+        return None
+    before, after = ({name: v for n, name, v in store.metrics() if n == which} for which in (0, at.step))
+    return {"steps": at.step, "before": before, "after": after, "weights": checkpoint.weights_digest(learner.weights())}
+
+
+def improve(
+    recipe: PPORecipe, at: Progress, learner: Learner, critic: Learner | None, samples: Rows, shown: Rows
+) -> list[dict[str, Stat]]:
+    """Epochs × minibatches over the frozen buffer, one optimizer step each."""
+    cfg, room, device = recipe.algo, recipe.train.tokens_per_pass, learner.policy.device
+    warming = at.step < cfg.critic_warmup
+    ours = policy_loss(cfg) if critic else shared_loss(cfg, only_critic=warming)
+    out: list[dict[str, Stat]] = []
+    for epoch in range(cfg.epochs):
+        stats: list[dict[str, Stat]] = []  # of the newest minibatch
+        for part in deal(recipe, at.step, epoch):
+            rows = [samples[i] for i in part]
+            if not any(row.loss_mask.any() for row in rows):
+                continue  # without a signal nothing moves, momentum included
+            stats = []
+            for batch in batching.micro(rows, room, "token-mean", device=device):
+                if critic:
+                    stats.append(_of_critic(critic.forward_backward(batch, critic_loss(cfg))))
+                if not (critic and warming):
+                    stats.append(learner.forward_backward(batch, ours))
+            if shown and not warming:
+                order = rng.draw_order(len(shown), at.ptx_rows, cfg.ptx_rows, rng.key(recipe.run.seed, "ptx"))
+                for batch in batching.micro([shown[i] for i in order], room, "token-mean", device=device):
+                    stats.append(learner.forward_backward(batch, ptx_loss(cfg.ptx_coef)))
+                at.ptx_rows += cfg.ptx_rows
+            if critic:
+                stats.append(_of_critic(critic.step()))
+            elif warming:
+                keep_only_head(learner)
+            if not (critic and warming):
+                stats.append(learner.step())
+            out += stats
+        moved = add_stats(stats).get("approx_kl")
+        if cfg.target_kl and moved is not None and moved.value > cfg.target_kl:
+            break
+    return out
+
+
+def freeze(
+    samples: Rows, scores: torch.Tensor, cfg: PPOConfig, at: Progress, critic: Policy
+) -> tuple[list[Sample], dict[str, Stat]]:
+    """The rollout buffer: samples with `old_logp`, `old_values` and, for a KL, `ref_logp` get advantages and returns.
+
+    scores (B,), NaN where unscored: such a row has no trained token and takes no part in any statistic. With
+    `whiten_returns` the running statistics in `at` move, and the critic's head is rescaled so that its values do not.
+    """
+    b = batching.pad(samples, batching.loss_masks(samples).float())
+    mask = b.mask
+    assert b.old_logp is not None and b.old_values is not None
+    ref_logp = b.old_logp if b.ref_logp is None else b.ref_logp
+    distance = torch.where(mask, kl(b.old_logp, ref_logp, cfg.kl_estimator), 0)
+    rewards = token_rewards(scores, distance, mask, at.kl_coef)
+    total = rewards.sum()
+    if cfg.whiten_rewards:
+        rewards = whiten(rewards, mask, shift_mean=False)
+    values = torch.where(mask, at.scale.restore(b.old_values), 0)
+    advantages, returns = gae(rewards, values, mask, cfg.gamma, cfg.lam)
+
+    tokens, scored = int(mask.sum()), scores.isfinite()
+    gap, spread = (b.old_logp - b.behaviour_logp).abs()[mask], masked_var(returns, mask, bessel=False)
+    stats = {
+        "score": Stat(scores[scored].sum().item(), int(scored.sum())),
+        "returns": Stat(masked_mean(returns, mask).item()),
+        "advantages_std": Stat(masked_var(advantages, mask).sqrt().item()),
+        "mismatch": Stat(gap.max().item() if tokens else 0.0, 1, "max"),
+        "mismatch_mean": Stat(gap.sum().item(), tokens),
+    }
+    if b.ref_logp is not None:
+        stats["score_less_kl"] = Stat(total.item(), int(scored.sum()))
+        stats["kl"] = Stat(distance.sum().item(), tokens)
+        stats["kl_episode"] = Stat(distance.sum().item(), int(scored.sum()))
+        stats["kl_coef"] = Stat(at.kl_coef)
+    if spread > 0:
+        stats["explained_variance"] = Stat(1 - (masked_var(returns - values, mask, bessel=False) / spread).item())
+
+    if cfg.whiten_advantages:
+        advantages = whiten(advantages, mask)
+    if cfg.whiten_returns and tokens:
+        at.scale.update(critic, returns[mask])
+        values, returns = (torch.where(mask, at.scale.normalise(x), 0) for x in (values, returns))
+    columns = zip(samples, advantages.numpy(), values.numpy(), returns.numpy(), strict=True)
+    cut = ((s, a[: len(s.tokens)], v[: len(s.tokens)], r[: len(s.tokens)]) for s, a, v, r in columns)
+    return [replace(s, advantages=a, old_values=v, returns=r) for s, a, v, r in cut], stats
+
+
+def terminal_scores(episodes: Sequence[Episode], cfg: PPOConfig) -> torch.Tensor:
+    """(B,) float32, NaN where unscored; answers cut by max_tokens as `unfinished` says."""
+    scores = collect.rewards_tensor([episodes])[0]
+    cut = torch.tensor([e.stop == "length" for e in episodes])
+    if cfg.unfinished == "penalise":
+        return torch.where(cut, scores + cfg.unfinished_value, scores)
+    if cfg.unfinished == "replace":
+        return torch.where(cut & scores.isfinite(), cfg.unfinished_value, scores)
+    return scores
+
+
+def deal(recipe: PPORecipe, step: int, epoch: int) -> list[np.ndarray]:
+    """The rows of each of an epoch's minibatches."""
+    count = recipe.algo.prompts * recipe.algo.group_size
+    order = rng.permutation(count, recipe.run.seed, "minibatch", step, epoch)
+    return [np.sort(part) for part in np.array_split(order, recipe.algo.minibatches)]
+
+
+def fill(samples: Rows, parts: Sequence[np.ndarray], name: str, of: PerRow) -> list[Sample]:
+    """Samples with the field `name` filled in, each part in the same passes that an update on it will make."""
+    out = list(samples)
+    for part in parts:
+        for i, sample in zip(part, collect.with_logp([samples[i] for i in part], name, of), strict=True):
+            out[i] = sample
+    return out
+
+
+def make_learners(recipe: PPORecipe, policy: Policy, critic: Policy) -> tuple[Learner, Learner | None]:
+    """The policy's learner, and the critic's own where it is separate."""
+    cfg, train = recipe.algo, recipe.train
+    per_step, waits = cfg.epochs * cfg.minibatches, 0 if critic is policy else cfg.critic_warmup
+    total, temperature = (train.steps - waits) * per_step, recipe.rollout.temperature
+    learner = Learner(policy, train, total, temperature, make_forward(cfg))
+    if critic is policy:
+        return learner, None
+    own = replace(train, lr=cfg.critic_lr)
+    return learner, Learner(critic, own, train.steps * per_step, forward=passes.token_values)
+
+
+def mean_advantages(samples: Rows) -> torch.Tensor:
+    """(B,) the mean advantage of each row's trained tokens, 0 for a row without any."""
+    return torch.tensor([s.advantages[s.loss_mask].mean() if s.loss_mask.any() else 0.0 for s in samples])
+
+
+def _mean(values: torch.Tensor, mask: torch.Tensor) -> Stat:
+    return Stat(torch.where(mask, values, 0).sum().item(), int(mask.sum()))
+
+
+def _of_critic(stats: dict[str, Stat]) -> dict[str, Stat]:
+    """A separate critic's stats beside the policy's; its loss is `value_loss`."""
+    names = {"grad_norm": "critic_grad_norm", "lr": "critic_lr"}
+    return {names.get(name, name): stat for name, stat in stats.items() if name != "loss"}
+
+
+def _events(values: dict[str, float], flat_steps: int) -> list[Event]:
+    """What a person should know about this step."""
+    events: list[Event] = []
+    if values["unscored"]:
+        events.append(Event("warning", "unscored", f"{values['unscored']:.0f} attempts could not be scored."))
+    if flat_steps >= 3:
+        events.append(Event("warning", "flat", f"All scores were equal for {flat_steps} steps in a row."))
+    return events
+
+
+def _stop_if_hopeless(cfg: PPOConfig, at: Progress, values: dict[str, float]) -> None:
+    """Raises TrainingDiverged when sampler and learner disagree, or when scores have long been the same for all."""
+    if values["mismatch"] > cfg.max_mismatch:
+        raise TrainingDiverged(
+            f"step {at.step}: sampler and learner differ by {values['mismatch']:.3g} in a token's log-probability "
+            f"(allowed: algo.max_mismatch={cfg.max_mismatch}). The rollouts are not from this policy."
+        )
+    if at.flat_steps >= cfg.max_flat_steps:
+        raise TrainingDiverged(
+            f"step {at.step}: in the last {at.flat_steps} steps all answers had the same score (now "
+            f"{values['score']:.3g}). Use easier or harder tasks, or a reward that tells answers apart."
+        )

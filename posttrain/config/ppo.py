@@ -1,0 +1,177 @@
+"""Settings of algos/ppo.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from posttrain.config.sections import (
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    RewardConfig,
+    RolloutConfig,
+    RunConfig,
+    TrainConfig,
+    check_shared,
+    require_positive,
+)
+from posttrain.types import ConfigError
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    prompts: int = 256
+    """Tasks per step."""
+    group_size: int = 1
+    """Completions per task; the critic is the baseline, so they are not compared with each other."""
+    epochs: int = 1
+    """Passes over the frozen rollout buffer of a step."""
+    minibatches: int = 2
+    """Optimizer steps per epoch; the completions of a step are dealt into this many equal parts."""
+    clip_low: float = 0.2
+    """Ratios below 1 − clip_low earn nothing more."""
+    clip_high: float = 0.2
+    """Ratios above 1 + clip_high earn nothing more."""
+    target_kl: float = 0.0
+    """End a step's epochs once the policy is this far from the one that sampled, in nats per token; 0 never does."""
+    gamma: float = 1.0
+    """Discount per trained token."""
+    lam: float = 0.95
+    """GAE's λ: 1 gives return − value, 0 the TD error."""
+    kl_coef: float = 0.02
+    """Weight of the per-token KL to the starting model in the reward; 0 keeps no reference."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    """Per-token estimate of that KL."""
+    kl_controller: Literal["fixed", "adaptive"] = "fixed"
+    """`adaptive` raises or lowers kl_coef until the KL is kl_target."""
+    kl_target: float = 6.0
+    """The KL that the adaptive controller aims at, in nats per completion."""
+    kl_horizon: float = 10000.0
+    """Completions over which the adaptive controller changes kl_coef by at most a fifth."""
+    whiten_rewards: bool = False
+    """Divide the step's token rewards by their standard deviation, the mean kept."""
+    whiten_advantages: bool = True
+    """Shift and scale the step's advantages to mean 0 and variance 1."""
+    whiten_returns: bool = False
+    """The critic predicts returns in units of their running mean and standard deviation (PopArt)."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    critic: Literal["separate", "shared"] = "separate"
+    """`separate` is a second model with a value head; `shared` puts the head on the policy itself."""
+    critic_init: str = ""
+    """Folder of a reward model to start the critic from, head included; empty starts from the policy, with values 0."""
+    critic_lr: float = 3e-4
+    """Peak learning rate of a separate critic."""
+    critic_warmup: int = 0
+    """Steps at the beginning that train only the critic."""
+    vf_coef: float = 0.1
+    """Weight of a shared critic's loss beside the policy's."""
+    value_clip: float = 0.2
+    """Values further than this from those at sampling time earn nothing more; 0 does not clip."""
+    unfinished: Literal["score", "replace", "penalise"] = "score"
+    """Answers cut by max_tokens: keep their score, replace it by unfinished_value, or add unfinished_value to it."""
+    unfinished_value: float = -1.0
+    """See unfinished."""
+    ptx_coef: float = 0.0
+    """Weight of the supervised loss on ptx_data in every update of the policy (PPO-ptx); 0 has none."""
+    ptx_data: str = ""
+    """File or data set of texts or conversations, or a built-in task, for the ptx term."""
+    ptx_rows: int = 32
+    """Rows of ptx_data per optimizer step."""
+    ptx_max_tokens: int = 1024
+    """Longest row of ptx_data; longer ones are cut at the end and counted."""
+    max_mismatch: float = 0.5
+    """Stop when sampler and learner differ by more than this in one token's log-probability."""
+    max_flat_steps: int = 20
+    """Stop after this many steps in a row in which all completions had the same score."""
+
+
+@dataclass(frozen=True)
+class PPORecipe:
+    """Reinforcement learning with a critic, as in InstructGPT.
+
+    A value head learns what to expect after every token; what turns out better than expected is made likelier.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    algo: PPOConfig = field(default_factory=PPOConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        algo = self.algo
+        require_positive(algo, "prompts", "group_size", "epochs", "minibatches", "ptx_rows", "ptx_max_tokens")
+        require_positive(algo, "max_flat_steps")
+        require_positive(self.train, "steps")
+        for name in ("clip_low", "clip_high", "target_kl", "kl_coef", "entropy_coef", "critic_lr", "critic_warmup"):
+            _refuse_negative(algo, name)
+        for name in ("vf_coef", "value_clip", "ptx_coef", "max_mismatch"):
+            _refuse_negative(algo, name)
+        for name in ("gamma", "lam"):
+            if not 0 <= getattr(algo, name) <= 1:
+                raise ConfigError(f"algo.{name}={getattr(algo, name)} is not in [0, 1].")
+        if algo.prompts * algo.group_size % algo.minibatches:
+            raise ConfigError(
+                f"{algo.prompts} prompts × {algo.group_size} completions do not divide into "
+                f"{algo.minibatches} minibatches. Choose algo.minibatches to divide {algo.prompts * algo.group_size}."
+            )
+        if self.rollout.temperature <= 0:
+            raise ConfigError("rollout.temperature=0 explores nothing. Set it above 0, usually 1.")
+        if self.eval.temperature < 0:
+            raise ConfigError(f"eval.temperature={self.eval.temperature} is negative; 0 is greedy.")
+        check_terms(algo)
+        check_critic(algo, self.train)
+        check_shared(self)
+
+
+def check_terms(algo: PPOConfig) -> None:
+    """Refuses KL, ptx and unfinished settings that contradict each other."""
+    if algo.kl_controller == "adaptive":
+        if algo.kl_coef <= 0:
+            raise ConfigError(
+                'algo.kl_controller = "adaptive" multiplies algo.kl_coef, which is 0 and would stay so. Set a '
+                'starting value above 0, or kl_controller = "fixed".'
+            )
+        if algo.kl_target <= 0 or algo.kl_horizon <= 0:
+            raise ConfigError(
+                f"algo.kl_target={algo.kl_target} and kl_horizon={algo.kl_horizon} must both be above 0: nats per "
+                "completion, and a number of completions."
+            )
+    if algo.ptx_coef and not algo.ptx_data:
+        raise ConfigError(
+            f"algo.ptx_coef={algo.ptx_coef} mixes in a supervised loss, but algo.ptx_data names nothing to imitate. "
+            "Give a file of texts or conversations, or a built-in task."
+        )
+    if algo.ptx_data and not algo.ptx_coef:
+        raise ConfigError(f"algo.ptx_data={algo.ptx_data!r} is not used while algo.ptx_coef is 0. Set both or neither.")
+    if algo.unfinished == "penalise" and algo.unfinished_value >= 0:
+        raise ConfigError(
+            f'algo.unfinished = "penalise" adds unfinished_value={algo.unfinished_value} to the score of answers that '
+            "do not end, which is no penalty. Set it below 0."
+        )
+
+
+def check_critic(algo: PPOConfig, train: TrainConfig) -> None:
+    """Refuses a critic that could not learn, or a warm-up that would move the policy."""
+    if algo.critic_warmup and algo.critic_warmup >= train.steps:
+        raise ConfigError(
+            f"algo.critic_warmup={algo.critic_warmup} leaves none of train.steps={train.steps} to the policy. "
+            "Raise train.steps."
+        )
+    if algo.critic == "shared" and not algo.vf_coef:
+        raise ConfigError("algo.vf_coef=0 would never train a shared critic. Set it above 0.")
+    if algo.critic == "shared" and algo.critic_warmup and train.weight_decay:
+        raise ConfigError(
+            "algo.critic_warmup of a shared critic trains its head alone, but train.weight_decay would still shrink "
+            "the policy's weights. Set it to 0, or use a separate critic."
+        )
+
+
+def _refuse_negative(algo: PPOConfig, name: str) -> None:
+    if getattr(algo, name) < 0:
+        raise ConfigError(f"algo.{name}={getattr(algo, name)} cannot be negative.")

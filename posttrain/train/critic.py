@@ -1,0 +1,94 @@
+"""A critic: a scalar head that predicts what is still to come, on a model of its own or on the policy."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+
+from posttrain import rng
+from posttrain.config import ModelConfig
+from posttrain.models import heads
+from posttrain.models.load import Policy, load_policy
+from posttrain.train.learner import Learner
+from posttrain.types import ConfigError
+
+
+@dataclass
+class ReturnScale:
+    """The unit a critic predicts in: running mean and standard deviation of the returns seen; at first 0 and 1."""
+
+    count: int = 0
+    mean: float = 0.0
+    std: float = 1.0
+
+    def update(self, critic: Policy, returns: torch.Tensor) -> None:
+        """Adds returns (K,) and rescales the critic's head so that its values, in the reward's unit, stay.
+
+        PopArt (van Hasselt et al., arXiv 1602.07714, eq. 7 to 9): w ← w σ / σ', b ← (σ b + μ − μ') / σ'.
+        """
+        head, wide = critic.scalar, returns.double()
+        assert head is not None
+        mean, std, count = self.mean, self.std, self.count
+        self.count = count + len(wide)
+        gap = wide.mean().item() - mean
+        self.mean = mean + gap * len(wide) / self.count
+        squares = std**2 * count + wide.var(correction=0).item() * len(wide) + gap**2 * count * len(wide) / self.count
+        self.std = math.sqrt(squares / self.count) if squares > 1e-8 * self.count else 1.0
+        with torch.no_grad():
+            head.weight.mul_(std / self.std)
+            head.bias.mul_(std).add_(mean - self.mean).div_(self.std)
+
+    def normalise(self, values: torch.Tensor) -> torch.Tensor:
+        """From the reward's unit to the critic's."""
+        return (values - self.mean) / self.std
+
+    def restore(self, values: torch.Tensor) -> torch.Tensor:
+        """From the critic's unit to the reward's."""
+        return values * self.std + self.mean
+
+
+def make_critic(cfg: ModelConfig, policy: Policy, shared: bool, source: str, seed: int) -> Policy:
+    """A value head on the policy itself (`shared`), or on a second model that starts like it.
+
+    `source` is the folder of a reward model to start from: of a separate critic everything, the head included; of a
+    shared one the head. An ensemble's heads are averaged. Without a source the head is 0, and so are the first values.
+    Raises ConfigError for a folder without a head, or one that does not fit the policy.
+    """
+    rng.seed_global(seed, "critic")  # LoRA's first weights
+    scorer = load_critic(cfg, source, policy) if source else None
+    if shared:
+        critic = policy
+        if scorer is not None and scorer.head.weight.shape[1] != policy.head.weight.shape[1]:
+            raise ConfigError(
+                f"algo.critic_init={source!r} has width {scorer.head.weight.shape[1]}, but a shared critic has the "
+                f'policy\'s, {policy.head.weight.shape[1]}. Set algo.critic = "separate".'
+            )
+    else:
+        critic = scorer or heads.as_critic(load_policy(cfg, policy.device))
+    trained = None if scorer is None else scorer.scalar
+    heads.attach_scalar(critic, 1)
+    assert critic.scalar is not None
+    with torch.no_grad():
+        critic.scalar.weight.copy_(torch.zeros(1) if trained is None else trained.weight.mean(0, keepdim=True))
+        critic.scalar.bias.copy_(torch.zeros(1) if trained is None else trained.bias.mean(0, keepdim=True))
+    return critic
+
+
+def load_critic(cfg: ModelConfig, source: str, policy: Policy) -> Policy:
+    """The reward model in a folder. Raises ConfigError where it has no head or reads other tokens than the policy."""
+    scorer = heads.load_scorer(replace(cfg, path=source), policy.device)
+    if scorer.vocab != policy.vocab or scorer.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
+        raise ConfigError(
+            f"algo.critic_init={source!r} has another vocabulary ({scorer.vocab} entries) than the policy {cfg.path!r} "
+            f"({policy.vocab}), so it cannot read the policy's tokens. Use a reward model with the policy's tokenizer."
+        )
+    return scorer
+
+
+def keep_only_head(learner: Learner) -> None:
+    """Clears every gradient but the scalar head's, so that warming up a shared critic cannot move the policy."""
+    for name, master in learner.master.items():
+        if not name.startswith("scalar.") and master.grad is not None:
+            master.grad.zero_()
