@@ -176,16 +176,19 @@ def grpo(
     drop_cut: bool = False,
     correction: str = "",
     cap: float = 3.0,
+    updates: int = 1,
     **loss_settings: float,
 ) -> float:
     """A GRPO loss from rewards to gradient. `kl_ratio` multiplies the KL by π / π_old, `correction` is an
-    importance correction at `cap` and `drop_cut` leaves out answers without a stop token."""
+    importance correction at `cap`, `drop_cut` leaves out answers without a stop token, and of several `updates` per
+    rollout the loss is the first one's."""
     policy_loss = partial(policies.POLICY_LOSSES[loss], **loss_settings)
     rows = attempts(world, data, tools, off_policy)
     if drop_cut:
         rows = [replace(r, loss_mask=r.loss_mask & (r.tokens[-1] in world.policy.stop_ids)) for r in rows]
     scaled = estimators.group_relative(grouped(world, data), std=std, eps=0.0 if std == "none" else 1e-4)
     samples = with_advantages(world, rows, scaled.flatten(), ref=kl_coef > 0)
+    samples = samples[: len(samples) // updates]
     total = 0.0
     for b in batching.micro(samples, TOKENS_PER_PASS, how, LONGEST):
         logp, _ = token_stats(world.policy, b, 1.0)

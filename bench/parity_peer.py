@@ -192,17 +192,18 @@ def online(world: World, row: Row, trainer: Any, *, tool_mask_and_sampler: bool)
     if row["off_policy"]:
         old = completion_tensor([attempt["old_logp"] for attempt in attempts])
         inputs["old_per_token_logps"], inputs["old_logps"] = old, old.sum(1)
-    size = len(attempts) // row["micro_batches"]
+    size = len(attempts) // row["micro_batches"] // row["updates"]
     losses = []
-    for start in range(0, len(attempts), size):
+    for start in range(0, len(attempts) // row["updates"], size):  # the first update's
         part = {k: v[start : start + size] if v.dim() else v for k, v in inputs.items() if torch.is_tensor(v)}
         losses.append(trainer.compute_loss(trainer.model, part))
     return trainer.model, losses
 
 
 def grpo(world: World, row: Row) -> tuple[Any, Losses]:
-    rows = len(world.batch[row["data"]]) // row["micro_batches"]
-    row["config"] |= {"gradient_accumulation_steps": row["micro_batches"]}
+    steps = row["micro_batches"] * row["updates"]
+    rows = len(world.batch[row["data"]]) // steps
+    row["config"] |= {"gradient_accumulation_steps": row["micro_batches"], "steps_per_generation": steps}
     trainer = trl.GRPOTrainer(
         str(world.folder / "policy"),
         reward_funcs=given_reward,

@@ -61,6 +61,7 @@ def _grpo(
     options = {
         "data": data,
         "micro_batches": micro_batches,
+        "updates": ours.get("updates", 1),
         "off_policy": ours.get("off_policy", True),
         "tools": ours.get("tools", False),
         "sampler": bool(ours.get("correction")),
@@ -79,6 +80,7 @@ def _rloo(
     options = {
         "data": "attempts",
         "micro_batches": 1,
+        "updates": 1,
         "off_policy": ours.get("off_policy", False),
         "tools": False,
         "sampler": False,
@@ -171,7 +173,7 @@ PAIRS = [
         partial(pair, loss="orpo", beta=0.1, mean=True, nll="answer"),
         {"beta": 0.1},
         differs=BOTH,
-        reason="TRL's cross-entropy includes the prompt's tokens; the paper's P(y | x), eq. 3, is of the answer",
+        reason="TRL's cross-entropy includes the prompt's tokens; eq. 3 of the paper is of the answer alone",
     ),
     Row(
         "KTO",
@@ -195,6 +197,13 @@ ONLINE = [
     _grpo("TRL's defaults (on-policy, dapo)", {}, {"off_policy": False}),
     _grpo("dapo", {"loss_type": "dapo"}, {}),
     _grpo("dapo, two micro-batches", {"loss_type": "dapo"}, {}, micro_batches=2),
+    _grpo(
+        "dapo, the first of two updates per rollout",
+        {"loss_type": "dapo"},
+        {"updates": 2},
+        BOTH,
+        "TRL divides by the rollout's tokens per update, on average; ours by the tokens of this update",
+    ),
     _grpo("dapo, clip-higher", {"loss_type": "dapo", "epsilon_high": 0.28}, {"high": 0.28}),
     _grpo("dapo, two-sided clip, δ = 1.3", {"delta": 1.3}, {"loss": "dual-clip", "bound": 1.3}),
     _grpo("dapo, tool tokens masked", {"loss_type": "dapo"}, {"tools": True}),
