@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 import posttrain.algos.distill
+import posttrain.algos.dpo
 import posttrain.algos.grpo
 import posttrain.algos.ppo
 import posttrain.algos.raft
@@ -38,6 +39,7 @@ from posttrain.types import Episode, ResumeError, Task
 ALGORITHMS: dict[str, Any] = {
     "grpo": posttrain.algos.grpo,
     "sft": posttrain.algos.sft,
+    "dpo": posttrain.algos.dpo,
     "reward": posttrain.algos.reward,
     "ppo": posttrain.algos.ppo,
     "raft": posttrain.algos.raft,

@@ -24,6 +24,10 @@ def _grpo(source: str, differs: str = "", **algo: Any) -> Preset:
     return Preset(source, {"algo": algo}, differs)
 
 
+def _dpo(source: str, differs: str = "", **algo: Any) -> Preset:
+    return Preset(source, {"algo": algo}, differs)
+
+
 PRESETS: dict[str, dict[str, Preset]] = {
     "grpo": {
         "reinforce": _grpo(
@@ -142,6 +146,27 @@ PRESETS: dict[str, dict[str, Preset]] = {
             is_mode="token-mask",
             minibatches=8,
         ),
+    },
+    "dpo": {
+        "dpo": _dpo("Rafailov et al., arXiv 2305.18290", loss="sigmoid", beta=0.1),
+        "cdpo": _dpo(
+            "Mitchell, A note on DPO with noisy preferences, 2023", loss="sigmoid", beta=0.1, label_smoothing=0.1
+        ),
+        "robust": _dpo("Chowdhury et al., arXiv 2403.00409", loss="robust", beta=0.1, label_smoothing=0.1),
+        "ipo": _dpo("Azar et al., arXiv 2310.12036, with sums of log-probabilities", loss="ipo", beta=0.1),
+        "slic": _dpo(
+            "Zhao et al., arXiv 2305.10425: the calibration loss with margin 1",
+            "the paper adds a likelihood term, which is off here; set algo.nll_coef",
+            loss="hinge",
+            beta=1.0,
+            reference_free=True,
+        ),
+        "simpo": _dpo(
+            "Meng et al., arXiv 2405.14734, the values of its Llama 3 base model", loss="simpo", beta=2.0, margin=1.0
+        ),
+        "orpo": _dpo("Hong et al., arXiv 2403.07691: beta is its λ", loss="orpo", beta=0.1),
+        "cpo": _dpo("Xu et al., arXiv 2401.08417", loss="cpo", beta=0.1),
+        "kto": _dpo("Ethayarajh et al., arXiv 2402.01306", loss="kto", beta=0.1),
     },
 }
 """Algorithm → preset name → preset."""

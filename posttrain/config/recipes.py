@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from posttrain.config.distill import DistillRecipe
+from posttrain.config.dpo import DPORecipe
 from posttrain.config.grpo import GRPORecipe
 from posttrain.config.ppo import PPORecipe
 from posttrain.config.raft import RaftRecipe
@@ -12,6 +13,7 @@ from posttrain.config.sft import SFTRecipe
 RECIPES: dict[str, type] = {
     "grpo": GRPORecipe,
     "sft": SFTRecipe,
+    "dpo": DPORecipe,
     "reward": RewardModelRecipe,
     "ppo": PPORecipe,
     "raft": RaftRecipe,

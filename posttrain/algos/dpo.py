@@ -1,0 +1,357 @@
+"""DPO and its family: learn from pairs of answers, or single judged ones, without sampling. The whole algorithm.
+
+The implicit reward of an answer is β log π/π_ref; the losses (objectives/preference.py) push the better answer's above
+the worse one's. An answer's log-probability is a sum over its tokens, stop token included, or a mean where the paper of
+the loss says so (SimPO, ORPO); `length_normalise` decides otherwise.
+
+What this file decides, and where implementations differ. Every pair weighs 1/N in an optimizer batch of N, whatever its
+length, so passes only add. The negative log-likelihood that ORPO and CPO add is that of the better answer in the form
+the loss itself uses: ORPO a mean over the answer's tokens, CPO their sum (elsewhere it is often one mean over all
+tokens of a batch). Reference log-probabilities are those of the starting weights (or `algo.reference`), computed before
+any update and never again. KTO's baseline is one number per optimizer batch, from each row's prompt with an answer to
+another prompt, so the split into passes cannot change it; elsewhere each micro-batch has its own. Dropout is as the
+model has it in training, and off in the reference.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from posttrain import rng
+from posttrain.collect import with_logp
+from posttrain.config.dpo import DPOConfig, DPORecipe
+from posttrain.data import batching
+from posttrain.evaluation import Examiner, bootstrap
+from posttrain.models.load import Policy, load_policy
+from posttrain.objectives.preference import PAIR_LOSSES, implicit_rewards, kto, kto_baseline, sequence_logp
+from posttrain.objectives.tokens import kl_k3
+from posttrain.pairs import JudgementSets, PairSets, judgement_rows, load_judgements, load_pairs, pair_rows
+from posttrain.prepare import Job, OnStep, Setup, final_answer, make_collector
+from posttrain.store import checkpoint
+from posttrain.store.failpoints import failpoint
+from posttrain.store.run import EpisodeRow, Run
+from posttrain.train.interrupt import Interrupt
+from posttrain.train.learner import Learner, Loss
+from posttrain.train.reference import reference_logprobs
+from posttrain.types import Batch, ConfigError, DataError, Sample, Stat, add_stats
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """Rows to learn from. Of pairs, rows 2i and 2i + 1 are the better and the worse answer to one prompt.
+
+    Of judgements, each row stands alone and `mismatched` holds its prompt with an answer to another one.
+    """
+
+    rows: list[Sample]
+    together: int  # rows of one piece of feedback: 2 for pairs, 1 for judgements
+    mismatched: list[Sample] = field(default_factory=list[Sample])
+
+    def __post_init__(self) -> None:
+        if len(self.rows) % self.together:
+            raise DataError(f"{len(self.rows)} rows do not make pairs: a better or a worse answer is missing.")
+
+    def __len__(self) -> int:
+        return len(self.rows) // self.together
+
+    def take(self, order: Sequence[int]) -> Feedback:
+        """The pieces of feedback of these numbers."""
+        rows = [self.rows[i * self.together + k] for i in order for k in range(self.together)]
+        return Feedback(rows, self.together, [self.mismatched[i] for i in order] if self.mismatched else [])
+
+
+def prepare(setup: Setup) -> Job:
+    """The job of a recipe: feedback as token rows with the reference's log-probabilities, a share of it held out."""
+    recipe, policy = setup.recipe, setup.policy
+    unpaired = recipe.algo.loss == "kto"
+    sets = load_judgements(setup) if unpaired else load_pairs(setup)
+    (train, notes), (test, _) = (feedback(part, setup, unpaired) for part in (sets.train, sets.test))
+    check(train, recipe.algo)
+    if recipe.algo.referenced:
+        train, test, more = with_reference(train, test, recipe, policy)
+        notes += more
+    examine = make_examiner(setup, sets)
+    return Job(policy, sets.hash, sets.notes + notes, lambda *rest: run(recipe, policy, train, test, examine, *rest))
+
+
+def make_loss(cfg: DPOConfig, beta: float, baseline: torch.Tensor | None = None) -> Loss:
+    """The loss of one pass: per pair (or judgement), weighted over the optimizer batch; `baseline` is KTO's z₀."""
+
+    def loss(logp: torch.Tensor, entropy: torch.Tensor, b: Batch) -> tuple[torch.Tensor, dict[str, Stat]]:  # (B, T)
+        mask = b.mask
+        assert b.labels is not None and b.margins is not None
+        answers = sequence_logp(logp, mask, cfg.normalised)  # (B,)
+        refs = torch.zeros_like(answers) if b.ref_logp is None else sequence_logp(b.ref_logp, mask, cfg.normalised)
+        each, right, stats = compare(cfg, beta, answers, refs, b.labels, b.margins, baseline)  # (N,)
+        weights = b.row_weights.view(len(each), -1).sum(1)  # a pair weighs what its two rows do
+        stats["preference_accuracy"] = Stat(right.nansum().item(), int((~right.isnan()).sum()))
+        stats["entropy"] = Stat(entropy[mask].sum().item(), int(mask.sum()))
+        if b.ref_logp is not None:
+            stats["data_kl"] = Stat(kl_k3(logp.detach()[mask], b.ref_logp[mask]).sum().item(), int(mask.sum()))
+        return (weights * each).sum(), stats
+
+    return loss
+
+
+def compare(
+    cfg: DPOConfig,
+    beta: float,
+    answers: torch.Tensor,  # (B,) log-probabilities under the policy
+    refs: torch.Tensor,  # (B,) the same under the reference
+    labels: torch.Tensor,  # (B,)
+    margins: torch.Tensor,  # (B,)
+    baseline: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, Stat]]:
+    """(loss, right, stats) of pairs (B = 2N) or judgements (B = N), the first two (N,).
+
+    `right` is 1 where the implicit reward orders the pair as its label does (or is on the label's side of KTO's
+    baseline), 0.5 where it is exactly even, NaN for a tie, which has no order.
+    """
+    if cfg.loss == "kto":
+        assert baseline is not None
+        desirable = labels > 0.5
+        each = kto(answers, refs, desirable, baseline, beta, cfg.desirable_weight, cfg.undesirable_weight)
+        rewards = beta * (answers - refs).detach()
+        right = _right(rewards - beta * baseline.clamp_min(0), labels)
+        return each, right, _summary(rewards[desirable], rewards[~desirable], answers[desirable], answers[~desirable])
+    chosen, rejected, ref_chosen, ref_rejected = answers[0::2], answers[1::2], refs[0::2], refs[1::2]
+    label = labels[0::2] * (1 - cfg.label_smoothing) + (1 - labels[0::2]) * cfg.label_smoothing
+    margin = cfg.margin + cfg.margin_coef * margins[0::2]
+    each = PAIR_LOSSES[cfg.loss](chosen, rejected, ref_chosen, ref_rejected, beta, label, margin)
+    each = each - cfg.nll_weight * chosen
+    good, bad = implicit_rewards(chosen, rejected, ref_chosen, ref_rejected, beta)
+    stats = _summary(good, bad, chosen, rejected)
+    stats["reward_margin"] = Stat((good - bad).sum().item(), len(good))
+    return each, _right(good - bad, labels[0::2]), stats
+
+
+def beta_at(cfg: DPOConfig, step: int, steps: int) -> float:
+    """β of update `step` (from 0) of `steps`: beta at the first and, where it is scheduled, beta_end at the last."""
+    if cfg.beta_schedule == "constant":
+        return cfg.beta
+    done = step / max(1, steps - 1)
+    share = done if cfg.beta_schedule == "linear" else 0.5 * (1 - math.cos(math.pi * done))
+    return cfg.beta * (1 - share) + cfg.beta_end * share
+
+
+def run(
+    recipe: DPORecipe,
+    policy: Policy,
+    train: Feedback,
+    test: Feedback,
+    examine: Examiner | None,
+    store: Run,
+    on_step: OnStep,
+    interrupt: Interrupt,
+) -> dict[str, Any] | None:
+    """Trains for `train.steps` steps (0: one pass over the feedback), from the newest checkpoint if there is one.
+
+    Returns the summary, or None when `interrupt` asked it to stop (then it is saved and resumable).
+    """
+    cfg, seed = recipe.algo, recipe.run.seed
+    steps = recipe.train.steps or math.ceil(len(train) / cfg.batch_pairs)
+    learner = Learner(policy, recipe.train, steps)
+    step = 0
+    if saved := checkpoint.latest(store.folder):
+        tensors, state = checkpoint.load(saved)
+        learner.load(tensors, state["learner"])
+        step = state["step"]
+
+    def measure() -> tuple[dict[str, float], list[EpisodeRow]]:
+        values, rows = held_out(learner, test, cfg), []
+        if examine is not None:
+            examine.collector.generator.load(learner.weights(), version=step)
+            sampled, rows = examine(step)
+            values |= sampled
+        return values, rows
+
+    if step == 0:
+        values, episodes = measure()
+        store.write(0, values, {}, episodes)
+        on_step(0, values)
+
+    while step < steps and not interrupt.requested:
+        failpoint("step:start")
+        start = time.monotonic()
+        order = rng.draw_order(len(train), step * cfg.batch_pairs, cfg.batch_pairs, seed)
+        if not recipe.train.steps:  # one pass: the last step takes what is left
+            order = order[: len(train) - step * cfg.batch_pairs]
+        part = train.take(order)
+        beta = beta_at(cfg, step, steps)
+        baseline = mismatch_kl(learner, part, cfg)  # over the whole optimizer batch
+        rng.seed_global(seed, "update", step)  # dropout, if the model has any
+        room = recipe.train.tokens_per_pass
+        batches = batching.micro(
+            part.rows, room, "seq-mean-token-sum", device=policy.device, together=part.together
+        )  # a row's tokens all weigh 1 / rows
+        stats = [learner.forward_backward(batch, make_loss(cfg, beta, baseline)) for batch in batches]
+        stats += [learner.step(), {"beta": Stat(beta)}]
+        if baseline is not None:
+            stats.append({"kl_baseline": Stat(baseline.item())})
+        step += 1
+        failpoint("step:updated")
+        values = {name: stat.value for name, stat in add_stats(stats).items()}
+        tokens, seconds = sum(len(r.tokens) for r in part.rows), time.monotonic() - start
+        timings = {"seconds": seconds, "tokens_per_second": tokens / seconds}
+        episodes: list[EpisodeRow] = []
+        if step == steps or (recipe.eval.every and step % recipe.eval.every == 0):
+            measured, episodes = measure()
+            values |= measured
+        failpoint("step:before-store")
+        store.write(step, values, timings, episodes)
+        failpoint("step:after-store")
+        on_step(step, values | timings)
+        if step % recipe.run.checkpoint_every == 0 or step == steps or interrupt.requested:
+            failpoint("step:before-checkpoint")
+            tensors, state = learner.state()
+            checkpoint.save(store.folder, step, tensors, {"step": step, "learner": state}, recipe.run.keep)
+            failpoint("step:after-checkpoint")
+    if step < steps:
+        return None
+    before, after = ({name: v for at, name, v in store.metrics() if at == which} for which in (0, step))
+    return {"steps": step, "before": before, "after": after, "weights": checkpoint.weights_digest(learner.weights())}
+
+
+def feedback(items: Sequence[Any], setup: Setup, unpaired: bool) -> tuple[Feedback, list[str]]:
+    """Token rows of preferences or judgements, and notes on what was cut."""
+    most = setup.recipe.pairs.max_tokens
+    if not unpaired:
+        rows, notes = pair_rows(items, setup.chat, most)
+        return Feedback(rows, 2), notes
+    rows, notes = judgement_rows(items, setup.chat, most)
+    return Feedback(rows, 1, mismatch(rows, setup.recipe.run.seed, most)), notes
+
+
+def mismatch(rows: Sequence[Sample], seed: int, max_tokens: int) -> list[Sample]:
+    """Each row's prompt with the answer of the next row, in a seeded order, that has another prompt (for KTO's z₀).
+
+    Raises DataError where all rows have one prompt: no answer would belong to another.
+    """
+    starts = [int(np.flatnonzero(row.loss_mask)[0]) for row in rows]
+    prompts = [row.tokens[:start].tobytes() for row, start in zip(rows, starts, strict=True)]
+    if rows and len(set(prompts)) < 2:
+        raise DataError(
+            f"all {len(rows)} training or held-out judgements are about one prompt, but kto's baseline needs answers to "
+            "other prompts. Give two or more prompts on each side, or set data.holdout = 0."
+        )
+    order = rng.permutation(len(rows), seed, "mismatch")
+    out: list[Sample] = [row for row in rows]
+    for at, i in enumerate(order):
+        other = next(
+            j for j in (order[(at + k) % len(order)] for k in range(1, len(order))) if prompts[j] != prompts[i]
+        )
+        answer = rows[other].tokens[rows[other].loss_mask]
+        tokens = np.concatenate([rows[i].tokens[: starts[i]], answer])[:max_tokens]
+        blank = np.zeros(len(tokens), np.float32)
+        out[i] = Sample(tokens, np.arange(len(tokens)) >= starts[i], blank, blank + 1)
+    return out
+
+
+def mismatch_kl(learner: Learner, part: Feedback, cfg: DPOConfig) -> torch.Tensor | None:
+    """KTO's z₀ of one optimizer batch, a scalar under the current weights; None for pairs."""
+    if not part.mismatched:
+        return None
+    now = learner.sample_logprobs(part.mismatched)
+    return kto_baseline(answer_logp(now, part.mismatched, cfg), answer_logp(None, part.mismatched, cfg))
+
+
+def answer_logp(logp: Sequence[np.ndarray] | None, rows: Sequence[Sample], cfg: DPOConfig) -> torch.Tensor:
+    """Log-probabilities (B,) of whole answers from per-token ones, by default the reference's (0 without one)."""
+    totals: list[float] = []
+    for row, values in zip(rows, [r.ref_logp for r in rows] if logp is None else logp, strict=True):
+        total = 0.0 if values is None else float(values[row.loss_mask].sum(dtype=np.float64))
+        totals.append(total / int(row.loss_mask.sum()) if cfg.normalised else total)
+    return torch.tensor(totals)
+
+
+def held_out(learner: Learner, test: Feedback, cfg: DPOConfig) -> dict[str, float]:
+    """Loss and accuracy on feedback that is not trained on, at `algo.beta`; empty without any.
+
+    The accuracy is a mean over prompts with a bootstrap interval over them: pairs of one prompt are no independent
+    evidence.
+    """
+    if not len(test):
+        return {}
+    labels, margins = (torch.tensor([getattr(row, name) for row in test.rows]) for name in ("label", "margin"))
+    answers = answer_logp(learner.sample_logprobs(test.rows), test.rows, cfg)
+    refs = answer_logp(None, test.rows, cfg)
+    each, right, stats = compare(cfg, cfg.beta, answers, refs, labels, margins, mismatch_kl(learner, test, cfg))
+    by_prompt: dict[bytes, list[float]] = {}
+    for row, value in zip(test.rows[:: test.together], right.tolist(), strict=True):
+        if not math.isnan(value):
+            by_prompt.setdefault(row.tokens[: int(np.flatnonzero(row.loss_mask)[0])].tobytes(), []).append(value)
+    accuracy = bootstrap([sum(values) / len(values) for values in by_prompt.values()])
+    return {
+        "eval/loss": float(each.mean()),
+        "eval/preference_accuracy": accuracy.value,
+        "eval/preference_accuracy_low": accuracy.low,
+        "eval/preference_accuracy_high": accuracy.high,
+        **{f"eval/{name}": stat.value for name, stat in stats.items()},
+    }
+
+
+def with_reference(
+    train: Feedback, test: Feedback, recipe: DPORecipe, policy: Policy
+) -> tuple[Feedback, Feedback, list[str]]:
+    """Both with the reference's log-probabilities: those of the weights as they are before training. And notes."""
+    model = load_reference(recipe, policy) if recipe.algo.reference else policy
+    parts = (train.rows, train.mismatched, test.rows, test.mismatched)
+    values, notes = reference_logprobs(model, [row for part in parts for row in part], recipe.train.tokens_per_pass)
+    left = iter(values)
+    filled = [with_logp(part, "ref_logp", lambda rows: [next(left) for _ in rows]) for part in parts]
+    return Feedback(filled[0], train.together, filled[1]), Feedback(filled[2], test.together, filled[3]), notes
+
+
+def load_reference(recipe: DPORecipe, policy: Policy) -> Policy:
+    """The model `algo.reference` names. Raises ConfigError where it is missing or has another vocabulary."""
+    name = recipe.algo.reference
+    try:
+        model = load_policy(replace(recipe.model, path=name, lora_rank=0), str(policy.device))
+    except ConfigError as error:
+        raise ConfigError(
+            f"the reference cannot be had: {error} Or set algo.reference_free, to compare with nothing."
+        ) from None
+    if model.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
+        raise ConfigError(
+            f"the reference {name!r} has another vocabulary ({model.vocab} tokens) than {policy.source!r} "
+            f"({policy.vocab}), so it cannot judge the same tokens. Use a reference of the same model family."
+        )
+    return model
+
+
+def check(train: Feedback, cfg: DPOConfig) -> None:
+    """Raises DataError for feedback that the loss cannot learn from."""
+    labels = [row.label for row in train.rows[:: train.together]]
+    if cfg.loss == "kto" and len({label > 0.5 for label in labels}) < 2:
+        kind = "desirable" if labels[0] > 0.5 else "undesirable"
+        raise DataError(
+            f"all {len(labels)} judgements are {kind}; kto needs some of both kinds. Add the other, or use sft."
+        )
+    if cfg.loss == "robust" and 0.5 in labels:
+        raise DataError(f"{labels.count(0.5)} pairs are ties (label 0.5), which robust divides by 0. Remove them.")
+
+
+def make_examiner(setup: Setup, sets: PairSets | JudgementSets) -> Examiner | None:
+    """A sampled examination on the held-out tasks, where the feedback came from judged tasks."""
+    if sets.tasks is None or sets.verify is None:
+        return None
+    collector = make_collector(setup.policy, setup.chat, sets.verify, setup.recipe)
+    eval = setup.recipe.eval
+    return Examiner(collector, sets.tasks.test, eval.samples, eval.temperature, final_answer)
+
+
+def _right(gap: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    agrees = gap * (labels - 0.5).sign()
+    return torch.where(labels == 0.5, torch.nan, (agrees > 0).float() + 0.5 * (agrees == 0).float())
+
+
+def _summary(good: torch.Tensor, bad: torch.Tensor, good_logp: torch.Tensor, bad_logp: torch.Tensor) -> dict[str, Stat]:
+    parts = {"chosen_reward": good, "rejected_reward": bad, "chosen_logp": good_logp, "rejected_logp": bad_logp}
+    return {name: Stat(values.sum().item(), len(values)) for name, values in parts.items()}
