@@ -5,26 +5,54 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
-from posttrain import rng
-from posttrain.config import DataConfig
+from posttrain.config import DataConfig, nearest
 from posttrain.data.chat import ChatFormat
-from posttrain.data.sources import data_hash, read_rows, row_to_conversation
+from posttrain.data.mixing import parse_mixture
+from posttrain.data.sources import (
+    Row,
+    data_hash,
+    is_file_name,
+    is_hub_id,
+    parse_rows,
+    read_rows,
+    row_to_conversation,
+    split_by_key,
+)
 from posttrain.envs.tasks import BUILT_IN, TaskSets, gold_reply, load_tasks
-from posttrain.types import DataError, Message, Task
+from posttrain.types import ConfigError, DataError, Message, Task
 
 Conversation = str | tuple[Message, ...]
+Shown = tuple[str, Conversation]
+"""A supervised row: where it came from, and its text or messages."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Supervised rows of one source, and its share of the draws up to a common factor."""
+
+    name: str
+    rows: Sequence[Shown]
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
 class Conversations:
-    """Supervised rows: (where it came from, text or messages)."""
+    """What a recipe's `data.tasks` names to train on, source by source, and what is held out."""
 
-    train: Sequence[tuple[str, Conversation]]
-    test: Sequence[tuple[str, Conversation]]
+    sources: Sequence[Source]
+    held_out: Sequence[Source]
     notes: list[str]
     hash: str
+
+    @property
+    def train(self) -> list[Shown]:
+        """All training rows, source after source."""
+        return [row for source in self.sources for row in source.rows]
+
+    @property
+    def test(self) -> list[Shown]:
+        """All held-out rows, source after source."""
+        return [row for source in self.held_out for row in source.rows]
 
 
 def fit_prompts(sets: TaskSets, chat: ChatFormat, cfg: DataConfig) -> TaskSets:
@@ -49,40 +77,98 @@ def fit_prompts(sets: TaskSets, chat: ChatFormat, cfg: DataConfig) -> TaskSets:
 
 
 def load_conversations(cfg: DataConfig, seed: int) -> Conversations:
-    """Supervised rows of a file or hub id, or of a built-in task (question and gold answer), with a held-out share."""
+    """Supervised rows of every source that `data.tasks` names, and those held out.
+
+    A source is a file, a hub id, or a built-in task (its questions with their gold answers); several are a mixture,
+    written `a.jsonl*3 + arithmetic*1`. Rows are held out by what is asked (`prompt_of`), and a training row that asks
+    what a held-out row of any source asks is dropped and counted. Raises ConfigError for an unknown source and
+    DataError for rows that cannot be used.
+    """
     if not cfg.tasks:
         raise DataError("nothing to train on: give a file of texts or conversations (--data FILE).")
-    if cfg.tasks in BUILT_IN:
-        sets = load_tasks(cfg, seed)
-        pairs = [[(t.id, _demonstration(t)) for t in part] for part in (sets.train, sets.test)]
-        return Conversations(pairs[0], pairs[1], sets.notes, sets.hash)
-    rows = read_rows(cfg.tasks, cfg.count)
-    found = [(row.where, row_to_conversation(row, cfg.system, cfg.instruction)) for row in rows]
+    notes: list[str] = []
+    sources: list[Source] = []
+    held_out: list[Source] = []
+    for name, weight in parse_mixture(cfg.tasks):
+        train, test = _demonstrations(name, cfg, seed, notes) if name in BUILT_IN else _conversations(name, cfg, seed)
+        sources.append(Source(name, train, weight))
+        held_out.append(Source(name, test))
     if cfg.eval_tasks:
-        held = read_rows(cfg.eval_tasks, cfg.count)
-        test = [(row.where, row_to_conversation(row, cfg.system, cfg.instruction)) for row in held]
-        asked = {repr(value) for _, value in test}
-        train = [pair for pair in found if repr(pair[1]) not in asked]
-        rows = [*rows, *held]
-    else:
-        train, test = _split(found, cfg.holdout, seed)
-    notes = [f"{len(train)} rows to train on, {len(test)} held out."]
-    if len(found) - len(train) - (0 if cfg.eval_tasks else len(test)):
-        notes.append(f"{len(found) - len(train)} training rows also in {cfg.eval_tasks} were dropped.")
-    if not train:
-        raise DataError(f"{cfg.tasks}: no row is left to train on after holding out {len(test)}.")
-    return Conversations(train, test, notes, data_hash(rows))
+        held_out = [_evaluation(name, weight, cfg, seed) for name, weight in parse_mixture(cfg.eval_tasks)]
+    sources, dropped = _without_leaks(sources, held_out)
+    notes += _counts(sources, held_out) + dropped
+    parts = [(part, i, value) for part in (sources, held_out) for i, s in enumerate(part) for _, value in s.rows]
+    content = data_hash(Row("", {"held": part is held_out, "source": i, "row": value}) for part, i, value in parts)
+    return Conversations(sources, held_out, notes, content)
 
 
-def _demonstration(task: Task) -> tuple[Message, ...]:
+def prompt_of(value: Conversation) -> str:
+    """What a row asks: the messages before the first answer to a user. A text, or a row without one, is all its own.
+
+    Rows that ask the same are never on both sides of a split, however they are answered and continued.
+    """
+    if isinstance(value, str):
+        return value
+    roles = [m.role for m in value]
+    asked = roles.index("user") if "user" in roles else len(roles)
+    return repr(value[: roles.index("assistant", asked)] if "assistant" in roles[asked:] else value)
+
+
+def _demonstrations(name: str, cfg: DataConfig, seed: int, notes: list[str]) -> tuple[list[Shown], list[Shown]]:
+    """A built-in task's training and test problems with their gold answers."""
+    sets = load_tasks(replace(cfg, tasks=name, eval_tasks=""), seed)
+    notes += sets.notes
+    train, test = ([(task.id, _answered(task)) for task in part] for part in (sets.train, sets.test))
+    return train, test
+
+
+def _answered(task: Task) -> Conversation:
     return (*task.messages, Message("assistant", gold_reply(task)))
 
 
-def _split(
-    rows: Sequence[tuple[str, Conversation]], share: float, seed: int
-) -> tuple[list[tuple[str, Conversation]], list[tuple[str, Conversation]]]:
-    """Holds out `share` of the rows by their content, so that order does not matter and copies stay together."""
-    limit = np.uint64(int(share * (1 << 53)) << 11)
-    held = [np.uint64(rng.key("holdout", seed, repr(value))) < limit for _, value in rows]
-    train = [row for row, out in zip(rows, held, strict=True) if not out]
-    return train, [row for row, out in zip(rows, held, strict=True) if out]
+def _conversations(name: str, cfg: DataConfig, seed: int) -> tuple[list[Shown], list[Shown]]:
+    """The rows of a file or hub id; `data.holdout` of its prompts are held out unless `data.eval_tasks` is given."""
+    if not is_file_name(name) and not is_hub_id(name):
+        raise ConfigError(f"unknown source {name!r}{nearest(name, [*BUILT_IN])} A file or owner/name works too.")
+    rows = read_rows(name, cfg.count)
+    found, _ = parse_rows(rows, lambda row: (row.where, row_to_conversation(row, cfg.system, cfg.instruction)))
+    try:
+        return split_by_key(found, [prompt_of(v) for _, v in found], 0 if cfg.eval_tasks else cfg.holdout, seed)
+    except DataError as error:
+        raise DataError(f"{name}: {error} Or set data.holdout = 0 to hold nothing out.") from None
+
+
+def _evaluation(name: str, weight: float, cfg: DataConfig, seed: int) -> Source:
+    if weight != 1:
+        raise ConfigError(f"data.eval_tasks gives {name} the weight {weight}, but every held-out row counts. Drop it.")
+    if name in BUILT_IN:
+        return Source(name, _demonstrations(name, cfg, seed, [])[1])
+    return Source(name, _conversations(name, replace(cfg, holdout=0.0), seed)[0])
+
+
+def _without_leaks(sources: Sequence[Source], held_out: Sequence[Source]) -> tuple[list[Source], list[str]]:
+    """The sources without rows that ask what a held-out row asks, and notes on how many those were."""
+    asked = {prompt_of(value) for source in held_out for _, value in source.rows}
+    kept: list[Source] = []
+    notes: list[str] = []
+    for source in sources:
+        rows = [row for row in source.rows if prompt_of(row[1]) not in asked]
+        if not rows:
+            raise DataError(
+                f"{source.name}: all {len(source.rows)} training rows ask what a held-out row asks, so no row is left "
+                "to train on. Set data.eval_tasks to other data."
+            )
+        if dropped := len(source.rows) - len(rows):
+            notes.append(f"{source.name}: {dropped} training rows that ask what a held-out row asks were dropped.")
+        kept.append(replace(source, rows=rows))
+    return kept, notes
+
+
+def _counts(sources: Sequence[Source], held_out: Sequence[Source]) -> list[str]:
+    """A note on each source's rows and share, and on what is held out."""
+    held = sum(len(source.rows) for source in held_out)
+    if len(sources) == 1:
+        return [f"{len(sources[0].rows)} rows to train on, {held} held out."]
+    whole = sum(source.weight for source in sources)
+    shares = [f"{s.name}: {len(s.rows)} rows to train on, {s.weight / whole:.1%} of the draws." for s in sources]
+    return [*shares, f"{held} rows held out."]
