@@ -70,8 +70,8 @@ def load_teacher(recipe: DistillRecipe, student: Policy) -> Policy:
     odd = min((token for token, _ in ours.items() ^ theirs.items()), default=None)
     if odd is not None:
         raise ConfigError(
-            f"teacher {name!r} and student {recipe.model.path!r} have different vocabularies: {odd!r}, for one, is token "
-            f"{theirs.get(odd)} there and {ours.get(odd)} here. Choose a teacher with the student's tokenizer."
+            f"teacher {name!r} and student {recipe.model.path!r} have different vocabularies: {odd!r}, for one, is "
+            f"token {theirs.get(odd)} there and {ours.get(odd)} here. Choose a teacher with the student's tokenizer."
         )
     if teacher.vocab < student.vocab:
         raise ConfigError(

@@ -135,7 +135,7 @@ def run(
         tensors, state = checkpoint.load(saved)
         learner.load(tensors, state["learner"])
         step, empty_rounds = state["step"], state["empty_rounds"]
-        pool = unpack(tensors["pool"])
+        pool = unpack(tensors["pool"]) if "pool" in tensors else []
 
     if step == 0:
         values, rows = examine(0)
@@ -187,9 +187,10 @@ def run(
         if step % recipe.run.checkpoint_every == 0 or step == recipe.train.steps or interrupt.requested:
             failpoint("step:before-checkpoint")
             tensors, state = learner.state()
-            kept = pack(pool if cfg.pool == "all" else [])  # a round's own answers are not needed after it
+            if pool and cfg.pool == "all":  # a round's own answers are not needed after it
+                tensors["pool"] = pack(pool)
             whole = {"step": step, "empty_rounds": empty_rounds, "learner": state}
-            checkpoint.save(store.folder, step, {**tensors, "pool": kept}, whole, recipe.run.keep)
+            checkpoint.save(store.folder, step, tensors, whole, recipe.run.keep)
             failpoint("step:after-checkpoint")
     if step < recipe.train.steps:
         return None
@@ -205,20 +206,18 @@ def joined(pool: Sequence[Sample], fresh: Sequence[Sample]) -> list[Sample]:
 
 def pack(pool: Sequence[Sample]) -> dict[str, torch.Tensor]:
     """A pool as three tensors: all tokens end to end, which of them are trained, and the length of each row."""
-    nothing = np.zeros(0, np.int64)
     return {
-        "tokens": torch.from_numpy(np.concatenate([nothing, *(s.tokens.astype(np.int64) for s in pool)])),
-        "trained": torch.from_numpy(np.concatenate([nothing > 0, *(s.loss_mask for s in pool)])),
-        "lengths": torch.tensor([len(s.tokens) for s in pool], dtype=torch.int64),
+        "tokens": torch.from_numpy(np.concatenate([s.tokens for s in pool]).astype(np.int64)),
+        "trained": torch.from_numpy(np.concatenate([s.loss_mask for s in pool])),
+        "lengths": torch.tensor([len(s.tokens) for s in pool]),
     }
 
 
 def unpack(tensors: Mapping[str, torch.Tensor]) -> list[Sample]:
     """The pool that `pack` gave; what the sampler thought of the tokens is not kept, as training does not ask."""
     ends = np.cumsum(tensors["lengths"].numpy())[:-1]
-    pairs = zip(np.split(tensors["tokens"].numpy(), ends), np.split(tensors["trained"].numpy(), ends), strict=True)
-    blank = ((tokens, mask, np.zeros(len(tokens), np.float32)) for tokens, mask in pairs if len(tokens))
-    return [Sample(tokens, mask, zero, mask.astype(np.float32)) for tokens, mask, zero in blank]
+    rows = zip(*(np.split(tensors[name].numpy(), ends) for name in ("tokens", "trained")), strict=True)
+    return [Sample(tokens, mask, np.zeros(len(mask), np.float32), mask.astype(np.float32)) for tokens, mask in rows]
 
 
 def weights_of(groups: Sequence[Sequence[Episode]], chosen: Sequence[Sequence[Episode]]) -> torch.Tensor:
