@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -21,9 +21,11 @@ import posttrain.algos.dpo
 import posttrain.algos.grpo
 import posttrain.algos.ppo
 import posttrain.algos.raft
+import posttrain.algos.prm
 import posttrain.algos.reward
 import posttrain.algos.sft
 from posttrain import __version__, config, machine, rng
+from posttrain.collect import Collector, check_failures
 from posttrain.config import GRPORecipe
 from posttrain.envs import tasks as task_sets
 from posttrain.evaluation import Report
@@ -41,6 +43,7 @@ ALGORITHMS: dict[str, Any] = {
     "sft": posttrain.algos.sft,
     "dpo": posttrain.algos.dpo,
     "reward": posttrain.algos.reward,
+    "prm": posttrain.algos.prm,
     "ppo": posttrain.algos.ppo,
     "raft": posttrain.algos.raft,
     "distill": posttrain.algos.distill,
@@ -221,13 +224,34 @@ def evaluate_recipe(
     model: str, recipe: GRPORecipe, reward: Callable[..., Any] | None = None
 ) -> tuple[Report, list[list[Episode]]]:
     """The same for a resolved recipe: its data, rollout, eval and run.seed settings apply."""
+    sets, collector = _examination(model, recipe, reward)
+    return evaluate_tasks(collector, sets.test, recipe.eval.samples, 0, final_answer)
+
+
+def sample_many(
+    model: str, recipe: GRPORecipe, split: Literal["held-out", "train"] = "held-out"
+) -> tuple[list[Task], list[list[Episode]]]:
+    """`eval.samples` scored answers to each of `eval.problems` tasks, for posttrain.search to choose among.
+
+    Raises RolloutError where more than `reward.max_failure_rate` of them could not be scored.
+    """
+    sets, collector = _examination(model, recipe, None)
+    tasks = sets.test if split == "held-out" else sets.train[: recipe.eval.problems]
+    groups = collector.groups(tasks, recipe.eval.samples, 0, "best-of-n")
+    check_failures(groups, recipe.reward.max_failure_rate)
+    return tasks, groups
+
+
+def _examination(
+    model: str, recipe: GRPORecipe, reward: Callable[..., Any] | None
+) -> tuple[task_sets.TaskSets, Collector]:
+    """The judged tasks of a recipe and a collector of the model's answers at `eval.temperature`."""
     machine.set_threads(recipe.train.threads)
     policy = open_policy(model, recipe.model, machine.device(recipe.train.device))
     chat = speak(policy, recipe.data.format)
     sets, verify = judged_tasks(recipe, chat, None, reward)
     collector = make_collector(policy, chat, verify, recipe)
-    collector = replace(collector, params=replace(collector.params, temperature=recipe.eval.temperature))
-    return evaluate_tasks(collector, sets.test, recipe.eval.samples, 0, final_answer)
+    return sets, replace(collector, params=replace(collector.params, temperature=recipe.eval.temperature))
 
 
 def _dotted(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -231,6 +231,44 @@ def evaluate(
         show.report(out, model, report, groups)
 
 
+@settings_command("best-of-n", epilog="Settings of the data, rollout, eval and run sections follow as for `eval`.")
+@click.argument("model")
+@click.argument("args", nargs=-1, type=click.UNPROCESSED, metavar="[--section.key value]...")
+@click.option("--tasks", help="Built-in task, file, or data set id.")
+@click.option("--n", "count", default="16", show_default=True, help="Answers per task.")
+@click.option("--scorer", default="auto", show_default=True, help="A verifier, FILE.py:FUNCTION, or model:FOLDER.")
+@click.option("--split", type=click.Choice(["held-out", "train"]), default="held-out", show_default=True)
+@click.option("--out", help="Write each task's best answer here, as rows for `posttrain sft`.")
+@click.option("--least", type=float, default=float("-inf"), help="Lowest score that --out takes.")
+@click.option("--pairs", help="Write best against worst answers here, for `posttrain dpo` and `posttrain reward`.")
+@click.option("--json", "as_json", is_flag=True, help="Print the numbers as JSON on stdout.")
+def best_of_n(
+    model: str, args: tuple[str, ...], split: Any, out: str, least: float, pairs: str, as_json: bool, **given: Any
+) -> None:
+    """What the best of n answers is worth, for n = 1, 2, 4 … N.
+
+    With --out or --pairs the answers become training data.
+    """
+    from posttrain import show
+
+    for path in filter(None, (out, pairs)):
+        if not Path(path).parent.is_dir():
+            raise ConfigError(f"{path} cannot be written: the folder {Path(path).parent} does not exist.")
+    named = {"data.tasks": given["tasks"], "eval.samples": given["count"], "reward.name": given["scorer"]}
+    _, recipe = read_recipe("grpo", args, named, sections_of(model))
+    console = show.console(as_json)
+    with console.status(f"sampling {recipe.eval.samples} answers of {model} to each task of {recipe.data.tasks}"):
+        from posttrain import api, search
+
+        tasks, groups = api.sample_many(model, recipe, split)
+        found = search.measure(groups)
+    written = search.write(tasks, groups, out, least, pairs)
+    if as_json:
+        click.echo(json.dumps({**found.as_dict(), "written": written}))
+    else:
+        show.best_of_n(console, model, found, written)
+
+
 @main.command()
 @click.argument("model")
 @click.argument("prompt")

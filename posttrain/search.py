@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from posttrain.data.preferences import write_preferences
 from posttrain.evaluation import Estimate, bootstrap
 from posttrain.types import Episode, Preference, Task
 
@@ -80,8 +81,10 @@ class Search:
         return asdict(self)
 
 
-def measure(scores: np.ndarray, passed: np.ndarray) -> Search:
-    """Best-of-n for every power of two up to N and for N, from scores (P, N) and which answers were right (P, N)."""
+def measure(groups: Sequence[Sequence[Episode]]) -> Search:
+    """Best-of-n for every power of two up to N and for N, from N scored answers to each of P tasks."""
+    scores = scores_of(groups)
+    passed = np.array([[e.passed for e in group] for group in groups], float)
     whole = ~np.isnan(scores).any(1)
     count = scores.shape[1]
     sizes = sorted({2**i for i in range(count.bit_length()) if 2**i <= count} | {count})
@@ -103,10 +106,11 @@ def scores_of(groups: Sequence[Sequence[Episode]]) -> np.ndarray:
 
 
 def chosen_rows(
-    tasks: Sequence[Task], groups: Sequence[Sequence[Episode]], scores: np.ndarray, least: float = -math.inf
+    tasks: Sequence[Task], groups: Sequence[Sequence[Episode]], least: float = -math.inf
 ) -> list[dict[str, Any]]:
     """Each task's best answer as a conversation that `posttrain sft` reads, where it scored at least `least`."""
     rows: list[dict[str, Any]] = []
+    scores = scores_of(groups)
     for task, group, row, best in zip(tasks, groups, scores, best_of_n(scores), strict=True):
         if best < 0 or row[best] < least or not group[best].text.strip():
             continue
@@ -116,9 +120,10 @@ def chosen_rows(
     return rows
 
 
-def pairs(tasks: Sequence[Task], groups: Sequence[Sequence[Episode]], scores: np.ndarray) -> list[Preference]:
+def pairs_of(tasks: Sequence[Task], groups: Sequence[Sequence[Episode]]) -> list[Preference]:
     """Each task's best against its worst answer, with the difference of scores as margin; none where all are equal."""
     found: list[Preference] = []
+    scores = scores_of(groups)
     for task, group, row, best, worst in zip(tasks, groups, scores, best_of_n(scores), best_of_n(-scores), strict=True):
         if best < 0 or row[best] == row[worst]:
             continue
@@ -128,7 +133,22 @@ def pairs(tasks: Sequence[Task], groups: Sequence[Sequence[Episode]], scores: np
     return found
 
 
-def write_rows(path: str | Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Writes JSON Lines."""
-    text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-    Path(path).write_text(text, encoding="utf-8", newline="\n")
+def write(
+    tasks: Sequence[Task],
+    groups: Sequence[Sequence[Episode]],
+    out: str | None = None,
+    least: float = -math.inf,
+    pairs: str | None = None,
+) -> dict[str, int]:
+    """Writes the best answers to `out` and best against worst to `pairs`, where given: file → rows written."""
+    written: dict[str, int] = {}
+    if out:
+        rows = chosen_rows(tasks, groups, least)
+        text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+        Path(out).write_text(text, encoding="utf-8", newline="\n")
+        written[out] = len(rows)
+    if pairs:
+        found = pairs_of(tasks, groups)
+        write_preferences(pairs, found)
+        written[pairs] = len(found)
+    return written

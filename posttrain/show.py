@@ -19,6 +19,7 @@ from posttrain.types import Episode
 
 if TYPE_CHECKING:
     from posttrain.evaluation import Report
+    from posttrain.search import Search
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 
@@ -236,6 +237,22 @@ def report(out: Console, model: str, found: Report, groups: Sequence[Sequence[Ep
     errors = {e.error for group in groups for e in group if e.error}
     for error in sorted(errors)[:3]:
         out.print(Text(error, style="red"))
+
+
+def best_of_n(out: Console, model: str, found: Search, written: Mapping[str, int]) -> None:
+    """What the best of n answers is worth, and which files were written."""
+    table = Table(title=f"{model}: the best of n answers, {found.tasks} tasks", title_justify="left")
+    for name in ("n", "score", "95 % interval", "accuracy", "95 % interval", "KL at most"):
+        table.add_column(name, justify="right")
+    for row in found.rows:
+        score, right = row.score, row.accuracy
+        spans = f"{score.low:.3g} – {score.high:.3g}", f"{right.low:.1%} – {right.high:.1%}"
+        table.add_row(str(row.n), f"{score.value:.3g}", spans[0], f"{right.value:.1%}", spans[1], f"{row.kl:.2f}")
+    out.print(table)
+    if found.left_out:
+        out.print(f"{found.left_out} tasks with an answer that could not be scored are left out")
+    for path, count in written.items():
+        out.print(f"{count} rows: {path}", soft_wrap=True)
 
 
 def runs_table(found: Sequence[RunInfo]) -> Table:
