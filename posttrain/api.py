@@ -19,6 +19,7 @@ import torch
 import posttrain.algos.distill
 import posttrain.algos.dpo
 import posttrain.algos.grpo
+import posttrain.algos.online_dpo
 import posttrain.algos.ppo
 import posttrain.algos.raft
 import posttrain.algos.prm
@@ -42,6 +43,7 @@ ALGORITHMS: dict[str, Any] = {
     "grpo": posttrain.algos.grpo,
     "sft": posttrain.algos.sft,
     "dpo": posttrain.algos.dpo,
+    "online-dpo": posttrain.algos.online_dpo,
     "reward": posttrain.algos.reward,
     "prm": posttrain.algos.prm,
     "ppo": posttrain.algos.ppo,

@@ -238,8 +238,8 @@ def mismatch(rows: Sequence[Sample], seed: int, max_tokens: int) -> list[Sample]
     prompts = [row.tokens[:start].tobytes() for row, start in zip(rows, starts, strict=True)]
     if rows and len(set(prompts)) < 2:
         raise DataError(
-            f"all {len(rows)} training or held-out judgements are about one prompt, but kto's baseline needs answers to "
-            "other prompts. Give two or more prompts on each side, or set data.holdout = 0."
+            f"all {len(rows)} training or held-out judgements are about one prompt, but kto's baseline needs answers "
+            "to other prompts. Give two or more prompts on each side, or set data.holdout = 0."
         )
     order = rng.permutation(len(rows), seed, "mismatch")
     out: list[Sample] = [row for row in rows]

@@ -5,8 +5,10 @@ from __future__ import annotations
 from posttrain.config.distill import DistillRecipe
 from posttrain.config.dpo import DPORecipe
 from posttrain.config.grpo import GRPORecipe
+from posttrain.config.online_dpo import OnlineDPORecipe
 from posttrain.config.ppo import PPORecipe
 from posttrain.config.raft import RaftRecipe
+from posttrain.config.prm import PRMRecipe
 from posttrain.config.reward import RewardModelRecipe
 from posttrain.config.sft import SFTRecipe
 
@@ -14,7 +16,9 @@ RECIPES: dict[str, type] = {
     "grpo": GRPORecipe,
     "sft": SFTRecipe,
     "dpo": DPORecipe,
+    "online-dpo": OnlineDPORecipe,
     "reward": RewardModelRecipe,
+    "prm": PRMRecipe,
     "ppo": PPORecipe,
     "raft": RaftRecipe,
     "distill": DistillRecipe,

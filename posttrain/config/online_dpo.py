@@ -1,0 +1,83 @@
+"""Settings of algos/online_dpo.py."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from posttrain.config.sections import (
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    RewardConfig,
+    RolloutConfig,
+    RunConfig,
+    TrainConfig,
+    check_shared,
+    require_positive,
+)
+from posttrain.types import ConfigError
+
+
+@dataclass(frozen=True)
+class OnlineDPOConfig:
+    prompts: int = 32
+    """Tasks per step, each of which gives at most one pair."""
+    group_size: int = 4
+    """Answers per task; the best and the worst of them are the pair."""
+    loss: Literal["sigmoid", "robust", "ipo", "hinge"] = "sigmoid"
+    """What the pair is learned by: DPO, its robust form, IPO or SLiC's hinge."""
+    beta: float = 0.1
+    """How strongly the implicit reward weighs a log-ratio; τ in IPO."""
+    label_smoothing: float = 0.0
+    """Probability that the judge is wrong, in [0, 0.5)."""
+    length_normalise: bool = False
+    """Mean instead of summed log-probabilities of an answer."""
+    margin_coef: float = 0.0
+    """Weight of the pair's difference in reward, as a margin by which the better answer should win; 0 ignores it."""
+    max_mismatch: float = 0.5
+    """Stop when sampler and learner differ by more than this in one token's log-probability."""
+    max_flat_steps: int = 20
+    """Stop after this many steps in a row without a single pair."""
+
+
+@dataclass(frozen=True)
+class OnlineDPORecipe:
+    """DPO on answers of the current policy: the best against the worst of a few, as a program or model judges them.
+
+    The reference is the starting model (Guo et al., OAIF, arXiv 2402.04792).
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    algo: OnlineDPOConfig = field(default_factory=OnlineDPOConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        algo = self.algo
+        if algo.group_size < 2:
+            raise ConfigError(
+                f"group_size={algo.group_size} leaves nothing to compare. Set algo.group_size to 2 or more."
+            )
+        if not 0 < algo.beta < math.inf:
+            raise ConfigError(f"algo.beta={algo.beta} cannot weigh a pair; set it above 0, often to 0.1.")
+        if not 0 <= algo.label_smoothing < 0.5:
+            raise ConfigError(
+                f"algo.label_smoothing={algo.label_smoothing} is not in [0, 0.5): at 0.5 judgements say nothing, and "
+                "above it the worse answer would be learned."
+            )
+        if self.rollout.temperature <= 0:
+            raise ConfigError("rollout.temperature=0 makes all answers of a group equal. Set it above 0, usually 1.")
+        if self.eval.temperature < 0:
+            raise ConfigError(f"eval.temperature={self.eval.temperature} is negative; 0 is greedy.")
+        for name in ("margin_coef", "max_mismatch"):
+            if getattr(algo, name) < 0:
+                raise ConfigError(f"algo.{name}={getattr(algo, name)} cannot be negative.")
+        require_positive(algo, "prompts", "max_flat_steps")
+        require_positive(self.train, "steps")
+        check_shared(self)
