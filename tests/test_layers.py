@@ -20,7 +20,7 @@ LAYERS: dict[str, float] = {
     "rollout": 3, "store": 3, "machine": 3,
     "train": 3.25, "rewards": 3.5,
     "envs": 4,
-    "collect": 5, "search": 5, "evaluation": 5, "prepare": 5, "pairs": 5,
+    "collect": 5, "search": 5, "evaluation": 5, "prepare": 5, "pairs": 5, "stepwise": 5, "calibration": 5, "probes": 5,
     "algos": 6,
     "pipelines": 7, "api": 7,
     "cli": 8, "show": 8, "doctor": 8, "talk": 8, "demo": 8, "lab": 8,

@@ -23,13 +23,14 @@ import numpy as np
 import torch
 
 from posttrain import rng
+from posttrain.calibration import Bin, calibration
 from posttrain.config.reward import RewardModelConfig, RewardModelRecipe
 from posttrain.data import batching
 from posttrain.data.chat import ChatFormat
 from posttrain.evaluation import wilson
 from posttrain.models.heads import as_critic, attach_scalar
 from posttrain.models.load import Policy
-from posttrain.objectives.reward import bradley_terry, centring, expected_calibration_error
+from posttrain.objectives.reward import bradley_terry, centring
 from posttrain.pairs import load_pairs, pair_rows
 from posttrain.prepare import Job, OnStep, Setup
 from posttrain.store import checkpoint
@@ -182,9 +183,7 @@ def shift_to_zero(policy: Policy, train: Sequence[Pair], tokens_per_pass: int) -
         policy.scalar.bias.sub_(torch.from_numpy(scores.mean(0, dtype=np.float64)).to(policy.scalar.bias))
 
 
-def held_out(
-    policy: Policy, pairs: Sequence[Pair], tokens_per_pass: int
-) -> tuple[dict[str, float], list[dict[str, float]]]:
+def held_out(policy: Policy, pairs: Sequence[Pair], tokens_per_pass: int) -> tuple[dict[str, float], list[Bin]]:
     """Metrics `eval/…` of pairs that are not trained on, and the calibration table; both empty without such pairs.
 
     Several heads are judged by the mean of their scores. A tie (label 0.5) is left out of accuracy and gap. A
@@ -197,10 +196,8 @@ def held_out(
     label = np.array([chosen.label for chosen, _ in pairs])
     gap = scores[0::2] - scores[1::2]
     better, told = gap * np.sign(label - 0.5), label != 0.5
-    confidence = torch.sigmoid(torch.from_numpy(np.abs(gap)))
-    outcome = torch.from_numpy(np.where(gap >= 0, label, 1 - label))
+    error, table = calibration(1 / (1 + np.exp(-np.abs(gap))), np.where(gap >= 0, label, 1 - label), BINS)
     accuracy = wilson(int((better[told] > 0).sum()), int(told.sum()))
-    calibration = expected_calibration_error(confidence, outcome, BINS)
     loss = bradley_terry(*(torch.from_numpy(x) for x in (scores[0::2], scores[1::2], label, np.zeros_like(label))))
     values = {
         "eval/pair_accuracy": accuracy.value,
@@ -210,14 +207,11 @@ def held_out(
         "eval/score_gap": float(better[told].mean()) if told.any() else math.nan,
         "eval/score": float(scores.mean()),
         "eval/score_std": float(scores.std()),
-        "eval/ece": float(calibration.error),
+        "eval/ece": error,
     }
     if heads.shape[1] > 1:
         values["eval/uncertainty"] = float(heads.std(1).mean())
-    rows = zip(
-        calibration.counts.tolist(), calibration.confidence.tolist(), calibration.frequency.tolist(), strict=True
-    )
-    return values, [{"pairs": n, "predicted": p, "observed": q} for n, p, q in rows if n]
+    return values, table
 
 
 def _ended(row: Sample) -> Sample:

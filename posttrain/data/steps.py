@@ -10,24 +10,32 @@ from posttrain.data.chat import ChatFormat
 from posttrain.types import DataError, Message, Sample
 
 
-def step_spans(text: str, separator: str) -> list[tuple[int, int]]:
-    """Start and end of each step of an answer, in characters, without the white space around it; blanks are none."""
-    spans: list[tuple[int, int]] = []
-    start = 0
+def split_steps(text: str, separator: str) -> list[str]:
+    """The steps of an answer; joined by the separator they are the answer again. A blank answer has none.
+
+    Two separators with nothing between them part no step: both belong to the step before them, or at the very start
+    to the one after.
+    """
+    steps: list[str] = []
     for part in text.split(separator):
-        if said := part.strip():
-            first = start + part.index(said)
-            spans.append((first, first + len(said)))
-        start += len(part) + len(separator)
-    return spans
+        if steps and not (part.strip() and steps[-1].strip()):
+            steps[-1] += separator + part
+        else:
+            steps.append(part)
+    return steps if text.strip() else []
 
 
-def join_steps(steps: Sequence[str], separator: str) -> tuple[str, list[int]]:
-    """Steps as one answer, and where each ends in it; the inverse of `step_spans` but for white space."""
-    text = separator.join(steps)
-    lengths = [len(separator) * (i > 0) + len(step) for i, step in enumerate(steps)]
-    trailing = [len(step) - len(step.rstrip()) for step in steps]
-    return text, [int(end) - gap for end, gap in zip(np.cumsum(lengths), trailing, strict=True)]
+def step_ends(steps: Sequence[str], separator: str) -> list[int]:
+    """Where the words of each step end, in characters of the joined answer; white space and separators come after."""
+    ends: list[int] = []
+    start = 0
+    for step in steps:
+        said = step
+        while said != (shorter := said.removesuffix(separator).rstrip()):
+            said = shorter
+        ends.append(start + len(said))
+        start += len(step) + len(separator)
+    return ends
 
 
 def step_row(

@@ -17,7 +17,7 @@ import torch
 
 from posttrain.config import ModelConfig, RewardConfig
 from posttrain.data.chat import ChatFormat
-from posttrain.data.steps import step_row, step_spans
+from posttrain.data.steps import split_steps, step_ends, step_row
 from posttrain.models.heads import about, load_scorer
 from posttrain.models.load import Policy
 from posttrain.objectives.reward import aggregate_steps, ensemble
@@ -54,8 +54,10 @@ class Member:
         return np.array([[joined_steps(logits, said["aggregate"])] for logits in at_ends])
 
     def _row(self, task: Task, text: str, said: dict[str, str]) -> Sample:
-        spans = step_spans(text, said["separator"]) if self.kind == "step" else []
-        row = step_row(self.chat, task.messages, text, [end for _, end in spans])
+        ends: list[int] = []
+        if self.kind == "step":
+            ends = step_ends(split_steps(text, said["separator"]), said["separator"])
+        row = step_row(self.chat, task.messages, text, ends)
         context = getattr(self.policy.config, "max_position_embeddings", None)
         if context and len(row.tokens) > context:
             raise RolloutError(
