@@ -21,8 +21,8 @@ import posttrain.algos.dpo
 import posttrain.algos.grpo
 import posttrain.algos.online_dpo
 import posttrain.algos.ppo
-import posttrain.algos.raft
 import posttrain.algos.prm
+import posttrain.algos.raft
 import posttrain.algos.reward
 import posttrain.algos.sft
 from posttrain import __version__, config, machine, rng

@@ -7,8 +7,8 @@ from posttrain.config.dpo import DPORecipe
 from posttrain.config.grpo import GRPORecipe
 from posttrain.config.online_dpo import OnlineDPORecipe
 from posttrain.config.ppo import PPORecipe
-from posttrain.config.raft import RaftRecipe
 from posttrain.config.prm import PRMRecipe
+from posttrain.config.raft import RaftRecipe
 from posttrain.config.reward import RewardModelRecipe
 from posttrain.config.sft import SFTRecipe
 
