@@ -24,6 +24,10 @@ def _grpo(source: str, differs: str = "", **algo: Any) -> Preset:
     return Preset(source, {"algo": algo}, differs)
 
 
+def _raft(source: str, differs: str = "", **algo: Any) -> Preset:
+    return Preset(source, {"algo": algo}, differs)
+
+
 def _dpo(source: str, differs: str = "", **algo: Any) -> Preset:
     return Preset(source, {"algo": algo}, differs)
 
@@ -167,6 +171,43 @@ PRESETS: dict[str, dict[str, Preset]] = {
         "orpo": _dpo("Hong et al., arXiv 2403.07691: beta is its λ", loss="orpo", beta=0.1),
         "cpo": _dpo("Xu et al., arXiv 2401.08417", loss="cpo", beta=0.1),
         "kto": _dpo("Ethayarajh et al., arXiv 2402.01306", loss="kto", beta=0.1),
+    },
+    "raft": {
+        "raft": _raft(
+            "Dong et al., arXiv 2304.06767: the best answer of each task, continuing from the current weights",
+            select="best",
+            max_per_task=1,
+        ),
+        "rejection-sampling": _raft(
+            "Llama 2, arXiv 2307.09288, section 3.2.3: the best answers of all rounds, continuing",
+            "Llama 2 picks anew among a task's answers of all rounds; here each round's best stays",
+            select="best",
+            max_per_task=1,
+            pool="all",
+        ),
+        "expert-iteration": _raft(
+            "Anthony et al., arXiv 1705.08439, as in Havrilla et al., arXiv 2403.04642: all right answers so far, "
+            "from the starting model",
+            select="passed",
+            max_per_task=4,
+            restart=True,
+            pool="all",
+        ),
+        "star": _raft(
+            "Zelikman et al., arXiv 2203.14465: one answer a task, kept if right, from the starting model",
+            "samples where STaR is greedy, and does not retry failed tasks with the answer as a hint",
+            group_size=1,
+            select="passed",
+            max_per_task=1,
+            restart=True,
+        ),
+        "rest-em": _raft(
+            "Singh et al., arXiv 2312.06585: at most 10 of 32 answers, kept if right, from the starting model",
+            group_size=32,
+            select="passed",
+            max_per_task=10,
+            restart=True,
+        ),
     },
 }
 """Algorithm → preset name → preset."""
