@@ -257,12 +257,13 @@ def test_with_rewards_0_and_1_every_estimator_rescales_the_task_by_its_success_r
 @policies
 @pytest.mark.parametrize("size", [2, 3])
 def test_max_rl_maximises_a_harmonic_mixture_of_pass_at_k(kind: str, size: int, seed: int) -> None:
-    """pass@1 + pass@2 / 2 + … up to k = G − 1: the first G − 1 terms of log p's series."""
+    """pass@1 + pass@2 / 2 + … up to G − 1, terms of log p's series; the average over successes alone has G of them."""
     case = make(kind, seed, binary=True)
     failure = 1 - (case.chance * case.rewards).sum()
-    mixture = sum((1 - failure**k) / k for k in range(1, size))
-    assert isinstance(mixture, torch.Tensor)
-    assert_equal(of_groups(case, max_rl, size), case.gradient(mixture))
+    terms = torch.stack([(1 - failure**k) / k for k in range(1, size + 1)])
+    assert_equal(of_groups(case, max_rl, size), case.gradient(terms[:-1].sum()))
+    of_successes: Estimator = lambda r: r / r.mean(1, keepdim=True).where(r.any(1, keepdim=True), 1)
+    assert_equal(of_groups(case, of_successes, size), case.gradient(terms.sum()))
 
 
 # --- rewards per token, returns and critics ----------------------------------------------------------------------

@@ -29,8 +29,8 @@ POISON = [math.nan, math.inf, -math.inf, 1e4, -1e4]
 def given(
     *args: st.SearchStrategy, **kwargs: st.SearchStrategy
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Hypothesis with 10 examples: there are many laws, and each runs for every loss."""
-    return lambda test: settings(max_examples=10, deadline=None)(given_any(*args, **kwargs)(test))
+    """Hypothesis with 8 examples: there are many laws, and each runs for every loss."""
+    return lambda test: settings(max_examples=8, deadline=None)(given_any(*args, **kwargs)(test))
 
 
 @dataclass
