@@ -39,6 +39,7 @@ TRL = "1.16.0"
 BAR = 1e-5
 SEED = 0
 NOISE = 0.05  # the reference's weights: the policy's plus this much of each tensor's standard deviation
+OUTLIER = 1.5  # by how much more the policy likes the first token of a worthless answer than the older policy did
 DRIFT = 0.3  # standard deviation of the log-ratio between the policy and the older policy, and the sampler
 
 # question, better answer, worse answer, by how much it is better
@@ -158,9 +159,11 @@ def make_batch(policy: Policy) -> dict[str, Any]:
     for question, answers in ATTEMPTS:
         for text, reward in answers:
             row = {"prompt_ids": prompt(question), "completion_ids": answer(text), "reward": reward}
+            row["cut"] = text.endswith("…")
             own = sample_logprobs(policy, [sample(row["prompt_ids"], row["completion_ids"])], 1 << 20)[0]
             known = own[len(row["prompt_ids"]) :].tolist()
             row["old_logp"] = [x + draw.gauss(0, DRIFT) for x in known]
+            row["old_logp"][0] -= OUTLIER * (reward == 0)
             row["sampler_logp"] = [x + draw.gauss(0, DRIFT) for x in known]
             n = len(known)
             row["tool_mask"] = [int(not n // 3 <= t < 2 * n // 3) for t in range(n)]

@@ -1,28 +1,35 @@
-"""Our half of `bench/parity.py`: the same weights and batch through this package's own batching, forward and losses.
+"""Our half of `bench/parity.py`: the same weights and batch through the algorithms' own files.
 
-Every objective is a function (world, …settings) → a loss whose gradient it leaves in the model. Rows go through the
-packed forward pass that trains, in passes of a few rows each, and token weights come from the whole batch.
+Every objective is a function (world, settings) → a loss whose gradient it leaves in the model, where the settings are
+those a recipe would give. Rows go through the packed forward pass that trains, in passes of a few rows each; credit,
+token weights and losses are those of `posttrain/algos`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
+from posttrain.algos import grpo as grpo_algorithm
+from posttrain.algos import reward as reward_algorithm
+from posttrain.algos import sft as sft_algorithm
+from posttrain.collect import to_sample, with_logp
+from posttrain.config.grpo import GRPOConfig, GRPORecipe
+from posttrain.config.reward import RewardModelConfig
+from posttrain.config.sections import RolloutConfig, TrainConfig
 from posttrain.data import batching
 from posttrain.models.load import Policy
 from posttrain.objectives import advantages as estimators
 from posttrain.objectives import policy as policies
 from posttrain.objectives import preference
-from posttrain.objectives import reward as rewards
-from posttrain.objectives.tokens import kl, token_weights
+from posttrain.objectives.tokens import token_weights
 from posttrain.train.forward import logprobs, row_scores, sample_logprobs, token_stats
-from posttrain.types import Batch, Sample
+from posttrain.train.learner import Learner
+from posttrain.types import Batch, Episode, Sample, Span
 
 TOKENS_PER_PASS = 96  # two or three rows, so that a batch is several passes
 LONGEST = 64  # what Dr. GRPO divides by
@@ -42,8 +49,7 @@ def sample(prompt: Ids, answer: Ids, **more: Any) -> Sample:
     """A row of which the answer is trained (but never a row's first token); `more` are Sample's other fields."""
     zeros = np.zeros(len(prompt) + len(answer), np.float32)
     mask = np.arange(len(zeros)) >= max(1, len(prompt))
-    more = {"behaviour_logp": zeros, "advantages": zeros, **more}
-    return Sample(np.array([*prompt, *answer]), loss_mask=mask, **more)
+    return Sample(np.array([*prompt, *answer]), loss_mask=mask, behaviour_logp=zeros, advantages=zeros, **more)
 
 
 def whole(rows: Sequence[Sample]) -> Batch:
@@ -57,23 +63,24 @@ def backward(loss: torch.Tensor) -> float:
 
 
 def sft(world: World) -> float:
-    """Mean cross-entropy of the chosen answers' tokens."""
+    """Supervised fine-tuning on the chosen answers."""
     rows = [sample(pair["prompt_ids"], pair["chosen_ids"]) for pair in world.batch["pairs"]]
+    batches = batching.micro(rows, TOKENS_PER_PASS, "token-mean")
+    return sum(backward(sft_algorithm.loss(*token_stats(world.policy, b, 1.0), b)[0]) for b in batches)
+
+
+def reward(world: World, **algo: Any) -> float:
+    """The reward model's loss; `algo` are settings of `posttrain reward`."""
+    pairs = [
+        (sample(p["prompt_ids"], p["chosen_ids"], margin=p["margin"]), sample(p["prompt_ids"], p["rejected_ids"]))
+        for p in world.batch["pairs"]
+    ]
     total = 0.0
-    for batch in batching.micro(rows, TOKENS_PER_PASS, "token-mean"):
-        logp, _ = token_stats(world.policy, batch, 1.0)
-        total += backward((batch.weights * -logp).sum())
+    for part, batch in reward_algorithm.pair_batches(pairs, TOKENS_PER_PASS, world.policy.device):
+        weights = torch.full((len(part), 1), 1 / len(pairs))
+        loss = reward_algorithm.make_loss(RewardModelConfig(**algo), weights)
+        total += backward(loss(*row_scores(world.policy, batch), batch)[0])
     return total
-
-
-def reward(world: World, margin: bool = False, centring: float = 0.0) -> float:
-    """Bradley–Terry on the scalar head's scores, averaged over pairs."""
-    pairs = world.batch["pairs"]
-    rows = [sample(p["prompt_ids"], p[f"{side}_ids"]) for side in ("chosen", "rejected") for p in pairs]
-    chosen, rejected = row_scores(world.policy, whole(rows))[0][:, 0].chunk(2)
-    margins = torch.tensor([p["margin"] if margin else 0.0 for p in pairs])
-    loss = rewards.bradley_terry(chosen, rejected, torch.ones(len(pairs)), margins)
-    return backward((loss + centring * rewards.centring(chosen, rejected)).mean())
 
 
 def pair(
@@ -126,113 +133,67 @@ def kto(world: World, beta: float, desirable: float, undesirable: float, swap: b
     return backward(preference.kto(logp, ref_logp, liked, baseline, beta, desirable, undesirable).mean())
 
 
-def attempts(world: World, data: str, tools: bool, off_policy: bool) -> list[Sample]:
-    """The attempts as samples, without advantages; `tools` takes the tool's tokens out of the loss."""
-    rows = []
-    for a in world.batch[data]:
-        prompt, answer = a["prompt_ids"], a["completion_ids"]
-        gap = np.zeros(len(prompt), np.float32)
-        row = sample(prompt, answer, behaviour_logp=np.append(gap, a["sampler_logp"]).astype(np.float32))
-        if tools:
-            row = replace(row, loss_mask=row.loss_mask & np.append(gap, a["tool_mask"]).astype(bool))
-        rows.append(replace(row, old_logp=np.append(gap, a["old_logp"]).astype(np.float32)) if off_policy else row)
-    return rows
-
-
-def with_advantages(world: World, rows: Sequence[Sample], per_row: torch.Tensor, ref: bool) -> list[Sample]:
-    """Spreads one advantage per row over its tokens, and adds the log-probabilities that are not there yet."""
-    own = sample_logprobs(world.policy, rows, TOKENS_PER_PASS)
-    base = sample_logprobs(world.reference, rows, TOKENS_PER_PASS) if ref else [None] * len(rows)
-    return [
-        replace(
-            row,
-            advantages=np.where(row.loss_mask, a, 0).astype(np.float32),
-            old_logp=own[i] if row.old_logp is None else row.old_logp,
-            ref_logp=base[i],
-        )
-        for i, (row, a) in enumerate(zip(rows, per_row.tolist(), strict=True))
-    ]
-
-
-def grouped(world: World, data: str) -> torch.Tensor:
-    """The rewards (P, G), NaN where an attempt could not be scored."""
-    values = [float("nan") if a["reward"] is None else a["reward"] for a in world.batch[data]]
-    return torch.tensor(values).view(-1, world.batch["group_size"])
+def episode(attempt: dict[str, Any], number: int, size: int, tools: bool) -> Episode:
+    """An attempt as the collector would have recorded it; with `tools` a tool wrote the tokens of its mask's gap."""
+    ids, logp = np.array(attempt["completion_ids"]), np.array(attempt["sampler_logp"], np.float32)
+    mine = np.array(attempt["tool_mask"] if tools else np.ones_like(ids)).astype(bool)
+    edges = [0, *(np.flatnonzero(np.diff(mine)) + 1).tolist(), len(ids)]
+    spans = [Span("prompt", np.array(attempt["prompt_ids"]))]
+    for start, end in zip(edges, edges[1:], strict=False):
+        own = bool(mine[start])
+        spans.append(Span("model" if own else "env", ids[start:end], logp[start:end] if own else None))
+    return Episode(
+        task_id=str(number // size),
+        group=number // size,
+        index=number % size,
+        spans=tuple(spans),
+        text="",
+        reward=attempt["reward"],
+        stop="length" if attempt["cut"] else "stop",
+    )
 
 
 def grpo(
-    world: World,
-    loss: str = "clip",
-    how: str = "token-mean",
-    low: float = 0.2,
-    high: float = 0.2,
-    std: str = "sample",
-    kl_estimator: str = "k3",
-    kl_coef: float = 0.0,
-    kl_ratio: bool = False,
-    off_policy: bool = True,
-    data: str = "attempts",
-    tools: bool = False,
-    drop_cut: bool = False,
-    correction: str = "",
-    cap: float = 3.0,
-    updates: int = 1,
-    **loss_settings: float,
+    world: World, data: str = "attempts", off_policy: bool = True, tools: bool = False, updates: int = 1, **algo: Any
 ) -> float:
-    """A GRPO loss from rewards to gradient. `kl_ratio` multiplies the KL by π / π_old, `correction` is an
-    importance correction at `cap`, `drop_cut` leaves out answers without a stop token, and of several `updates` per
-    rollout the loss is the first one's."""
-    policy_loss = partial(policies.POLICY_LOSSES[loss], **loss_settings)
-    rows = attempts(world, data, tools, off_policy)
-    if drop_cut:
-        rows = [replace(r, loss_mask=r.loss_mask & (r.tokens[-1] in world.policy.stop_ids)) for r in rows]
-    scaled = estimators.group_relative(grouped(world, data), std=std, eps=0.0 if std == "none" else 1e-4)
-    samples = with_advantages(world, rows, scaled.flatten(), ref=kl_coef > 0)
-    samples = samples[: len(samples) // updates]
-    total = 0.0
-    for b in batching.micro(samples, TOKENS_PER_PASS, how, LONGEST):
-        logp, _ = token_stats(world.policy, b, 1.0)
-        assert b.old_logp is not None
-        per_token, _ = policy_loss(logp, b.old_logp, b.advantages, b.mask, low, high)
-        if correction:
-            per_token = per_token * policies.is_correction(b.old_logp, b.behaviour_logp, b.mask, cap, correction)
-        if b.ref_logp is not None:
-            penalty = kl_coef * kl(logp, b.ref_logp, kl_estimator)
-            per_token = per_token + penalty * (policies.ratio(logp, b.old_logp, b.mask).detach() if kl_ratio else 1)
-        total += backward((b.weights * per_token).sum())
-    return total
+    """A GRPO loss from rewards to gradient; `algo` are settings of `posttrain grpo`.
+
+    `off_policy` takes the batch's log-probabilities for those of the policy before this update; of several `updates`
+    per rollout the loss is the first one's.
+    """
+    size = world.batch["group_size"]
+    cfg = GRPOConfig(prompts=len(world.batch[data]) // size, group_size=size, **algo)
+    recipe = GRPORecipe(algo=cfg, rollout=RolloutConfig(max_tokens=LONGEST))
+    learner = Learner(world.policy, TrainConfig(tokens_per_pass=TOKENS_PER_PASS), 1)
+    episodes = [episode(a, i, size, tools) for i, a in enumerate(world.batch[data])]
+    groups = [episodes[i : i + size] for i in range(0, len(episodes), size)]
+    samples = [to_sample(e, 0.0) for e in episodes]
+    if off_policy:
+        old = [np.array([*np.zeros(len(a["prompt_ids"])), *a["old_logp"]], np.float32) for a in world.batch[data]]
+        samples = [replace(s, old_logp=row) for s, row in zip(samples, old, strict=True)]
+    if cfg.kl_coef:
+        samples = with_logp(samples, "ref_logp", lambda rows: sample_logprobs(world.reference, rows, TOKENS_PER_PASS))
+    rewards = grpo_algorithm.shaped_rewards(recipe, groups)
+    samples, _, _ = grpo_algorithm.credit(cfg, samples, rewards, None, learner)
+    samples = grpo_algorithm.trained(cfg, samples, groups, [True] * len(groups))
+    batches = batching.micro(samples[: len(samples) // updates], TOKENS_PER_PASS, cfg.aggregate, LONGEST)
+    loss = grpo_algorithm.make_loss(recipe)
+    world.policy.model.train()
+    return sum(backward(loss(*token_stats(world.policy, b, 1.0), b)[0]) for b in batches)
 
 
-def rloo(
-    world: World,
-    kl_coef: float = 0.0,
-    off_policy: bool = False,
-    whiten: bool = False,
-    per_token: bool = False,
-) -> float:
-    """RLOO with KL (k1, of whole answers) in the reward. The clipped ratio is that of the whole answer, as in the
-    paper's bandit view; `per_token` takes each token's own, as the other presets do."""
-    data = "attempts"
-    rows = attempts(world, data, False, off_policy)
-    score = grouped(world, data)
+def rloo_of_answers(world: World, kl_coef: float = 0.0, whiten: bool = False) -> float:
+    """RLOO off-policy with one clipped ratio per answer, from the same pure functions; no recipe asks for this."""
+    attempts = world.batch["attempts"]
+    rows = [sample(a["prompt_ids"], a["completion_ids"]) for a in attempts]
+    score = torch.tensor([a["reward"] for a in attempts]).view(-1, world.batch["group_size"])
     if kl_coef:
         pairs = zip(*(sample_logprobs(p, rows, TOKENS_PER_PASS) for p in (world.policy, world.reference)), strict=True)
         score = score - kl_coef * torch.tensor([float((own - ref).sum()) for own, ref in pairs]).view_as(score)
     scaled = estimators.leave_one_out(score)
-    if whiten:
-        scaled = estimators.batch_relative(scaled, eps=1e-4)
-    total = 0.0
-    for b in batching.micro(
-        with_advantages(world, rows, scaled.flatten(), ref=False), TOKENS_PER_PASS, "seq-mean-token-sum"
-    ):
-        logp, _ = token_stats(world.policy, b, 1.0)
-        assert b.old_logp is not None
-        if per_token:
-            loss, _ = policies.clip(logp, b.old_logp, b.advantages, b.mask, 0.2, 0.2)
-            total += backward((b.weights * loss).sum())
-            continue
-        row, old = (preference.sequence_logp(x, b.mask).unsqueeze(1) for x in (logp, b.old_logp))
-        advantage = b.advantages.gather(1, b.mask.int().argmax(1, keepdim=True))
-        loss, _ = policies.clip(row, old, advantage, torch.ones_like(row, dtype=torch.bool), 0.2, 0.2)
-        total += backward((b.row_weights * loss[:, 0]).sum())
-    return total
+    advantages = (estimators.batch_relative(scaled, eps=1e-4) if whiten else scaled).view(-1, 1)
+    old = torch.tensor([sum(a["old_logp"]) for a in attempts]).unsqueeze(1)
+    batch = whole(rows)
+    logp = preference.sequence_logp(token_stats(world.policy, batch, 1.0)[0], batch.mask).unsqueeze(1)
+    loss, _ = policies.clip(logp, old, advantages, torch.ones_like(logp, dtype=torch.bool), 0.2, 0.2)
+    return backward(loss.mean())

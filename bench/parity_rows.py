@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
-from bench.parity_ours import LONGEST, World, grpo, kto, pair, reward, rloo, sft
+from bench.parity_ours import LONGEST, World, grpo, kto, pair, reward, rloo_of_answers, sft
 
 Quantity = Literal["loss", "gradient"]
 BOTH: tuple[Quantity, ...] = ("loss", "gradient")
@@ -30,9 +30,8 @@ class Row:
         return {"name": self.name, "trainer": self.trainer, "config": self.config, **self.options}
 
 
-def _reward(name: str, config: dict[str, Any], margin: bool = False, centring: float = 0.0) -> Row:
-    ours = partial(reward, margin=margin, centring=centring)
-    return Row(f"reward: {name}", "reward", ours, config, {"margin": margin})
+def _reward(name: str, config: dict[str, Any], **ours: Any) -> Row:
+    return Row(f"reward: {name}", "reward", partial(reward, **ours), config, {"margin": ours.get("margin", False)})
 
 
 def _dpo(
@@ -49,51 +48,57 @@ def _dpo(
     return Row(f"DPO: {name}", "dpo", loss, config, options, differs, reason)
 
 
-def _grpo(
+def _online(
+    trainer: str,
     name: str,
     config: dict[str, Any],
-    ours: dict[str, Any],
-    differs: tuple[Quantity, ...] = (),
-    reason: str = "",
-    data: str = "attempts",
+    ours: Callable[..., float],
+    settings: dict[str, Any],
+    differs: tuple[Quantity, ...],
+    reason: str,
     micro_batches: int = 1,
 ) -> Row:
     options = {
-        "data": data,
+        "data": settings.get("data", "attempts"),
         "micro_batches": micro_batches,
-        "updates": ours.get("updates", 1),
-        "off_policy": ours.get("off_policy", True),
-        "tools": ours.get("tools", False),
-        "sampler": bool(ours.get("correction")),
+        "updates": settings.get("updates", 1),
+        "off_policy": settings.get("off_policy", True),
+        "tools": settings.get("tools", False),
+        "sampler": "is_cap" in settings,
     }
     config = {"num_generations": 4, "max_completion_length": LONGEST, **config}
-    return Row(f"GRPO: {name}", "grpo", partial(grpo, data=data, **ours), config, options, differs, reason)
+    return Row(f"{trainer.upper()}: {name}", trainer, partial(ours, **settings), config, options, differs, reason)
+
+
+def _grpo(
+    name: str,
+    config: dict[str, Any],
+    differs: tuple[Quantity, ...] = (),
+    reason: str = "",
+    micro_batches: int = 1,
+    **ours: Any,
+) -> Row:
+    """TRL's settings, then by name those of `posttrain grpo`, beside the standard deviation as TRL takes it."""
+    settings = {"std": "sample", "std_eps": 1e-4, **ours}
+    return _online("grpo", name, config, grpo, settings, differs, reason, micro_batches)
 
 
 def _rloo(
     name: str,
     config: dict[str, Any],
-    ours: dict[str, Any],
+    ours: Callable[..., float],
     differs: tuple[Quantity, ...] = (),
     reason: str = "",
+    **settings: Any,
 ) -> Row:
-    options = {
-        "data": "attempts",
-        "micro_batches": 1,
-        "updates": 1,
-        "off_policy": ours.get("off_policy", False),
-        "tools": False,
-        "sampler": False,
-    }
-    config = {"num_generations": 4, "max_completion_length": LONGEST, "beta": 0.0, **config}
-    return Row(f"RLOO: {name}", "rloo", partial(rloo, **ours), config, options, differs, reason)
+    return _online("rloo", name, {"beta": 0.0, **config}, ours, settings, differs, reason)
 
 
 SUPERVISED = [
     Row("SFT", "sft", sft),
     _reward("Bradley–Terry", {}),
     _reward("with margins", {}, margin=True),
-    _reward("centred, 0.01", {"center_rewards_coefficient": 0.01}, centring=0.01),
+    _reward("centred, 0.01", {"center_rewards_coefficient": 0.01}, centre_coef=0.01),
 ]
 
 PAIRS = [
@@ -192,93 +197,106 @@ PAIRS = [
 ]
 
 SEQ = "seq-mean-token-mean"
-PLAIN_KL = {"beta": 0.04, "use_bias_correction_kl": False}
+RATIO_PER_ANSWER = "TRL's loss has one term per answer, ours one per token; on-policy the gradients are the same"
+RLOO = {"off_policy": False, "baseline": "leave-one-out", "aggregate": "seq-mean-token-sum"}
 ONLINE = [
-    _grpo("TRL's defaults (on-policy, dapo)", {}, {"off_policy": False}),
-    _grpo("dapo", {"loss_type": "dapo"}, {}),
-    _grpo("dapo, two micro-batches", {"loss_type": "dapo"}, {}, micro_batches=2),
+    _grpo("TRL's defaults, on-policy", {}, off_policy=False),
+    _grpo("dapo", {"loss_type": "dapo"}),
+    _grpo("dapo, two micro-batches", {"loss_type": "dapo"}, micro_batches=2),
     _grpo(
         "dapo, the first of two updates per rollout",
         {"loss_type": "dapo"},
-        {"updates": 2},
         BOTH,
         "TRL divides by the rollout's tokens per update, on average; ours by the tokens of this update",
+        updates=2,
     ),
-    _grpo("dapo, clip-higher", {"loss_type": "dapo", "epsilon_high": 0.28}, {"high": 0.28}),
-    _grpo("dapo, two-sided clip, δ = 1.3", {"delta": 1.3}, {"loss": "dual-clip", "bound": 1.3}),
-    _grpo("dapo, tool tokens masked", {"loss_type": "dapo"}, {"tools": True}),
-    _grpo("dapo, one answer unscored", {"loss_type": "dapo"}, {}, data="unscored_attempts"),
-    _grpo("dapo, cut answers left out", {"mask_truncated_completions": True}, {"drop_cut": True}),
-    _grpo("grpo", {"loss_type": "grpo"}, {"how": SEQ}),
+    _grpo("dapo, clip-higher", {"loss_type": "dapo", "epsilon_high": 0.28}, clip_high=0.28),
+    _grpo("dapo, two-sided clip, δ = 3", {"delta": 3.0}, policy_loss="dual-clip"),
+    _grpo("dapo, tool tokens masked", {"loss_type": "dapo"}, tools=True),
+    _grpo(
+        "dapo, one answer unscored",
+        {"loss_type": "dapo"},
+        BOTH,
+        "TRL counts the tokens of an answer without a reward in the divisor; ours leaves the answer out",
+        data="unscored_attempts",
+    ),
+    _grpo("dapo, cut answers left out", {"mask_truncated_completions": True}, drop_truncated=True),
+    _grpo("grpo", {"loss_type": "grpo"}, aggregate=SEQ),
     _grpo(
         "grpo, cut answers left out",
         {"loss_type": "grpo", "mask_truncated_completions": True},
-        {"how": SEQ, "drop_cut": True},
         BOTH,
         "TRL's mean over rows counts the rows that were left out; ours only those with a loss token",
+        aggregate=SEQ,
+        drop_truncated=True,
     ),
-    _grpo("bnpo", {"loss_type": "bnpo"}, {}),
+    _grpo("bnpo", {"loss_type": "bnpo"}),
     _grpo(
         "bnpo, two micro-batches",
         {"loss_type": "bnpo"},
-        {},
         BOTH,
         "TRL takes each micro-batch's own mean; ours is fixed over the optimizer batch whatever the split",
         micro_batches=2,
     ),
-    _grpo("dr_grpo, no std", {"loss_type": "dr_grpo", "scale_rewards": "none"}, {"how": "constant", "std": "none"}),
-    _grpo("std of the batch", {"scale_rewards": "batch"}, {"std": "batch"}),
+    _grpo("dr_grpo, no std", {"loss_type": "dr_grpo", "scale_rewards": "none"}, aggregate="constant", std="none"),
+    _grpo("std of the batch", {"scale_rewards": "batch"}, std="batch"),
     _grpo(
         "GSPO",
         {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 0.05},
-        {
-            "loss": "gspo",
-            "how": SEQ,
-            "low": 0.05,
-            "high": 0.05,
-        },
+        policy_loss="gspo",
+        aggregate=SEQ,
+        clip_low=0.05,
+        clip_high=0.05,
     ),
-    _grpo("CISPO, weights at most 1.2", {"loss_type": "cispo", "epsilon_high": 1.2}, {"loss": "cispo", "low": 1.0}),
+    _grpo("CISPO, weights at most 1.2", {"loss_type": "cispo", "epsilon_high": 1.2}, policy_loss="cispo", clip_low=1.0),
     _grpo(
         "CISPO, ε = 0.2 in both",
         {"loss_type": "cispo"},
-        {"loss": "cispo"},
         BOTH,
         "TRL's bound is the absolute epsilon_high, which falls back to 0.2, with no lower bound; the paper's is 1 ± ε",
+        policy_loss="cispo",
     ),
-    _grpo("SAPO", {"loss_type": "sapo"}, {"loss": "sapo", "how": SEQ}),
-    _grpo("KL k3, 0.04", PLAIN_KL, {"kl_coef": 0.04}),
+    _grpo("SAPO", {"loss_type": "sapo"}, policy_loss="sapo", aggregate=SEQ),
+    _grpo("KL k3, 0.04", {"beta": 0.04, "use_bias_correction_kl": False}, kl_coef=0.04, kl_estimator="k3"),
+    _grpo("KL as TRL's default, 0.04, on-policy", {"beta": 0.04}, kl_coef=0.04, kl_estimator="k3+", off_policy=False),
     _grpo(
-        "KL k3 with TRL's ratio, 0.04, on-policy",
+        "KL as TRL's default, 0.04",
         {"beta": 0.04},
-        {"kl_coef": 0.04, "kl_estimator": "k3+", "off_policy": False},
-    ),
-    _grpo(
-        "KL k3 with TRL's ratio, 0.04",
-        {"beta": 0.04},
-        {"kl_coef": 0.04, "kl_estimator": "k3+", "kl_ratio": True},
+        BOTH,
+        "TRL multiplies the KL by the ratio to the older policy, ours only differentiates it as k2",
+        kl_coef=0.04,
+        kl_estimator="k3+",
     ),
     _grpo(
         "vLLM correction, sequence_mask above 2",
         {"vllm_importance_sampling_mode": "sequence_mask", "vllm_importance_sampling_clip_max": 2.0},
-        {"correction": "sequence-sum-mask", "cap": 2.0, "off_policy": False},
+        is_mode="sequence-sum-mask",
+        is_cap=2.0,
+        off_policy=False,
     ),
     _grpo(
         "vLLM correction, token_truncate at 1.2",
         {"vllm_importance_sampling_mode": "token_truncate", "vllm_importance_sampling_clip_max": 1.2},
-        {"correction": "token-truncate", "cap": 1.2, "off_policy": False},
+        is_mode="token-truncate",
+        is_cap=1.2,
+        off_policy=False,
     ),
-    _rloo("on-policy", {}, {}),
-    _rloo("off-policy, one ratio per answer", {}, {"off_policy": True}),
-    _rloo("KL 0.05 in the reward, off-policy", {"beta": 0.05}, {"kl_coef": 0.05, "off_policy": True}),
-    _rloo("advantages whitened, off-policy", {"normalize_advantages": True}, {"whiten": True, "off_policy": True}),
+    _rloo("on-policy", {}, grpo, ("loss",), RATIO_PER_ANSWER, **RLOO),
+    _rloo("on-policy, as REINFORCE", {}, grpo, ("loss",), RATIO_PER_ANSWER, policy_loss="reinforce", **RLOO),
     _rloo(
-        "on-policy, one ratio per token",
-        {},
-        {"per_token": True},
+        "on-policy, KL 0.05 in the reward",
+        {"beta": 0.05},
+        grpo,
         ("loss",),
-        "at ratio 1 ours is a sum over tokens where TRL has one term per answer; the gradients are the same",
+        RATIO_PER_ANSWER,
+        kl_coef=0.05,
+        kl_estimator="k1",
+        kl_place="reward",
+        **RLOO,
     ),
+    _rloo("one ratio per answer", {}, rloo_of_answers),
+    _rloo("one ratio per answer, KL 0.05 in the reward", {"beta": 0.05}, rloo_of_answers, kl_coef=0.05),
+    _rloo("one ratio per answer, whitened", {"normalize_advantages": True}, rloo_of_answers, whiten=True),
 ]
 
 ROWS = [*SUPERVISED, *PAIRS, *ONLINE]
