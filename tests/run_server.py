@@ -54,9 +54,65 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "eval.problems": 4,
         "train.lr": 1e-2,
     },
+    "ppo": {  # a separate critic, an adaptive KL coefficient, demonstrations: each with a state of its own
+        "data.tasks": "sums",
+        "data.count": 64,
+        "reward.name": str(Path(__file__).parent / "vowels.py") + ":vowels",
+        "rollout.max_tokens": 8,
+        "rollout.slots": 32,
+        "algo.prompts": 8,
+        "algo.epochs": 2,
+        "algo.minibatches": 2,
+        "algo.kl_controller": "adaptive",
+        "algo.kl_horizon": 50.0,
+        "algo.critic_warmup": 1,
+        "algo.whiten_returns": True,
+        "algo.ptx_coef": 0.1,
+        "algo.ptx_data": "sums",
+        "algo.ptx_rows": 3,
+        "eval.problems": 4,
+        "train.lr": 1e-2,
+    },
+    "ppo+shared": {
+        "data.tasks": "sums",
+        "data.count": 64,
+        "reward.name": str(Path(__file__).parent / "vowels.py") + ":vowels",
+        "rollout.max_tokens": 8,
+        "rollout.slots": 32,
+        "algo.prompts": 8,
+        "algo.epochs": 3,
+        "algo.target_kl": 0.01,
+        "algo.critic": "shared",
+        "algo.critic_warmup": 1,
+        "algo.whiten_returns": True,
+        "algo.entropy_coef": 0.01,
+        "eval.problems": 4,
+        "train.lr": 1e-2,
+    },
     "sft": {"algo.batch_rows": 4, "train.lr": 1e-2, "train.schedule": "cosine", "train.warmup_steps": 2},
+    "dpo": {
+        "algo.batch_pairs": 4,
+        "algo.beta_schedule": "cosine",
+        "algo.beta_end": 0.5,
+        "data.holdout": 0.4,
+        "eval.every": 3,
+        "train.lr": 1e-2,
+    },
+    "dpo+kto": {"algo.loss": "kto", "algo.batch_pairs": 6, "data.holdout": 0.4, "train.lr": 1e-2},
+    "online-dpo": {
+        "data.tasks": "sums",
+        "data.count": 64,
+        "reward.name": str(Path(__file__).parent / "vowels.py") + ":vowels",
+        "rollout.max_tokens": 8,
+        "rollout.slots": 32,
+        "algo.prompts": 3,
+        "algo.group_size": 4,
+        "eval.problems": 4,
+        "eval.every": 3,
+        "train.lr": 1e-2,
+    },
 }
-DATA = {"sft": "rows.jsonl"}
+DATA = {"sft": "rows.jsonl", "dpo": "pairs.jsonl", "dpo+kto": "pairs.jsonl"}
 """Offline algorithms → the file in the test's folder that they read: rows.jsonl or pairs.jsonl."""
 SHARED: dict[str, Any] = {
     "train.steps": STEPS,
@@ -70,6 +126,7 @@ def live(request: dict[str, Any]) -> None:
     """One life: starts the run, or resumes it where the folder has one."""
     folder = Path(request["folder"])
     os.environ[failpoints.VARIABLE] = request.get("failpoint") or ""
+    os.environ["POSTTRAIN_CACHE"] = f"{folder}.cache"
     if (folder / "run.json").exists():
         result = api.resume(folder)
     else:
