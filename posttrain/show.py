@@ -165,6 +165,7 @@ def finished(out: Console, folder: Path) -> None:
         curves = {name: store.curve(name) for name in ("accuracy", "think_share", "length", "nll")}
         mismatch = store.curve("mismatch")[1]
         warnings = [e.message for e in store.events() if e.level != "info"]
+        data = [e.message for e in store.events() if e.level == "info" and e.kind == "data"]
     out.print()
     if first and last:
         out.print(answers_table(side_by_side(first, last), "The same held-out questions, before and after"))
@@ -175,6 +176,8 @@ def finished(out: Console, folder: Path) -> None:
         out.print(
             f"sampler and learner: at most {max(gaps):.1g} apart in any token's log-probability\n", soft_wrap=True
         )
+    for message in dict.fromkeys(data):
+        out.print(Text(f"data: {message}"), soft_wrap=True)
     for message in dict.fromkeys(warnings[-5:]):
         out.print(Text(f"note: {message}", style="yellow"))
     drawn = {name: curve for name, curve in curves.items() if curve[0]}

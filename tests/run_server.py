@@ -90,6 +90,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "train.lr": 1e-2,
     },
     "sft": {"algo.batch_rows": 4, "train.lr": 1e-2, "train.schedule": "cosine", "train.warmup_steps": 2},
+    "sft+mixture": {"algo.batch_rows": 5, "algo.neftune_alpha": 5.0, "data.count": 24, "train.lr": 1e-2},
     "dpo": {
         "algo.batch_pairs": 4,
         "algo.beta_schedule": "cosine",
@@ -112,8 +113,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "train.lr": 1e-2,
     },
 }
-DATA = {"sft": "rows.jsonl", "dpo": "pairs.jsonl", "dpo+kto": "pairs.jsonl"}
-"""Offline algorithms → the file in the test's folder that they read: rows.jsonl or pairs.jsonl."""
+DATA = {"sft": "rows.jsonl", "sft+mixture": "rows.jsonl*2 + sums*1", "dpo": "pairs.jsonl", "dpo+kto": "pairs.jsonl"}
+"""Offline algorithms → the file in the test's folder that they read, rows.jsonl or pairs.jsonl, and what is mixed with it."""
 SHARED: dict[str, Any] = {
     "train.steps": STEPS,
     "train.threads": 1,
