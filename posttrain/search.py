@@ -112,7 +112,7 @@ def chosen_rows(
     rows: list[dict[str, Any]] = []
     scores = scores_of(groups)
     for task, group, row, best in zip(tasks, groups, scores, best_of_n(scores), strict=True):
-        if best < 0 or row[best] < least or not group[best].text.strip():
+        if best < 0 or row[best] < least or not writable(group[best].text):
             continue
         messages = [{"role": m.role, "content": m.content} for m in task.messages]
         messages.append({"role": "assistant", "content": group[best].text})
@@ -128,9 +128,14 @@ def pairs_of(tasks: Sequence[Task], groups: Sequence[Sequence[Episode]]) -> list
         if best < 0 or row[best] == row[worst]:
             continue
         good, bad = group[best].text, group[worst].text
-        if good.strip() and bad.strip() and good != bad:
+        if writable(good) and writable(bad) and good != bad:
             found.append(Preference(task.id, task.messages, good, bad, margin=float(row[best] - row[worst])))
     return found
+
+
+def writable(text: str) -> bool:
+    """Whether a row can hold this answer: some text, and no NUL, which no reader of rows takes."""
+    return bool(text.strip()) and "\0" not in text
 
 
 def write(
