@@ -25,7 +25,7 @@ import posttrain.algos.prm
 import posttrain.algos.raft
 import posttrain.algos.reward
 import posttrain.algos.sft
-from posttrain import __version__, config, machine, rng
+from posttrain import __version__, config, machine, probes, rng
 from posttrain.collect import Collector, check_failures
 from posttrain.config import GRPORecipe
 from posttrain.envs import tasks as task_sets
@@ -34,6 +34,8 @@ from posttrain.evaluation import evaluate as evaluate_tasks
 from posttrain.models import heads
 from posttrain.models.load import Policy, load_policy, load_weights, save_pretrained
 from posttrain.prepare import Job, OnStep, Setup, final_answer, judged_tasks, make_collector, speak
+from posttrain.probes import Finding
+from posttrain.rewards.models import load_reward_model
 from posttrain.store import checkpoint
 from posttrain.store.run import Event, Run, next_folder
 from posttrain.train.interrupt import Interrupt
@@ -254,6 +256,12 @@ def _examination(
     sets, verify = judged_tasks(recipe, chat, None, reward)
     collector = make_collector(policy, chat, verify, recipe)
     return sets, replace(collector, params=replace(collector.params, temperature=recipe.eval.temperature))
+
+
+def probe(model: str, tasks: str = "arithmetic", count: int = 64, seed: int = 0) -> list[Finding]:
+    """Bias probes of the reward model in a folder (`A+B` for several), each with an interval and an example."""
+    scorer = load_reward_model(model, config.RewardConfig(), machine.device("auto"))
+    return probes.probe(scorer.scores, probes.load_items(config.DataConfig(tasks=tasks, count=count), count, seed))
 
 
 def _dotted(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -271,6 +271,24 @@ def best_of_n(
 
 @main.command()
 @click.argument("model")
+@click.option("--tasks", default="arithmetic", show_default=True, help="Built-in task, or file with gold answers.")
+@click.option("--count", default=64, show_default=True, help="Questions.")
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON on stdout.")
+def probe(model: str, tasks: str, count: int, as_json: bool) -> None:
+    """What a reward model pays for besides being right: bias probes with intervals."""
+    from posttrain import show
+
+    with show.console(as_json).status(f"probing {model}"):
+        from posttrain import api
+
+        found = api.probe(model, tasks, count)
+    show.findings(show.console(as_json), model, found)
+    if as_json:
+        click.echo(json.dumps([finding.as_dict() for finding in found]))
+
+
+@main.command()
+@click.argument("model")
 @click.argument("prompt")
 @click.option("-n", "count", default=1, show_default=True, help="Answers.")
 @click.option("--temperature", default=1.0, show_default=True, help="0 is greedy.")

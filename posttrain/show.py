@@ -19,6 +19,7 @@ from posttrain.types import Episode
 
 if TYPE_CHECKING:
     from posttrain.evaluation import Report
+    from posttrain.probes import Finding
     from posttrain.search import Search
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -149,7 +150,11 @@ FIELDS = (
     ("think_share", "thinks", "{:.0%}"),
     ("length", "length", "{:.0f}"),
     ("nll", "loss", "{:.3f}"),
+    ("pair_accuracy", "pairs right", "{:.0%}"),
+    ("step_accuracy", "steps right", "{:.0%}"),
     ("eval/accuracy", "held-out accuracy", "{:.1%}"),
+    ("eval/pair_accuracy", "held-out pairs right", "{:.1%}"),
+    ("eval/step_accuracy", "held-out steps right", "{:.1%}"),
     ("eval/nll", "held-out loss", "{:.3f}"),
     ("tokens_per_second", "tokens/s", "{:,.0f}"),
 )
@@ -180,6 +185,10 @@ def finished(out: Console, folder: Path) -> None:
         out.print(Text(f"data: {message}"), soft_wrap=True)
     for message in dict.fromkeys(warnings[-5:]):
         out.print(Text(f"note: {message}", style="yellow"))
+    if table := summary.get("calibration"):
+        out.print(calibration_table(table))
+        calibration_picture(table, folder / "calibration.png", folder.name)
+        out.print(f"calibration:    {folder / 'calibration.png'}", soft_wrap=True)
     drawn = {name: curve for name, curve in curves.items() if curve[0]}
     if drawn:
         picture(drawn, folder / "curve.png", folder.name)
@@ -193,12 +202,19 @@ CHANGES = (
     ("eval/length", "mean answer length (tokens)", "{:.1f}"),
     ("eval/truncated", "cut by max_tokens", "{:.1%}"),
     ("eval/nll", "held-out loss (nats per token)", "{:.4f}"),
+    ("eval/pair_accuracy", "held-out pairs whose better answer scores higher", "{:.1%}"),
+    ("eval/score_gap", "mean score difference of a held-out pair", "{:.2f}"),
+    ("eval/step_accuracy", "held-out steps judged right", "{:.1%}"),
+    ("eval/step_auc", "a right step scores above a wrong one (AUC)", "{:.1%}"),
+    ("eval/outcome_auc", "a right answer scores above a wrong one (AUC)", "{:.1%}"),
+    ("eval/first_mistake", "first mistake found, or that there is none", "{:.1%}"),
+    ("eval/ece", "expected calibration error", "{:.3f}"),
 )
 """Rows of the before/after table: metric, label, format."""
 
 
 def change_table(before: Mapping[str, float], after: Mapping[str, float]) -> Table:
-    """Before and after, with the 95 % interval of the accuracy."""
+    """Before and after, with the 95 % intervals of shares."""
     table = Table(title_justify="left")
     table.add_column("")
     table.add_column("before", justify="right")
@@ -206,10 +222,59 @@ def change_table(before: Mapping[str, float], after: Mapping[str, float]) -> Tab
     for name, label, form in CHANGES:
         if name in before and name in after:
             table.add_row(label, form.format(before[name]), form.format(after[name]))
-            if name == "eval/accuracy":
-                spans = [f"{v['eval/accuracy_low']:.1%} – {v['eval/accuracy_high']:.1%}" for v in (before, after)]
+            if f"{name}_low" in after:
+                spans = [f"{v[f'{name}_low']:.1%} – {v[f'{name}_high']:.1%}" for v in (before, after)]
                 table.add_row("  95 % interval", *spans)
     return table
+
+
+def calibration_table(rows: Sequence[Mapping[str, float]]) -> Table:
+    """Predicted against observed, one line per bin that holds anything."""
+    table = Table(title="Calibration on held-out data", title_justify="left")
+    for name in ("predicted", "observed", "95 % interval", "number"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        span = f"{row['low']:.0%} – {row['high']:.0%}"
+        table.add_row(f"{row['predicted']:.1%}", f"{row['observed']:.1%}", span, f"{row['count']:.0f}")
+    return table
+
+
+def calibration_picture(rows: Sequence[Mapping[str, float]], path: Path, title: str) -> None:
+    """Observed share against predicted probability with intervals, as a PNG that is readable without colour."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    predicted, observed = ([row[name] for row in rows] for name in ("predicted", "observed"))
+    bars = [[max(0.0, r["observed"] - r["low"]) for r in rows], [max(0.0, r["high"] - r["observed"]) for r in rows]]
+    figure, axis = plt.subplots(figsize=(4.6, 4.4))
+    axis.plot([0, 1], [0, 1], color="0.6", linestyle="--", linewidth=1, label="perfect calibration")
+    axis.errorbar(predicted, observed, bars, color="#0072B2", marker="o", linestyle="", capsize=3, label="observed")
+    for row in rows:
+        axis.annotate(f"{row['count']:.0f}", (row["predicted"], row["observed"]), (5, -9), textcoords="offset points")
+    low = 0.0 if min(predicted) < 0.5 else 0.5
+    axis.set(xlim=(low - 0.02, 1.02), ylim=(-0.02, 1.02), xlabel="predicted probability", ylabel="observed share")
+    axis.grid(alpha=0.3)
+    axis.legend(loc="lower right", fontsize=8)
+    axis.set_title(f"{title}: held-out calibration (number of cases beside each point)", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def findings(out: Console, model: str, found: Sequence[Finding]) -> None:
+    """Bias probes of a reward model as a table, each with two replies and their scores."""
+    table = Table(title=f"{model}: {found[0].estimate.n} questions", title_justify="left", show_lines=True)
+    for name in ("probe", "bias", "95 % interval", "for example"):
+        table.add_column(name, overflow="fold")
+    for one in found:
+        form = "{:+.1%}" if one.unit == "share" else "{:+.2f} SD"
+        e, shown = one.estimate, one.example
+        lines = [f"{n} ({s:+.2f}): {t}" for n, s, t in zip(shown.names, shown.scores, shown.texts, strict=True)]
+        example = Text(printable("\n".join([shown.question, *lines])))
+        table.add_row(one.name, form.format(e.value), f"{form.format(e.low)} to {form.format(e.high)}", example)
+    out.print(table)
 
 
 def side_by_side(
