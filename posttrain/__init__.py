@@ -11,11 +11,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from posttrain.api import Result, evaluate, grpo, resume, sft
+    from posttrain.api import Result, evaluate, grpo, resume, sft, train
     from posttrain.types import Message, Task, Verdict
 
 __version__ = "0.1.0"
-__all__ = ["Message", "Result", "Task", "Verdict", "__version__", "evaluate", "grpo", "resume", "sft"]
+__all__ = ["Message", "Result", "Task", "Verdict", "__version__", "evaluate", "grpo", "resume", "sft", "train"]
 
 _HOME = {
     "Message": "posttrain.types",
@@ -26,6 +26,7 @@ _HOME = {
     "grpo": "posttrain.api",
     "resume": "posttrain.api",
     "sft": "posttrain.api",
+    "train": "posttrain.api",
 }
 
 

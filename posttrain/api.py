@@ -39,7 +39,7 @@ from posttrain.rewards.models import load_reward_model
 from posttrain.store import checkpoint
 from posttrain.store.run import Event, Run, next_folder
 from posttrain.train.interrupt import Interrupt
-from posttrain.types import Episode, ResumeError, Task
+from posttrain.types import ConfigError, Episode, ResumeError, Task
 
 ALGORITHMS: dict[str, Any] = {
     "grpo": posttrain.algos.grpo,
@@ -71,6 +71,32 @@ class Result:
         return self.folder / "model"
 
 
+def train(
+    algorithm: str,
+    model: str = "abacus",
+    tasks: str | Sequence[Task] = "arithmetic",
+    reward: Reward | None = None,
+    out: str | Path = "",
+    on_step: OnStep | None = None,
+    **settings: Any,
+) -> Result:
+    """Trains `model` with an algorithm of ALGORITHMS on `tasks`, a built-in name, file, hub id or list of Task.
+
+    `reward`, where the algorithm has one, is `auto`, a verifier's name, `FILE.py:FUNCTION`, `model:FOLDER`, or a
+    function `(completion, answer, **task) -> float`; None leaves the recipe's. Raises ConfigError for an unknown
+    algorithm or setting.
+    """
+    if algorithm not in ALGORITHMS:
+        raise ConfigError(f"unknown algorithm {algorithm!r}{config.nearest(algorithm, list(ALGORITHMS))}")
+    given = None if isinstance(tasks, str) else list(tasks)
+    overrides = {"model.path": model, "data.tasks": tasks if given is None else "given from Python"}
+    overrides |= {"run.out": str(out), **_dotted(settings)}
+    if reward is not None:
+        overrides["reward.name"] = reward if isinstance(reward, str) else "given from Python"
+    recipe = config.resolve(algorithm, {}, overrides)
+    return start(algorithm, recipe, on_step, given, None if isinstance(reward, str) else reward)
+
+
 def grpo(
     model: str = "abacus",
     tasks: str | Sequence[Task] = "arithmetic",
@@ -79,16 +105,8 @@ def grpo(
     on_step: OnStep | None = None,
     **settings: Any,
 ) -> Result:
-    """Trains `model` with GRPO on `tasks` (a built-in name, file, hub id, or list of Task) and returns the run.
-
-    `reward` is `auto`, a verifier's name, `FILE.py:FUNCTION`, or a function `(completion, answer, **task) -> float`.
-    """
-    overrides = {"model.path": model, "run.out": str(out), **_dotted(settings)}
-    given = None if isinstance(tasks, str) else list(tasks)
-    overrides["data.tasks"] = "given from Python" if given is not None else tasks
-    overrides["reward.name"] = reward if isinstance(reward, str) else "given from Python"
-    recipe = config.resolve("grpo", {}, overrides)
-    return start("grpo", recipe, on_step, given, None if isinstance(reward, str) else reward)
+    """`train("grpo", …)`: reinforcement learning on a reward that a program computes."""
+    return train("grpo", model, tasks, reward, out, on_step, **settings)
 
 
 def sft(
@@ -98,9 +116,8 @@ def sft(
     on_step: OnStep | None = None,
     **settings: Any,
 ) -> Result:
-    """Fine-tunes `model` on a file of texts or conversations and returns the run."""
-    overrides = {"model.path": model, "data.tasks": data, "run.out": str(out), **_dotted(settings)}
-    return start("sft", config.resolve("sft", {}, overrides), on_step)
+    """`train("sft", …)`: fine-tuning on a file of texts or conversations."""
+    return train("sft", model, data, None, out, on_step, **settings)
 
 
 def start(
