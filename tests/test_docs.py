@@ -189,6 +189,9 @@ def written(model: Path, tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     result = pt.grpo(str(model), "addition", spread, root / "grpo", steps=1, problems=2, samples=2, is_cap=2.0, **tiny)
     assert result.summary
     folders = [result.folder, pt.sft(str(model), "addition", root / "sft", steps=1, batch_rows=4).folder]
+    ppo = {"model.path": str(model), "data.tasks": "addition", "run.out": str(root / "ppo"), "train.steps": 1}
+    ppo |= {"rollout.max_tokens": 8, "prompts": 4, "eval.problems": 2, "ptx_coef": 0.1, "ptx_data": "addition"}
+    folders.append(api.start("ppo", config.resolve("ppo", {}, ppo), reward=spread).folder)
     names: set[str] = set()
     for folder in folders:
         with Run.read(folder) as run:
@@ -279,7 +282,7 @@ def test_a_command_in_a_code_fence_parses_and_its_settings_resolve(words: list[s
     if "args" not in context.params:
         return
     plain, settings = cli.split_settings(context.params["args"])
-    algorithm = {"sft": "sft"}.get(words[0], "grpo")
+    algorithm = words[0] if words[0] in config.RECIPES else "grpo"
     if plain and plain[0] in config.RECIPES:
         algorithm = plain[0]
     elif plain and not plain[0].endswith(".toml"):
