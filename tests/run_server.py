@@ -114,7 +114,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
 }
 DATA = {"sft": "rows.jsonl", "sft+mixture": "rows.jsonl*2 + sums*1", "dpo": "pairs.jsonl", "dpo+kto": "pairs.jsonl"}
-"""Offline algorithms → the file in the test's folder that they read, rows.jsonl or pairs.jsonl, and what is mixed with it."""
+"""Offline algorithms → the file in the test's folder that they read (rows.jsonl, pairs.jsonl) and what is mixed in."""
 SHARED: dict[str, Any] = {
     "train.steps": STEPS,
     "train.threads": 1,
