@@ -111,9 +111,9 @@ def token_weights(loss_mask: torch.Tensor, how: str, max_len: int | None = None)
             raise ValueError("aggregate 'constant' divides by max_len; pass the longest completion allowed.")
         return mask / (rows * max_len)
     if how == "chunk-mean":
-        in_chunk = torch.cat([part.sum().expand(len(part)) for part in length.squeeze(1).split(CHUNK_ROWS)])
-        chunks = sum(bool(part.any()) for part in length.squeeze(1).split(CHUNK_ROWS))
-        return mask / (max(1, chunks) * in_chunk.clamp_min(1).unsqueeze(1))
+        chunk = torch.arange(len(mask), device=mask.device) // CHUNK_ROWS
+        tokens = torch.zeros(int(chunk.max()) + 1, device=mask.device).index_add(0, chunk, length.squeeze(1))
+        return mask / ((tokens > 0).sum().clamp_min(1) * tokens[chunk].clamp_min(1).unsqueeze(1))
     raise ValueError(f"unknown aggregate {how!r}; expected one of {', '.join(AGGREGATIONS + ORDERED_AGGREGATIONS)}.")
 
 
