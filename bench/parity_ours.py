@@ -9,15 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
+from posttrain.algos import dpo as dpo_algorithm
 from posttrain.algos import grpo as grpo_algorithm
 from posttrain.algos import reward as reward_algorithm
 from posttrain.algos import sft as sft_algorithm
 from posttrain.collect import to_sample, with_logp
+from posttrain.config.dpo import DPOConfig
 from posttrain.config.grpo import GRPOConfig, GRPORecipe
 from posttrain.config.reward import RewardModelConfig
 from posttrain.config.sections import RolloutConfig, TrainConfig
@@ -27,7 +30,7 @@ from posttrain.objectives import advantages as estimators
 from posttrain.objectives import policy as policies
 from posttrain.objectives import preference
 from posttrain.objectives.tokens import token_weights
-from posttrain.train.forward import logprobs, row_scores, sample_logprobs, token_stats
+from posttrain.train.forward import row_scores, sample_logprobs, token_stats
 from posttrain.train.learner import Learner
 from posttrain.types import Batch, Episode, Sample, Span
 
@@ -83,54 +86,40 @@ def reward(world: World, **algo: Any) -> float:
     return total
 
 
-def pair(
-    world: World,
-    loss: str,
-    beta: float,
-    label: float = 1.0,
-    margin: float = 0.0,
-    data: str = "pairs",
-    mean: bool = False,
-    reference: bool = True,
-    nll: str = "none",
-) -> float:
-    """A pair loss averaged over pairs. `mean` takes log-probabilities per token; without `reference` those of the
-    reference are 0; `nll` adds the cross-entropy of "answer" (the chosen answers' tokens) or "all" (prompts too)."""
-    pairs = world.batch[data]
-    chosen = [sample(p["prompt_ids"], p["chosen_ids"]) for p in pairs]
-    rejected = [sample(p["prompt_ids"], p["rejected_ids"]) for p in pairs]
-    batch = whole([*chosen, *rejected])
-    per_token = token_stats(world.policy, batch, 1.0)[0]
-    c, r = preference.sequence_logp(per_token, batch.mask, mean).chunk(2)
-    known = preference.sequence_logp(logprobs(world.reference, batch), batch.mask, mean)
-    rc, rr = (known if reference else torch.zeros_like(known)).chunk(2)
-    n = len(pairs)
-    values = preference.PAIR_LOSSES[loss](c, r, rc, rr, beta, torch.full((n,), label), torch.full((n,), margin))
-    total = values.mean()
-    if nll != "none":
-        if nll == "all":
-            chosen = [replace(row, loss_mask=np.arange(len(row.tokens)) > 0) for row in chosen]
-        text = whole(chosen)
-        weights = token_weights(text.mask, "token-mean")
-        total = total - (weights * token_stats(world.policy, text, 1.0)[0]).sum()
-    return backward(total)
-
-
-def kto(world: World, beta: float, desirable: float, undesirable: float, swap: bool = False) -> float:
-    """KTO averaged over answers; `swap` makes the reference the policy, and its gradient is the one that counts."""
+def dpo(world: World, data: str = "pairs", swap: bool = False, **algo: Any) -> float:
+    """DPO and its family; `algo` are settings of `posttrain dpo`. `swap` exchanges policy and reference."""
+    cfg = DPOConfig(**algo)
     policy, reference = (world.reference, world.policy) if swap else (world.policy, world.reference)
-    answers = world.batch["judgements"]
-    own = whole([sample(a["prompt_ids"], a["completion_ids"]) for a in answers])
-    other = whole([sample(a["prompt_ids"], a["KL_completion_ids"]) for a in answers])
+    items, others = world.batch["judgements" if cfg.loss == "kto" else data], []
+    if cfg.loss == "kto":
+        rows = [sample(a["prompt_ids"], a["completion_ids"], label=float(a["label"])) for a in items]
+        others = [sample(a["prompt_ids"], a["KL_completion_ids"]) for a in items]
+    else:
+        rows = [sample(p["prompt_ids"], p[f"{side}_ids"]) for p in items for side in ("chosen", "rejected")]
+    if cfg.referenced:
+        known = partial(sample_logprobs, reference, tokens_per_pass=TOKENS_PER_PASS)
+        rows, others = (with_logp(part, "ref_logp", known) for part in (rows, others))
+    part = dpo_algorithm.Feedback(rows, 1 if others else 2, others)
+    learner = Learner(policy, TrainConfig(tokens_per_pass=TOKENS_PER_PASS), 1)
+    loss = dpo_algorithm.make_loss(cfg, cfg.beta, dpo_algorithm.mismatch_kl(learner, part, cfg))
+    batches = batching.micro(part.rows, TOKENS_PER_PASS, "seq-mean-token-sum", together=part.together)
+    return sum(backward(loss(*token_stats(policy, b, 1.0), b)[0]) for b in batches)
 
-    def rows(logp: torch.Tensor, batch: Batch) -> torch.Tensor:
-        return preference.sequence_logp(logp, batch.mask)
 
-    baseline = preference.kto_baseline(rows(logprobs(policy, other), other), rows(logprobs(reference, other), other))
-    logp = rows(token_stats(policy, own, 1.0)[0], own)
-    ref_logp = rows(logprobs(reference, own), own)
-    liked = torch.tensor([a["label"] for a in answers])
-    return backward(preference.kto(logp, ref_logp, liked, baseline, beta, desirable, undesirable).mean())
+def with_cross_entropy(world: World, loss: str, mean: bool, prompts: bool) -> float:
+    """A loss without reference at β = 0.1, plus one mean cross-entropy over all tokens of the batch's chosen answers,
+    with `prompts` over their prompts' too: TRL's choices for CPO and ORPO, from the same pure functions."""
+    pairs = world.batch["pairs"]
+    chosen, rejected = ([sample(p["prompt_ids"], p[f"{side}_ids"]) for p in pairs] for side in ("chosen", "rejected"))
+    batch = whole([*chosen, *rejected])
+    c, r = preference.sequence_logp(token_stats(world.policy, batch, 1.0)[0], batch.mask, mean).chunk(2)
+    none = torch.zeros_like(c)
+    values = preference.PAIR_LOSSES[loss](c, r, none, none, 0.1, none + 1, none)
+    if prompts:
+        chosen = [replace(row, loss_mask=np.arange(len(row.tokens)) > 0) for row in chosen]
+    text = whole(chosen)
+    weights = token_weights(text.mask, "token-mean")
+    return backward(values.mean() - (weights * token_stats(world.policy, text, 1.0)[0]).sum())
 
 
 def episode(attempt: dict[str, Any], number: int, size: int, tools: bool) -> Episode:

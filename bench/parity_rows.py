@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
-from bench.parity_ours import LONGEST, World, grpo, kto, pair, reward, rloo_of_answers, sft
+from bench.parity_ours import LONGEST, World, dpo, grpo, reward, rloo_of_answers, sft, with_cross_entropy
+from posttrain.config.presets import PRESETS
 
 Quantity = Literal["loss", "gradient"]
 BOTH: tuple[Quantity, ...] = ("loss", "gradient")
@@ -37,15 +38,26 @@ def _reward(name: str, config: dict[str, Any], **ours: Any) -> Row:
 def _dpo(
     name: str,
     config: dict[str, Any],
-    ours: dict[str, Any],
     differs: tuple[Quantity, ...] = (),
     reason: str = "",
     one_by_one: bool = False,
-    data: str = "pairs",
+    **ours: Any,
 ) -> Row:
-    options = {"one_by_one": one_by_one, "data": data}
-    loss = partial(pair, **{"beta": config["beta"], "data": data, **ours})
-    return Row(f"DPO: {name}", "dpo", loss, config, options, differs, reason)
+    """TRL's settings, then by name those of `posttrain dpo`, where β is the same."""
+    options = {"one_by_one": one_by_one, "data": ours.get("data", "pairs")}
+    return Row(f"DPO: {name}", "dpo", partial(dpo, beta=config["beta"], **ours), config, options, differs, reason)
+
+
+def _free(
+    trainer: str,
+    name: str,
+    config: dict[str, Any],
+    ours: Callable[[World], float],
+    differs: tuple[Quantity, ...] = (),
+    reason: str = "",
+) -> Row:
+    """A loss without reference, which TRL has in trainers of their own."""
+    return Row(name, trainer, ours, config, {}, differs, reason)
 
 
 def _online(
@@ -101,96 +113,101 @@ SUPERVISED = [
     _reward("centred, 0.01", {"center_rewards_coefficient": 0.01}, centre_coef=0.01),
 ]
 
+SIMPO = {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 0.5, "cpo_alpha": 0.0}
 PAIRS = [
-    _dpo("sigmoid", {"loss_type": ["sigmoid"], "beta": 0.1}, {"loss": "sigmoid"}),
-    _dpo("sigmoid per token", {"loss_type": ["sigmoid_norm"], "beta": 2.0}, {"loss": "sigmoid", "mean": True}),
+    _dpo("sigmoid", {"loss_type": ["sigmoid"], "beta": 0.1}),
+    _dpo("sigmoid per token", {"loss_type": ["sigmoid_norm"], "beta": 2.0}, length_normalise="yes"),
     _dpo(
         "cDPO, ε = 0.1",
         {"loss_type": ["sigmoid"], "beta": 0.1, "label_smoothing": 0.1},
-        {"loss": "sigmoid", "label": 0.9},
         BOTH,
         "TRL's sigmoid loss does not read label_smoothing",
+        label_smoothing=0.1,
     ),
     _dpo(
         "cDPO, ε = 0.1, as TRL's AOT of one pair",
         {"loss_type": ["aot"], "beta": 0.1, "label_smoothing": 0.1},
-        {"loss": "sigmoid", "label": 0.9},
         one_by_one=True,
+        label_smoothing=0.1,
     ),
     _dpo(
         "robust, ε = 0.1",
         {"loss_type": ["robust"], "beta": 0.1, "label_smoothing": 0.1},
-        {"loss": "robust", "label": 0.9},
+        loss="robust",
+        label_smoothing=0.1,
     ),
-    _dpo("hinge", {"loss_type": ["hinge"], "beta": 0.1}, {"loss": "hinge"}),
-    _dpo("IPO per token", {"loss_type": ["ipo"], "beta": 0.1}, {"loss": "ipo", "mean": True}),
+    _dpo("hinge", {"loss_type": ["hinge"], "beta": 0.1}, loss="hinge"),
+    _dpo("IPO per token", {"loss_type": ["ipo"], "beta": 0.1}, loss="ipo", length_normalise="yes"),
     _dpo(
         "IPO",
         {"loss_type": ["ipo"], "beta": 0.1},
-        {"loss": "ipo"},
         BOTH,
         "TRL divides each answer's log-ratio by its length; the paper's eq. 17 is on sums",
+        loss="ipo",
     ),
     _dpo(
         "IPO per token, prompts cut off",
         {"loss_type": ["ipo"], "beta": 0.1},
-        {"loss": "ipo", "mean": True},
         BOTH,
         "TRL divides by the unshifted mask and so counts the row's first token, which nothing predicts (trl #6879)",
+        loss="ipo",
+        length_normalise="yes",
         data="cut_pairs",
     ),
-    Row(
-        "CPO",
+    _free(
         "cpo",
-        partial(pair, loss="cpo", beta=0.1, nll="answer"),
-        {"loss_type": "sigmoid", "beta": 0.1, "cpo_alpha": 1.0},
-    ),
-    Row(
         "CPO, ε = 0.1, without cross-entropy",
-        "cpo",
-        partial(pair, loss="cpo", beta=0.1, label=0.9),
         {"loss_type": "sigmoid", "beta": 0.1, "cpo_alpha": 0.0, "label_smoothing": 0.1},
+        partial(dpo, loss="cpo", beta=0.1, nll_coef=0.0, label_smoothing=0.1),
     ),
-    Row(
-        "SimPO, γ = 0.5",
+    _free(
         "cpo",
-        partial(pair, loss="simpo", beta=2.0, margin=0.5, mean=True),
-        {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 0.5, "cpo_alpha": 0.0},
+        "CPO",
+        {"loss_type": "sigmoid", "beta": 0.1, "cpo_alpha": 1.0},
+        partial(dpo, loss="cpo", beta=0.1),
+        BOTH,
+        "TRL's cross-entropy is one mean over the tokens of all chosen answers; the paper's is of whole answers, a sum",
     ),
-    Row(
+    _free(
+        "cpo",
+        "CPO, with TRL's cross-entropy",
+        {"loss_type": "sigmoid", "beta": 0.1, "cpo_alpha": 1.0},
+        partial(with_cross_entropy, loss="cpo", mean=False, prompts=False),
+    ),
+    _free("cpo", "SimPO, γ = 0.5", SIMPO, partial(dpo, loss="simpo", beta=2.0, margin=0.5)),
+    _free(
+        "cpo",
         "SimPO, γ = 0.5, ε = 0.1",
-        "cpo",
-        partial(pair, loss="simpo", beta=2.0, margin=0.5, mean=True, label=0.9),
-        {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 0.5, "cpo_alpha": 0.0, "label_smoothing": 0.1},
-        differs=BOTH,
-        reason="should the other answer be the better, ours asks it to win by γ, TRL lets it lose by up to γ",
+        {**SIMPO, "label_smoothing": 0.1},
+        partial(dpo, loss="simpo", beta=2.0, margin=0.5, label_smoothing=0.1),
+        BOTH,
+        "should the other answer be the better, ours asks it to win by γ, TRL lets it lose by up to γ",
     ),
-    Row(
+    _free(
+        "cpo",
         "SLiC (hinge without reference)",
-        "cpo",
-        partial(pair, loss="hinge", beta=0.1, reference=False),
         {"loss_type": "hinge", "beta": 0.1, "cpo_alpha": 0.0},
+        partial(dpo, loss="hinge", beta=0.1, reference_free=True),
     ),
-    Row("ORPO, λ = 0.1", "orpo", partial(pair, loss="orpo", beta=0.1, mean=True, nll="all"), {"beta": 0.1}),
-    Row(
-        "ORPO, λ = 0.1, cross-entropy of the answer",
+    _free(
         "orpo",
-        partial(pair, loss="orpo", beta=0.1, mean=True, nll="answer"),
+        "ORPO, λ = 0.1",
         {"beta": 0.1},
-        differs=BOTH,
-        reason="TRL's cross-entropy includes the prompt's tokens; eq. 3 of the paper is of the answer alone",
+        partial(dpo, loss="orpo", beta=0.1),
+        BOTH,
+        "TRL's cross-entropy is one mean over the batch, prompts included; the paper's eq. 3 is each answer's own mean",
     ),
-    Row(
-        "KTO",
-        "kto",
-        partial(kto, beta=0.1, desirable=1.0, undesirable=1.0),
+    _free(
+        "orpo",
+        "ORPO, λ = 0.1, with TRL's cross-entropy",
         {"beta": 0.1},
-        {"swap": False},
+        partial(with_cross_entropy, loss="orpo", mean=True, prompts=True),
     ),
+    Row("KTO", "kto", partial(dpo, loss="kto", beta=0.1), {"beta": 0.1}, {"swap": False}),
     Row(
         "KTO, policy and reference exchanged, weights 1 and 1.5",
         "kto",
-        partial(kto, beta=0.1, desirable=1.0, undesirable=1.5, swap=True),
+        partial(dpo, loss="kto", beta=0.1, undesirable_weight=1.5, swap=True),
         {"beta": 0.1, "undesirable_weight": 1.5},
         {"swap": True},
     ),
@@ -199,8 +216,9 @@ PAIRS = [
 SEQ = "seq-mean-token-mean"
 RATIO_PER_ANSWER = "TRL's loss has one term per answer, ours one per token; on-policy the gradients are the same"
 RLOO = {"off_policy": False, "baseline": "leave-one-out", "aggregate": "seq-mean-token-sum"}
+GRPO_TRL = PRESETS["grpo"]["grpo-trl"].settings["algo"]
 ONLINE = [
-    _grpo("TRL's defaults, on-policy", {}, off_policy=False),
+    _grpo("preset grpo-trl and TRL's defaults, on-policy", {}, off_policy=False, **GRPO_TRL),
     _grpo("dapo", {"loss_type": "dapo"}),
     _grpo("dapo, two micro-batches", {"loss_type": "dapo"}, micro_batches=2),
     _grpo(
