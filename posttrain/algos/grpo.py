@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,8 +37,7 @@ from posttrain.collect import (
 from posttrain.config import GRPOConfig, GRPORecipe
 from posttrain.data import batching
 from posttrain.evaluation import Examiner
-from posttrain.models import lora
-from posttrain.models.load import Policy, load_policy
+from posttrain.models.load import Policy
 from posttrain.objectives.advantages import (
     batch_relative,
     flat_groups,
@@ -55,13 +54,11 @@ from posttrain.prepare import Job, OnStep, Setup, final_answer, judged_tasks, ma
 from posttrain.store import checkpoint
 from posttrain.store.failpoints import failpoint
 from posttrain.store.run import Event, Run
-from posttrain.train.forward import sample_logprobs, token_stats, token_stats_with_entropy
+from posttrain.train.forward import token_stats, token_stats_with_entropy
+from posttrain.train.frozen import frozen_start
 from posttrain.train.interrupt import Interrupt
 from posttrain.train.learner import Learner, Loss
 from posttrain.types import Batch, Episode, Sample, Stat, Task, TrainingDiverged, add_stats
-
-Reference = Callable[[Sequence[Sample]], list[np.ndarray]]
-"""Per-token log-probabilities of samples under the starting model."""
 
 
 def prepare(setup: Setup) -> Job:
@@ -122,8 +119,9 @@ def run(
     cfg, seed, sampler = recipe.algo, recipe.run.seed, collector.generator
     updates = cfg.minibatches * cfg.epochs
     forward = token_stats_with_entropy if cfg.entropy_coef else token_stats
-    learner = Learner(policy, recipe.train, recipe.train.steps * updates, recipe.rollout.temperature, forward)
-    reference = make_reference(recipe, policy)
+    room, temperature = recipe.train.tokens_per_pass, recipe.rollout.temperature
+    learner = Learner(policy, recipe.train, recipe.train.steps * updates, temperature, forward)
+    reference = frozen_start(recipe.model, policy, room, temperature) if cfg.kl_coef else None
     loss = make_loss(recipe)
     step, flat_steps, cursor, ema = 0, 0, 0, None
     if saved := checkpoint.latest(store.folder):
@@ -170,7 +168,7 @@ def run(
             for minibatch in batching.minibatches(samples, cfg.minibatches, rng.key(seed, "minibatch", step, epoch)):
                 batches = batching.micro(
                     minibatch,
-                    recipe.train.tokens_per_pass,
+                    room,
                     cfg.aggregate,
                     recipe.rollout.max_tokens,
                     policy.device,
@@ -324,23 +322,6 @@ def trained(
         elif keep:
             out.append(sample)
     return out
-
-
-def make_reference(recipe: GRPORecipe, policy: Policy) -> Reference | None:
-    """Log-probabilities under the starting model: adapters switched off, or a frozen second copy; None without KL."""
-    if not recipe.algo.kl_coef:
-        return None
-    room, temperature = recipe.train.tokens_per_pass, recipe.rollout.temperature
-    if recipe.model.lora_rank:
-
-        def adapters_off(samples: Sequence[Sample]) -> list[np.ndarray]:
-            with lora.disabled(policy.model):
-                return sample_logprobs(policy, samples, room, temperature)
-
-        return adapters_off
-    frozen = load_policy(recipe.model, str(policy.device))
-    frozen.model.requires_grad_(False)
-    return lambda samples: sample_logprobs(frozen, samples, room, temperature)
 
 
 def _mean(values: torch.Tensor, mask: torch.Tensor) -> Stat:
