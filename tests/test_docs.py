@@ -183,12 +183,12 @@ def spread(completion: str) -> float:
 
 @pytest.fixture(scope="module")
 def written(model: Path, tmp_path_factory: pytest.TempPathFactory) -> set[str]:
-    """Every metric and timing name that runs and evaluations write; a number of answers is spelt K."""
+    """Every metric and timing name that runs and evaluations write; a number of answers is spelt K, a data source SOURCE."""
     root = tmp_path_factory.mktemp("runs")
     tiny = {"rollout__max_tokens": 8, "slots": 32, "prompts": 2, "group_size": 4, "minibatches": 2, "kl_coef": 0.01}
     result = pt.grpo(str(model), "addition", spread, root / "grpo", steps=1, problems=2, samples=2, is_cap=2.0, **tiny)
     assert result.summary
-    folders = [result.folder, pt.sft(str(model), "addition", root / "sft", steps=1, batch_rows=4).folder]
+    folders = [result.folder, pt.sft(str(model), "addition + sums", root / "sft", steps=1, batch_rows=4).folder]
     ppo = {"model.path": str(model), "data.tasks": "addition", "run.out": str(root / "ppo"), "train.steps": 1}
     ppo |= {"rollout.max_tokens": 8, "prompts": 4, "eval.problems": 2, "ptx_coef": 0.1, "ptx_data": "addition"}
     folders.append(api.start("ppo", config.resolve("ppo", {}, ppo), reward=spread).folder)
@@ -198,7 +198,7 @@ def written(model: Path, tmp_path_factory: pytest.TempPathFactory) -> set[str]:
             names |= {name for _, name, _ in run.metrics() + run.timings()}
     one = Estimate(0.5, 0.0, 1.0, 1)
     names |= Report(one, 0.0, 0.0, 1.0, 0.0, 0, 1, 64, {64: one}, {64: one}).metrics().keys()
-    return {re.sub(r"_at_\d+$", "_at_K", name) for name in names}
+    return {re.sub(r"/(addition|sums)$", "/SOURCE", re.sub(r"_at_\d+$", "_at_K", name)) for name in names}
 
 
 def test_every_metric_and_timing_is_documented_and_none_that_is_not_written(written: set[str]) -> None:
