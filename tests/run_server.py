@@ -112,6 +112,33 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "eval.every": 3,
         "train.lr": 1e-2,
     },
+    "raft": {  # every round starts again from the first model, on a pool that only the checkpoint remembers
+        "data.tasks": "sums",
+        "data.count": 64,
+        "reward.name": str(Path(__file__).parent / "vowels.py") + ":vowels",
+        "rollout.max_tokens": 8,
+        "rollout.slots": 32,
+        "algo.prompts": 3,
+        "algo.group_size": 4,
+        "algo.batch_rows": 2,
+        "algo.epochs": 2,
+        "algo.restart": True,
+        "algo.pool": "all",
+        "eval.problems": 4,
+        "train.lr": 1e-2,
+        "train.schedule": "cosine",
+    },
+    "distill": {
+        "data.tasks": "sums",
+        "data.count": 64,
+        "reward.name": str(Path(__file__).parent / "vowels.py") + ":vowels",
+        "rollout.max_tokens": 8,
+        "rollout.slots": 32,
+        "algo.teacher": "sft-whole",  # the run of that name beside this one
+        "algo.prompts": 3,
+        "eval.problems": 4,
+        "train.lr": 1e-2,
+    },
 }
 DATA = {"sft": "rows.jsonl", "sft+mixture": "rows.jsonl*2 + sums*1", "dpo": "pairs.jsonl", "dpo+kto": "pairs.jsonl"}
 """Offline algorithms → the file in the test's folder that they read (rows.jsonl, pairs.jsonl) and what is mixed in."""
@@ -136,6 +163,8 @@ def live(request: dict[str, Any]) -> None:
             settings["data.tasks"] = request["data"]
         name = request["algorithm"]  # a variant is written algorithm+variant
         merged = {**SHARED, **SETTINGS[name], **settings, **request.get("settings", {})}
+        if "algo.teacher" in merged:
+            merged["algo.teacher"] = str(folder.parent / merged["algo.teacher"])
         result = api.start(name.split("+")[0], config.resolve(name.split("+")[0], {}, merged))
     Path(f"{folder}.hits").write_text(json.dumps(failpoints.hits))
     os._exit(0 if result.summary else 40 + result.stopped_by)
