@@ -31,7 +31,7 @@ from posttrain.data import batching
 from posttrain.evaluation import Examiner, bootstrap
 from posttrain.models.load import Policy, load_policy
 from posttrain.objectives.preference import PAIR_LOSSES, implicit_rewards, kto, kto_baseline, sequence_logp
-from posttrain.objectives.tokens import kl_k3
+from posttrain.objectives.tokens import kl_k2
 from posttrain.pairs import JudgementSets, PairSets, judgement_rows, load_judgements, load_pairs, pair_rows
 from posttrain.prepare import Job, OnStep, Setup, final_answer, make_collector
 from posttrain.store import checkpoint
@@ -94,7 +94,7 @@ def make_loss(cfg: DPOConfig, beta: float, baseline: torch.Tensor | None = None)
         stats["preference_accuracy"] = Stat(right.nansum().item(), int((~right.isnan()).sum()))
         stats["entropy"] = Stat(entropy[mask].sum().item(), int(mask.sum()))
         if b.ref_logp is not None:
-            stats["data_kl"] = Stat(kl_k3(logp.detach()[mask], b.ref_logp[mask]).sum().item(), int(mask.sum()))
+            stats["data_kl"] = Stat(kl_k2(logp.detach()[mask], b.ref_logp[mask]).sum().item(), int(mask.sum()))
         return (weights * each).sum(), stats
 
     return loss
