@@ -40,7 +40,7 @@ from posttrain.data.sources import (
     split_holdout,
 )
 from posttrain.envs.tasks import BUILT_IN, TaskSets
-from posttrain.prepare import Setup, judged_tasks, make_collector
+from posttrain.prepare import Setup, judged_tasks, make_collector, opened
 from posttrain.store import durable
 from posttrain.types import DataError, Episode, Judgement, Message, Preference, Sample, Task, TemplateError
 
@@ -270,7 +270,7 @@ def _sampled(setup: Setup) -> PairSets:
         train = read_preferences(folder / TRAIN_FILE)
         test = read_preferences(folder / TEST_FILE) if (folder / TEST_FILE).exists() else []
     else:
-        collector = make_collector(setup.policy, setup.chat, verify, recipe)
+        collector = opened(make_collector(setup.policy, setup.chat, verify, recipe), setup.chat, recipe.pairs.opening)
         parts: list[list[Preference]] = []
         for name, tasks in (("training", sets.train), ("held-out", sets.test)):
             groups = collector.groups(tasks, recipe.pairs.samples, 0, "pairs")

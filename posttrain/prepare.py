@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from posttrain import machine
 from posttrain.collect import Collector, Verifier
 from posttrain.data.answers import final_part, marked_answer
@@ -19,7 +21,7 @@ from posttrain.rewards.models import PREFIX, load_reward_model
 from posttrain.rollout.engine import EmbeddedGenerator
 from posttrain.store.run import Run
 from posttrain.train.interrupt import Interrupt
-from posttrain.types import ConfigError, SamplingParams, Task
+from posttrain.types import ConfigError, Message, SamplingParams, Task
 
 GOLD_DECIDES = ("auto", "exact", "numeric", "math")
 """Rewards that compare with the task's gold answer, so that every task must have one that passes."""
@@ -99,3 +101,15 @@ def make_collector(policy: Policy, chat: ChatFormat, verify: Verifier, recipe: A
         params=SamplingParams(temperature=rollout.temperature, max_tokens=rollout.max_tokens),
         seed=recipe.run.seed,
     )
+
+
+def opened(collector: Collector, chat: ChatFormat, opening: str) -> Collector:
+    """The same collector with every answer beginning with a given text, which the model only continues."""
+    if not opening:
+        return collector
+
+    def encode(task: Task) -> np.ndarray:
+        tokens, begun, _ = chat.answer_marks([*task.messages, Message("assistant", opening)], [len(opening)])
+        return tokens[: begun[0]]
+
+    return replace(collector, encode=encode, decode=lambda tokens: opening + collector.decode(tokens))

@@ -18,6 +18,7 @@ from posttrain.store.run import EpisodeRow, Run, RunInfo
 from posttrain.types import Episode
 
 if TYPE_CHECKING:
+    from posttrain.calibration import Bin
     from posttrain.evaluation import Report
     from posttrain.probes import Finding
     from posttrain.search import Search
@@ -228,7 +229,7 @@ def change_table(before: Mapping[str, float], after: Mapping[str, float]) -> Tab
     return table
 
 
-def calibration_table(rows: Sequence[Mapping[str, float]]) -> Table:
+def calibration_table(rows: Sequence[Bin]) -> Table:
     """Predicted against observed, one line per bin that holds anything."""
     table = Table(title="Calibration on held-out data", title_justify="left")
     for name in ("predicted", "observed", "95 % interval", "number"):
@@ -239,7 +240,7 @@ def calibration_table(rows: Sequence[Mapping[str, float]]) -> Table:
     return table
 
 
-def calibration_picture(rows: Sequence[Mapping[str, float]], path: Path, title: str) -> None:
+def calibration_picture(rows: Sequence[Bin], path: Path, title: str) -> None:
     """Observed share against predicted probability with intervals, as a PNG that is readable without colour."""
     import matplotlib
 

@@ -36,7 +36,7 @@ from posttrain.data.sources import (
 )
 from posttrain.data.steps import split_steps, step_ends
 from posttrain.envs.tasks import BUILT_IN
-from posttrain.prepare import Setup, judged_tasks, make_collector
+from posttrain.prepare import Setup, judged_tasks, make_collector, opened
 from posttrain.rewards.functions import score_all
 from posttrain.rollout.generator import Request, attempt_seed
 from posttrain.store import durable
@@ -170,13 +170,11 @@ def sample_solutions(
 
     An answer's last step is labelled by the answer itself; every other step by `cfg.completions` completions.
     """
-    starts = [_opened(chat, task, cfg.opening) for task in tasks]
-    seeds = [_seeds(collector, "solve", task.id, cfg.solutions) for task in tasks]
-    groups = collector.generator.generate(
-        [Request(start, own) for start, own in zip(starts, seeds, strict=True)], collector.params
-    )
+    solve = opened(collector, chat, cfg.opening)
+    requests = [Request(solve.encode(task), _seeds(collector, "solve", task.id, cfg.solutions)) for task in tasks]
+    groups = collector.generator.generate(requests, collector.params)
     answers = [
-        (task, cfg.opening + collector.decode(c.tokens[:-1]))
+        (task, solve.decode(c.tokens[:-1]))
         for task, group in zip(tasks, groups, strict=True)
         for c in group
         if c.stop == "stop"
@@ -229,13 +227,6 @@ def _prefixes(chat: ChatFormat, task: Task, steps: list[str], separator: str) ->
     message = Message("assistant", separator.join(steps))
     tokens, begun, ended = chat.answer_marks([*task.messages, message], [*ends, *map(int, starts)])
     return [tokens[:cut] for cut in np.maximum(begun[: len(ends)], ended[len(ends) :])]
-
-
-def _opened(chat: ChatFormat, task: Task, opening: str) -> np.ndarray:
-    if not opening:
-        return chat.prompt_tokens(task.messages)
-    tokens, begun, _ = chat.answer_marks([*task.messages, Message("assistant", opening)], [len(opening)])
-    return tokens[: begun[0]]
 
 
 def _seeds(collector: Collector, purpose: str, name: str, count: int) -> tuple[int, ...]:

@@ -13,6 +13,8 @@ from posttrain.types import ConfigError
 class PairsConfig:
     samples: int = 8
     """Answers sampled from the starting model per task, where data.tasks names tasks rather than preferences."""
+    opening: str = ""
+    """Text that every sampled answer begins with and the model continues, e.g. `<think>`."""
     per_task: int = 2
     """Most pairs kept of one task's sampled answers."""
     max_tokens: int = 1024
