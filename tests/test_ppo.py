@@ -352,7 +352,8 @@ def scorer(folder: Path, out: Path, count: int = 2) -> Policy:
 def test_a_critic_starts_from_a_reward_model_with_its_heads_averaged(
     folder: Path, tmp_path: Path, shared: bool
 ) -> None:
-    source = scorer(folder, tmp_path)
+    source = scorer(folder, tmp_path / "model")
+    (tmp_path / "run.json").write_text("{}")  # a run's folder stands for the model in it
     policy = tiny.load(folder)
     critic = critics.make_critic(ModelConfig(path=str(folder)), policy, shared, str(tmp_path), 0)
     assert (critic is policy) == shared and source.scalar is not None and critic.scalar is not None

@@ -60,7 +60,7 @@ class PPOConfig:
     critic: Literal["separate", "shared"] = "separate"
     """`separate` is a second model with a value head; `shared` puts the head on the policy itself."""
     critic_init: str = ""
-    """Folder of a reward model to start the critic from, head included; empty starts from the policy, with values 0."""
+    """Reward model (run or model folder) to start the critic from, head included; empty: from the policy, values 0."""
     critic_lr: float = 3e-4
     """Peak learning rate of a separate critic."""
     critic_warmup: int = 0

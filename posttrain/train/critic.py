@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -26,7 +27,7 @@ class ReturnScale:
     def update(self, critic: Policy, returns: torch.Tensor) -> None:
         """Adds returns (K,) and rescales the critic's head so that its values, in the reward's unit, stay.
 
-        PopArt (van Hasselt et al., arXiv 1602.07714, eq. 7 to 9): w ← w σ / σ', b ← (σ b + μ − μ') / σ'.
+        PopArt (van Hasselt et al., arXiv 1602.07714, proposition 1): w ← w σ / σ', b ← (σ b + μ − μ') / σ'.
         """
         head, wide = critic.scalar, returns.double()
         assert head is not None
@@ -77,8 +78,9 @@ def make_critic(cfg: ModelConfig, policy: Policy, shared: bool, source: str, see
 
 
 def load_critic(cfg: ModelConfig, source: str, policy: Policy) -> Policy:
-    """The reward model in a folder. Raises ConfigError where it has no head or reads other tokens than the policy."""
-    scorer = heads.load_scorer(replace(cfg, path=source), policy.device)
+    """The reward model in a folder, or of a finished run. Raises ConfigError where it has no head or does not fit."""
+    path = Path(source) / "model" if (Path(source) / "run.json").is_file() else source
+    scorer = heads.load_scorer(replace(cfg, path=str(path)), policy.device)
     if scorer.vocab != policy.vocab or scorer.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
         raise ConfigError(
             f"algo.critic_init={source!r} has another vocabulary ({scorer.vocab} entries) than the policy {cfg.path!r} "
