@@ -145,7 +145,7 @@ def paper_openrlhf(x: Any) -> float:
     rows = []
     for p, o, f, b, ai in zip(x.logp, x.old, x.ref, x.behaviour, a, strict=True):
         w = np.exp(o - b)
-        rows.append(np.where((w >= 0.5) & (w <= 5), w, 0) * clipped(p, o, ai, 0.2, 0.27) + 1e-3 * k3(p, f))
+        rows.append(np.clip(w, 0.5, 5) * clipped(p, o, ai, 0.2, 0.27) + 1e-3 * k3(p, f))
     return token_mean(rows)
 
 

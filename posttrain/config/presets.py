@@ -147,7 +147,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
             kl_estimator="k3",
             is_cap=5.0,
             is_floor=0.5,
-            is_mode="token-mask",
+            is_mode="token-truncate",
             minibatches=8,
         ),
     },
