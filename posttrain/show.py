@@ -150,6 +150,7 @@ FIELDS = (
     ("accuracy", "accuracy", "{:.0%}"),
     ("think_share", "thinks", "{:.0%}"),
     ("length", "length", "{:.0f}"),
+    ("kl_episode", "KL", "{:.2f}"),
     ("nll", "loss", "{:.3f}"),
     ("pair_accuracy", "pairs right", "{:.0%}"),
     ("step_accuracy", "steps right", "{:.0%}"),
