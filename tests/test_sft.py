@@ -443,7 +443,8 @@ def test_a_full_run_updates_every_tensor_and_lora_only_adapters_that_the_export_
     data = write(tmp_path / "a.jsonl", [{"prompt": c, "completion": c * 3} for c in "abcdefgh"])
     settings = {"batch_rows": 4, "steps": 3, "lr": 1e-2, "data__holdout": 0}
     full = pt.sft(str(folder), data, tmp_path / "full", **settings)
-    light = pt.sft(str(folder), data, tmp_path / "light", lora_rank=2, **settings)
+    extra = {"gradient_checkpointing": True, "neftune_alpha": 1.0}
+    light = pt.sft(str(folder), data, tmp_path / "light", lora_rank=2, **extra, **settings)
     base, trained_full, merged = (
         AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (folder, full.model, light.model)
     )
