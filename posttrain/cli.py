@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import json
 import sys
-from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import click
 
 from posttrain import __version__, config
+from posttrain.arguments import read_recipe, sections_of, split_settings
 from posttrain.types import ConfigError, PosttrainError
 
 RECIPE_HELP = "RECIPE is a TOML file or the name of a shipped recipe; any setting follows as `--section.key value`."
@@ -51,70 +51,6 @@ def main() -> None:
 def settings_command(name: str, **extra: Any) -> Any:
     """A command that takes free `--section.key value` settings besides its own options."""
     return main.command(name, context_settings={"ignore_unknown_options": True, "allow_extra_args": True}, **extra)
-
-
-def split_settings(args: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Separates positional arguments from `--key value` and `--key=value` settings."""
-    words: list[str] = []
-    settings: dict[str, str] = {}
-    rest = list(args)
-    while rest:
-        word = rest.pop(0)
-        if not word.startswith("--"):
-            words.append(word)
-            continue
-        key, equals, value = word[2:].partition("=")
-        if not equals:
-            if not rest or rest[0].startswith("--"):
-                raise ConfigError(f"setting --{key} has no value; write --{key} VALUE.")
-            value = rest.pop(0)
-        settings[key] = value
-    return words, settings
-
-
-def find_recipe(name: str) -> Path:
-    """A recipe file, or a shipped recipe by its name."""
-    shipped = Path(__file__).parent / "recipes"
-    for path in (Path(name), shipped / name, shipped / f"{name}.toml"):
-        if path.is_file():
-            return path
-    known = sorted(p.stem for p in shipped.glob("*.toml"))
-    raise ConfigError(f"recipe {name!r} does not exist{config.nearest(name, known)}")
-
-
-def sections_of(model: str) -> dict[str, Any]:
-    """The settings a run was made with, as far as an evaluation has them; nothing for other models."""
-    if not (Path(model) / "run.json").exists():
-        return {}
-    from posttrain.store.run import Run
-
-    with Run.read(Path(model)) as store:
-        recipe = store.header["recipe"]
-    known = config.as_dict(config.GRPORecipe())
-    shared = {name: recipe[name] for name in known if name in recipe and name != "algo"}
-    return {name: {k: v for k, v in values.items() if k in known[name]} for name, values in shared.items()}
-
-
-def read_recipe(
-    algorithm: str | None,
-    args: Sequence[str],
-    given: Mapping[str, str | None] | None = None,
-    base: Mapping[str, Any] | None = None,
-) -> tuple[str, Any]:
-    """The algorithm and the resolved recipe of a command's arguments; options that were not given change nothing."""
-    words, settings = split_settings(args)
-    if len(words) > 1:
-        raise ConfigError(f"expected one recipe, got {len(words)}: {' '.join(words)}.")
-    overrides = {**{k: v for k, v in (given or {}).items() if v is not None}, **settings}
-    if not words:
-        assert algorithm is not None
-        return algorithm, config.resolve(algorithm, base or {}, overrides)
-    if words[0] in config.RECIPES and algorithm is None:
-        return words[0], config.resolve(words[0], {}, overrides)
-    found, sections, _ = config.read_toml(find_recipe(words[0]))
-    if algorithm is not None and found != algorithm:
-        raise ConfigError(f"recipe {words[0]!r} is for `posttrain {found}`, not `posttrain {algorithm}`.")
-    return found, config.resolve(found, sections, overrides)
 
 
 def run_training(algorithm: str, recipe: Any, as_json: bool, resume: str | None = None) -> None:
@@ -237,14 +173,12 @@ def evaluate(
 @click.option("--tasks", help="Built-in task, file, or data set id.")
 @click.option("--n", "count", default="16", show_default=True, help="Answers per task.")
 @click.option("--scorer", default="auto", show_default=True, help="A verifier, FILE.py:FUNCTION, or model:FOLDER.")
-@click.option("--split", type=click.Choice(["held-out", "train"]), default="held-out", show_default=True)
+@click.option("--split", type=click.Choice(["held-out", "train"]), default="held-out", help="Which tasks.")
 @click.option("--out", help="Write each task's best answer here, as rows for `posttrain sft`.")
-@click.option("--least", type=float, default=float("-inf"), help="Lowest score that --out takes.")
+@click.option("--least", type=float, help="Lowest score that --out takes; without it, any.")
 @click.option("--pairs", help="Write best against worst answers here, for `posttrain dpo` and `posttrain reward`.")
 @click.option("--json", "as_json", is_flag=True, help="Print the numbers as JSON on stdout.")
-def best_of_n(
-    model: str, args: tuple[str, ...], split: Any, out: str, least: float, pairs: str, as_json: bool, **given: Any
-) -> None:
+def best_of_n(model: str, args: tuple[str, ...], out: str, least: float | None, pairs: str, **given: Any) -> None:
     """What the best of n answers is worth, for n = 1, 2, 4 … N.
 
     With --out or --pairs the answers become training data.
@@ -256,14 +190,14 @@ def best_of_n(
             raise ConfigError(f"{path} cannot be written: the folder {Path(path).parent} does not exist.")
     named = {"data.tasks": given["tasks"], "eval.samples": given["count"], "reward.name": given["scorer"]}
     _, recipe = read_recipe("grpo", args, named, sections_of(model))
-    console = show.console(as_json)
+    console = show.console(given["as_json"])
     with console.status(f"sampling {recipe.eval.samples} answers of {model} to each task of {recipe.data.tasks}"):
         from posttrain import api, search
 
-        tasks, groups = api.sample_many(model, recipe, split)
+        tasks, groups = api.sample_many(model, recipe, given["split"])
         found = search.measure(groups)
     written = search.write(tasks, groups, out, least, pairs)
-    if as_json:
+    if given["as_json"]:
         click.echo(json.dumps({**found.as_dict(), "written": written}))
     else:
         show.best_of_n(console, model, found, written)

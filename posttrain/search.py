@@ -106,13 +106,13 @@ def scores_of(groups: Sequence[Sequence[Episode]]) -> np.ndarray:
 
 
 def chosen_rows(
-    tasks: Sequence[Task], groups: Sequence[Sequence[Episode]], least: float = -math.inf
+    tasks: Sequence[Task], groups: Sequence[Sequence[Episode]], least: float | None = None
 ) -> list[dict[str, Any]]:
     """Each task's best answer as a conversation that `posttrain sft` reads, where it scored at least `least`."""
     rows: list[dict[str, Any]] = []
     scores = scores_of(groups)
     for task, group, row, best in zip(tasks, groups, scores, best_of_n(scores), strict=True):
-        if best < 0 or row[best] < least or not writable(group[best].text):
+        if best < 0 or (least is not None and row[best] < least) or not writable(group[best].text):
             continue
         messages = [{"role": m.role, "content": m.content} for m in task.messages]
         messages.append({"role": "assistant", "content": group[best].text})
@@ -142,7 +142,7 @@ def write(
     tasks: Sequence[Task],
     groups: Sequence[Sequence[Episode]],
     out: str | None = None,
-    least: float = -math.inf,
+    least: float | None = None,
     pairs: str | None = None,
 ) -> dict[str, int]:
     """Writes the best answers to `out` and best against worst to `pairs`, where given: file → rows written."""

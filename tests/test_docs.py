@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import posttrain as pt
-from posttrain import api, cli, config
+from posttrain import api, arguments, cli, config
 from posttrain.envs.tasks import BUILT_IN
 from posttrain.evaluation import Estimate, Report
 from posttrain.rewards.verifiers import VERIFIERS
@@ -192,6 +192,21 @@ def written(model: Path, tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     ppo = {"model.path": str(model), "data.tasks": "addition", "run.out": str(root / "ppo"), "train.steps": 1}
     ppo |= {"rollout.max_tokens": 8, "prompts": 4, "eval.problems": 2, "ptx_coef": 0.1, "ptx_data": "addition"}
     folders.append(api.start("ppo", config.resolve("ppo", {}, ppo), reward=spread).folder)
+    own = {"model.path": str(model), "data.tasks": "addition", "rollout.max_tokens": 8, "eval.problems": 2}
+    own |= {"train.steps": 1, "prompts": 2, "group_size": 2}
+    for name, more in (("raft", {}), ("distill", {"teacher": str(model)})):
+        recipe = config.resolve(name, {}, {**own, **more, "run.out": str(root / name)})
+        folders.append(api.start(name, recipe, reward=spread).folder)
+    rows = "".join(f'{{"prompt": "q{i}", "chosen": "a", "rejected": "b"}}\n' for i in range(9))
+    (root / "pairs.jsonl").write_text(rows)
+    pairs = {"model.path": str(model), "data.tasks": str(root / "pairs.jsonl"), "data.holdout": 0.5, "train.steps": 1}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("POSTTRAIN_CACHE", str(root / "cache"))
+        for loss in ("sigmoid", "kto"):
+            recipe = config.resolve("dpo", {}, {**pairs, "algo.loss": loss, "run.out": str(root / loss)})
+            folders.append(api.start("dpo", recipe).folder)
+    recipe = config.resolve("online-dpo", {}, {**own, "algo.group_size": 4, "run.out": str(root / "online-dpo")})
+    folders.append(api.start("online-dpo", recipe, reward=spread).folder)
     names: set[str] = set()
     for folder in folders:
         with Run.read(folder) as run:
@@ -281,12 +296,12 @@ def test_a_command_in_a_code_fence_parses_and_its_settings_resolve(words: list[s
         return
     if "args" not in context.params:
         return
-    plain, settings = cli.split_settings(context.params["args"])
+    plain, settings = arguments.split_settings(context.params["args"])
     algorithm = words[0] if words[0] in config.RECIPES else "grpo"
     if plain and plain[0] in config.RECIPES:
         algorithm = plain[0]
     elif plain and not plain[0].endswith(".toml"):
-        algorithm = config.read_toml(cli.find_recipe(plain[0]))[0]
+        algorithm = config.read_toml(arguments.find_recipe(plain[0]))[0]
     recipe = config.RECIPES[algorithm]
     for name, value in settings.items():
         section, key = config.locate(recipe, name)

@@ -23,7 +23,7 @@ LAYERS: dict[str, float] = {
     "collect": 5, "search": 5, "evaluation": 5, "prepare": 5, "pairs": 5, "stepwise": 5, "calibration": 5, "probes": 5,
     "algos": 6,
     "pipelines": 7, "api": 7,
-    "cli": 8, "show": 8, "doctor": 8, "talk": 8, "demo": 8, "lab": 8,
+    "cli": 8, "arguments": 8, "show": 8, "doctor": 8, "talk": 8, "demo": 8, "lab": 8,
 }  # fmt: skip
 ONE_LAYER = {0, 5, 8}
 FORBIDDEN = {
@@ -33,7 +33,7 @@ FORBIDDEN = {
     "lab": {"train", "algos", "pipelines"},
 }
 OPTIONAL = {"datasets", "pyarrow", "vllm", "ray", "matplotlib", "rich"}
-LAZY = {"cli", "api", "__init__", "doctor"}  # imported when a command needs them, so that start-up is quick
+LAZY = {"cli", "arguments", "api", "__init__", "doctor"}  # imported when needed, so that start-up is quick
 LONGEST_MODULE, LONGEST_FUNCTION, LONGEST_RUN = 400, 60, 150
 
 SOURCES = {".".join(p.relative_to(PACKAGE).with_suffix("").parts): p for p in sorted(PACKAGE.rglob("*.py"))}
