@@ -33,7 +33,7 @@ def forward_kl(logp: torch.Tensor, teacher_logp: torch.Tensor, beta: float = 0.5
 
 
 def jensen_shannon(logp: torch.Tensor, teacher_logp: torch.Tensor, beta: float = 0.5) -> torch.Tensor:
-    """The generalised Jensen–Shannon divergence of GKD (arXiv 2306.13649, eq. 1) with teacher τ and student π:
+    """The generalised Jensen–Shannon divergence of GKD (arXiv 2306.13649, section 2) with teacher τ and student π:
 
     β KL(τ ‖ m) + (1 − β) KL(π ‖ m), m = β τ + (1 − β) π; bounded by the entropy of a β coin, at most ln 2.
     Divided by β it tends to the forward KL as β → 0; by 1 − β, to the reverse KL as β → 1. Both ends are 0 themselves,
