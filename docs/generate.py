@@ -21,6 +21,7 @@ import click
 from posttrain import cli, config
 from posttrain.store.durable import DiskError
 from posttrain.store.failpoints import FAILPOINTS, VARIABLE
+from posttrain.train.reference import VARIABLE as CACHE
 from posttrain.types import PosttrainError
 
 HERE = Path(__file__).parent
@@ -32,6 +33,11 @@ ENVIRONMENT = (
         "posttrain",
         "For tests: `NAME` or `NAME:HIT` ends the process with SIGKILL the HIT-th time it passes that point. "
         f"Names: {', '.join(f'`{name}`' for name in FAILPOINTS)}.",
+    ),
+    (
+        CACHE,
+        "posttrain",
+        "Where reference log-probabilities are kept; `~/.cache/posttrain` unless set. Deleting it is always safe.",
     ),
     ("HF_HOME", "huggingface_hub", "Where models and data sets from the hub are kept."),
     ("HF_TOKEN", "huggingface_hub", "Access to gated or private models and data sets."),

@@ -91,10 +91,10 @@ def training_command(algorithm: str) -> None:
     sections = {section.name for section in fields(recipe)}
     shown = [("--model", "model.path", "Model folder, hub id, or `abacus`.")]
     judged = "reward" in sections
-    what = (
-        "Built-in task, JSONL/Parquet file, or data set id." if judged else "JSONL/Parquet file, data set id, or task."
-    )
-    shown.append(("--tasks" if judged else "--data", "data.tasks", what))
+    if judged and "pairs" not in sections:
+        shown.append(("--tasks", "data.tasks", "Built-in task, JSONL/Parquet file, or data set id."))
+    else:
+        shown.append(("--data", "data.tasks", "JSONL/Parquet file, data set id, or task."))
     if judged:
         shown.append(("--reward", "reward.name", "`auto`, a verifier, FILE.py:FUNCTION, or model:FOLDER."))
     if presets := config.PRESETS.get(algorithm):

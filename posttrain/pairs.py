@@ -272,7 +272,7 @@ def _sampled(setup: Setup) -> PairSets:
     else:
         collector = opened(make_collector(setup.policy, setup.chat, verify, recipe), setup.chat, recipe.pairs.opening)
         parts: list[list[Preference]] = []
-        for name, tasks in (("training", sets.train), ("held-out", sets.test)):
+        for name, tasks in (("training", sets.train), ("held-out", sets.test[: recipe.pairs.held_out])):
             groups = collector.groups(tasks, recipe.pairs.samples, 0, "pairs")
             check_failures(groups, recipe.reward.max_failure_rate)
             pairs, counts = pairs_of(groups, tasks, recipe.pairs.per_task, recipe.run.seed)

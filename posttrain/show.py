@@ -153,6 +153,8 @@ FIELDS = (
     ("kl_episode", "KL", "{:.2f}"),
     ("nll", "loss", "{:.3f}"),
     ("pair_accuracy", "pairs right", "{:.0%}"),
+    ("preference_accuracy", "preferred right", "{:.0%}"),
+    ("chosen_logp", "log π(chosen)", "{:.1f}"),
     ("step_accuracy", "steps right", "{:.0%}"),
     ("eval/accuracy", "held-out accuracy", "{:.1%}"),
     ("eval/pair_accuracy", "held-out pairs right", "{:.1%}"),
@@ -177,7 +179,8 @@ def finished(out: Console, folder: Path) -> None:
     if first and last:
         out.print(answers_table(side_by_side(first, last), "The same held-out questions, before and after"))
         steps, values = curves["accuracy"]
-        out.print(Text(terminal_curve(steps, values, "accuracy of the answers it trained on, sampled")))
+        if steps:  # offline algorithms train on answers that were there before
+            out.print(Text(terminal_curve(steps, values, "accuracy of the answers it trained on, sampled")))
     out.print(change_table(before, after))
     if gaps := [gap for gap in mismatch if math.isfinite(gap)]:
         out.print(
@@ -204,6 +207,8 @@ CHANGES = (
     ("eval/length", "mean answer length (tokens)", "{:.1f}"),
     ("eval/truncated", "cut by max_tokens", "{:.1%}"),
     ("eval/nll", "held-out loss (nats per token)", "{:.4f}"),
+    ("eval/preference_accuracy", "held-out preferences told apart", "{:.1%}"),
+    ("eval/chosen_logp", "log-probability of a held-out better answer", "{:.2f}"),
     ("eval/pair_accuracy", "held-out pairs whose better answer scores higher", "{:.1%}"),
     ("eval/score_gap", "mean score difference of a held-out pair", "{:.2f}"),
     ("eval/step_accuracy", "held-out steps judged right", "{:.1%}"),

@@ -183,7 +183,7 @@ def spread(completion: str) -> float:
 
 @pytest.fixture(scope="module")
 def written(model: Path, tmp_path_factory: pytest.TempPathFactory) -> set[str]:
-    """Every metric and timing name that runs and evaluations write; a number of answers is spelt K, a data source SOURCE."""
+    """Every metric and timing name that runs and evaluations write; K is a number of answers, SOURCE one of data."""
     root = tmp_path_factory.mktemp("runs")
     tiny = {"rollout__max_tokens": 8, "slots": 32, "prompts": 2, "group_size": 4, "minibatches": 2, "kl_coef": 0.01}
     result = pt.grpo(str(model), "addition", spread, root / "grpo", steps=1, problems=2, samples=2, is_cap=2.0, **tiny)
@@ -322,7 +322,7 @@ def test_links_names_and_words_of_a_page_are_right(path: Path) -> None:
     for name in re.findall(r"`((?:model|data|reward|rollout|algo|train|eval|run)\.[a-z][a-z0-9_]*)\b", whole):
         if name.rpartition(".")[2] not in ("json", "jsonl", "db", "md", "py", "toml"):
             assert any(knows(recipe, name) for recipe in config.RECIPES.values()), f"{page_name(path)}: {name}?"
-    for command in re.findall(r"`posttrain ([a-z]+)", whole):
+    for command in re.findall(r"`posttrain ([a-z][a-z-]*)", whole):
         assert command in cli.main.commands, f"{page_name(path)}: no command {command}"
     low = whole.lower()
     for word in BANNED:

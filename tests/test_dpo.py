@@ -307,6 +307,7 @@ def test_beta_is_logged_as_scheduled(model: Path, pairs: Path, tmp_path: Path) -
         ({"loss": "kto", "nll_coef": 1.0}, "is for pairs; kto learns from single answers"),
         ({"loss": "kto", "desirable_weight": 0}, "both must be above 0"),
         ({"loss": "ipo", "desirable_weight": 2}, r"are for kto; algo\.loss=ipo has none"),
+        ({"pairs__held_out": -1}, "held_out=-1 is negative; 0 makes no held-out pairs"),
         ({"pairs__samples": 1}, "makes no pair of answers"),
         ({"rollout__temperature": 0}, "makes all answers of a task equal"),
     ],

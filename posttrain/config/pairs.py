@@ -17,6 +17,8 @@ class PairsConfig:
     """Text that every sampled answer begins with and the model continues, e.g. `<think>`."""
     per_task: int = 2
     """Most pairs kept of one task's sampled answers."""
+    held_out: int = 128
+    """Most held-out tasks whose sampled answers make held-out pairs; 0 makes none."""
     max_tokens: int = 1024
     """Longest row, prompt and answer; longer ones are cut at the end and counted, never silently."""
 
@@ -24,6 +26,8 @@ class PairsConfig:
 def check_pairs(recipe: Any) -> None:
     pairs = recipe.pairs
     require_positive(pairs, "per_task", "max_tokens")
+    if pairs.held_out < 0:
+        raise ConfigError(f"pairs.held_out={pairs.held_out} is negative; 0 makes no held-out pairs.")
     if pairs.samples < 2:
         raise ConfigError(f"pairs.samples={pairs.samples} makes no pair of answers; set it to 2 or more.")
     if recipe.rollout.temperature <= 0:
