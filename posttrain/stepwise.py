@@ -148,7 +148,7 @@ def _sampled(setup: Setup) -> SolutionSets:
             steps = sum(len(one.steps) for one in solutions)
             notes.append(
                 f"{len(solutions)} {name} solutions with {steps} labelled steps, of {answers} sampled; the others have "
-                "one step only, repeat another, were cut or could not be scored."
+                "one step only, repeat another, were cut, are not text or could not be scored."
             )
         train, test = found
         if not train:
@@ -184,7 +184,10 @@ def sample_solutions(
     kept = [
         (f"{task.id}#{n}", task, [text] if cfg.level == "outcome" else split_steps(text, cfg.separator), bool(passed))
         for n, ((task, text), passed) in enumerate(zip(distinct, right, strict=True))
-        if passed is not None and text.strip() and (cfg.level == "outcome" or len(split_steps(text, cfg.separator)) > 1)
+        if passed is not None
+        and text.strip()
+        and not {"\0", "\ufffd"} & set(text)
+        and (cfg.level == "outcome" or len(split_steps(text, cfg.separator)) > 1)
     ]
     values = step_values(collector, chat, [(name, task, steps) for name, task, steps, _ in kept], cfg)
     solutions = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -188,9 +189,11 @@ def test_adapters_and_head_train_together(root: Path) -> None:
 
 
 def test_pairs_come_from_the_models_own_answers_where_the_data_are_tasks(root: Path) -> None:
-    vowels = str(Path(__file__).parent / "vowels.py") + ":vowels"
-    settings = {"data__tasks": "sums", "data__count": 12, "reward__name": vowels, "rollout__max_tokens": 48}
-    folder = train(root, "sampled", **settings, rollout__slots=32, eval__problems=6, train__steps=2)
+    (root / "rewards.py").write_text("def size(completion, answer): return len(completion) / 4")
+    tiny.stopping(Path(shutil.copytree(root / "base", root / "stopping")))
+    settings = {"data__tasks": "sums", "data__count": 12, "reward__name": f"{root / 'rewards.py'}:size"}
+    sampling = {"rollout__max_tokens": 8, "rollout__slots": 32, "pairs__samples": 16, "eval__problems": 6}
+    folder = train(root, "sampled", model__path=str(root / "stopping"), **settings, **sampling, train__steps=2)
     with Run.read(folder) as run:
         notes = [event.message for event in run.events()]
     assert any("training pairs from 12 tasks" in note for note in notes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,6 +67,13 @@ def chatty(folder: Path) -> Path:
     ).save_pretrained(folder)
     torch.manual_seed(0)
     LlamaForCausalLM(_config(len(vocab), 2, pad_token_id=0)).save_pretrained(folder)
+    return folder
+
+
+def stopping(folder: Path) -> Path:
+    """Makes a `chatty` model stop at any token but a printable ASCII character, so that its answers are short texts."""
+    ends = [*range(2, 6), *range(100, 262)]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
     return folder
 
 
