@@ -151,6 +151,7 @@ FIELDS = (
     ("think_share", "thinks", "{:.0%}"),
     ("length", "length", "{:.0f}"),
     ("kl_episode", "KL", "{:.2f}"),
+    ("reverse_kl", "KL to the teacher", "{:.3f}"),
     ("nll", "loss", "{:.3f}"),
     ("pair_accuracy", "pairs right", "{:.0%}"),
     ("preference_accuracy", "preferred right", "{:.0%}"),
