@@ -300,7 +300,14 @@ def first_letter(completion: str, **task: object) -> float:
 
 
 def test_dynamic_sampling_replaces_flat_groups_by_exactly_as_many(model: Path, tmp_path: Path) -> None:
-    small = {"rollout__max_tokens": 4, "rollout__slots": 32, "prompts": 6, "group_size": 4, "problems": 4, "count": 64}
+    small: dict[str, Any] = {
+        "rollout__max_tokens": 4,
+        "rollout__slots": 32,
+        "prompts": 6,
+        "group_size": 4,
+        "problems": 4,
+        "count": 64,
+    }
     result = pt.grpo(str(model), "sums", first_letter, tmp_path / "run", steps=2, max_refills=20, threads=1, **small)
     with Run.read(result.folder) as run:
         kept, sampled = run.curve("groups_kept")[1], run.curve("groups")[1]
@@ -312,7 +319,14 @@ def test_dynamic_sampling_replaces_flat_groups_by_exactly_as_many(model: Path, t
 
 
 def test_without_enough_groups_a_step_trains_on_fewer(model: Path, tmp_path: Path) -> None:
-    small = {"rollout__max_tokens": 4, "rollout__slots": 32, "prompts": 6, "group_size": 2, "problems": 4, "count": 64}
+    small: dict[str, Any] = {
+        "rollout__max_tokens": 4,
+        "rollout__slots": 32,
+        "prompts": 6,
+        "group_size": 2,
+        "problems": 4,
+        "count": 64,
+    }
     result = pt.grpo(str(model), "sums", first_letter, tmp_path / "few", steps=1, max_refills=1, threads=1, **small)
     with Run.read(result.folder) as run:
         assert run.curve("groups_kept")[1][0] < 6
@@ -345,7 +359,7 @@ def test_the_entropy_bonus_keeps_the_policy_spread_out(model: Path, tmp_path: Pa
 
 
 def test_a_kl_penalty_keeps_the_policy_near_its_start(model: Path, tmp_path: Path) -> None:
-    small = {"steps": 10, "train__lr": 1e-3, "prompts": 4, "group_size": 8}
+    small: dict[str, Any] = {"steps": 10, "train__lr": 1e-3, "prompts": 4, "group_size": 8}
     free = train(model, tmp_path / "free", kl_coef=1e-9, **small)
     held = train(model, tmp_path / "held", kl_coef=3.0, **small)
     assert free["kl"][0] < 1e-6 and held["kl"][-1] < 0.75 * free["kl"][-1]
