@@ -324,8 +324,8 @@ def test_columns_become_a_conversation(values: dict[str, Any], conversation: str
         ({"text": ""}, "column 'text' is empty"),
         ({"prompt": "p"}, "no column holds text to learn"),
         ({"prompt": "p", "completion": " "}, "column 'completion' is empty"),
-        ({"messages": [{"role": "user", "content": "u"}]}, "no assistant message with text"),
-        ({"messages": [{"role": "assistant", "content": " "}]}, "no assistant message with text"),
+        ({"messages": [{"role": "user", "content": "u"}]}, "no assistant message with text or a tool call"),
+        ({"messages": [{"role": "assistant", "content": " "}]}, "no assistant message with text or a tool call"),
     ],
 )
 def test_rows_that_teach_nothing_are_refused(values: dict[str, Any], says: str) -> None:

@@ -25,7 +25,7 @@ class ModelConfig:
 @dataclass(frozen=True)
 class DataConfig:
     tasks: str = "arithmetic"
-    """What to train on: a built-in task name, a JSONL or Parquet file, or a Hugging Face data set id."""
+    """What to train on: a built-in task, a JSONL or Parquet file, or a data set id; sft mixes several, `a*3 + b*1`."""
     eval_tasks: str = ""
     """What to evaluate on; empty uses the built-in task's held-out split, or holds out rows of the file."""
     holdout: float = 0.1

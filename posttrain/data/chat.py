@@ -190,8 +190,18 @@ class ChatFormat:
         return cast(str, text)
 
     def _forbidden(self, message: Message) -> bool:
-        """True where encoding the message's text with the model's tokenizer would make a token it may not write."""
+        """True where encoding the message's text with the model's tokenizer would make a token it may not write.
+
+        Raises TemplateError where a tool call holds such text: templates print calls in forms that cannot be told apart
+        from their own control tokens.
+        """
         assistant = message.role == "assistant"
+        calls = json.dumps([dict(c) for c in message.tool_calls], ensure_ascii=False, default=str)
+        if found := self._find_special.search(calls):
+            raise TemplateError(
+                f"a tool call contains the text of the control token {found.group()!r}, which would become that token. "
+                "Remove it from the call."
+            )
         pattern = self._find_special if assistant else self._find_added
         if pattern.search(message.content):
             return True
