@@ -91,6 +91,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "sft": {"algo.batch_rows": 4, "train.lr": 1e-2, "train.schedule": "cosine", "train.warmup_steps": 2},
     "sft+mixture": {"algo.batch_rows": 5, "algo.neftune_alpha": 5.0, "data.count": 24, "train.lr": 1e-2},
+    "reward": {"algo.heads": 2, "algo.batch_pairs": 4, "data.holdout": 0.4, "train.lr": 1e-2},
+    "prm": {"algo.batch_rows": 4, "data.holdout": 0.4, "train.lr": 1e-2},
     "dpo": {
         "algo.batch_pairs": 4,
         "algo.beta_schedule": "cosine",
@@ -140,7 +142,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "train.lr": 1e-2,
     },
 }
-DATA = {"sft": "rows.jsonl", "sft+mixture": "rows.jsonl*2 + sums*1", "dpo": "pairs.jsonl", "dpo+kto": "pairs.jsonl"}
+DATA = {"sft": "rows.jsonl", "sft+mixture": "rows.jsonl*2 + sums*1"}
+DATA |= dict.fromkeys(("reward", "prm", "dpo", "dpo+kto"), "pairs.jsonl")
 """Offline algorithms → the file in the test's folder that they read (rows.jsonl, pairs.jsonl) and what is mixed in."""
 SHARED: dict[str, Any] = {
     "train.steps": STEPS,

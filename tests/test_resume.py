@@ -65,6 +65,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     rows = [{"prompt": f"Say {word}.", "completion": word * 2} for word in ("ab", "cd", "ef", "gh", "ij", "kl")] * 6
     (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     pairs = [{**row, "chosen": row["completion"], "rejected": row["completion"][::-1]} for row in rows]
+    pairs = [{**row, "steps": [row["chosen"], row["rejected"]], "labels": [1, 0]} for row in pairs]
     (root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     command = [sys.executable, "-m", "tests.run_server"]
     process = subprocess.Popen(

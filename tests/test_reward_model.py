@@ -86,7 +86,7 @@ def test_the_loss_of_a_pair_is_minus_log_sigma_of_its_gap_less_the_margin_plus_t
     assert plain.item() == pytest.approx(math.log1p(math.exp(-1.5)))
     with_margin, _ = make_loss(RewardModelConfig(margin=True, centre_coef=0.1), weights)(scores, pair)
     assert with_margin.item() == pytest.approx(math.log1p(math.exp(-1.0)) + 0.1 * 2.5**2)
-    assert {name: stat.value for name, stat in stats.items()} == {"pair_accuracy": 1, "score_gap": 1.5, "score": 1.25}
+    assert {name: stat.value for name, stat in stats.items()} == {"pair_accuracy": 1, "score_gap": 1.5, "score_mean": 1.25}
 
 
 def test_soft_labels_mix_both_directions_and_a_tie_is_in_no_accuracy() -> None:

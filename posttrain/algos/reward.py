@@ -86,7 +86,7 @@ def make_loss(cfg: RewardModelConfig, weights: torch.Tensor) -> Loss:
         stats = {
             "pair_accuracy": Stat(float((gap > 0)[told].sum()), int(told.sum())),
             "score_gap": Stat(float(gap.sum()), int(told.sum())),
-            "score": Stat(float(scores.detach().sum()), scores.numel()),
+            "score_mean": Stat(float(scores.detach().sum()), scores.numel()),
         }
         return (weights * per_pair).sum(), stats
 
@@ -205,7 +205,7 @@ def held_out(policy: Policy, pairs: Sequence[Pair], tokens_per_pass: int) -> tup
         "eval/pair_accuracy_high": accuracy.high,
         "eval/pair_loss": float(loss.mean()),
         "eval/score_gap": float(better[told].mean()) if told.any() else math.nan,
-        "eval/score": float(scores.mean()),
+        "eval/score_mean": float(scores.mean()),
         "eval/score_std": float(scores.std()),
         "eval/ece": error,
     }
