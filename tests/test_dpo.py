@@ -283,6 +283,33 @@ def test_beta_is_logged_as_scheduled(model: Path, pairs: Path, tmp_path: Path) -
     assert curve(result, "beta") == pytest.approx([0.1, 0.2, 0.3])
 
 
+def test_a_run_on_sampled_pairs_that_crashed_resumes_to_the_same_bits_without_sampling_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = {"data.count": 12, "pairs.held_out": 0, "eval.problems": 4, "rollout.max_tokens": 40, "rollout.slots": 32}
+    small |= {"algo.batch_pairs": 4, "train.steps": 2, "train.threads": 1, "run.checkpoint_every": 1}
+
+    def crash(step: int, values: dict[str, float]) -> None:
+        if step == 2:
+            raise RuntimeError("the power is gone")
+
+    def of(folder: Path) -> Any:
+        return config.resolve("dpo", {}, {**small, "run.out": str(folder)})
+
+    whole = api.start("dpo", of(tmp_path / "whole"))
+    with pytest.raises(RuntimeError, match="the power is gone"):
+        api.start("dpo", of(tmp_path / "crashed"), crash)
+    monkeypatch.setattr("posttrain.pairs.pairs_of", None)  # whoever samples again fails
+    monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / "another cache"))
+    resumed = api.resume(tmp_path / "crashed")
+    digests = []
+    for result in (whole, resumed):
+        with Run.read(result.folder) as run:
+            digests.append(run.digest())
+    assert digests[0] == digests[1] and whole.summary and resumed.summary
+    assert whole.summary == resumed.summary and "eval/accuracy" in whole.summary["after"]
+
+
 # --- refusals -------------------------------------------------------------------------------------------------------
 
 
