@@ -297,6 +297,17 @@ def test_the_critic_learns_to_predict_a_constant_reward(base: dict[str, Any], tm
     assert steps[1]["value_loss"] > 0.1 and steps[-1]["value_loss"] < 0.002
 
 
+def test_the_critic_learns_from_the_first_letter_how_an_answer_will_be_scored(
+    base: dict[str, Any], tmp_path: Path
+) -> None:
+    def odd(completion: str, answer: str, **task: Any) -> float:
+        return float(ord((completion or " ")[0]) % 2)
+
+    settings = {"lam": 1.0, "value_clip": 0.0, "critic_lr": 1e-2, "lr": 0.0, "prompts": 64, "minibatches": 4}
+    explained = [s["explained_variance"] for s in train(base, tmp_path / "run", odd, steps=20, **settings)[1:]]
+    assert explained[0] == 0 and np.mean(explained[-5:]) > 0.1
+
+
 def test_warming_up_moves_the_critic_alone(base: dict[str, Any], tmp_path: Path) -> None:
     for critic in ("separate", "shared"):
         settings = {"algo__critic": critic, "critic_warmup": 2, "algo__kl_coef": 0.1, "steps": 4}
