@@ -105,7 +105,9 @@ def row_to_conversation(row: Row, system: str = "", instruction: str = "") -> st
         else:
             messages += (Message("assistant", text_of(row, values, pair[1])),)
     if not any(m.role == "assistant" and (m.content.strip() or m.tool_calls) for m in messages):
-        raise DataError(f"{row.where}: no assistant message with text or a tool call, so nothing would train. Remove the row.")
+        raise DataError(
+            f"{row.where}: no assistant message with text or a tool call, so nothing would train. Remove the row."
+        )
     return with_system(row.where, with_instruction(messages, instruction), system)
 
 
