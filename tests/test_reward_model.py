@@ -86,7 +86,11 @@ def test_the_loss_of_a_pair_is_minus_log_sigma_of_its_gap_less_the_margin_plus_t
     assert plain.item() == pytest.approx(math.log1p(math.exp(-1.5)))
     with_margin, _ = make_loss(RewardModelConfig(margin=True, centre_coef=0.1), weights)(scores, pair)
     assert with_margin.item() == pytest.approx(math.log1p(math.exp(-1.0)) + 0.1 * 2.5**2)
-    assert {name: stat.value for name, stat in stats.items()} == {"pair_accuracy": 1, "score_gap": 1.5, "score_mean": 1.25}
+    assert {name: stat.value for name, stat in stats.items()} == {
+        "pair_accuracy": 1,
+        "score_gap": 1.5,
+        "score_mean": 1.25,
+    }
 
 
 def test_soft_labels_mix_both_directions_and_a_tie_is_in_no_accuracy() -> None:
@@ -177,6 +181,17 @@ def test_a_run_folder_opens_with_its_head_and_gives_the_exported_models_scores(t
     chat = ChatFormat(opened.tokenizer)
     (pair,), _ = whole_pairs([Preference("p", (Message("user", "a"),), "good", "bad")], chat, 99)
     assert np.array_equal(sample_scores(opened, pair, 99), sample_scores(exported, pair, 99))
+
+
+def test_how_pairs_are_split_into_passes_changes_nothing(root: Path) -> None:
+    settings = {"algo__heads": 2, "train__steps": 2, "train__max_grad_norm": 0.0}
+    scores = [
+        load_reward_model(str(train(root, f"room{n}", train__tokens_per_pass=n, **settings)), RewardConfig()).scores(
+            [(task(), "abyycd"), (task(), "abnncd")]
+        )
+        for n in (30, 4096)
+    ]
+    assert scores[0] == pytest.approx(scores[1], abs=2e-3)
 
 
 def test_adapters_and_head_train_together(root: Path) -> None:
