@@ -317,5 +317,7 @@ def _dtype(name: str, tensor: torch.Tensor) -> str:
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
+    if not tensor.numel():
+        return memoryview(b"")  # an empty tensor may have strides that cannot be viewed as bytes
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data
