@@ -170,8 +170,8 @@ def resume(folder: str | Path, reward: Callable[..., Any] | None = None, on_step
         job, fingerprint = prepare(algorithm, recipe, folder, given, reward)
         if job.data_hash != header["data"]:
             raise ResumeError(
-                f"the tasks of {folder} are not the ones it was started with ({recipe.data.tasks!r} has changed). "
-                "Restore the file, or start a new run."
+                f"the tasks or the reward of {folder} are not what it was started with: a file of {recipe.data.tasks!r} "
+                "or of the reward has changed. Restore it, or start a new run."
             )
         saved = checkpoint.latest(folder)
         step = saved.step if saved else 0

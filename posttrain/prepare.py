@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from posttrain.envs import prepare as data_sets
 from posttrain.envs import tasks as task_sets
 from posttrain.models.load import Policy
 from posttrain.rewards.functions import reward_from
-from posttrain.rewards.models import PREFIX, load_reward_model
+from posttrain.rewards.models import PREFIX, load_reward_model, model_folders
 from posttrain.rollout.engine import EmbeddedGenerator
 from posttrain.store.run import Run
 from posttrain.train.interrupt import Interrupt
@@ -87,7 +88,17 @@ def judged_tasks(
     if len(sets.test) < recipe.eval.problems:
         note = f"{len(sets.test)} held-out tasks exist; eval.problems={recipe.eval.problems} evaluates all of them."
         sets = replace(sets, notes=[*sets.notes, note])
-    return replace(sets, test=sets.test[: recipe.eval.problems]), verify
+    content = sets.hash if reward is not None else sets.hash + reward_hash(recipe.reward.name)
+    return replace(sets, test=sets.test[: recipe.eval.problems], hash=content), verify
+
+
+def reward_hash(name: str) -> str:
+    """What a reward's own files hold, so that a changed one is noticed when a run is resumed; empty for verifiers."""
+    if name.startswith(PREFIX):
+        return "+" + "+".join(machine.model_hash(str(f)) for f in model_folders(name))
+    if ".py:" in name:
+        return "+" + hashlib.sha256(Path(name.rpartition(":")[0]).read_bytes()).hexdigest()
+    return ""
 
 
 def make_collector(policy: Policy, chat: ChatFormat, verify: Verifier, recipe: Any) -> Collector:

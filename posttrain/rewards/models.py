@@ -142,11 +142,16 @@ def load_reward_model(
     A folder is a finished `posttrain reward` or `posttrain prm` run, or the model folder in it. Raises ConfigError for
     anything that cannot score.
     """
-    members = [_member(folder, device, tokens_per_pass) for folder in spec.removeprefix(PREFIX).split("+")]
+    members = [_member(folder, device, tokens_per_pass) for folder in model_folders(spec)]
     return RewardModel(members, cfg.ensemble, cfg.uncertainty_coef, judge)
 
 
-def _member(name: str, device: torch.device | str, tokens_per_pass: int) -> Member:
+def model_folders(spec: str) -> list[Path]:
+    """The folders that hold the weights `model:A+B` names. Raises ConfigError for one that is not there."""
+    return [_model_folder(name) for name in spec.removeprefix(PREFIX).split("+")]
+
+
+def _model_folder(name: str) -> Path:
     folder = Path(name)
     if not name or not folder.is_dir():
         raise ConfigError(f"reward model folder {name!r} does not exist. Write model:FOLDER, or model:A+B for several.")
@@ -156,11 +161,15 @@ def _member(name: str, device: torch.device | str, tokens_per_pass: int) -> Memb
                 f"run {name} has no model yet, because it has not finished. Continue it with `posttrain resume`."
             )
         folder = folder / "model"
+    return folder
+
+
+def _member(folder: Path, device: torch.device | str, tokens_per_pass: int) -> Member:
     policy = load_scorer(ModelConfig(path=str(folder)), device)
     said = about(policy)
     if said.get("kind") not in KINDS:
         raise ConfigError(
-            f"the scalar head of {name} was not trained to score answers (a critic's predicts returns). Give a "
+            f"the scalar head of {folder} was not trained to score answers (a critic's predicts returns). Give a "
             "`posttrain reward` or `posttrain prm` run."
         )
     policy.model.requires_grad_(False)
