@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -129,7 +130,12 @@ def start(
 ) -> Result:
     """Makes a new run folder for a resolved recipe and runs it to the end."""
     folder = Path(recipe.run.out) if recipe.run.out else next_folder(Path("runs"), algorithm)
-    job, fingerprint = prepare(algorithm, recipe, folder, given, reward)
+    try:
+        job, fingerprint = prepare(algorithm, recipe, folder, given, reward)
+    except BaseException:
+        with suppress(OSError):  # a run that was refused leaves no folder behind; one with files in it stays
+            folder.rmdir()
+        raise
     header = {
         "posttrain": __version__,
         "algorithm": algorithm,
@@ -170,7 +176,7 @@ def resume(folder: str | Path, reward: Callable[..., Any] | None = None, on_step
         job, fingerprint = prepare(algorithm, recipe, folder, given, reward)
         if job.data_hash != header["data"]:
             raise ResumeError(
-                f"the tasks or the reward of {folder} are not what it was started with: a file of {recipe.data.tasks!r} "
+                f"the tasks or the reward of {folder} are not what it started with: a file of {recipe.data.tasks!r} "
                 "or of the reward has changed. Restore it, or start a new run."
             )
         saved = checkpoint.latest(folder)

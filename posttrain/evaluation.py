@@ -79,10 +79,16 @@ def wilson(passed: int, n: int) -> Estimate:
 
 
 def bootstrap(values: Sequence[float], seed: int = 0) -> Estimate:
-    """Mean of per-task values with a percentile bootstrap over tasks (2,000 resamples, a function of the seed)."""
+    """Mean of per-task values with a percentile bootstrap over tasks (2,000 resamples, a function of the seed).
+
+    Where every value is 0, or every value 1, all resamples are equal and would claim certainty; then the interval is
+    Wilson's for as many yes/no results.
+    """
     data = np.asarray(values, float)
     if len(data) == 0:
         return Estimate(math.nan, 0.0, 1.0, 0)
+    if (data == 0).all() or (data == 1).all():
+        return wilson(int(data.sum()), len(data))
     picks = (rng.uniforms(rng.key("bootstrap", seed), RESAMPLES * len(data)) * len(data)).astype(int)
     means = data[picks.reshape(RESAMPLES, len(data))].mean(1)
     low, high = np.quantile(means, [0.025, 0.975])

@@ -131,6 +131,17 @@ def test_doctor_measures_this_machine() -> None:
         ("grpo --model plain --tasks sums", 4, "data.format"),
         ("sft --model tiny --data broken.jsonl", 3, "broken.jsonl:2"),
         ("eval tiny extra", 2, "unexpected argument"),
+        ("dpo --model tiny --data unequal.jsonl", 3, "unequal.jsonl:2: the row has 'chosen' but no 'rejected'"),
+        ("dpo --model tiny --data identical.jsonl", 3, "identical.jsonl:1"),
+        ("dpo --model tiny --data identical.jsonl --beta 0", 2, "algo.beta=0.0"),
+        ("dpo --model tiny --data identical.jsonl --loss ipoo", 2, "is not one of sigmoid"),
+        ("reward --model tiny --data identical.jsonl", 3, "same text"),
+        ("ppo --model tiny --tasks sums --critic_init tiny", 2, "has no scalar head"),
+        ("grpo --model tiny --tasks sums --reward model:tiny", 2, "has no scalar head"),
+        ("probe tiny", 2, "has no scalar head"),
+        ("grpo --preset dappo", 2, "Did you mean 'dapo'?"),
+        ("presets sft", 2, "has no presets"),
+        ("distill --model tiny --tasks sums", 2, "algo.teacher is empty"),
         ("resume nowhere", 7, "nowhere"),
         ("config", 2, "name a recipe"),
         ("grpo --model tiny --out taken --steps 1", 7, "taken"),
@@ -139,6 +150,9 @@ def test_doctor_measures_this_machine() -> None:
 )
 def test_wrong_input_is_one_clear_line_and_an_exit_code(place: Path, command: str, code: int, says: str) -> None:
     (place / "broken.jsonl").write_text('{"prompt": "a", "answer": "b"}\n{"prompt": \n')
+    pair = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
+    (place / "unequal.jsonl").write_text(pair + '{"prompt": "a", "chosen": "b"}\n')
+    (place / "identical.jsonl").write_text(pair.replace('"c"', '"b"'))
     if "plain" in command:
         tiny.make(place / "plain")
     if "taken" in command:
@@ -180,3 +194,9 @@ def test_a_signal_stops_a_real_process_with_its_exit_code_and_resume_goes_on(
     assert json.loads(call("runs runs --json").stdout), "the runs can be listed"
     status = {r["path"]: r["status"] for r in json.loads(call(f"runs {folder.parent} --json").stdout)}
     assert status[str(folder)] == "interrupted"
+
+
+def test_a_refused_run_leaves_no_folder_behind(place: Path) -> None:
+    before = {path.name for path in (place / "runs").iterdir()}
+    assert call("grpo --model tiny --tasks sumz").exit_code == 2
+    assert {path.name for path in (place / "runs").iterdir()} == before

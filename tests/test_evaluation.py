@@ -144,3 +144,8 @@ def test_unscored_answers_are_counted_apart_and_never_as_wrong() -> None:
 
 def test_an_estimate_prints_as_a_share_with_its_interval() -> None:
     assert str(wilson(8, 10)) == "80.0% [49.0%, 94.3%]"
+
+
+def test_unanimous_tasks_are_not_certainty() -> None:
+    assert bootstrap([1.0] * 5) == wilson(5, 5) and bootstrap([0.0]) == wilson(0, 1)
+    assert bootstrap([1.0] * 5).low < 0.6 and bootstrap([0.5, 0.5]).low == 0.5

@@ -35,7 +35,7 @@ class GRPOConfig:
     epochs: int = 1
     """Passes over a step's completions."""
     baseline: Literal["group-mean", "leave-one-out", "batch-mean", "greedy", "ema", "none"] = "group-mean"
-    """What rewards are compared with: mean of the group, the others or the batch, the greedy answer's, a running mean."""
+    """What rewards are compared with: the mean of group, others or batch, the greedy answer's, a running mean."""
     ema_decay: float = 0.9
     """How slowly the running mean of `baseline = "ema"` moves."""
     std: Literal["none", "sample", "population", "batch", "mean"] = "none"
