@@ -35,9 +35,9 @@ from posttrain.data.sources import (
     first_column,
     is_file_name,
     is_hub_id,
-    parse_rows,
     read_rows,
     split_holdout,
+    usable,
 )
 from posttrain.envs.tasks import BUILT_IN, TaskSets
 from posttrain.prepare import Setup, judged_tasks, make_collector, opened
@@ -229,11 +229,10 @@ def _from_rows(
     cfg: DataConfig = setup.recipe.data
     rows = read_rows(cfg.tasks, cfg.count)
     held = read_rows(cfg.eval_tasks, cfg.count) if cfg.eval_tasks else []
-    train, test = (
-        parse_rows(part, lambda row: parse(row, cfg.system, cfg.instruction))[0] if part else []
-        for part in (rows, held)
-    )
     notes: list[str] = []
+    train, test = (
+        usable(part, lambda row: parse(row, cfg.system, cfg.instruction), cfg, notes) for part in (rows, held)
+    )
     if held:
         train, dropped = drop_leaks(train, test)
         if dropped:

@@ -30,9 +30,9 @@ from posttrain.data.sources import (
     data_hash,
     is_file_name,
     is_hub_id,
-    parse_rows,
     read_rows,
     split_by_key,
+    usable,
 )
 from posttrain.data.steps import split_steps, step_ends
 from posttrain.envs.tasks import BUILT_IN
@@ -104,11 +104,10 @@ def _from_rows(setup: Setup) -> SolutionSets:
     cfg, algo = setup.recipe.data, setup.recipe.algo
     rows = read_rows(cfg.tasks, cfg.count)
     held = read_rows(cfg.eval_tasks, cfg.count) if cfg.eval_tasks else []
-    train, test = (
-        parse_rows(part, lambda row: graded(row, algo, cfg.system, cfg.instruction))[0] if part else []
-        for part in (rows, held)
-    )
     notes: list[str] = []
+    train, test = (
+        usable(part, lambda row: graded(row, algo, cfg.system, cfg.instruction), cfg, notes) for part in (rows, held)
+    )
     if held:
         asked = {content_key(one.solution) for one in test}
         kept = [one for one in train if content_key(one.solution) not in asked]

@@ -19,7 +19,8 @@ import torch
 
 from posttrain import api, config
 from posttrain.store import failpoints
-from posttrain.types import Task
+from posttrain.store.run import Run
+from posttrain.types import ResumeError, Task
 
 STEPS = 5
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -173,6 +174,16 @@ def live(request: dict[str, Any]) -> None:
     os._exit(0 if result.summary else 40 + result.stopped_by)
 
 
+def steps_of(folder: Path) -> int:
+    """The last step that a run has stored, −1 before there is any."""
+    try:
+        with Run.read(folder) as run:
+            step = run.last_step()
+    except ResumeError:  # not made yet
+        return -1
+    return -1 if step is None else step
+
+
 def serve() -> None:
     """Answers requests until the input closes."""
     torch.set_num_threads(1)
@@ -186,7 +197,11 @@ def serve() -> None:
             except BaseException:
                 traceback.print_exc()
                 os._exit(1)
-        if request.get("kill_after") is not None:
+        if request.get("kill_at_step") is not None:
+            while steps_of(Path(request["folder"])) < request["kill_at_step"]:
+                time.sleep(0.02)
+            os.kill(child, request.get("signal", signal.SIGKILL))
+        elif request.get("kill_after") is not None:
             time.sleep(request["kill_after"])
             os.kill(child, request.get("signal", signal.SIGKILL))
         print(json.dumps(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])), flush=True)

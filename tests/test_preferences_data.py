@@ -446,7 +446,8 @@ def test_hh_rlhf_is_read_whole_and_its_bad_rows_are_named(name: str, usable: int
         parse_rows(rows, row_to_preference)
     assert f"{name}:87: the answer in 'chosen' is empty" in str(caught.value)
     assert str(caught.value).endswith(
-        f"\n{len(faults)} of {len(rows)} rows cannot be used; nothing was. Fix or remove them."
+        f"\n{len(faults)} of {len(rows)} rows cannot be used; nothing was. Fix or remove them, or set "
+        'data.bad_rows = "drop".'
     )
 
 

@@ -424,7 +424,8 @@ def test_rows_that_cannot_be_parsed_are_shown_counted_or_dropped_by_choice() -> 
         parse_rows(rows, number)
     lines = str(caught.value).splitlines()
     assert len(lines) == 21 and lines[:20] == faults[:20]
-    assert lines[20] == "30 of 60 rows cannot be used (10 more not shown); nothing was. Fix or remove them."
+    said = "30 of 60 rows cannot be used (10 more not shown); nothing was. Fix or remove them"
+    assert lines[20] == f'{said}, or set data.bad_rows = "drop".'
 
 
 def test_dropping_every_row_is_refused() -> None:

@@ -40,6 +40,8 @@ class DataConfig:
     """Prompts longer than this are refused before step 0, or dropped and counted (see overlong)."""
     format: Literal["chat", "plain"] = "chat"
     """`chat` uses the tokenizer's chat template; `plain` feeds the text as it is, for base models without one."""
+    bad_rows: Literal["refuse", "drop"] = "refuse"
+    """Rows of a file that cannot be used: refuse the file and list them, or drop and count them."""
     overlong: Literal["refuse", "drop"] = "refuse"
     """What to do with prompts over max_prompt_tokens; nothing is ever cut silently."""
 

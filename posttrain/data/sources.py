@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
+from posttrain.config import DataConfig
 from posttrain.data.answers import split_gold
 from posttrain.data.files import SHOWN, Row, data_hash, is_file_name, is_hub_id, read_rows
 from posttrain.rng import key
@@ -32,6 +33,7 @@ __all__ = [
     "row_to_task",
     "split_by_key",
     "split_holdout",
+    "usable",
 ]
 
 T = TypeVar("T")
@@ -144,11 +146,22 @@ def parse_rows(
             faults.append(str(error))
     if faults and (bad == "refuse" or not parsed):
         more = f" ({len(faults) - SHOWN} more not shown)" if len(faults) > SHOWN else ""
+        hint = ', or set data.bad_rows = "drop"' if parsed else ""
         raise DataError(
             "\n".join(faults[:SHOWN])
-            + f"\n{len(faults)} of {len(rows)} rows cannot be used{more}; nothing was. Fix or remove them."
+            + f"\n{len(faults)} of {len(rows)} rows cannot be used{more}; nothing was. Fix or remove them{hint}."
         )
     return parsed, faults
+
+
+def usable(rows: Sequence[Row], parse: Callable[[Row], T], cfg: DataConfig, notes: list[str]) -> list[T]:
+    """`parse_rows` as `data.bad_rows` says; what is dropped is added to the notes, with the first reason."""
+    if not rows:
+        return []
+    parsed, faults = parse_rows(rows, parse, cfg.bad_rows)
+    if faults:
+        notes.append(f"{len(faults)} of {len(rows)} rows could not be used and were dropped; the first: {faults[0]}")
+    return parsed
 
 
 def content_key(item: Task | Preference | Judgement | Solution) -> str:

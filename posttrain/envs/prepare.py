@@ -13,10 +13,10 @@ from posttrain.data.sources import (
     data_hash,
     is_file_name,
     is_hub_id,
-    parse_rows,
     read_rows,
     row_to_conversation,
     split_by_key,
+    usable,
 )
 from posttrain.envs.tasks import BUILT_IN, TaskSets, gold_reply, load_tasks
 from posttrain.types import ConfigError, DataError, Message, Task
@@ -90,11 +90,13 @@ def load_conversations(cfg: DataConfig, seed: int) -> Conversations:
     sources: list[Source] = []
     held_out: list[Source] = []
     for name, weight in parse_mixture(cfg.tasks):
-        train, test = _demonstrations(name, cfg, seed, notes) if name in BUILT_IN else _conversations(name, cfg, seed)
+        train, test = (
+            _demonstrations(name, cfg, seed, notes) if name in BUILT_IN else _conversations(name, cfg, seed, notes)
+        )
         sources.append(Source(name, train, weight))
         held_out.append(Source(name, test))
     if cfg.eval_tasks:
-        held_out = [_evaluation(name, weight, cfg, seed) for name, weight in parse_mixture(cfg.eval_tasks)]
+        held_out = [_evaluation(name, weight, cfg, seed, notes) for name, weight in parse_mixture(cfg.eval_tasks)]
     sources, dropped = _without_leaks(sources, held_out)
     notes += _counts(sources, held_out) + dropped
     parts = [(part, i, value) for part in (sources, held_out) for i, s in enumerate(part) for _, value in s.rows]
@@ -126,24 +128,24 @@ def _answered(task: Task) -> Conversation:
     return (*task.messages, Message("assistant", gold_reply(task)))
 
 
-def _conversations(name: str, cfg: DataConfig, seed: int) -> tuple[list[Shown], list[Shown]]:
+def _conversations(name: str, cfg: DataConfig, seed: int, notes: list[str]) -> tuple[list[Shown], list[Shown]]:
     """The rows of a file or hub id; `data.holdout` of its prompts are held out unless `data.eval_tasks` is given."""
     if not is_file_name(name) and not is_hub_id(name):
         raise ConfigError(f"unknown source {name!r}{nearest(name, [*BUILT_IN])} A file or owner/name works too.")
     rows = read_rows(name, cfg.count)
-    found, _ = parse_rows(rows, lambda row: (row.where, row_to_conversation(row, cfg.system, cfg.instruction)))
+    found = usable(rows, lambda row: (row.where, row_to_conversation(row, cfg.system, cfg.instruction)), cfg, notes)
     try:
         return split_by_key(found, [prompt_of(v) for _, v in found], 0 if cfg.eval_tasks else cfg.holdout, seed)
     except DataError as error:
         raise DataError(f"{name}: {error} Or set data.holdout = 0 to hold nothing out.") from None
 
 
-def _evaluation(name: str, weight: float, cfg: DataConfig, seed: int) -> Source:
+def _evaluation(name: str, weight: float, cfg: DataConfig, seed: int, notes: list[str]) -> Source:
     if weight != 1:
         raise ConfigError(f"data.eval_tasks gives {name} the weight {weight}, but every held-out row counts. Drop it.")
     if name in BUILT_IN:
         return Source(name, _demonstrations(name, cfg, seed, [])[1])
-    return Source(name, _conversations(name, replace(cfg, holdout=0.0), seed)[0])
+    return Source(name, _conversations(name, replace(cfg, holdout=0.0), seed, notes)[0])
 
 
 def _without_leaks(sources: Sequence[Source], held_out: Sequence[Source]) -> tuple[list[Source], list[str]]:

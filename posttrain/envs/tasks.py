@@ -20,6 +20,7 @@ from posttrain.data.sources import (
     read_rows,
     row_to_task,
     split_holdout,
+    usable,
     with_instruction,
     with_system,
 )
@@ -65,7 +66,7 @@ def load_tasks(cfg: DataConfig, seed: int, given: Sequence[Task] | None = None, 
         if len(train) < cfg.count:
             notes.append(f"{cfg.tasks} has only {len(train)} training problems, {cfg.count} were asked for.")
     else:
-        train = _from_source(cfg.tasks, cfg, needs_answer)
+        train = _from_source(cfg.tasks, cfg, needs_answer, notes)
     if not train:
         raise DataError(f"there are no tasks to train on (data.tasks={cfg.tasks!r}, data.count={cfg.count}).")
     if copies := duplicates(train):
@@ -73,7 +74,7 @@ def load_tasks(cfg: DataConfig, seed: int, given: Sequence[Task] | None = None, 
     if cfg.eval_tasks in BUILT_IN or (not cfg.eval_tasks and given is None and cfg.tasks in BUILT_IN):
         test = [_framed(task, cfg) for task in _built_in(cfg.eval_tasks or cfg.tasks, HELD_OUT, 0, "test")]
     elif cfg.eval_tasks:
-        test = _from_source(cfg.eval_tasks, cfg, needs_answer)
+        test = _from_source(cfg.eval_tasks, cfg, needs_answer, notes)
     else:
         train, test = split_holdout(train, cfg.holdout, seed)
     train, dropped = drop_leaks(train, test)
@@ -177,12 +178,12 @@ def _require_distinct_ids(tasks: Sequence[Task]) -> None:
         seen.add(task.id)
 
 
-def _from_source(source: str, cfg: DataConfig, needs_answer: bool) -> list[Task]:
+def _from_source(source: str, cfg: DataConfig, needs_answer: bool, notes: list[str]) -> list[Task]:
     if not is_file_name(source) and not is_hub_id(source):
         raise ConfigError(f"unknown task {source!r}{nearest(source, [*BUILT_IN])} A file or owner/name works too.")
     env = Path(source).name if is_file_name(source) else source
     rows = read_rows(source, cfg.count)
-    return [row_to_task(row, env, cfg.system, cfg.instruction, needs_answer) for row in rows]
+    return usable(rows, lambda row: row_to_task(row, env, cfg.system, cfg.instruction, needs_answer), cfg, notes)
 
 
 def _built_in(name: str, count: int, seed: int, split: Split) -> list[Task]:
