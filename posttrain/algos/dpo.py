@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from posttrain import rng
+from posttrain import machine, rng
 from posttrain.collect import with_logp
 from posttrain.config.dpo import DPOConfig, DPORecipe
 from posttrain.data import batching
@@ -78,7 +78,8 @@ def prepare(setup: Setup) -> Job:
         train, test, more = with_reference(train, test, recipe, policy)
         notes += more
     examine = make_examiner(setup, sets)
-    return Job(policy, sets.hash, sets.notes + notes, lambda *rest: run(recipe, policy, train, test, examine, *rest))
+    content = f"{sets.hash}+{machine.model_hash(recipe.algo.reference)}" if recipe.algo.reference else sets.hash
+    return Job(policy, content, sets.notes + notes, lambda *rest: run(recipe, policy, train, test, examine, *rest))
 
 
 def make_loss(cfg: DPOConfig, beta: float, baseline: torch.Tensor | None = None) -> Loss:
