@@ -13,11 +13,10 @@ it is, without a stop token it never wrote.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from posttrain import rng
@@ -33,15 +32,14 @@ from posttrain.collect import (
 from posttrain.config.online_dpo import OnlineDPOConfig, OnlineDPORecipe
 from posttrain.data import batching
 from posttrain.evaluation import Examiner
-from posttrain.models import lora
-from posttrain.models.load import Policy, load_policy
+from posttrain.models.load import Policy
 from posttrain.objectives.preference import PAIR_LOSSES, implicit_rewards, sequence_logp
 from posttrain.objectives.tokens import kl_k1
 from posttrain.prepare import Job, OnStep, Setup, final_answer, judged_tasks, make_collector
 from posttrain.store import checkpoint
 from posttrain.store.failpoints import failpoint
 from posttrain.store.run import Event, Run
-from posttrain.train.forward import sample_logprobs
+from posttrain.train.frozen import frozen_start
 from posttrain.train.interrupt import Interrupt
 from posttrain.train.learner import Learner, Loss
 from posttrain.types import Batch, Episode, Sample, Stat, Task, TrainingDiverged, add_stats
@@ -122,7 +120,8 @@ def run(
     """
     cfg, seed = recipe.algo, recipe.run.seed
     learner = Learner(policy, recipe.train, recipe.train.steps, recipe.rollout.temperature)
-    reference = make_reference(recipe, policy)
+    room, temperature = recipe.train.tokens_per_pass, recipe.rollout.temperature
+    reference = frozen_start(recipe.model, policy, room, temperature)
     loss = make_loss(cfg)
     step, flat_steps = 0, 0
     if saved := checkpoint.latest(store.folder):
@@ -182,23 +181,8 @@ def run(
             failpoint("step:after-checkpoint")
     if step < recipe.train.steps:
         return None
-    before, after = ({name: v for at, name, v in store.metrics() if at == which} for which in (0, step))
+    before, after = store.at(0), store.at(step)
     return {"steps": step, "before": before, "after": after, "weights": checkpoint.weights_digest(learner.weights())}
-
-
-def make_reference(recipe: OnlineDPORecipe, policy: Policy) -> Callable[[Sequence[Sample]], list[np.ndarray]]:
-    """Log-probabilities under the starting model: adapters switched off, or a frozen second copy."""
-    room, temperature = recipe.train.tokens_per_pass, recipe.rollout.temperature
-    if recipe.model.lora_rank:
-
-        def adapters_off(samples: Sequence[Sample]) -> list[np.ndarray]:
-            with lora.disabled(policy.model):
-                return sample_logprobs(policy, samples, room, temperature)
-
-        return adapters_off
-    frozen = load_policy(recipe.model, str(policy.device))
-    frozen.model.requires_grad_(False)
-    return lambda samples: sample_logprobs(frozen, samples, room, temperature)
 
 
 def policy_kl(samples: Sequence[Sample]) -> Stat:

@@ -233,7 +233,7 @@ def run(
             failpoint("step:after-checkpoint")
     if at.step < train.steps:
         return None
-    before, after = ({name: v for n, name, v in store.metrics() if n == which} for which in (0, at.step))
+    before, after = store.at(0), store.at(at.step)
     return {"steps": at.step, "before": before, "after": after, "weights": checkpoint.weights_digest(learner.weights())}
 
 

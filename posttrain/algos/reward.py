@@ -152,7 +152,7 @@ def run(
             failpoint("step:after-checkpoint")
     if step < steps:
         return None
-    before, after = ({name: v for at, name, v in store.metrics() if at == which} for which in (0, step))
+    before, after = store.at(0), store.at(step)
     found = {"steps": step, "before": before, "after": after, "calibration": held_out(policy, test, room)[1]}
     return {**found, "weights": checkpoint.weights_digest(learner.weights())}
 

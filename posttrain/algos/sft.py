@@ -239,7 +239,7 @@ def run(
             failpoint("step:after-checkpoint")
     if step < steps:
         return None
-    before, after = ({name: v for at, name, v in store.metrics() if at == which} for which in (0, step))
+    before, after = store.at(0), store.at(step)
     return {"steps": step, "before": before, "after": after, "weights": checkpoint.weights_digest(learner.weights())}
 
 

@@ -233,6 +233,10 @@ class Run:
         """(step, name, value) of one metric or of all, in order of step."""
         return self._numbers("metrics", name)
 
+    def at(self, step: int) -> dict[str, float]:
+        """Every metric of one step."""
+        return {name: value for when, name, value in self.metrics() if when == step}
+
     def timings(self, name: str | None = None) -> list[tuple[int, str, float]]:
         """(step, name, value) of one wall-clock number or of all, in order of step."""
         return self._numbers("timings", name)
