@@ -8,6 +8,7 @@ The same code gives the same bytes: nothing of the machine or the time goes into
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 import typing
@@ -82,7 +83,7 @@ def config_page() -> str:
             if section.name != "algo":
                 shared.setdefault(section.name, []).append(algorithm)
     for algorithm, recipe in config.RECIPES.items():
-        lines += ["", f"## `{algorithm}`", "", (recipe.__doc__ or "").strip(), ""]
+        lines += ["", f"## `{algorithm}`", "", inspect.cleandoc(recipe.__doc__ or ""), ""]
         names = [f"[`[{s.name}]`](#{'algo-of-' + algorithm if s.name == 'algo' else s.name})" for s in fields(recipe)]
         lines.append("Sections: " + ", ".join(names) + ".")
         lines += ["", f"### `[algo]` of {algorithm}", "", *section_table(section_class(recipe, "algo"))]
