@@ -22,13 +22,13 @@ def one_thread() -> None:
 
 def test_abacus_learns_to_think_from_right_or_wrong_alone(tmp_path: Path) -> None:
     """A few steps of the demo: the answers it trains on become longer, think more and are right more often."""
-    settings = {"steps": 8, "prompts": 16, "lr": 2e-4, "rollout__max_tokens": 96, "eval__problems": 64}
+    settings = {"steps": 8, "prompts": 16, "lr": 2e-4, "rollout__max_tokens": 96, "eval__problems": 112}
     result = pt.grpo(out=tmp_path / "run", **settings)
     with Run.read(result.folder) as run:
         curves = {name: run.curve(name)[1] for name in ("accuracy", "think_share", "length", "mismatch")}
     assert result.summary is not None
     before, after = result.summary["before"], result.summary["after"]
-    assert before["eval/accuracy"] < 0.35 and after["eval/accuracy"] > before["eval/accuracy"] + 0.2
+    assert before["eval/accuracy"] < 0.35 and after["eval/accuracy_low"] > before["eval/accuracy_high"]
     assert curves["think_share"][-1] > curves["think_share"][0] + 0.3
     assert curves["length"][-1] > curves["length"][0] + 10
     assert max(curves["mismatch"]) <= 1e-5, "sampler and learner read the same log-probabilities"

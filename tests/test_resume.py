@@ -21,8 +21,8 @@ from posttrain.store.run import Run
 from tests import run_server, tiny
 
 ALGORITHMS = tuple(run_server.SETTINGS)
-THOROUGH = ("grpo", "sft")  # killed at every failpoint; the others, which share their store, at those of a step's life
-STEP = [name for name in FAILPOINTS if name.startswith("step:")]
+THOROUGH = ("grpo", "sft")  # killed at every failpoint; the others, which share their store, where their own state is
+STEP = ("step:updated", "step:after-store", "step:after-checkpoint")
 
 
 @dataclass
@@ -98,7 +98,7 @@ def test_killed_at_any_failpoint_a_run_resumes_to_the_same_bits(server: Server, 
     last = server.hits(f"{algorithm}-whole").get(name, 0)
     if not last:
         assert name == "step:rollouts-done" and algorithm in run_server.DATA, "only offline algorithms have no rollouts"
-    hits = {1, (last + 1) // 2, last} if algorithm == "grpo" else {(last + 1) // 2}
+    hits = {1, last} if algorithm == "grpo" else {(last + 1) // 2}
     for hit in sorted(hits - {0}):
         folder = f"{algorithm}-{name.replace(':', '-')}-{hit}"
         assert server.live(folder, algorithm, failpoint=f"{name}:{hit}") == -signal.SIGKILL
@@ -106,16 +106,16 @@ def test_killed_at_any_failpoint_a_run_resumes_to_the_same_bits(server: Server, 
         assert server.outcome(folder) == server.baseline[algorithm], f"killed at {name}, hit {hit}"
 
 
-def test_killed_at_twenty_random_moments_runs_resume_to_the_same_bits(server: Server) -> None:
+def test_killed_at_random_moments_runs_resume_to_the_same_bits(server: Server) -> None:
     chance = random.Random(0)
     killed = 0
-    for i in range(20):
+    for i in range(12):
         folder = f"grpo-random-{i}"
         killed += server.live(folder, "grpo", kill_after=chance.uniform(0.05, 0.8)) == -signal.SIGKILL
         while server.live(folder, "grpo", kill_after=None) != 0:
             raise AssertionError("a resumed run did not finish")
         assert server.outcome(folder) == server.baseline["grpo"]
-    assert killed >= 5, "the moments were all after the end; the test proves nothing"
+    assert killed >= 3, "the moments were all after the end; the test proves nothing"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
