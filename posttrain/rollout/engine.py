@@ -18,7 +18,7 @@ from posttrain import rng
 from posttrain.models.attention import Prefill, SlotCache
 from posttrain.models.invariance import ROW_COUNTS, TILE, equal_row_counts
 from posttrain.models.load import Policy, hidden_states, trainable
-from posttrain.rollout.generator import OnToken, Request, draw
+from posttrain.rollout.generator import OnDone, OnToken, Request, draw
 from posttrain.rollout.scheduler import Scheduler
 from posttrain.types import Completion, RolloutError, SamplingParams
 
@@ -73,7 +73,11 @@ class EmbeddedGenerator:
 
     @torch.no_grad()
     def generate(
-        self, requests: Sequence[Request], params: SamplingParams, on_token: OnToken | None = None
+        self,
+        requests: Sequence[Request],
+        params: SamplingParams,
+        on_token: OnToken | None = None,
+        on_done: OnDone | None = None,
     ) -> list[list[Completion]]:
         """See `Generator.generate`. Raises RolloutError if prompt and completion exceed the model's context."""
         if not requests:
@@ -99,7 +103,9 @@ class EmbeddedGenerator:
                     on_token(seq.group, seq.index, token)
                 stopped = token in self.policy.stop_ids
                 if stopped or len(seq.tokens) == params.max_tokens:
-                    done[seq.group][seq.index] = self._complete(seq, stopped)
+                    done[seq.group][seq.index] = completion = self._complete(seq, stopped)
+                    if on_done:
+                        on_done(seq.group, seq.index, completion)
                     del running[slot]
                     scheduler.finish(slot)
 

@@ -34,6 +34,9 @@ class Request:
 OnToken = Callable[[int, int, int], None]
 """Called with (request, index, token) as each token is drawn."""
 
+OnDone = Callable[[int, int, Completion], None]
+"""Called with (request, index, completion) the moment a completion ends, in whatever order they end."""
+
 
 class Generator(Protocol):
     """Samples completions. `version` counts the weights it holds and is stamped on what it makes."""
@@ -41,7 +44,11 @@ class Generator(Protocol):
     version: int
 
     def generate(
-        self, requests: Sequence[Request], params: SamplingParams, on_token: OnToken | None = None
+        self,
+        requests: Sequence[Request],
+        params: SamplingParams,
+        on_token: OnToken | None = None,
+        on_done: OnDone | None = None,
     ) -> list[list[Completion]]:
         """One list per request, one completion per seed, in order."""
         ...
