@@ -17,7 +17,8 @@ from torch import nn
 
 from posttrain.config import ModelConfig
 from posttrain.models import lora
-from posttrain.models.attention import NAME, Layout, Packed
+from posttrain.models.attention import NAME, Layout
+from posttrain.models.packing import Packed
 from posttrain.types import ConfigError, TemplateError
 
 ABACUS = Path(__file__).parent / "abacus"

@@ -13,8 +13,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from posttrain.data import batching
-from posttrain.models.attention import Packed
 from posttrain.models.load import Policy, hidden_states
+from posttrain.models.packing import Packed
 from posttrain.objectives.tokens import select
 from posttrain.types import Batch, Sample
 
