@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -178,6 +179,24 @@ def test_on_token_hears_every_token_of_every_completion(policy: Policy, engine: 
         requests_for(policy, 20), SamplingParams(max_tokens=8), lambda g, i, t: heard.setdefault((g, i), []).append(t)
     )
     assert heard == {(g, i): c.tokens.tolist() for g, group in enumerate(groups) for i, c in enumerate(group)}
+
+
+def test_a_limit_cuts_one_completion_where_it_says_and_leaves_the_others_alone(
+    policy: Policy, engine: EmbeddedGenerator
+) -> None:
+    requests, params = requests_for(policy, 12), SamplingParams(max_tokens=12)
+    limits = [(1 + i % 5, 30) for i in range(len(requests))]
+    limited = [replace(r, limits=limit) for r, limit in zip(requests, limits, strict=True)]
+    before, after = engine.generate(requests, params), engine.generate(limited, params)
+    for (free, other), (cut, same_other), (limit, _) in zip(before, after, limits, strict=True):
+        assert cut.tokens.tolist() == free.tokens[:limit].tolist()
+        assert same(other, same_other)
+
+
+def test_limits_that_do_not_fit_the_seeds_are_refused() -> None:
+    for limits in ((3,), (3, 0)):
+        with pytest.raises(RolloutError, match="give each seed one of 1 or more"):
+            Request(np.ones(2, int), (1, 2), limits)
 
 
 def test_a_context_that_cannot_hold_the_answer_is_refused(policy: Policy, engine: EmbeddedGenerator) -> None:

@@ -42,7 +42,8 @@ class _Sequence:
     group: int
     index: int
     position: int  # where the next token's keys go
-    uniforms: np.ndarray  # [max_tokens] its own random numbers
+    uniforms: np.ndarray  # [limit] its own random numbers
+    limit: int  # tokens at which it is cut
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     kept: list[float] = field(default_factory=list)
@@ -102,7 +103,7 @@ class EmbeddedGenerator:
                 if on_token:
                     on_token(seq.group, seq.index, token)
                 stopped = token in self.policy.stop_ids
-                if stopped or len(seq.tokens) == params.max_tokens:
+                if stopped or len(seq.tokens) == seq.limit:
                     done[seq.group][seq.index] = completion = self._complete(seq, stopped)
                     if on_done:
                         on_done(seq.group, seq.index, completion)
@@ -115,8 +116,10 @@ class EmbeddedGenerator:
                 for slot, group, index in started:
                     prompt = prompts[group]
                     cache.fill(slot, prompt.keys, prompt.values)
-                    uniforms = rng.uniforms(requests[group].seeds[index], params.max_tokens)
-                    running[slot] = _Sequence(group, index, len(requests[group].prompt), uniforms)
+                    request = requests[group]
+                    limit = request.limit(index, params.max_tokens)
+                    uniforms = rng.uniforms(request.seeds[index], limit)
+                    running[slot] = _Sequence(group, index, len(request.prompt), uniforms, limit)
                 take([s for s, _, _ in started], torch.cat([prompts[g].logits for _, g, _ in started]))
                 for group in {g for _, g, _ in started}:
                     if scheduler.last_of_group(group):

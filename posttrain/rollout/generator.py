@@ -18,10 +18,15 @@ from posttrain.types import Completion, RolloutError, SamplingParams
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt and the seed of each completion wanted for it. The prompt is computed once for all of them."""
+    """One prompt and the seed of each completion wanted for it. The prompt is computed once for all of them.
+
+    `limits` gives each completion a longest length of its own, where that is below the sampling parameters'
+    `max_tokens`; empty gives none.
+    """
 
     prompt: np.ndarray  # [n] token ids
     seeds: tuple[int, ...]
+    limits: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.prompt) < 1 or not self.seeds:
@@ -29,6 +34,15 @@ class Request:
                 f"request has {len(self.prompt)} prompt tokens and {len(self.seeds)} seeds; both need one or more.",
                 boundary="generator",
             )
+        if self.limits and (len(self.limits) != len(self.seeds) or min(self.limits) < 1):
+            raise RolloutError(
+                f"request has limits {self.limits} for {len(self.seeds)} seeds; give each seed one of 1 or more.",
+                boundary="generator",
+            )
+
+    def limit(self, index: int, max_tokens: int) -> int:
+        """The longest length of completion `index` when `max_tokens` holds for all."""
+        return min(self.limits[index], max_tokens) if self.limits else max_tokens
 
 
 OnToken = Callable[[int, int, int], None]
