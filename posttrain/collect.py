@@ -5,18 +5,27 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import numpy as np
 import torch
 
-from posttrain.rewards.functions import score_all
+from posttrain.overlap import Threads
+from posttrain.rewards.functions import score_all, score_safely
 from posttrain.rollout.generator import Generator, Request, attempt_seed
 from posttrain.store.run import EpisodeRow
-from posttrain.types import Episode, RolloutError, Sample, SamplingParams, Span, Stat, Task, Verdict
+from posttrain.types import Completion, Episode, RolloutError, Sample, SamplingParams, Span, Stat, Task, Verdict
 
 Verifier = Callable[[Task, str], Verdict]
+Judged = tuple[str, Verdict | None, str | None]  # an answer's text, and its verdict or why there is none
+LOOK_UP = 0.2  # seconds between two calls of `Collector.check` while the last answers are judged
+
+
+def wanted() -> None:
+    """Nobody abandons what is being collected."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +38,14 @@ class Collector:
     verify: Verifier
     params: SamplingParams
     seed: int
+    workers: int = 0  # threads that judge answers while others are being written; 0 judges all of them afterwards
+    check: Callable[[], None] = wanted  # called now and then; ends the collection by raising
 
     def groups(self, tasks: Sequence[Task], attempts: int, step: int, purpose: str = "train") -> list[list[Episode]]:
-        """`attempts` episodes for each task. An attempt that cannot be scored has reward None and says why."""
+        """`attempts` episodes for each task. An attempt that cannot be scored has reward None and says why.
+
+        With `workers` an answer is judged the moment it ends, unless the verifier wants all of them together.
+        """
         prompts = [self.encode(task) for task in tasks]
         seen: Counter[str] = Counter()
         requests: list[Request] = []
@@ -41,21 +55,52 @@ class Collector:
             requests.append(Request(prompt, tuple(attempt_seed(self.seed, purpose, step, task.id, i) for i in numbers)))
             seen[task.id] += 1
         start = time.monotonic()
-        completions = self.generator.generate(requests, self.params)
-        seconds = (time.monotonic() - start) / max(1, len(tasks) * attempts)
-        texts = [[self.decode(c.tokens[:-1] if c.stop == "stop" else c.tokens) for c in group] for group in completions]
-        pairs = [(task, text) for task, group in zip(tasks, texts, strict=True) for text in group]
-        judged = iter(score_all(self.verify, pairs))
+        with Threads(0 if hasattr(self.verify, "score_all") else self.workers) as threads:
+            futures: dict[tuple[int, int], Future[Judged]] = {}
+
+            def ended(g: int, i: int, completion: Completion) -> None:
+                self.check()
+                if threads.count:
+                    futures[g, i] = threads.submit(partial(self._judge, tasks[g], completion))
+
+            completions = self.generator.generate(requests, self.params, on_done=ended)
+            seconds = (time.monotonic() - start) / max(1, len(tasks) * attempts)
+            while wait(futures.values(), timeout=LOOK_UP).not_done:
+                self.check()
+        judged = self._judge_rest(tasks, completions, {at: future.result() for at, future in futures.items()})
         out: list[list[Episode]] = []
         for g, (task, prompt, group) in enumerate(zip(tasks, prompts, completions, strict=True)):
             episodes: list[Episode] = []
-            for i, (c, text) in enumerate(zip(group, texts[g], strict=True)):
-                verdict, error = next(judged)
+            for i, c in enumerate(group):
+                text, verdict, error = judged[g, i]
                 spans = (Span("prompt", prompt), Span("model", c.tokens, c.logprobs, c.version))
                 scored = (verdict.score, verdict.passed, verdict.parts) if verdict else (None, False, {})
                 episodes.append(Episode(task.id, g, i, spans, text, *scored, c.stop, error, seconds))
             out.append(episodes)
         return out
+
+    def _text(self, completion: Completion) -> str:
+        return self.decode(completion.tokens[:-1] if completion.stop == "stop" else completion.tokens)
+
+    def _judge(self, task: Task, completion: Completion) -> Judged:
+        text = self._text(completion)
+        return (text, *score_safely(self.verify, task, text))
+
+    def _judge_rest(
+        self,
+        tasks: Sequence[Task],
+        completions: Sequence[Sequence[Completion]],
+        judged: dict[tuple[int, int], Judged],
+    ) -> dict[tuple[int, int], Judged]:
+        """`judged` with the answers that are not in it, or have no verdict: a reward may need the caller's thread."""
+        texts = {
+            (g, i): judged[g, i][0] if (g, i) in judged else self._text(c)
+            for g, group in enumerate(completions)
+            for i, c in enumerate(group)
+            if (g, i) not in judged or judged[g, i][1] is None
+        }
+        verdicts = score_all(self.verify, [(tasks[g], text) for (g, _), text in texts.items()])
+        return judged | {at: (text, *verdict) for (at, text), verdict in zip(texts.items(), verdicts, strict=True)}
 
 
 def check_failures(groups: Sequence[Sequence[Episode]], limit: float) -> None:

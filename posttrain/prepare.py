@@ -111,6 +111,7 @@ def make_collector(policy: Policy, chat: ChatFormat, verify: Verifier, recipe: A
         verify=verify,
         params=SamplingParams(temperature=rollout.temperature, max_tokens=rollout.max_tokens),
         seed=recipe.run.seed,
+        workers=rollout.reward_workers,
     )
 
 

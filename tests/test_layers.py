@@ -17,7 +17,7 @@ LAYERS: dict[str, float] = {
     "types": 0, "config": 0, "rng": 0,
     "objectives": 1, "planner": 1,
     "data": 2, "models": 2,
-    "rollout": 3, "store": 3, "machine": 3,
+    "rollout": 3, "store": 3, "machine": 3, "overlap": 3,
     "train": 3.25, "rewards": 3.5,
     "envs": 4,
     "collect": 5, "search": 5, "evaluation": 5, "prepare": 5, "pairs": 5, "stepwise": 5, "calibration": 5, "probes": 5,

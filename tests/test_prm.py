@@ -30,7 +30,7 @@ from posttrain.models.load import load_policy
 from posttrain.prepare import opened
 from posttrain.rewards.models import joined_steps, load_reward_model
 from posttrain.rewards.verifiers import exact
-from posttrain.rollout.generator import OnToken, Request
+from posttrain.rollout.generator import OnDone, OnToken, Request
 from posttrain.stepwise import graded, sample_solutions, step_values
 from posttrain.store.run import Run
 from posttrain.types import Completion, ConfigError, DataError, Message, SamplingParams, Task
@@ -195,7 +195,11 @@ class Scripted:
         self.chat, self.say, self.prompts = chat, say, list[str]()
 
     def generate(
-        self, requests: Sequence[Request], params: SamplingParams, on_token: OnToken | None = None
+        self,
+        requests: Sequence[Request],
+        params: SamplingParams,
+        on_token: OnToken | None = None,
+        on_done: OnDone | None = None,
     ) -> list[list[Completion]]:
         out: list[list[Completion]] = []
         for request in requests:

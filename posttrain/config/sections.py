@@ -68,6 +68,8 @@ class RolloutConfig:
     """Longest completion, stop token included; longer ones are cut and marked `length`."""
     temperature: float = 1.0
     """Sampling temperature; the learner's log-probabilities use the same one."""
+    reward_workers: int = 1
+    """Threads that call the reward while other answers are being written; 0 calls it when all are finished."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,8 @@ def check_shared(recipe: Any) -> None:
         raise ConfigError(f"data.holdout={data.holdout} is not in [0, 1).")
     if data.count < 0:
         raise ConfigError(f"data.count={data.count} is negative; 0 reads all rows of a file.")
+    if hasattr(recipe, "rollout") and recipe.rollout.reward_workers < 0:
+        raise ConfigError(f"rollout.reward_workers={recipe.rollout.reward_workers} is negative; 0 switches them off.")
     if recipe.model.lora_rank < 0:
         raise ConfigError(f"model.lora_rank={recipe.model.lora_rank} is negative; 0 trains all weights.")
     require_positive(train, "tokens_per_pass")

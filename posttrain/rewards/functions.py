@@ -11,9 +11,12 @@ import importlib.util
 import inspect
 import math
 import numbers
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +75,25 @@ def reward_from(reward: str | RewardFn, auto: Callable[[Task], Verifier] | None 
 
 
 def score_safely(verify: Verifier, task: Task, text: str) -> tuple[Verdict | None, str | None]:
-    """(verdict, None), or (None, why it could not be judged). Only KeyboardInterrupt and its like pass through."""
+    """(verdict, None), or (None, why it could not be judged). Only KeyboardInterrupt and its like pass through.
+
+    Outside the main thread a reward that sets a signal handler, as most time limits do, gets an error from Python. Some
+    catch it and answer with a number, so a reward that has tried has not judged, whatever it returned.
+    """
+    if threading.current_thread() is threading.main_thread():
+        return _score(verify, task, text)
+    _notice_signals()
+    _tried.handler = False
+    judged = _score(verify, task, text)
+    if _tried.handler:
+        return None, (
+            f"reward {_name(verify)} sets a signal handler (a time limit?), which works in the main thread only. Set "
+            "rollout.reward_workers = 0 and leave algo.overlap off, or limit its time in another way."
+        )
+    return judged
+
+
+def _score(verify: Verifier, task: Task, text: str) -> tuple[Verdict | None, str | None]:
     try:
         verdict = verify(task, text)
     except RolloutError as error:
@@ -82,6 +103,21 @@ def score_safely(verify: Verifier, task: Task, text: str) -> tuple[Verdict | Non
     if not isinstance(verdict, Verdict):
         return None, f"{_name(verify)} returned {_show(verdict)} for task {task.id!r}, expected a Verdict."
     return verdict, None
+
+
+_tried = threading.local()
+
+
+@cache
+def _notice_signals() -> None:
+    """From here on each thread remembers in `_tried` that it has called `signal.signal`."""
+    set_handler = signal.signal
+
+    def noticed(signalnum: Any, handler: Any) -> Any:
+        _tried.handler = True
+        return set_handler(signalnum, handler)
+
+    signal.signal = noticed
 
 
 def score_all(verify: Verifier, pairs: Sequence[tuple[Task, str]]) -> list[tuple[Verdict | None, str | None]]:
