@@ -165,12 +165,18 @@ def episode_rows(
     ]
 
 
-def timings(groups: Sequence[Sequence[Episode]], start: float, sampled: float) -> dict[str, float]:
-    """Seconds and tokens per second of a step that began at `start` and had its answers at `sampled`."""
+def timings(
+    groups: Sequence[Sequence[Episode]], start: float, sampled: float, hidden: float | None = None
+) -> dict[str, float]:
+    """Seconds and tokens per second of a step that began at `start` and had its answers at `sampled`.
+
+    `hidden` are the seconds that went into its answers before the step began.
+    """
     now, tokens = time.monotonic(), sum(e.length for g in groups for e in g)
+    rollout = sampled - start + (hidden or 0.0)
     return {
         "seconds": now - start,
-        "seconds_rollout": sampled - start,
+        "seconds_rollout": rollout,
         "tokens_per_second": tokens / (now - start),
-        "rollout_tokens_per_second": tokens / (sampled - start),
-    }
+        "rollout_tokens_per_second": tokens / rollout,
+    } | ({} if hidden is None else {"seconds_hidden": hidden})

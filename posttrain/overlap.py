@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 
@@ -46,7 +46,7 @@ class Threads:
         self._calls.put((future, call))
         return future
 
-    def __enter__(self) -> Threads:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
@@ -69,10 +69,10 @@ class Threads:
 
 
 class Ahead(Threads, Generic[T]):
-    """One call made ahead of the time its result is needed, in a thread of its own."""
+    """One call made ahead of the time its result is needed, in a thread of its own; without `on` there is none."""
 
-    def __init__(self) -> None:
-        super().__init__(1)
+    def __init__(self, on: bool = True) -> None:
+        super().__init__(int(on))
         self._next: Future[tuple[T, float]] | None = None
 
     def start(self, call: Callable[[], T]) -> None:

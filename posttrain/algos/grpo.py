@@ -18,6 +18,7 @@ import copy
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,7 @@ from posttrain.objectives.advantages import (
 )
 from posttrain.objectives.policy import POLICY_LOSSES, is_correction
 from posttrain.objectives.tokens import KL_ESTIMATORS, whiten
+from posttrain.overlap import Ahead
 from posttrain.prepare import Job, OnStep, Setup, final_answer, judged_tasks, make_collector
 from posttrain.store import checkpoint
 from posttrain.store.failpoints import failpoint
@@ -67,9 +69,15 @@ def prepare(setup: Setup) -> Job:
     sets, verify = judged_tasks(recipe, setup.chat, setup.given, setup.reward)
     collector = make_collector(policy, setup.chat, verify, recipe)
     examine = Examiner(collector, sets.test, recipe.eval.samples, recipe.eval.temperature, final_answer)
-    if recipe.algo.max_lag:  # a sampler that lags has weights of its own
+    if recipe.algo.max_lag or recipe.algo.overlap:  # a sampler that lags has weights of its own
         collector = make_collector(copy.deepcopy(policy), setup.chat, verify, recipe)
-    return Job(policy, sets.hash, sets.notes, lambda *rest: run(recipe, policy, collector, sets.train, examine, *rest))
+
+    def start(store: Run, on_step: OnStep, interrupt: Interrupt) -> dict[str, Any] | None:
+        with Ahead[Sampled](recipe.algo.overlap) as ahead:
+            stoppable = replace(collector, check=ahead.check)
+            return run(recipe, policy, stoppable, sets.train, examine, ahead, store, on_step, interrupt)
+
+    return Job(policy, sets.hash, sets.notes, start)
 
 
 def make_loss(recipe: GRPORecipe) -> Loss:
@@ -107,6 +115,7 @@ def run(
     collector: Collector,
     train_tasks: Sequence[Task],
     examine: Examiner,
+    ahead: Ahead[Sampled],
     store: Run,
     on_step: OnStep,
     interrupt: Interrupt,
@@ -118,6 +127,7 @@ def run(
     """
     cfg, seed, sampler = recipe.algo, recipe.run.seed, collector.generator
     updates = cfg.minibatches * cfg.epochs
+    lags = cfg.overlap or cfg.max_lag > 0
     forward = token_stats_with_entropy if cfg.entropy_coef else token_stats
     room, temperature = recipe.train.tokens_per_pass, recipe.rollout.temperature
     learner = Learner(policy, recipe.train, recipe.train.steps * updates, temperature, forward)
@@ -139,30 +149,35 @@ def run(
     while step < recipe.train.steps and not interrupt.requested:
         failpoint("step:start")
         start = time.monotonic()
-        if step % (cfg.max_lag + 1) == 0:
+        if step == 0 or not (cfg.overlap or step % (cfg.max_lag + 1)):
             sampler.load(learner.weights(), version=step)
-        sampled = gather(recipe, collector, train_tasks, cursor, step)  # P groups of G episodes, some of them dropped
+        now = partial(gather, recipe, collector, train_tasks, cursor, step)
+        sampled, hidden = ahead.take(now)  # P groups of G episodes, some of them dropped
         groups, cursor = sampled.groups, cursor + len(sampled.groups)
         check_failures(groups, recipe.reward.max_failure_rate)
         finished = time.monotonic()
         failpoint("step:rollouts-done")
+        if cfg.overlap:  # the next answers are written while these are learned from, with the weights of this moment
+            sampler.load(learner.weights(), version=step)
+            if step + 1 < recipe.train.steps:
+                ahead.start(partial(gather, recipe, collector, train_tasks, cursor, step + 1))
 
         rewards = shaped_rewards(recipe, groups)  # (P, G)
         samples = [to_sample(e, 0.0) for group in groups for e in group]  # P·G, group after group
-        if updates > 1 or (cfg.max_lag and cfg.is_cap):  # remember the policy before this step's first update
+        if updates > 1 or (lags and cfg.is_cap):  # remember the policy before this step's first update
             samples = with_logp(samples, "old_logp", learner.sample_logprobs)
-        elif cfg.max_lag:  # the ratio itself corrects for the older sampler
+        elif lags:  # the ratio itself corrects for the older sampler
             samples = [replace(s, old_logp=s.behaviour_logp) for s in samples]
         if reference is not None:
             samples = with_logp(samples, "ref_logp", reference)
-        baseline = greedy_rewards(collector, sampled.tasks, step) if cfg.baseline == "greedy" else ema
+        baseline = ema if sampled.greedy is None else sampled.greedy
         samples, rewards, advantages = credit(cfg, samples, rewards, baseline, learner)
         ema = moving_mean(ema, rewards, cfg.ema_decay)
         samples = trained(cfg, samples, groups, sampled.kept)
 
         rng.seed_global(seed, "update", step)  # dropout, if the model has any
         flat = flat_groups(rewards) if cfg.group_size > 1 else (advantages == 0).all(1)  # (P,)
-        stats = [episode_stats(groups, int(flat.sum())), {"lag": Stat(step - sampler.version)}]
+        stats = [episode_stats(groups, int(flat.sum())), {"lag": Stat(step - sampled.version)}]
         stats.append({"groups": Stat(len(groups), 1, "sum"), "groups_kept": Stat(sum(sampled.kept), 1, "sum")})
         for epoch in range(cfg.epochs):
             for minibatch in batching.minibatches(samples, cfg.minibatches, rng.key(seed, "minibatch", step, epoch)):
@@ -183,9 +198,10 @@ def run(
         failpoint("step:updated")
 
         values = {name: stat.value for name, stat in add_stats(stats).items()}
-        times = timings(groups, start, finished)
+        times = timings(groups, start, finished, hidden)
         rows = episode_rows("train", step, groups, sampled.tasks, advantages)
         if step == recipe.train.steps or (recipe.eval.every and step % recipe.eval.every == 0):
+            ahead.wait()  # so that the reward is not called from here and from there at once
             measured, eval_rows = examine(step)
             values, rows = values | measured, rows + eval_rows
         failpoint("step:before-store")
@@ -197,7 +213,7 @@ def run(
             failpoint("step:before-checkpoint")
             tensors, state = learner.state()
             whole = {"step": step, "flat_steps": flat_steps, "cursor": cursor, "ema": ema, "learner": state}
-            if step % (cfg.max_lag + 1):  # the next steps still sample from older weights
+            if cfg.overlap or step % (cfg.max_lag + 1):  # the next steps still sample from older weights
                 tensors["sampler"], whole["sampler"] = sampler.weights(), sampler.version
             checkpoint.save(store.folder, step, tensors, whole, recipe.run.keep)
             failpoint("step:after-checkpoint")
@@ -209,11 +225,13 @@ def run(
 
 @dataclass(frozen=True)
 class Sampled:
-    """A step's groups in the order they were sampled, their tasks, and which of them are trained on."""
+    """A step's P groups in the order they were sampled, their tasks, and which of them are trained on."""
 
     groups: list[list[Episode]]
     tasks: list[Task]
     kept: list[bool]
+    version: int  # of the weights they are from
+    greedy: torch.Tensor | None = None  # (P, 1) rewards of the greedy answers, with the baseline of that name
 
 
 def gather(recipe: GRPORecipe, collector: Collector, tasks: Sequence[Task], cursor: int, step: int) -> Sampled:
@@ -223,7 +241,7 @@ def gather(recipe: GRPORecipe, collector: Collector, tasks: Sequence[Task], curs
     `algo.max_refills` rounds; a step that is still short trains on fewer groups.
     """
     cfg = recipe.algo
-    out = Sampled([], [], [])
+    out = Sampled([], [], [], collector.generator.version)
     for attempt in range(cfg.max_refills + 1):
         missing = cfg.prompts - sum(out.kept)
         order = rng.draw_order(len(tasks), cursor + len(out.groups), missing, recipe.run.seed)
@@ -236,7 +254,7 @@ def gather(recipe: GRPORecipe, collector: Collector, tasks: Sequence[Task], curs
         out.kept.extend(not f for f in flat)
         if not any(flat):
             break
-    return out
+    return replace(out, greedy=greedy_rewards(collector, out.tasks, step)) if cfg.baseline == "greedy" else out
 
 
 def shaped_rewards(recipe: GRPORecipe, groups: Sequence[Sequence[Episode]]) -> torch.Tensor:

@@ -77,6 +77,8 @@ class GRPOConfig:
     """Smallest importance weight, treated like the cap."""
     max_lag: int = 0
     """Steps by which the sampler's weights may be older than the learner's; 0 samples from the newest."""
+    overlap: bool = False
+    """Write the next step's answers while this one's are learned from, with the weights before the update: lag 1."""
     max_refills: int = 0
     """Times flat groups are replaced by groups of fresh tasks within a step (DAPO's dynamic sampling); 0 keeps them."""
     overlong_share: float = 0.0
@@ -141,6 +143,8 @@ def check_credit(algo: GRPOConfig) -> None:
         raise ConfigError(f'algo.std = "batch" does not go with algo.baseline = "{algo.baseline}"; use "none".')
     if not 0 <= algo.ema_decay < 1:
         raise ConfigError(f"algo.ema_decay={algo.ema_decay} is not in [0, 1).")
+    if algo.overlap and algo.max_lag:
+        raise ConfigError(f"algo.overlap has a lag of 1 by itself; leave algo.max_lag={algo.max_lag} at 0.")
     if algo.max_refills and algo.group_size < 2:
         raise ConfigError("algo.max_refills replaces groups without differing rewards; a group of 1 never differs.")
     if not 0 <= algo.overlong_share <= 1:
