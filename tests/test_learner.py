@@ -198,7 +198,7 @@ def test_gradient_checkpointing_recomputes_the_layers(folder: Path) -> None:
         def count(*_: object, key: bool = checkpointing) -> None:
             calls[key] += 1
 
-        policy.body.layers[0].self_attn.register_forward_hook(count)  # type: ignore[index, union-attr]
+        policy.body.layers[0].self_attn.q_proj.register_forward_hook(count)  # type: ignore[index, union-attr]
         gradients(policy, samples_for(policy, 2))
     assert calls == {False: 1, True: 2}
 

@@ -16,7 +16,7 @@ import transformers
 from torch import nn
 
 from posttrain.config import ModelConfig
-from posttrain.models import lora
+from posttrain.models import decoder, lora
 from posttrain.models.attention import NAME, Layout
 from posttrain.models.packing import Packed
 from posttrain.types import ConfigError, TemplateError
@@ -60,6 +60,8 @@ class Policy:
 
 def hidden_states(policy: Policy, tokens: torch.Tensor, positions: torch.Tensor, layout: Layout) -> torch.Tensor:
     """One pass through the decoder: tokens and positions (b, t) int64 → last hidden states (b, t, width)."""
+    if decoder.fits(policy.body):
+        return decoder.forward(policy.body, tokens, positions, layout)
     out = policy.body(input_ids=tokens, position_ids=positions, use_cache=False, layout=layout)
     return out.last_hidden_state
 

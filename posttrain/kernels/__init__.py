@@ -1,0 +1,157 @@
+"""Fused operations for float32 on a CPU: each replaces a chain of torch operations that reads memory many times.
+
+`kernels.c` holds them, `build.py` compiles it. The functions here check nothing but what a caller in this package could
+get wrong; `models/decoder.py` and `rollout/slots.py` decide whether they are used at all.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from posttrain.kernels.build import library
+
+_F = ctypes.c_float
+
+
+def _call(name: str, *arguments: Any) -> None:
+    """Calls a function of kernels.c. Tensors go as their addresses, ints as int64, floats as float."""
+    made = library()
+    assert made is not None, "posttrain.kernels was used where library() is None"
+    getattr(made.functions, name)(*[_argument(a) for a in arguments])
+
+
+def _argument(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    if isinstance(value, float):
+        return _F(value)
+    return ctypes.c_int64(value) if isinstance(value, int) else value  # None is a null pointer
+
+
+def add_norm(
+    x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x and delta (N, W), weight (W,) → (x + delta, its root-mean-square norm times the weight), differentiable."""
+    return _AddNorm.apply(x, delta, weight, eps)  # type: ignore[return-value]
+
+
+def rotary(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+    """x (N, H, D) turned by its rows' angles, given as cosine and sine (N, D / 2); differentiable in x."""
+    return _Rotary.apply(x, cosine, sine)  # type: ignore[return-value]
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) · up, elementwise, both (N, F); differentiable."""
+    return _SwiGLU.apply(gate, up)  # type: ignore[return-value]
+
+
+class _AddNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float) -> Any:
+        x = x.contiguous()
+        delta = None if delta is None else delta.contiguous()
+        rows, width = x.shape
+        total = x if delta is None else torch.empty_like(x)
+        y, rstd = torch.empty_like(x), x.new_empty(rows)
+        _call("rms_norm", x, delta, weight, total, y, rstd, rows, width, float(eps))
+        ctx.save_for_backward(total, weight, rstd)
+        ctx.added = delta is not None
+        ctx.set_materialize_grads(False)
+        if delta is None:
+            return x.view_as(x), y
+        return total, y
+
+    @staticmethod
+    def backward(ctx: Any, dtotal: torch.Tensor | None, dy: torch.Tensor | None) -> Any:  # type: ignore[override]
+        total, weight, rstd = ctx.saved_tensors
+        if dy is None:
+            return dtotal, dtotal if ctx.added else None, None, None
+        dy, dtotal = dy.contiguous(), None if dtotal is None else dtotal.contiguous()
+        parts = torch.get_num_threads()
+        dx, dweight = torch.empty_like(total), total.new_zeros(parts, len(weight))
+        _call("rms_norm_grad", total, weight, rstd, dy, dtotal, dx, dweight, *total.shape, parts)
+        return dx, dx if ctx.added else None, dweight.sum(0), None
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cosine, sine)
+        return _turn(x, cosine, sine, 1.0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+        return _turn(grad, *ctx.saved_tensors, -1.0), None, None
+
+
+def _turn(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, sign: float) -> torch.Tensor:
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    _call("rotary", x, out, cosine, sine, *x.shape, sign)
+    return out
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
+        ctx.save_for_backward(gate, up)
+        out = torch.empty_like(gate)
+        rows, width = gate.shape
+        _call("swiglu", gate, up, out, rows, width, width)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+        gate, up = ctx.saved_tensors
+        dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+        _call("swiglu_grad", gate, up, grad.contiguous(), dgate, dup, gate.numel())
+        return dgate, dup
+
+
+def swiglu_halves(both: torch.Tensor, out: torch.Tensor) -> None:
+    """both (N, 2F), gate in the first half → out (N, F), without gradient."""
+    rows, width = out.shape
+    _call("swiglu", both, ctypes.c_void_p(both.data_ptr() + 4 * width), out, rows, width, 2 * width)
+
+
+def norm_into(
+    x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float, total: torch.Tensor, y: torch.Tensor
+) -> None:
+    """`add_norm` into given tensors, without gradient; `total` may be `x`."""
+    _call("rms_norm", x, delta, weight, total, y, None, *y.shape, float(eps))
+
+
+def draw(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens (R,) int64 and their logp (R,) from logits (R, V), as `rollout.generator.draw` without truncation."""
+    rows, vocab = logits.shape
+    tokens, logp = torch.empty(rows, dtype=torch.int64), logits.new_empty(rows)
+    _call("draw", logits.contiguous(), uniforms, float(temperature), tokens, logp, rows, vocab)
+    return tokens, logp
+
+
+def select_logp(
+    logits: torch.Tensor, targets: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """logits (K, V), targets (K,) int64 → logp of the targets, entropy, and log Σ exp(logits / T), each (K,)."""
+    rows, vocab = logits.shape
+    logp, entropy, norm = (logits.new_empty(rows) for _ in range(3))
+    _call("select_logp", logits, targets, float(temperature), logp, entropy, norm, rows, vocab)
+    return logp, entropy, norm
+
+
+def select_logp_grad_(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    temperature: float,
+    kept: Sequence[torch.Tensor],
+    dlogp: torch.Tensor,
+    dentropy: torch.Tensor | None,
+) -> None:
+    """Overwrites logits (K, V) with the gradient, given (entropy, norm) of `select_logp` and the gradients (K,)."""
+    entropy, norm = kept
+    _call("select_logp_grad", logits, targets, float(temperature), norm, entropy, dlogp, dentropy, *logits.shape)

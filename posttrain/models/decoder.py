@@ -1,0 +1,96 @@
+"""The forward pass of Llama-like models with fused operations between the matrix products, for float32 on a CPU.
+
+transformers' modules stay the owners of weights, adapters and angles and are called for every matrix product; what lies
+between the products (norms, residual sums, rotary turns, gated units) is one kernel each instead of a chain of
+operations. `models/load.py:check_forward` holds the result against transformers' own pass before anything uses it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from posttrain import kernels
+from posttrain.kernels.build import library
+from posttrain.models.attention import Layout
+
+FAMILY = ("llama", "mistral", "qwen2", "qwen3")  # norm, rotary attention, norm, silu-gated unit, nothing else
+WIDEST_HEAD = 1024  # what kernels.c keeps on its stack
+
+
+def fits(body: nn.Module) -> bool:
+    """Whether `forward` computes this decoder: its family, float32 on a CPU, full attention, and a C compiler."""
+    config: Any = body.config
+    weight: torch.Tensor = body.embed_tokens.weight if hasattr(body, "embed_tokens") else torch.empty(0)  # type: ignore[union-attr]
+    return (
+        config.model_type in FAMILY
+        and weight.dtype == torch.float32
+        and weight.device.type == "cpu"
+        and config.hidden_act == "silu"
+        and not getattr(config, "sliding_window", None)
+        and not getattr(config, "attention_dropout", 0.0)
+        and head_width(config) <= WIDEST_HEAD
+        and head_width(config) % 2 == 0
+        and library() is not None
+    )
+
+
+def head_width(config: Any) -> int:
+    """The width of one attention head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def angles(body: nn.Module, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine (N, D / 2) of the rotary angles at positions (N,); the model's own formula."""
+    anything = torch.zeros(1, device=positions.device)
+    cosine, sine = body.rotary_emb(anything, positions.unsqueeze(0))  # type: ignore[operator]
+    half = cosine.shape[-1] // 2  # both halves of a head turn by the same angles
+    return cosine[0, :, :half].contiguous(), sine[0, :, :half].contiguous()
+
+
+def forward(body: Any, tokens: torch.Tensor, positions: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """tokens and positions (b, t) int64 → last hidden states (b, t, width), as the decoder's own forward pass."""
+    b, t = tokens.shape
+    turns = angles(body, positions.reshape(-1))
+    x, delta = body.embed_tokens(tokens).reshape(b * t, -1), None
+    for index, layer in enumerate(body.layers):
+        if layer.gradient_checkpointing and layer.training and torch.is_grad_enabled():
+            x, delta = checkpoint(_layer, layer, index, x, delta, turns, (b, t), layout, use_reentrant=False)  # type: ignore[misc]
+        else:
+            x, delta = _layer(layer, index, x, delta, turns, (b, t), layout)
+    return _norm(body.norm, x, delta)[1].view(b, t, -1)
+
+
+def _layer(
+    layer: Any,
+    index: int,
+    x: torch.Tensor,
+    delta: torch.Tensor | None,
+    turns: tuple[torch.Tensor, torch.Tensor],
+    shape: tuple[int, int],
+    layout: Layout,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The residual stream x (N, W) and what is still to be added to it, before a layer → after it."""
+    attention, mlp = layer.self_attn, layer.mlp
+    x, y = _norm(layer.input_layernorm, x, delta)
+    width = attention.head_dim
+    query, key, value = (p(y).view(len(y), -1, width) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
+    if hasattr(attention, "q_norm"):
+        query, key = _head_norm(attention.q_norm, query), _head_norm(attention.k_norm, key)
+    query, key = kernels.rotary(query, *turns), kernels.rotary(key, *turns)
+    rows = [part.view(*shape, -1, width).transpose(1, 2) for part in (query, key, value)]
+    attended = layout.attend(index, rows[0], rows[1], rows[2], attention.scaling)
+    x, y = _norm(layer.post_attention_layernorm, x, attention.o_proj(attended.reshape(len(y), -1)))
+    return x, mlp.down_proj(kernels.swiglu(mlp.gate_proj(y), mlp.up_proj(y)))
+
+
+def _norm(module: Any, x: torch.Tensor, delta: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    return kernels.add_norm(x, delta, module.weight, module.variance_epsilon)
+
+
+def _head_norm(module: Any, x: torch.Tensor) -> torch.Tensor:
+    """Qwen 3's norm of each query and key: x (N, H, D)."""
+    return _norm(module, x.reshape(-1, x.shape[-1]), None)[1].view(x.shape)
