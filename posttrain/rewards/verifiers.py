@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
+import threading
 from collections.abc import Callable
 from fractions import Fraction
 from functools import cache
@@ -216,6 +217,9 @@ _log = logging.getLogger("math_verify")
 _log.setLevel(logging.ERROR)  # it warns that timeouts are off; `_runs_away` and `_BUDGET` stand in for them
 
 
+_one_at_a_time = threading.Lock()  # neither the parser nor sympy promises to be usable from several threads
+
+
 class _OutOfBudget(BaseException):
     """Not an Exception: math-verify swallows those and would go on."""
 
@@ -236,6 +240,11 @@ def _warm_up() -> None:
 
 
 def _same_mathematics(gold: str, given: str) -> bool:
+    with _one_at_a_time:
+        return _within_budget(gold, given)
+
+
+def _within_budget(gold: str, given: str) -> bool:
     _warm_up()
     events = 0
 
