@@ -11,13 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import subprocess
 import sys
-import sysconfig
 import tempfile
-import venv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +24,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from bench.environment import FOLDER, ROOT, TRL, environment
 from bench.parity_ours import World, sample
 from bench.parity_rows import ROWS, Quantity, Row
 from posttrain.config import ModelConfig
@@ -34,8 +32,6 @@ from posttrain.models.heads import attach_scalar
 from posttrain.models.load import Policy, load_policy, save_pretrained, trainable
 from posttrain.train.forward import sample_logprobs
 
-ROOT = Path(__file__).resolve().parents[1]
-TRL = "1.16.0"
 BAR = 1e-5
 SEED = 0
 NOISE = 0.05  # the reference's weights: the policy's plus this much of each tensor's standard deviation
@@ -97,21 +93,6 @@ class Measured:
         if self.failures:
             return "**FAILS**: " + " and ".join(self.failures)
         return f"differs: {self.row.reason}" if self.row.differs else "equal"
-
-
-def environment(folder: Path) -> Path:
-    """The Python of an environment that has TRL beside this environment's own torch and transformers."""
-    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    probe = [str(python), "-c", "import trl; print(trl.__version__)"]
-    if python.exists() and subprocess.run(probe, capture_output=True, text=True).stdout.strip() == TRL:
-        return python
-    venv.create(folder, with_pip=True)
-    where = [str(python), "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"]
-    site = Path(subprocess.run(where, capture_output=True, text=True, check=True).stdout.strip())
-    ours = sysconfig.get_paths()
-    (site / "beside.pth").write_text("\n".join(dict.fromkeys([ours["purelib"], ours["platlib"]])), encoding="utf-8")
-    subprocess.run([str(python), "-m", "pip", "install", "--quiet", f"trl=={TRL}"], check=True)
-    return python
 
 
 def noisy(policy: Policy) -> Policy:
@@ -252,7 +233,7 @@ def run(folder: Path, python: Path, model: str, rows: Sequence[Row]) -> list[Mea
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Compare every loss that TRL also has with TRL's, value and gradient.")
-    parser.add_argument("--venv", type=Path, default=ROOT / "build" / "parity-venv", help="where TRL is installed")
+    parser.add_argument("--venv", type=Path, default=FOLDER, help="where TRL is installed")
     parser.add_argument("--model", default="abacus", help="abacus, or a folder with a causal language model")
     parser.add_argument("--only", default="", help="only rows whose name contains this")
     options = parser.parse_args(argv)

@@ -1,0 +1,169 @@
+"""Two sides in turn: each in a process of its own, one step of one, one of the other, and so on."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from bench.environment import ROOT
+from bench.turns import MIB
+
+TOLERANCE = 2e-3  # between losses of the two sides, relative above 1: after some updates rounding has grown
+
+
+class SideFailed(RuntimeError):
+    """A side that ended before it was told to; its own words are on the error output."""
+
+
+@dataclass
+class Series:
+    """What one side did: seconds and facts of each measured step, and its memory in bytes."""
+
+    settings: dict[str, Any]
+    seconds: list[float] = field(default_factory=list[float])
+    tokens: list[int] = field(default_factory=list[int])
+    losses: list[float] = field(default_factory=list[float])
+    loaded: int = 0
+    peak: int = 0
+
+    @property
+    def median(self) -> float:
+        return median(self.seconds)
+
+    @property
+    def above(self) -> int:
+        """The peak above what the process used when its model was loaded."""
+        return self.peak - self.loaded
+
+
+class Side:
+    """A process that does a step when told to."""
+
+    def __init__(self, python: Path, module: str, job: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+        self.series = Series(dict(settings))
+        self._folder = tempfile.TemporaryDirectory()
+        path = Path(self._folder.name) / "job.json"
+        path.write_text(json.dumps({**job, "settings": dict(settings)}), encoding="utf-8")
+        kept = {"POSTTRAIN_CACHE": self._folder.name, "TOKENIZERS_PARALLELISM": "false"}
+        threads = {name: str(job["threads"]) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+        self._process = subprocess.Popen(
+            [str(python), "-m", module, str(path)],
+            cwd=ROOT,
+            env={**os.environ, **kept, **threads, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": self._folder.name},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.series.loaded = int(self._answer()["loaded"])
+
+    def step(self, keep: bool = True) -> float:
+        """Has it do one step and returns its seconds; `keep` counts it."""
+        assert self._process.stdin
+        with suppress(BrokenPipeError):  # that it has ended shows in its answer
+            self._process.stdin.write("go\n")
+            self._process.stdin.flush()
+        facts = self._answer()
+        series = self.series
+        series.peak = max(series.peak, int(facts["peak"]))
+        series.losses.append(float(facts.get("loss", 0.0)))
+        series.tokens.append(int(facts["tokens"]))
+        if keep:
+            series.seconds.append(float(facts["seconds"]))
+        return float(facts["seconds"])
+
+    def close(self) -> None:
+        """Ends the process and removes what it was given."""
+        assert self._process.stdin and self._process.stdout
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+        self._folder.cleanup()
+
+    def __enter__(self) -> Side:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout
+        line = self._process.stdout.readline()
+        if not line:
+            code = self._process.wait()
+            raise SideFailed(f"a side ended with exit code {code} before it was told to; its own words are above.")
+        return json.loads(line)
+
+
+@dataclass(frozen=True)
+class Sides:
+    """How to start either side of a comparison."""
+
+    peer: Path  # its Python
+    threads: int
+
+    def start(self, which: str, job: Mapping[str, Any], settings: Mapping[str, Any]) -> Side:
+        python = self.peer if which == "peer" else Path(sys.executable)
+        return Side(python, f"bench.side_{which}", {**job, "threads": self.threads}, settings)
+
+    def fastest(self, which: str, job: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+        """The settings whose second step is the quickest; those that a side refuses are told and left out."""
+        if len(candidates) == 1:
+            return candidates[0]
+        times: list[tuple[float, int]] = []
+        for number, settings in enumerate(candidates):
+            try:
+                with self.start(which, job, settings) as side:
+                    side.step(keep=False)
+                    seconds = side.step()
+            except SideFailed as error:
+                print(f"    {which} {dict(settings)}: {error}", flush=True)
+                continue
+            print(f"    {which} {dict(settings)}: {seconds:.2f} s", flush=True)
+            times.append((seconds, number))
+        if not times:
+            raise SideFailed(f"none of the {len(candidates)} settings of {which} runs.")
+        return candidates[min(times)[1]]
+
+    def duel(
+        self,
+        job: Mapping[str, Any],
+        ours: Mapping[str, Any],
+        peer: Mapping[str, Any],
+        rounds: int,
+    ) -> tuple[Series, Series]:
+        """One step each to warm up, then `rounds` steps each in turn."""
+        with self.start("ours", job, ours) as a, self.start("peer", job, peer) as b:
+            for side in (a, b):
+                side.step(keep=False)
+            for _ in range(rounds):
+                a.step()
+                b.step()
+            return a.series, b.series
+
+
+def check(job: Mapping[str, Any], ours: Series, peer: Series) -> str:
+    """What is wrong with a pairing, or nothing: both sides must have done the same work.
+
+    Tokens must be equal in every step. Where nothing is sampled, so must the losses be, step after step.
+    """
+    if ours.tokens != peer.tokens:
+        return f"the sides did not do the same work: {ours.tokens} tokens against {peer.tokens}"
+    if job["kind"] in ("sft", "dpo"):
+        for step, (mine, theirs) in enumerate(zip(ours.losses, peer.losses, strict=True)):
+            if not abs(mine - theirs) <= TOLERANCE * max(1.0, abs(theirs)):
+                return f"the losses of step {step + 1} differ: {mine:.6f} against {theirs:.6f}"
+    return ""
+
+
+def mebibytes(count: int) -> str:
+    return f"{count / MIB:,.0f}"

@@ -1,0 +1,28 @@
+"""A second environment that has TRL beside the torch and transformers of this one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sysconfig
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TRL = "1.16.0"
+FOLDER = ROOT / "build" / "parity-venv"
+
+
+def environment(folder: Path = FOLDER) -> Path:
+    """The Python of an environment that has TRL beside this environment's own torch and transformers."""
+    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    probe = [str(python), "-c", "import trl; print(trl.__version__)"]
+    if python.exists() and subprocess.run(probe, capture_output=True, text=True).stdout.strip() == TRL:
+        return python
+    venv.create(folder, with_pip=True)
+    where = [str(python), "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"]
+    site = Path(subprocess.run(where, capture_output=True, text=True, check=True).stdout.strip())
+    ours = sysconfig.get_paths()
+    (site / "beside.pth").write_text("\n".join(dict.fromkeys([ours["purelib"], ours["platlib"]])), encoding="utf-8")
+    subprocess.run([str(python), "-m", "pip", "install", "--quiet", f"trl=={TRL}"], check=True)
+    return python
