@@ -37,6 +37,7 @@ from posttrain.models.load import Policy, load_policy, load_weights, save_pretra
 from posttrain.prepare import Job, OnStep, Setup, final_answer, judged_tasks, make_collector, speak
 from posttrain.probes import Finding
 from posttrain.rewards.models import load_reward_model
+from posttrain.rollout import vllm
 from posttrain.store import checkpoint
 from posttrain.store.run import Event, Run, next_folder
 from posttrain.train.interrupt import Interrupt
@@ -202,7 +203,10 @@ def prepare(
     rng.seed_global(recipe.run.seed, "init")  # LoRA's first weights
     policy = load_policy(recipe.model, device)
     setup = Setup(recipe, policy, speak(policy, recipe.data.format), folder, given, reward)
-    return ALGORITHMS[algorithm].prepare(setup), machine.fingerprint(policy, device)
+    job, made_by = ALGORITHMS[algorithm].prepare(setup), machine.fingerprint(policy, device)
+    if hasattr(recipe, "rollout") and recipe.rollout.engine == "vllm":
+        made_by["vllm"] = vllm.version()
+    return job, made_by
 
 
 def _drive(store: Run, job: Job, on_step: OnStep | None) -> Result:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from posttrain import rng
 from posttrain.collect import Collector, episode_rows
@@ -131,8 +132,12 @@ class Examiner:
     temperature: float
     final_answer: Callable[[str], str]
 
-    def __call__(self, step: int) -> tuple[dict[str, float], list[EpisodeRow]]:
-        """Metrics named `eval/…` and the episodes behind them, stamped with `step`."""
+    def __call__(
+        self, step: int, weights: Mapping[str, torch.Tensor] | None = None
+    ) -> tuple[dict[str, float], list[EpisodeRow]]:
+        """Metrics named `eval/…` of these weights (None: of those at the start) and the episodes, stamped `step`."""
+        if weights is not None:
+            self.collector.generator.load(weights, version=step)
         collector = replace(self.collector, params=replace(self.collector.params, temperature=self.temperature))
         report, groups = evaluate(collector, self.tasks, self.samples, 0, self.final_answer)
         return report.metrics(), episode_rows("eval", step, groups, self.tasks)

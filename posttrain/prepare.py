@@ -12,6 +12,7 @@ import numpy as np
 
 from posttrain import machine
 from posttrain.collect import Collector, Verifier
+from posttrain.config import RolloutConfig
 from posttrain.data.answers import final_part, marked_answer
 from posttrain.data.chat import ChatFormat
 from posttrain.envs import prepare as data_sets
@@ -20,6 +21,8 @@ from posttrain.models.load import Policy
 from posttrain.rewards.functions import reward_from
 from posttrain.rewards.models import PREFIX, load_reward_model, model_folders
 from posttrain.rollout.engine import EmbeddedGenerator
+from posttrain.rollout.generator import Generator
+from posttrain.rollout.vllm import VLLMGenerator
 from posttrain.store.run import Run
 from posttrain.train.interrupt import Interrupt
 from posttrain.types import ConfigError, Message, SamplingParams, Task
@@ -101,11 +104,18 @@ def reward_hash(name: str) -> str:
     return ""
 
 
+def make_generator(policy: Policy, rollout: RolloutConfig) -> Generator:
+    """The engine that a recipe names, on this policy. Raises ConfigError where it cannot run here."""
+    if rollout.engine == "vllm":
+        return VLLMGenerator(policy, rollout.slots, rollout.vllm_memory)
+    return EmbeddedGenerator(policy, rollout.slots)
+
+
 def make_collector(policy: Policy, chat: ChatFormat, verify: Verifier, recipe: Any) -> Collector:
     """Engine, chat format and verifier put together for a recipe."""
     rollout = recipe.rollout
     return Collector(
-        generator=EmbeddedGenerator(policy, rollout.slots),
+        generator=make_generator(policy, rollout),
         encode=lambda task: chat.prompt_tokens(task.messages),
         decode=lambda tokens: policy.tokenizer.decode(tokens, skip_special_tokens=True),
         verify=verify,

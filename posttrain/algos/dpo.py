@@ -168,8 +168,7 @@ def run(
     def measure() -> tuple[dict[str, float], list[EpisodeRow]]:
         values, rows = held_out(learner, test, cfg), []
         if examine is not None:
-            examine.collector.generator.load(learner.weights(), version=step)
-            sampled, rows = examine(step)
+            sampled, rows = examine(step, learner.weights())
             values |= sampled
         return values, rows
 

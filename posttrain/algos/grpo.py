@@ -202,7 +202,7 @@ def run(
         rows = episode_rows("train", step, groups, sampled.tasks, advantages)
         if step == recipe.train.steps or (recipe.eval.every and step % recipe.eval.every == 0):
             ahead.wait()  # so that the reward is not called from here and from there at once
-            measured, eval_rows = examine(step)
+            measured, eval_rows = examine(step, learner.weights())
             values, rows = values | measured, rows + eval_rows
         failpoint("step:before-store")
         store.write(step, values, times, rows, _events(values, flat_steps))

@@ -165,8 +165,7 @@ def run(
         times = timings(groups, start, sampled)
         rows = episode_rows("train", step, groups, tasks, pair_roles(groups, pairs))
         if step == recipe.train.steps or (recipe.eval.every and step % recipe.eval.every == 0):
-            collector.generator.load(learner.weights(), version=step)
-            measured, eval_rows = examine(step)
+            measured, eval_rows = examine(step, learner.weights())
             values, rows = values | measured, rows + eval_rows
         failpoint("step:before-store")
         store.write(step, values, times, rows, _events(values, flat_steps))

@@ -215,7 +215,7 @@ def run(
         times = collect.timings(groups, start, sampled)
         rows = collect.episode_rows("train", at.step, groups, tasks, mean_advantages(samples).view(len(groups), -1))
         if at.step == train.steps or (recipe.eval.every and at.step % recipe.eval.every == 0):
-            measured, eval_rows = examine(at.step)
+            measured, eval_rows = examine(at.step, learner.weights())
             values, rows = values | measured, rows + eval_rows
         failpoint("step:before-store")
         store.write(at.step, values, times, rows, _events(values, at.flat_steps))

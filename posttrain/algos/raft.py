@@ -177,7 +177,7 @@ def run(
         times = timings(groups, start, sampled)
         rows = episode_rows("train", step, groups, tasks, weights_of(groups, chosen))
         if step == recipe.train.steps or (recipe.eval.every and step % recipe.eval.every == 0):
-            measured, eval_rows = examine(step)
+            measured, eval_rows = examine(step, learner.weights())
             values, rows = values | measured, rows + eval_rows
         failpoint("step:before-store")
         store.write(step, values, times, rows, _events(values, empty_rounds))

@@ -60,14 +60,16 @@ class RewardConfig:
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    engine: Literal["embedded"] = "embedded"
-    """What samples completions. `embedded` runs in this process."""
+    engine: Literal["embedded", "vllm"] = "embedded"
+    """What samples completions: this package's own generator, or vLLM in the same process (docs/vllm.md)."""
     slots: int = 128
     """Sequences decoded at once; a slot is refilled the moment its sequence ends."""
     max_tokens: int = 256
     """Longest completion, stop token included; longer ones are cut and marked `length`."""
     temperature: float = 1.0
     """Sampling temperature; the learner's log-probabilities use the same one."""
+    vllm_memory: float = 0.3
+    """With vllm, the largest share of the device's memory that its key-value cache may take."""
     reward_workers: int = 1
     """Threads that call the reward while other answers are being written; 0 calls it when all are finished."""
 
@@ -140,6 +142,8 @@ def check_shared(recipe: Any) -> None:
         raise ConfigError(f"data.count={data.count} is negative; 0 reads all rows of a file.")
     if hasattr(recipe, "rollout") and recipe.rollout.reward_workers < 0:
         raise ConfigError(f"rollout.reward_workers={recipe.rollout.reward_workers} is negative; 0 switches them off.")
+    if hasattr(recipe, "rollout") and not 0 < recipe.rollout.vllm_memory < 1:
+        raise ConfigError(f"rollout.vllm_memory={recipe.rollout.vllm_memory} is not a share between 0 and 1.")
     if recipe.model.lora_rank < 0:
         raise ConfigError(f"model.lora_rank={recipe.model.lora_rank} is negative; 0 trains all weights.")
     require_positive(train, "tokens_per_pass")

