@@ -53,8 +53,10 @@ class Threads:
         self.closed = True
         for _ in self._threads:
             self._calls.put(None)
+        patient = kind is None or issubclass(kind, Exception)
+        end = time.monotonic() + LAST_CALL
         for thread in self._threads:
-            thread.join(None if kind is None or issubclass(kind, Exception) else LAST_CALL)
+            thread.join(None if patient else max(0.0, end - time.monotonic()))
 
     def _work(self, cpu_threads: int) -> None:
         torch.set_num_threads(cpu_threads)

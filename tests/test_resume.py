@@ -118,10 +118,12 @@ def test_killed_at_random_moments_runs_resume_to_the_same_bits(server: Server) -
     assert killed >= 3, "the moments were all after the end; the test proves nothing"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_polite_signal_finishes_the_step_and_saves_it(server: Server, number: signal.Signals) -> None:
-    folder = f"grpo-{number.name}"
-    code = server.live(folder, "grpo", kill_at_step=1, signal=int(number), settings={"train.steps": 4000})
+@pytest.mark.parametrize(
+    ("algorithm", "number"), [("grpo", signal.SIGINT), ("grpo", signal.SIGTERM), ("grpo+overlap", signal.SIGTERM)]
+)
+def test_a_polite_signal_finishes_the_step_and_saves_it(server: Server, algorithm: str, number: signal.Signals) -> None:
+    folder = f"{algorithm}-{number.name}"
+    code = server.live(folder, algorithm, kill_at_step=1, signal=int(number), settings={"train.steps": 4000})
     assert code == 40 + number, "the run should end by itself, unfinished, and say which signal asked for it"
     with Run.read(server.root / folder) as run:
         saved = checkpoint.latest(server.root / folder)
