@@ -13,16 +13,23 @@ TRL = "1.16.0"
 FOLDER = ROOT / "build" / "parity-venv"
 
 
-def environment(folder: Path = FOLDER) -> Path:
-    """The Python of an environment that has TRL beside this environment's own torch and transformers."""
+def beside(folder: Path) -> Path:
+    """The Python of an environment, made where it is missing, that also sees this one's packages and this package."""
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    probe = [str(python), "-c", "import trl; print(trl.__version__)"]
-    if python.exists() and subprocess.run(probe, capture_output=True, text=True).stdout.strip() == TRL:
-        return python
-    venv.create(folder, with_pip=True)
+    if not python.exists():
+        venv.create(folder, with_pip=True)
     where = [str(python), "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"]
     site = Path(subprocess.run(where, capture_output=True, text=True, check=True).stdout.strip())
     ours = sysconfig.get_paths()
-    (site / "beside.pth").write_text("\n".join(dict.fromkeys([ours["purelib"], ours["platlib"]])), encoding="utf-8")
-    subprocess.run([str(python), "-m", "pip", "install", "--quiet", f"trl=={TRL}"], check=True)
+    seen = dict.fromkeys([ours["purelib"], ours["platlib"], str(ROOT)])
+    (site / "beside.pth").write_text("\n".join(seen), encoding="utf-8")
+    return python
+
+
+def environment(folder: Path = FOLDER) -> Path:
+    """The Python of an environment that has TRL beside this environment's own torch and transformers."""
+    python = beside(folder)
+    probe = [str(python), "-c", "import trl; print(trl.__version__)"]
+    if subprocess.run(probe, capture_output=True, text=True).stdout.strip() != TRL:
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", f"trl=={TRL}"], check=True)
     return python
