@@ -3,8 +3,8 @@
     python -m bench [--only TEXT] [--rounds N] [--threads N] [--quick] [--smollm FOLDER] [--write]
 
 makes (or reuses) an environment with TRL in build/, runs both sides in turn on the same weights, prompts and lengths,
-prints medians, ratios and peak memory with the bar of each row, and writes them to build/bench. It ends with exit
-code 1 if a bar is missed.
+prints medians, ratios and peak memory with the bar of each row, and keeps them in build/bench. It ends with exit code 1
+if a bar is missed.
 """
 
 from __future__ import annotations
@@ -15,29 +15,67 @@ import platform
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
-from bench import table
+from bench import roofline, scaling, table
 from bench.duel import SideFailed, Sides, check
 from bench.environment import FOLDER, ROOT, TRL, environment
+from bench.models import SHAPES, model_folder
 from bench.rows import ROWS, Row, folder_of
 from bench.table import Result
 
 OUT = ROOT / "build" / "bench"
+PAGE = ROOT / "docs" / "performance.md"
+PICTURE = ROOT / "docs" / "images" / "scaling.png"
+MACHINE = "share of the machine's matrix products"
+SCALING = "cost as group, length and model grow"
+BEGIN, END = "<!-- measured -->\n", "<!-- end -->\n"
+
+
+@dataclass
+class Report:
+    """What one run of the command measured."""
+
+    about: dict[str, Any]
+    results: list[Result] = field(default_factory=list[Result])
+    share: roofline.Pass | None = None
+    curves: list[scaling.Curve] = field(default_factory=list[scaling.Curve])
+
+    @property
+    def met(self) -> bool:
+        """Whether every bar is met."""
+        return all(
+            [*(r.met for r in self.results), *(c.met for c in self.curves), self.share is None or self.share.met]
+        )
+
+    def markdown(self) -> str:
+        parts = [", ".join(f"{name} {value}" for name, value in self.about.items()) + "."]
+        if self.results:
+            parts += [table.markdown(self.results), table.settings(self.results)]
+        if self.share:
+            parts.append(self.share.lines())
+        if self.curves:
+            parts.append(scaling.markdown(self.curves))
+        return "\n\n".join(parts) + "\n"
+
+    def record(self) -> dict[str, Any]:
+        """Everything measured, for JSON."""
+        out: dict[str, Any] = {"machine": self.about, "rows": [r.record() for r in self.results]}
+        out["share"] = self.share.record() if self.share else None
+        return out | {"curves": [c.record() for c in self.curves]}
 
 
 def measure(row: Row, sides: Sides, given: Mapping[str, Path], rounds: int | None, quick: bool) -> Result:
     """Both sides of a row in turn; first each side's settings are tried where it has a choice."""
     job = row.job(folder_of(row, OUT / "models", given))
     try:
-        ours, peer = (
-            options[0] if quick else sides.fastest(which, job, options)
-            for which, options in (("ours", row.ours), ("peer", row.peer))
-        )
+        ours = row.ours[0] if quick else sides.fastest("ours", job, row.ours)
+        peer = row.peer[0] if quick else sides.fastest("peer", job, row.peer)
         a, b = sides.duel(job, ours, peer, 1 if quick else rounds or row.rounds)
     except SideFailed as error:
         return Result(row, problem=str(error))
@@ -45,17 +83,26 @@ def measure(row: Row, sides: Sides, given: Mapping[str, Path], rounds: int | Non
 
 
 def machine(threads: int) -> dict[str, Any]:
-    """What the numbers were measured on."""
-    model = ""
+    """What the numbers are measured on."""
+    model = platform.machine()
     for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
         if line.startswith("model name"):
             model = line.partition(":")[2].strip()
-    versions = {"trl": TRL, "torch": torch.__version__, "transformers": transformers.__version__}
-    cpu = {"cpu": model, "capability": torch.backends.cpu.get_cpu_capability(), "threads": threads}
-    return versions | cpu | {"python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}
+    versions = {"TRL": TRL, "torch": torch.__version__, "transformers": transformers.__version__}
+    cpu = {"CPU": model, "capability": torch.backends.cpu.get_cpu_capability(), "threads": threads}
+    return {"date": time.strftime("%Y-%m-%d"), **versions, **cpu}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def written(page: str, measured: str) -> str:
+    """The page with what stands between its two marks replaced. Raises ValueError where a mark is missing."""
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"{PAGE.name} has no {BEGIN.strip()} followed by {END.strip()}; put the two marks back.")
+    return before + begin + "\n" + measured + "\n" + end + after
+
+
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Time and memory side by side with TRL.")
     parser.add_argument("--only", default="", help="only rows whose name contains this")
     parser.add_argument("--rounds", type=int, help="measured steps of each side (default: as the row says)")
@@ -63,28 +110,47 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="one round, the first settings of each side")
     parser.add_argument("--smollm", type=Path, help="folder with SmolLM2-135M (default: random weights of its shape)")
     parser.add_argument("--venv", type=Path, default=FOLDER, help="where TRL is installed")
+    parser.add_argument("--write", action="store_true", help="write docs/performance.md and its picture")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = arguments()
     options = parser.parse_args(argv)
     rows = [row for row in ROWS if options.only in row.name]
-    if not rows:
-        parser.error(f"no row's name contains {options.only!r}; there are: {'; '.join(row.name for row in ROWS)}")
+    others = [name for name in (MACHINE, SCALING) if options.only in name]
+    if not rows and not others:
+        names = "; ".join([*(row.name for row in ROWS), MACHINE, SCALING])
+        parser.error(f"no row's name contains {options.only!r}; there are: {names}")
     if options.rounds is not None and options.rounds < 1:
         parser.error(f"--rounds {options.rounds} measures nothing; use 1 or more")
+    if options.write and (options.only or options.quick):
+        parser.error("--write records the whole table; leave out --only and --quick")
+    if options.smollm and not (options.smollm / "config.json").exists():
+        parser.error(f"--smollm {options.smollm} has no config.json; give the folder of a model")
     sides = Sides(environment(options.venv), options.threads)
-    given = {"SmolLM2-135M": options.smollm} if options.smollm else {}
-    results: list[Result] = []
+    given = {"SmolLM2-135M": options.smollm.resolve()} if options.smollm else {}
+    report = Report(machine(options.threads))
     for row in rows:
         print(row.name, flush=True)
-        results.append(measure(row, sides, given, options.rounds, options.quick))
-        print(results[-1].line(), flush=True)
+        report.results.append(measure(row, sides, given, options.rounds, options.quick))
+        print(report.results[-1].line(), flush=True)
+    if MACHINE in others:
+        print(MACHINE, flush=True)
+        shape = SHAPES["SmolLM2-135M"]
+        report.share = roofline.measure(sides, shape, str(model_folder(shape, OUT / "models")))
+    if SCALING in others:
+        print(SCALING, flush=True)
+        report.curves = scaling.measure(sides, OUT / "models", 1 if options.quick else 3)
     OUT.mkdir(parents=True, exist_ok=True)
-    about = machine(options.threads)
-    record = {"machine": about, "rows": [r.record() for r in results]}
     path = OUT / time.strftime("%Y%m%d-%H%M%S.json")
-    path.write_text(json.dumps(record, indent=1), encoding="utf-8")
-    print(f"\n{', '.join(f'{name} {value}' for name, value in about.items())}\n")
-    print(table.markdown(results))
-    print(f"\n{table.settings(results)}\n\nwritten to {path}")
-    return 0 if all(r.met for r in results) else 1
+    path.write_text(json.dumps(report.record(), indent=1), encoding="utf-8")
+    print(f"\n{report.markdown()}\nkept in {path}")
+    if report.curves:
+        scaling.draw(report.curves, PICTURE if options.write else path.with_suffix(".png"))
+    if options.write:
+        PAGE.write_text(written(PAGE.read_text(encoding="utf-8"), report.markdown()), encoding="utf-8")
+    return 0 if report.met else 1
 
 
 if __name__ == "__main__":

@@ -12,11 +12,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 from bench.environment import ROOT
 from bench.turns import MIB
 
+Which = Literal["ours", "peer"]
 TOLERANCE = 2e-3  # between losses of the two sides, relative above 1: after some updates rounding has grown
 
 
@@ -99,32 +100,41 @@ class Side:
         assert self._process.stdout
         line = self._process.stdout.readline()
         if not line:
-            code = self._process.wait()
+            self.close()
+            code = self._process.returncode
             raise SideFailed(f"a side ended with exit code {code} before it was told to; its own words are above.")
         return json.loads(line)
 
 
 @dataclass(frozen=True)
 class Sides:
-    """How to start either side of a comparison."""
+    """How to start either side of a comparison; any module that speaks as bench/turns.py says can be the peer."""
 
     peer: Path  # its Python
     threads: int
+    module: str = "bench.side_peer"
 
-    def start(self, which: str, job: Mapping[str, Any], settings: Mapping[str, Any]) -> Side:
-        python = self.peer if which == "peer" else Path(sys.executable)
-        return Side(python, f"bench.side_{which}", {**job, "threads": self.threads}, settings)
+    def start(self, which: Which, job: Mapping[str, Any], settings: Mapping[str, Any]) -> Side:
+        """A process with the model loaded, waiting for its first turn."""
+        python, module = (self.peer, self.module) if which == "peer" else (Path(sys.executable), "bench.side_ours")
+        return Side(python, module, {**job, "threads": self.threads}, settings)
 
-    def fastest(self, which: str, job: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-        """The settings whose second step is the quickest; those that a side refuses are told and left out."""
+    def fastest(
+        self, which: Which, job: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]]
+    ) -> Mapping[str, Any]:
+        """The settings whose second step is the quickest; those that a side refuses are told and left out.
+
+        One whose first step takes twice as long as the best second one is not given another.
+        """
         if len(candidates) == 1:
             return candidates[0]
         times: list[tuple[float, int]] = []
         for number, settings in enumerate(candidates):
             try:
                 with self.start(which, job, settings) as side:
-                    side.step(keep=False)
-                    seconds = side.step()
+                    seconds = side.step(keep=False)
+                    if not times or seconds < 2 * min(times)[0]:
+                        seconds = side.step()
             except SideFailed as error:
                 print(f"    {which} {dict(settings)}: {error}", flush=True)
                 continue

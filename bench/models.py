@@ -6,7 +6,6 @@ are one token each, so both sides read the same ids.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -98,7 +97,3 @@ def parameters(config: Any) -> tuple[int, int]:
     norms = width * (2 * config.num_hidden_layers + 1)
     matrices = config.num_hidden_layers * layer + table
     return matrices, matrices + norms + (0 if config.tie_word_embeddings else table)
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -115,8 +115,8 @@ SMOLLM2 = {"kind": "grpo", "prompts": [100] * 4, "group": 8, "lengths": long_tai
 ROWS = (
     Row("GRPO step, fixed length, fp32 against fp32", (Bar("time", 1.5),), "5M", FIXED),
     Row("GRPO step, fixed length, best against best", (Bar("time", 2.5),), "5M", FIXED, OURS, PEER),
-    Row("GRPO step, ragged lengths", (Bar("time", 5.0),), "5M", RAGGED, rounds=3),
-    Row("GRPO step, long shared prompt", (Bar("time", 6.0),), "5M", LONG_PROMPT, rounds=3),
+    Row("GRPO step, ragged lengths", (Bar("time", 5.0),), "5M", RAGGED, rounds=2),
+    Row("GRPO step, long shared prompt", (Bar("time", 6.0),), "5M", LONG_PROMPT, rounds=2),
     Row("GRPO step, vocabulary of 150,000", (Bar("memory", 0.4),), "150k words", MANY_WORDS, peer=(PASSES,), rounds=2),
     Row("generation, ragged, against model.generate", (Bar("time", 4.0),), "5M", GENERATE, peer=(WHOLE,)),
     Row(

@@ -10,7 +10,7 @@ from bench.duel import Series, mebibytes
 from bench.rows import Bar, Row
 
 HEAD = """\
-| work | ours, s | TRL, s | faster | bar | ours, tokens/s | TRL | ours, MiB | TRL, MiB | share | bar | |
+| work | ours, s | {peer}, s | faster | bar | ours, tokens/s | {peer} | ours, MiB | {peer}, MiB | share | bar | |
 |---|--:|--:|--:|---|--:|--:|--:|--:|--:|---|---|"""
 
 
@@ -76,19 +76,19 @@ class Result:
         return out
 
 
-def markdown(results: Sequence[Result]) -> str:
-    """The table of all rows."""
-    return "\n".join([HEAD, *(result.line() for result in results)])
+def markdown(results: Sequence[Result], peer: str = "TRL") -> str:
+    """The table of all rows; memory is a process's peak, in brackets what of it came after loading the model."""
+    return "\n".join([HEAD.format(peer=peer), *(result.line() for result in results)])
 
 
-def settings(results: Sequence[Result]) -> str:
+def settings(results: Sequence[Result], peer: str = "TRL") -> str:
     """What each side ran with, a line a row."""
 
     def said(values: Mapping[str, Any]) -> str:
         return ", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in values.items())
 
     return "\n".join(
-        f"- {r.row.name}: ours {said(r.ours.settings)}; TRL {said(r.peer.settings)}; {len(r.ours.seconds)} rounds"
+        f"- {r.row.name}: ours {said(r.ours.settings)}; {peer} {said(r.peer.settings)}; {len(r.ours.seconds)} rounds"
         for r in results
         if r.ours and r.peer
     )

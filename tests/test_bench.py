@@ -1,4 +1,4 @@
-"""The side-by-side with TRL: its own pieces, and that its table fails when numbers differ. TRL itself is not needed."""
+"""The comparisons with TRL: their own pieces, and that a table fails when it must. TRL itself is not needed."""
 
 from __future__ import annotations
 

@@ -1,0 +1,114 @@
+"""How the cost of a GRPO step grows with the group, the answers' length and the model, as curves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.duel import Sides
+from bench.models import SHAPES, Shape, model_folder, parameters, texts
+from bench.rows import LR
+
+BAR = 1.05  # of the slope: linear is 1, and the rest is for noise
+GROUPS = (4, 8, 16, 32, 64)
+LENGTHS = (32, 64, 128, 256, 512)
+WIDTHS = ((2, 128), (4, 256), (6, 384), (8, 640), (12, 768))  # layers, width
+PROMPT = 16
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Seconds of a step (y) at several sizes (x)."""
+
+    name: str
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+
+    @property
+    def slope(self) -> float:
+        """Of the straight line through the logarithms, by least squares: 1 is linear, below is better."""
+        return fit(self.x, self.y)[0]
+
+    @property
+    def met(self) -> bool:
+        return self.slope <= BAR
+
+    def line(self) -> str:
+        points = ", ".join(f"{x:,.3g}: {y:.2f} s" for x, y in zip(self.x, self.y, strict=True))
+        return f"| {self.name} | {points} | {self.slope:.2f} | {'met' if self.met else '**missed**'} |"
+
+    def record(self) -> dict[str, Any]:
+        return asdict(self) | {"slope": self.slope, "met": self.met}
+
+
+def fit(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
+    """(slope, intercept) of log y over log x, by least squares. Raises ValueError with fewer than two sizes."""
+    if len(set(x)) < 2:
+        raise ValueError(f"a slope needs two sizes or more, not {sorted(set(x))}.")
+    a, b = [math.log(v) for v in x], [math.log(v) for v in y]
+    mean_a, mean_b = sum(a) / len(a), sum(b) / len(b)
+    above = sum((p - mean_a) * (q - mean_b) for p, q in zip(a, b, strict=True))
+    slope = above / sum((p - mean_a) ** 2 for p in a)
+    return slope, mean_b - slope * mean_a
+
+
+def seconds(sides: Sides, folder: Path, prompts: int, group: int, length: int, steps: int) -> float:
+    """A GRPO step's seconds: the shortest of `steps` after one to warm up."""
+    job = {
+        "kind": "grpo",
+        "folder": str(folder),
+        "lr": LR,
+        "prompts": texts(folder, [PROMPT] * prompts),
+        "group": group,
+        "lengths": [length] * (prompts * group),
+    }
+    with sides.start("ours", job, {}) as side:
+        side.step(keep=False)
+        return min(side.step() for _ in range(steps))
+
+
+def measure(sides: Sides, root: Path, steps: int = 3) -> list[Curve]:
+    """Three curves, each with everything else held: G of one prompt, L of 16 answers, N of 16 answers × 64 tokens."""
+    small = model_folder(SHAPES["5M"], root)
+    groups = [seconds(sides, small, 1, group, 64, steps) for group in GROUPS]
+    lengths = [seconds(sides, small, 4, 4, length, steps) for length in LENGTHS]
+    shapes = [Shape(layers, width, width // 64, width // 64, 8 * width // 3, 2048) for layers, width in WIDTHS]
+    sizes = [seconds(sides, model_folder(shape, root), 4, 4, 64, steps) for shape in shapes]
+    counts = [parameters(shape.config())[1] for shape in shapes]
+    return [
+        Curve("answers to one prompt", tuple(map(float, GROUPS)), tuple(groups)),
+        Curve("tokens of an answer", tuple(map(float, LENGTHS)), tuple(lengths)),
+        Curve("parameters", tuple(map(float, counts)), tuple(sizes)),
+    ]
+
+
+def markdown(curves: Sequence[Curve]) -> str:
+    head = f"| a step's seconds by | measured | slope (bar ≤ {BAR:g}) | |\n|---|---|--:|---|"
+    return "\n".join([head, *(curve.line() for curve in curves)])
+
+
+def draw(curves: Sequence[Curve], path: Path) -> None:
+    """Plots the curves on logarithmic axes and their fitted lines, told apart by marks, and saves the picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(curves), figsize=(3.6 * len(curves), 3.2), squeeze=False)
+    for axis, curve, mark in zip(axes[0], curves, "os^Dv", strict=False):
+        slope, intercept = fit(curve.x, curve.y)
+        axis.loglog(curve.x, curve.y, mark, color="black", label="measured")
+        line = [math.exp(intercept) * x**slope for x in curve.x]
+        axis.loglog(curve.x, line, "--", color="0.4", label=f"slope {slope:.2f}")
+        linear = [curve.y[0] * x / curve.x[0] for x in curve.x]
+        axis.loglog(curve.x, linear, ":", color="0.4", label="linear")
+        axis.set_xlabel(curve.name)
+        axis.grid(True, which="major", color="0.9")
+        axis.legend(frameon=False, fontsize=8)
+    axes[0][0].set_ylabel("seconds of a GRPO step")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
