@@ -131,7 +131,7 @@ ROWS = (
         (Bar("time", 2.0), Bar("memory", 0.6)),
         "5M",
         {"kind": "sft", "count": 64},
-        peer=(WHOLE, PASSES, {"dtype": "float32", "packing": 512, "rows_per_pass": 4}),
+        peer=(WHOLE, PASSES, {"dtype": "float32", "packing": 512, "rows_per_pass": 1}),
     ),
     Row("DPO, shared prompts", (Bar("time", 2.0), Bar("memory", 0.6)), "5M", {"kind": "dpo", "count": 16}),
     Row("GRPO step, SmolLM2-135M", (Bar("time", 2.5),), "SmolLM2-135M", SMOLLM2, peer=(PASSES,), rounds=2),

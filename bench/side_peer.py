@@ -95,6 +95,14 @@ def load(job: Job, turns: Turns) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+def data_set(rows: list[dict[str, Any]]) -> Any:
+    """Rows as the trainers want them, without bars of progress."""
+    from datasets import Dataset, disable_progress_bars
+
+    disable_progress_bars()
+    return Dataset.from_list(rows)
+
+
 class OneStepATurn(TrainerCallback):
     """Waits before each optimizer step and reports after it."""
 
@@ -115,6 +123,8 @@ def arguments(kind: Any, job: Job, rows: int, folder: str, **more: Any) -> Any:
     What changes the result is as in our recipes: AdamW's betas, no weight decay, a constant rate, clipping at norm 1.
     """
     a_pass = min(job["settings"].get("rows_per_pass", rows), rows)
+    if rows % a_pass:
+        raise SystemExit(f"{rows} rows do not divide into passes of {a_pass}.")
     return kind(
         output_dir=folder,
         per_device_train_batch_size=a_pass,
@@ -152,7 +162,6 @@ def train(trainer: Any, turns: Turns, facts: dict[str, Any]) -> None:
 
 def run_grpo(job: Job, turns: Turns, folder: str) -> None:
     import trl
-    from datasets import Dataset
 
     model, tokenizer = load(job, turns)
     facts: dict[str, Any] = {}
@@ -178,7 +187,7 @@ def run_grpo(job: Job, turns: Turns, folder: str) -> None:
             use_transformers_continuous_batching=continuous,
             shuffle_dataset=False,
         ),
-        train_dataset=Dataset.from_list([{"prompt": text} for text in job["prompts"]]),
+        train_dataset=data_set([{"prompt": text} for text in job["prompts"]]),
         processing_class=tokenizer,
     )
     if continuous:
@@ -223,7 +232,6 @@ def run_generate(job: Job, turns: Turns, folder: str) -> None:
 
 def run_sft(job: Job, turns: Turns, folder: str) -> None:
     import trl
-    from datasets import Dataset
 
     model, tokenizer = load(job, turns)
     rows: list[dict[str, list[int]]] = []
@@ -238,7 +246,7 @@ def run_sft(job: Job, turns: Turns, folder: str) -> None:
     trainer = trl.SFTTrainer(
         model,
         args=arguments(trl.SFTConfig, job, len(rows), folder, **options),
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=data_set(rows),
         processing_class=tokenizer,
     )
     packed = len(trainer.train_dataset)
@@ -246,7 +254,7 @@ def run_sft(job: Job, turns: Turns, folder: str) -> None:
         trainer = trl.SFTTrainer(
             model,
             args=arguments(trl.SFTConfig, job, packed, folder, **options),
-            train_dataset=Dataset.from_list(rows),
+            train_dataset=data_set(rows),
             processing_class=tokenizer,
         )
     train(trainer, turns, {"tokens": sum(len(row["input_ids"]) for row in rows)})
@@ -254,7 +262,6 @@ def run_sft(job: Job, turns: Turns, folder: str) -> None:
 
 def run_dpo(job: Job, turns: Turns, folder: str) -> None:
     import trl
-    from datasets import Dataset
 
     model, tokenizer = load(job, turns)
     pairs = [
@@ -266,7 +273,7 @@ def run_dpo(job: Job, turns: Turns, folder: str) -> None:
     trainer = trl.DPOTrainer(
         model,
         args=arguments(trl.DPOConfig, job, len(pairs), folder, **options),
-        train_dataset=Dataset.from_list(pairs),
+        train_dataset=data_set(pairs),
         processing_class=tokenizer,
     )
     for given, row in zip(job["pairs"], trainer.train_dataset, strict=True):
