@@ -316,6 +316,8 @@ class Batch:
     returns: torch.Tensor | None = None  # (B, T) float32
     labels: torch.Tensor | None = None  # (B,) float32
     margins: torch.Tensor | None = None  # (B,) float32
+    shared: tuple[tuple[int, int], ...] = ()  # (rows, first tokens they share) run by run; empty: nothing is shared
+    rows: tuple[int, ...] = ()  # which rows of the optimizer batch these are
 
     @property
     def mask(self) -> torch.Tensor:

@@ -46,12 +46,14 @@ def test_passes_hold_every_sample_once_within_their_room(lengths: list[int], roo
     parts = batching.passes(lengths, room)
     assert sorted(row for part in parts for row in part) == list(range(len(lengths)))
     assert all(sum(lengths[row] for row in part) <= room or len(part) == 1 for part in parts)
-    flat = [lengths[row] for part in parts for row in part]
-    assert flat == sorted(flat, reverse=True)
+    loads = [sum(lengths[row] for row in part) for part in parts]
+    assert loads == sorted(loads, reverse=True)
 
 
 def test_passes_by_hand() -> None:
-    assert batching.passes([3, 9, 4, 5, 20], 10) == [[4], [1], [3, 2], [0]]
+    """The row of 20 is alone; 21 tokens in passes of 10 need three of them."""
+    assert batching.passes([3, 9, 4, 5, 20], 10) == [[4], [1], [0, 2], [3]]
+    assert batching.passes([], 10) == []
 
 
 @weightings

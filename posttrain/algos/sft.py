@@ -210,11 +210,12 @@ def run(
         drawn = mixture.draw(begun, min(cfg.batch_rows, last_row - begun))  # a pass's last step takes what is left
         rows = [sources[source][row] for source, row in drawn]
         rng.seed_global(seed, "update", step)
-        parts = batching.passes([len(row.tokens) for row in rows], recipe.train.tokens_per_pass)
-        batches = batching.micro(rows, recipe.train.tokens_per_pass, "token-mean", device=policy.device)
+        share = not cfg.neftune_alpha  # noise is drawn for each row, so then no two rows begin alike
+        room = recipe.train.tokens_per_pass
+        batches = batching.micro(rows, room, "token-mean", device=policy.device, share=share)
         stats: list[dict[str, Stat]] = []
-        for batch, numbers in zip(batches, parts, strict=True):
-            keys = [rng.key("neftune", seed, step, number) for number in numbers]
+        for batch in batches:
+            keys = [rng.key("neftune", seed, step, row) for row in batch.rows]
             with noisy_embeddings(policy, batch, keys, cfg.neftune_alpha):
                 stats.append(learner.forward_backward(batch, loss))
         stats.append(learner.step())

@@ -24,14 +24,19 @@ Forward = Callable[[Policy, Batch, float], tuple[torch.Tensor, ...]]
 """forward(policy, batch, temperature) → the tensors that a loss gets before the batch."""
 
 
-def packed_hidden(policy: Policy, batch: Batch) -> torch.Tensor:
-    """Last hidden states (N, width) of the batch's N real tokens, row after row."""
-    layout = Packed(batch.real.sum(1))
-    return hidden_states(policy, batch.tokens[batch.real].unsqueeze(0), layout.positions, layout)[0]
+def hidden_at(policy: Policy, batch: Batch, where: torch.Tensor) -> torch.Tensor:
+    """Last hidden states (K, width) at `where` (K,) among the batch's real tokens, counted row after row.
+
+    What rows share (`batch.shared`) is computed once, and its gradient is the sum over the rows.
+    """
+    layout = Packed(batch.real.sum(1), batch.shared)
+    tokens = batch.tokens[batch.real][layout.kept].unsqueeze(0)
+    hidden = hidden_states(policy, tokens, layout.positions, layout)[0]
+    return hidden.index_select(0, layout.index[where])
 
 
 def trained_positions(batch: Batch) -> torch.Tensor:
-    """Where the trained tokens are among the packed ones (K,)."""
+    """Where the trained tokens are among the real ones (K,)."""
     return batch.mask[batch.real].nonzero().squeeze(1)
 
 
@@ -48,43 +53,46 @@ def token_stats(policy: Policy, batch: Batch, temperature: float) -> tuple[torch
 
 def token_stats_with_entropy(policy: Policy, batch: Batch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """The same with differentiable entropies, for losses with an entropy bonus."""
-    return _language(policy, batch, packed_hidden(policy, batch), temperature)
+    return _language(policy, batch, _before(policy, batch), temperature)
 
 
 def token_values(policy: Policy, batch: Batch, temperature: float = 1.0) -> tuple[torch.Tensor]:
     """Values (B, T) of the states before the trained tokens, 0 elsewhere: entry t has seen the tokens before t."""
-    return (_values(policy, batch, packed_hidden(policy, batch)),)
+    return (_values(policy, batch, _before(policy, batch)),)
 
 
 def actor_critic(policy: Policy, batch: Batch, temperature: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Log-probabilities, differentiable entropies and values (B, T) from one pass, for a shared critic."""
-    hidden = packed_hidden(policy, batch)
+    hidden = _before(policy, batch)
     return (*_language(policy, batch, hidden, temperature), _values(policy, batch, hidden))
 
 
 def row_scores(policy: Policy, batch: Batch, temperature: float = 1.0) -> tuple[torch.Tensor]:
     """Scores (B, heads) of whole rows, read by the scalar head at each row's last real token."""
     last = batch.real.sum(1).cumsum(0) - 1
-    return (_scalar(policy, packed_hidden(policy, batch).index_select(0, last)),)
+    return (_scalar(policy, hidden_at(policy, batch, last)),)
 
 
 def step_scores(policy: Policy, batch: Batch, temperature: float = 1.0) -> tuple[torch.Tensor]:
     """Scores (B, T) read by the scalar head AT the masked tokens (the ends of steps), 0 elsewhere."""
-    hidden = packed_hidden(policy, batch).index_select(0, trained_positions(batch))
+    hidden = hidden_at(policy, batch, trained_positions(batch))
     return (scatter(_scalar(policy, hidden)[:, 0], batch.mask),)
+
+
+def _before(policy: Policy, batch: Batch) -> torch.Tensor:
+    """Last hidden states (K, width) at the token before each trained one: what predicts it."""
+    return hidden_at(policy, batch, trained_positions(batch) - 1)
 
 
 def _language(
     policy: Policy, batch: Batch, hidden: torch.Tensor, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    where = trained_positions(batch)
-    targets = batch.tokens[batch.real][where]
-    logp, entropy = project(policy, hidden.index_select(0, where - 1), targets, temperature)
+    logp, entropy = project(policy, hidden, batch.tokens[batch.mask], temperature)
     return scatter(logp, batch.mask), scatter(entropy, batch.mask)
 
 
 def _values(policy: Policy, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
-    return scatter(_scalar(policy, hidden.index_select(0, trained_positions(batch) - 1))[:, 0], batch.mask)
+    return scatter(_scalar(policy, hidden)[:, 0], batch.mask)
 
 
 def _scalar(policy: Policy, hidden: torch.Tensor) -> torch.Tensor:
@@ -121,17 +129,17 @@ def sample_logprobs(
     policy: Policy, samples: Sequence[Sample], tokens_per_pass: int, temperature: float = 1.0
 ) -> list[np.ndarray]:
     """Per-token log-probabilities [L] float32 of each sample's trained tokens under a policy, in the order given."""
-    return _trimmed(samples, _in_passes(policy, samples, tokens_per_pass, lambda b: logprobs(policy, b, temperature)))
+    return _per_token(policy, samples, tokens_per_pass, lambda b: logprobs(policy, b, temperature))
 
 
 def sample_values(policy: Policy, samples: Sequence[Sample], tokens_per_pass: int) -> list[np.ndarray]:
     """Per-token values [L] float32 of the states before each trained token, in the order given."""
-    return _trimmed(samples, _in_passes(policy, samples, tokens_per_pass, lambda b: token_values(policy, b)[0]))
+    return _per_token(policy, samples, tokens_per_pass, lambda b: token_values(policy, b)[0])
 
 
 def sample_step_scores(policy: Policy, samples: Sequence[Sample], tokens_per_pass: int) -> list[np.ndarray]:
     """Scores [L] float32 at each masked token, 0 elsewhere, in the order given."""
-    return _trimmed(samples, _in_passes(policy, samples, tokens_per_pass, lambda b: step_scores(policy, b)[0]))
+    return _per_token(policy, samples, tokens_per_pass, lambda b: step_scores(policy, b)[0])
 
 
 def sample_scores(policy: Policy, samples: Sequence[Sample], tokens_per_pass: int) -> np.ndarray:
@@ -145,7 +153,7 @@ def _in_passes(
 ) -> list[np.ndarray]:
     policy.model.eval()
     out: list[np.ndarray] = [np.zeros(0, np.float32)] * len(samples)
-    for part in batching.passes([len(s.tokens) for s in samples], tokens_per_pass):
+    for part in batching.plan(samples, [[i] for i in range(len(samples))], tokens_per_pass):
         rows = [samples[i] for i in part]
         batch = batching.pad(rows, batching.loss_masks(rows).float(), policy.device)
         for i, row in zip(part, of(batch).float().cpu().numpy(), strict=True):
@@ -153,5 +161,13 @@ def _in_passes(
     return out
 
 
-def _trimmed(samples: Sequence[Sample], rows: Sequence[np.ndarray]) -> list[np.ndarray]:
-    return [row[: len(sample.tokens)] for sample, row in zip(samples, rows, strict=True)]
+def _per_token(
+    policy: Policy, samples: Sequence[Sample], tokens_per_pass: int, of: Callable[[Batch], torch.Tensor]
+) -> list[np.ndarray]:
+    """Rows [L] of `of`'s (B, T), in the very passes that an update on the samples makes; 0 for rows without any."""
+    out = [np.zeros(len(s.tokens), np.float32) for s in samples]
+    trained = [i for i, s in enumerate(samples) if s.loss_mask.any()]
+    rows = _in_passes(policy, [samples[i] for i in trained], tokens_per_pass, of)
+    for i, row in zip(trained, rows, strict=True):
+        out[i] = row[: len(out[i])]
+    return out
