@@ -26,7 +26,7 @@ from bench import roofline, scaling, table
 from bench.duel import SideFailed, Sides, check
 from bench.environment import FOLDER, ROOT, TRL, environment
 from bench.models import SHAPES, model_folder
-from bench.rows import ROWS, Row, folder_of
+from bench.rows import ROWS, Row, folder_of, quarter
 from bench.table import Result
 
 OUT = ROOT / "build" / "bench"
@@ -72,6 +72,7 @@ class Report:
 
 def measure(row: Row, sides: Sides, given: Mapping[str, Path], rounds: int | None, quick: bool) -> Result:
     """Both sides of a row in turn; first each side's settings are tried where it has a choice."""
+    row = quarter(row) if quick else row
     job = row.job(folder_of(row, OUT / "models", given))
     try:
         ours = row.ours[0] if quick else sides.fastest("ours", job, row.ours)
@@ -107,7 +108,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--only", default="", help="only rows whose name contains this")
     parser.add_argument("--rounds", type=int, help="measured steps of each side (default: as the row says)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of each side")
-    parser.add_argument("--quick", action="store_true", help="one round, the first settings of each side")
+    parser.add_argument("--quick", action="store_true", help="one round of a quarter of the work, first settings")
     parser.add_argument("--smollm", type=Path, help="folder with SmolLM2-135M (default: random weights of its shape)")
     parser.add_argument("--venv", type=Path, default=FOLDER, help="where TRL is installed")
     parser.add_argument("--write", action="store_true", help="write docs/performance.md and its picture")

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from bench.models import SHAPES, model_folder, texts
 
 Settings = Mapping[str, Any]
-FP32: tuple[Settings, ...] = ({"model.dtype": "float32"},)
-OURS: tuple[Settings, ...] = ({"model.dtype": "float32"}, {"model.dtype": "bfloat16"})
+SMALL: Settings = {"model.dtype": "float32", "train.tokens_per_pass": 2048}
+LARGE: Settings = {"model.dtype": "float32", "train.tokens_per_pass": 8192}  # our default
+FP32: tuple[Settings, ...] = (SMALL, LARGE)
+OURS: tuple[Settings, ...] = (*FP32, {"model.dtype": "bfloat16", "train.tokens_per_pass": 2048})
 WHOLE: Settings = {"dtype": "float32"}  # all rows in one pass
 PASSES: Settings = {"dtype": "float32", "rows_per_pass": 8}  # TRL's default number of rows
+PACKED: Settings = {"dtype": "float32", "packing": 512, "rows_per_pass": 1}
 PEER: tuple[Settings, ...] = (
-    WHOLE,
     PASSES,
+    WHOLE,
     {"dtype": "bfloat16", "rows_per_pass": 8},
     {"dtype": "float32", "rows_per_pass": 8, "continuous": True},
 )
@@ -48,7 +51,7 @@ class Row:
     model: str  # a name in SHAPES
     work: Mapping[str, Any]
     ours: Sequence[Settings] = FP32
-    peer: Sequence[Settings] = (WHOLE, PASSES)
+    peer: Sequence[Settings] = (PASSES, WHOLE)
     rounds: int = 4
 
     def job(self, folder: Path) -> dict[str, Any]:
@@ -63,6 +66,19 @@ class Row:
             }
         make = chats if work["kind"] == "sft" else pairs
         return job | make(SHAPES[self.model].vocab, work["count"])
+
+
+def quarter(row: Row) -> Row:
+    """The same row with a quarter of the work: every fourth length by size, so that the longest stays."""
+    work = dict(row.work)
+    if "count" in work:
+        return replace(row, work=work | {"count": max(2, work["count"] // 4)})
+    prompts = work["prompts"][: max(1, len(work["prompts"]) // 4)]
+    count = len(prompts) * work["group"]
+    step = len(work["lengths"]) // count
+    lengths = sorted(work["lengths"])[step - 1 :: step]
+    random.Random(0).shuffle(lengths)
+    return replace(row, work=work | {"prompts": prompts, "lengths": lengths})
 
 
 def long_tailed(count: int, shortest: int, longest: int, mean: float, seed: int = 0) -> list[int]:
@@ -109,6 +125,7 @@ RAGGED_LENGTHS = long_tailed(64, 8, 512, 90)
 RAGGED = {"kind": "grpo", "prompts": short_prompts(8), "group": 8, "lengths": RAGGED_LENGTHS}
 LONG_PROMPT = {"kind": "grpo", "prompts": [512] * 4, "group": 16, "lengths": [32] * 64}
 MANY_WORDS = {"kind": "grpo", "prompts": short_prompts(4), "group": 8, "lengths": [64] * 32}
+CHATS = {"kind": "sft", "count": 64}
 GENERATE = {"kind": "generate", "prompts": short_prompts(8), "group": 8, "lengths": RAGGED_LENGTHS}
 SMOLLM2 = {"kind": "grpo", "prompts": [100] * 4, "group": 8, "lengths": long_tailed(32, 16, 128, 56)}
 
@@ -117,24 +134,20 @@ ROWS = (
     Row("GRPO step, fixed length, best against best", (Bar("time", 2.5),), "5M", FIXED, OURS, PEER),
     Row("GRPO step, ragged lengths", (Bar("time", 5.0),), "5M", RAGGED, rounds=2),
     Row("GRPO step, long shared prompt", (Bar("time", 6.0),), "5M", LONG_PROMPT, rounds=2),
-    Row("GRPO step, vocabulary of 150,000", (Bar("memory", 0.4),), "150k words", MANY_WORDS, peer=(PASSES,), rounds=2),
-    Row("generation, ragged, against model.generate", (Bar("time", 4.0),), "5M", GENERATE, peer=(WHOLE,)),
+    Row("GRPO step, vocabulary of 150,000", (Bar("memory", 0.4),), "150k words", MANY_WORDS, (SMALL,), (PASSES,), 2),
+    Row("generation, ragged, against model.generate", (Bar("time", 4.0),), "5M", GENERATE, (SMALL,), (WHOLE,)),
     Row(
         "generation, ragged, against continuous batching",
         (Bar("time", 1.5),),
         "5M",
         GENERATE,
-        peer=({"dtype": "float32", "continuous": True},),
+        (SMALL,),
+        ({"dtype": "float32", "continuous": True},),
     ),
-    Row(
-        "SFT on ragged chats",
-        (Bar("time", 2.0), Bar("memory", 0.6)),
-        "5M",
-        {"kind": "sft", "count": 64},
-        peer=(WHOLE, PASSES, {"dtype": "float32", "packing": 512, "rows_per_pass": 1}),
-    ),
+    Row("SFT on ragged chats", (Bar("time", 2.0), Bar("memory", 0.6)), "5M", CHATS, peer=(PACKED, PASSES, WHOLE)),
+    Row("SFT on ragged chats, TRL not packing", (Bar("time", 2.0), Bar("memory", 0.6)), "5M", CHATS, rounds=2),
     Row("DPO, shared prompts", (Bar("time", 2.0), Bar("memory", 0.6)), "5M", {"kind": "dpo", "count": 16}),
-    Row("GRPO step, SmolLM2-135M", (Bar("time", 2.5),), "SmolLM2-135M", SMOLLM2, peer=(PASSES,), rounds=2),
+    Row("GRPO step, SmolLM2-135M", (Bar("time", 2.5),), "SmolLM2-135M", SMOLLM2, (SMALL,), (PASSES,), 2),
 )
 
 

@@ -17,7 +17,7 @@ from bench import duel, scaling, side_ours, table
 from bench.duel import Series, Side, SideFailed, Sides, check
 from bench.models import SHAPES, Shape, model_folder, parameters, texts
 from bench.roofline import arithmetic
-from bench.rows import ROWS, Bar, Row, chats, long_tailed, pairs
+from bench.rows import ROWS, Bar, Row, chats, long_tailed, pairs, quarter
 from bench.scaling import Curve
 from bench.side_peer import force_generate
 from bench.table import Result
@@ -211,6 +211,16 @@ def test_every_row_has_a_name_of_its_own_a_bar_and_known_work() -> None:
         assert row.work["kind"] in side_ours.KINDS
         if "lengths" in row.work:
             assert len(row.work["lengths"]) == len(row.work["prompts"]) * row.work["group"]
+
+
+def test_a_quarter_of_the_work_keeps_its_shape_and_its_longest_row() -> None:
+    for row, less in ((row, quarter(row)) for row in ROWS):
+        if "lengths" in row.work:
+            assert len(less.work["lengths"]) == len(less.work["prompts"]) * less.work["group"]
+            assert max(less.work["lengths"]) == max(row.work["lengths"])
+            assert 4 * len(less.work["lengths"]) == len(row.work["lengths"])
+        else:
+            assert 4 * less.work["count"] == row.work["count"]
 
 
 def test_only_what_stands_between_the_marks_of_the_page_is_replaced() -> None:
