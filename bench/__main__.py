@@ -71,12 +71,12 @@ class Report:
 
 
 def measure(row: Row, sides: Sides, given: Mapping[str, Path], rounds: int | None, quick: bool) -> Result:
-    """Both sides of a row in turn; first each side's settings are tried where it has a choice."""
-    row = quarter(row) if quick else row
-    job = row.job(folder_of(row, OUT / "models", given))
+    """Both sides of a row in turn; first each side's settings are tried, on a quarter of the work, where it has some."""
+    folder, less = folder_of(row, OUT / "models", given), quarter(row)
+    job, trial = (less if quick else row).job(folder), less.job(folder)
     try:
-        ours = row.ours[0] if quick else sides.fastest("ours", job, row.ours)
-        peer = row.peer[0] if quick else sides.fastest("peer", job, row.peer)
+        ours = row.ours[0] if quick else sides.fastest("ours", trial, row.ours)
+        peer = row.peer[0] if quick else sides.fastest("peer", trial, row.peer)
         a, b = sides.duel(job, ours, peer, 1 if quick else rounds or row.rounds)
     except SideFailed as error:
         return Result(row, problem=str(error))
