@@ -71,7 +71,7 @@ class Report:
 
 
 def measure(row: Row, sides: Sides, given: Mapping[str, Path], rounds: int | None, quick: bool) -> Result:
-    """Both sides of a row in turn; first each side's settings are tried, on a quarter of the work, where it has some."""
+    """Both sides of a row in turn; first each side tries its settings on a quarter of the work."""
     folder, less = folder_of(row, OUT / "models", given), quarter(row)
     job, trial = (less if quick else row).job(folder), less.job(folder)
     try:
