@@ -24,9 +24,14 @@ def _call(name: str, *arguments: Any) -> None:
     getattr(made.functions, name)(*[_argument(a) for a in arguments])
 
 
+def address(tensor: torch.Tensor | None) -> ctypes.c_void_p:
+    """Where a tensor's numbers begin; a null pointer for None."""
+    return ctypes.c_void_p(tensor.data_ptr() if tensor is not None else None)
+
+
 def _argument(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        return ctypes.c_void_p(value.data_ptr())
+        return address(value)
     if isinstance(value, float):
         return _F(value)
     return ctypes.c_int64(value) if isinstance(value, int) else value  # None is a null pointer
@@ -85,7 +90,8 @@ class _Rotary(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
-        return _turn(grad, *ctx.saved_tensors, -1.0), None, None
+        cosine, sine = ctx.saved_tensors
+        return _turn(grad, cosine, sine, -1.0), None, None
 
 
 def _turn(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, sign: float) -> torch.Tensor:

@@ -275,28 +275,30 @@ INLINE void head_norm(float *x, const float *w, int64_t width, float eps) {
 
 typedef struct {
     int64_t heads, kv_heads, width, room, blocks; /* blocks of 16 tokens that a slot has */
+    int64_t threads, scratch;                     /* scratch: floats of each thread */
     float scale, eps;
 } Shape;
 
 /* One decode step of one layer. qkv (rows, (heads + 2 kv_heads) width) as the product gave it; q_norm and k_norm
    (width) or null; cosine and sine (positions, width / 2). Row r is sequence `slot[r]` at `position[r]`; its first
-   `shared[r]` tokens are a prompt whose keys and values of this layer lie at shared_keys[r] and shared_values[r], laid
-   out as a slot's with just the blocks it needs. The new key and value are stored, then attended to.
+   `shared[r]` tokens are a prompt whose keys and values of all layers lie at shared_keys[r] and shared_values[r], each
+   layer laid out as a slot with just the blocks it needs. The new key and value are stored, then attended to.
    keys (slots, kv_heads, blocks, width, 16), values (slots, kv_heads, blocks 16, room), out (rows, heads width),
-   scratch (threads, heads / kv_heads, scratch_size). */
+   scratch (threads, shape.scratch). */
 void decode_attention(const float *qkv, const float *q_norm, const float *k_norm, const float *cosine,
                       const float *sine, const int64_t *slot, const int64_t *position, const int64_t *shared,
-                      const int64_t *shared_keys, const int64_t *shared_values, float *keys, float *values, float *out,
-                      float *scratch, int64_t scratch_size, int64_t rows, const Shape *shape) {
+                      const int64_t *shared_keys, const int64_t *shared_values, int64_t layer, float *keys,
+                      float *values, float *out, float *scratch, const int64_t *count, const Shape *shape) {
     const Shape z = *shape;
     const int64_t groups = z.heads / z.kv_heads, half = z.width / 2, wide = (z.heads + 2 * z.kv_heads) * z.width;
+    const int64_t rows = *count;
     int64_t next = 0;
-#pragma omp parallel
+#pragma omp parallel num_threads(z.threads)
     {
         int64_t mine;
 #pragma omp atomic capture
         mine = next++;
-        float *scores = scratch + mine * scratch_size;
+        float *scores = scratch + mine * z.scratch;
 #pragma omp for schedule(dynamic, 2)
         for (int64_t item = 0; item < rows * z.kv_heads; item++) {
             const int64_t h = item / rows, r = item % rows; /* head by head: a group's rows share the prompt's keys */
@@ -311,8 +313,9 @@ void decode_attention(const float *qkv, const float *q_norm, const float *k_norm
             float *key = own_keys + (at / LANES) * LANES * z.width + at % LANES;
             for (int64_t d = 0; d < z.width; d++) key[d * LANES] = turned[d];
             memcpy(own_values + at * z.room, row + (z.heads + z.kv_heads + h) * z.width, z.width * sizeof(float));
-            const float *prompt_keys = (const float *)shared_keys[r] + h * shared_blocks * LANES * z.width;
-            const float *prompt_values = (const float *)shared_values[r] + h * shared_blocks * LANES * z.room;
+            const int64_t before = (layer * z.kv_heads + h) * shared_blocks * LANES;
+            const float *prompt_keys = (const float *)shared_keys[r] + before * z.width;
+            const float *prompt_values = (const float *)shared_values[r] + before * z.room;
             for (int64_t g = 0; g < groups; g++) {
                 memcpy(raw, row + (h * groups + g) * z.width, z.width * sizeof(float));
                 if (q_norm) head_norm(raw, q_norm, z.width, z.eps);

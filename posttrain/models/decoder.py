@@ -61,7 +61,7 @@ def forward(body: Any, tokens: torch.Tensor, positions: torch.Tensor, layout: La
             x, delta = checkpoint(_layer, layer, index, x, delta, turns, (b, t), layout, use_reentrant=False)  # type: ignore[misc]
         else:
             x, delta = _layer(layer, index, x, delta, turns, (b, t), layout)
-    return _norm(body.norm, x, delta)[1].view(b, t, -1)
+    return norm(body.norm, x, delta)[1].view(b, t, -1)
 
 
 def _layer(
@@ -75,22 +75,27 @@ def _layer(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The residual stream x (N, W) and what is still to be added to it, before a layer → after it."""
     attention, mlp = layer.self_attn, layer.mlp
-    x, y = _norm(layer.input_layernorm, x, delta)
+    x, y = norm(layer.input_layernorm, x, delta)
     width = attention.head_dim
     query, key, value = (p(y).view(len(y), -1, width) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
-    if hasattr(attention, "q_norm"):
-        query, key = _head_norm(attention.q_norm, query), _head_norm(attention.k_norm, key)
-    query, key = kernels.rotary(query, *turns), kernels.rotary(key, *turns)
+    query, key = turned(attention, query, key, turns)
     rows = [part.view(*shape, -1, width).transpose(1, 2) for part in (query, key, value)]
     attended = layout.attend(index, rows[0], rows[1], rows[2], attention.scaling)
-    x, y = _norm(layer.post_attention_layernorm, x, attention.o_proj(attended.reshape(len(y), -1)))
+    x, y = norm(layer.post_attention_layernorm, x, attention.o_proj(attended.reshape(len(y), -1)))
     return x, mlp.down_proj(kernels.swiglu(mlp.gate_proj(y), mlp.up_proj(y)))
 
 
-def _norm(module: Any, x: torch.Tensor, delta: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+def norm(module: Any, x: torch.Tensor, delta: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """x + delta (N, W) and its norm, with a norm module's weight."""
     return kernels.add_norm(x, delta, module.weight, module.variance_epsilon)
 
 
-def _head_norm(module: Any, x: torch.Tensor) -> torch.Tensor:
-    """Qwen 3's norm of each query and key: x (N, H, D)."""
-    return _norm(module, x.reshape(-1, x.shape[-1]), None)[1].view(x.shape)
+def turned(
+    attention: Any, query: torch.Tensor, key: torch.Tensor, turns: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """query (N, Hq, D) and key (N, Hkv, D) turned to their positions; Qwen 3 norms each head before."""
+    if hasattr(attention, "q_norm"):
+        width = attention.head_dim
+        query = norm(attention.q_norm, query.reshape(-1, width), None)[1].view(query.shape)
+        key = norm(attention.k_norm, key.reshape(-1, width), None)[1].view(key.shape)
+    return kernels.rotary(query, *turns), kernels.rotary(key, *turns)

@@ -1,52 +1,81 @@
 """The embedded generator: continuous batching over slots in this process, on the learner's own weights.
 
-A prompt is computed once and its keys and values are copied to the slots of its completions. Each decode step is one
-model call over all used slots, at row counts that were found to give equal bits (see models/invariance.py), and each
-token is drawn with a number that belongs to its own sequence and position. So a completion never depends on its
-batch-mates, on the number of slots, or on what was sampled before.
+A prompt is computed once for all its completions. Each decode step is one pass over all used slots, at row counts that
+were found to give equal bits (see models/invariance.py), and each token is drawn with a number that belongs to its own
+sequence and position. So a completion never depends on its batch-mates, on the number of slots, or on what was sampled
+before. How a step is computed is a decoder's matter: `FusedDecoder` where it fits, `PlainDecoder` everywhere.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from posttrain import rng
-from posttrain.models.attention import Prefill, SlotCache
-from posttrain.models.invariance import ROW_COUNTS, TILE, equal_row_counts
-from posttrain.models.load import Policy, hidden_states, trainable
+from posttrain import kernels, rng
+from posttrain.models import decoder
+from posttrain.models.invariance import TILE
+from posttrain.models.load import Policy, trainable
+from posttrain.rollout.fused import FusedDecoder
 from posttrain.rollout.generator import OnDone, OnToken, Request, draw
+from posttrain.rollout.plain import PlainDecoder
 from posttrain.rollout.scheduler import Scheduler
 from posttrain.types import Completion, RolloutError, SamplingParams
 
-CACHE_BLOCK = 64  # room per sequence is a multiple of this many tokens
-PROMPT_BLOCK = 32  # prompts are padded on the right to a multiple of this; no real token sees the padding
+
+class Decoder(Protocol):
+    """What computes logits for the slots in use, which are always 0 … R−1."""
+
+    def prepare(self, longest_prompt: int, max_tokens: int) -> None: ...
+    def prefill(self, prompts: Sequence[np.ndarray]) -> Sequence[Any]: ...
+    def start(self, slot: int, prompt: Any) -> None: ...
+    def move(self, source: int, target: int, length: int) -> None: ...
+    def step(self, newest: torch.Tensor, positions: torch.Tensor) -> torch.Tensor: ...
 
 
-@dataclass
-class _Prompt:
-    """A computed prompt: what its completions start from."""
+class _Slots:
+    """What has been written in each slot so far, as arrays (slots, max_tokens) and (slots,)."""
 
-    keys: torch.Tensor  # (layers, Hkv, n, D)
-    values: torch.Tensor
-    logits: torch.Tensor  # (1, V) after the last prompt token
+    def __init__(self, slots: int, max_tokens: int) -> None:
+        self.sequence: list[tuple[int, int] | None] = [None] * slots  # (request, index)
+        self.tokens = np.zeros((slots, max_tokens), np.int64)
+        self.logprobs = np.zeros((slots, max_tokens), np.float32)
+        self.kept = np.zeros((slots, max_tokens), np.float32)
+        self.uniforms = np.zeros((slots, max_tokens))
+        self.lengths = np.zeros(slots, np.int64)
+        self.limits = np.zeros(slots, np.int64)
+        self.prompts = np.zeros(slots, np.int64)  # tokens in the prompt
 
+    def begin(self, slot: int, group: int, index: int, request: Request, max_tokens: int) -> None:
+        """Puts a completion that is still empty into a slot."""
+        limit = request.limit(index, max_tokens)
+        self.sequence[slot] = (group, index)
+        self.uniforms[slot, :limit] = rng.uniforms(request.seeds[index], limit)
+        self.lengths[slot], self.limits[slot], self.prompts[slot] = 0, limit, len(request.prompt)
 
-@dataclass
-class _Sequence:
-    """One completion being written."""
+    def move(self, source: int, target: int) -> int:
+        """Copies one slot over another; returns the tokens its sequence has in the cache."""
+        self.sequence[target] = self.sequence[source]
+        for array in (self.tokens, self.logprobs, self.kept, self.uniforms, self.lengths, self.limits, self.prompts):
+            array[target] = array[source]
+        return int(self.prompts[target] + self.lengths[target] - 1)
 
-    group: int
-    index: int
-    position: int  # where the next token's keys go
-    uniforms: np.ndarray  # [limit] its own random numbers
-    limit: int  # tokens at which it is cut
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    kept: list[float] = field(default_factory=list)
+    def add(self, slots: np.ndarray, drawn: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> np.ndarray:
+        """Appends a token to each of `slots`; returns the tokens."""
+        tokens, logprobs, kept = (column.cpu().numpy() for column in drawn)
+        at = self.lengths[slots]
+        self.tokens[slots, at], self.logprobs[slots, at], self.kept[slots, at] = tokens, logprobs, kept
+        self.lengths[slots] += 1
+        return tokens
+
+    def completion(self, slot: int, stopped: bool, version: int) -> Completion:
+        """What a slot holds."""
+        n = self.lengths[slot]
+        tokens = self.tokens[slot, :n].astype(np.int32)
+        logprobs, kept = self.logprobs[slot, :n].copy(), self.kept[slot, :n].copy()
+        return Completion(tokens, logprobs, kept, "stop" if stopped else "length", version)
 
 
 class EmbeddedGenerator:
@@ -56,9 +85,7 @@ class EmbeddedGenerator:
         self.policy = policy
         self.slots = -(-slots // TILE) * TILE
         self.version = 0
-        self.rows = equal_row_counts(policy.body, max(ROW_COUNTS), policy.device)
-        self.head_rows = equal_row_counts(policy.head, self.slots, policy.device)
-        self._cache: SlotCache | None = None
+        self.decoder: Decoder = (FusedDecoder if decoder.fits(policy.body) else PlainDecoder)(policy, self.slots)
 
     def load(self, weights: Mapping[str, torch.Tensor], version: int) -> None:
         """Takes new weights, named as in `trainable(policy)`. The learner's own are already here and not copied."""
@@ -85,138 +112,47 @@ class EmbeddedGenerator:
             return []
         self._check(requests, params)
         self.policy.model.eval()
-        cache = self._room(max(len(r.prompt) for r in requests) + params.max_tokens)
+        self.decoder.prepare(max(len(r.prompt) for r in requests), params.max_tokens)
         scheduler = Scheduler(self.slots, [len(r.seeds) for r in requests])
-        prompts: dict[int, _Prompt] = {}
-        running: dict[int, _Sequence] = {}
+        slots = _Slots(min(self.slots, len(scheduler.waiting)), params.max_tokens)
+        stops = np.array(self.policy.stop_ids)
+        prompts: dict[int, Any] = {}
         done: list[list[Completion | None]] = [[None] * len(r.seeds) for r in requests]
 
-        def take(slots: list[int], logits: torch.Tensor) -> None:
-            """Draws a token for each of `slots` from its row of `logits`; frees the slots whose sequence ended."""
-            uniforms = np.array([running[s].uniforms[len(running[s].tokens)] for s in slots])
-            drawn = draw(logits, torch.from_numpy(uniforms).to(logits.device), params)
-            for slot, token, logprob, kept in zip(slots, *(column.tolist() for column in drawn), strict=True):
-                seq = running[slot]
-                seq.tokens.append(token)
-                seq.logprobs.append(logprob)
-                seq.kept.append(kept)
-                if on_token:
-                    on_token(seq.group, seq.index, token)
-                stopped = token in self.policy.stop_ids
-                if stopped or len(seq.tokens) == seq.limit:
-                    done[seq.group][seq.index] = completion = self._complete(seq, stopped)
-                    if on_done:
-                        on_done(seq.group, seq.index, completion)
-                    del running[slot]
-                    scheduler.finish(slot)
+        def take(used: np.ndarray, logits: torch.Tensor) -> None:
+            """Draws a token for each of the `used` slots from its row of `logits`; frees those that ended."""
+            uniforms = torch.from_numpy(slots.uniforms[used, slots.lengths[used]])
+            tokens = slots.add(used, _draw(logits, uniforms, params))
+            stopped = np.isin(tokens, stops)
+            if on_token:
+                for slot, token in zip(used.tolist(), tokens.tolist(), strict=True):
+                    on_token(*slots.sequence[slot], token)  # type: ignore[misc]
+            for row in np.flatnonzero(stopped | (slots.lengths[used] == slots.limits[used])).tolist():
+                slot = int(used[row])
+                group, index = slots.sequence[slot]  # type: ignore[misc]
+                done[group][index] = completion = slots.completion(slot, bool(stopped[row]), self.version)
+                scheduler.finish(slot)
+                if on_done:
+                    on_done(group, index, completion)
 
-        while scheduler.waiting or running:
+        while True:
             while started := scheduler.admit():
-                self._prefill(sorted({g for _, g, _ in started} - prompts.keys()), requests, prompts)
+                new = sorted({group for _, group, _ in started} - prompts.keys())
+                prompts |= zip(new, self.decoder.prefill([requests[g].prompt for g in new]), strict=True)
                 for slot, group, index in started:
-                    prompt = prompts[group]
-                    cache.fill(slot, prompt.keys, prompt.values)
-                    request = requests[group]
-                    limit = request.limit(index, params.max_tokens)
-                    uniforms = rng.uniforms(request.seeds[index], limit)
-                    running[slot] = _Sequence(group, index, len(request.prompt), uniforms, limit)
-                take([s for s, _, _ in started], torch.cat([prompts[g].logits for _, g, _ in started]))
-                for group in {g for _, g, _ in started}:
-                    if scheduler.last_of_group(group):
-                        del prompts[group]
+                    slots.begin(slot, group, index, requests[group], params.max_tokens)
+                    self.decoder.start(slot, prompts[group])
+                take(np.array([s for s, _, _ in started]), torch.cat([prompts[g].logits for _, g, _ in started]))
+                for group in {g for _, g, _ in started if scheduler.last_of_group(g)}:
+                    del prompts[group]
             for source, target in scheduler.compact():
-                running[target] = running.pop(source)
-                cache.move(source, target, running[target].position)
-            if running:
-                slots = list(range(scheduler.active))
-                take(slots, self._decode([running[s] for s in slots], cache))
-        return [[c for c in group if c is not None] for group in done]
-
-    def _decode(self, sequences: list[_Sequence], cache: SlotCache) -> torch.Tensor:
-        """Feeds each sequence its newest token and returns the next logits (len(sequences), V)."""
-        count, device = len(sequences), self.policy.device
-        logits: list[torch.Tensor] = []
-        tokens = torch.tensor([s.tokens[-1] for s in sequences], device=device)
-        positions = torch.tensor([s.position for s in sequences], device=device)
-        for first, rows in self._calls(count, self.rows):
-            real = min(rows, count - first)
-            part = torch.zeros(2, rows, dtype=torch.int64, device=device)
-            part[0, :real], part[1, :real] = tokens[first : first + real], positions[first : first + real]
-            layout = cache.step(part[1], first)
-            hidden = hidden_states(self.policy, part[0].unsqueeze(1), part[1].unsqueeze(1), layout)
-            logits.append(self._head(hidden[:real, 0]))
-        for seq in sequences:
-            seq.position += 1
-        return torch.cat(logits)
-
-    def _prefill(self, groups: list[int], requests: Sequence[Request], prompts: dict[int, _Prompt]) -> None:
-        """Computes prompts, several in one call where that cannot change their bits."""
-        by_length: dict[int, list[int]] = {}
-        for group in groups:
-            padded = -(-len(requests[group].prompt) // PROMPT_BLOCK) * PROMPT_BLOCK
-            by_length.setdefault(padded, []).append(group)
-        for padded, members in sorted(by_length.items()):
-            while members:  # one prompt alone is exact by definition; more only at a proven row count
-                sizes = [n for n in range(2, len(members) + 1) if {padded, n * padded} <= {*self.rows}]
-                size = max(sizes, default=1)
-                self._prefill_call(members[:size], padded, requests, prompts)
-                members = members[size:]
-
-    def _prefill_call(
-        self, groups: list[int], padded: int, requests: Sequence[Request], prompts: dict[int, _Prompt]
-    ) -> None:
-        tokens = torch.zeros(len(groups), padded, dtype=torch.int64)
-        for row, group in enumerate(groups):
-            tokens[row, : len(requests[group].prompt)] = torch.from_numpy(requests[group].prompt.astype(np.int64))
-        tokens = tokens.to(self.policy.device)
-        layout = Prefill(padded)
-        positions = torch.arange(padded, device=tokens.device).expand_as(tokens)
-        hidden = hidden_states(self.policy, tokens, positions, layout)
-        last = torch.stack([hidden[row, len(requests[g].prompt) - 1] for row, g in enumerate(groups)])
-        logits = self._head(last)
-        keys, values = torch.stack(layout.keys, 1), torch.stack(layout.values, 1)  # (n, layers, Hkv, padded, D)
-        for row, group in enumerate(groups):
-            length = len(requests[group].prompt)
-            prompts[group] = _Prompt(keys[row, :, :, :length], values[row, :, :, :length], logits[row : row + 1])
-
-    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits (R, V) of hidden states (R, width), at proven row counts."""
-        out = []
-        for first, rows in self._calls(len(hidden), self.head_rows):
-            part = hidden[first : first + rows]
-            padding = hidden.new_zeros(rows - len(part), hidden.shape[1])
-            out.append(self.policy.head(torch.cat([part, padding]))[: len(part)])
-        return torch.cat(out)
-
-    def _calls(self, count: int, allowed: tuple[int, ...]) -> list[tuple[int, int]]:
-        """Splits `count` rows into (first, rows) calls of proven sizes that stay within the slots."""
-        calls: list[tuple[int, int]] = []
-        first = 0
-        while first < count:
-            sizes = [c for c in allowed if first + c <= max(self.slots, count)] or [TILE]
-            rows = min((c for c in sizes if c >= count - first), default=max(sizes))
-            calls.append((first, rows))
-            first += rows
-        return calls
-
-    def _room(self, longest: int) -> SlotCache:
-        config = self.policy.config
-        capacity = -(-longest // CACHE_BLOCK) * CACHE_BLOCK
-        if self._cache is None or self._cache.capacity < capacity:
-            width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-            like = next(self.policy.model.parameters())
-            heads = config.num_key_value_heads
-            self._cache = SlotCache(config.num_hidden_layers, self.slots, heads, capacity, width, like)
-        return self._cache
-
-    def _complete(self, seq: _Sequence, stopped: bool) -> Completion:
-        return Completion(
-            np.array(seq.tokens, np.int32),
-            np.array(seq.logprobs, np.float32),
-            np.array(seq.kept, np.float32),
-            "stop" if stopped else "length",
-            self.version,
-        )
+                self.decoder.move(source, target, slots.move(source, target))
+            if not scheduler.active:
+                return [[c for c in group if c is not None] for group in done]
+            used = np.arange(scheduler.active)
+            written = slots.lengths[used] - 1
+            newest = torch.from_numpy(slots.tokens[used, written])
+            take(used, self.decoder.step(newest, torch.from_numpy(slots.prompts[used] + written)))
 
     def _check(self, requests: Sequence[Request], params: SamplingParams) -> None:
         context = getattr(self.policy.config, "max_position_embeddings", None)
@@ -227,3 +163,14 @@ class EmbeddedGenerator:
                 f"{context}. Lower rollout.max_tokens or data.max_prompt_tokens.",
                 boundary="generator",
             )
+
+
+def _draw(
+    logits: torch.Tensor, uniforms: torch.Tensor, params: SamplingParams
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`draw`, by the kernel where the whole distribution is sampled in float32 on the CPU."""
+    whole = params.top_p == 1 and not 0 < params.top_k < logits.shape[-1]
+    if not (whole and logits.dtype == torch.float32 and logits.device.type == "cpu" and kernels.library()):
+        return draw(logits, uniforms.to(logits.device), params)
+    tokens, logprobs = kernels.draw(logits, uniforms, params.temperature)
+    return tokens, logprobs, torch.zeros(len(tokens))

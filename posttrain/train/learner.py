@@ -94,6 +94,7 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
+        torch.autograd.graph.increment_version(masters)  # fused AdamW does not say that it wrote
         self._publish()
         for master in masters:
             assert master.grad is not None

@@ -1,0 +1,125 @@
+"""Decoding through transformers' own modules: any architecture, dtype and device that the learner can drive."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from posttrain.models.attention import Prefill, SlotCache
+from posttrain.models.decoder import head_width
+from posttrain.models.invariance import ROW_COUNTS, TILE, calls, equal_row_counts, linear_shapes
+from posttrain.models.load import Policy, hidden_states
+
+BLOCK = 64  # room per sequence is a multiple of this many tokens
+PROMPT_BLOCK = 32  # prompts are padded on the right to a multiple of this; no real token sees the padding
+
+
+@dataclass
+class Prompt:
+    """A computed prompt: what its completions start from."""
+
+    keys: torch.Tensor  # (layers, Hkv, n, D)
+    values: torch.Tensor
+    logits: torch.Tensor  # (1, V) after the last prompt token
+
+
+class PlainDecoder:
+    """`Decoder` of rollout/engine.py. Slots in use are 0 … R−1; a prompt is copied into each slot that continues it."""
+
+    def __init__(self, policy: Policy, slots: int) -> None:
+        self.policy, self.slots = policy, slots
+        like = policy.head.weight
+        self.rows = equal_row_counts(linear_shapes(policy.body), max(ROW_COUNTS), like)
+        self.rows = tuple(c for c in self.rows if c % TILE == 0)  # attention's own products want whole tiles, too
+        self.head_rows = equal_row_counts(linear_shapes(policy.head), slots, like)
+        self._cache: SlotCache | None = None
+
+    @property
+    def cache(self) -> SlotCache:
+        """Keys and values of the slots."""
+        assert self._cache is not None, "`prepare` comes first"
+        return self._cache
+
+    def prepare(self, longest_prompt: int, max_tokens: int) -> None:
+        """Makes room for sequences of this length; the weights are read where they are."""
+        config = self.policy.config
+        capacity = -(-(longest_prompt + max_tokens) // BLOCK) * BLOCK
+        if self._cache is None or self._cache.capacity < capacity:
+            shape = (self.slots, config.num_key_value_heads, capacity, head_width(config))
+            self._cache = SlotCache(config.num_hidden_layers, *shape, like=next(self.policy.model.parameters()))
+
+    def prefill(self, prompts: Sequence[np.ndarray]) -> list[Prompt]:
+        """Computes prompts, several in one call where that cannot change their bits."""
+        done: dict[int, Prompt] = {}
+        for padded, members in by_padded_length(prompts).items():
+            for part in prefill_calls(members, padded, self.rows):
+                layout = Prefill(padded)
+                tokens = padded_tokens([prompts[i] for i in part], padded).to(self.policy.device)
+                positions = torch.arange(padded, device=tokens.device).expand_as(tokens)
+                hidden = hidden_states(self.policy, tokens, positions, layout)
+                logits = self._head(torch.stack([hidden[row, len(prompts[i]) - 1] for row, i in enumerate(part)]))
+                keys, values = torch.stack(layout.keys, 1), torch.stack(layout.values, 1)  # (n, layers, Hkv, padded, D)
+                for row, i in enumerate(part):
+                    n = len(prompts[i])
+                    done[i] = Prompt(keys[row, :, :, :n], values[row, :, :, :n], logits[row : row + 1])
+        return [done[i] for i in range(len(prompts))]
+
+    def start(self, slot: int, prompt: Prompt) -> None:
+        """Lets a slot continue a prompt."""
+        self.cache.fill(slot, prompt.keys, prompt.values)
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Continues a sequence of `length` tokens in another slot."""
+        self.cache.move(source, target, length)
+
+    def step(self, newest: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Feeds slots 0 … R−1 their newest tokens (R,) at positions (R,) and returns the next logits (R, V)."""
+        count, device = len(newest), self.policy.device
+        logits: list[torch.Tensor] = []
+        for first, rows in calls(count, self.rows, self.slots):
+            real = min(rows, count - first)
+            part = torch.zeros(2, rows, dtype=torch.int64, device=device)
+            part[0, :real], part[1, :real] = newest[first : first + real], positions[first : first + real]
+            layout = self.cache.step(part[1], first)
+            hidden = hidden_states(self.policy, part[0].unsqueeze(1), part[1].unsqueeze(1), layout)
+            logits.append(self._head(hidden[:real, 0]))
+        return torch.cat(logits)
+
+    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (R, V) of hidden states (R, width), at proven row counts."""
+        out = []
+        for first, rows in calls(len(hidden), self.head_rows, self.slots):
+            part = hidden[first : first + rows]
+            padding = hidden.new_zeros(rows - len(part), hidden.shape[1])
+            out.append(self.policy.head(torch.cat([part, padding]))[: len(part)])
+        return torch.cat(out)
+
+
+def by_padded_length(prompts: Sequence[np.ndarray]) -> dict[int, list[int]]:
+    """Indices of prompts by their length rounded up to PROMPT_BLOCK, shortest first."""
+    found: dict[int, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        found.setdefault(-(-len(prompt) // PROMPT_BLOCK) * PROMPT_BLOCK, []).append(i)
+    return dict(sorted(found.items()))
+
+
+def prefill_calls(members: Sequence[int], padded: int, rows: tuple[int, ...]) -> list[list[int]]:
+    """Splits prompts of one padded length into calls: one alone is exact by definition, more at proven row counts."""
+    out: list[list[int]] = []
+    while members:
+        sizes = [n for n in range(2, len(members) + 1) if {padded, n * padded} <= {*rows}]
+        size = max(sizes, default=1)
+        out.append(list(members[:size]))
+        members = members[size:]
+    return out
+
+
+def padded_tokens(prompts: Sequence[np.ndarray], padded: int) -> torch.Tensor:
+    """Token ids (n, padded) int64, zeros on the right."""
+    tokens = torch.zeros(len(prompts), padded, dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = torch.from_numpy(prompt.astype(np.int64))
+    return tokens

@@ -1,0 +1,252 @@
+"""The fused operations are the operations they replace, in value and gradient; the fused decoder is the plain one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from posttrain import kernels
+from posttrain.kernels.build import library, why_not
+from posttrain.models import decoder, lora
+from posttrain.models.attention import NAME
+from posttrain.models.load import Policy, check_forward
+from posttrain.models.packing import Packed
+from posttrain.rollout.engine import EmbeddedGenerator
+from posttrain.rollout.fused import FusedDecoder
+from posttrain.rollout.generator import Request
+from posttrain.rollout.generator import draw as plain_draw
+from posttrain.rollout.plain import PlainDecoder
+from posttrain.types import SamplingParams
+from tests import tiny
+
+pytestmark = pytest.mark.skipif(library() is None, reason=f"no kernels here: {why_not()}")
+
+sizes = st.integers(1, 70)
+few = settings(max_examples=30, deadline=None)
+
+
+def numbers(*shape: int, seed: int, grad: bool = False) -> torch.Tensor:
+    made = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return made.requires_grad_() if grad else made
+
+
+def assert_same_with_gradients(
+    ours: Sequence[torch.Tensor], truth: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], rounding: float = 3e-6
+) -> None:
+    """Values and gradients agree with a float64 computation from the same inputs, relative to the largest number."""
+    grads = [numbers(*value.shape, seed=99 + i) for i, value in enumerate(ours)]
+    mine = torch.autograd.grad(list(ours), inputs, grads)
+    exact = torch.autograd.grad(list(truth), inputs, [g.double() for g in grads])
+    for value, true in zip([*ours, *mine], [*truth, *exact], strict=True):
+        torch.testing.assert_close(
+            value.double(), true.double(), rtol=0, atol=rounding * max(1.0, float(true.detach().abs().max()))
+        )
+
+
+@few
+@given(rows=sizes, width=sizes, seed=st.integers(0, 99), added=st.booleans())
+def test_the_norm_with_its_residual_sum_is_the_formula(rows: int, width: int, seed: int, added: bool) -> None:
+    x, weight = numbers(rows, width, seed=seed, grad=True), numbers(width, seed=seed + 1, grad=True)
+    delta = numbers(rows, width, seed=seed + 2, grad=True) if added else None
+    total = x.double() + (delta.double() if delta is not None else 0)
+    truth = total, total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + 1e-3) * weight.double()
+    inputs = [x, weight] + ([delta] if delta is not None else [])
+    assert_same_with_gradients(kernels.add_norm(x, delta, weight, 1e-3), truth, inputs, 2e-5)
+
+
+@few
+@given(rows=sizes, width=sizes, seed=st.integers(0, 99))
+def test_the_gated_unit_is_silu_times_up(rows: int, width: int, seed: int) -> None:
+    gate, up = (numbers(rows, width, seed=seed + i, grad=True) for i in (0, 1))
+    truth = torch.nn.functional.silu(gate.double() * 4) * up.double()
+    assert_same_with_gradients([kernels.swiglu(gate * 4, up)], [truth], [gate, up])
+    out = torch.empty(rows, width)
+    kernels.swiglu_halves(torch.cat([gate * 4, up], 1).detach(), out)
+    torch.testing.assert_close(
+        out.double(), truth.detach(), rtol=0, atol=3e-6 * max(1.0, float(truth.detach().abs().max()))
+    )
+
+
+@few
+@given(rows=sizes, heads=st.integers(1, 5), half=st.integers(1, 40), seed=st.integers(0, 99))
+def test_a_rotary_turn_is_a_rotation_of_pairs(rows: int, heads: int, half: int, seed: int) -> None:
+    x, angle = numbers(rows, heads, 2 * half, seed=seed, grad=True), numbers(rows, half, seed=seed + 1)
+    c, s = angle.cos(), angle.sin()
+    a, b = x.double().chunk(2, -1)
+    cd, sd = c.double().unsqueeze(1), s.double().unsqueeze(1)
+    assert_same_with_gradients([kernels.rotary(x, c, s)], [torch.cat([a * cd - b * sd, b * cd + a * sd], -1)], [x])
+
+
+@few
+@given(
+    rows=st.integers(1, 9), vocab=st.integers(2, 700), temperature=st.sampled_from([0.3, 1.0, 1.7]),
+    seed=st.integers(0, 99), entropy_too=st.booleans(),
+)  # fmt: skip
+def test_log_probabilities_and_entropies_have_the_gradient_of_a_log_softmax(
+    rows: int, vocab: int, temperature: float, seed: int, entropy_too: bool
+) -> None:
+    logits = (numbers(rows, vocab, seed=seed) * 4).requires_grad_()
+    targets = torch.randint(vocab, (rows,), generator=torch.Generator().manual_seed(seed))
+    full = torch.log_softmax(logits.double() / temperature, -1)
+    logp, entropy = full.gather(1, targets.unsqueeze(1))[:, 0], -(full.exp() * full).sum(-1)
+    ours = kernels.select_logp(logits.detach(), targets, temperature)
+    torch.testing.assert_close(ours[0].double(), logp.detach(), rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(ours[1].double(), entropy.detach(), rtol=2e-6, atol=5e-6)
+    dlogp, dentropy = numbers(rows, seed=seed + 1), numbers(rows, seed=seed + 2) if entropy_too else None
+    outputs = [logp, entropy] if entropy_too else [logp]
+    weights = [dlogp.double()] + ([dentropy.double()] if dentropy is not None else [])
+    (exact,) = torch.autograd.grad(outputs, logits, weights)
+    gradient = logits.detach().clone()
+    kernels.select_logp_grad_(gradient, targets, temperature, ours[1:], dlogp, dentropy)
+    torch.testing.assert_close(gradient.double(), exact.double(), rtol=0, atol=1e-5)
+
+
+@few
+@given(
+    rows=st.integers(1, 40), vocab=st.integers(1, 900), temperature=st.sampled_from([0.0, 0.4, 1.0]),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+def test_a_token_is_drawn_where_the_running_probability_passes_its_number(
+    rows: int, vocab: int, temperature: float, seed: int
+) -> None:
+    logits = numbers(rows, vocab, seed=seed) * 3
+    uniforms = torch.rand(rows, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    tokens, logp = kernels.draw(logits, uniforms, temperature)
+    plain, plain_logp, _ = plain_draw(logits.double(), uniforms, SamplingParams(temperature=temperature))
+    same = tokens == plain
+    full = torch.log_softmax(logits.double() / (temperature or 1.0), -1).exp().cumsum(-1)
+    edge = (full - uniforms.unsqueeze(1)).abs().amin(-1)  # a number this close to an edge may round either way
+    assert bool((same | (edge < 1e-6)).all())
+    torch.testing.assert_close(logp[same], plain_logp[same].float(), rtol=2e-6, atol=2e-6)
+
+
+def test_impossible_tokens_are_never_drawn_even_at_the_ends() -> None:
+    logits = torch.full((3, 600), -torch.inf)
+    logits[:, 300:302] = 0.0
+    tokens, logp = kernels.draw(logits, torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64), 1.0)
+    assert tokens.tolist() == [300, 301, 301] and torch.allclose(logp, torch.tensor(0.5).log())
+
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"num_key_value_heads": 2, "attention_bias": True},
+    "mistral": {"num_key_value_heads": 1, "sliding_window": None},
+    "qwen2": {"num_key_value_heads": 2},
+    "qwen3": {"num_key_value_heads": 4, "head_dim": 24},
+}
+
+
+def model_of(family: str) -> Policy:
+    torch.manual_seed(1)
+    config = transformers.AutoConfig.for_model(
+        family, vocab_size=90, hidden_size=40, intermediate_size=56, num_hidden_layers=3, num_attention_heads=4,
+        initializer_range=0.2, max_position_embeddings=256, attn_implementation="sdpa", **FAMILIES[family],
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config).float()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or "norm" in name:  # as trained ones are: not all zeros and ones
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return Policy(model, None, family, (1,))
+
+
+def requests(vocab: int) -> list[Request]:
+    drawn = np.random.default_rng(0)
+    lengths = (1, 15, 16, 17, 33, 70)
+    return [Request(drawn.integers(2, vocab, n).astype(np.int32), (3 * n, 3 * n + 1, 3 * n + 2)) for n in lengths]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_decoded_as_transformers_computes_it(family: str) -> None:
+    """Greedy tokens equal and log-probabilities to 1e-5; and a prompt in the middle of a block loses no key."""
+    policy = model_of(family)
+    assert decoder.fits(policy.body)
+    assert check_forward(policy) < 1e-4
+    fused, plain = EmbeddedGenerator(policy, 32), EmbeddedGenerator(policy, 32)
+    assert isinstance(fused.decoder, FusedDecoder)
+    plain.decoder = PlainDecoder(policy, 32)
+    for temperature in (0.0, 1.0):
+        params = SamplingParams(temperature=temperature, max_tokens=40)
+        ours, theirs = (e.generate(requests(90), params) for e in (fused, plain))
+        for one, other in zip([c for g in ours for c in g], [c for g in theirs for c in g], strict=True):
+            assert one.tokens.tolist() == other.tokens.tolist() and one.stop == other.stop
+            np.testing.assert_allclose(one.logprobs, other.logprobs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_trains_with_the_gradient_of_transformers(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = model_of(family)
+    check_forward(policy)
+    model = policy.model
+    tokens = torch.arange(2, 60).remainder(90)
+    layout = Packed(torch.tensor([30, 28]))
+
+    def gradient() -> list[torch.Tensor]:
+        model.zero_grad()
+        out = model.get_decoder()(
+            input_ids=tokens.unsqueeze(0), position_ids=layout.positions, use_cache=False, layout=layout
+        ).last_hidden_state
+        out.square().sum().backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    assert model.config._attn_implementation == NAME
+    theirs = gradient()
+    model.zero_grad()
+    decoder.forward(policy.body, tokens.unsqueeze(0), layout.positions, layout).square().sum().backward()
+    ours = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = torch.stack([t.norm() for t in theirs]).norm()
+    for one, other in zip(ours, theirs, strict=True):
+        assert float((one - other).norm() / norm) < 1e-5
+
+
+def test_new_weights_and_adapters_reach_the_packed_copy() -> None:
+    """After an update, and with LoRA, the sampler's log-probabilities are the changed model's."""
+    policy = model_of("llama")
+    check_forward(policy)
+    policy.model = lora.attach(policy.model, 4, 8)
+    engine = EmbeddedGenerator(policy, 32)
+    assert isinstance(engine.decoder, FusedDecoder)
+    params = SamplingParams(max_tokens=8)
+    before = engine.generate(requests(90), params)
+    with torch.no_grad():
+        for name, parameter in policy.model.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    after, plain = engine.generate(requests(90), params), EmbeddedGenerator(policy, 32)
+    plain.decoder = PlainDecoder(policy, 32)
+    for old, new, true in zip(before, after, plain.generate(requests(90), params), strict=True):
+        assert any(not np.array_equal(o.logprobs, n.logprobs) for o, n in zip(old, new, strict=True))
+        for n, t in zip(new, true, strict=True):
+            assert n.tokens.tolist() == t.tokens.tolist()
+            np.testing.assert_allclose(n.logprobs, t.logprobs, rtol=1e-5, atol=1e-5)
+
+
+def test_more_slots_or_longer_answers_or_other_threads_make_room_without_changing_a_bit() -> None:
+    policy = model_of("llama")
+    check_forward(policy)
+    engine = EmbeddedGenerator(policy, 32)
+    short = engine.generate(requests(90), SamplingParams(max_tokens=20))
+    engine.generate(requests(90), SamplingParams(max_tokens=150))
+    with tiny.threads(2):
+        again = engine.generate(requests(90), SamplingParams(max_tokens=20))
+    for one, other in zip([c for g in short for c in g], [c for g in again for c in g], strict=True):
+        assert np.array_equal(one.tokens, other.tokens) and np.array_equal(one.logprobs, other.logprobs)
+
+
+def test_what_the_fused_pass_does_not_compute_is_left_to_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not decoder.fits(model_of("llama").model.bfloat16().get_decoder())
+    windowed = model_of("mistral")
+    windowed.model.config.sliding_window = 16
+    assert not decoder.fits(windowed.body)
+    other = transformers.AutoConfig.for_model(
+        "gpt_neox", vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    assert not decoder.fits(transformers.AutoModelForCausalLM.from_config(other).get_decoder())
+    monkeypatch.setattr("posttrain.models.decoder.library", lambda: None)
+    assert not decoder.fits(model_of("llama").body)
