@@ -31,6 +31,7 @@ class Series:
 
     settings: dict[str, Any]
     seconds: list[float] = field(default_factory=list[float])
+    cpu: list[float] = field(default_factory=list[float])  # processor seconds: fewer than threads × seconds when shared
     tokens: list[int] = field(default_factory=list[int])
     losses: list[float] = field(default_factory=list[float])
     loaded: int = 0
@@ -79,6 +80,7 @@ class Side:
         series.tokens.append(int(facts["tokens"]))
         if keep:
             series.seconds.append(float(facts["seconds"]))
+            series.cpu.append(float(facts["cpu"]))
         return float(facts["seconds"])
 
     def close(self) -> None:

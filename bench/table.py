@@ -72,6 +72,7 @@ class Result:
         out["bars"] = [{"of": bar.of, "limit": bar.limit, "met": met} for bar, met in self.verdicts()]
         if self.ours and self.peer:
             out |= {"faster": self.faster, "memory_share": self.share}
+            out["cpu_share"] = sum(self.ours.cpu) / max(1e-9, sum(self.peer.cpu))  # what a busy machine does not blur
             out |= {"ours": asdict(self.ours), "peer": asdict(self.peer)}
         return out
 

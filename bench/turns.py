@@ -30,7 +30,7 @@ class Turns:
     def __init__(self) -> None:
         self._out = os.fdopen(os.dup(1), "w", encoding="utf-8")
         os.dup2(2, 1)
-        self._start = 0.0
+        self._start = self._begun = 0.0
 
     def loaded(self) -> None:
         """Says that the model is in memory, and counts the peak from here on."""
@@ -42,12 +42,12 @@ class Turns:
         if not sys.stdin.readline():
             self._out.close()
             os._exit(0)  # trainers are left in the middle of their loops
-        self._start = time.perf_counter()
+        self._start, self._begun = time.perf_counter(), time.process_time()
 
     def done(self, **facts: Any) -> None:
         """Stops the clock and tells the harness how long the step took and what it did."""
         seconds = time.perf_counter() - self._start
-        self._say(seconds=seconds, peak=memory("VmHWM"), **facts)
+        self._say(seconds=seconds, cpu=time.process_time() - self._begun, peak=memory("VmHWM"), **facts)
 
     def _say(self, **facts: Any) -> None:
         self._out.write(json.dumps(facts) + "\n")

@@ -26,8 +26,8 @@ from posttrain.types import SamplingParams
 
 SMALL = Shape(layers=1, width=32, heads=2, kv_heads=2, ffn=48, vocab=64)
 ROW = Row("a step", (Bar("time", 2.0), Bar("memory", 0.5)), "5M", {"kind": "grpo"})
-OURS = Series({"dtype": "float32"}, [1.0, 9.0, 2.0], [640] * 4, [0.5] * 4, loaded=100, peak=300)
-PEER = Series({"dtype": "float32"}, [5.0, 4.0, 30.0], [640] * 4, [0.5] * 4, loaded=150, peak=600)
+OURS = Series({"dtype": "float32"}, [1.0, 9.0, 2.0], [2.0, 2.0, 2.0], [640] * 4, [0.5] * 4, loaded=100, peak=300)
+PEER = Series({"dtype": "float32"}, [5.0, 4.0, 30.0], [8.0, 8.0, 8.0], [640] * 4, [0.5] * 4, loaded=150, peak=600)
 MET = Result(ROW, OURS, PEER)
 
 
@@ -62,7 +62,8 @@ def test_every_line_of_the_table_has_as_many_cells_as_its_head() -> None:
 
 
 def test_a_record_is_plain_data() -> None:
-    assert json.loads(json.dumps(MET.record()))["faster"] == 2.5
+    record = json.loads(json.dumps(MET.record()))
+    assert (record["faster"], record["memory_share"], record["cpu_share"]) == (2.5, 0.5, 0.25)
 
 
 def test_sides_that_wrote_other_numbers_of_tokens_are_not_compared() -> None:
