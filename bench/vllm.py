@@ -82,7 +82,7 @@ def environment(folder: Path = FOLDER) -> Path:
         return python
     install = [str(python), "-m", "pip", "install", "--quiet"]
     subprocess.run([*install, "--no-deps", f"{PACKAGE}=={VERSION}"], check=True)
-    ask = [str(python), "-c", "import bench.vllm; print(*bench.vllm.requirements(), sep='\\n')"]
+    ask = [str(python), "-m", "bench.vllm", "--requirements"]
     needs = subprocess.run(ask, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
     subprocess.run([*install, *needs], check=True)
     return python
@@ -92,7 +92,10 @@ def requirements() -> list[str]:
     """What the installed vLLM asks for on this machine, without extras and without what is left out."""
     from packaging.requirements import Requirement
 
-    asked = [Requirement(text) for text in importlib.metadata.requires(PACKAGE) or []]
+    installed = {d.name for d in importlib.metadata.distributions()}
+    asked = [
+        Requirement(text) for text in importlib.metadata.requires(PACKAGE if PACKAGE in installed else "vllm") or []
+    ]
     wanted = [r for r in asked if r.name not in LEFT_OUT and (r.marker is None or r.marker.evaluate({"extra": ""}))]
     return [str(r).partition(";")[0].strip() for r in wanted]
 
@@ -171,11 +174,15 @@ def run(chosen: Sequence[Work], slots: int) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Time the vLLM adapter beside the embedded generator.")
     parser.add_argument("--venv", type=Path, default=FOLDER, help="where vLLM is installed")
-    parser.add_argument("--only", default="", help="only rows whose model and name contain this")
+    parser.add_argument("--only", default="", help="only rows whose `model, name` contains this")
     parser.add_argument("--slots", type=int, default=64, help="sequences at once, in both")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads, in both")
+    parser.add_argument("--requirements", action="store_true", help="print what the vLLM installed here still needs")
     options = parser.parse_args(argv)
-    chosen = [work for work in WORK if options.only in f"{work.model} {work.name}"]
+    if options.requirements:
+        print("\n".join(requirements()))
+        return 0
+    chosen = [work for work in WORK if options.only in f"{work.model}, {work.name}"]
     if not chosen:
         parser.error(f"no row's name contains {options.only!r}")
     if importlib.util.find_spec("vllm") is None:
