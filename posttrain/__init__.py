@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from posttrain.api import Result, evaluate, grpo, resume, sft, train
+    from posttrain.estimate import plan
     from posttrain.types import Message, Task, Verdict
 
 __version__ = "0.1.0"
-__all__ = ["Message", "Result", "Task", "Verdict", "__version__", "evaluate", "grpo", "resume", "sft", "train"]
+__all__ = ["Message", "Result", "Task", "Verdict", "__version__", "evaluate", "grpo", "plan", "resume", "sft", "train"]
 
 _HOME = {
     "Message": "posttrain.types",
@@ -24,6 +25,7 @@ _HOME = {
     "Result": "posttrain.api",
     "evaluate": "posttrain.api",
     "grpo": "posttrain.api",
+    "plan": "posttrain.estimate",
     "resume": "posttrain.api",
     "sft": "posttrain.api",
     "train": "posttrain.api",

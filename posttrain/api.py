@@ -26,7 +26,7 @@ import posttrain.algos.prm
 import posttrain.algos.raft
 import posttrain.algos.reward
 import posttrain.algos.sft
-from posttrain import __version__, config, machine, probes, rng
+from posttrain import __version__, config, estimate, machine, probes, rng
 from posttrain.collect import Collector, check_failures
 from posttrain.config import GRPORecipe
 from posttrain.envs import tasks as task_sets
@@ -151,6 +151,8 @@ def start(
             task_sets.write_tasks(folder / "tasks.jsonl", given)
         for note in job.notes:
             store.note(0, Event("info", "data", note))
+        if text := estimate.warning(algorithm, recipe):
+            store.note(0, Event("warning", "memory", text))
         return _drive(store, job, on_step)
 
 

@@ -59,7 +59,9 @@ def run_training(algorithm: str, recipe: Any, as_json: bool, resume: str | None 
 
     out = show.console(as_json)
     with out.status("loading model and data"):
-        from posttrain import api
+        from posttrain import api, estimate
+    if not resume and (text := estimate.warning(algorithm, recipe)):
+        out.print(f"warning: {text}", style="yellow", soft_wrap=True)
     with show.StepLine(out, recipe) as line:
         result = api.resume(resume, on_step=line) if resume else api.start(algorithm, recipe, line)
     if result.summary is None:
@@ -312,6 +314,34 @@ def show_config(args: tuple[str, ...], explain: bool) -> None:
         raise ConfigError(f"name a recipe ({shipped}), a TOML file, or an algorithm ({', '.join(config.RECIPES)}).")
     algorithm, recipe = read_recipe(None, args)
     click.echo(config.as_toml(algorithm, recipe, explain), nl=False)
+
+
+@settings_command("plan", epilog=RECIPE_HELP)
+@click.argument("args", nargs=-1, type=click.UNPROCESSED, metavar="RECIPE|ALGORITHM [--section.key value]...")
+@click.option("--memory", type=float, help="GiB of each device.  [default: this machine's]")
+@click.option("--gpus", type=int, default=1, show_default=True, help="GPUs that share weights and optimizer.")
+@click.option("--device", default="auto", show_default=True, help="`cpu` or `cuda`; it need not be here.")
+@click.option("--probe/--no-probe", default=True, help="Measure speeds for the time, or leave the time out.")
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON on stdout.")
+def plan(args: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Memory and time of a run before it starts.
+
+    Says by part what the run holds, whether it fits and which settings to change if not.
+    """
+    from posttrain import show
+
+    if not split_settings(args)[0]:
+        raise ConfigError(f"name a recipe, a TOML file, or an algorithm ({', '.join(config.RECIPES)}).")
+    _, recipe = read_recipe(None, args)
+    out = show.console(as_json)
+    with out.status("planning"):
+        from posttrain import estimate
+
+        found = estimate.plan(recipe, **options)
+    if as_json:
+        click.echo(json.dumps(found.as_dict()))
+    else:
+        estimate.show_plan(out, found)
 
 
 @main.command()

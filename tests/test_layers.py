@@ -22,7 +22,7 @@ LAYERS: dict[str, float] = {
     "envs": 4,
     "collect": 5, "search": 5, "evaluation": 5, "prepare": 5, "pairs": 5, "stepwise": 5, "calibration": 5, "probes": 5,
     "algos": 6,
-    "pipelines": 7, "api": 7,
+    "pipelines": 7, "speed": 6.5, "estimate": 6.75, "api": 7,
     "cli": 8, "arguments": 8, "show": 8, "doctor": 8, "talk": 8, "demo": 8, "lab": 8,
 }  # fmt: skip
 ONE_LAYER = {0, 5, 8}

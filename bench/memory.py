@@ -1,0 +1,280 @@
+"""Predicted against measured memory and time: real runs of random models, each in a process of its own, in one table.
+
+    python -m bench.memory [--only 'grpo;dpo'] [--threads 2] [--parts] [--time]
+
+For each configuration a random Llama of the named shape and a data file of exact lengths are written, the run is
+planned from its recipe alone (`posttrain.plan`), and then it is made: two steps and everything around them, loading and
+saving included. The peak is the kernel's VmHWM. `--parts` also prints the peak within each phase, measured by setting
+the high-water mark back whenever a phase begins, so that a formula that is off can be found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+MIB = 1 << 20
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "20M": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 12, "num_attention_heads": 6,
+            "num_key_value_heads": 2, "vocab_size": 512, "tie_word_embeddings": True},
+    "20M-50k": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 4,
+                "num_key_value_heads": 4, "vocab_size": 50257, "tie_word_embeddings": True},
+    "45M-150k": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 4,
+                 "num_key_value_heads": 4, "vocab_size": 151936, "tie_word_embeddings": True},
+    "60M": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 16, "num_attention_heads": 8,
+            "num_key_value_heads": 8, "vocab_size": 4096, "tie_word_embeddings": False},
+    "smollm2-135m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+                     "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True},
+}  # fmt: skip
+"""Random Llamas by name."""
+
+RL = {"prompts": 4, "group_size": 4, "rollout.slots": 32, "eval.problems": 2}
+PPO = {**RL, "prompts": 16, "group_size": 1}
+PAIRS = {"batch_pairs": 4, "train.tokens_per_pass": 1024}
+SFT = {"batch_rows": 4, "train.tokens_per_pass": 1024}
+
+CONFIGS: dict[str, tuple[str, str, int, int, dict[str, Any]]] = {
+    "sft, 135M": ("sft", "smollm2-135m", 64, 192, SFT),
+    "sft, rows of 1024": ("sft", "20M", 64, 960, {**SFT, "train.tokens_per_pass": 4096}),
+    "sft, 8192 a pass": ("sft", "20M", 32, 96, {**SFT, "batch_rows": 64, "train.tokens_per_pass": 8192}),
+    "sft, checkpointing": ("sft", "60M", 64, 192, {**SFT, "model.gradient_checkpointing": True}),
+    "sft, bfloat16": ("sft", "60M", 64, 192, {**SFT, "model.dtype": "bfloat16"}),
+    "sft, LoRA 16": ("sft", "smollm2-135m", 64, 192, {**SFT, "model.lora_rank": 16}),
+    "sft, 150k words": ("sft", "45M-150k", 64, 192, SFT),
+    "reward": ("reward", "60M", 64, 192, PAIRS),
+    "dpo": ("dpo", "60M", 64, 192, PAIRS),
+    "dpo, no reference": ("dpo", "60M", 64, 192, {**PAIRS, "loss": "simpo", "algo.beta": 2.0}),
+    "grpo": ("grpo", "60M", 64, 64, RL),
+    "grpo, KL": ("grpo", "60M", 64, 64, {**RL, "kl_coef": 0.01}),
+    "grpo, max_lag 1": ("grpo", "60M", 64, 64, {**RL, "max_lag": 1}),
+    "grpo, 50k words": ("grpo", "20M-50k", 32, 64, {**RL, "prompts": 8}),
+    "grpo, 256 slots": ("grpo", "20M", 192, 64, {**RL, "rollout.slots": 256, "train.tokens_per_pass": 1024}),
+    "grpo, prompts of 640": ("grpo", "20M", 640, 64, {**RL, "prompts": 2, "train.tokens_per_pass": 2816}),
+    "grpo, 135M": ("grpo", "smollm2-135m", 64, 32, {**RL, "prompts": 2, "train.tokens_per_pass": 1024}),
+    "ppo": ("ppo", "60M", 64, 64, PPO),
+    "ppo, shared critic": ("ppo", "60M", 64, 64, {**PPO, "critic": "shared"}),
+    "tiny": ("sft", "20M", 32, 96, {**SFT, "train.steps": 1}),
+}  # fmt: skip
+"""Name → algorithm, shape, prompt and answer tokens, settings."""
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+FRAME = 1 + len("user: ") + 1 + len("assistant: ")  # tokens the template adds around a question
+
+
+def make_model(folder: Path, shape: str) -> None:
+    """Writes a random Llama with a byte-level tokenizer; a character is a token, and answers hardly ever stop."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    special = ["<pad>", "<bos>", "<eos>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={text: i for i, text in enumerate([*special, *letters])}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
+    backend.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    names: Any = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
+    PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=TEMPLATE, **names).save_pretrained(folder)
+    torch.manual_seed(0)
+    ids: Any = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    sizes: Any = {**SHAPES[shape], "max_position_embeddings": 2048, **ids}
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(folder)
+
+
+ROWS = 24
+
+
+def make_data(path: Path, algorithm: str, prompt: int, answer: int) -> None:
+    """Writes ROWS rows whose prompts are `prompt` tokens long and whose answers, stop token included, `answer`."""
+    with path.open("w", encoding="utf-8") as file:
+        for i in range(ROWS):
+            asked, said = (text.ljust(n, "x") for text, n in ((f"{i} ", prompt - FRAME), (f"{i} ", answer - 1)))
+            row = {"prompt": asked}
+            if algorithm == "sft":
+                row["completion"] = said
+            elif algorithm in ("dpo", "reward"):
+                row |= {"chosen": said, "rejected": said[::-1]}
+            else:
+                row["answer"] = str(i)
+            file.write(json.dumps(row) + "\n")
+
+
+def settings(name: str, root: Path, threads: int) -> tuple[str, dict[str, Any]]:
+    """The algorithm and overrides of a configuration whose files are in `root`."""
+    algorithm, _, prompt, answer, more = CONFIGS[name]
+    out: dict[str, Any] = {"model.path": str(root / "model"), "data.tasks": str(root / "data.jsonl")}
+    out |= {"run.out": str(root / "run"), "train.steps": 2, "train.threads": threads, "data.max_prompt_tokens": prompt}
+    if algorithm == "sft":
+        out["algo.max_tokens"] = prompt + answer
+    elif algorithm in ("dpo", "reward"):
+        out["pairs.max_tokens"] = prompt + answer
+    else:
+        out["rollout.max_tokens"] = answer
+    return algorithm, {**out, **more}
+
+
+def spread(completion: str) -> float:
+    """A reward that differs between the answers of a random model."""
+    return float(sum(map(ord, completion)) % 7)
+
+
+class Phases:
+    """The high-water mark of memory within each named phase, in bytes."""
+
+    def __init__(self) -> None:
+        self.peaks: dict[str, int] = {}
+        self.stack = ["elsewhere"]
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Books what happens within the block under `name`, and goes back to the phase outside."""
+        self._book()
+        self.stack.append(name)
+        try:
+            yield
+        finally:
+            self._book()
+            self.stack.pop()
+
+    def _book(self) -> None:
+        name = self.stack[-1]
+        self.peaks[name] = max(self.peaks.get(name, 0), resident("VmHWM"))
+        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to what is resident now
+
+    def within(self, owner: Any, function: str, name: str) -> None:
+        """Makes every call of `owner.function` the phase `name`."""
+        inner = getattr(owner, function)
+
+        def outer(*args: Any, **more: Any) -> Any:
+            with self.phase(name):
+                return inner(*args, **more)
+
+        setattr(owner, function, outer)
+
+
+def resident(line: str) -> int:
+    """VmRSS or VmHWM of this process in bytes."""
+    rows = dict(row.split(":", 1) for row in Path("/proc/self/status").read_text().splitlines())
+    return int(rows[line].split()[0]) * 1024
+
+
+def worker(name: str, root: Path, threads: int) -> None:
+    """Makes the run and prints what it took as JSON on the last line."""
+    from posttrain import api, config
+    from posttrain.rollout.engine import EmbeddedGenerator
+    from posttrain.store import checkpoint
+    from posttrain.store.run import Run
+    from posttrain.train import forward
+    from posttrain.train.learner import Learner
+
+    baseline = resident("VmRSS")
+    phases = Phases()
+    phases.within(api, "load_policy", "loading")
+    phases.within(EmbeddedGenerator, "generate", "sampling")
+    phases.within(forward, "_in_passes", "scoring")
+    phases.within(Learner, "forward_backward", "training pass")
+    phases.within(Learner, "step", "update")
+    phases.within(checkpoint, "save", "saving")
+    phases.within(api, "save_pretrained", "saving")
+    algorithm, overrides = settings(name, root, threads)
+    recipe = config.resolve(algorithm, {}, overrides)
+    with phases.phase("elsewhere"):
+        result = api.start(algorithm, recipe, reward=spread if hasattr(recipe, "reward") else None)
+    with Run.read(result.folder) as run:
+        times = {name: value for step, name, value in run.timings() if step == 2}  # the first warms up
+    print(json.dumps({"baseline": baseline, "peaks": phases.peaks, "times": times}))
+
+
+def child(*arguments: str) -> str:
+    """Output of this module in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.memory", *arguments],
+        capture_output=True, text=True, cwd=Path(__file__).parents[1],
+        env={**os.environ, "POSTTRAIN_CACHE": tempfile.mkdtemp(prefix="posttrain-cache-")},
+    )  # fmt: skip
+    if done.returncode:
+        raise SystemExit(f"{' '.join(arguments)} failed:\n{done.stderr[-4000:]}")
+    return done.stdout
+
+
+def compare(name: str, threads: int, probe: bool = False) -> dict[str, Any]:
+    """One configuration: planned in this process, then run in its own. Bytes, and seconds of the second step."""
+    from posttrain import config, estimate, planner
+
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        child("--make", name, "--root", folder)
+        algorithm, overrides = settings(name, root, threads)
+        recipe = config.resolve(algorithm, {}, overrides)
+        shape, rows = planner.shape_of(root / "model"), estimate.measured_rows(algorithm, recipe)[0]
+        found = json.loads(child("--worker", name, "--root", folder, "--threads", str(threads)).splitlines()[-1])
+        where = planner.Where(fused=estimate.fused(recipe), baseline=found["baseline"])
+        plan = planner.memory(algorithm, recipe, shape, rows, where)
+        seconds = sum(estimate.step_seconds(algorithm, recipe, shape, rows, "cpu").values()) if probe else None
+    return {
+        "name": name,
+        "predicted": plan.peak,
+        "measured": max(found["peaks"].values()),
+        "baseline": found["baseline"],
+        "parts": {**plan.held, **plan.phases[plan.peak_phase]},
+        "phases": {phase: (plan.of(phase), found["peaks"].get(phase, 0)) for phase in plan.phases},
+        "seconds": (seconds, found["times"].get("seconds")),
+    }
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row of the table in MiB: total, error, and the error of the part above the process itself."""
+    predicted, measured, base = row["predicted"], row["measured"], row["baseline"]
+    sizes = f"{predicted / MIB:,.0f} | {measured / MIB:,.0f} | {predicted / measured - 1:+.0%}"
+    above = f"{(predicted - base) / (measured - base) - 1:+.0%}"
+    expected, took = row["seconds"]
+    time = f"{expected:.1f} | {took:.1f} | {expected / took - 1:+.0%}" if expected and took else " | | "
+    return f"| {row['name']} | {sizes} | {above} | {time} |"
+
+
+def main() -> None:
+    """Prints a line for each configuration."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--only", default="", help="names, split by semicolons")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--parts", action="store_true", help="also every phase and part, predicted and measured")
+    parser.add_argument("--time", action="store_true", help="also seconds of a step")
+    parser.add_argument("--make", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--root", type=Path, default=Path(), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.make:
+        algorithm, shape, prompt, answer, _ = CONFIGS[args.make]
+        make_model(args.root / "model", shape)
+        make_data(args.root / "data.jsonl", algorithm, prompt, answer)
+        return
+    if args.worker:
+        worker(args.worker, args.root, args.threads)
+        return
+    wanted = args.only.split(";") if args.only else [name for name in CONFIGS if name != "tiny"]
+    if odd := [name for name in wanted if name not in CONFIGS]:
+        raise SystemExit(f"unknown configuration {odd[0]!r}; known: {'; '.join(CONFIGS)}")
+    print("| run | predicted MiB | measured | error | above the process | predicted s | measured | error |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name in wanted:
+        row = compare(name, args.threads, args.time)
+        print(line(row), flush=True)
+        if args.parts:
+            for phase, (expected, seen) in row["phases"].items():
+                print(f"  {phase}: {expected / MIB:,.0f} predicted, {seen / MIB:,.0f} measured")
+            print("  " + ", ".join(f"{part} {size / MIB:,.0f}" for part, size in row["parts"].items() if size))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""The plan of a run: parts add up, more never needs less, hand-worked bytes, and a real run's peak beside it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bench import memory
+from posttrain import cli, config, planner
+from posttrain.planner import SHAPES, ModelShape, Rows, Where
+from posttrain.types import ConfigError
+from tests import tiny
+
+SHAPE = ModelShape(layers=2, width=8, heads=2, kv_heads=1, head_dim=4, ffn=16, vocab=100, tied=True)
+ALGORITHMS = [name for name in config.RECIPES if name != "distill"]  # which needs a teacher to be named
+algorithms = pytest.mark.parametrize("algorithm", ALGORITHMS)
+
+
+def recipe(algorithm: str, **settings: Any) -> Any:
+    given = {"data.tasks": "rows.jsonl", **{name.replace("__", "."): value for name, value in settings.items()}}
+    return config.resolve(algorithm, {}, given)
+
+
+def peak(algorithm: str, rows: Rows | None = None, **settings: Any) -> int:
+    rows = rows or Rows(64, 64)
+    return planner.memory(algorithm, recipe(algorithm, **settings), SHAPES["smollm2-135m"], rows).peak
+
+
+def update(algorithm: str, rows: Rows) -> int:
+    """The peak of a training pass with room for the whole optimizer batch."""
+    large = recipe(algorithm, train__tokens_per_pass=1 << 30)
+    return planner.memory(algorithm, large, SHAPES["smollm2-135m"], rows).of("training pass")
+
+
+def test_the_planner_needs_nothing_but_the_standard_library_and_types() -> None:
+    code = "import sys, posttrain.planner; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_weights_are_counted_by_hand() -> None:
+    # a layer: query and output 8·8 each, key and value 8·4 each, three of 8·16, two norms of 8
+    assert SHAPE.matrices == 2 * (2 * 64 + 2 * 32 + 3 * 128)
+    assert SHAPE.parameters == SHAPE.matrices + 2 * 2 * 8 + 8 + 100 * 8
+    assert replace(SHAPE, tied=False).parameters == SHAPE.parameters + 100 * 8
+    # rank 3 on each of seven matrices: 3 · (in + out)
+    assert SHAPE.adapters(3) == 2 * 3 * (2 * (8 + 8) + 2 * (8 + 4) + 3 * (8 + 16))
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"), [("smollm2-135m", 134.5), ("llama-3.2-1b", 1235.8), ("llama-3.1-8b", 8030.3)]
+)
+def test_well_known_shapes_have_the_weights_their_makers_state(name: str, millions: float) -> None:
+    assert round(SHAPES[name].parameters / 1e6, 1) == millions
+
+
+def test_states_and_activations_of_a_small_run_by_hand() -> None:
+    small = recipe("sft", batch_rows=4, train__tokens_per_pass=1024)
+    found = planner.memory("sft", small, SHAPE, Rows(6, 4), Where(cuda=True, fused=False, baseline=1000))
+    size = SHAPE.parameters * 4
+    assert found.held == {"process": 1000, "weights": size, "gradients": size, "optimizer": 2 * size}
+    # 4 rows of 10 tokens; a layer keeps per token: query and result 8, key and value 4, six of 8, four of 16
+    assert found.phases["training pass"]["activations"] == 2 * 40 * 4 * (2 * 8 + 2 * 4 + 6 * 8 + 4 * 16)
+    assert found.phases["training pass"]["logits"] == planner.BLOCKS_OF_LOGITS * 16 * 100 * 4  # 16 trained tokens
+
+
+def test_a_groups_prompt_is_computed_once_and_passes_are_of_equal_size() -> None:
+    of = lambda room: planner.largest_pass(
+        "grpo", recipe("grpo", prompts=6, group_size=4, tokens_per_pass=room), Rows(20, 5)
+    )
+    assert (of(10_000).tokens, of(10_000).trained) == (6 * 40, 6 * 20)
+    assert of(200).tokens == 3 * 40  # five groups fit, so two passes, of three each
+    assert of(30).tokens == 20 + 2 * 5  # a group alone is split in two
+
+
+@algorithms
+def test_the_parts_add_up_and_none_is_negative(algorithm: str) -> None:
+    found = planner.memory(algorithm, recipe(algorithm), SHAPE, Rows(20, 30))
+    parts = [*found.held.values(), *(v for phase in found.phases.values() for v in phase.values())]
+    assert all(count >= 0 for count in parts)
+    worst = max(sum(phase.values()) for phase in found.phases.values())
+    assert found.peak == sum(found.held.values()) + worst == found.of(found.peak_phase)
+
+
+@algorithms
+@pytest.mark.parametrize("setting", ["train__tokens_per_pass", "rollout__slots", "rollout__max_tokens"])
+@given(sizes=st.tuples(st.integers(64, 1 << 15), st.integers(64, 1 << 15)))
+def test_more_room_never_needs_less_memory(algorithm: str, setting: str, sizes: tuple[int, int]) -> None:
+    if "rollout" in setting and algorithm == "sft":
+        return
+    less, more = (peak(algorithm, Rows(64, 1), **{setting: size}) for size in sorted(sizes))
+    assert more >= less
+
+
+@algorithms
+@given(lengths=st.tuples(st.integers(1, 2000), st.integers(1, 2000), st.integers(16, 2000)))
+def test_longer_rows_never_need_less_memory_where_all_fit_one_pass(
+    algorithm: str, lengths: tuple[int, int, int]
+) -> None:
+    (short, long), prompt = sorted(lengths[:2]), lengths[2]
+    less, more = (update(algorithm, Rows(prompt, n)) for n in (short, long))
+    assert less <= more
+
+
+@algorithms
+@given(rank=st.integers(1, 64))
+def test_lora_never_needs_more_than_full_training(algorithm: str, rank: int) -> None:
+    assert peak(algorithm, model__lora_rank=rank) <= peak(algorithm)
+
+
+@algorithms
+def test_checkpointing_and_sharding_need_less(algorithm: str) -> None:
+    assert peak(algorithm, model__gradient_checkpointing=True) < peak(algorithm)
+    one, four = (planner.states(algorithm, recipe(algorithm), SHAPE, Where(gpus=n)) for n in (1, 4))
+    assert one.keys() == four.keys() and all(four[name] == -(-one[name] // 4) for name in one)
+
+
+def test_a_reference_a_critic_and_a_lagging_sampler_are_models_of_their_own() -> None:
+    size = SHAPE.parameters * 4
+    states = lambda algorithm, **more: planner.states(algorithm, recipe(algorithm, **more), SHAPE, Where())
+    assert "reference model" not in states("grpo")
+    assert states("grpo", kl_coef=0.1)["reference model"] == size
+    assert "reference model" not in states("grpo", kl_coef=0.1, model__lora_rank=4)  # adapters off
+    assert states("grpo", max_lag=1)["sampler's copy"] == states("grpo", overlap="true")["sampler's copy"] == size
+    assert states("ppo")["critic"] == 4 * size and "critic" not in states("ppo", critic="shared")
+    assert states("sft", model__dtype="bfloat16")["float32 masters"] == size
+
+
+def test_a_shape_is_read_from_a_folder_or_known_by_name_or_refused(tmp_path: Path) -> None:
+    assert planner.shape_of(tiny.make(tmp_path / "m")) == ModelShape(2, 32, 4, 2, 8, 48, tiny.VOCAB, True)
+    assert planner.shape_of("Qwen/Qwen2.5-0.5B-Instruct") == SHAPES["qwen2.5-0.5b"]
+    with pytest.raises(ConfigError, match="no folder of that name"):
+        planner.shape_of("nobody/nothing")
+    (tmp_path / "config.json").write_text('{"hidden_size": 8}')
+    with pytest.raises(ConfigError, match="does not describe a Llama-like model"):
+        planner.shape_of(tmp_path)
+
+
+def invoke(*args: str) -> Any:
+    return CliRunner().invoke(cli.main, ["plan", *args, "--no-probe", "--json"])
+
+
+def test_the_command_says_whether_a_run_fits_and_what_to_change() -> None:
+    wide = json.loads(invoke("demo", "--memory", "64").stdout)
+    assert wide["fits"] and wide["changes"] == [] and wide["rows"]["prompt"] < 100  # read from the data itself
+    assert wide["peak"] == sum(wide["held"].values()) + sum(wide["phases"][wide["peak_phase"]].values())
+    args = ("sft", "--model.path", "Qwen/Qwen2.5-0.5B", "--data.tasks", "rows.jsonl", "--memory", "8")
+    tight = json.loads(invoke(*args, "--device", "cuda").stdout)
+    assert not tight["fits"] and tight["changes"][0]["setting"] == "train.tokens_per_pass"
+    assert all(change["saves"] > 0 for change in tight["changes"])
+    settings = [text for c in tight["changes"] for text in (f"--{c['setting']}", c["value"])]
+    assert json.loads(invoke(*args, "--device", "cuda", *settings).stdout)["fits"]
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [([], "name a recipe"), (["sft", "--model.path", "nowhere"], "shape of model 'nowhere' is not known"),
+     (["grpo", "--slotz", "3"], "Did you mean 'slots'")],
+)  # fmt: skip
+def test_the_command_refuses_in_one_sentence(args: list[str], said: str) -> None:
+    result = invoke(*args)
+    assert result.exit_code == 2 and said in result.stderr
+
+
+def test_a_run_that_cannot_fit_is_warned_of_with_the_settings_to_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    from posttrain import estimate
+
+    assert estimate.warning("grpo", config.resolve("grpo", {})) == ""
+    monkeypatch.setattr(estimate, "machine_memory", lambda cuda: 1 << 30)
+    text = estimate.warning("grpo", config.resolve("grpo", {}, {"model.path": "qwen2.5-0.5b"}))
+    assert "train.tokens_per_pass = " in text and "1.0 GiB" in text
+
+
+def test_a_small_real_run_is_predicted_to_within_a_third() -> None:
+    row = memory.compare("tiny", threads=1)
+    assert row["measured"] > row["baseline"] and abs(row["predicted"] / row["measured"] - 1) < 0.33
