@@ -10,12 +10,14 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from posttrain.data import batching
 from posttrain.models.load import Policy, hidden_states
 from posttrain.models.packing import Packed
 from posttrain.objectives.tokens import select
+from posttrain.train.projection import log_probabilities
 from posttrain.types import Batch, Sample
 
 LOGITS_PER_CHUNK = 1 << 24  # elements of a (tokens, vocabulary) block held at once, 64 MiB in fp32
@@ -109,7 +111,9 @@ def project(
         return select(policy.head(part), wanted, temperature)
 
     size = max(1, LOGITS_PER_CHUNK // policy.vocab)
-    if len(hidden) <= size:
+    if type(policy.head) is nn.Linear and len(hidden):
+        return log_probabilities(policy.head, hidden, targets, temperature, size)
+    if len(hidden) <= size:  # a wrapped or quantised output layer: autograd's own chain, chunk by chunk
         return chunk(hidden, targets)
     parts = [
         checkpoint(chunk, part, wanted, use_reentrant=False)

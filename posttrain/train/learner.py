@@ -43,8 +43,8 @@ class Learner:
         self.master = {
             n: p.detach().float().clone() if p.dtype != torch.float32 else p for n, p in self.parameters.items()
         }
-        for master in self.master.values():
-            master.grad = torch.zeros_like(master)
+        for parameter in [*self.parameters.values(), *self.master.values()]:
+            parameter.grad = None
         groups = [
             {"params": [m for m in self.master.values() if m.dim() >= 2], "weight_decay": cfg.weight_decay},
             {"params": [m for m in self.master.values() if m.dim() < 2], "weight_decay": 0.0},
@@ -74,14 +74,19 @@ class Learner:
         for name, parameter in self.parameters.items():
             master = self.master[name]
             if master is not parameter and parameter.grad is not None:
-                assert master.grad is not None
-                master.grad += parameter.grad
+                if master.grad is None:
+                    master.grad = parameter.grad.float()
+                else:
+                    master.grad += parameter.grad
                 parameter.grad = None
         return {"loss": Stat(value.item(), 1, "sum"), **stats}
 
     def step(self) -> dict[str, Stat]:
         """Applies the summed gradient once and clears it; returns its norm and the learning rate used."""
         masters = list(self.master.values())
+        for master in masters:
+            if master.grad is None:  # no pass reached it: momentum and decay still move it
+                master.grad = torch.zeros_like(master)
         norm = torch.nn.utils.get_total_norm([m.grad for m in masters if m.grad is not None])
         if not torch.isfinite(norm):
             raise TrainingDiverged(
@@ -96,9 +101,7 @@ class Learner:
         self.optimizer.step()
         torch.autograd.graph.increment_version(masters)  # fused AdamW does not say that it wrote
         self._publish()
-        for master in masters:
-            assert master.grad is not None
-            master.grad.zero_()
+        self.optimizer.zero_grad(set_to_none=True)  # no gradient is kept while answers are sampled
         self.steps += 1
         return {"grad_norm": Stat(norm.item()), "lr": Stat(rate)}
 
