@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 SPECIAL = ("<unk>", "<pad>", "</s>")
 
@@ -60,6 +61,7 @@ def model_folder(shape: Shape, root: Path) -> Path:
     if (folder / "done").exists():
         return folder
     torch.manual_seed(0)
+    logging.disable_progress_bar()
     LlamaForCausalLM(shape.config()).save_pretrained(folder)
     names = [*SPECIAL, *(f"w{i}" for i in range(len(SPECIAL), shape.vocab))]
     tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token=SPECIAL[0]))

@@ -37,7 +37,7 @@ class Curve:
         return self.slope <= BAR
 
     def line(self) -> str:
-        points = ", ".join(f"{x:,.3g}: {y:.2f} s" for x, y in zip(self.x, self.y, strict=True))
+        points = ", ".join(f"{x:,.0f}: {y:.2f} s" for x, y in zip(self.x, self.y, strict=True))
         return f"| {self.name} | {points} | {self.slope:.2f} | {'met' if self.met else '**missed**'} |"
 
     def record(self) -> dict[str, Any]:
