@@ -134,7 +134,16 @@ ROWS = (
     Row("GRPO step, fixed length, best against best", (Bar("time", 2.5),), "5M", FIXED, OURS, PEER),
     Row("GRPO step, ragged lengths", (Bar("time", 5.0),), "5M", RAGGED, rounds=2),
     Row("GRPO step, long shared prompt", (Bar("time", 6.0),), "5M", LONG_PROMPT, rounds=2),
-    Row("GRPO step, vocabulary of 150,000", (Bar("memory", 0.4),), "150k words", MANY_WORDS, (SMALL,), (PASSES,), 2),
+    Row("GRPO step, 150,000 words, one pass", (Bar("memory", 0.4),), "150k words", MANY_WORDS, (LARGE,), (WHOLE,), 2),
+    Row(
+        "GRPO step, 150,000 words, TRL in passes",
+        (Bar("memory", 0.4),),
+        "150k words",
+        MANY_WORDS,
+        (SMALL,),
+        (PASSES,),
+        1,
+    ),
     Row("generation, ragged, against model.generate", (Bar("time", 4.0),), "5M", GENERATE, (SMALL,), (WHOLE,)),
     Row(
         "generation, ragged, against continuous batching",
