@@ -101,7 +101,8 @@ def make_loss(recipe: GRPORecipe) -> Loss:
             stats["kl"] = _mean(kl, mask)
         if cfg.entropy_coef:
             per_token = per_token - cfg.entropy_coef * entropy
-        gap = (old_logp - b.behaviour_logp).abs()[mask]
+        now = logp.detach() if cfg.old_logp == "sampler" else old_logp
+        gap = (now - b.behaviour_logp).abs()[mask]
         stats["mismatch"] = Stat(gap.max().item() if gap.numel() else 0.0, 1, "max")
         stats["mismatch_mean"] = Stat(gap.sum().item(), gap.numel())
         return (b.weights * per_token).sum(), stats
@@ -164,7 +165,10 @@ def run(
 
         rewards = shaped_rewards(recipe, groups)  # (P, G)
         samples = [to_sample(e, 0.0) for group in groups for e in group]  # P·G, group after group
-        if updates > 1 or (lags and cfg.is_cap):  # remember the policy before this step's first update
+        trusted = cfg.old_logp == "sampler" and updates > 1
+        if trusted:  # the first minibatch's passes measure whether it may be
+            samples = [replace(s, old_logp=s.behaviour_logp) for s in samples]
+        elif updates > 1 or (lags and cfg.is_cap):  # remember the policy before this step's first update
             samples = with_logp(samples, "old_logp", learner.sample_logprobs)
         elif lags:  # the ratio itself corrects for the older sampler
             samples = [replace(s, old_logp=s.behaviour_logp) for s in samples]
@@ -179,6 +183,7 @@ def run(
         flat = flat_groups(rewards) if cfg.group_size > 1 else (advantages == 0).all(1)  # (P,)
         stats = [episode_stats(groups, int(flat.sum())), {"lag": Stat(step - sampled.version)}]
         stats.append({"groups": Stat(len(groups), 1, "sum"), "groups_kept": Stat(sum(sampled.kept), 1, "sum")})
+        first = learner.steps
         for epoch in range(cfg.epochs):
             for minibatch in batching.minibatches(samples, cfg.minibatches, rng.key(seed, "minibatch", step, epoch)):
                 batches = batching.micro(
@@ -190,7 +195,10 @@ def run(
                     # without KL and entropy in the loss, a row with advantage 0 has gradient 0
                     skip_zero_advantage=not cfg.entropy_coef and (reference is None or cfg.kl_place != "loss"),
                 )
-                stats += [learner.forward_backward(batch, loss) for batch in batches]
+                made = [learner.forward_backward(batch, loss) for batch in batches]
+                if trusted and learner.steps > first:  # by now the policy itself has moved
+                    made = [{k: v for k, v in row.items() if not k.startswith("mismatch")} for row in made]
+                stats += made
                 if batches:  # without a signal nothing moves, momentum included
                     stats.append(learner.step())
         step += 1

@@ -85,6 +85,8 @@ class GRPOConfig:
     """Last share of max_tokens over which a penalty for length grows from 0 to 1 (DAPO: 0.2); 0 has none."""
     drop_truncated: bool = False
     """Leave answers that were cut by max_tokens out of the loss (DAPO's overlong filtering)."""
+    old_logp: Literal["learner", "sampler"] = "learner"
+    """Where the ratio of several updates starts: `learner` takes one more pass, `sampler` lets rounding into it."""
     max_mismatch: float = 0.5
     """Stop when sampler and learner differ by more than this in one token's log-probability."""
     max_flat_steps: int = 20
@@ -149,6 +151,8 @@ def check_credit(algo: GRPOConfig) -> None:
         raise ConfigError("algo.max_refills replaces groups without differing rewards; a group of 1 never differs.")
     if not 0 <= algo.overlong_share <= 1:
         raise ConfigError(f"algo.overlong_share={algo.overlong_share} is not in [0, 1].")
+    if algo.old_logp == "sampler" and algo.is_cap:
+        raise ConfigError('algo.is_cap corrects sampler against learner, so it needs algo.old_logp = "learner".')
     if algo.is_cap and algo.is_floor > algo.is_cap:
         raise ConfigError(f"algo.is_floor={algo.is_floor} is above algo.is_cap={algo.is_cap}.")
     if algo.policy_loss == "gspo" and (algo.kl_place == "reward-to-go" and algo.kl_coef):
