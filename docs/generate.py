@@ -20,6 +20,7 @@ from typing import Any, Literal
 import click
 
 from posttrain import cli, config
+from posttrain.kernels.build import SWITCH
 from posttrain.store.durable import DiskError
 from posttrain.store.failpoints import FAILPOINTS, VARIABLE
 from posttrain.train.reference import VARIABLE as CACHE
@@ -38,8 +39,15 @@ ENVIRONMENT = (
     (
         CACHE,
         "posttrain",
-        "Where reference log-probabilities are kept; `~/.cache/posttrain` unless set. Deleting it is always safe.",
+        "Where reference log-probabilities and the compiled kernels are kept; `~/.cache/posttrain` unless set. "
+        "Deleting it is always safe.",
     ),
+    (
+        SWITCH,
+        "posttrain",
+        "`0` uses torch's own operations instead of the fused kernels, as on a machine without a C compiler.",
+    ),
+    ("CC", "posttrain", "The C compiler for the kernels; `cc`, `gcc` or `clang` unless set."),
     ("HF_HOME", "huggingface_hub", "Where models and data sets from the hub are kept."),
     ("HF_TOKEN", "huggingface_hub", "Access to gated or private models and data sets."),
     ("HF_HUB_OFFLINE", "huggingface_hub", "`1` never asks the network; only what is already on disk is found."),

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from posttrain import __version__
+from posttrain.kernels.build import library, why_not
 
 Finding = dict[str, Any]  # name, value, ok (True, False, or None for a plain fact)
 
@@ -52,19 +53,30 @@ def _speed() -> list[Finding]:
         )  # fmt: skip
     best = max(rates, key=lambda name: rates[name])
     found.append(_fact("faster dtype for decoding", f"model.dtype = {best}"))
-    return found
+    if device == "cpu":
+        stored, packed = (_gflops(16, torch.float32, device, packed=turned) for turned in (False, True))
+        value = f"{stored:.0f} GFLOP/s at 16 rows with weights as torch keeps them, {packed:.0f} as decoding packs them"
+        found.append(_fact("packed weights", value))
+    return [*found, _kernels()]
+
+
+def _kernels() -> Finding:
+    made = library()
+    if made is None:
+        return _fact("fused kernels", f"none: {why_not()}; torch's own operations are used, slower", False)
+    return _fact("fused kernels", f"{made.identity}, compiled by {made.compiler}", True)
 
 
 @torch.no_grad()
-def _gflops(rows: int, dtype: torch.dtype, device: str, width: int = 1024) -> float:
-    """Median speed of `rows` × width² products over about 0.3 s."""
+def _gflops(rows: int, dtype: torch.dtype, device: str, width: int = 1024, packed: bool = False) -> float:
+    """Median speed of `rows` × width² products over about 0.3 s; `packed` takes the weight transposed."""
     left = torch.randn(rows, width, device=device).to(dtype)
     weight = torch.randn(width, width, device=device).to(dtype)
     times: list[float] = []
     deadline = time.monotonic() + 0.3
     while time.monotonic() < deadline or len(times) < 3:
         start = time.perf_counter()
-        F.linear(left, weight)
+        torch.mm(left, weight) if packed else F.linear(left, weight)
         if device == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)

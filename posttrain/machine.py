@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 
+from posttrain.kernels.build import library
 from posttrain.models.load import Policy, resolve_path
 from posttrain.types import ConfigError
 
@@ -42,6 +43,7 @@ def fingerprint(policy: Policy, on: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": platform.machine(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
+        "kernels": made.identity if (made := library()) else "none",
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(on) if on.type == "cuda" else "cpu",
         "model": model_hash(policy.source),

@@ -16,7 +16,6 @@ from transformers import AttentionInterface
 NAME = "posttrain"
 KEY_BLOCK = 16  # keys are read in multiples of this; masked keys add exact zeros
 QUERY_ROWS = 4  # one query row takes another kernel, with other bits, than this many
-EXACT_KEYS = 512  # up to here rows go through `exact_causal` on the CPU; its memory grows with the square
 
 
 class Layout(Protocol):
@@ -62,25 +61,9 @@ AttentionInterface.register(NAME, attention)
 
 
 def causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-    """Causal attention over whole rows: query (b, Hq, t, D), key and value (b, Hkv, t, D) → (b, Hq, t, D).
-
-    On the CPU in fp32, with t a multiple of KEY_BLOCK, short rows are computed with the very products a decode step
-    uses, so that sampler and learner agree to the last bit; otherwise by torch's fused kernel, to about 1e-6.
-    """
-    if query.device.type == "cpu" and query.dtype == torch.float32 and query.shape[2] <= EXACT_KEYS:
-        return exact_causal(query, key, value, scale)
+    """Causal attention over whole rows: query (b, Hq, t, D), key and value (b, Hkv, t, D) → (b, Hq, t, D)."""
     gqa = query.shape[1] != key.shape[1]
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=gqa)
-
-
-def exact_causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-    """Causal attention from two matrix products and a softmax, whose row i has the bits of a decode step at i."""
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    later = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool, device=query.device).triu(1)
-    scores = torch.matmul(query * scale, key.transpose(2, 3)).masked_fill(later, float("-inf"))
-    return torch.matmul(torch.softmax(scores, dim=-1), value)
 
 
 class Prefill:
