@@ -174,7 +174,7 @@ def buffer(policy: Policy, count: int = 12) -> list[Sample]:
 
 
 def gradients(learner: Learner) -> dict[str, torch.Tensor]:
-    return {name: m.grad.clone() for name, m in learner.master.items() if m.grad is not None}
+    return {n: torch.zeros_like(m) if m.grad is None else m.grad.clone() for n, m in learner.master.items()}
 
 
 def one_pass(policy: Policy, samples: list[Sample], forward: Any, loss: Any) -> dict[str, torch.Tensor]:
