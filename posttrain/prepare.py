@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from posttrain import machine
 from posttrain.collect import Collector, Verifier
@@ -108,7 +109,7 @@ def make_generator(policy: Policy, rollout: RolloutConfig) -> Generator:
     """The engine that a recipe names, on this policy. Raises ConfigError where it cannot run here."""
     if rollout.engine == "vllm":
         return VLLMGenerator(policy, rollout.slots, rollout.vllm_memory)
-    return EmbeddedGenerator(policy, rollout.slots)
+    return EmbeddedGenerator(policy, rollout.slots, torch.bfloat16 if rollout.dtype == "bfloat16" else None)
 
 
 def make_collector(policy: Policy, chat: ChatFormat, verify: Verifier, recipe: Any) -> Collector:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import posttrain as pt
 from posttrain import kernels
 from posttrain.kernels.build import library, why_not
 from posttrain.models import decoder, lora
@@ -23,7 +25,8 @@ from posttrain.rollout.fused import FusedDecoder
 from posttrain.rollout.generator import Request
 from posttrain.rollout.generator import draw as plain_draw
 from posttrain.rollout.plain import PlainDecoder
-from posttrain.types import SamplingParams
+from posttrain.store.run import Run
+from posttrain.types import ConfigError, SamplingParams
 from tests import tiny
 
 pytestmark = pytest.mark.skipif(library() is None, reason=f"no kernels here: {why_not()}")
@@ -225,6 +228,36 @@ def test_new_weights_and_adapters_reach_the_packed_copy() -> None:
         for n, t in zip(new, true, strict=True):
             assert n.tokens.tolist() == t.tokens.tolist()
             np.testing.assert_allclose(n.logprobs, t.logprobs, rtol=1e-5, atol=1e-5)
+
+
+def test_products_in_bfloat16_differ_by_their_rounding_and_the_run_corrects_for_it(tmp_path: Path) -> None:
+    """The sampler reports the probabilities it sampled with; the learner's are close, and the difference is logged."""
+    policy = model_of("qwen2")
+    check_forward(policy)
+    narrow, own = EmbeddedGenerator(policy, 32, torch.bfloat16), EmbeddedGenerator(policy, 32)
+    params = SamplingParams(max_tokens=1)
+    gaps = [
+        abs(float(a.logprobs[0] - b.logprobs[0]))
+        for one, other in zip(narrow.generate(requests(90), params), own.generate(requests(90), params), strict=True)
+        for a, b in zip(one, other, strict=True)
+        if a.tokens[0] == b.tokens[0]
+    ]
+    assert len(gaps) > 9 and 0 < max(gaps) < 0.3
+    alone = [narrow.generate([request], SamplingParams(max_tokens=9))[0] for request in requests(90)]
+    for one, other in zip(alone, narrow.generate(requests(90), SamplingParams(max_tokens=9)), strict=True):
+        assert all(np.array_equal(a.logprobs, b.logprobs) for a, b in zip(one, other, strict=True))
+    shared = {"model": "abacus", "tasks": "arithmetic", "steps": 2, "prompts": 2, "group_size": 4, "eval__problems": 2}
+    result = pt.grpo(**shared, out=tmp_path / "run", rollout__dtype="bfloat16", rollout__max_tokens=16)
+    with Run.read(result.folder) as run:
+        assert 1e-4 < max(run.curve("mismatch")[1]) < 0.5
+
+
+def test_other_products_than_the_models_are_refused_where_they_cannot_be_had() -> None:
+    policy = model_of("llama")
+    policy.model.bfloat16()
+    EmbeddedGenerator(policy, 32, torch.bfloat16)
+    with pytest.raises(ConfigError, match=r"asks for products in torch.float16 on a torch.bfloat16 model"):
+        EmbeddedGenerator(policy, 32, torch.float16)
 
 
 def test_more_slots_or_longer_answers_or_other_threads_make_room_without_changing_a_bit() -> None:

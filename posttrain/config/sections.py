@@ -66,6 +66,8 @@ class RolloutConfig:
     """Sequences decoded at once; a slot is refilled the moment its sequence ends."""
     max_tokens: int = 256
     """Longest completion, stop token included; longer ones are cut and marked `length`."""
+    dtype: Literal["model", "bfloat16"] = "model"
+    """The embedded engine's matrix products: as the model, or bfloat16 beside a float32 learner."""
     temperature: float = 1.0
     """Sampling temperature; the learner's log-probabilities use the same one."""
     vllm_memory: float = 0.3

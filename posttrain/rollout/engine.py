@@ -22,7 +22,7 @@ from posttrain.rollout.fused import FusedDecoder
 from posttrain.rollout.generator import OnDone, OnToken, Request, draw
 from posttrain.rollout.plain import PlainDecoder
 from posttrain.rollout.scheduler import Scheduler
-from posttrain.types import Completion, RolloutError, SamplingParams
+from posttrain.types import Completion, ConfigError, RolloutError, SamplingParams
 
 
 class Decoder(Protocol):
@@ -81,11 +81,22 @@ class _Slots:
 class EmbeddedGenerator:
     """`Generator` on a Policy in this process, the learner's own or a copy whose weights lag behind."""
 
-    def __init__(self, policy: Policy, slots: int = 128) -> None:
+    def __init__(self, policy: Policy, slots: int = 128, dtype: torch.dtype | None = None) -> None:
+        """`dtype` is that of the sampler's matrix products, the model's own unless given. Raises ConfigError where
+        another one cannot be had."""
         self.policy = policy
         self.slots = -(-slots // TILE) * TILE
         self.version = 0
-        self.decoder: Decoder = (FusedDecoder if decoder.fits(policy.body) else PlainDecoder)(policy, self.slots)
+        own = policy.head.weight.dtype
+        if decoder.fits(policy.body):
+            self.decoder: Decoder = FusedDecoder(policy, self.slots, dtype or own)
+        elif dtype in (None, own):
+            self.decoder = PlainDecoder(policy, self.slots)
+        else:
+            raise ConfigError(
+                f"rollout.dtype asks for products in {dtype} on a {own} model that the fused decoder does not fit (a "
+                'Llama-like model in float32 on a CPU with a C compiler). Set rollout.dtype = "model" or model.dtype.'
+            )
 
     def load(self, weights: Mapping[str, torch.Tensor], version: int) -> None:
         """Takes new weights, named as in `trainable(policy)`. The learner's own are already here and not copied."""

@@ -51,10 +51,10 @@ class Product:
     bias: torch.Tensor | None
 
     @staticmethod
-    def of(*modules: Any) -> Product:
+    def of(dtype: torch.dtype, *modules: Any) -> Product:
         out, inner = sum(m.weight.shape[0] for m in modules), modules[0].weight.shape[1]
-        bias = None if modules[0].bias is None else modules[0].weight.new_empty(out)
-        return Product(modules, modules[0].weight.new_empty(inner, out), bias)
+        bias = None if modules[0].bias is None else torch.empty(out, dtype=dtype)
+        return Product(modules, torch.empty(inner, out, dtype=dtype), bias)
 
     def refresh(self) -> None:
         """Copies the weights as they are now, adapters merged in."""
@@ -72,9 +72,17 @@ class Product:
 
     def into(self, rows: torch.Tensor, out: torch.Tensor) -> Callable[[], Any]:
         """The call that multiplies rows (R, in) into out (R, out)."""
+        if self.weight.dtype != rows.dtype:
+            return partial(self._narrow, rows, out)
         if self.bias is None:
             return partial(torch.mm, rows, self.weight, out=out)
         return partial(torch.addmm, self.bias, rows, self.weight, out=out)
+
+    def _narrow(self, rows: torch.Tensor, out: torch.Tensor) -> None:
+        """The same with operands and result rounded to the weight's dtype."""
+        narrow = rows.to(self.weight.dtype)
+        made = narrow @ self.weight if self.bias is None else torch.addmm(self.bias, narrow, self.weight)
+        out.copy_(made)
 
 
 class _Shape(ctypes.Structure):
@@ -88,16 +96,19 @@ class _Shape(ctypes.Structure):
 
 
 class FusedDecoder:
-    """`Decoder` of rollout/engine.py. Moving a sequence to another slot renames slots and copies nothing."""
+    """`Decoder` of rollout/engine.py. Moving a sequence to another slot renames slots and copies nothing.
 
-    def __init__(self, policy: Policy, slots: int) -> None:
+    `dtype` is that of the packed weights and of the products with them; everything between them stays in float32.
+    """
+
+    def __init__(self, policy: Policy, slots: int, dtype: torch.dtype = torch.float32) -> None:
         self.policy, self.slots = policy, slots
         body: Any = policy.body
         self.body, self.config, self.width = body, policy.config, decoder.head_width(policy.config)
-        self.layers = [_layer_products(layer) for layer in body.layers]
-        self.head = _head_products(policy.head)
+        self.layers = [_layer_products(layer, dtype) for layer in body.layers]
+        self.head = _head_products(policy.head, dtype)
         products = [p for layer in self.layers for p in layer]
-        like = policy.head.weight
+        like = policy.head.weight.new_empty(0, dtype=dtype)
         shapes = [tuple(p.weight.t().shape) for p in products]
         self.rows = equal_row_counts(shapes, max(ROW_COUNTS), like, "columns")  # type: ignore[arg-type]
         head_shapes = [tuple(p.weight.t().shape) for p in self.head]
@@ -264,13 +275,13 @@ def _times(product: Product, rows: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def _layer_products(layer: Any) -> tuple[Product, Product, Product, Product]:
+def _layer_products(layer: Any, dtype: torch.dtype) -> tuple[Product, Product, Product, Product]:
     attention, mlp = layer.self_attn, layer.mlp
     return (
-        Product.of(attention.q_proj, attention.k_proj, attention.v_proj),
-        Product.of(attention.o_proj),
-        Product.of(mlp.gate_proj, mlp.up_proj),
-        Product.of(mlp.down_proj),
+        Product.of(dtype, attention.q_proj, attention.k_proj, attention.v_proj),
+        Product.of(dtype, attention.o_proj),
+        Product.of(dtype, mlp.gate_proj, mlp.up_proj),
+        Product.of(dtype, mlp.down_proj),
     )
 
 
@@ -289,5 +300,5 @@ class _Part:
         return None if self._module.bias is None else self._module.bias[self._rows]
 
 
-def _head_products(head: Any) -> list[Product]:
-    return [Product.of(_Part(head, first)) for first in range(0, head.weight.shape[0], WIDEST_PRODUCT)]
+def _head_products(head: Any, dtype: torch.dtype) -> list[Product]:
+    return [Product.of(dtype, _Part(head, first)) for first in range(0, head.weight.shape[0], WIDEST_PRODUCT)]
