@@ -283,3 +283,35 @@ def test_what_the_fused_pass_does_not_compute_is_left_to_transformers(monkeypatc
     assert not decoder.fits(transformers.AutoModelForCausalLM.from_config(other).get_decoder())
     monkeypatch.setattr("posttrain.models.decoder.library", lambda: None)
     assert not decoder.fits(model_of("llama").body)
+
+
+@few
+@given(
+    runs=st.lists(st.tuples(st.integers(0, 40), st.lists(st.integers(1, 50), min_size=1, max_size=3)), min_size=1,
+                  max_size=4),
+    heads=st.sampled_from([(1, 1), (4, 2), (6, 2), (3, 3)]), width=st.sampled_from([6, 8, 16, 24, 40, 64, 80, 128]),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+def test_attention_of_rows_behind_shared_beginnings_is_a_softmax_over_what_each_token_sees(
+    runs: list[tuple[int, list[int]]], heads: tuple[int, int], width: int, seed: int
+) -> None:
+    sizes, shared = [], []
+    for beginning, rests in runs:
+        groups = [rests] if beginning else [[rest] for rest in rests]
+        for group in groups:
+            sizes += [beginning + rest for rest in group]
+            shared.append((len(group), beginning))
+    layout = Packed(torch.tensor(sizes), shared)
+    count, groups = len(layout.kept), heads[0] // heads[1]
+    query, key, value = (numbers(count, h, width, seed=seed + h, grad=True) for h in (heads[0], heads[1], heads[1]))
+    ours = kernels.attention(query, key, value, layout.rows, layout.runs, width**-0.5)
+    k, v = (x.double().repeat_interleave(groups, 1) for x in (key, value))
+    scores = torch.einsum("qhd,khd->hqk", query.double(), k) * width**-0.5
+    sees = torch.zeros(count, count, dtype=torch.bool)
+    for row in range(len(sizes)):  # which computed tokens a row is made of, in order
+        first = sum(sizes[:row])
+        own = layout.index[first : first + sizes[row]]
+        sees[own.unsqueeze(1), own] |= torch.ones(len(own), len(own), dtype=torch.bool).tril()
+    weights = torch.softmax(scores.masked_fill(~sees, -torch.inf), -1)
+    truth = torch.einsum("hqk,khd->qhd", weights, v)
+    assert_same_with_gradients([ours], [truth], [query, key, value], 1e-5)

@@ -1,7 +1,7 @@
 """Fused operations for float32 on a CPU: each replaces a chain of torch operations that reads memory many times.
 
-`kernels.c` holds them, `build.py` compiles it. The functions here check nothing but what a caller in this package could
-get wrong; `models/decoder.py` and `rollout/slots.py` decide whether they are used at all.
+`kernels.c` and `attention.c` hold them, `build.py` compiles them. The functions here check nothing but what a caller in
+this package could get wrong; `models/decoder.py`, `models/packing.py` and `rollout/fused.py` decide whether to use them.
 """
 
 from __future__ import annotations
@@ -117,6 +117,67 @@ class _SwiGLU(torch.autograd.Function):
         dgate, dup = torch.empty_like(gate), torch.empty_like(up)
         _call("swiglu_grad", gate, up, grad.contiguous(), dgate, dup, gate.numel())
         return dgate, dup
+
+
+class Rows(ctypes.Structure):
+    """`Rows` of attention.c."""
+
+    _fields_ = [
+        *((n, ctypes.c_int64) for n in "heads kv_heads width room runs threads scratch keys".split()),
+        ("scale", ctypes.c_float),
+    ]
+
+
+def attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: torch.Tensor, runs: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Causal attention of rows that lie end to end: query (M, Hq, D), key and value (M, Hkv, D) → (M, Hq, D).
+
+    rows (n, 2) int64: first token and one past the last. runs (k + 1,) int64: the first row of each run; where a run
+    has more rows than one, all but its first continue the first and see it whole. Differentiable.
+    """
+    return _Attention.apply(query, key, value, rows, runs, scale)  # type: ignore[return-value]
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        rows: torch.Tensor,
+        runs: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+        shape = _rows_shape(query, key, rows, runs, scale)
+        out, norms = torch.empty_like(query), query.new_empty(query.shape[:2])
+        scratch = query.new_empty(shape.threads, shape.scratch)
+        _call("attention", query, key, value, out, norms, rows, runs, scratch, ctypes.byref(shape))
+        ctx.save_for_backward(query, key, value, out, norms, rows, runs)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+        query, key, value, out, norms, rows, runs = ctx.saved_tensors
+        shape = _rows_shape(query, key, rows, runs, ctx.scale)
+        grads = [torch.empty_like(x) for x in (query, key, value)]
+        scratch = query.new_empty(shape.threads, shape.scratch)
+        given = (query, key, value, out, norms, grad.contiguous())
+        _call("attention_grad", *given, *grads, rows, runs, scratch, ctypes.byref(shape))
+        return *grads, None, None, None
+
+
+def _rows_shape(query: torch.Tensor, key: torch.Tensor, rows: torch.Tensor, runs: torch.Tensor, scale: float) -> Rows:
+    heads, width, kv = query.shape[1], query.shape[2], key.shape[1]
+    room, tile = -(-width // 16) * 16, 16
+    padded = -(-(rows[:, 1] - rows[:, 0]) // 16) * 16
+    beginnings = padded[runs[:-1]]
+    keys = int(2 * padded.max() if int(runs.diff().max()) > 1 else beginnings.max())
+    scratch = keys * (2 * width + 3 * room + 2 * tile) + 3 * tile * room
+    return Rows(heads, kv, width, room, len(runs) - 1, torch.get_num_threads(), scratch, keys, scale)
 
 
 def swiglu_halves(both: torch.Tensor, out: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Compiles kernels.c with the machine's own C compiler, once, and loads it.
+"""Compiles the C files beside it with the machine's own C compiler, once, and loads them.
 
 The result is kept under a name that hashes the source, the compiler, its flags and the CPU, so a stale one is never
 loaded. Without a compiler, or with POSTTRAIN_KERNELS=0, there are none and torch's own operations are used.
@@ -19,7 +19,8 @@ from pathlib import Path
 
 import torch
 
-SOURCE = Path(__file__).with_name("kernels.c")
+HERE = Path(__file__).parent
+SOURCES = (HERE / "kernels.c", HERE / "attention.c")
 SWITCH = "POSTTRAIN_KERNELS"
 FLAGS = ("-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared")
 
@@ -63,16 +64,17 @@ def _compiled() -> Library | None:
         return None
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
     flags = [*FLAGS, *_for_this_machine(compiler)]
-    identity = hashlib.sha256(
-        "\n".join([SOURCE.read_text("utf-8"), version, *flags, _cpu(), torch.__version__]).encode()
-    ).hexdigest()[:16]
+    texts = [path.read_text("utf-8") for path in (HERE / "vector.h", *SOURCES)]
+    identity = hashlib.sha256("\n".join([*texts, version, *flags, _cpu(), torch.__version__]).encode()).hexdigest()[:16]
     path = _folder() / f"kernels-{identity}.so"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".so", delete=False) as file:
             made = Path(file.name)
         try:
-            subprocess.run([compiler, *flags, str(SOURCE), "-o", made, "-lm"], capture_output=True, check=True)
+            subprocess.run(
+                [compiler, *flags, *map(str, SOURCES), "-o", str(made), "-lm"], capture_output=True, check=True
+            )
             made.replace(path)  # two processes may do this at once; either result is whole
         finally:
             made.unlink(missing_ok=True)

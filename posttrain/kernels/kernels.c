@@ -5,58 +5,9 @@
    threads (the gradient of a norm's weight alone is summed per thread). Functions take plain pointers; the Python side
    has checked shapes, dtypes and contiguity. */
 
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
+#include "vector.h"
 
-typedef float v16 __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t i16 __attribute__((vector_size(64), aligned(4), may_alias));
-#define LANES 16
-#define INLINE static inline __attribute__((always_inline))
 #define CHUNK 256 /* logits whose probabilities are summed together before the double-precision running sum */
-
-INLINE v16 splat(float x) { return (v16){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
-INLINE v16 load(const float *p) { return *(const v16 *)p; }
-INLINE void store(float *p, v16 x) { *(v16 *)p = x; }
-INLINE v16 pick(i16 mask, v16 yes, v16 no) { return (v16)((mask & (i16)yes) | (~mask & (i16)no)); }
-INLINE v16 larger(v16 a, v16 b) { return pick(a > b, a, b); }
-
-INLINE v16 load_some(const float *p, int64_t n, float rest) {
-    v16 x = splat(rest);
-    memcpy(&x, p, n * sizeof(float));
-    return x;
-}
-INLINE void store_some(float *p, v16 x, int64_t n) { memcpy(p, &x, n * sizeof(float)); }
-
-INLINE float total(v16 x) {
-    float s[8];
-    for (int i = 0; i < 8; i++) s[i] = x[i] + x[i + 8];
-    return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
-}
-INLINE float largest(v16 x) {
-    float m = x[0];
-    for (int i = 1; i < LANES; i++) m = x[i] > m ? x[i] : m;
-    return m;
-}
-
-/* exp to about 1 unit in the last place: 2^n · e^r with r in ±ln2/2 and a polynomial of degree 6; 0 below -87.3. */
-INLINE v16 exponential(v16 x) {
-    const v16 low = splat(-87.33f), high = splat(88.37f), magic = splat(12582912.0f);
-    i16 tiny = x < low;
-    x = pick(x > high, high, pick(tiny, low, x));
-    v16 n = (x * splat(1.44269504088896341f) + magic) - magic;
-    v16 r = (x - n * splat(0.693145751953125f)) - n * splat(1.42860682030941723212e-6f);
-    v16 p = splat(1.3888889e-3f);
-    p = p * r + splat(8.3333333e-3f);
-    p = p * r + splat(4.1666667e-2f);
-    p = p * r + splat(1.6666667e-1f);
-    p = p * r + splat(0.5f);
-    p = p * r + splat(1.0f);
-    p = p * r + splat(1.0f);
-    i16 shift = (i16)(n + magic) << 23;
-    v16 y = (v16)((i16)p + shift);
-    return pick(tiny, splat(0.0f), y);
-}
 
 /* ---- root-mean-square norm, with the residual sum before it ---------------------------------------------------- */
 
@@ -139,20 +90,6 @@ void rms_norm_grad(const float *sum, const float *w, const float *rstd, const fl
 
 /* ---- rotary positions -------------------------------------------------------------------------------------------- */
 
-INLINE void rotate(const float *in, float *out, const float *cosine, const float *sine, int64_t half, float sign) {
-    int64_t i = 0;
-    for (; i + LANES <= half; i += LANES) {
-        v16 a = load(in + i), b = load(in + half + i), c = load(cosine + i), s = load(sine + i) * splat(sign);
-        store(out + i, a * c - b * s);
-        store(out + half + i, b * c + a * s);
-    }
-    for (; i < half; i++) {
-        float a = in[i], b = in[half + i], s = sine[i] * sign;
-        out[i] = a * cosine[i] - b * s;
-        out[half + i] = b * cosine[i] + a * s;
-    }
-}
-
 /* in and out (rows, heads, width), cosine and sine (rows, width / 2); sign -1 turns back, which is the gradient. */
 void rotary(const float *in, float *out, const float *cosine, const float *sine, int64_t rows, int64_t heads,
             int64_t width, float sign) {
@@ -201,145 +138,6 @@ void swiglu_grad(const float *gate, const float *up, const float *dout, float *d
         } else {
             store_some(dgate + i, a, n);
             store_some(dup + i, b, n);
-        }
-    }
-}
-
-/* ---- attention of one new token per sequence --------------------------------------------------------------------- */
-
-/* Keys lie in blocks of 16 tokens, width first, (blocks, width, 16): a query's products with 16 keys then need no sum
-   across lanes. Values lie token by token, (tokens, room) with room = width rounded up to 16. */
-
-INLINE v16 block_scores(const float *q, const float *keys, int64_t width) {
-    v16 s0 = splat(0.0f), s1 = s0, s2 = s0, s3 = s0;
-    int64_t d = 0;
-    for (; d + 4 <= width; d += 4) {
-        s0 += splat(q[d]) * load(keys + d * LANES);
-        s1 += splat(q[d + 1]) * load(keys + (d + 1) * LANES);
-        s2 += splat(q[d + 2]) * load(keys + (d + 2) * LANES);
-        s3 += splat(q[d + 3]) * load(keys + (d + 3) * LANES);
-    }
-    for (; d < width; d++) s0 += splat(q[d]) * load(keys + d * LANES);
-    return (s0 + s1) + (s2 + s3);
-}
-
-/* Scores of one query with `count` keys, padded lanes at -inf; returns the largest. */
-INLINE v16 key_scores(const float *q, const float *keys, int64_t count, int64_t width, float *scores, v16 most) {
-    for (int64_t b = 0; b * LANES < count; b++) {
-        v16 s = block_scores(q, keys + b * LANES * width, width);
-        for (int64_t n = count - b * LANES; n < LANES; n++) s[n] = -INFINITY;
-        store(scores + b * LANES, s);
-        most = larger(s, most);
-    }
-    return most;
-}
-
-INLINE void add_values(const float *weights, const float *values, int64_t count, int64_t room, v16 *out, const int n) {
-    v16 a[8], b[8];
-    for (int j = 0; j < n; j++) a[j] = out[j], b[j] = splat(0.0f);
-    int64_t t = 0;
-    for (; t + 2 <= count; t += 2)
-        for (int j = 0; j < n; j++) {
-            a[j] += splat(weights[t]) * load(values + t * room + j * LANES);
-            b[j] += splat(weights[t + 1]) * load(values + (t + 1) * room + j * LANES);
-        }
-    if (t < count)
-        for (int j = 0; j < n; j++) a[j] += splat(weights[t]) * load(values + t * room + j * LANES);
-    for (int j = 0; j < n; j++) out[j] = a[j] + b[j];
-}
-
-static void weigh(const float *weights, const float *values, int64_t count, int64_t room, v16 *out) {
-    switch (room / LANES) {
-    case 1: add_values(weights, values, count, room, out, 1); break;
-    case 2: add_values(weights, values, count, room, out, 2); break;
-    case 3: add_values(weights, values, count, room, out, 3); break;
-    case 4: add_values(weights, values, count, room, out, 4); break;
-    case 6: add_values(weights, values, count, room, out, 6); break;
-    case 8: add_values(weights, values, count, room, out, 8); break;
-    default:
-        for (int64_t j = 0; j < room / LANES; j++) add_values(weights, values + j * LANES, count, room, out + j, 1);
-    }
-}
-
-INLINE void head_norm(float *x, const float *w, int64_t width, float eps) {
-    v16 squares = splat(0.0f);
-    int64_t i = 0;
-    for (; i + LANES <= width; i += LANES) squares += load(x + i) * load(x + i);
-    if (i < width) {
-        v16 v = load_some(x + i, width - i, 0);
-        squares += v * v;
-    }
-    float scale = 1.0f / sqrtf(total(squares) / (float)width + eps);
-    for (i = 0; i < width; i++) x[i] = x[i] * scale * w[i];
-}
-
-typedef struct {
-    int64_t heads, kv_heads, width, room, blocks; /* blocks of 16 tokens that a slot has */
-    int64_t threads, scratch;                     /* scratch: floats of each thread */
-    float scale, eps;
-} Shape;
-
-/* One decode step of one layer. qkv (rows, (heads + 2 kv_heads) width) as the product gave it; q_norm and k_norm
-   (width) or null; cosine and sine (positions, width / 2). Row r is sequence `slot[r]` at `position[r]`; its first
-   `shared[r]` tokens are a prompt whose keys and values of all layers lie at shared_keys[r] and shared_values[r], each
-   layer laid out as a slot with just the blocks it needs. The new key and value are stored, then attended to.
-   keys (slots, kv_heads, blocks, width, 16), values (slots, kv_heads, blocks 16, room), out (rows, heads width),
-   scratch (threads, shape.scratch). */
-void decode_attention(const float *qkv, const float *q_norm, const float *k_norm, const float *cosine,
-                      const float *sine, const int64_t *slot, const int64_t *position, const int64_t *shared,
-                      const int64_t *shared_keys, const int64_t *shared_values, int64_t layer, float *keys,
-                      float *values, float *out, float *scratch, const int64_t *count, const Shape *shape) {
-    const Shape z = *shape;
-    const int64_t groups = z.heads / z.kv_heads, half = z.width / 2, wide = (z.heads + 2 * z.kv_heads) * z.width;
-    const int64_t rows = *count;
-    int64_t next = 0;
-#pragma omp parallel num_threads(z.threads)
-    {
-        int64_t mine;
-#pragma omp atomic capture
-        mine = next++;
-        float *scores = scratch + mine * z.scratch;
-#pragma omp for schedule(dynamic, 2)
-        for (int64_t item = 0; item < rows * z.kv_heads; item++) {
-            const int64_t h = item / rows, r = item % rows; /* head by head: a group's rows share the prompt's keys */
-            const int64_t at = position[r] - shared[r], shared_blocks = (shared[r] + LANES - 1) / LANES;
-            const float *row = qkv + r * wide, *c = cosine + position[r] * half, *s = sine + position[r] * half;
-            float *own_keys = keys + (slot[r] * z.kv_heads + h) * z.blocks * LANES * z.width;
-            float *own_values = values + (slot[r] * z.kv_heads + h) * z.blocks * LANES * z.room;
-            float raw[1024], turned[1024];
-            memcpy(raw, row + (z.heads + h) * z.width, z.width * sizeof(float));
-            if (k_norm) head_norm(raw, k_norm, z.width, z.eps);
-            rotate(raw, turned, c, s, half, 1.0f);
-            float *key = own_keys + (at / LANES) * LANES * z.width + at % LANES;
-            for (int64_t d = 0; d < z.width; d++) key[d * LANES] = turned[d];
-            memcpy(own_values + at * z.room, row + (z.heads + z.kv_heads + h) * z.width, z.width * sizeof(float));
-            const int64_t before = (layer * z.kv_heads + h) * shared_blocks * LANES;
-            const float *prompt_keys = (const float *)shared_keys[r] + before * z.width;
-            const float *prompt_values = (const float *)shared_values[r] + before * z.room;
-            for (int64_t g = 0; g < groups; g++) {
-                memcpy(raw, row + (h * groups + g) * z.width, z.width * sizeof(float));
-                if (q_norm) head_norm(raw, q_norm, z.width, z.eps);
-                rotate(raw, turned, c, s, half, 1.0f);
-                for (int64_t d = 0; d < z.width; d++) turned[d] *= z.scale;
-                float *own_scores = scores + shared_blocks * LANES;
-                v16 most = splat(-INFINITY);
-                if (shared[r]) most = key_scores(turned, prompt_keys, shared[r], z.width, scores, most);
-                most = key_scores(turned, own_keys, at + 1, z.width, own_scores, most);
-                const v16 top = splat(largest(most));
-                const int64_t padded = (shared_blocks + at / LANES + 1) * LANES;
-                v16 mass = splat(0.0f), sums[64];
-                for (int64_t i = 0; i < padded; i += LANES) {
-                    v16 e = exponential(load(scores + i) - top);
-                    store(scores + i, e);
-                    mass += e;
-                }
-                for (int64_t j = 0; j < z.room / LANES; j++) sums[j] = splat(0.0f);
-                if (shared[r]) weigh(scores, prompt_values, shared[r], z.room, sums);
-                weigh(own_scores, own_values, at + 1, z.room, sums);
-                const float inverse = 1.0f / total(mass);
-                float *o = out + (r * z.heads + h * groups + g) * z.width, *flat = (float *)sums;
-                for (int64_t d = 0; d < z.width; d++) o[d] = flat[d] * inverse;
-            }
         }
     }
 }

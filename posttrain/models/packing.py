@@ -10,6 +10,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from posttrain import kernels
+from posttrain.kernels.build import library
+
 QUERIES = 256  # longer rows are computed in pieces of this many tokens, so keys that come later cost nothing
 TILE = 1 << 20  # scores computed at once: 4 MiB in fp32, so that they are still in the cache when they are used
 
@@ -63,6 +66,9 @@ class Packed:
         rows, kept, index, positions = self._lay(sizes, shared)
         device = lengths.device
         self.blocks = attention_blocks(rows, QUERIES if device.type == "cpu" else self.longest)
+        self.rows = torch.tensor([own for own, _ in rows])  # (rows, 2), as kernels.attention takes them
+        starts = [i for i, (_, before) in enumerate(rows) if before[0] == before[1]]
+        self.runs = torch.tensor([*starts, len(rows)])
         self.kept = torch.cat(kept).to(device)  # (M,) which of the rows' N tokens are computed, in the call's order
         self.index = torch.cat(index).to(device)  # (N,) where each of the rows' tokens is in the call
         self.positions = torch.cat(positions).unsqueeze(0).to(device)  # (1, M)
@@ -94,6 +100,8 @@ class Packed:
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
     ) -> torch.Tensor:
         parts = [x[0].transpose(0, 1).contiguous() for x in (query, key, value)]  # (M, H, D)
+        if query.device.type == "cpu" and query.dtype == torch.float32 and library() is not None:
+            return kernels.attention(parts[0], parts[1], parts[2], self.rows, self.runs, scale).unsqueeze(0)
         if query.device.type == "cpu" and query.dtype in (torch.float32, torch.float64):
             made: Any = _Attention.apply(parts[0], parts[1], parts[2], self.blocks, scale)
             return made.unsqueeze(0)

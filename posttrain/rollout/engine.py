@@ -28,7 +28,7 @@ from posttrain.types import Completion, ConfigError, RolloutError, SamplingParam
 class Decoder(Protocol):
     """What computes logits for the slots in use, which are always 0 … R−1."""
 
-    def prepare(self, longest_prompt: int, max_tokens: int) -> None: ...
+    def prepare(self, sequences: int, longest_prompt: int, max_tokens: int) -> None: ...
     def prefill(self, prompts: Sequence[np.ndarray]) -> Sequence[Any]: ...
     def start(self, slot: int, prompt: Any) -> None: ...
     def move(self, source: int, target: int, length: int) -> None: ...
@@ -123,8 +123,8 @@ class EmbeddedGenerator:
             return []
         self._check(requests, params)
         self.policy.model.eval()
-        self.decoder.prepare(max(len(r.prompt) for r in requests), params.max_tokens)
         scheduler = Scheduler(self.slots, [len(r.seeds) for r in requests])
+        self.decoder.prepare(len(scheduler.waiting), max(len(r.prompt) for r in requests), params.max_tokens)
         slots = _Slots(min(self.slots, len(scheduler.waiting)), params.max_tokens)
         stops = np.array(self.policy.stop_ids)
         prompts: dict[int, Any] = {}

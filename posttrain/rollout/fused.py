@@ -23,7 +23,7 @@ from posttrain.kernels import address
 from posttrain.kernels.build import library
 from posttrain.models import decoder
 from posttrain.models.attention import causal
-from posttrain.models.invariance import ROW_COUNTS, calls, equal_row_counts
+from posttrain.models.invariance import ROW_COUNTS, TILE, calls, equal_row_counts
 from posttrain.models.load import Policy
 from posttrain.rollout.plain import by_padded_length, padded_tokens, prefill_calls
 
@@ -114,17 +114,17 @@ class FusedDecoder:
         head_shapes = [tuple(p.weight.t().shape) for p in self.head]
         self.step_rows = equal_row_counts([*shapes, *head_shapes], slots, like, "columns")  # type: ignore[arg-type]
         self._seen: tuple[int, ...] = ()
-        self._room = (0, 0)
+        self._room = (0, 0, 0)
         self._threads = 0
 
-    def prepare(self, longest_prompt: int, max_tokens: int) -> None:
-        """Makes room for sequences of this length and takes over weights that have changed."""
-        own = -(-max_tokens // BLOCK) * BLOCK
-        longest = -(-(longest_prompt + max_tokens) // BLOCK) * BLOCK
-        if own > self._room[0] or longest > self._room[1] or torch.get_num_threads() != self._threads:
-            self._room = max(own, self._room[0]), max(longest, self._room[1])
-            self._threads = torch.get_num_threads()
-            self._allocate(*self._room)
+    def prepare(self, sequences: int, longest_prompt: int, max_tokens: int) -> None:
+        """Makes room for so many sequences of this length and takes over weights that have changed."""
+        used = min(self.slots, -(-sequences // TILE) * TILE)
+        wanted = (used, *(-(-n // BLOCK) * BLOCK for n in (max_tokens, longest_prompt + max_tokens)))
+        room = tuple(max(pair) for pair in zip(wanted, self._room, strict=True))
+        if room != self._room or torch.get_num_threads() != self._threads:
+            self._room, self._threads = room, torch.get_num_threads()
+            self._allocate(*room)
         seen = tuple(p._version for p in self.policy.model.parameters())  # every change in place counts it up
         if seen != self._seen:
             for product in (*(p for layer in self.layers for p in layer), *self.head):
@@ -153,7 +153,7 @@ class FusedDecoder:
     def step(self, newest: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Feeds slots 0 … R−1 their newest tokens (R,) at positions (R,) and returns the next logits (R, V)."""
         out: list[torch.Tensor] = []
-        for first, rows in calls(len(newest), self.step_rows, self.slots):
+        for first, rows in calls(len(newest), self.step_rows, len(self.place)):
             real = min(rows, len(newest) - first)
             places = self.place[first : first + real]
             self.at[0, :real], self.at[1, :real] = torch.from_numpy(places), positions[first : first + real]
@@ -166,15 +166,15 @@ class FusedDecoder:
             out.append(self.logits[:real])
         return out[0] if len(out) == 1 else torch.cat([part.clone() for part in out])
 
-    def _allocate(self, own: int, longest: int) -> None:
+    def _allocate(self, slots: int, own: int, longest: int) -> None:
         config, like = self.config, self.policy.head.weight
         kv, room = config.num_key_value_heads, -(-self.width // LANES) * LANES
-        most, wide = max(self.step_rows), (config.num_attention_heads + 2 * kv) * self.width
-        self.keys = like.new_zeros(config.num_hidden_layers, self.slots, kv, own // LANES, self.width, LANES)
-        self.values = like.new_zeros(config.num_hidden_layers, self.slots, kv, own, room)
-        self.place = np.arange(self.slots)  # slot → where its keys lie
-        self.prompt: list[Prompt | None] = [None] * self.slots
-        self.shared = np.zeros((3, self.slots), np.int64)  # prompt length and the addresses of its keys and values
+        most, wide = max(c for c in self.step_rows if c <= slots), (config.num_attention_heads + 2 * kv) * self.width
+        self.keys = like.new_zeros(config.num_hidden_layers, slots, kv, own // LANES, self.width, LANES)
+        self.values = like.new_zeros(config.num_hidden_layers, slots, kv, own, room)
+        self.place = np.arange(slots)  # slot → where its keys lie
+        self.prompt: list[Prompt | None] = [None] * slots
+        self.shared = np.zeros((3, slots), np.int64)  # prompt length and the addresses of its keys and values
         self.at = torch.zeros(5, most, dtype=torch.int64)  # per row: place, position, and those three
         self.count = ctypes.c_int64(0)
         self.x, self.y = like.new_zeros(most, config.hidden_size), like.new_zeros(most, config.hidden_size)
@@ -262,7 +262,7 @@ class FusedDecoder:
     def _head_of(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits (R, V) of normed hidden states (R, width), at proven row counts."""
         out: list[torch.Tensor] = []
-        for first, rows in calls(len(hidden), self.step_rows, self.slots):
+        for first, rows in calls(len(hidden), self.step_rows, len(self.place)):
             part = hidden[first : first + rows]
             whole = torch.cat([part, part.new_zeros(rows - len(part), part.shape[1])])
             out.append(torch.cat([_times(p, whole) for p in self.head], 1)[: len(part)])

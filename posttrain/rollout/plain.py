@@ -43,12 +43,12 @@ class PlainDecoder:
         assert self._cache is not None, "`prepare` comes first"
         return self._cache
 
-    def prepare(self, longest_prompt: int, max_tokens: int) -> None:
-        """Makes room for sequences of this length; the weights are read where they are."""
+    def prepare(self, sequences: int, longest_prompt: int, max_tokens: int) -> None:
+        """Makes room for so many sequences of this length; the weights are read where they are."""
         config = self.policy.config
-        capacity = -(-(longest_prompt + max_tokens) // BLOCK) * BLOCK
-        if self._cache is None or self._cache.capacity < capacity:
-            shape = (self.slots, config.num_key_value_heads, capacity, head_width(config))
+        used, capacity = min(self.slots, -(-sequences // TILE) * TILE), longest_prompt + max_tokens
+        if self._cache is None or self._cache.capacity < capacity or self._cache.keys.shape[1] < used:
+            shape = (used, config.num_key_value_heads, -(-capacity // BLOCK) * BLOCK, head_width(config))
             self._cache = SlotCache(config.num_hidden_layers, *shape, like=next(self.policy.model.parameters()))
 
     def prefill(self, prompts: Sequence[np.ndarray]) -> list[Prompt]:
@@ -79,7 +79,7 @@ class PlainDecoder:
         """Feeds slots 0 … R−1 their newest tokens (R,) at positions (R,) and returns the next logits (R, V)."""
         count, device = len(newest), self.policy.device
         logits: list[torch.Tensor] = []
-        for first, rows in calls(count, self.rows, self.slots):
+        for first, rows in calls(count, self.rows, self.cache.keys.shape[1]):
             real = min(rows, count - first)
             part = torch.zeros(2, rows, dtype=torch.int64, device=device)
             part[0, :real], part[1, :real] = newest[first : first + real], positions[first : first + real]
