@@ -1,7 +1,7 @@
 """Fused operations for float32 on a CPU: each replaces a chain of torch operations that reads memory many times.
 
 `kernels.c` and `attention.c` hold them, `build.py` compiles them. The functions here check nothing but what a caller in
-this package could get wrong; `models/decoder.py`, `models/packing.py` and `rollout/fused.py` decide whether to use them.
+this package could get wrong; `models/decoder.py`, `models/packing.py` and `rollout/fused.py` decide on their use.
 """
 
 from __future__ import annotations
