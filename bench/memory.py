@@ -92,7 +92,7 @@ def make_model(folder: Path, shape: str) -> None:
     LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(folder)
 
 
-ROWS = 24
+ROWS = 80  # more than any batch, so that no row comes twice in one
 
 
 def make_data(path: Path, algorithm: str, prompt: int, answer: int) -> None:
@@ -210,25 +210,28 @@ def child(*arguments: str) -> str:
 
 def compare(name: str, threads: int, probe: bool = False) -> dict[str, Any]:
     """One configuration: planned in this process, then run in its own. Bytes, and seconds of the second step."""
-    from posttrain import config, estimate, planner
+    from posttrain import config, estimate, planner, shapes, speed
+    from posttrain.kernels.build import library
 
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         child("--make", name, "--root", folder)
         algorithm, overrides = settings(name, root, threads)
         recipe = config.resolve(algorithm, {}, overrides)
-        shape, rows = planner.shape_of(root / "model"), estimate.measured_rows(algorithm, recipe)[0]
+        shape, rows = shapes.shape_of(root / "model"), estimate.measured_rows(algorithm, recipe)[0]
         found = json.loads(child("--worker", name, "--root", folder, "--threads", str(threads)).splitlines()[-1])
-        where = planner.Where(fused=estimate.fused(recipe), baseline=found["baseline"])
+        where = planner.Where(fused=library() is not None, baseline=found["baseline"])
         plan = planner.memory(algorithm, recipe, shape, rows, where)
-        seconds = sum(estimate.step_seconds(algorithm, recipe, shape, rows, "cpu").values()) if probe else None
+        seconds = sum(speed.step_seconds(algorithm, recipe, shape, rows, "cpu").values()) if probe else None
     return {
         "name": name,
         "predicted": plan.peak,
         "measured": max(found["peaks"].values()),
         "baseline": found["baseline"],
         "parts": {**plan.held, **plan.phases[plan.peak_phase]},
-        "phases": {phase: (plan.of(phase), found["peaks"].get(phase, 0)) for phase in plan.phases},
+        "phases": {
+            phase: (plan.of(phase) if phase in plan.phases else 0, seen) for phase, seen in found["peaks"].items()
+        },
         "seconds": (seconds, found["times"].get("seconds")),
     }
 

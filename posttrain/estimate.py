@@ -28,10 +28,11 @@ from posttrain.envs.tasks import load_tasks
 from posttrain.kernels.build import library
 from posttrain.models.load import Policy, resolve_path
 from posttrain.pairs import load_pairs, pair_rows
-from posttrain.planner import Memory, ModelShape, Rows, Where
+from posttrain.planner import Memory, Rows, Where
 from posttrain.prepare import Setup
+from posttrain.shapes import ModelShape, shape_of
 from posttrain.speed import ROLLOUT, step_seconds
-from posttrain.types import PosttrainError, Sample
+from posttrain.types import ConfigError, PosttrainError, Sample
 
 
 @dataclass(frozen=True)
@@ -91,21 +92,27 @@ def plan(
 
     `memory` is GiB of each device (None: this machine's); `gpus` shards weights, gradients and optimizer; `probe` times
     a small model, where the device is here; `rows` are a `planner.Rows` instead of the data's own. Raises ConfigError
-    for a recipe or a model whose shape is not known.
+    for numbers that no machine has and a model whose shape is not known.
     """
+    if memory is not None and memory <= 0:
+        raise ConfigError(f"memory={memory:g} GiB leaves no room for anything. Give the GiB of one device, such as 24.")
+    if gpus < 1:
+        raise ConfigError(f"gpus={gpus}, but a run needs a device. Give 1 or more.")
+    if device not in ("auto", "cpu") and not device.startswith("cuda"):
+        raise ConfigError(f"device={device!r} is not known. Give auto, cpu or cuda.")
     if isinstance(recipe, str | Path):
         algorithm, sections, _ = config.read_toml(recipe)
         recipe = config.resolve(algorithm, sections)
     algorithm = next(name for name, cls in config.RECIPES.items() if type(recipe) is cls)
-    shape = planner.shape_of(resolve_path(recipe.model.path))
+    shape = shape_of(resolve_path(recipe.model.path))
     cuda = device.startswith("cuda") or gpus > 1 or (device == "auto" and torch.cuda.is_available())
     unknown: list[str] = []
     if rows is None:
         rows, note = measured_rows(algorithm, recipe)
         unknown += [note] if note else []
-    where = Where(gpus, cuda, fused(recipe), resident() if not cuda else 1 << 30)
+    where = Where(gpus, cuda, library() is not None, resident() if not cuda else 1 << 30)
     found = planner.memory(algorithm, recipe, shape, rows, where)
-    limit = round(memory * 2**30) if memory else machine_memory(cuda)
+    limit = machine_memory(cuda) if memory is None else round(memory * 2**30)
     changes = [] if found.peak <= limit else advice(algorithm, recipe, shape, rows, where, limit)
     seconds: dict[str, float] = {}
     if cuda and not torch.cuda.is_available() or gpus > 1:
@@ -122,8 +129,8 @@ def warning(algorithm: str, recipe: Any) -> str:
     Rows are taken as long as the settings allow, so this is the worst case; a shape that is not known says nothing.
     """
     with suppress(PosttrainError):
-        shape, rows = planner.shape_of(resolve_path(recipe.model.path)), longest_rows(algorithm, recipe)
-        where = Where(1, machine.device(recipe.train.device).type == "cuda", fused(recipe))
+        shape, rows = shape_of(resolve_path(recipe.model.path)), longest_rows(algorithm, recipe)
+        where = Where(1, machine.device(recipe.train.device).type == "cuda", library() is not None)
         found, limit = planner.memory(algorithm, recipe, shape, rows, where), machine_memory(where.cuda)
         if found.peak > limit:
             changes = advice(algorithm, recipe, shape, rows, where, limit)
@@ -156,11 +163,6 @@ def resident() -> int:
     if not status.is_file():
         return planner.BASELINE
     return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmRSS"))
-
-
-def fused(recipe: Any) -> bool:
-    """Whether posttrain/kernels serve a Llama-like model of this recipe on the CPU."""
-    return recipe.model.dtype == "float32" and library() is not None
 
 
 def longest_rows(algorithm: str, recipe: Any) -> Rows:
@@ -299,16 +301,16 @@ def not_known(algorithm: str, recipe: Any, where: Where) -> list[str]:
 def show_plan(out: Console, found: Plan) -> None:
     """The parts of the peak, whether it fits, what to change, and the time of a step."""
     most = found.memory.peak
-    title = f"{found.algorithm}, {found.shape.parameters / 1e6:,.0f}M weights: peak in the {found.memory.peak_phase}"
+    title = f"{found.algorithm}, {found.shape.parameters / 1e6:,.0f}M weights"
     table = Table(title=title, title_justify="left")
     table.add_column("memory")
     for name in ("size", "share"):
         table.add_column(name, justify="right")
     for name, count in {**found.memory.held, **found.memory.phases[found.memory.peak_phase]}.items():
-        if count:
+        if count >= 1 << 20:
             table.add_row(name, gib(count), f"{count / most:.0%}")
     table.add_section()
-    table.add_row("peak", gib(most), "100%")
+    table.add_row(f"peak, in the {found.memory.peak_phase}", gib(most), "100%")
     for name in found.memory.phases:
         if name != found.memory.peak_phase:
             table.add_row(f"peak while {name}", gib(found.memory.of(name)), f"{found.memory.of(name) / most:.0%}")

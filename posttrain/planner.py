@@ -1,119 +1,33 @@
 """What a run will hold in memory, as arithmetic: a model's shape and settings → bytes by part.
 
 Nothing is loaded or measured here and only the standard library is imported, so the same functions answer for a machine
-that is not here. Each part is one small function that names the file whose tensors it counts. `posttrain/plan.py` adds
+that is not here. Each part is one small function that names the file whose tensors it counts. `posttrain/estimate.py` adds
 what has to be measured; `bench/memory.py` holds the result against real runs.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from posttrain.types import ConfigError
+from posttrain.shapes import ModelShape, shape_of
 
 BASELINE = 356 << 20
 """Resident bytes of a process that has imported torch, transformers and posttrain.api and done nothing yet."""
 HEAP_BLOCK = 32 << 20
-"""Blocks below this come from glibc's heap; larger ones are mapped one by one and given back when freed."""
-HEAP_GROWTH = 0.3
-"""What the heap takes besides the smallest of those blocks: torch asks for aligned ones, and until glibc 2.38 a freed
-aligned block does not fit the next request of its own size. Larger blocks leave smaller gaps."""
-HEAP_KEPT = 0.85
+"""Smaller blocks come from glibc's heap, the others are mapped one by one and given back when freed. In the heap a
+freed block leaves a gap: torch asks for aligned ones, and until glibc 2.38 one does not fit the next of its size."""
+HEAP_KEPT = 0.9
 """Share of that heap which stays resident between passes."""
-LOGITS_PER_CHUNK, BLOCKS_OF_LOGITS = 1 << 24, 6
-"""As in posttrain/train/forward.py, and how many such blocks are alive at once in its backward pass."""
+LOGITS_PER_CHUNK = 1 << 24
+"""As in posttrain/train/forward.py."""
 DRAW_BYTES = 28
 """Per logit while posttrain/rollout/generator.py:draw makes tokens of them: two in float64, three in float32."""
-EXACT_KEYS, TILE, CACHE_BLOCK, WORTH = 512, 32, 64, 16
-"""As in posttrain/models/attention.py and invariance.py, posttrain/rollout and posttrain/data/batching.py."""
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """Sizes of a Llama-like decoder: `width` of the residual stream, `ffn` of the gated unit, `vocab` rows."""
-
-    layers: int
-    width: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    ffn: int
-    vocab: int
-    tied: bool
-
-    @property
-    def attention(self) -> int:
-        """Width of all query heads together."""
-        return self.heads * self.head_dim
-
-    @property
-    def matrices(self) -> int:
-        """Weights of the layers' matrices; embedding and output layer are not among them."""
-        keys = self.kv_heads * self.head_dim
-        return self.layers * self.width * (2 * self.attention + 2 * keys + 3 * self.ffn)
-
-    @property
-    def head(self) -> int:
-        """Weights of the output layer."""
-        return self.vocab * self.width
-
-    @property
-    def parameters(self) -> int:
-        """All weights: matrices, norms, embedding, and the output layer where it is one of its own."""
-        return self.matrices + (2 * self.layers + 1) * self.width + self.head * (1 if self.tied else 2)
-
-    def adapters(self, rank: int) -> int:
-        """Weights of LoRA adapters on every matrix of the layers (posttrain/models/lora.py)."""
-        keys = self.kv_heads * self.head_dim
-        ends = 2 * (self.width + self.attention) + 2 * (self.width + keys) + 3 * (self.width + self.ffn)
-        return self.layers * rank * ends
-
-
-SHAPES = {
-    "smollm2-135m": ModelShape(30, 576, 9, 3, 64, 1536, 49152, True),
-    "smollm2-360m": ModelShape(32, 960, 15, 5, 64, 2560, 49152, True),
-    "smollm2-1.7b": ModelShape(24, 2048, 32, 32, 64, 8192, 49152, True),
-    "qwen2.5-0.5b": ModelShape(24, 896, 14, 2, 64, 4864, 151936, True),
-    "qwen2.5-1.5b": ModelShape(28, 1536, 12, 2, 128, 8960, 151936, True),
-    "qwen2.5-7b": ModelShape(28, 3584, 28, 4, 128, 18944, 152064, False),
-    "qwen3-0.6b": ModelShape(28, 1024, 16, 8, 128, 3072, 151936, True),
-    "llama-3.2-1b": ModelShape(16, 2048, 32, 8, 64, 8192, 128256, True),
-    "llama-3.1-8b": ModelShape(32, 4096, 32, 8, 128, 14336, 128256, False),
-}
-"""Well-known shapes, for models that are not on this machine; a hub id's last part finds them."""
-
-
-def shape_of(source: str | Path) -> ModelShape:
-    """The shape that a model folder's config.json states, or a well-known one by name. Raises ConfigError."""
-    file = Path(source) / "config.json"
-    if not file.is_file():
-        name = str(source).rpartition("/")[2].lower()
-        for known in (name, name.removesuffix("-instruct"), name.removesuffix("-base")):
-            if known in SHAPES:
-                return SHAPES[known]
-        raise ConfigError(
-            f"the shape of model {str(source)!r} is not known: there is no folder of that name with a config.json. "
-            f"Give a model folder, or one of {', '.join(SHAPES)}."
-        )
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-        width, heads = int(raw["hidden_size"]), int(raw["num_attention_heads"])
-        return ModelShape(
-            layers=int(raw["num_hidden_layers"]),
-            width=width,
-            heads=heads,
-            kv_heads=int(raw.get("num_key_value_heads") or heads),
-            head_dim=int(raw.get("head_dim") or width // heads),
-            ffn=int(raw["intermediate_size"]),
-            vocab=int(raw["vocab_size"]),
-            tied=bool(raw.get("tie_word_embeddings", False)),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{file} does not describe a Llama-like model: {type(error).__name__} {error}.") from None
+EXACT_KEYS, TILE, CACHE_BLOCK, WORTH, PREFILL_ROWS = 512, 32, 64, 16, 1024
+"""As in posttrain/models/attention.py and invariance.py, posttrain/rollout and posttrain/data/batching.py;
+prompts go together up to the last."""
 
 
 @dataclass(frozen=True)
@@ -172,13 +86,17 @@ def memory(algorithm: str, recipe: Any, shape: ModelShape, rows: Rows, where: Wh
     if samples(algorithm, recipe):
         copies = 2 if lags(algorithm, recipe) else 1  # one generator samples, another examines
         held |= {name: size * copies for name, size in generator(algorithm, recipe, shape, rows, where).items()}
-    update = largest_pass(algorithm, recipe, rows)
-    training = training_pass(algorithm, recipe, shape, update, where)
-    scoring = scoring_phase(algorithm, recipe, shape, largest_pass(algorithm, recipe, rows, all_rows=True), where)
-    kept = {} if where.cuda else {"heap kept by the allocator": round(HEAP_KEPT * training["activations"])}
-    phases: dict[str, Mapping[str, int]] = {"training pass": training, "scoring": {**scoring, **kept}}
+    training = training_pass(algorithm, recipe, shape, largest_pass(algorithm, recipe, rows), where)
+    phases: dict[str, dict[str, int]] = {"training pass": training}
+    if scores(algorithm, recipe):
+        whole = largest_pass(algorithm, recipe, rows, all_rows=True)
+        phases["scoring"] = scoring_phase(algorithm, recipe, shape, whole, where)
     if samples(algorithm, recipe):
-        phases["sampling"] = {**sampling_phase(algorithm, recipe, shape, rows, where), **kept}
+        phases["sampling"] = sampling_phase(algorithm, recipe, shape, rows, where)
+    if not where.cuda:  # a later phase takes its blocks from what the passes have left in the heap
+        left = HEAP_KEPT * (training["activations"] + training["gaps in the heap"])
+        for parts in list(phases.values())[1:]:
+            parts["heap kept by the allocator"] = max(0, round(left) - sum(parts.values()))
     return Memory(held, phases)
 
 
@@ -202,21 +120,29 @@ def samples(algorithm: str, recipe: Any) -> bool:
     return algorithm != "sft"
 
 
-def states(algorithm: str, recipe: Any, shape: ModelShape, where: Where) -> dict[str, int]:
-    """Weights of every model and the optimizer's numbers: posttrain/train/learner.py, frozen.py and critic.py.
+def scores(algorithm: str, recipe: Any) -> bool:
+    """Whether there are passes without gradient: of a reference, old log-probabilities and values, held-out rows."""
+    if algorithm != "grpo":
+        return True
+    cfg = recipe.algo
+    return cfg.kl_coef > 0 or (cfg.epochs * cfg.minibatches > 1 and cfg.old_logp == "learner")
 
-    On N devices each holds one Nth of them.
+
+def states(algorithm: str, recipe: Any, shape: ModelShape, where: Where) -> dict[str, int]:
+    """Weights of every model and the optimizers' numbers: posttrain/train/learner.py, frozen.py and critic.py.
+
+    Gradients live from a step's first pass to its update, so they belong to the training pass. On N devices each holds
+    one Nth of them.
     """
     size, learns, cfg = width_of(recipe), trainable(recipe, shape), recipe.algo
     model = shape.parameters * size
     adapters = learns * 4 if recipe.model.lora_rank else 0  # PEFT keeps adapters in float32
     masters = learns * 4 if size == 2 and not recipe.model.lora_rank else 0
-    found = {"weights": model + adapters, "float32 masters": masters, "gradients": learns * 4}
-    found["optimizer"] = learns * 8
+    found = {"weights": model + adapters, "float32 masters": masters, "optimizer": learns * 8}
     if keeps_reference(algorithm, recipe):
         found["reference model"] = model
     if algorithm == "ppo" and cfg.critic == "separate":
-        found["critic"] = model + adapters + masters + learns * 12
+        found["critic"] = model + adapters + masters + learns * 8
     if lags(algorithm, recipe):
         found["sampler's copy"] = model + adapters
     if algorithm == "raft" and cfg.restart:
@@ -259,14 +185,21 @@ def generator(algorithm: str, recipe: Any, shape: ModelShape, rows: Rows, where:
 
     With kernels: weights once more in the order decoding reads them, slots for answers alone, and the newest logits.
     """
-    slots = -(-recipe.rollout.slots // TILE) * TILE
+    slots = -(-min(recipe.rollout.slots, sequences(algorithm, recipe)) // TILE) * TILE
     if by_kernels(recipe, where):
         answers = slots * -(-recipe.rollout.max_tokens // CACHE_BLOCK) * CACHE_BLOCK * token_kv(shape, recipe)
         prompts = waiting_prompts(algorithm, recipe) * rows.prompt * token_kv(shape, recipe)
-        packed = (shape.matrices + shape.head) * 4
+        packed = (shape.matrices + shape.head) * (2 if recipe.rollout.dtype == "bfloat16" else 4)
         return {"weights for decoding": packed, "KV cache": answers + prompts, "newest logits": slots * shape.vocab * 4}
     capacity = -(-(rows.prompt + recipe.rollout.max_tokens) // CACHE_BLOCK) * CACHE_BLOCK
     return {"KV cache": slots * capacity * token_kv(shape, recipe)}
+
+
+def sequences(algorithm: str, recipe: Any) -> int:
+    """The most answers asked for at once: a step's, or an examination's."""
+    cfg, examined = recipe.algo, getattr(recipe, "eval", None)
+    step = getattr(cfg, "prompts", 1) * getattr(cfg, "group_size", 1)
+    return max(step, examined.problems * examined.samples if examined else 0)
 
 
 def waiting_prompts(algorithm: str, recipe: Any) -> int:
@@ -296,10 +229,11 @@ def batch_rows(algorithm: str, recipe: Any) -> int:
 
 @dataclass(frozen=True)
 class Pass:
-    """One call of the model: tokens it computes, and how many of them are trained."""
+    """One call of the model: tokens it computes, how many of them are trained, and whether others follow it."""
 
     tokens: int
     trained: int
+    alone: bool = True
 
 
 def largest_pass(algorithm: str, recipe: Any, rows: Rows, all_rows: bool = False) -> Pass:
@@ -313,26 +247,20 @@ def largest_pass(algorithm: str, recipe: Any, rows: Rows, all_rows: bool = False
     alike = 1 if algorithm == "raft" or rows.prompt < WORTH else alike
     units = max(1, batch_rows(algorithm, recipe) // alike)
     if all_rows:
-        units = max(units, room)
+        units = units * getattr(cfg, "minibatches", 1) if samples(algorithm, recipe) else max(units, room)
     unit = rows.prompt + alike * rows.answer
     if unit <= room:
         passes = -(-units // (room // unit))
         count = -(-units // passes)
-        return Pass(count * unit, count * alike * rows.answer)
+        return Pass(count * unit, count * alike * rows.answer, passes == 1)
     fits = 2 if planned_in_pairs(algorithm, recipe) else max(1, (room - rows.prompt) // rows.answer)  # pairs stay whole
     count = -(-alike // -(-alike // fits))
-    return Pass(rows.prompt + count * rows.answer, count * rows.answer)
+    return Pass(rows.prompt + count * rows.answer, count * rows.answer, False)
 
 
 def planned_in_pairs(algorithm: str, recipe: Any) -> bool:
     """Whether rows 2i and 2i + 1 are two answers to one prompt."""
     return algorithm in ("dpo", "online-dpo", "reward") and getattr(recipe.algo, "loss", "") != "kto"
-
-
-def heap(each: float, count: float, where: Where) -> float:
-    """Resident bytes of `count` tensors of `each` bytes that live together; never less for larger ones."""
-    small = 0 if where.cuda else max(0.0, 1 - each / HEAP_BLOCK)
-    return each * count * (1 + HEAP_GROWTH * small)
 
 
 def layer_tensors(recipe: Any, shape: ModelShape, tokens: int, where: Where) -> list[tuple[float, float]]:
@@ -341,60 +269,111 @@ def layer_tensors(recipe: Any, shape: ModelShape, tokens: int, where: Where) -> 
     posttrain/models/decoder.py with kernels, else transformers' Llama. Attention (posttrain/models/packing.py) keeps
     queries, keys and values, and its result is what the output projection keeps; probabilities are computed again.
     """
-    size, keys = width_of(recipe), shape.kv_heads * shape.head_dim
-    attention, stream, unit = tokens * shape.attention * size, tokens * shape.width, tokens * shape.ffn * size
-    kept: list[tuple[float, float]] = [(attention, 2), (tokens * keys * size, 2)]
+    size, keys = width_of(recipe), tokens * shape.kv_heads * shape.head_dim
+    attention, stream, unit = tokens * shape.attention, tokens * shape.width, tokens * shape.ffn
     if by_kernels(recipe, where):
-        return [*kept, (stream * 4, 4), (unit, 3)]
+        return [(attention * 4, 2), (keys * 4, 2), (stream * 4, 4), (unit * 4, 3)]
     if size == 4:
-        return [*kept, (stream * 4, 6), (unit, 4)]
-    return [*kept, (attention, 1), (stream * 4, 2), (stream * 2, 4), (unit, 4)]  # bf16 norms are computed in float32
+        return [(attention * 4, 4), (keys * 4, 2), (stream * 4, 6), (unit * 4, 4)]
+    if not recipe.model.lora_rank:  # norms are computed in float32
+        return [(attention * 2, 4), (keys * 2, 2), (stream * 2, 4), (stream * 4, 2), (unit * 2, 4)]
+    casts = [(attention * 4, 1), (stream * 4, 5), (unit * 4, 1)]  # PEFT keeps what each adapter saw, in float32
+    return [*casts, (attention * 2, 3), (keys * 2, 2), (stream * 4, 2), (unit * 2, 3)]
 
 
-def activations(recipe: Any, shape: ModelShape, tokens: int, where: Where) -> int:
-    """What the layers keep between the forward and the backward pass of `tokens` tokens."""
-    layer = sum(heap(each, count, where) for each, count in layer_tensors(recipe, shape, tokens, where))
+def layer_gaps(recipe: Any, shape: ModelShape, tokens: int, where: Where) -> float:
+    """Bytes of what a layer makes and frees between tensors it keeps, as far as that lies in the heap.
+
+    Queries and keys before they are turned, and both parts' results before they join the residual stream; with an
+    adapter each product's result is made of several, and one gap of its size stays. Without kernels each norm leaves
+    one in float32, and attention one.
+    """
+    if where.cuda:
+        return 0.0
+    unit, keys = tokens * width_of(recipe), shape.kv_heads * shape.head_dim
+    freed: list[float] = [shape.attention, keys, shape.width, shape.width]
+    if not by_kernels(recipe, where):
+        freed += [shape.attention, *[shape.width * 4 / width_of(recipe)] * 2]
+    if recipe.model.lora_rank:
+        freed += [shape.attention, keys, keys, shape.width, shape.ffn, shape.ffn, shape.width]
+    return sum(unit * size * max(0.0, 1 - unit * size / HEAP_BLOCK) for size in freed)
+
+
+def activations(recipe: Any, shape: ModelShape, tokens: int, where: Where) -> tuple[int, int]:
+    """What the layers keep between the forward and the backward pass of `tokens` tokens, and the gaps among it."""
+    gaps = round(shape.layers * layer_gaps(recipe, shape, tokens, where))
     if not recipe.model.gradient_checkpointing:
-        return round(shape.layers * layer)
-    inputs = heap(tokens * shape.width * width_of(recipe), 2 if by_kernels(recipe, where) else 1, where)
-    return round(shape.layers * inputs + layer)
+        return shape.layers * one_layer(recipe, shape, tokens, where), gaps
+    inputs = tokens * shape.width * width_of(recipe) * (2 if by_kernels(recipe, where) else 1)
+    return shape.layers * inputs, gaps
 
 
-def projection(algorithm: str, shape: ModelShape, trained: int) -> int:
-    """Blocks of logits in posttrain/train/forward.py:project; scores of whole rows need none."""
+def one_layer(recipe: Any, shape: ModelShape, tokens: int, where: Where) -> int:
+    """Bytes that one layer keeps."""
+    return round(sum(each * count for each, count in layer_tensors(recipe, shape, tokens, where)))
+
+
+def projection(algorithm: str, recipe: Any, shape: ModelShape, trained: int, where: Where) -> int:
+    """Blocks of logits in posttrain/train/projection.py; scores of whole rows need none.
+
+    With kernels a block becomes its own gradient, and of several the last is alive while the next is made. Without,
+    log-probabilities, their exponentials and a product of both are blocks of their own.
+    """
     if algorithm in ("reward", "prm"):
         return 0
     chunk = min(trained, max(1, LOGITS_PER_CHUNK // shape.vocab))
-    return chunk * shape.vocab * 4 * BLOCKS_OF_LOGITS
+    blocks = 2.0 if trained > chunk else 1.0
+    if where.cuda or not where.fused:
+        blocks = 4.0
+    elif width_of(recipe) == 2:
+        blocks *= 1.5  # each also in the weights' dtype
+    return round(chunk * shape.vocab * 4 * blocks)
 
 
 def training_pass(algorithm: str, recipe: Any, shape: ModelShape, update: Pass, where: Where) -> dict[str, int]:
-    """One forward and backward pass: posttrain/train/learner.py:forward_backward."""
+    """One forward and backward pass: posttrain/train/learner.py:forward_backward.
+
+    A pass that is alone makes its gradients where activations were; of several, all find the gradients there.
+    """
     size, learns = width_of(recipe), trainable(recipe, shape)
-    new = 0 if recipe.model.lora_rank or algorithm in ("reward", "prm") else shape.head * size  # before it is added
-    low = learns * 2 if size == 2 and not recipe.model.lora_rank else 0  # bf16 gradients before they join the masters'
+    whole = not recipe.model.lora_rank
+    head = shape.head * (4 if size == 4 else 6) if whole and algorithm not in ("reward", "prm") else 0
+    low = learns * 2 if size == 2 and whole else 0  # bf16 gradients before they join the masters'
+    kept, gaps = activations(recipe, shape, update.tokens, where)
+    accumulated = 0 if update.alone else learns * 4
+    if algorithm == "ppo" and recipe.algo.critic == "separate":
+        accumulated += learns * 4  # of the critic, whose passes alternate with the policy's
+    late = low + learns * 4 if update.alone else low
+    working = update.tokens * (3 * shape.ffn + 2 * shape.width) * size
+    if recipe.model.gradient_checkpointing:  # which is computed again
+        working += one_layer(recipe, shape, update.tokens, where)
+    logits = projection(algorithm, recipe, shape, update.trained, where)
     return {
-        "activations": activations(recipe, shape, update.tokens, where),
-        "gradients of activations": update.tokens * (3 * shape.ffn + 2 * shape.width) * size,
-        "logits": projection(algorithm, shape, update.trained),
-        "gradients on their way": new + low,
+        "gradients": -(-(accumulated + max(0, late - kept)) // where.gpus),
+        "activations": kept,
+        "gaps in the heap": gaps,
+        "logits, or gradients of activations": max(working, logits),
+        "the output layer's gradient": head,
         "gathered weights": 2 * shape.parameters * size // shape.layers if where.gpus > 1 else 0,
     }
 
 
 def sampling_phase(algorithm: str, recipe: Any, shape: ModelShape, rows: Rows, where: Where) -> dict[str, int]:
-    """One prompt's pass and a decode step's logits: posttrain/rollout/engine.py, plain.py and fused.py."""
-    slots = min(recipe.rollout.slots, getattr(recipe.algo, "prompts", 1) * getattr(recipe.algo, "group_size", 1))
-    exact = width_of(recipe) == 4 and rows.prompt <= EXACT_KEYS
-    scores = 3 * shape.heads * rows.prompt**2 * 4 if exact else 0
-    found = {"a prompt's pass": round(rows.prompt * (shape.ffn * 3 + shape.width * 6) * width_of(recipe) + scores)}
+    """Prompts' passes and a decode step's logits: posttrain/rollout/engine.py, plain.py and fused.py."""
+    size, prompts = width_of(recipe), getattr(recipe.algo, "prompts", 1)
+    slots = min(recipe.rollout.slots, sequences(algorithm, recipe))
+    together = min(prompts, max(1, PREFILL_ROWS // rows.prompt))
+    exact = size == 4 and rows.prompt <= EXACT_KEYS and not where.cuda
+    scored = 2 * shape.heads * rows.prompt**2 * 4 if exact else 0  # scores, and the probabilities made of them
+    layer = rows.prompt * (shape.ffn * 3 + shape.width * 6) * size
+    found = {"prompts' passes": together * (layer + scored + 2 * rows.prompt * token_kv(shape, recipe))}
     if by_kernels(recipe, where):
         return {**found, "decode logits": slots * shape.vocab * 4}
-    prompts = waiting_prompts(algorithm, recipe) * rows.prompt * token_kv(shape, recipe)
-    return {**found, "prompts' keys and values": prompts, "decode logits": slots * shape.vocab * DRAW_BYTES}
+    kept = waiting_prompts(algorithm, recipe) * rows.prompt * token_kv(shape, recipe)
+    return {**found, "prompts' keys and values": kept, "decode logits": slots * shape.vocab * DRAW_BYTES}
 
 
 def scoring_phase(algorithm: str, recipe: Any, shape: ModelShape, one: Pass, where: Where) -> dict[str, int]:
-    """A pass without gradient (posttrain/train/forward.py): one layer at a time, and a chunk of logits."""
-    layer = sum(each * count for each, count in layer_tensors(recipe, shape, one.tokens, where))
-    return {"one layer": round(layer), "logits": round(projection(algorithm, shape, one.trained) * 5 / 6)}
+    """A pass without gradient (posttrain/train/forward.py): one layer at a time, then a chunk of logits."""
+    layer = one_layer(recipe, shape, one.tokens, where)
+    return {"one layer": layer, "logits": projection(algorithm, recipe, shape, one.trained, where)}

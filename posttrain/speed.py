@@ -20,9 +20,10 @@ from posttrain import planner
 from posttrain.data import batching
 from posttrain.models.attention import NAME
 from posttrain.models.load import Policy
-from posttrain.planner import ModelShape, Rows
+from posttrain.planner import Rows
 from posttrain.rollout.engine import EmbeddedGenerator
 from posttrain.rollout.generator import Request
+from posttrain.shapes import ModelShape
 from posttrain.train.learner import Learner
 from posttrain.types import Batch, Sample, SamplingParams, Stat
 

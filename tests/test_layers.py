@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "posttrain"
 # A module belongs to the longest prefix that names it and may import from lower layers and its own prefix only;
 # entries that share a layer do not import each other unless they are in ONE_LAYER.
 LAYERS: dict[str, float] = {
-    "types": 0, "config": 0, "rng": 0,
+    "types": 0, "config": 0, "rng": 0, "shapes": 0,
     "objectives": 1, "planner": 1, "kernels": 1,
     "data": 2, "models": 2,
     "rollout": 3, "store": 3, "machine": 3, "overlap": 3,
@@ -28,7 +28,8 @@ LAYERS: dict[str, float] = {
 ONE_LAYER = {0, 5, 8}
 FORBIDDEN = {
     "objectives": set(LAYERS) - {"objectives"},
-    "planner": set(LAYERS) - {"types"},
+    "planner": set(LAYERS) - {"types", "shapes"},
+    "shapes": set(LAYERS) - {"types"},
     "store": set(LAYERS) - {"store", "types", "config", "rng"},
     "lab": {"train", "algos", "pipelines"},
 }

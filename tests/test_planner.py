@@ -11,17 +11,19 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench import memory
 from posttrain import cli, config, planner
-from posttrain.planner import SHAPES, ModelShape, Rows, Where
+from posttrain.planner import Rows, Where
+from posttrain.shapes import SHAPES, ModelShape, shape_of
 from posttrain.types import ConfigError
 from tests import tiny
 
 SHAPE = ModelShape(layers=2, width=8, heads=2, kv_heads=1, head_dim=4, ffn=16, vocab=100, tied=True)
 ALGORITHMS = [name for name in config.RECIPES if name != "distill"]  # which needs a teacher to be named
+few = settings(max_examples=12, deadline=None)
 algorithms = pytest.mark.parametrize("algorithm", ALGORITHMS)
 
 
@@ -65,12 +67,22 @@ def test_well_known_shapes_have_the_weights_their_makers_state(name: str, millio
 
 def test_states_and_activations_of_a_small_run_by_hand() -> None:
     small = recipe("sft", batch_rows=4, train__tokens_per_pass=1024)
-    found = planner.memory("sft", small, SHAPE, Rows(6, 4), Where(cuda=True, fused=False, baseline=1000))
+    found = planner.memory("sft", small, SHAPE, Rows(6, 4), Where(baseline=1000))
     size = SHAPE.parameters * 4
-    assert found.held == {"process": 1000, "weights": size, "gradients": size, "optimizer": 2 * size}
-    # 4 rows of 10 tokens; a layer keeps per token: query and result 8, key and value 4, six of 8, four of 16
-    assert found.phases["training pass"]["activations"] == 2 * 40 * 4 * (2 * 8 + 2 * 4 + 6 * 8 + 4 * 16)
-    assert found.phases["training pass"]["logits"] == planner.BLOCKS_OF_LOGITS * 16 * 100 * 4  # 16 trained tokens
+    assert found.held == {"process": 1000, "weights": size, "optimizer": 2 * size}
+    # 4 rows of 10 tokens; a layer keeps per token: query and result 8, key and value 4, four of 8, three of 16
+    assert found.phases["training pass"]["activations"] == 2 * 40 * 4 * (2 * 8 + 2 * 4 + 4 * 8 + 3 * 16)
+    assert found.phases["training pass"]["the output layer's gradient"] == 100 * 8 * 4
+    # gradients, 8 kB, are made one by one where 33 kB of activations were; of several passes all but one find them
+    assert found.phases["training pass"]["gradients"] == 0
+    several = planner.memory("sft", recipe("sft", batch_rows=4, train__tokens_per_pass=20), SHAPE, Rows(6, 4))
+    assert several.phases["training pass"]["gradients"] == size
+
+
+def test_of_several_blocks_of_logits_the_last_is_alive_while_the_next_is_made() -> None:
+    wide, of = SHAPES["qwen2.5-0.5b"], lambda n: planner.projection("sft", recipe("sft"), wide, n, Where())
+    rows = (1 << 24) // 151936
+    assert of(rows) == rows * 151936 * 4 and of(rows + 1) == 2 * of(rows)
 
 
 def test_a_groups_prompt_is_computed_once_and_passes_are_of_equal_size() -> None:
@@ -91,6 +103,7 @@ def test_the_parts_add_up_and_none_is_negative(algorithm: str) -> None:
     assert found.peak == sum(found.held.values()) + worst == found.of(found.peak_phase)
 
 
+@few
 @algorithms
 @pytest.mark.parametrize("setting", ["train__tokens_per_pass", "rollout__slots", "rollout__max_tokens"])
 @given(sizes=st.tuples(st.integers(64, 1 << 15), st.integers(64, 1 << 15)))
@@ -101,6 +114,7 @@ def test_more_room_never_needs_less_memory(algorithm: str, setting: str, sizes: 
     assert more >= less
 
 
+@few
 @algorithms
 @given(lengths=st.tuples(st.integers(1, 2000), st.integers(1, 2000), st.integers(16, 2000)))
 def test_longer_rows_never_need_less_memory_where_all_fit_one_pass(
@@ -111,10 +125,15 @@ def test_longer_rows_never_need_less_memory_where_all_fit_one_pass(
     assert less <= more
 
 
+@few
 @algorithms
 @given(rank=st.integers(1, 64))
-def test_lora_never_needs_more_than_full_training(algorithm: str, rank: int) -> None:
-    assert peak(algorithm, model__lora_rank=rank) <= peak(algorithm)
+def test_where_no_heap_keeps_gaps_lora_never_needs_more_than_full_training(algorithm: str, rank: int) -> None:
+    less, more = (
+        planner.memory(algorithm, recipe(algorithm, **set_), SHAPES["smollm2-135m"], Rows(64, 64), Where(cuda=True))
+        for set_ in ({"model__lora_rank": rank}, {})
+    )
+    assert less.peak <= more.peak
 
 
 @algorithms
@@ -131,18 +150,18 @@ def test_a_reference_a_critic_and_a_lagging_sampler_are_models_of_their_own() ->
     assert states("grpo", kl_coef=0.1)["reference model"] == size
     assert "reference model" not in states("grpo", kl_coef=0.1, model__lora_rank=4)  # adapters off
     assert states("grpo", max_lag=1)["sampler's copy"] == states("grpo", overlap="true")["sampler's copy"] == size
-    assert states("ppo")["critic"] == 4 * size and "critic" not in states("ppo", critic="shared")
+    assert states("ppo")["critic"] == 3 * size and "critic" not in states("ppo", critic="shared")
     assert states("sft", model__dtype="bfloat16")["float32 masters"] == size
 
 
 def test_a_shape_is_read_from_a_folder_or_known_by_name_or_refused(tmp_path: Path) -> None:
-    assert planner.shape_of(tiny.make(tmp_path / "m")) == ModelShape(2, 32, 4, 2, 8, 48, tiny.VOCAB, True)
-    assert planner.shape_of("Qwen/Qwen2.5-0.5B-Instruct") == SHAPES["qwen2.5-0.5b"]
+    assert shape_of(tiny.make(tmp_path / "m")) == ModelShape(2, 32, 4, 2, 8, 48, tiny.VOCAB, True)
+    assert shape_of("Qwen/Qwen2.5-0.5B-Instruct") == SHAPES["qwen2.5-0.5b"]
     with pytest.raises(ConfigError, match="no folder of that name"):
-        planner.shape_of("nobody/nothing")
+        shape_of("nobody/nothing")
     (tmp_path / "config.json").write_text('{"hidden_size": 8}')
     with pytest.raises(ConfigError, match="does not describe a Llama-like model"):
-        planner.shape_of(tmp_path)
+        shape_of(tmp_path)
 
 
 def invoke(*args: str) -> Any:
@@ -164,7 +183,8 @@ def test_the_command_says_whether_a_run_fits_and_what_to_change() -> None:
 @pytest.mark.parametrize(
     ("args", "said"),
     [([], "name a recipe"), (["sft", "--model.path", "nowhere"], "shape of model 'nowhere' is not known"),
-     (["grpo", "--slotz", "3"], "Did you mean 'slots'")],
+     (["grpo", "--slotz", "3"], "Did you mean 'slots'"), (["demo", "--memory", "0"], "memory=0 GiB"),
+     (["demo", "--gpus", "0"], "gpus=0"), (["demo", "--device", "tpu"], "Give auto, cpu or cuda")],
 )  # fmt: skip
 def test_the_command_refuses_in_one_sentence(args: list[str], said: str) -> None:
     result = invoke(*args)

@@ -1,0 +1,93 @@
+"""The sizes of Llama-like decoders: from a model folder, or of well-known models by name; standard library only."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from posttrain.types import ConfigError
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a Llama-like decoder: `width` of the residual stream, `ffn` of the gated unit, `vocab` rows."""
+
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    tied: bool
+
+    @property
+    def attention(self) -> int:
+        """Width of all query heads together."""
+        return self.heads * self.head_dim
+
+    @property
+    def matrices(self) -> int:
+        """Weights of the layers' matrices; embedding and output layer are not among them."""
+        keys = self.kv_heads * self.head_dim
+        return self.layers * self.width * (2 * self.attention + 2 * keys + 3 * self.ffn)
+
+    @property
+    def head(self) -> int:
+        """Weights of the output layer."""
+        return self.vocab * self.width
+
+    @property
+    def parameters(self) -> int:
+        """All weights: matrices, norms, embedding, and the output layer where it is one of its own."""
+        return self.matrices + (2 * self.layers + 1) * self.width + self.head * (1 if self.tied else 2)
+
+    def adapters(self, rank: int) -> int:
+        """Weights of LoRA adapters on every matrix of the layers (posttrain/models/lora.py)."""
+        keys = self.kv_heads * self.head_dim
+        ends = 2 * (self.width + self.attention) + 2 * (self.width + keys) + 3 * (self.width + self.ffn)
+        return self.layers * rank * ends
+
+
+SHAPES = {
+    "smollm2-135m": ModelShape(30, 576, 9, 3, 64, 1536, 49152, True),
+    "smollm2-360m": ModelShape(32, 960, 15, 5, 64, 2560, 49152, True),
+    "smollm2-1.7b": ModelShape(24, 2048, 32, 32, 64, 8192, 49152, True),
+    "qwen2.5-0.5b": ModelShape(24, 896, 14, 2, 64, 4864, 151936, True),
+    "qwen2.5-1.5b": ModelShape(28, 1536, 12, 2, 128, 8960, 151936, True),
+    "qwen2.5-7b": ModelShape(28, 3584, 28, 4, 128, 18944, 152064, False),
+    "qwen3-0.6b": ModelShape(28, 1024, 16, 8, 128, 3072, 151936, True),
+    "llama-3.2-1b": ModelShape(16, 2048, 32, 8, 64, 8192, 128256, True),
+    "llama-3.1-8b": ModelShape(32, 4096, 32, 8, 128, 14336, 128256, False),
+}
+"""Well-known shapes, for models that are not on this machine; a hub id's last part finds them."""
+
+
+def shape_of(source: str | Path) -> ModelShape:
+    """The shape that a model folder's config.json states, or a well-known one by name. Raises ConfigError."""
+    file = Path(source) / "config.json"
+    if not file.is_file():
+        name = str(source).rpartition("/")[2].lower()
+        for known in (name, name.removesuffix("-instruct"), name.removesuffix("-base")):
+            if known in SHAPES:
+                return SHAPES[known]
+        raise ConfigError(
+            f"the shape of model {str(source)!r} is not known: there is no folder of that name with a config.json. "
+            f"Give a model folder, or one of {', '.join(SHAPES)}."
+        )
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        width, heads = int(raw["hidden_size"]), int(raw["num_attention_heads"])
+        return ModelShape(
+            layers=int(raw["num_hidden_layers"]),
+            width=width,
+            heads=heads,
+            kv_heads=int(raw.get("num_key_value_heads") or heads),
+            head_dim=int(raw.get("head_dim") or width // heads),
+            ffn=int(raw["intermediate_size"]),
+            vocab=int(raw["vocab_size"]),
+            tied=bool(raw.get("tie_word_embeddings", False)),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{file} does not describe a Llama-like model: {type(error).__name__} {error}.") from None
