@@ -126,17 +126,22 @@ def plan(
 def warning(algorithm: str, recipe: Any) -> str:
     """One sentence where a run may not fit in this machine's memory, else nothing. Arithmetic only, no probe.
 
-    Rows are taken as long as the settings allow, so this is the worst case; a shape that is not known says nothing.
+    Rows as long as the settings allow come first, because they cost nothing to look at; only where those do not fit is
+    the data read, and nothing said if its own rows do. A shape that is not known says nothing.
     """
     with suppress(PosttrainError):
         shape, rows = shape_of(resolve_path(recipe.model.path)), longest_rows(algorithm, recipe)
         where = Where(1, machine.device(recipe.train.device).type == "cuda", library() is not None)
         found, limit = planner.memory(algorithm, recipe, shape, rows, where), machine_memory(where.cuda)
         if found.peak > limit:
+            rows = measured_rows(algorithm, recipe)[0]
+            found = planner.memory(algorithm, recipe, shape, rows, where)
+        if found.peak > limit:
+            longest = f" with rows of {rows.longest:,} tokens"
             changes = advice(algorithm, recipe, shape, rows, where, limit)
             settings = " or ".join(f"{c.setting} = {c.value}" for c in changes[:3]) or "a smaller model"
             return (
-                f"This run may need up to {gib(found.peak)} of memory and {gib(limit)} are here; try {settings} "
+                f"This run may need {gib(found.peak)} of memory{longest} and {gib(limit)} are here; try {settings} "
                 "(`posttrain plan` has the parts)."
             )
     return ""

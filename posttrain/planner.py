@@ -1,8 +1,8 @@
 """What a run will hold in memory, as arithmetic: a model's shape and settings → bytes by part.
 
 Nothing is loaded or measured here and only the standard library is imported, so the same functions answer for a machine
-that is not here. Each part is one small function that names the file whose tensors it counts. `posttrain/estimate.py` adds
-what has to be measured; `bench/memory.py` holds the result against real runs.
+that is not here. Each part is one small function that names the file whose tensors it counts. What has to be measured
+is added by `posttrain/estimate.py`; `bench/memory.py` holds the result against real runs.
 """
 
 from __future__ import annotations
@@ -243,8 +243,7 @@ def largest_pass(algorithm: str, recipe: Any, rows: Rows, all_rows: bool = False
     of equal size; a unit that does not fit is split, and each part computes the prompt again.
     """
     room, cfg = recipe.train.tokens_per_pass, recipe.algo
-    alike = 2 if planned_in_pairs(algorithm, recipe) else getattr(cfg, "group_size", 1)
-    alike = 1 if algorithm == "raft" or rows.prompt < WORTH else alike
+    alike = sharing(algorithm, recipe, rows)
     units = max(1, batch_rows(algorithm, recipe) // alike)
     if all_rows:
         units = units * getattr(cfg, "minibatches", 1) if samples(algorithm, recipe) else max(units, room)
@@ -256,6 +255,13 @@ def largest_pass(algorithm: str, recipe: Any, rows: Rows, all_rows: bool = False
     fits = 2 if planned_in_pairs(algorithm, recipe) else max(1, (room - rows.prompt) // rows.answer)  # pairs stay whole
     count = -(-alike // -(-alike // fits))
     return Pass(rows.prompt + count * rows.answer, count * rows.answer, False)
+
+
+def sharing(algorithm: str, recipe: Any, rows: Rows) -> int:
+    """Rows whose prompt is computed once for all of them."""
+    if algorithm == "raft" or rows.prompt < WORTH:
+        return 1
+    return 2 if planned_in_pairs(algorithm, recipe) else getattr(recipe.algo, "group_size", 1)
 
 
 def planned_in_pairs(algorithm: str, recipe: Any) -> bool:

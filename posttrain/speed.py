@@ -56,7 +56,8 @@ def work(algorithm: str, recipe: Any, shape: ModelShape, rows: Rows) -> Work:
     context = rows.mean / 2
     updated = planner.batch_rows(algorithm, recipe) * getattr(cfg, "minibatches", 1) * getattr(cfg, "epochs", 1)
     scalar = algorithm in ("reward", "prm")
-    one = forward_flops(shape, rows.mean, context, 0 if scalar else answer)
+    tokens = answer + prompt / planner.sharing(algorithm, recipe, rows)
+    one = forward_flops(shape, tokens, context, 0 if scalar else answer)
     backward = 1 if recipe.model.lora_rank else 2
     again = 1 if recipe.model.gradient_checkpointing else 0
     training = updated * one * (1 + backward + again)
