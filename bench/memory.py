@@ -215,7 +215,9 @@ def compare(name: str, threads: int, probe: bool = False) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        child("--make", name, "--root", folder)
+        algorithm, named, prompt, answer, _ = CONFIGS[name]
+        make_model(root / "model", named)
+        make_data(root / "data.jsonl", algorithm, prompt, answer)
         algorithm, overrides = settings(name, root, threads)
         recipe = config.resolve(algorithm, {}, overrides)
         shape, rows = shapes.shape_of(root / "model"), estimate.measured_rows(algorithm, recipe)[0]
@@ -253,15 +255,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--parts", action="store_true", help="also every phase and part, predicted and measured")
     parser.add_argument("--time", action="store_true", help="also seconds of a step")
-    parser.add_argument("--make", help=argparse.SUPPRESS)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--root", type=Path, default=Path(), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.make:
-        algorithm, shape, prompt, answer, _ = CONFIGS[args.make]
-        make_model(args.root / "model", shape)
-        make_data(args.root / "data.jsonl", algorithm, prompt, answer)
-        return
     if args.worker:
         worker(args.worker, args.root, args.threads)
         return
