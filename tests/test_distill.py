@@ -265,7 +265,7 @@ def test_in_chunks_of_any_size_it_is_the_whole_vocabulary_computation(
     student, teacher = tiny.load(student_folder), tiny.load(teacher_folder)
     (batch,) = one_batch(rows(student))
     temperature = 0.7
-    logits = [p.head(forward.packed_hidden(p, batch))[forward.trained_positions(batch) - 1] for p in (student, teacher)]
+    logits = [p.head(forward.before_trained(p, batch)) for p in (student, teacher)]
     ours, theirs = (torch.log_softmax(x / temperature, -1) for x in logits)
     targets = batch.tokens[batch.mask].unsqueeze(1)
     if cfg.get("estimator") == "sampled":

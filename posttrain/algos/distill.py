@@ -108,11 +108,10 @@ def make_forward(teacher: Policy, cfg: DistillConfig) -> forward.Forward:
         return per_token, logp.detach(), teacher_logp, entropy, reverse_kl(fixed, theirs), agree.float()
 
     def both(student: Policy, batch: Batch, temperature: float) -> tuple[torch.Tensor, ...]:
-        where = forward.trained_positions(batch)
-        targets = batch.tokens[batch.real][where]
+        targets = batch.tokens[batch.mask]
         with torch.no_grad():
-            expert = forward.packed_hidden(teacher, batch).index_select(0, where - 1)
-        hidden = forward.packed_hidden(student, batch).index_select(0, where - 1)
+            expert = forward.before_trained(teacher, batch)
+        hidden = forward.before_trained(student, batch)
         size = max(1, forward.LOGITS_PER_CHUNK // (2 * student.vocab))
         parts = [
             recompute(compare, *part, student, temperature, use_reentrant=False)

@@ -55,17 +55,17 @@ def token_stats(policy: Policy, batch: Batch, temperature: float) -> tuple[torch
 
 def token_stats_with_entropy(policy: Policy, batch: Batch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """The same with differentiable entropies, for losses with an entropy bonus."""
-    return _language(policy, batch, _before(policy, batch), temperature)
+    return _language(policy, batch, before_trained(policy, batch), temperature)
 
 
 def token_values(policy: Policy, batch: Batch, temperature: float = 1.0) -> tuple[torch.Tensor]:
     """Values (B, T) of the states before the trained tokens, 0 elsewhere: entry t has seen the tokens before t."""
-    return (_values(policy, batch, _before(policy, batch)),)
+    return (_values(policy, batch, before_trained(policy, batch)),)
 
 
 def actor_critic(policy: Policy, batch: Batch, temperature: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Log-probabilities, differentiable entropies and values (B, T) from one pass, for a shared critic."""
-    hidden = _before(policy, batch)
+    hidden = before_trained(policy, batch)
     return (*_language(policy, batch, hidden, temperature), _values(policy, batch, hidden))
 
 
@@ -81,7 +81,7 @@ def step_scores(policy: Policy, batch: Batch, temperature: float = 1.0) -> tuple
     return (scatter(_scalar(policy, hidden)[:, 0], batch.mask),)
 
 
-def _before(policy: Policy, batch: Batch) -> torch.Tensor:
+def before_trained(policy: Policy, batch: Batch) -> torch.Tensor:
     """Last hidden states (K, width) at the token before each trained one: what predicts it."""
     return hidden_at(policy, batch, trained_positions(batch) - 1)
 
