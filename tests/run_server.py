@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from posttrain import api, config
+from posttrain.kernels.build import library
 from posttrain.store import failpoints
 from posttrain.store.run import Run
 from posttrain.types import ResumeError, Task
@@ -204,6 +205,7 @@ def serve() -> None:
     """Answers requests until the input closes."""
     torch.set_num_threads(1)
     assert Task  # the imports above are the expensive part; every child inherits them
+    library()  # and the kernels, which each child would compile into its own cache
     for line in sys.stdin:
         request = json.loads(line)
         child = os.fork()

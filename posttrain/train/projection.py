@@ -42,6 +42,7 @@ class _LogProbabilities(torch.autograd.Function):
         parts: list[tuple[torch.Tensor, ...]] = []
         logits = hidden.new_empty(0)
         for part, wanted in zip(hidden.split(rows), targets.split(rows), strict=True):
+            logits = hidden.new_empty(0)  # the last chunk goes before the next one comes
             logits = _logits(part, weight, bias)
             parts.append(_select(logits, wanted, temperature))
         logp, entropy, norm = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -76,6 +77,7 @@ class _LogProbabilities(torch.autograd.Function):
                 dweight.addmm_(grad.t(), hidden[at])
             elif dweight is not None:  # chunks in bf16 add up in fp32
                 dweight += grad.t() @ hidden[at]
+            del grad, logits
         dweight = None if dweight is None else dweight.to(weight.dtype)
         return dhidden, dweight, None if dbias is None else dbias.to(bias.dtype), None, None, None
 
