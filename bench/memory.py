@@ -21,20 +21,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from posttrain import shapes
+from posttrain.shapes import ModelShape
+
 MIB = 1 << 20
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "20M": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 12, "num_attention_heads": 6,
-            "num_key_value_heads": 2, "vocab_size": 512, "tie_word_embeddings": True},
-    "20M-50k": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 4,
-                "num_key_value_heads": 4, "vocab_size": 50257, "tie_word_embeddings": True},
-    "45M-150k": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 4,
-                 "num_key_value_heads": 4, "vocab_size": 151936, "tie_word_embeddings": True},
-    "60M": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 16, "num_attention_heads": 8,
-            "num_key_value_heads": 8, "vocab_size": 4096, "tie_word_embeddings": False},
-    "smollm2-135m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
-                     "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True},
-}  # fmt: skip
+SHAPES = {
+    "20M": ModelShape(layers=12, width=384, heads=6, kv_heads=2, head_dim=64, ffn=1024, vocab=512, tied=True),
+    "20M-50k": ModelShape(layers=6, width=256, heads=4, kv_heads=4, head_dim=64, ffn=768, vocab=50257, tied=True),
+    "45M-150k": ModelShape(layers=6, width=256, heads=4, kv_heads=4, head_dim=64, ffn=768, vocab=151936, tied=True),
+    "60M": ModelShape(layers=16, width=512, heads=8, kv_heads=8, head_dim=64, ffn=1536, vocab=4096, tied=False),
+    "smollm2-135m": shapes.SHAPES["smollm2-135m"],
+}
 """Random Llamas by name."""
 
 RL = {"prompts": 4, "group_size": 4, "rollout.slots": 32, "eval.problems": 2}
@@ -77,7 +75,9 @@ def make_model(folder: Path, shape: str) -> None:
     """Writes a random Llama with a byte-level tokenizer; a character is a token, and answers hardly ever stop."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from posttrain.models.load import llama_config
 
     special = ["<pad>", "<bos>", "<eos>"]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -88,8 +88,7 @@ def make_model(folder: Path, shape: str) -> None:
     PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=TEMPLATE, **names).save_pretrained(folder)
     torch.manual_seed(0)
     ids: Any = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    sizes: Any = {**SHAPES[shape], "max_position_embeddings": 2048, **ids}
-    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(folder)
+    LlamaForCausalLM(llama_config(SHAPES[shape], max_position_embeddings=2048, **ids)).save_pretrained(folder)
 
 
 ROWS = 80  # more than any batch, so that no row comes twice in one
@@ -210,7 +209,7 @@ def child(*arguments: str) -> str:
 
 def compare(name: str, threads: int, probe: bool = False) -> dict[str, Any]:
     """One configuration: planned in this process, then run in its own. Bytes, and seconds of the second step."""
-    from posttrain import config, estimate, planner, shapes, speed
+    from posttrain import config, estimate, planner, speed
     from posttrain.kernels.build import library
 
     with tempfile.TemporaryDirectory() as folder:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from bench.duel import Sides
-from bench.models import Shape
 from bench.rows import LR
+from posttrain.shapes import ModelShape
 
 PRODUCTS = ((2048, 2048, 2048), (2048, 576, 1536), (2048, 1536, 576), (4096, 1024, 4096), (1024, 576, 49_152))
 BAR = 0.5
@@ -117,16 +117,16 @@ def measure_machine(threads: int) -> Machine:
     return Machine(products, shapes, copy)
 
 
-def products(shape: Shape, tokens: int, trained: int) -> list[tuple[int, int, int, int]]:
+def products(shape: ModelShape, tokens: int, trained: int) -> list[tuple[int, int, int, int]]:
     """(how many, rows, in, out) of a forward pass's products with weights; the head sees trained tokens only."""
-    kv = shape.kv_heads * (shape.width // shape.heads)
-    layer = [(2, shape.width, shape.width), (2, shape.width, kv), (2, shape.width, shape.ffn)]
-    layer.append((1, shape.ffn, shape.width))
+    attention, keys = shape.attention, shape.kv_heads * shape.head_dim
+    layer = [(1, shape.width, attention), (1, attention, shape.width), (2, shape.width, keys)]
+    layer += [(2, shape.width, shape.ffn), (1, shape.ffn, shape.width)]
     body = [(count * shape.layers, tokens, inner, out) for count, inner, out in layer]
     return [*body, (1, trained, shape.width, shape.vocab)]
 
 
-def arithmetic(shape: Shape, rows: int, length: int) -> tuple[float, float]:
+def arithmetic(shape: ModelShape, rows: int, length: int) -> tuple[float, float]:
     """(FLOP, bytes) of forward and backward over `rows` rows of which every token but the first is trained.
 
     Each product with weights is three of its size: forward, gradient of its input, gradient of its weights. So is
@@ -136,12 +136,12 @@ def arithmetic(shape: Shape, rows: int, length: int) -> tuple[float, float]:
     tokens, trained = rows * length, rows * (length - 1)
     weights = products(shape, tokens, trained)
     flops = sum(3 * count * 2 * m * k * n for count, m, k, n in weights)
-    flops += 3 * shape.layers * rows * 2 * length**2 * shape.width
+    flops += 3 * shape.layers * rows * 2 * length**2 * shape.attention
     moved = sum(3 * count * 4 * (m * k + k * n + m * n) for count, m, k, n in weights)
     return float(flops), float(moved)
 
 
-def measure(sides: Sides, shape: Shape, folder: str, rows: int = 8, length: int = 256, steps: int = 2) -> Pass:
+def measure(sides: Sides, shape: ModelShape, folder: str, rows: int = 8, length: int = 256, steps: int = 2) -> Pass:
     """A step of supervised fine-tuning in fp32, the best of `steps` after one to warm up."""
     draw = random.Random(0)
     made = [

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.duel import Sides
-from bench.models import SHAPES, Shape, model_folder, parameters, texts
+from bench.models import SHAPES, model_folder, texts
 from bench.rows import LR
+from posttrain.shapes import ModelShape
 
 BAR = 1.05  # of the slope: linear is 1, and the rest is for noise
 GROUPS = (4, 8, 16, 32, 64)
@@ -75,13 +76,15 @@ def measure(sides: Sides, root: Path, steps: int = 3) -> list[Curve]:
     small = model_folder(SHAPES["5M"], root)
     groups = [seconds(sides, small, 1, group, 64, steps) for group in GROUPS]
     lengths = [seconds(sides, small, 4, 4, length, steps) for length in LENGTHS]
-    shapes = [Shape(layers, width, width // 64, width // 64, 8 * width // 3, 2048) for layers, width in WIDTHS]
+    shapes = [
+        ModelShape(layers, width, width // 64, width // 64, 64, 8 * width // 3, 2048, tied=True)
+        for layers, width in WIDTHS
+    ]
     sizes = [seconds(sides, model_folder(shape, root), 4, 4, 64, steps) for shape in shapes]
-    counts = [parameters(shape.config())[1] for shape in shapes]
     return [
         Curve("answers to one prompt", tuple(map(float, GROUPS)), tuple(groups)),
         Curve("tokens of an answer", tuple(map(float, LENGTHS)), tuple(lengths)),
-        Curve("parameters", tuple(map(float, counts)), tuple(sizes)),
+        Curve("parameters", tuple(float(shape.parameters) for shape in shapes), tuple(sizes)),
     ]
 
 

@@ -14,12 +14,12 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from posttrain import planner
 from posttrain.data import batching
 from posttrain.models.attention import NAME
-from posttrain.models.load import Policy
+from posttrain.models.load import Policy, llama_config
 from posttrain.planner import Rows
 from posttrain.rollout.engine import EmbeddedGenerator
 from posttrain.rollout.generator import Request
@@ -101,18 +101,7 @@ def step_seconds(algorithm: str, recipe: Any, shape: ModelShape, rows: Rows, dev
 
 def random_policy(shape: ModelShape, recipe: Any, device: str) -> Policy:
     """A Llama of a shape with random weights and no tokenizer."""
-    sizes = LlamaConfig(
-        vocab_size=shape.vocab,
-        hidden_size=shape.width,
-        intermediate_size=shape.ffn,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        max_position_embeddings=1 << 20,
-        tie_word_embeddings=shape.tied,
-    )
-    model = LlamaForCausalLM(sizes)
+    model = LlamaForCausalLM(llama_config(shape, max_position_embeddings=1 << 20))
     model.set_attn_implementation(NAME)
     dtype = torch.float32 if recipe.model.dtype == "float32" else torch.bfloat16
     cast(nn.Module, model).to(device=torch.device(device), dtype=dtype)

@@ -13,9 +13,11 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import LlamaForCausalLM
 
 from bench import memory
 from posttrain import cli, config, planner
+from posttrain.models.load import llama_config
 from posttrain.planner import Rows, Where
 from posttrain.shapes import SHAPES, ModelShape, shape_of
 from posttrain.types import ConfigError
@@ -56,6 +58,15 @@ def test_weights_are_counted_by_hand() -> None:
     assert replace(SHAPE, tied=False).parameters == SHAPE.parameters + 100 * 8
     # rank 3 on each of seven matrices: 3 · (in + out)
     assert SHAPE.adapters(3) == 2 * 3 * (2 * (8 + 8) + 2 * (8 + 4) + 3 * (8 + 16))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_llama_made_of_a_shape_has_its_weights_and_is_read_as_that_shape(tied: bool, tmp_path: Path) -> None:
+    shape = replace(SHAPE, head_dim=6, tied=tied)  # heads need not divide the width
+    model = LlamaForCausalLM(llama_config(shape))
+    assert sum(p.numel() for p in model.parameters()) == shape.parameters
+    model.save_pretrained(tmp_path)
+    assert shape_of(tmp_path) == shape
 
 
 @pytest.mark.parametrize(

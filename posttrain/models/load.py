@@ -14,11 +14,13 @@ from typing import Any, cast
 import torch
 import transformers
 from torch import nn
+from transformers import LlamaConfig
 
 from posttrain.config import ModelConfig
 from posttrain.models import decoder, lora
 from posttrain.models.attention import NAME, Layout
 from posttrain.models.packing import Packed
+from posttrain.shapes import ModelShape
 from posttrain.types import ConfigError, TemplateError
 
 ABACUS = Path(__file__).parent / "abacus"
@@ -95,6 +97,21 @@ def load_policy(cfg: ModelConfig, device: torch.device | str = "cpu") -> Policy:
         inner.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         inner.enable_input_require_grads()
     return policy
+
+
+def llama_config(shape: ModelShape, **more: Any) -> LlamaConfig:
+    """transformers' configuration of a Llama of this shape, for models with random weights."""
+    return LlamaConfig(
+        vocab_size=shape.vocab,
+        hidden_size=shape.width,
+        intermediate_size=shape.ffn,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        tie_word_embeddings=shape.tied,
+        **more,
+    )
 
 
 def load_weights(policy: Policy, tensors: dict[str, torch.Tensor]) -> None:
