@@ -21,10 +21,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from bench.turns import MIB, memory
 from posttrain import shapes
 from posttrain.shapes import ModelShape
-
-MIB = 1 << 20
 
 SHAPES = {
     "20M": ModelShape(layers=12, width=384, heads=6, kv_heads=2, head_dim=64, ffn=1024, vocab=512, tied=True),
@@ -148,7 +147,7 @@ class Phases:
 
     def _book(self) -> None:
         name = self.stack[-1]
-        self.peaks[name] = max(self.peaks.get(name, 0), resident("VmHWM"))
+        self.peaks[name] = max(self.peaks.get(name, 0), memory("VmHWM"))
         Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to what is resident now
 
     def within(self, owner: Any, function: str, name: str) -> None:
@@ -162,12 +161,6 @@ class Phases:
         setattr(owner, function, outer)
 
 
-def resident(line: str) -> int:
-    """VmRSS or VmHWM of this process in bytes."""
-    rows = dict(row.split(":", 1) for row in Path("/proc/self/status").read_text().splitlines())
-    return int(rows[line].split()[0]) * 1024
-
-
 def worker(name: str, root: Path, threads: int) -> None:
     """Makes the run and prints what it took as JSON on the last line."""
     from posttrain import api, config
@@ -177,7 +170,7 @@ def worker(name: str, root: Path, threads: int) -> None:
     from posttrain.train import forward
     from posttrain.train.learner import Learner
 
-    baseline = resident("VmRSS")
+    baseline = memory("VmRSS")
     phases = Phases()
     phases.within(api, "load_policy", "loading")
     phases.within(EmbeddedGenerator, "generate", "sampling")
