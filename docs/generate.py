@@ -20,10 +20,10 @@ from typing import Any, Literal
 import click
 
 from posttrain import cli, config
+from posttrain.cache import VARIABLE as CACHE
 from posttrain.kernels.build import SWITCH
 from posttrain.store.durable import DiskError
 from posttrain.store.failpoints import FAILPOINTS, VARIABLE
-from posttrain.train.reference import VARIABLE as CACHE
 from posttrain.types import PosttrainError
 
 HERE = Path(__file__).parent

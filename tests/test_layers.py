@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "posttrain"
 # A module belongs to the longest prefix that names it and may import from lower layers and its own prefix only;
 # entries that share a layer do not import each other unless they are in ONE_LAYER.
 LAYERS: dict[str, float] = {
-    "types": 0, "config": 0, "rng": 0, "shapes": 0,
+    "types": 0, "config": 0, "rng": 0, "shapes": 0, "cache": 0,
     "objectives": 1, "planner": 1, "kernels": 1,
     "data": 2, "models": 2,
     "rollout": 3, "store": 3, "machine": 3, "overlap": 3,

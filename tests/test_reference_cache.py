@@ -14,12 +14,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from posttrain import cache
 from posttrain.models.load import Policy, trainable
 from posttrain.pairs import pair_rows
 from posttrain.prepare import speak
 from posttrain.train import reference
 from posttrain.train.forward import sample_logprobs
-from posttrain.train.reference import cache_folder, content_key, reference_logprobs
+from posttrain.train.reference import content_key, reference_logprobs
 from posttrain.types import Message, Preference, Sample
 from tests import tiny
 
@@ -43,9 +44,8 @@ def rows(policy: Policy) -> list[Sample]:
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv(reference.VARIABLE, str(tmp_path / "cache"))
-    return cache_folder()
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "cache"))
 
 
 def equal(one: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> bool:
@@ -122,7 +122,7 @@ def test_a_file_damaged_anywhere_is_noted_and_computed_again(
     data: st.DataObject, policy: Policy, rows: list[Sample]
 ) -> None:
     right, _ = reference_logprobs(policy, rows, ROOM)
-    (path,) = cache_folder().glob("*.safetensors")
+    (path,) = cache.folder("reference").glob("*.safetensors")
     whole = path.read_bytes()
     at = data.draw(st.integers(0, len(whole) - 1))
     cut = data.draw(st.booleans())
@@ -138,9 +138,9 @@ def test_a_file_damaged_anywhere_is_noted_and_computed_again(
 
 def test_a_file_of_other_rows_under_this_name_is_not_believed(policy: Policy, rows: list[Sample]) -> None:
     right, _ = reference_logprobs(policy, rows, ROOM)
-    (mine,) = cache_folder().glob("*.safetensors")
+    (mine,) = cache.folder("reference").glob("*.safetensors")
     reference_logprobs(policy, rows[::-1], ROOM)
-    (theirs,) = set(cache_folder().glob("*.safetensors")) - {mine}
+    (theirs,) = set(cache.folder("reference").glob("*.safetensors")) - {mine}
     shutil.copy(theirs, mine)
     values, notes = reference_logprobs(policy, rows, ROOM)
     assert equal(values, right) and "belongs to other rows or another model" in notes[0]
@@ -150,13 +150,13 @@ def test_a_cache_that_cannot_be_written_is_only_noted(
     policy: Policy, rows: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("not a folder")
-    monkeypatch.setenv(reference.VARIABLE, str(tmp_path / "file"))
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "file"))
     values, notes = reference_logprobs(policy, rows, ROOM)
     assert equal(values, sample_logprobs(policy, rows, ROOM)) and "could not be kept in" in notes[0]
 
 
 def test_the_cache_is_in_the_home_folder_unless_the_environment_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(reference.VARIABLE)
-    assert cache_folder() == Path.home() / ".cache" / "posttrain" / "reference"
-    monkeypatch.setenv(reference.VARIABLE, "/somewhere")
-    assert cache_folder() == Path("/somewhere/reference")
+    monkeypatch.delenv(cache.VARIABLE)
+    assert cache.folder("reference") == Path.home() / ".cache" / "posttrain" / "reference"
+    monkeypatch.setenv(cache.VARIABLE, "/somewhere")
+    assert cache.folder("reference") == Path("/somewhere/reference")

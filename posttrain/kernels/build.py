@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from posttrain import cache
+
 HERE = Path(__file__).parent
 SOURCES = (HERE / "kernels.c", HERE / "attention.c")
 SWITCH = "POSTTRAIN_KERNELS"
@@ -66,7 +68,7 @@ def _compiled() -> Library | None:
     flags = [*FLAGS, *_for_this_machine(compiler)]
     texts = [path.read_text("utf-8") for path in (HERE / "vector.h", *SOURCES)]
     identity = hashlib.sha256("\n".join([*texts, version, *flags, _cpu(), torch.__version__]).encode()).hexdigest()[:16]
-    path = _folder() / f"kernels-{identity}.so"
+    path = cache.folder("kernels") / f"kernels-{identity}.so"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".so", delete=False) as file:
@@ -79,10 +81,6 @@ def _compiled() -> Library | None:
         finally:
             made.unlink(missing_ok=True)
     return Library(ctypes.CDLL(str(path)), identity, version)
-
-
-def _folder() -> Path:
-    return Path(os.environ.get("POSTTRAIN_CACHE") or Path.home() / ".cache" / "posttrain") / "kernels"
 
 
 def _cpu() -> str:

@@ -23,19 +23,13 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.numpy import save
 
+from posttrain import cache
 from posttrain.models import lora
 from posttrain.models.load import Policy
 from posttrain.store import durable
 from posttrain.store.checkpoint import weights_digest
 from posttrain.train.forward import sample_logprobs
 from posttrain.types import Sample
-
-VARIABLE = "POSTTRAIN_CACHE"
-
-
-def cache_folder() -> Path:
-    """Where reference log-probabilities are kept: $POSTTRAIN_CACHE/reference, or ~/.cache/posttrain/reference."""
-    return Path(os.environ.get(VARIABLE) or Path.home() / ".cache" / "posttrain") / "reference"
 
 
 def reference_logprobs(
@@ -46,7 +40,7 @@ def reference_logprobs(
     They are read from the cache where it holds them whole. A damaged or foreign file is computed anew and replaced,
     with a note that says so; a cache that cannot be written is only noted.
     """
-    path = cache_folder() / f"{content_key(policy, samples, tokens_per_pass, temperature)}.safetensors"
+    path = cache.folder("reference") / f"{content_key(policy, samples, tokens_per_pass, temperature)}.safetensors"
     count = sum(int(sample.loss_mask.sum()) for sample in samples)
     notes: list[str] = []
     try:
