@@ -65,7 +65,7 @@ def _kernels() -> Finding:
     made = library()
     if made is None:
         return _fact("fused kernels", f"none: {why_not()}; torch's own operations are used, slower", False)
-    return _fact("fused kernels", f"{made.identity}, compiled by {made.compiler}", True)
+    return _fact("fused kernels", f"{made.identity}, compiled by {made.made_by}", True)
 
 
 @torch.no_grad()
