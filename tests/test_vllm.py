@@ -133,6 +133,15 @@ def test_what_is_handed_over_is_what_the_merged_model_would_save(tmp_path: Path)
     assert any(not torch.equal(sent[name], tensor) for name, tensor in tiny.load(tmp_path).model.state_dict().items())
 
 
+def test_adapters_that_are_switched_off_are_in_no_merged_weight(tmp_path: Path) -> None:
+    policy = tiny.load(tiny.make(tmp_path), lora_rank=4)
+    nudge(policy)
+    module = lora.unwrap(policy.model).get_decoder().layers[0].mlp.down_proj
+    assert not torch.equal(lora.merged_weight(module), module.base_layer.weight)
+    with lora.disabled(policy.model):
+        assert torch.equal(lora.merged_weight(module), module.base_layer.weight)
+
+
 def test_a_model_without_adapters_is_handed_over_as_it_is(tmp_path: Path) -> None:
     policy = tiny.load(tiny.make(tmp_path))
     own = policy.model.state_dict()

@@ -40,6 +40,16 @@ def merged(model: Any) -> Any:
     return copy.deepcopy(model).merge_and_unload() if isinstance(model, PeftModel) else model
 
 
+def merged_weight(module: Any) -> torch.Tensor:
+    """A linear module's weight (out, in) as it counts now: with what its adapters add, where it has some and they are
+    on; else the weight itself, not a copy."""
+    weight = module.weight.detach()
+    if isinstance(module, LoraLayer) and not module.disable_adapters:
+        for adapter in module.active_adapters:
+            weight = weight + module.get_delta_weight(adapter).detach()
+    return weight
+
+
 def merged_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """Every weight under its name in a model folder, adapters folded in, one at a time; a tied one under each name."""
     inner = unwrap(model)
@@ -50,8 +60,5 @@ def merged_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
             if not any(name.startswith(f"{layer}.lora_") for layer in adapted):
                 yield name, parameter.detach()
             continue
-        weight = parameter.detach()
-        if name.endswith(".weight"):
-            for adapter in adapted[at].active_adapters:
-                weight = weight + adapted[at].get_delta_weight(adapter).detach()
+        weight = merged_weight(adapted[at]) if name.endswith(".weight") else parameter.detach()
         yield name.replace(".base_layer.", "."), weight
