@@ -7,6 +7,7 @@ held against transformers' own on a few tokens, so an architecture this package 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -120,9 +121,20 @@ def load_weights(policy: Policy, tensors: dict[str, torch.Tensor]) -> None:
     if own.keys() != tensors.keys():
         odd = sorted(own.keys() ^ tensors.keys())
         raise ConfigError(f"weights do not fit the model: {len(odd)} names differ, first {odd[0]!r}.")
-    with torch.no_grad():
-        for name, parameter in own.items():
+    take_weights(policy, tensors)
+
+
+@torch.no_grad()
+def take_weights(policy: Policy, tensors: Mapping[str, torch.Tensor]) -> None:
+    """The same where tensors may share the model's memory, which are not copied, and more may be given than learn."""
+    for name, parameter in trainable(policy).items():
+        if parameter.data_ptr() != tensors[name].data_ptr():
             parameter.copy_(tensors[name])
+
+
+def weight_views(policy: Policy) -> dict[str, torch.Tensor]:
+    """The weights of `trainable(policy)` without their gradients: views, not copies."""
+    return {name: parameter.detach() for name, parameter in trainable(policy).items()}
 
 
 def trainable(policy: Policy) -> dict[str, nn.Parameter]:
@@ -173,6 +185,17 @@ def check_tokenizer(tokenizer: Any, rows: int) -> None:
         )
 
 
+def short_rows(policy: Policy) -> list[torch.Tensor]:
+    """Ids, (7,) and (3,), on which another way to compute the model is held against the packed pass."""
+    return [torch.arange(5, 5 + n, device=policy.device) % policy.vocab for n in (7, 3)]
+
+
+def packed_logits(policy: Policy, rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Logits (M, vocabulary) of rows of M tokens in all, which lie end to end in one pass."""
+    layout = Packed(torch.tensor([len(row) for row in rows], device=policy.device))
+    return policy.head(hidden_states(policy, torch.cat([*rows]).unsqueeze(0), layout.positions, layout))[0]
+
+
 @torch.no_grad()
 def check_forward(policy: Policy) -> float:
     """Compares our packed pass with transformers' own on two short rows; switches the model to ours.
@@ -181,11 +204,10 @@ def check_forward(policy: Policy) -> float:
     """
     model = lora.unwrap(policy.model)
     model.eval()
-    rows = [torch.arange(5, 5 + n, device=policy.device) % policy.vocab for n in (7, 3)]
+    rows = short_rows(policy)
     theirs = torch.cat([model(input_ids=row.unsqueeze(0), use_cache=False).logits[0] for row in rows])
     model.set_attn_implementation(NAME)
-    layout = Packed(torch.tensor([len(row) for row in rows], device=policy.device))
-    ours = policy.head(hidden_states(policy, torch.cat(rows).unsqueeze(0), layout.positions, layout))[0]
+    ours = packed_logits(policy, rows)
     difference = float((ours.float() - theirs.float()).abs().max())
     limit = TOLERANCE[policy.head.weight.dtype] * max(1.0, float(theirs.float().abs().max()) / 10)
     if not difference <= limit:

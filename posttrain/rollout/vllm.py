@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 from posttrain.models import lora
-from posttrain.models.load import TOLERANCE, Policy, hidden_states, resolve_path, trainable
-from posttrain.models.packing import Packed
+from posttrain.models.decoder import head_width
+from posttrain.models.load import TOLERANCE, Policy, packed_logits, resolve_path, short_rows, take_weights, weight_views
 from posttrain.rollout.generator import OnDone, OnToken, Request
 from posttrain.types import Completion, ConfigError, PosttrainError, RolloutError, SamplingParams
 
@@ -57,16 +57,13 @@ class VLLMGenerator:
 
     def load(self, weights: Mapping[str, torch.Tensor], version: int) -> None:
         """Takes new weights, named as in `trainable(policy)`, and hands all of the model's to the engine."""
-        with torch.no_grad():
-            for name, own in trainable(self.policy).items():
-                if own.data_ptr() != weights[name].data_ptr():
-                    own.copy_(weights[name])
+        take_weights(self.policy, weights)
         self._engine.hold(self, self.policy)
         self.version = version
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The weights it samples from, by name (views of the policy's)."""
-        return {name: parameter.detach() for name, parameter in trainable(self.policy).items()}
+        return weight_views(self.policy)
 
     def generate(
         self,
@@ -154,14 +151,12 @@ class VLLMGenerator:
     def _hold_against_the_policy(self) -> None:
         """Compares one greedy token after a few prompts with the policy's own distribution; the engine began with
         random weights, so this fails unless it samples from those it was handed."""
-        rows = [torch.arange(5, 5 + n, device=self.policy.device) % self.policy.vocab for n in (7, 3)]
+        rows = short_rows(self.policy)
         requests = [Request(row.cpu().numpy(), (0,)) for row in rows]
         drawn = [c for (c,) in self.generate(requests, SamplingParams(temperature=0.0, max_tokens=1))]
         self.policy.model.eval()
-        layout = Packed(torch.tensor([len(row) for row in rows], device=self.policy.device))
-        hidden = hidden_states(self.policy, torch.cat(rows).unsqueeze(0), layout.positions, layout)[0]
         last = torch.tensor([len(row) for row in rows]).cumsum(0) - 1
-        own = torch.log_softmax(self.policy.head(hidden[last.to(hidden.device)]).float(), -1).cpu()
+        own = torch.log_softmax(packed_logits(self.policy, rows).cpu()[last].float(), -1)
         gap = max(abs(float(row[int(c.tokens[0])]) - float(c.logprobs[0])) for row, c in zip(own, drawn, strict=True))
         limit = TOLERANCE[self.policy.head.weight.dtype]
         if not gap <= limit:
@@ -259,8 +254,7 @@ def _cache_bytes(config: Any, item: int, device: torch.device, slots: int, memor
     else:
         total = torch.cuda.get_device_properties(device).total_memory
     share = int(memory * total)
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    token = 2 * config.num_hidden_layers * config.num_key_value_heads * width * item
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_width(config) * item
     context = getattr(config, "max_position_embeddings", None)
     return min(share, token * (context + 256) * (slots + 1)) if context else share  # blocks are rounded up
 
