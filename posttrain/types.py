@@ -338,6 +338,13 @@ class Stat:
     count: float = 1.0
     kind: Literal["mean", "sum", "max", "min"] = "mean"
 
+    @classmethod
+    def over(cls, values: torch.Tensor, mask: torch.Tensor | None = None) -> Stat:
+        """The mean of a tensor's entries, or of those in a mask of its shape; the others may hold anything."""
+        if mask is None:
+            return cls(values.sum().item(), values.numel())
+        return cls(values.where(mask, 0).sum().item(), int(mask.sum()))
+
     def __add__(self, other: Stat) -> Stat:
         if self.kind != other.kind:
             raise ValueError(f"cannot add a {self.kind} to a {other.kind}.")

@@ -381,3 +381,12 @@ def test_merged_adapters_give_the_adapted_models_logits(folder: Path) -> None:
 def test_a_model_without_adapters_cannot_be_its_own_reference(folder: Path) -> None:
     with pytest.raises(TypeError, match="only a model with adapters"), lora.disabled(tiny.load(folder).model):
         pass
+
+
+def test_a_stat_over_a_mask_is_the_mean_of_its_entries_and_its_parts_add_up_to_it() -> None:
+    values = torch.tensor([[1.0, float("nan"), 3.0], [5.0, 7.0, float("inf")]])
+    mask = values.isfinite()
+    whole = Stat.over(values, mask)
+    assert (whole.total, whole.count, whole.value) == (16.0, 4, 4.0)
+    assert Stat.over(values[0], mask[0]) + Stat.over(values[1], mask[1]) == whole == Stat.over(values[mask])
+    assert math.isnan(Stat.over(values, torch.zeros_like(mask)).value), "a mean over nothing"

@@ -135,11 +135,11 @@ def loss(
     """The weighted sum of the per-token divergences of `make_forward`; everything (B, T)."""
     mask = b.mask
     stats = {
-        "divergence": _mean(per_token.detach(), mask),
-        "reverse_kl": _mean(kl, mask),
-        "teacher_logp": _mean(teacher_logp, mask),
-        "agreement": _mean(agree, mask),
-        "entropy": _mean(entropy, mask),
+        "divergence": Stat.over(per_token.detach(), mask),
+        "reverse_kl": Stat.over(kl, mask),
+        "teacher_logp": Stat.over(teacher_logp, mask),
+        "agreement": Stat.over(agree, mask),
+        "entropy": Stat.over(entropy, mask),
     }
     gap = (logp - b.behaviour_logp).abs()[mask]
     stats["mismatch"] = Stat(gap.max().item() if gap.numel() else 0.0, 1, "max")
@@ -226,10 +226,6 @@ def run(
         return None
     before, after = store.at(0), store.at(step)
     return {"steps": step, "before": before, "after": after, "weights": checkpoint.weights_digest(learner.weights())}
-
-
-def _mean(values: torch.Tensor, mask: torch.Tensor) -> Stat:
-    return Stat(torch.where(mask, values, 0).sum().item(), int(mask.sum()))
 
 
 def _events(values: dict[str, float]) -> list[Event]:

@@ -90,15 +90,15 @@ def make_loss(recipe: GRPORecipe) -> Loss:
         per_token, clipped = POLICY_LOSSES[cfg.policy_loss](
             logp, old_logp, b.advantages, mask, cfg.clip_low, cfg.clip_high
         )
-        stats = {"clipped": _mean(clipped.float(), mask), "entropy": _mean(entropy, mask)}
+        stats = {"clipped": Stat.over(clipped.float(), mask), "entropy": Stat.over(entropy, mask)}
         if cfg.is_cap:
             weight = is_correction(old_logp, b.behaviour_logp, mask, cfg.is_cap, cfg.is_mode, cfg.is_floor)
             per_token = per_token * weight
-            stats["is_weight"] = _mean(weight, mask)
+            stats["is_weight"] = Stat.over(weight, mask)
         if b.ref_logp is not None:
             kl = KL_ESTIMATORS[cfg.kl_estimator](torch.where(mask, logp, 0), torch.where(mask, b.ref_logp, 0))
             per_token = per_token + (cfg.kl_coef * kl if cfg.kl_place == "loss" else 0)
-            stats["kl"] = _mean(kl, mask)
+            stats["kl"] = Stat.over(kl, mask)
         if cfg.entropy_coef:
             per_token = per_token - cfg.entropy_coef * entropy
         now = logp.detach() if cfg.old_logp == "sampler" else old_logp
@@ -348,10 +348,6 @@ def trained(
         elif keep:
             out.append(sample)
     return out
-
-
-def _mean(values: torch.Tensor, mask: torch.Tensor) -> Stat:
-    return Stat(torch.where(mask, values, 0).sum().item(), int(mask.sum()))
 
 
 def _events(values: dict[str, float], flat_steps: int) -> list[Event]:

@@ -69,15 +69,15 @@ def make_loss(cfg: OnlineDPOConfig) -> Loss:
         right = (good > bad).float() + 0.5 * (good == bad).float()
         gap = (logp.detach() - b.behaviour_logp).abs()[mask]
         stats = {
-            "preference_accuracy": _mean(right),
-            "chosen_reward": _mean(good),
-            "rejected_reward": _mean(bad),
-            "reward_margin": _mean(good - bad),
-            "chosen_logp": _mean(pair[0]),
-            "rejected_logp": _mean(pair[1]),
-            "entropy": _mean(entropy[mask]),
+            "preference_accuracy": Stat.over(right),
+            "chosen_reward": Stat.over(good),
+            "rejected_reward": Stat.over(bad),
+            "reward_margin": Stat.over(good - bad),
+            "chosen_logp": Stat.over(pair[0]),
+            "rejected_logp": Stat.over(pair[1]),
+            "entropy": Stat.over(entropy[mask]),
             "mismatch": Stat(gap.max().item(), 1, "max"),
-            "mismatch_mean": _mean(gap),
+            "mismatch_mean": Stat.over(gap),
         }
         return (b.row_weights.view(-1, 2).sum(1) * each).sum(), stats
 
@@ -203,10 +203,6 @@ def pair_roles(groups: Sequence[Sequence[Episode]], pairs: Sequence[tuple[Episod
     for best, worst in pairs:
         roles[best.group, best.index], roles[worst.group, worst.index] = 1.0, -1.0
     return roles
-
-
-def _mean(values: torch.Tensor) -> Stat:
-    return Stat(values.sum().item(), values.numel())
 
 
 def _events(values: dict[str, float], flat_steps: int) -> list[Event]:

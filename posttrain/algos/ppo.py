@@ -94,7 +94,7 @@ def policy_loss(cfg: PPOConfig) -> Loss:
         per_token = per_token - cfg.entropy_coef * entropy
         moved = kl_k3(torch.where(mask, b.old_logp, 0), torch.where(mask, logp.detach(), 0))
         stats = {"clipped": clipped.float(), "entropy": entropy.detach(), "approx_kl": moved}
-        return (b.weights * per_token).sum(), {name: _mean(values, mask) for name, values in stats.items()}
+        return (b.weights * per_token).sum(), {name: Stat.over(values, mask) for name, values in stats.items()}
 
     return loss
 
@@ -105,7 +105,10 @@ def critic_loss(cfg: PPOConfig) -> Loss:
     def loss(values: torch.Tensor, b: Batch) -> tuple[torch.Tensor, dict[str, Stat]]:
         assert b.old_values is not None and b.returns is not None
         per_token, clipped = value_loss(values, b.old_values, b.returns, b.mask, cfg.value_clip)
-        stats = {"value_loss": _mean(per_token.detach(), b.mask), "value_clipped": _mean(clipped.float(), b.mask)}
+        stats = {
+            "value_loss": Stat.over(per_token.detach(), b.mask),
+            "value_clipped": Stat.over(clipped.float(), b.mask),
+        }
         return (b.weights * per_token).sum(), stats
 
     return loss
@@ -130,7 +133,7 @@ def ptx_loss(coef: float) -> Loss:
 
     def loss(logp: torch.Tensor, entropy: torch.Tensor, b: Batch) -> tuple[torch.Tensor, dict[str, Stat]]:
         imitate = -(b.weights * torch.where(b.mask, logp, 0)).sum()
-        return coef * imitate, {"ptx_nll": _mean(-logp.detach(), b.mask)}
+        return coef * imitate, {"ptx_nll": Stat.over(-logp.detach(), b.mask)}
 
     return loss
 
@@ -364,10 +367,6 @@ def make_learners(recipe: PPORecipe, policy: Policy, critic: Policy) -> tuple[Le
 def mean_advantages(samples: Rows) -> torch.Tensor:
     """(B,) the mean advantage of each row's trained tokens, 0 for a row without any."""
     return torch.tensor([s.advantages[s.loss_mask].mean() if s.loss_mask.any() else 0.0 for s in samples])
-
-
-def _mean(values: torch.Tensor, mask: torch.Tensor) -> Stat:
-    return Stat(torch.where(mask, values, 0).sum().item(), int(mask.sum()))
 
 
 def _of_critic(stats: dict[str, Stat]) -> dict[str, Stat]:
