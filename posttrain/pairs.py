@@ -6,16 +6,14 @@ prompts are the same tokens. KTO's unpaired judgements become one row each.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
-from posttrain import rng
+from posttrain import rng, sampled
 from posttrain.collect import Verifier, check_failures
 from posttrain.config import DataConfig
 from posttrain.data.chat import ChatFormat
@@ -41,7 +39,6 @@ from posttrain.data.sources import (
 )
 from posttrain.envs.tasks import BUILT_IN, TaskSets
 from posttrain.prepare import Setup, judged_tasks, make_collector, opened
-from posttrain.store import durable
 from posttrain.types import DataError, Episode, Judgement, Message, Preference, Sample, Task, TemplateError
 
 TRAIN_FILE, TEST_FILE = "pairs.jsonl", "held-out-pairs.jsonl"
@@ -263,11 +260,9 @@ def _sampled(setup: Setup) -> PairSets:
     """Pairs of the starting model's own answers to judged tasks, read back where this run has sampled them before."""
     recipe, folder = setup.recipe, setup.folder
     sets, verify = judged_tasks(recipe, setup.chat, setup.given, setup.reward)
-    started = (folder / "run.json").exists() and (folder / TRAIN_FILE).exists()
     notes = list(sets.notes)
-    if started:
-        train = read_preferences(folder / TRAIN_FILE)
-        test = read_preferences(folder / TEST_FILE) if (folder / TEST_FILE).exists() else []
+    if kept := sampled.read(folder, (TRAIN_FILE, TEST_FILE), read_preferences):
+        train, test = kept
     else:
         collector = opened(make_collector(setup.policy, setup.chat, verify, recipe), setup.chat, recipe.pairs.opening)
         parts: list[list[Preference]] = []
@@ -287,17 +282,6 @@ def _sampled(setup: Setup) -> PairSets:
                 f"no task of {recipe.data.tasks} got answers of different reward in {recipe.pairs.samples} samples, "
                 "so there is no pair. Use easier or harder tasks, more pairs.samples, or a longer rollout.max_tokens."
             )
-        _keep(folder, train, test)
+        sampled.keep(folder, (TRAIN_FILE, TEST_FILE), train, test, write_preferences)
     content = data_hash(Row(p.id, asdict(p)) for p in (*train, *test))
     return PairSets(train, test, notes, data_hash([Row("", {"tasks": sets.hash, "pairs": content})]), sets, verify)
-
-
-def _keep(folder: Path, train: list[Preference], test: list[Preference]) -> None:
-    """Writes both files, each whole or not at all; the one that says that there are pairs comes last."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / TEST_FILE).unlink(missing_ok=True)
-    for name, pairs in ((TEST_FILE, test), (TRAIN_FILE, train)):
-        if pairs:
-            temporary = folder / f".tmp-{name}-{os.getpid()}"
-            write_preferences(temporary, pairs)
-            durable.rename(temporary, folder / name)

@@ -6,13 +6,12 @@ The label of a sampled step is the share of completions from there that reach a 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 
+from posttrain import sampled
 from posttrain.collect import Collector
 from posttrain.config.prm import PRMConfig
 from posttrain.data.chat import ChatFormat
@@ -39,7 +38,6 @@ from posttrain.envs.tasks import BUILT_IN
 from posttrain.prepare import Setup, judged_tasks, make_collector, opened
 from posttrain.rewards.functions import score_all
 from posttrain.rollout.generator import Request, attempt_seed
-from posttrain.store import durable
 from posttrain.types import DataError, Message, Solution, Task
 
 TRAIN_FILE, TEST_FILE = "solutions.jsonl", "held-out-solutions.jsonl"
@@ -135,9 +133,8 @@ def _sampled(setup: Setup) -> SolutionSets:
     recipe, folder = setup.recipe, setup.folder
     sets, verify = judged_tasks(recipe, setup.chat, setup.given, setup.reward)
     notes = list(sets.notes)
-    if (folder / "run.json").exists() and (folder / TRAIN_FILE).exists():
-        train = read_solutions(folder / TRAIN_FILE)
-        test = read_solutions(folder / TEST_FILE) if (folder / TEST_FILE).exists() else []
+    if kept := sampled.read(folder, (TRAIN_FILE, TEST_FILE), read_solutions):
+        train, test = kept
     else:
         collector = make_collector(setup.policy, setup.chat, verify, recipe)
         found: list[list[Solution]] = []
@@ -155,7 +152,7 @@ def _sampled(setup: Setup) -> SolutionSets:
                 f"no sampled answer to {recipe.data.tasks} has two steps or more (algo.separator="
                 f"{recipe.algo.separator!r}). Set the separator this model writes, or algo.opening."
             )
-        _keep(folder, train, test)
+        sampled.keep(folder, (TRAIN_FILE, TEST_FILE), train, test, write_solutions)
     content = data_hash(Row(one.id, asdict(one)) for one in (*train, *test))
     whole = data_hash([Row("", {"tasks": sets.hash, "solutions": content})])
     learn, hold = ([Graded(one, len(one.steps), one.labels[-1] >= 0.5) for one in part] for part in (train, test))
@@ -233,14 +230,3 @@ def _prefixes(chat: ChatFormat, task: Task, steps: list[str], separator: str) ->
 
 def _seeds(collector: Collector, purpose: str, name: str, count: int) -> tuple[int, ...]:
     return tuple(attempt_seed(collector.seed, purpose, 0, name, i) for i in range(count))
-
-
-def _keep(folder: Path, train: list[Solution], test: list[Solution]) -> None:
-    """Writes both files, each whole or not at all; the one that says that there are solutions comes last."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / TEST_FILE).unlink(missing_ok=True)
-    for name, solutions in ((TEST_FILE, test), (TRAIN_FILE, train)):
-        if solutions:
-            temporary = folder / f".tmp-{name}-{os.getpid()}"
-            write_solutions(temporary, solutions)
-            durable.rename(temporary, folder / name)

@@ -19,7 +19,7 @@ LAYERS: dict[str, float] = {
     "data": 2, "models": 2,
     "rollout": 3, "store": 3, "machine": 3, "overlap": 3,
     "train": 3.25, "rewards": 3.5,
-    "envs": 4,
+    "envs": 4, "sampled": 4,
     "collect": 5, "search": 5, "evaluation": 5, "prepare": 5, "pairs": 5, "stepwise": 5, "calibration": 5, "probes": 5,
     "algos": 6,
     "pipelines": 7, "speed": 6.5, "estimate": 6.75, "api": 7,
