@@ -55,6 +55,8 @@ CONFIGS: dict[str, tuple[str, str, int, int, dict[str, Any]]] = {
     "grpo, max_lag 1": ("grpo", "60M", 64, 64, {**RL, "max_lag": 1}),
     "grpo, 50k words": ("grpo", "20M-50k", 32, 64, {**RL, "prompts": 8}),
     "grpo, 256 slots": ("grpo", "20M", 192, 64, {**RL, "rollout.slots": 256, "train.tokens_per_pass": 1024}),
+    "grpo, 64 examined": ("grpo", "20M", 192, 64, {**RL, "rollout.slots": 64, "eval.problems": 64, "data.holdout": 0.8,
+                                                   "train.tokens_per_pass": 1024}),
     "grpo, prompts of 640": ("grpo", "20M", 640, 64, {**RL, "prompts": 2, "train.tokens_per_pass": 2816}),
     "grpo, 135M": ("grpo", "smollm2-135m", 64, 32, {**RL, "prompts": 2, "train.tokens_per_pass": 1024}),
     "ppo": ("ppo", "60M", 64, 64, PPO),

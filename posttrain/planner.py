@@ -25,9 +25,8 @@ LOGITS_PER_CHUNK = 1 << 24
 """As in posttrain/train/forward.py."""
 DRAW_BYTES = 28
 """Per logit while posttrain/rollout/generator.py:draw makes tokens of them: two in float64, three in float32."""
-EXACT_KEYS, TILE, CACHE_BLOCK, WORTH, PREFILL_ROWS = 512, 32, 64, 16, 1024
-"""As in posttrain/models/attention.py and invariance.py, posttrain/rollout and posttrain/data/batching.py;
-prompts go together up to the last."""
+TILE, CACHE_BLOCK, WORTH, PREFILL_ROWS = 32, 64, 16, 1024
+"""As in posttrain/models/invariance.py, rollout and data/batching.py; so many tokens of prompts go together."""
 
 
 @dataclass(frozen=True)
@@ -85,14 +84,14 @@ def memory(algorithm: str, recipe: Any, shape: ModelShape, rows: Rows, where: Wh
     held = {"process": where.baseline, **states(algorithm, recipe, shape, where)}
     if samples(algorithm, recipe):
         copies = 2 if lags(algorithm, recipe) else 1  # one generator samples, another examines
-        held |= {name: size * copies for name, size in generator(algorithm, recipe, shape, rows, where).items()}
+        held |= {name: size * copies for name, size in generator(recipe, shape, rows, where).items()}
     training = training_pass(algorithm, recipe, shape, largest_pass(algorithm, recipe, rows), where)
     phases: dict[str, dict[str, int]] = {"training pass": training}
     if scores(algorithm, recipe):
         whole = largest_pass(algorithm, recipe, rows, all_rows=True)
         phases["scoring"] = scoring_phase(algorithm, recipe, shape, whole, where)
     if samples(algorithm, recipe):
-        phases["sampling"] = sampling_phase(algorithm, recipe, shape, rows, where)
+        phases["sampling"] = sampling_phase(recipe, shape, rows, where)
     if not where.cuda:  # a later phase takes its blocks from what the passes have left in the heap
         left = HEAP_KEPT * (training["activations"] + training["gaps in the heap"])
         for parts in list(phases.values())[1:]:
@@ -180,32 +179,28 @@ def by_kernels(recipe: Any, where: Where) -> bool:
     return where.fused and not where.cuda and recipe.model.dtype == "float32"
 
 
-def generator(algorithm: str, recipe: Any, shape: ModelShape, rows: Rows, where: Where) -> dict[str, int]:
+def generator(recipe: Any, shape: ModelShape, rows: Rows, where: Where) -> dict[str, int]:
     """What a generator keeps between steps: posttrain/rollout/fused.py with kernels, else plain.py.
 
     With kernels: weights once more in the order decoding reads them, slots for answers alone, and the newest logits.
     """
-    slots = -(-min(recipe.rollout.slots, sequences(algorithm, recipe)) // TILE) * TILE
+    prompts, answers = at_once(recipe)
+    slots, kv = -(-answers // TILE) * TILE, token_kv(shape, recipe)
     if by_kernels(recipe, where):
-        answers = slots * -(-recipe.rollout.max_tokens // CACHE_BLOCK) * CACHE_BLOCK * token_kv(shape, recipe)
-        prompts = waiting_prompts(algorithm, recipe) * rows.prompt * token_kv(shape, recipe)
+        cache = (slots * -(-recipe.rollout.max_tokens // CACHE_BLOCK) * CACHE_BLOCK + prompts * rows.prompt) * kv
         packed = (shape.matrices + shape.head) * (2 if recipe.rollout.dtype == "bfloat16" else 4)
-        return {"weights for decoding": packed, "KV cache": answers + prompts, "newest logits": slots * shape.vocab * 4}
+        return {"weights for decoding": packed, "KV cache": cache, "newest logits": slots * shape.vocab * 4}
     capacity = -(-(rows.prompt + recipe.rollout.max_tokens) // CACHE_BLOCK) * CACHE_BLOCK
-    return {"KV cache": slots * capacity * token_kv(shape, recipe)}
+    return {"KV cache": slots * capacity * kv}
 
 
-def sequences(algorithm: str, recipe: Any) -> int:
-    """The most answers asked for at once: a step's, or an examination's."""
-    cfg, examined = recipe.algo, getattr(recipe, "eval", None)
-    step = getattr(cfg, "prompts", 1) * getattr(cfg, "group_size", 1)
-    return max(step, examined.problems * examined.samples if examined else 0)
-
-
-def waiting_prompts(algorithm: str, recipe: Any) -> int:
-    """Prompts whose keys and values are kept at once."""
-    group = getattr(recipe.algo, "group_size", 1)
-    return min(getattr(recipe.algo, "prompts", 1), -(-recipe.rollout.slots // group) + 1)
+def at_once(recipe: Any) -> tuple[int, int]:
+    """The most prompts and the most answers that a generator works on at once: a step's, or an examination's."""
+    cfg, examined, slots = recipe.algo, getattr(recipe, "eval", None), recipe.rollout.slots
+    asked = [(getattr(cfg, "prompts", 1), getattr(cfg, "group_size", 1))]
+    asked += [(examined.problems, examined.samples)] if examined else []
+    prompts = max(min(count, -(-slots // each) + 1) for count, each in asked)
+    return prompts, min(slots, max(count * each for count, each in asked))
 
 
 def token_kv(shape: ModelShape, recipe: Any) -> int:
@@ -364,19 +359,18 @@ def training_pass(algorithm: str, recipe: Any, shape: ModelShape, update: Pass, 
     }
 
 
-def sampling_phase(algorithm: str, recipe: Any, shape: ModelShape, rows: Rows, where: Where) -> dict[str, int]:
-    """Prompts' passes and a decode step's logits: posttrain/rollout/engine.py, plain.py and fused.py."""
-    size, prompts = width_of(recipe), getattr(recipe.algo, "prompts", 1)
-    slots = min(recipe.rollout.slots, sequences(algorithm, recipe))
-    together = min(prompts, max(1, PREFILL_ROWS // rows.prompt))
-    exact = size == 4 and rows.prompt <= EXACT_KEYS and not where.cuda
-    scored = 2 * shape.heads * rows.prompt**2 * 4 if exact else 0  # scores, and the probabilities made of them
-    layer = rows.prompt * (shape.ffn * 3 + shape.width * 6) * size
-    found = {"prompts' passes": together * (layer + scored + 2 * rows.prompt * token_kv(shape, recipe))}
+def sampling_phase(recipe: Any, shape: ModelShape, rows: Rows, where: Where) -> dict[str, int]:
+    """Prompts' passes and a decode step's logits: posttrain/rollout/engine.py, plain.py and fused.py.
+
+    A pass computes one layer at a time, keeps all layers' keys and values, and stacks them at its end.
+    """
+    prompts, answers = at_once(recipe)
+    tokens, kv = prompts * rows.prompt, token_kv(shape, recipe)
+    layer = (3 * shape.ffn + 6 * shape.width) * width_of(recipe)
+    found = {"prompts' passes": min(tokens, max(rows.prompt, PREFILL_ROWS)) * (layer + 2 * kv)}
     if by_kernels(recipe, where):
-        return {**found, "decode logits": slots * shape.vocab * 4}
-    kept = waiting_prompts(algorithm, recipe) * rows.prompt * token_kv(shape, recipe)
-    return {**found, "prompts' keys and values": kept, "decode logits": slots * shape.vocab * DRAW_BYTES}
+        return {**found, "decode logits": answers * shape.vocab * 4}
+    return {**found, "prompts' keys and values": tokens * kv, "decode logits": answers * shape.vocab * DRAW_BYTES}
 
 
 def scoring_phase(algorithm: str, recipe: Any, shape: ModelShape, one: Pass, where: Where) -> dict[str, int]:

@@ -90,6 +90,21 @@ def test_states_and_activations_of_a_small_run_by_hand() -> None:
     assert several.phases["training pass"]["gradients"] == size
 
 
+def test_what_a_generator_keeps_by_hand() -> None:
+    def kept(vocab: int, problems: int) -> dict[str, int]:
+        settings = {"prompts": 3, "group_size": 4, "rollout__slots": 64, "rollout__max_tokens": 65}
+        asked = recipe("grpo", eval__problems=problems, eval__samples=1, **settings)
+        return planner.generator(asked, replace(SHAPE, vocab=vocab), Rows(10, 65), Where())
+
+    # 12 answers in 32 slots of 128 tokens, 3 prompts of 10; a token has 2 · 4 numbers in each of 2 layers
+    found = kept(100, 2)
+    assert found["weights for decoding"] == (SHAPE.matrices + 100 * 8) * 4
+    assert found["KV cache"] == (32 * 128 + 3 * 10) * 16 * 4
+    assert found["newest logits"] == 32 * 100 * 4
+    assert kept(100, 20)["KV cache"] == (32 * 128 + 20 * 10) * 16 * 4  # an examination reads 20 prompts at once
+    assert kept(100, 500)["KV cache"] == (64 * 128 + 65 * 10) * 16 * 4  # as far as there are slots, and one waits
+
+
 def test_of_several_blocks_of_logits_the_last_is_alive_while_the_next_is_made() -> None:
     wide, of = SHAPES["qwen2.5-0.5b"], lambda n: planner.projection("sft", recipe("sft"), wide, n, Where())
     rows = (1 << 24) // 151936
