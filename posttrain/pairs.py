@@ -17,6 +17,7 @@ from posttrain import rng, sampled
 from posttrain.collect import Verifier, check_failures
 from posttrain.config import DataConfig
 from posttrain.data.chat import ChatFormat
+from posttrain.data.files import writable
 from posttrain.data.preferences import (
     COMPLETION_COLUMNS,
     PAIR_COLUMNS,
@@ -177,7 +178,7 @@ def pairs_of(
     pairs: list[Preference] = []
     counts = {"answers": 0, "unusable": 0, "flat": 0}
     for task, group in zip(tasks, groups, strict=True):
-        usable = [e for e in group if e.reward is not None and e.stop == "stop" and _is_text(e.text)]
+        usable = [e for e in group if e.reward is not None and e.stop == "stop" and writable(e.text)]
         counts["answers"] += len(group)
         counts["unusable"] += len(group) - len(usable)
         scores = {(e.text, e.reward or 0.0): None for e in usable}  # each answer once, in the order it was given
@@ -187,10 +188,6 @@ def pairs_of(
             (chosen, high), (rejected, low) = found[i]
             pairs.append(Preference(f"{task.id}#{n}", task.messages, chosen, rejected, margin=high - low))
     return pairs, counts
-
-
-def _is_text(text: str) -> bool:
-    return bool(text.strip()) and not {"\0", "\ufffd"} & set(text)
 
 
 def _row(name: str, tokens: np.ndarray, mask: np.ndarray, most: int, label: float, margin: float) -> Sample:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from posttrain.data.files import writable
 from posttrain.data.preferences import write_preferences
 from posttrain.evaluation import Estimate, bootstrap
 from posttrain.types import Episode, Preference, Task
@@ -131,11 +132,6 @@ def pairs_of(tasks: Sequence[Task], groups: Sequence[Sequence[Episode]]) -> list
         if writable(good) and writable(bad) and good != bad:
             found.append(Preference(task.id, task.messages, good, bad, margin=float(row[best] - row[worst])))
     return found
-
-
-def writable(text: str) -> bool:
-    """Whether a row can hold this answer: some text, and no NUL, which no reader of rows takes."""
-    return bool(text.strip()) and "\0" not in text
 
 
 def write(

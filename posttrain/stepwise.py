@@ -15,6 +15,7 @@ from posttrain import sampled
 from posttrain.collect import Collector
 from posttrain.config.prm import PRMConfig
 from posttrain.data.chat import ChatFormat
+from posttrain.data.files import writable
 from posttrain.data.preferences import (
     STEP_COLUMNS,
     read_solutions,
@@ -181,8 +182,7 @@ def sample_solutions(
         (f"{task.id}#{n}", task, [text] if cfg.level == "outcome" else split_steps(text, cfg.separator), bool(passed))
         for n, ((task, text), passed) in enumerate(zip(distinct, right, strict=True))
         if passed is not None
-        and text.strip()
-        and not {"\0", "\ufffd"} & set(text)
+        and writable(text)
         and (cfg.level == "outcome" or len(split_steps(text, cfg.separator)) > 1)
     ]
     values = step_values(collector, chat, [(name, task, steps) for name, task, steps, _ in kept], cfg)

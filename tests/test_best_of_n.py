@@ -141,9 +141,10 @@ def test_pairs_are_best_against_worst_where_they_differ() -> None:
         [episode(0, 0.0, "same"), episode(1, 1.0, "same"), episode(2, None)],
         [episode(0, 0.0, " "), episode(1, 1.0), episode(2, 0.5)],
         [episode(0, 0.0), episode(1, 1.0, "a\0b"), episode(2, 0.5)],
+        [episode(0, 0.0, "half a \ufffd"), episode(1, 1.0), episode(2, 0.5)],
         [episode(0, None), episode(1, None), episode(2, None)],
     ]
-    (pair,) = pairs_of([task(name) for name in "abcdef"], groups)
+    (pair,) = pairs_of([task(name) for name in "abcdefg"], groups)
     assert (pair.chosen, pair.rejected, pair.margin) == ("answer 1", "answer 2", 1.5)
     assert pair.prompt == task("a").messages
 

@@ -264,6 +264,12 @@ def row_fault(value: Any, text: str) -> str | None:
     return None
 
 
+def writable(text: str) -> bool:
+    """Whether a row can hold a sampled answer and give it back: some text, no NUL, which no reader of rows takes, and
+    no U+FFFD, which stands for bytes that are not UTF-8 and would become other tokens than were sampled."""
+    return bool(text.strip()) and not {"\0", "\ufffd"} & set(text)
+
+
 def _read_parquet(path: Path, limit: int) -> list[Row]:
     try:
         import pyarrow
