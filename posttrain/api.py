@@ -128,8 +128,15 @@ def start(
     on_step: OnStep | None = None,
     given: list[Task] | None = None,
     reward: Callable[..., Any] | None = None,
+    on_warning: Callable[[str], None] | None = None,
 ) -> Result:
-    """Makes a new run folder for a resolved recipe and runs it to the end."""
+    """Makes a new run folder for a resolved recipe and runs it to the end.
+
+    `on_warning` hears before the model is loaded what `estimate.warning` says; the run folder keeps it, too.
+    """
+    warning = estimate.warning(algorithm, recipe)
+    if warning and on_warning:
+        on_warning(warning)
     folder = Path(recipe.run.out) if recipe.run.out else next_folder(Path("runs"), algorithm)
     try:
         job, fingerprint = prepare(algorithm, recipe, folder, given, reward)
@@ -151,8 +158,8 @@ def start(
             task_sets.write_tasks(folder / "tasks.jsonl", given)
         for note in job.notes:
             store.note(0, Event("info", "data", note))
-        if text := estimate.warning(algorithm, recipe):
-            store.note(0, Event("warning", "memory", text))
+        if warning:
+            store.note(0, Event("warning", "memory", warning))
         return _drive(store, job, on_step)
 
 

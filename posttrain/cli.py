@@ -59,11 +59,13 @@ def run_training(algorithm: str, recipe: Any, as_json: bool, resume: str | None 
 
     out = show.console(as_json)
     with out.status("loading model and data"):
-        from posttrain import api, estimate
-    if not resume and (text := estimate.warning(algorithm, recipe)):
+        from posttrain import api
+
+    def warn(text: str) -> None:
         out.print(f"warning: {text}", style="yellow", soft_wrap=True)
+
     with show.StepLine(out, recipe) as line:
-        result = api.resume(resume, on_step=line) if resume else api.start(algorithm, recipe, line)
+        result = api.resume(resume, on_step=line) if resume else api.start(algorithm, recipe, line, on_warning=warn)
     if result.summary is None:
         out.print(f"Stopped and saved. Continue with: posttrain resume {result.folder}", soft_wrap=True)
         sys.exit(128 + result.stopped_by)

@@ -16,6 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from posttrain import cli, config
+from posttrain.store.run import Run
 from tests import tiny
 
 TINY = "--tasks sums --reward {reward} --data.count 32 --eval.problems 4 --prompts 2 --group-size 4 --max-tokens 8"
@@ -54,6 +55,19 @@ def test_help_names_every_command_and_answers_without_torch() -> None:
     for name in ("demo", "sft", "grpo", "eval", "sample", "chat", "runs", "resume", "config", "doctor"):
         assert f"\n  {name} " in done.stdout
     assert done.stdout.endswith("False\n"), "torch was loaded to print a help text"
+
+
+def test_a_run_that_may_not_fit_says_so_before_its_first_step_and_keeps_it(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("posttrain.estimate.machine_memory", lambda cuda: 1 << 20)
+    result = call(f"grpo --model tiny {TINY} --steps 1 --out runs/large")
+    assert result.exit_code == 0, result.output
+    said = [line for line in result.stdout.splitlines() if line.startswith(("warning:", "step 0"))]
+    assert [line.split()[0] for line in said] == ["warning:", "step"]
+    with Run.read(place / "runs/large") as store:
+        (kept,) = [event.message for event in store.events() if event.kind == "memory"]
+    assert said[0] == f"warning: {kept}" and "1 MiB are here" in kept
 
 
 def test_a_run_reports_its_folder_and_what_changed_as_json(run: dict[str, Any], place: Path) -> None:
