@@ -58,14 +58,14 @@ def test_help_names_every_command_and_answers_without_torch() -> None:
 
 
 def test_a_run_that_may_not_fit_says_so_before_its_first_step_and_keeps_it(
-    place: Path, monkeypatch: pytest.MonkeyPatch
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("posttrain.estimate.machine_memory", lambda cuda: 1 << 20)
-    result = call(f"grpo --model tiny {TINY} --steps 1 --out runs/large")
+    result = call(f"grpo --model tiny {TINY} --steps 1 --out {tmp_path}/run")
     assert result.exit_code == 0, result.output
     said = [line for line in result.stdout.splitlines() if line.startswith(("warning:", "step 0"))]
     assert [line.split()[0] for line in said] == ["warning:", "step"]
-    with Run.read(place / "runs/large") as store:
+    with Run.read(tmp_path / "run") as store:
         (kept,) = [event.message for event in store.events() if event.kind == "memory"]
     assert said[0] == f"warning: {kept}" and "1 MiB are here" in kept
 
