@@ -70,8 +70,8 @@ def test_the_gated_unit_is_silu_times_up(rows: int, width: int, seed: int) -> No
     gate, up = (numbers(rows, width, seed=seed + i, grad=True) for i in (0, 1))
     truth = torch.nn.functional.silu(gate.double() * 4) * up.double()
     assert_same_with_gradients([kernels.swiglu(gate * 4, up)], [truth], [gate, up])
-    out = torch.empty(rows, width)
-    kernels.swiglu_halves(torch.cat([gate * 4, up], 1).detach(), out)
+    out, both = torch.empty(rows, width), torch.cat([gate * 4, up], 1).detach()
+    kernels.bound("swiglu", both, both[:, width:], out, rows, width, 2 * width)()
     torch.testing.assert_close(
         out.double(), truth.detach(), rtol=0, atol=3e-6 * max(1.0, float(truth.detach().abs().max()))
     )
@@ -272,6 +272,35 @@ def test_more_slots_or_longer_answers_or_other_threads_make_room_without_changin
         assert np.array_equal(one.tokens, other.tokens) and np.array_equal(one.logprobs, other.logprobs)
 
 
+@few
+@given(
+    rows=st.integers(1, 140), inner=st.sampled_from([1, 8, 16, 24, 100, 688, 1100]), threads=st.sampled_from([1, 2, 3]),
+    outer=st.one_of(st.integers(1, 200), st.sampled_from([256, 8193])), bias=st.booleans(), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_a_row_of_a_product_has_the_same_bits_alone_and_among_others_packed_and_in_place(
+    rows: int, inner: int, threads: int, outer: int, bias: bool, seed: int
+) -> None:
+    x, weight = numbers(rows, inner, seed=seed), numbers(outer, inner, seed=seed + 1)
+    added = numbers(outer, seed=seed + 2) if bias else None
+    panels = torch.empty(-(-outer // kernels.PANEL), inner, kernels.PANEL)
+    kernels.pack_weight(weight, panels)
+    scratch = torch.empty(-(-rows // kernels.PANEL), inner, kernels.PANEL)
+
+    def packed(part: torch.Tensor, threads: int) -> torch.Tensor:
+        out = torch.full((len(part), outer), torch.nan)
+        kernels.bound("packed_product", part, panels, added, out, len(part), inner, outer, threads)()
+        return out
+
+    together, in_place = packed(x, threads), torch.full((rows, outer), torch.nan)
+    kernels.bound("product", x, weight, added, in_place, scratch, rows, inner, outer, threads)()
+    truth = x.double() @ weight.double().t() + (0 if added is None else added.double())
+    torch.testing.assert_close(together.double(), truth, rtol=0, atol=1e-6 * inner + 1e-6)
+    assert torch.equal(together, in_place)
+    at = rows // 3
+    assert torch.equal(packed(x[at : at + 1], 1), together[at : at + 1])
+    assert torch.equal(packed(x[at:], 2), together[at:])
+
+
 def test_what_the_fused_pass_does_not_compute_is_left_to_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not decoder.fits(model_of("llama").model.bfloat16().get_decoder())
     windowed = model_of("mistral")
@@ -281,7 +310,7 @@ def test_what_the_fused_pass_does_not_compute_is_left_to_transformers(monkeypatc
         "gpt_neox", vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
     )
     assert not decoder.fits(transformers.AutoModelForCausalLM.from_config(other).get_decoder())
-    monkeypatch.setattr("posttrain.models.decoder.library", lambda: None)
+    monkeypatch.setattr("posttrain.kernels.library", lambda: None)
     assert not decoder.fits(model_of("llama").body)
 
 

@@ -7,7 +7,8 @@ this package could get wrong; `models/decoder.py`, `models/packing.py` and `roll
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,13 +16,28 @@ import torch
 from posttrain.kernels.build import library
 
 _F = ctypes.c_float
+PANEL = 64  # of products.c
+
+
+def takes(tensor: torch.Tensor) -> bool:
+    """Whether the kernels compute with this tensor: float32 on a CPU, where they could be compiled."""
+    return tensor.dtype == torch.float32 and tensor.device.type == "cpu" and library() is not None
+
+
+def bound(name: str, *arguments: Any) -> Callable[[], Any]:
+    """A call of a function in the C files, with its arguments, to be made many times.
+
+    Tensors go as their addresses, ints as int64, floats as float; a ctypes object with the value it has at the call.
+    """
+    made = library()
+    assert made is not None, "posttrain.kernels was used where library() is None"
+    call = partial(getattr(made.functions, name), *[_argument(a) for a in arguments])
+    call.tensors = arguments  # type: ignore[attr-defined]  # they live as long as their addresses are used
+    return call
 
 
 def _call(name: str, *arguments: Any) -> None:
-    """Calls a function of kernels.c. Tensors go as their addresses, ints as int64, floats as float."""
-    made = library()
-    assert made is not None, "posttrain.kernels was used where library() is None"
-    getattr(made.functions, name)(*[_argument(a) for a in arguments])
+    bound(name, *arguments)()
 
 
 def address(tensor: torch.Tensor | None) -> ctypes.c_void_p:
@@ -180,17 +196,9 @@ def _rows_shape(query: torch.Tensor, key: torch.Tensor, rows: torch.Tensor, runs
     return Rows(heads, kv, width, room, len(runs) - 1, torch.get_num_threads(), scratch, keys, scale)
 
 
-def swiglu_halves(both: torch.Tensor, out: torch.Tensor) -> None:
-    """both (N, 2F), gate in the first half → out (N, F), without gradient."""
-    rows, width = out.shape
-    _call("swiglu", both, ctypes.c_void_p(both.data_ptr() + 4 * width), out, rows, width, 2 * width)
-
-
-def norm_into(
-    x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float, total: torch.Tensor, y: torch.Tensor
-) -> None:
-    """`add_norm` into given tensors, without gradient; `total` may be `x`."""
-    _call("rms_norm", x, delta, weight, total, y, None, *y.shape, float(eps))
+def pack_weight(weight: torch.Tensor, panels: torch.Tensor) -> None:
+    """weight (out, in) into panels (out / PANEL rounded up, in, PANEL): the layout that `packed_product` reads."""
+    _call("pack_weight", weight.contiguous(), panels, *weight.shape, torch.get_num_threads())
 
 
 def draw(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -86,10 +86,9 @@ typedef struct {
 void decode_attention(const float *qkv, const float *q_norm, const float *k_norm, const float *cosine,
                       const float *sine, const int64_t *slot, const int64_t *position, const int64_t *shared,
                       const int64_t *shared_keys, const int64_t *shared_values, int64_t layer, float *keys,
-                      float *values, float *out, float *scratch, const int64_t *count, const Shape *shape) {
+                      float *values, float *out, float *scratch, int64_t rows, const Shape *shape) {
     const Shape z = *shape;
     const int64_t groups = z.heads / z.kv_heads, half = z.width / 2, wide = (z.heads + 2 * z.kv_heads) * z.width;
-    const int64_t rows = *count;
     int64_t next = 0;
 #pragma omp parallel num_threads(z.threads)
     {

@@ -23,7 +23,7 @@ import torch
 from posttrain import cache
 
 HERE = Path(__file__).parent
-SOURCES = (HERE / "kernels.c", HERE / "attention.c")
+SOURCES = (HERE / "kernels.c", HERE / "attention.c", HERE / "products.c")
 SWITCH = "POSTTRAIN_KERNELS"
 FLAGS = ("-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared")
 

@@ -7,6 +7,8 @@ operations. `models/load.py:check_forward` holds the result against transformers
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,11 +16,20 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from posttrain import kernels
-from posttrain.kernels.build import library
 from posttrain.models.attention import Layout
 
 FAMILY = ("llama", "mistral", "qwen2", "qwen3")  # norm, rotary attention, norm, silu-gated unit, nothing else
 WIDEST_HEAD = 1024  # what kernels.c keeps on its stack
+
+
+@dataclass(frozen=True)
+class Linears:
+    """The products of one layer, from rows (N, in) to rows (N, out); `qkv` gives three results, `gates` two."""
+
+    qkv: Callable[[torch.Tensor], Sequence[torch.Tensor]]
+    out: Callable[[torch.Tensor], torch.Tensor]
+    gates: Callable[[torch.Tensor], Sequence[torch.Tensor]]
+    down: Callable[[torch.Tensor], torch.Tensor]
 
 
 def fits(body: nn.Module) -> bool:
@@ -27,14 +38,12 @@ def fits(body: nn.Module) -> bool:
     weight: torch.Tensor = body.embed_tokens.weight if hasattr(body, "embed_tokens") else torch.empty(0)  # type: ignore[union-attr]
     return (
         config.model_type in FAMILY
-        and weight.dtype == torch.float32
-        and weight.device.type == "cpu"
         and config.hidden_act == "silu"
         and not getattr(config, "sliding_window", None)
         and not getattr(config, "attention_dropout", 0.0)
         and head_width(config) <= WIDEST_HEAD
         and head_width(config) % 2 == 0
-        and library() is not None
+        and kernels.takes(weight)
     )
 
 
@@ -51,21 +60,42 @@ def angles(body: nn.Module, positions: torch.Tensor) -> tuple[torch.Tensor, torc
     return cosine[0, :, :half].contiguous(), sine[0, :, :half].contiguous()
 
 
-def forward(body: Any, tokens: torch.Tensor, positions: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """tokens and positions (b, t) int64 → last hidden states (b, t, width), as the decoder's own forward pass."""
+def forward(
+    body: Any,
+    tokens: torch.Tensor,
+    positions: torch.Tensor,
+    layout: Layout,
+    linears: Sequence[Linears] | None = None,
+) -> torch.Tensor:
+    """tokens and positions (b, t) int64 → last hidden states (b, t, width), as the decoder's own forward pass.
+
+    `linears` replace the products of the layers' own modules.
+    """
     b, t = tokens.shape
     turns = angles(body, positions.reshape(-1))
     x, delta = body.embed_tokens(tokens).reshape(b * t, -1), None
     for index, layer in enumerate(body.layers):
+        given = (layer, linears[index] if linears else _modules(layer), index, x, delta, turns, (b, t), layout)
         if layer.gradient_checkpointing and layer.training and torch.is_grad_enabled():
-            x, delta = checkpoint(_layer, layer, index, x, delta, turns, (b, t), layout, use_reentrant=False)  # type: ignore[misc]
+            x, delta = checkpoint(_layer, *given, use_reentrant=False)  # type: ignore[misc]
         else:
-            x, delta = _layer(layer, index, x, delta, turns, (b, t), layout)
+            x, delta = _layer(*given)
     return norm(body.norm, x, delta)[1].view(b, t, -1)
+
+
+def _modules(layer: Any) -> Linears:
+    attention, mlp = layer.self_attn, layer.mlp
+    return Linears(
+        lambda y: (attention.q_proj(y), attention.k_proj(y), attention.v_proj(y)),
+        attention.o_proj,
+        lambda y: (mlp.gate_proj(y), mlp.up_proj(y)),
+        mlp.down_proj,
+    )
 
 
 def _layer(
     layer: Any,
+    linears: Linears,
     index: int,
     x: torch.Tensor,
     delta: torch.Tensor | None,
@@ -74,15 +104,14 @@ def _layer(
     layout: Layout,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The residual stream x (N, W) and what is still to be added to it, before a layer → after it."""
-    attention, mlp = layer.self_attn, layer.mlp
+    attention = layer.self_attn
     x, y = norm(layer.input_layernorm, x, delta)
-    width = attention.head_dim
-    query, key, value = (p(y).view(len(y), -1, width) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
+    query, key, value = (part.reshape(len(y), -1, attention.head_dim) for part in linears.qkv(y))
     query, key = turned(attention, query, key, turns)
-    rows = [part.view(*shape, -1, width).transpose(1, 2) for part in (query, key, value)]
+    rows = [part.view(*shape, -1, attention.head_dim).transpose(1, 2) for part in (query, key, value)]
     attended = layout.attend(index, rows[0], rows[1], rows[2], attention.scaling)
-    x, y = norm(layer.post_attention_layernorm, x, attention.o_proj(attended.reshape(len(y), -1)))
-    return x, mlp.down_proj(kernels.swiglu(mlp.gate_proj(y), mlp.up_proj(y)))
+    x, y = norm(layer.post_attention_layernorm, x, linears.out(attended.reshape(len(y), -1)))
+    return x, linears.down(kernels.swiglu(*linears.gates(y)))
 
 
 def norm(module: Any, x: torch.Tensor, delta: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,14 +1,14 @@
 """Which row counts give the same bits: the fact that makes a sample independent of its batch-mates.
 
 A matrix product may add its terms in another order when it has more rows, because libraries pick another kernel. The
-sampler therefore runs every linear layer at row counts whose results were found equal, bit for bit, to tiles of
+sampler therefore runs torch's linear layers at row counts whose results were found equal, bit for bit, to tiles of
 `TILE` rows on this machine with this thread count. Nothing is assumed about the library; it is measured at start.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -30,16 +30,16 @@ def linear_shapes(module: nn.Module) -> list[Shape]:
 
 
 def equal_row_counts(
-    shapes: Iterable[Shape], most: int, like: torch.Tensor, stored: Stored = "rows"
+    shapes: Iterable[Shape], counts: Sequence[int], like: torch.Tensor, stored: Stored = "rows"
 ) -> tuple[int, ...]:
-    """Row counts ≤ `most` (always including TILE) at which every shape repeats the tiled result exactly.
+    """Those of `counts`, and always TILE, at which every shape repeats the tiled result exactly.
 
     `like` gives dtype and device.
     """
-    counts = tuple(c for c in ROW_COUNTS if c <= most or c == TILE)
+    left = tuple(sorted({*counts, TILE}))
     for shape in sorted(set(shapes)):
-        counts = _equal(shape, counts, like.dtype, str(like.device), stored, torch.get_num_threads())
-    return counts
+        left = _equal(shape, left, like.dtype, str(like.device), stored, torch.get_num_threads())
+    return left
 
 
 @functools.cache

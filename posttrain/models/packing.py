@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -11,7 +12,6 @@ import torch
 import torch.nn.functional as F
 
 from posttrain import kernels
-from posttrain.kernels.build import library
 
 QUERIES = 256  # longer rows are computed in pieces of this many tokens, so keys that come later cost nothing
 TILE = 1 << 20  # scores computed at once: 4 MiB in fp32, so that they are still in the cache when they are used
@@ -65,13 +65,18 @@ class Packed:
         self.longest = max(sizes)
         rows, kept, index, positions = self._lay(sizes, shared)
         device = lengths.device
-        self.blocks = attention_blocks(rows, QUERIES if device.type == "cpu" else self.longest)
+        self.pieces, self.most = rows, QUERIES if device.type == "cpu" else self.longest
         self.rows = torch.tensor([own for own, _ in rows])  # (rows, 2), as kernels.attention takes them
         starts = [i for i, (_, before) in enumerate(rows) if before[0] == before[1]]
         self.runs = torch.tensor([*starts, len(rows)])
         self.kept = torch.cat(kept).to(device)  # (M,) which of the rows' N tokens are computed, in the call's order
         self.index = torch.cat(index).to(device)  # (N,) where each of the rows' tokens is in the call
         self.positions = torch.cat(positions).unsqueeze(0).to(device)  # (1, M)
+
+    @cached_property
+    def blocks(self) -> list[Block]:
+        """The rows as the paths without a kernel of their own compute them."""
+        return attention_blocks(self.pieces, self.most)
 
     def _lay(self, sizes: list[int], shared: Sequence[tuple[int, int]]) -> Any:
         rows: list[tuple[Range, Range]] = []  # what is computed of a row, and the shared range before it
@@ -100,7 +105,7 @@ class Packed:
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
     ) -> torch.Tensor:
         parts = [x[0].transpose(0, 1).contiguous() for x in (query, key, value)]  # (M, H, D)
-        if query.device.type == "cpu" and query.dtype == torch.float32 and library() is not None:
+        if kernels.takes(query):
             return kernels.attention(parts[0], parts[1], parts[2], self.rows, self.runs, scale).unsqueeze(0)
         if query.device.type == "cpu" and query.dtype in (torch.float32, torch.float64):
             made: Any = _Attention.apply(parts[0], parts[1], parts[2], self.blocks, scale)

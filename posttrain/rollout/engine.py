@@ -17,7 +17,7 @@ import torch
 from posttrain import kernels, rng
 from posttrain.models import decoder
 from posttrain.models.invariance import TILE
-from posttrain.models.load import Policy, trainable
+from posttrain.models.load import Policy, take_weights, weight_views
 from posttrain.rollout.fused import FusedDecoder
 from posttrain.rollout.generator import OnDone, OnToken, Request, draw
 from posttrain.rollout.plain import PlainDecoder
@@ -100,15 +100,12 @@ class EmbeddedGenerator:
 
     def load(self, weights: Mapping[str, torch.Tensor], version: int) -> None:
         """Takes new weights, named as in `trainable(policy)`. The learner's own are already here and not copied."""
-        with torch.no_grad():
-            for name, own in trainable(self.policy).items():
-                if own.data_ptr() != weights[name].data_ptr():
-                    own.copy_(weights[name])
+        take_weights(self.policy, weights)
         self.version = version
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The weights it samples from, by name (views, not copies)."""
-        return {name: parameter.detach() for name, parameter in trainable(self.policy).items()}
+        return weight_views(self.policy)
 
     @torch.no_grad()
     def generate(
@@ -181,7 +178,7 @@ def _draw(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`draw`, by the kernel where the whole distribution is sampled in float32 on the CPU."""
     whole = params.top_p == 1 and not 0 < params.top_k < logits.shape[-1]
-    if not (whole and logits.dtype == torch.float32 and logits.device.type == "cpu" and kernels.library()):
+    if not (whole and kernels.takes(logits)):
         return draw(logits, uniforms.to(logits.device), params)
     tokens, logprobs = kernels.draw(logits, uniforms, params.temperature)
     return tokens, logprobs, torch.zeros(len(tokens))

@@ -32,9 +32,9 @@ class PlainDecoder:
     def __init__(self, policy: Policy, slots: int) -> None:
         self.policy, self.slots = policy, slots
         like = policy.head.weight
-        self.rows = equal_row_counts(linear_shapes(policy.body), max(ROW_COUNTS), like)
-        self.rows = tuple(c for c in self.rows if c % TILE == 0)  # attention's own products want whole tiles, too
-        self.head_rows = equal_row_counts(linear_shapes(policy.head), slots, like)
+        tiles = [c for c in ROW_COUNTS if c % TILE == 0]  # attention's own products want whole tiles, too
+        self.rows = equal_row_counts(linear_shapes(policy.body), tiles, like)
+        self.head_rows = equal_row_counts(linear_shapes(policy.head), [c for c in ROW_COUNTS if c <= slots], like)
         self._cache: SlotCache | None = None
 
     @property

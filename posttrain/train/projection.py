@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from posttrain import kernels
-from posttrain.kernels.build import library
 
 
 def log_probabilities(
@@ -87,14 +86,9 @@ def _logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def _quick(logits: torch.Tensor) -> bool:
-    """Whether the compiled kernels take these logits."""
-    return logits.device.type == "cpu" and logits.dtype == torch.float32 and library() is not None
-
-
 def _select(logits: torch.Tensor, targets: torch.Tensor, temperature: float) -> tuple[torch.Tensor, ...]:
     """logits (K, V) → logp of the targets, entropy and log Σ exp(logits / temperature), each (K,)."""
-    if _quick(logits):
+    if kernels.takes(logits):
         return kernels.select_logp(logits, targets.contiguous(), temperature)
     wide = logits / temperature
     norm = wide.logsumexp(-1)
@@ -117,7 +111,7 @@ def _to_gradient(
     With p = softmax(logits / T): d logp_target / d logits = (onehot − p) / T, and
     d entropy / d logits = −p · (log p + entropy) / T.
     """
-    if _quick(logits):
+    if kernels.takes(logits):
         kernels.select_logp_grad_(logits, targets.contiguous(), temperature, kept, dlogp, dentropy)
         return
     entropy, norm = kept
