@@ -25,8 +25,9 @@ LOGITS_PER_CHUNK = 1 << 24
 """As in posttrain/train/forward.py."""
 DRAW_BYTES = 28
 """Per logit while posttrain/rollout/generator.py:draw makes tokens of them: two in float64, three in float32."""
-TILE, CACHE_BLOCK, WORTH, PREFILL_ROWS = 32, 64, 16, 1024
-"""As in posttrain/models/invariance.py, rollout and data/batching.py; so many tokens of prompts go together."""
+TILE, CACHE_BLOCK, WORTH, PACKED_HEAD, PREFILL, PREFILL_ROWS = 32, 64, 16, 8192, 4096, 1024
+"""As in posttrain/models/invariance.py, rollout and data/batching.py. An output layer of more words is read in place;
+so many tokens of prompts go together, with kernels and without."""
 
 
 @dataclass(frozen=True)
@@ -185,13 +186,14 @@ def generator(recipe: Any, shape: ModelShape, rows: Rows, where: Where) -> dict[
     With kernels: weights once more in the order decoding reads them, slots for answers alone, and the newest logits.
     """
     prompts, answers = at_once(recipe)
-    slots, kv = -(-answers // TILE) * TILE, token_kv(shape, recipe)
+    kv = token_kv(shape, recipe)
     if by_kernels(recipe, where):
-        cache = (slots * -(-recipe.rollout.max_tokens // CACHE_BLOCK) * CACHE_BLOCK + prompts * rows.prompt) * kv
-        packed = (shape.matrices + shape.head) * (2 if recipe.rollout.dtype == "bfloat16" else 4)
-        return {"weights for decoding": packed, "KV cache": cache, "newest logits": slots * shape.vocab * 4}
+        cache = (answers * -(-recipe.rollout.max_tokens // CACHE_BLOCK) * CACHE_BLOCK + prompts * rows.prompt) * kv
+        head = shape.head * 4 if shape.vocab <= PACKED_HEAD else 0
+        packed = shape.matrices * (2 if recipe.rollout.dtype == "bfloat16" else 4) + head
+        return {"weights for decoding": packed, "KV cache": cache, "newest logits": answers * shape.vocab * 4}
     capacity = -(-(rows.prompt + recipe.rollout.max_tokens) // CACHE_BLOCK) * CACHE_BLOCK
-    return {"KV cache": slots * capacity * kv}
+    return {"KV cache": -(-answers // TILE) * TILE * capacity * kv}
 
 
 def at_once(recipe: Any) -> tuple[int, int]:
@@ -362,14 +364,18 @@ def training_pass(algorithm: str, recipe: Any, shape: ModelShape, update: Pass, 
 def sampling_phase(recipe: Any, shape: ModelShape, rows: Rows, where: Where) -> dict[str, int]:
     """Prompts' passes and a decode step's logits: posttrain/rollout/engine.py, plain.py and fused.py.
 
-    A pass computes one layer at a time, keeps all layers' keys and values, and stacks them at its end.
+    A pass computes one layer at a time, keeps all layers' keys and values, and stacks them at its end. With kernels the
+    values are part of what query, key and value are made in, kept whole, and slots still hold the last call's prompts.
     """
     prompts, answers = at_once(recipe)
     tokens, kv = prompts * rows.prompt, token_kv(shape, recipe)
     layer = (3 * shape.ffn + 6 * shape.width) * width_of(recipe)
-    found = {"prompts' passes": min(tokens, max(rows.prompt, PREFILL_ROWS)) * (layer + 2 * kv)}
     if by_kernels(recipe, where):
-        return {**found, "decode logits": answers * shape.vocab * 4}
+        kept = shape.layers * shape.attention * 4 + 3 * kv // 2
+        together = min(tokens, max(rows.prompt, PREFILL))
+        made = together * (layer + kept + kv) + tokens * kv
+        return {"prompts' passes": made, "decode logits": answers * shape.vocab * 4}
+    found = {"prompts' passes": min(tokens, max(rows.prompt, PREFILL_ROWS)) * (layer + 2 * kv)}
     return {**found, "prompts' keys and values": tokens * kv, "decode logits": answers * shape.vocab * DRAW_BYTES}
 
 

@@ -96,13 +96,16 @@ def test_what_a_generator_keeps_by_hand() -> None:
         asked = recipe("grpo", eval__problems=problems, eval__samples=1, **settings)
         return planner.generator(asked, replace(SHAPE, vocab=vocab), Rows(10, 65), Where())
 
-    # 12 answers in 32 slots of 128 tokens, 3 prompts of 10; a token has 2 · 4 numbers in each of 2 layers
+    # 12 answers in slots of 128 tokens, 3 prompts of 10; a token has 2 · 4 numbers in each of 2 layers
     found = kept(100, 2)
     assert found["weights for decoding"] == (SHAPE.matrices + 100 * 8) * 4
-    assert found["KV cache"] == (32 * 128 + 3 * 10) * 16 * 4
-    assert found["newest logits"] == 32 * 100 * 4
-    assert kept(100, 20)["KV cache"] == (32 * 128 + 20 * 10) * 16 * 4  # an examination reads 20 prompts at once
+    assert found["KV cache"] == (12 * 128 + 3 * 10) * 16 * 4
+    assert found["newest logits"] == 12 * 100 * 4
+    assert kept(100, 20)["KV cache"] == (20 * 128 + 20 * 10) * 16 * 4  # an examination reads 20 prompts at once
     assert kept(100, 500)["KV cache"] == (64 * 128 + 65 * 10) * 16 * 4  # as far as there are slots, and one waits
+    # an output layer of many words is read where it is
+    packed = {vocab: kept(vocab, 2)["weights for decoding"] for vocab in (8192, 8193)}
+    assert packed == {8192: (SHAPE.matrices + 8192 * 8) * 4, 8193: SHAPE.matrices * 4}
 
 
 def test_of_several_blocks_of_logits_the_last_is_alive_while_the_next_is_made() -> None:
