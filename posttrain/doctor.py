@@ -7,6 +7,7 @@ import os
 import platform
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -16,7 +17,9 @@ import torch.nn.functional as F
 
 from posttrain import __version__
 from posttrain.kernels.build import library, why_not
+from posttrain.rollout.products import product_of
 
+WIDTH = 1024  # of the weight whose products are timed
 Finding = dict[str, Any]  # name, value, ok (True, False, or None for a plain fact)
 
 
@@ -51,13 +54,15 @@ def _speed() -> list[Finding]:
             _fact(f"matrix products in {name}", f"{rates[name]:.0f} GFLOP/s at 64 rows (decoding), "
                   f"{_gflops(2048, dtype, device):.0f} at 2048 (training)")
         )  # fmt: skip
-    faster = rates["bfloat16"] > 1.2 * rates["float32"]
+    decoding = rates["float32"]
+    if device == "cpu" and library() is not None:
+        packed = {rows: _packed_gflops(rows) for rows in (4, 16, 64)}
+        decoding = max(decoding, packed[64])
+        values = ", ".join(f"{rate:.0f} GFLOP/s at {rows} rows" for rows, rate in packed.items())
+        found.append(_fact("packed products in float32", f"{values} (decoding Llama-like models)"))
+    faster = rates["bfloat16"] > 1.2 * decoding
     advice = "bfloat16 (rollout.dtype, model.dtype)" if faster else "float32 (the default)"
     found.append(_fact("faster dtype for decoding", advice))
-    if device == "cpu":
-        stored, packed = (_gflops(16, torch.float32, device, packed=turned) for turned in (False, True))
-        value = f"{stored:.0f} GFLOP/s at 16 rows with weights as torch keeps them, {packed:.0f} as decoding packs them"
-        found.append(_fact("packed weights", value))
     return [*found, _kernels()]
 
 
@@ -69,19 +74,36 @@ def _kernels() -> Finding:
 
 
 @torch.no_grad()
-def _gflops(rows: int, dtype: torch.dtype, device: str, width: int = 1024, packed: bool = False) -> float:
-    """Median speed of `rows` × width² products over about 0.3 s; `packed` takes the weight transposed."""
-    left = torch.randn(rows, width, device=device).to(dtype)
-    weight = torch.randn(width, width, device=device).to(dtype)
+def _gflops(rows: int, dtype: torch.dtype, device: str) -> float:
+    """Speed of torch's product of `rows` rows with a WIDTH × WIDTH weight."""
+    left = torch.randn(rows, WIDTH, device=device).to(dtype)
+    weight = torch.randn(WIDTH, WIDTH, device=device).to(dtype)
+
+    def call() -> None:
+        F.linear(left, weight)
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return _rate(rows, call)
+
+
+def _packed_gflops(rows: int) -> float:
+    """The same of the product that decoding makes in float32 on a CPU."""
+    product = product_of(torch.float32, torch.nn.Linear(WIDTH, WIDTH, bias=False))
+    product.refresh()
+    left = torch.randn(rows, WIDTH)
+    return _rate(rows, product.into(left, torch.empty_like(left), ctypes.c_int64(rows)))
+
+
+def _rate(rows: int, call: Callable[[], object]) -> float:
+    """Median GFLOP/s of a product over about 0.3 s."""
     times: list[float] = []
     deadline = time.monotonic() + 0.3
     while time.monotonic() < deadline or len(times) < 3:
         start = time.perf_counter()
-        torch.mm(left, weight) if packed else F.linear(left, weight)
-        if device == "cuda":
-            torch.cuda.synchronize()
+        call()
         times.append(time.perf_counter() - start)
-    return 2 * rows * width * width / sorted(times)[len(times) // 2] / 1e9
+    return 2 * rows * WIDTH * WIDTH / sorted(times)[len(times) // 2] / 1e9
 
 
 def _sandbox() -> list[Finding]:
