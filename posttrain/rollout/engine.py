@@ -1,9 +1,9 @@
 """The embedded generator: continuous batching over slots in this process, on the learner's own weights.
 
-A prompt is computed once for all its completions. Each decode step is one pass over all used slots, in which a row's bits
-do not depend on the others (see products.py and models/invariance.py), and each token is drawn with a number that belongs to its own
-sequence and position. So a completion never depends on its batch-mates, on the number of slots, or on what was sampled
-before. How a step is computed is a decoder's matter: `FusedDecoder` where it fits, `PlainDecoder` everywhere.
+A prompt is computed once for all its completions. Each decode step is one pass over all used slots, in which a row's
+bits do not depend on the others (products.py, models/invariance.py), and each token is drawn with a number that belongs
+to its own sequence and position. So a completion never depends on its batch-mates, on the number of slots, or on what
+was sampled before. How a step is computed is a decoder's matter: `FusedDecoder` where it fits, else `PlainDecoder`.
 """
 
 from __future__ import annotations
