@@ -364,16 +364,13 @@ def training_pass(algorithm: str, recipe: Any, shape: ModelShape, update: Pass, 
 def sampling_phase(recipe: Any, shape: ModelShape, rows: Rows, where: Where) -> dict[str, int]:
     """Prompts' passes and a decode step's logits: posttrain/rollout/engine.py, plain.py and fused.py.
 
-    A pass computes one layer at a time, keeps all layers' keys and values, and stacks them at its end. With kernels the
-    values are part of what query, key and value are made in, kept whole, and slots still hold the last call's prompts.
+    A pass computes one layer at a time and keeps all layers' keys and values, which without kernels it stacks at its end.
     """
     prompts, answers = at_once(recipe)
     tokens, kv = prompts * rows.prompt, token_kv(shape, recipe)
     layer = (3 * shape.ffn + 6 * shape.width) * width_of(recipe)
     if by_kernels(recipe, where):
-        kept = shape.layers * shape.attention * 4 + 3 * kv // 2
-        together = min(tokens, max(rows.prompt, PREFILL))
-        made = together * (layer + kept + kv) + tokens * kv
+        made = min(tokens, max(rows.prompt, PREFILL)) * (layer + kv)
         return {"prompts' passes": made, "decode logits": answers * shape.vocab * 4}
     found = {"prompts' passes": min(tokens, max(rows.prompt, PREFILL_ROWS)) * (layer + 2 * kv)}
     return {**found, "prompts' keys and values": tokens * kv, "decode logits": answers * shape.vocab * DRAW_BYTES}

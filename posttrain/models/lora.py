@@ -46,7 +46,7 @@ def merged_weight(module: Any) -> torch.Tensor:
     weight = module.weight.detach()
     if isinstance(module, LoraLayer) and not module.disable_adapters:
         for adapter in module.active_adapters:
-            weight = weight + module.get_delta_weight(adapter).detach()
+            weight = weight + module.get_delta_weight(adapter).detach()  # type: ignore[operator]
     return weight
 
 

@@ -58,7 +58,7 @@ class _Prompts(Packed):
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        self.kept.append((key[0], value[0]))
+        self.kept.append((key[0].contiguous(), value[0].contiguous()))  # a view would keep the whole product
         return super().attend(layer, query, key, value, scale)
 
 
@@ -119,6 +119,7 @@ class FusedDecoder:
         if room != self._room or torch.get_num_threads() != self._threads:
             self._room, self._threads = room, torch.get_num_threads()
             self._allocate(*room)
+        self.prompt[:] = [None] * len(self.prompt)  # those of the last call
         # a change in place counts a tensor's version up; another tensor lies elsewhere
         seen = [(p._version, p.data_ptr()) for p in self.policy.model.parameters()]
         if seen != self._seen:
@@ -225,11 +226,10 @@ class FusedDecoder:
         hidden = decoder.forward(self.body, tokens, layout.positions, layout, self.linears)[0]
         ends = lengths.cumsum(0)
         logits = times(self.head, hidden[ends - 1], self.policy.vocab)
-        keys, values = (torch.stack([layer[i] for layer in layout.kept]) for i in (0, 1))  # (layers, Hkv, M, D)
         out: list[Prompt] = []
         for row, (n, end) in enumerate(zip(lengths.tolist(), ends.tolist(), strict=True)):
-            own = [F.pad(part[:, :, end - n : end], (0, 0, 0, -n % LANES)) for part in (keys, values)]
-            turned = own[0].unflatten(2, (-1, LANES)).transpose(3, 4).contiguous()
-            lined = F.pad(own[1], (0, -self.width % LANES)).unflatten(2, (-1, LANES))
-            out.append(Prompt(n, turned, lined, logits[row : row + 1]))
+            own = [torch.stack([layer[i][:, end - n : end] for layer in layout.kept]) for i in (0, 1)]
+            keys = F.pad(own[0], (0, 0, 0, -n % LANES)).unflatten(2, (-1, LANES)).transpose(3, 4).contiguous()
+            values = F.pad(own[1], (0, -self.width % LANES, 0, -n % LANES)).unflatten(2, (-1, LANES))
+            out.append(Prompt(n, keys, values, logits[row : row + 1]))
         return out
