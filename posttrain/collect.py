@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from posttrain.overlap import Threads
+from posttrain.play import Attempt, Player
 from posttrain.rewards.functions import score_all, score_safely
 from posttrain.rollout.generator import Generator, Request, attempt_seed
 from posttrain.store.run import EpisodeRow
@@ -40,20 +41,24 @@ class Collector:
     seed: int
     workers: int = 0  # threads that judge answers while others are being written; 0 judges all of them afterwards
     check: Callable[[], None] = wanted  # called now and then; ends the collection by raising
+    player: Player | None = None  # plays episodes of several turns in place of asking once
 
     def groups(self, tasks: Sequence[Task], attempts: int, step: int, purpose: str = "train") -> list[list[Episode]]:
         """`attempts` episodes for each task. An attempt that cannot be scored has reward None and says why.
 
         With `workers` an answer is judged the moment it ends, unless the verifier wants all of them together.
         """
-        prompts = [self.encode(task) for task in tasks]
         seen: Counter[str] = Counter()
-        requests: list[Request] = []
-        for task, prompt in zip(tasks, prompts, strict=True):
+        seeds: list[tuple[int, ...]] = []
+        for task in tasks:
             first = seen[task.id] * attempts  # a task that is asked twice is answered anew
             numbers = range(first, first + attempts)
-            requests.append(Request(prompt, tuple(attempt_seed(self.seed, purpose, step, task.id, i) for i in numbers)))
+            seeds.append(tuple(attempt_seed(self.seed, purpose, step, task.id, i) for i in numbers))
             seen[task.id] += 1
+        if self.player is not None:
+            return self._play(self.player, tasks, seeds)
+        prompts = [self.encode(task) for task in tasks]
+        requests = [Request(prompt, own) for prompt, own in zip(prompts, seeds, strict=True)]
         start = time.monotonic()
         with Threads(0 if hasattr(self.verify, "score_all") else self.workers) as threads:
             futures: dict[tuple[int, int], Future[Judged]] = {}
@@ -78,6 +83,12 @@ class Collector:
                 episodes.append(Episode(task.id, g, i, spans, text, *scored, c.stop, error, seconds))
             out.append(episodes)
         return out
+
+    def _play(self, player: Player, tasks: Sequence[Task], seeds: Sequence[tuple[int, ...]]) -> list[list[Episode]]:
+        pairs = enumerate(zip(tasks, seeds, strict=True))
+        attempts = [Attempt(task, g, i, seed) for g, (task, own) in pairs for i, seed in enumerate(own)]
+        episodes = player.play(self.generator, self.params, attempts, self.check)
+        return [[e for e in episodes if e.group == g] for g in range(len(tasks))]
 
     def _text(self, completion: Completion) -> str:
         return self.decode(completion.tokens[:-1] if completion.stop == "stop" else completion.tokens)
@@ -121,10 +132,44 @@ def rewards_tensor(groups: Sequence[Sequence[Episode]]) -> torch.Tensor:
 
 
 def to_sample(episode: Episode, advantage: float) -> Sample:
-    """The training row of an episode. One that could not be scored trains nothing."""
-    tokens, mask = episode.tokens, episode.loss_mask & (episode.reward is not None)
-    advantages = np.where(mask, np.float32(advantage), np.float32(0))
-    return Sample(tokens, mask, np.where(mask, episode.behaviour_logp, 0).astype(np.float32), advantages)
+    """The training row of an episode of one stretch. One that could not be scored trains nothing."""
+    (sample,) = to_samples(episode, advantage)
+    return sample
+
+
+def to_samples(episode: Episode, advantage: float) -> list[Sample]:
+    """The same for any episode: a row for each stretch in which tokens were read after all those before them."""
+    samples: list[Sample] = []
+    for spans in episode.segments:
+        part = replace(episode, spans=spans, cuts=())
+        mask = part.loss_mask & (episode.reward is not None)
+        advantages = np.where(mask, np.float32(advantage), np.float32(0))
+        samples.append(Sample(part.tokens, mask, np.where(mask, part.behaviour_logp, 0).astype(np.float32), advantages))
+    return samples
+
+
+def turns_of(episode: Episode) -> list[np.ndarray]:
+    """For each row of `to_samples` the turn [L] that each of its tokens belongs to; 0 where the model did not write."""
+    turn, out = -1, []
+    for spans in episode.segments:
+        row: list[np.ndarray] = []
+        for span in spans:
+            turn += span.by == "model"
+            row.append(np.full(len(span.tokens), turn if span.by == "model" else 0))
+        out.append(np.concatenate(row))
+    return out
+
+
+def turn_returns(groups: Sequence[Sequence[Episode]]) -> torch.Tensor:
+    """(P, G, K) float32: what each attempt earned from its turn k on; NaN after its last turn and where unscored."""
+    turns = max(1, max((len(e.turn_rewards) for group in groups for e in group), default=1))
+    out = torch.full((len(groups), max(map(len, groups)), turns), torch.nan)
+    for g, group in enumerate(groups):
+        for i, e in enumerate(group):
+            if e.reward is not None:
+                earned = torch.tensor(e.turn_rewards or (e.reward,))
+                out[g, i, : len(earned)] = earned.flip(0).cumsum(0).flip(0)
+    return out
 
 
 def with_logp(
@@ -147,7 +192,9 @@ def episode_stats(groups: Sequence[Sequence[Episode]], flat: int) -> dict[str, S
         "truncated": Stat(sum(e.stop == "length" for e in episodes), len(episodes)),
         "flat_groups": Stat(flat, len(groups)),
         "unscored": Stat(len(episodes) - count, 1, "sum"),
-    }
+    } | (
+        {"turns": Stat(sum(e.turns for e in episodes), len(episodes))} if any(e.turn_rewards for e in episodes) else {}
+    )
 
 
 def episode_rows(

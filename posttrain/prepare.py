@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,8 +18,12 @@ from posttrain.config import RolloutConfig
 from posttrain.data.answers import final_part, marked_answer
 from posttrain.data.chat import ChatFormat
 from posttrain.envs import prepare as data_sets
+from posttrain.data.sources import is_file_name, is_hub_id
+from posttrain.envs import ENVS
 from posttrain.envs import tasks as task_sets
+from posttrain.envs.env import Env, load_env, own_tasks, takes_verifier
 from posttrain.models.load import Policy
+from posttrain.play import Player
 from posttrain.rewards.functions import reward_from
 from posttrain.rewards.models import PREFIX, load_reward_model, model_folders
 from posttrain.rollout.engine import EmbeddedGenerator
@@ -77,13 +82,29 @@ def judged_tasks(
     recipe: Any, chat: ChatFormat, given: list[Task] | None = None, reward: Callable[..., Any] | None = None
 ) -> tuple[task_sets.TaskSets, Verifier]:
     """The tasks of a recipe and what scores them; where a gold answer decides, each task's own must pass."""
+    verify = _verifier(recipe, reward)
+    gold_decides = reward is None and _gold_decides(recipe)
+    sets = task_sets.load_tasks(recipe.data, recipe.run.seed, given, needs_answer=gold_decides)
+    sets = _checked(sets, recipe, chat, verify, gold_decides)
+    content = sets.hash if reward is not None else sets.hash + reward_hash(recipe.reward.name)
+    return replace(sets, hash=content), verify
+
+
+def _verifier(recipe: Any, reward: Callable[..., Any] | None) -> Verifier:
     if reward is None and recipe.reward.name.startswith(PREFIX):
         device = machine.device(recipe.train.device)
-        verify: Verifier = load_reward_model(recipe.reward.name, recipe.reward, device, task_sets.verifier_for)
-    else:
-        verify = reward_from(reward or recipe.reward.name, task_sets.verifier_for)
-    gold_decides = reward is None and recipe.reward.name in GOLD_DECIDES
-    sets = task_sets.load_tasks(recipe.data, recipe.run.seed, given, needs_answer=gold_decides)
+        return load_reward_model(recipe.reward.name, recipe.reward, device, task_sets.verifier_for)
+    return reward_from(reward or recipe.reward.name, task_sets.verifier_for)
+
+
+def _gold_decides(recipe: Any) -> bool:
+    return recipe.reward.name in GOLD_DECIDES
+
+
+def _checked(
+    sets: task_sets.TaskSets, recipe: Any, chat: ChatFormat, verify: Verifier, gold_decides: bool
+) -> task_sets.TaskSets:
+    """The sets that fit the recipe, `eval.problems` of them to evaluate on."""
     sets = data_sets.fit_prompts(sets, chat, recipe.data)
     if not sets.test:
         raise ConfigError("no held-out tasks are left to evaluate on; set data.eval_tasks or raise data.holdout.")
@@ -92,8 +113,27 @@ def judged_tasks(
     if len(sets.test) < recipe.eval.problems:
         note = f"{len(sets.test)} held-out tasks exist; eval.problems={recipe.eval.problems} evaluates all of them."
         sets = replace(sets, notes=[*sets.notes, note])
-    content = sets.hash if reward is not None else sets.hash + reward_hash(recipe.reward.name)
-    return replace(sets, test=sets.test[: recipe.eval.problems], hash=content), verify
+    return replace(sets, test=sets.test[: recipe.eval.problems])
+
+
+def world_tasks(
+    recipe: Any, chat: ChatFormat, given: list[Task] | None = None, reward: Callable[..., Any] | None = None
+) -> tuple[task_sets.TaskSets, Verifier, Env | None]:
+    """`judged_tasks`, and the environment that the recipe names. One with tasks of its own brings them."""
+    if not recipe.env.name:
+        return *judged_tasks(recipe, chat, given, reward), None
+    verify = _verifier(recipe, reward)
+    env = load_env(recipe.env.name, ENVS, verify)
+    judged, tasks, seed = takes_verifier(env), recipe.data.tasks, recipe.run.seed
+    gold_decides = judged and reward is None and _gold_decides(recipe)
+    own = own_tasks(env)
+    if own is not None and given is None and not (is_file_name(tasks) or is_hub_id(tasks)):
+        sets = task_sets.held_out(own(recipe.data.count, seed), recipe.data, seed)
+    else:
+        sets = task_sets.load_tasks(recipe.data, seed, given, needs_answer=gold_decides)
+    sets = _checked(sets, recipe, chat, verify, gold_decides)
+    content = sets.hash + (reward_hash(recipe.reward.name) if judged and reward is None else "")
+    return replace(sets, hash=content + reward_hash(recipe.env.name)), verify, env
 
 
 def reward_hash(name: str) -> str:
@@ -112,17 +152,28 @@ def make_generator(policy: Policy, rollout: RolloutConfig) -> Generator:
     return EmbeddedGenerator(policy, rollout.slots, torch.bfloat16 if rollout.dtype == "bfloat16" else None)
 
 
-def make_collector(policy: Policy, chat: ChatFormat, verify: Verifier, recipe: Any) -> Collector:
-    """Engine, chat format and verifier put together for a recipe."""
+def make_collector(
+    policy: Policy, chat: ChatFormat, verify: Verifier, recipe: Any, env: Env | None = None
+) -> Collector:
+    """Engine, chat format and verifier, or environment, put together for a recipe."""
     rollout = recipe.rollout
+
+    def encode(task: Task) -> np.ndarray:
+        return chat.prompt_tokens(task.messages)
+
+    def decode(tokens: np.ndarray) -> str:
+        return policy.tokenizer.decode(tokens, skip_special_tokens=True)
+
+    context = getattr(policy.config, "max_position_embeddings", None) or sys.maxsize
     return Collector(
         generator=make_generator(policy, rollout),
-        encode=lambda task: chat.prompt_tokens(task.messages),
-        decode=lambda tokens: policy.tokenizer.decode(tokens, skip_special_tokens=True),
+        encode=encode,
+        decode=decode,
         verify=verify,
         params=SamplingParams(temperature=rollout.temperature, max_tokens=rollout.max_tokens),
         seed=recipe.run.seed,
         workers=rollout.reward_workers,
+        player=env and Player(env, encode, chat.continuation_tokens, decode, recipe.env, context),
     )
 
 

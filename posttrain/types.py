@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -241,7 +242,11 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Episode:
-    """One attempt at a task. `reward is None` means it could not be scored (see `error`), never that it was wrong."""
+    """One attempt at a task. `reward is None` means it could not be scored (see `error`), never that it was wrong.
+
+    In an episode of several turns each span by the model is one, `turn_rewards` has what each earned, and `cuts` are
+    the spans at which an edited history began anew: what the model then read does not continue what stands before.
+    """
 
     task_id: str
     group: int
@@ -254,10 +259,23 @@ class Episode:
     stop: StopReason = "stop"
     error: str | None = None
     seconds: float = 0.0
+    turn_rewards: tuple[float, ...] = ()
+    cuts: tuple[int, ...] = ()
+
+    @property
+    def turns(self) -> int:
+        """Replies the model gave."""
+        return sum(s.by == "model" for s in self.spans)
+
+    @property
+    def segments(self) -> tuple[tuple[Span, ...], ...]:
+        """The spans in stretches in which each token was read after all those before it."""
+        ends = [0, *self.cuts, len(self.spans)]
+        return tuple(self.spans[a:b] for a, b in pairwise(ends))
 
     @property
     def tokens(self) -> np.ndarray:
-        """All token ids [L], prompt included."""
+        """All token ids [L], prompt included; of several stretches, one after the other."""
         return np.concatenate([s.tokens for s in self.spans])
 
     @property

@@ -19,11 +19,12 @@ LAYERS: dict[str, float] = {
     "data": 2, "models": 2,
     "rollout": 3, "store": 3, "machine": 3, "overlap": 3,
     "train": 3.25, "rewards": 3.5,
-    "envs": 4, "sampled": 4,
-    "collect": 5, "search": 5, "evaluation": 5, "prepare": 5, "pairs": 5, "stepwise": 5, "calibration": 5, "probes": 5,
+    "envs": 4, "sampled": 4, "play": 4.5,
+    "collect": 5, "curriculum": 5, "gather": 5.5, "search": 5, "evaluation": 5, "prepare": 5, "pairs": 5, "stepwise": 5, "calibration": 5, "probes": 5,
     "algos": 6,
     "pipelines": 7, "speed": 6.5, "estimate": 6.75, "api": 7,
     "cli": 8, "arguments": 8, "show": 8, "doctor": 8, "talk": 8, "demo": 8, "lab": 8,
+    "evidence": 5, "exploits": 5, "diagnose": 8,
 }  # fmt: skip
 ONE_LAYER = {0, 5, 8}
 FORBIDDEN = {

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from posttrain.rewards.functions import load_reward, reward_from, score_safely
+from posttrain.rewards.functions import load_function, reward_from, score_safely
 from posttrain.rewards.verifiers import VERIFIERS, exact, numeric
 from posttrain.types import ConfigError, Message, RolloutError, Task, Verdict
 
@@ -56,7 +56,7 @@ def test_a_file_at_fault_is_named_with_its_line(
     write: Callable[[str], str], source: str, suffix: str, says: str
 ) -> None:
     with pytest.raises(ConfigError, match=says):
-        load_reward(write(source) + suffix)
+        load_function(write(source) + suffix)
 
 
 def test_a_missing_file_and_an_unknown_name_are_told_apart() -> None:

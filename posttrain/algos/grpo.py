@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -30,14 +30,17 @@ from posttrain.collect import (
     check_failures,
     episode_rows,
     episode_stats,
-    rewards_tensor,
     timings,
-    to_sample,
+    to_samples,
+    turn_returns,
+    turns_of,
     with_logp,
 )
 from posttrain.config import GRPOConfig, GRPORecipe
+from posttrain.curriculum import Curriculum
 from posttrain.data import batching
 from posttrain.evaluation import Examiner
+from posttrain.gather import Sampled, gather, shaped_rewards
 from posttrain.models.load import Policy
 from posttrain.objectives.advantages import (
     batch_relative,
@@ -46,13 +49,12 @@ from posttrain.objectives.advantages import (
     leave_one_out,
     max_rl,
     minus_baseline,
-    overlong_penalty,
     returns_to_go,
 )
 from posttrain.objectives.policy import POLICY_LOSSES, is_correction
 from posttrain.objectives.tokens import KL_ESTIMATORS, whiten
 from posttrain.overlap import Ahead
-from posttrain.prepare import Job, OnStep, Setup, final_answer, judged_tasks, make_collector
+from posttrain.prepare import Job, OnStep, Setup, final_answer, make_collector, world_tasks
 from posttrain.store import checkpoint
 from posttrain.store.failpoints import failpoint
 from posttrain.store.run import Event, Run
@@ -66,11 +68,11 @@ from posttrain.types import Batch, Episode, Sample, Stat, Task, TrainingDiverged
 def prepare(setup: Setup) -> Job:
     """The job of a recipe: judged tasks, a collector on the policy being trained, an examination."""
     recipe, policy = setup.recipe, setup.policy
-    sets, verify = judged_tasks(recipe, setup.chat, setup.given, setup.reward)
-    collector = make_collector(policy, setup.chat, verify, recipe)
+    sets, verify, env = world_tasks(recipe, setup.chat, setup.given, setup.reward)
+    collector = make_collector(policy, setup.chat, verify, recipe, env)
     examine = Examiner(collector, sets.test, recipe.eval.samples, recipe.eval.temperature, final_answer)
     if recipe.algo.max_lag or recipe.algo.overlap:  # a sampler that lags has weights of its own
-        collector = make_collector(copy.deepcopy(policy), setup.chat, verify, recipe)
+        collector = make_collector(copy.deepcopy(policy), setup.chat, verify, recipe, env)
 
     def start(store: Run, on_step: OnStep, interrupt: Interrupt) -> dict[str, Any] | None:
         with Ahead[Sampled](recipe.algo.overlap) as ahead:
@@ -134,11 +136,13 @@ def run(
     learner = Learner(policy, recipe.train, recipe.train.steps * updates, temperature, forward)
     reference = frozen_start(recipe.model, policy, room, temperature) if cfg.kl_coef else None
     loss = make_loss(recipe)
+    curriculum = Curriculum(train_tasks, cfg.curriculum, seed)
     step, flat_steps, cursor, ema = 0, 0, 0, None
     if saved := checkpoint.latest(store.folder):
         tensors, state = checkpoint.load(saved)
         learner.load(tensors, state["learner"])
         step, flat_steps, cursor, ema = (state[name] for name in ("step", "flat_steps", "cursor", "ema"))
+        curriculum.load(state.get("curriculum", {}))
         if "sampler" in tensors:
             sampler.load(tensors["sampler"], state["sampler"])
 
@@ -152,19 +156,23 @@ def run(
         start = time.monotonic()
         if step == 0 or not (cfg.overlap or step % (cfg.max_lag + 1)):
             sampler.load(learner.weights(), version=step)
-        now = partial(gather, recipe, collector, train_tasks, cursor, step)
+        now = partial(gather, recipe, collector, train_tasks, curriculum, cursor, step)
         sampled, hidden = ahead.take(now)  # P groups of G episodes, some of them dropped
         groups, cursor = sampled.groups, cursor + len(sampled.groups)
+        difficulty = curriculum.learn(groups)
         check_failures(groups, recipe.reward.max_failure_rate)
         finished = time.monotonic()
         failpoint("step:rollouts-done")
         if cfg.overlap:  # the next answers are written while these are learned from, with the weights of this moment
             sampler.load(learner.weights(), version=step)
             if step + 1 < recipe.train.steps:
-                ahead.start(partial(gather, recipe, collector, train_tasks, cursor, step + 1))
+                ahead.start(partial(gather, recipe, collector, train_tasks, curriculum, cursor, step + 1))
 
         rewards = shaped_rewards(recipe, groups)  # (P, G)
-        samples = [to_sample(e, 0.0) for group in groups for e in group]  # P·G, group after group
+        episodes = [e for group in groups for e in group]  # P·G, group after group
+        rows_of = [to_samples(e, 0.0) for e in episodes]  # one row each, more where a history was edited
+        samples = [sample for own in rows_of for sample in own]
+        owner = torch.tensor([i for i, own in enumerate(rows_of) for _ in own])  # row → attempt
         trusted = cfg.old_logp == "sampler" and updates > 1
         if trusted:  # the first minibatch's passes measure whether it may be
             samples = [replace(s, old_logp=s.behaviour_logp) for s in samples]
@@ -175,9 +183,9 @@ def run(
         if reference is not None:
             samples = with_logp(samples, "ref_logp", reference)
         baseline = ema if sampled.greedy is None else sampled.greedy
-        samples, rewards, advantages = credit(cfg, samples, rewards, baseline, learner)
+        samples, rewards, advantages = credit(cfg, samples, groups, owner, rewards, baseline, learner)
         ema = moving_mean(ema, rewards, cfg.ema_decay)
-        samples = trained(cfg, samples, groups, sampled.kept)
+        samples = trained(cfg, samples, groups, owner, sampled.kept)
 
         rng.seed_global(seed, "update", step)  # dropout, if the model has any
         flat = flat_groups(rewards) if cfg.group_size > 1 else (advantages == 0).all(1)  # (P,)
@@ -205,7 +213,7 @@ def run(
         flat_steps = flat_steps + 1 if bool(flat.all()) else 0
         failpoint("step:updated")
 
-        values = {name: stat.value for name, stat in add_stats(stats).items()}
+        values = {name: stat.value for name, stat in add_stats(stats).items()} | difficulty
         times = timings(groups, start, finished, hidden)
         rows = episode_rows("train", step, groups, sampled.tasks, advantages)
         if step == recipe.train.steps or (recipe.eval.every and step % recipe.eval.every == 0):
@@ -221,6 +229,7 @@ def run(
             failpoint("step:before-checkpoint")
             tensors, state = learner.state()
             whole = {"step": step, "flat_steps": flat_steps, "cursor": cursor, "ema": ema, "learner": state}
+            whole["curriculum"] = curriculum.state()
             if cfg.overlap or step % (cfg.max_lag + 1):  # the next steps still sample from older weights
                 tensors["sampler"], whole["sampler"] = sampler.weights(), sampler.version
             checkpoint.save(store.folder, step, tensors, whole, recipe.run.keep)
@@ -231,68 +240,24 @@ def run(
     return {"steps": step, "before": before, "after": after, "weights": checkpoint.weights_digest(learner.weights())}
 
 
-@dataclass(frozen=True)
-class Sampled:
-    """A step's P groups in the order they were sampled, their tasks, and which of them are trained on."""
-
-    groups: list[list[Episode]]
-    tasks: list[Task]
-    kept: list[bool]
-    version: int  # of the weights they are from
-    greedy: torch.Tensor | None = None  # (P, 1) rewards of the greedy answers, with the baseline of that name
-
-
-def gather(recipe: GRPORecipe, collector: Collector, tasks: Sequence[Task], cursor: int, step: int) -> Sampled:
-    """`algo.prompts` groups from the tasks at `cursor` on; with dynamic sampling flat ones are replaced by fresh tasks.
-
-    Each round samples exactly as many groups as are missing (DAPO, arXiv 2503.14476, section 3.2), up to
-    `algo.max_refills` rounds; a step that is still short trains on fewer groups.
-    """
-    cfg = recipe.algo
-    out = Sampled([], [], [], collector.generator.version)
-    for attempt in range(cfg.max_refills + 1):
-        missing = cfg.prompts - sum(out.kept)
-        order = rng.draw_order(len(tasks), cursor + len(out.groups), missing, recipe.run.seed)
-        chosen = [tasks[i] for i in order]
-        purpose = f"train-{attempt}" if attempt else "train"  # a task drawn again within a step is answered anew
-        groups = collector.groups(chosen, cfg.group_size, step, purpose)
-        flat = flat_groups(shaped_rewards(recipe, groups)).tolist() if cfg.max_refills else [False] * len(groups)
-        out.groups.extend([replace(e, group=e.group + len(out.tasks)) for e in group] for group in groups)
-        out.tasks.extend(chosen)
-        out.kept.extend(not f for f in flat)
-        if not any(flat):
-            break
-    return replace(out, greedy=greedy_rewards(collector, out.tasks, step)) if cfg.baseline == "greedy" else out
-
-
-def shaped_rewards(recipe: GRPORecipe, groups: Sequence[Sequence[Episode]]) -> torch.Tensor:
-    """(P, G) rewards, NaN where unscored, minus DAPO's penalty for answers that come close to max_tokens."""
-    rewards, limit = rewards_tensor(groups), recipe.rollout.max_tokens
-    if not recipe.algo.overlong_share:
-        return rewards
-    lengths = torch.tensor([[e.length for e in group] for group in groups])
-    return rewards + overlong_penalty(lengths, limit, max(1, round(recipe.algo.overlong_share * limit)))
-
-
-def greedy_rewards(collector: Collector, tasks: Sequence[Task], step: int) -> torch.Tensor:
-    """(P, 1) reward of the greedy answer to each task: ReMax's baseline (arXiv 2310.10505)."""
-    greedy = replace(collector, params=replace(collector.params, temperature=0.0))
-    return rewards_tensor(greedy.groups(tasks, 1, step, "greedy"))
-
-
 def credit(
     cfg: GRPOConfig,
     samples: Sequence[Sample],
+    groups: Sequence[Sequence[Episode]],
+    owner: torch.Tensor,
     rewards: torch.Tensor,
     baseline: torch.Tensor | float | None,
     learner: Learner,
 ) -> tuple[list[Sample], torch.Tensor, torch.Tensor]:
     """Advantages for every token of the samples; also the rewards (P, G) they came from and each answer's own (P, G).
 
+    `owner` (rows,) says which attempt each sample is from. With credit by turn, a reply's tokens get what was earned
+    from that turn on, compared with the other attempts that had one.
+
     With the KL in the reward, it is subtracted from the answer's reward before the baseline; with "reward-to-go" each
     token's advantage loses the KL penalties from that token on, after the baseline (OpenRLHF, REINFORCE++).
     """
-    mask = batching.loss_masks(samples)  # (P·G, T)
+    mask = batching.loss_masks(samples)  # (rows, T)
     penalty = torch.zeros(mask.shape)
     if cfg.kl_coef and cfg.kl_place != "loss":
         now = learner.sample_logprobs(samples) if samples[0].old_logp is None else [s.old_logp for s in samples]
@@ -301,9 +266,16 @@ def credit(
             kl = KL_ESTIMATORS[cfg.kl_estimator](torch.from_numpy(logp), torch.from_numpy(sample.ref_logp))
             penalty[i, : len(kl)] = torch.where(mask[i, : len(kl)], -cfg.kl_coef * kl, 0)
     if cfg.kl_place == "reward":
-        rewards = rewards + penalty.sum(1).view(rewards.shape)
+        rewards = rewards + torch.zeros(rewards.numel()).index_add_(0, owner, penalty.sum(1)).view(rewards.shape)
     advantages = compare(cfg, rewards, baseline)  # (P, G)
-    per_token = torch.where(mask, advantages.reshape(-1, 1), 0)
+    of_row = advantages.reshape(-1, 1)[owner].expand(mask.shape)
+    if cfg.credit == "turn":
+        by_turn = [compare(cfg, earned, baseline) for earned in turn_returns(groups).unbind(2)]  # K of (P, G)
+        turns = torch.zeros(mask.shape, dtype=torch.int64)
+        for i, row in enumerate(row for group in groups for e in group for row in turns_of(e)):
+            turns[i, : len(row)] = torch.from_numpy(row)
+        of_row = torch.stack(by_turn, 2).flatten(0, 1)[owner].gather(1, turns)
+    per_token = torch.where(mask, of_row, 0)
     if cfg.kl_place == "reward-to-go":
         per_token = per_token + returns_to_go(penalty, mask, 1.0)
     if cfg.whiten != "none":
@@ -337,12 +309,16 @@ def moving_mean(ema: float | None, rewards: torch.Tensor, decay: float) -> float
 
 
 def trained(
-    cfg: GRPOConfig, samples: Sequence[Sample], groups: Sequence[Sequence[Episode]], kept: Sequence[bool]
+    cfg: GRPOConfig,
+    samples: Sequence[Sample],
+    groups: Sequence[Sequence[Episode]],
+    owner: torch.Tensor,
+    kept: Sequence[bool],
 ) -> list[Sample]:
     """The samples of kept groups; with `drop_truncated`, answers that were cut keep no trained token."""
     episodes = [(e, keep) for group, keep in zip(groups, kept, strict=True) for e in group]
     out: list[Sample] = []
-    for sample, (episode, keep) in zip(samples, episodes, strict=True):
+    for sample, (episode, keep) in zip(samples, (episodes[i] for i in owner.tolist()), strict=True):
         if keep and cfg.drop_truncated and episode.stop == "length":
             out.append(replace(sample, loss_mask=np.zeros_like(sample.loss_mask), advantages=sample.advantages * 0))
         elif keep:

@@ -11,6 +11,7 @@ from posttrain.config.recipes import RECIPES
 from posttrain.config.resolve import as_dict, as_toml, coerce, field_docs, locate, nearest, read_toml, resolve
 from posttrain.config.sections import (
     DataConfig,
+    EnvConfig,
     EvalConfig,
     ModelConfig,
     RewardConfig,
@@ -24,6 +25,7 @@ __all__ = [
     "PRESETS",
     "RECIPES",
     "DataConfig",
+    "EnvConfig",
     "EvalConfig",
     "GRPOConfig",
     "GRPORecipe",

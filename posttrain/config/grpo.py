@@ -7,6 +7,7 @@ from typing import Literal
 
 from posttrain.config.sections import (
     DataConfig,
+    EnvConfig,
     EvalConfig,
     ModelConfig,
     RewardConfig,
@@ -62,6 +63,8 @@ class GRPOConfig:
     """Into the loss; summed, into the answer's reward before the baseline; or to go, into each token's advantage."""
     entropy_coef: float = 0.0
     """Weight of an entropy bonus per token."""
+    credit: Literal["episode", "turn"] = "episode"
+    """With env: all replies share the episode's advantage, or each is compared by what was earned from its turn on."""
     is_cap: float = 0.0
     """Cap of the importance weight that corrects sampler against learner; 0 does not correct."""
     is_mode: Literal[
@@ -81,6 +84,8 @@ class GRPOConfig:
     """Write the next step's answers while this one's are learned from, with the weights before the update: lag 1."""
     max_refills: int = 0
     """Times flat groups are replaced by groups of fresh tasks within a step (DAPO's dynamic sampling); 0 keeps them."""
+    curriculum: Literal["none", "pass-rate"] = "none"
+    """Ask all tasks in turn, or those more often that are neither always solved nor never (a running pass rate)."""
     overlong_share: float = 0.0
     """Last share of max_tokens over which a penalty for length grows from 0 to 1 (DAPO: 0.2); 0 has none."""
     drop_truncated: bool = False
@@ -103,6 +108,7 @@ class GRPORecipe:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    env: EnvConfig = field(default_factory=EnvConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     algo: GRPOConfig = field(default_factory=GRPOConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -145,6 +151,11 @@ def check_credit(algo: GRPOConfig) -> None:
         raise ConfigError(f'algo.std = "batch" does not go with algo.baseline = "{algo.baseline}"; use "none".')
     if not 0 <= algo.ema_decay < 1:
         raise ConfigError(f"algo.ema_decay={algo.ema_decay} is not in [0, 1).")
+    if algo.credit == "turn" and (algo.overlong_share or (algo.kl_coef and algo.kl_place == "reward")):
+        raise ConfigError(
+            'algo.credit = "turn" compares what each turn earned, which algo.overlong_share and algo.kl_place = "reward" '
+            'change for whole episodes only. Leave them off, or use algo.credit = "episode".'
+        )
     if algo.overlap and algo.max_lag:
         raise ConfigError(f"algo.overlap has a lag of 1 by itself; leave algo.max_lag={algo.max_lag} at 0.")
     if algo.max_refills and algo.group_size < 2:

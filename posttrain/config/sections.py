@@ -59,6 +59,18 @@ class RewardConfig:
 
 
 @dataclass(frozen=True)
+class EnvConfig:
+    name: str = ""
+    """A world that answers the model over several turns: a built-in one or `FILE.py:NAME`; empty asks once."""
+    max_turns: int = 8
+    """Most replies in one episode; after the last the world is heard once more and the episode ends."""
+    timeout: float = 30.0
+    """Seconds that a world may take to answer; then the attempt is unscored and goes on no further."""
+    workers: int = 16
+    """Worlds that think at the same time; others wait."""
+
+
+@dataclass(frozen=True)
 class RolloutConfig:
     engine: Literal["embedded", "vllm"] = "embedded"
     """What samples completions: this package's own generator, or vLLM in the same process (docs/vllm.md)."""
@@ -150,6 +162,9 @@ def check_shared(recipe: Any) -> None:
         raise ConfigError(f"model.lora_rank={recipe.model.lora_rank} is negative; 0 trains all weights.")
     require_positive(train, "tokens_per_pass")
     require_positive(run, "checkpoint_every", "keep")
-    for section, names in (("rollout", ("slots", "max_tokens")), ("eval", ("problems", "samples"))):
+    if hasattr(recipe, "env") and not recipe.env.timeout > 0:
+        raise ConfigError(f"env.timeout={recipe.env.timeout} leaves no time to answer; give it some seconds.")
+    counts = {"rollout": ("slots", "max_tokens"), "eval": ("problems", "samples"), "env": ("max_turns", "workers")}
+    for section, names in counts.items():
         if hasattr(recipe, section):
             require_positive(getattr(recipe, section), *names)

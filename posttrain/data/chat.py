@@ -75,6 +75,29 @@ class ChatFormat:
         ids, _ = self._encode(self._render(messages, True, secured), secured)
         return self._checked(ids)
 
+    def continuation_tokens(self, messages: Sequence[Message]) -> np.ndarray:
+        """Ids [n] int32 that follow an assistant's turn that ended with its stop token: what the template writes after
+        that token, the messages, and the opening of the next reply.
+
+        The reply itself is not encoded again, and what a template would do to earlier turns plays no part.
+        """
+        if self.format == "plain":
+            raise TemplateError(
+                'data.format = "plain" has no turns, so nothing can be said after a reply. Use data.format = "chat".'
+            )
+        mark = f"\ue000{secrets.token_hex(8)}\ue001"
+        probe = (_PROBE[0], Message("assistant", mark), *messages)
+        secured = self._needs_twin(messages)
+        _, found, after = self._render(probe, True, secured).partition(mark)
+        ids, _ = self._encode(after, secured)
+        stop = next((i for i, token in enumerate(ids) if token in self.stop_ids), None)
+        if not found or stop is None:
+            raise TemplateError(
+                "the chat template does not end an assistant's turn with a stop token, so another turn cannot follow. "
+                "Let the template write eos_token after each reply."
+            )
+        return np.array(ids[stop + 1 :], dtype=np.int32)
+
     def conversation_tokens(self, messages: Sequence[Message]) -> tuple[np.ndarray, np.ndarray]:
         """Ids [L] int32 and a mask [L] that is True on what the assistant wrote, end-of-turn token included.
 

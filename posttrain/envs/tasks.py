@@ -84,6 +84,24 @@ def load_tasks(cfg: DataConfig, seed: int, given: Sequence[Task] | None = None, 
     return TaskSets(train, test, notes, content)
 
 
+def held_out(tasks: Sequence[Task], cfg: DataConfig, seed: int) -> TaskSets:
+    """An environment's own tasks, `data.holdout` of them to evaluate on.
+
+    What such a task hides is not in its question, so equal questions on both sides are counted and kept.
+    """
+    tasks = [_framed(task, cfg) for task in tasks]
+    _require_distinct_ids(tasks)
+    cut = round(len(tasks) * cfg.holdout)
+    order = [int(i) for i in permutation(len(tasks), seed)]
+    test, train = ([tasks[i] for i in sorted(part)] for part in (order[:cut], order[cut:]))
+    if not train:
+        raise DataError(f"the environment gives {len(tasks)} tasks, {cut} of them held out; none is left to train on.")
+    known = {(task.messages, repr(task.answer)) for task in test}
+    same = sum((task.messages, repr(task.answer)) in known for task in train)
+    notes = [f"{same} of {len(train)} training tasks are also among those held out."] if same else []
+    return TaskSets(train, test, notes, data_hash(Row(task.id, _as_values(task)) for task in (*train, *test)))
+
+
 def verifier_for(task: Task) -> Verifier:
     """What `reward.name = "auto"` means for a task.
 

@@ -27,18 +27,18 @@ from posttrain.types import ConfigError, RolloutError, Task, Verdict
 RewardFn = Callable[..., Any]
 
 
-def load_reward(spec: str) -> RewardFn:
-    """The function that `FILE.py:FUNCTION` names. Raises ConfigError naming the file, function or line at fault."""
+def load_function(spec: str, what: str = "reward") -> RewardFn:
+    """What `FILE.py:NAME` names: a function or class. Raises ConfigError naming the file, name or line at fault."""
     file, colon, name = spec.rpartition(":")
     if not colon or not file.endswith(".py") or not name:
-        raise ConfigError(f"reward {spec!r} is not FILE.py:FUNCTION, e.g. rewards.py:brevity.")
+        raise ConfigError(f"{what} {spec!r} is not FILE.py:FUNCTION, e.g. {what}s.py:mine.")
     path = Path(file)
     if not path.is_file():
-        raise ConfigError(f"reward file {file} does not exist. The path is taken from where the command runs.")
-    module_name = f"posttrain_reward_{path.stem}"
+        raise ConfigError(f"{what} file {file} does not exist. The path is taken from where the command runs.")
+    module_name = f"posttrain_{what}_{path.stem}"
     module_spec = importlib.util.spec_from_file_location(module_name, path)
     if module_spec is None or module_spec.loader is None:
-        raise ConfigError(f"reward file {file} cannot be imported as Python.")
+        raise ConfigError(f"{what} file {file} cannot be imported as Python.")
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_name] = module  # dataclasses and pickles in the file look their module up by name
     try:
@@ -46,11 +46,11 @@ def load_reward(spec: str) -> RewardFn:
     except (Exception, SystemExit) as error:
         del sys.modules[module_name]
         raise ConfigError(
-            f"reward file {_place(error, path)}: {type(error).__name__}: {error}. Fix the file."
+            f"{what} file {_place(error, path)}: {type(error).__name__}: {error}. Fix the file."
         ) from error
     if not hasattr(module, name):
         functions = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
-        raise ConfigError(f"reward file {file} has no function {name!r}{nearest(name, functions)}")
+        raise ConfigError(f"{what} file {file} has no function {name!r}{nearest(name, functions)}")
     function = getattr(module, name)
     if not callable(function):
         raise ConfigError(f"{name} in {file} is {type(function).__name__}, expected a function.")
@@ -70,7 +70,7 @@ def reward_from(reward: str | RewardFn, auto: Callable[[Task], Verifier] | None 
     if reward in VERIFIERS:
         return VERIFIERS[reward]
     if ".py" in reward:
-        return _adapt(load_reward(reward))
+        return _adapt(load_function(reward))
     raise ConfigError(f"unknown reward {reward!r}{nearest(reward, ['auto', *VERIFIERS])} Or give FILE.py:FUNCTION.")
 
 

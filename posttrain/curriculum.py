@@ -1,0 +1,85 @@
+"""Which tasks are asked next: all in turn, or those more often that are neither always solved nor never.
+
+The choice is a function of the seed, the position in the data and what was solved before, all of which a checkpoint
+holds; so a resumed run asks what it would have asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from posttrain import rng
+from posttrain.types import Episode, Task
+
+LEVELS = ("difficulty", "level")  # columns of a task's row that say how hard it is
+FORGET = 0.9  # of what was seen before remains each time a level is asked again
+FLOOR = 0.1  # of the largest weight is the least that any level has
+
+
+class Curriculum:
+    """Draws tasks. With `how = "pass-rate"` tasks of one level (a column `difficulty` or `level`; else each task by
+    itself) share a running pass rate p, and a level is drawn with weight p (1 − p), which is the variance of its
+    rewards and vanishes where a group would be flat; but never less than FLOOR of the largest.
+
+    p starts at ½ and is (1 + passes) / (2 + attempts) over what was seen, older attempts fading by FORGET.
+    """
+
+    def __init__(self, tasks: Sequence[Task], how: str, seed: int) -> None:
+        self.count, self.how, self.seed = len(tasks), how, seed
+        names = [_level(task) for task in tasks]
+        self._levels = list(dict.fromkeys(names))
+        number = {name: i for i, name in enumerate(self._levels)}
+        self._level_of = {task.id: number[name] for task, name in zip(tasks, names, strict=True)}
+        self._members = [[i for i, name in enumerate(names) if name == level] for level in self._levels]
+        self._seen = np.zeros((len(self._levels), 2))  # attempts, passes
+        self._drawn = np.zeros(len(self._levels), np.int64)
+
+    def order(self, cursor: int, skip: int, take: int) -> list[int]:
+        """Indices of tasks `skip` … `skip + take − 1` of a step that begins at position `cursor` of the data."""
+        if self.how == "none":
+            return rng.draw_order(self.count, cursor + skip, take, self.seed)
+        cumulative = np.cumsum(self.weights())
+        numbers = rng.uniforms(rng.key(self.seed, "curriculum", cursor), skip + take) * cumulative[-1]
+        drawn, out = self._drawn.copy(), []
+        for level in np.searchsorted(cumulative, numbers, side="right").tolist():
+            members = self._members[level]
+            key = rng.key(self.seed, "level", level)
+            out.append(members[rng.draw_order(len(members), int(drawn[level]), 1, key)[0]])
+            drawn[level] += 1
+        return out[skip:]
+
+    def weights(self) -> np.ndarray:
+        """The chance of each level, times a constant (levels,): its tasks times their p (1 − p)."""
+        p = (1 + self._seen[:, 1]) / (2 + self._seen[:, 0])
+        variance = p * (1 - p)
+        return np.array([len(m) for m in self._members]) * np.maximum(variance, FLOOR * variance.max())
+
+    def learn(self, groups: Sequence[Sequence[Episode]]) -> dict[str, float]:
+        """Takes in a step's scored attempts; returns the mean running pass rate of the levels and of what was asked."""
+        if self.how == "none":
+            return {}
+        asked: list[int] = []
+        for group in groups:
+            level = self._level_of[group[0].task_id]
+            scored = [e.passed for e in group if e.reward is not None]
+            self._seen[level] = FORGET * self._seen[level] + (len(scored), sum(scored))
+            self._drawn[level] += 1
+            asked.append(level)
+        p = (1 + self._seen[:, 1]) / (2 + self._seen[:, 0])
+        return {"curriculum_pass_rate": float(p[asked].mean()), "curriculum_levels": float(len({*asked}))}
+
+    def state(self) -> dict[str, Any]:
+        """What `load` needs, for JSON; floats survive it exactly."""
+        return {"seen": self._seen.tolist(), "drawn": self._drawn.tolist()} if self.how != "none" else {}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Goes on where `state` was taken."""
+        if state:
+            self._seen, self._drawn = np.array(state["seen"]), np.array(state["drawn"], np.int64)
+
+
+def _level(task: Task) -> str:
+    return next((f"{name}={task.meta[name]}" for name in LEVELS if name in task.meta), task.id)

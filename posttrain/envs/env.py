@@ -1,0 +1,112 @@
+"""Worlds that answer a model: what an environment is, in messages and scores, never in tokens.
+
+An environment makes a world for each attempt at a task. The world reads each reply and says what the model reads next,
+what the reply earned, and whether the episode is over. Who wrote which token is settled elsewhere (play.py): a world
+cannot get it wrong.
+
+    class Guess:
+        def __init__(self, task, seed):
+            self.secret = int(task.answer)
+
+        def step(self, reply):
+            if reply.strip() == str(self.secret):
+                return Turn(reward=1.0, passed=True, done=True)
+            return Turn.say("higher" if int(reply) < self.secret else "lower")
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+from posttrain.config import nearest
+from posttrain.rewards.functions import load_function
+from posttrain.rewards.verifiers import Verifier
+from posttrain.types import ConfigError, Message, Role, RolloutError, Task
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a world says to one reply.
+
+    `messages` are what the model reads next; without any the episode is over, as with `done`. `reward` is what the
+    reply earned; an episode's reward is the sum over its turns. `passed` and `parts` of the last turn are the
+    episode's. `history` replaces the conversation so far (a summary in place of a long past): what was said before
+    stays trained as it was sampled, and a new stretch of tokens begins.
+    """
+
+    messages: tuple[Message, ...] = ()
+    reward: float = 0.0
+    done: bool = False
+    passed: bool = False
+    parts: Mapping[str, float] = field(default_factory=lambda: {})
+    history: tuple[Message, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.reward, bool) or not isinstance(self.reward, int | float) or not math.isfinite(self.reward):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise RolloutError(f"a turn's reward is {self.reward!r}, expected a finite number.", boundary="env")
+        if wrong := [m.role for m in self.messages if m.role == "assistant"]:
+            raise RolloutError(
+                f"a turn has {len(wrong)} messages by the assistant, whose words only the model writes. Use the role "
+                "user or tool.",
+                boundary="env",
+            )
+
+    @staticmethod
+    def say(content: str, role: Role = "user", reward: float = 0.0) -> Turn:
+        """A turn of one message."""
+        return Turn((Message(role, content),), reward)
+
+    @property
+    def over(self) -> bool:
+        """Whether the episode ends here."""
+        return self.done or not self.messages
+
+
+class World(Protocol):
+    """The world of one attempt. It may have `opening`, messages that replace the task's, and a method `close()`."""
+
+    def step(self, reply: str) -> Turn:
+        """Answers a reply; called by one thread at a time. What it raises leaves the attempt unscored."""
+        ...
+
+
+Env = Callable[[Task, int], World]
+"""env(task, seed) → the world of one attempt. The seed is the attempt's own: randomness from it is reproducible."""
+
+
+def load_env(spec: str, known: Mapping[str, Callable[..., World]], verify: Verifier | None = None) -> Env:
+    """The environment a recipe names: one of `known`, or `FILE.py:NAME` of a class or function.
+
+    One that has a parameter `verify` gets the recipe's verifier. Raises ConfigError for an unknown name, and for one
+    that cannot be called with a task and a seed.
+    """
+    if spec in known:
+        made = known[spec]
+    elif ".py" in spec:
+        made = load_function(spec, "environment")
+    else:
+        raise ConfigError(f"unknown environment {spec!r}{nearest(spec, known)} Or give FILE.py:NAME.")
+    try:
+        parameters = inspect.signature(made).parameters
+        more: dict[str, Any] = {"verify": verify} if "verify" in parameters else {}
+        inspect.signature(made).bind(None, 0, **more)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"environment {spec!r} must take a task and a seed: {error}.") from None
+    if inspect.isclass(made) and not callable(getattr(made, "step", None)):
+        raise ConfigError(f"environment {spec!r} has no method step(reply).")
+    return partial(made, **more) if more else made
+
+
+def own_tasks(env: Env) -> Callable[[int, int], list[Task]] | None:
+    """The environment's own tasks, `tasks(count, seed)`, if it has any."""
+    return getattr(env.func if isinstance(env, partial) else env, "tasks", None)
+
+
+def takes_verifier(env: Env) -> bool:
+    """Whether the environment scores with the recipe's verifier, so that its tasks need answers that pass it."""
+    return isinstance(env, partial)
