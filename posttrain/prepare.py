@@ -17,9 +17,9 @@ from posttrain.collect import Collector, Verifier
 from posttrain.config import RolloutConfig
 from posttrain.data.answers import final_part, marked_answer
 from posttrain.data.chat import ChatFormat
-from posttrain.envs import prepare as data_sets
 from posttrain.data.sources import is_file_name, is_hub_id
 from posttrain.envs import ENVS
+from posttrain.envs import prepare as data_sets
 from posttrain.envs import tasks as task_sets
 from posttrain.envs.env import Env, load_env, own_tasks, takes_verifier
 from posttrain.models.load import Policy

@@ -1,4 +1,4 @@
-"""Episodes of several turns: who wrote which token, what is trained, and worlds that are slow, crash or edit history."""
+"""Episodes of several turns: who wrote which token, what is trained; worlds that are slow, crash or edit history."""
 
 from __future__ import annotations
 

@@ -153,8 +153,8 @@ def check_credit(algo: GRPOConfig) -> None:
         raise ConfigError(f"algo.ema_decay={algo.ema_decay} is not in [0, 1).")
     if algo.credit == "turn" and (algo.overlong_share or (algo.kl_coef and algo.kl_place == "reward")):
         raise ConfigError(
-            'algo.credit = "turn" compares what each turn earned, which algo.overlong_share and algo.kl_place = "reward" '
-            'change for whole episodes only. Leave them off, or use algo.credit = "episode".'
+            'algo.credit = "turn" compares what each turn earned; algo.overlong_share and algo.kl_place = "reward" '
+            'change whole episodes only. Leave them off, or use algo.credit = "episode".'
         )
     if algo.overlap and algo.max_lag:
         raise ConfigError(f"algo.overlap has a lag of 1 by itself; leave algo.max_lag={algo.max_lag} at 0.")
