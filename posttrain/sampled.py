@@ -30,4 +30,5 @@ def keep(
         if items:
             temporary = folder / f".tmp-{name}-{os.getpid()}"
             write(temporary, items)
+            durable.sync_file(temporary)
             durable.rename(temporary, folder / name)

@@ -43,6 +43,15 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview], written: Callab
     return digest.hexdigest()
 
 
+def sync_file(path: Path) -> None:
+    """Forces a file's bytes to disk that something else wrote."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def sync_folder(path: Path) -> None:
     """Forces the names in a folder to disk: creations, renames and removals."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
