@@ -24,6 +24,7 @@ from posttrain.envs import tasks as task_sets
 from posttrain.envs.env import Env, load_env, own_tasks, takes_verifier
 from posttrain.models.load import Policy
 from posttrain.play import Player
+from posttrain.rewards import judge
 from posttrain.rewards.functions import reward_from
 from posttrain.rewards.models import PREFIX, load_reward_model, model_folders
 from posttrain.rollout.engine import EmbeddedGenerator
@@ -140,6 +141,8 @@ def reward_hash(name: str) -> str:
     """What a reward's own files hold, so that a changed one is noticed when a run is resumed; empty for verifiers."""
     if name.startswith(PREFIX):
         return "+" + "+".join(machine.model_hash(str(f)) for f in model_folders(name))
+    if name.startswith(judge.PREFIX):
+        return "+" + judge.read_judge(name).identity
     if ".py:" in name:
         return "+" + hashlib.sha256(Path(name.rpartition(":")[0]).read_bytes()).hexdigest()
     return ""

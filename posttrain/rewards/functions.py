@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.config import nearest
+from posttrain.rewards import judge
 from posttrain.rewards.verifiers import VERIFIERS, Verifier
 from posttrain.types import ConfigError, RolloutError, Task, Verdict
 
@@ -60,8 +61,8 @@ def load_function(spec: str, what: str = "reward") -> RewardFn:
 def reward_from(reward: str | RewardFn, auto: Callable[[Task], Verifier] | None = None) -> Verifier:
     """A verifier from `reward.name` or from a Python function.
 
-    A text is a name in VERIFIERS, `FILE.py:FUNCTION`, or `auto`: then each task is judged by `auto(task)`. Raises
-    ConfigError for an unknown name or a function whose arguments cannot be read.
+    A text is a name in VERIFIERS, `FILE.py:FUNCTION`, `judge:FILE.toml`, or `auto`: then each task is judged by
+    `auto(task)`. Raises ConfigError for an unknown name or a function whose arguments cannot be read.
     """
     if callable(reward):
         return reward if reward in VERIFIERS.values() else _adapt(reward)
@@ -69,6 +70,8 @@ def reward_from(reward: str | RewardFn, auto: Callable[[Task], Verifier] | None 
         return lambda task, text: auto(task)(task, text)
     if reward in VERIFIERS:
         return VERIFIERS[reward]
+    if reward.startswith(judge.PREFIX):
+        return judge.load_judge(reward)
     if ".py" in reward:
         return _adapt(load_function(reward))
     raise ConfigError(f"unknown reward {reward!r}{nearest(reward, ['auto', *VERIFIERS])} Or give FILE.py:FUNCTION.")
@@ -121,7 +124,10 @@ def _notice_signals() -> None:
 
 
 def score_all(verify: Verifier, pairs: Sequence[tuple[Task, str]]) -> list[tuple[Verdict | None, str | None]]:
-    """`score_safely` of every pair. A verifier with a method `score_all(pairs) -> verdicts` judges them in one go."""
+    """`score_safely` of every pair. A verifier with a method `score_all(pairs) -> verdicts` judges them in one go.
+
+    Among its verdicts a RolloutError stands for an answer that it could not judge.
+    """
     together = getattr(verify, "score_all", None)
     if together is None:
         return [score_safely(verify, task, text) for task, text in pairs]
@@ -129,7 +135,7 @@ def score_all(verify: Verifier, pairs: Sequence[tuple[Task, str]]) -> list[tuple
         verdicts = together(pairs)
     except RolloutError as error:
         return [(None, str(error))] * len(pairs)
-    return [(verdict, None) for verdict in verdicts]
+    return [(None, str(found)) if isinstance(found, RolloutError) else (found, None) for found in verdicts]
 
 
 def to_verdict(value: Any, name: str, task: Task) -> Verdict:
