@@ -34,7 +34,7 @@ from posttrain.evaluation import Report
 from posttrain.evaluation import evaluate as evaluate_tasks
 from posttrain.models import heads
 from posttrain.models.load import Policy, load_policy, load_weights, save_pretrained
-from posttrain.prepare import Job, OnStep, Setup, final_answer, judged_tasks, make_collector, speak
+from posttrain.prepare import Job, OnStep, Setup, final_answer, make_collector, speak, world_tasks
 from posttrain.probes import Finding
 from posttrain.rewards.models import load_reward_model
 from posttrain.rollout import vllm
@@ -289,8 +289,8 @@ def _examination(
     machine.set_threads(recipe.train.threads)
     policy = open_policy(model, recipe.model, machine.device(recipe.train.device))
     chat = speak(policy, recipe.data.format)
-    sets, verify = judged_tasks(recipe, chat, None, reward)
-    collector = make_collector(policy, chat, verify, recipe)
+    sets, verify, env = world_tasks(recipe, chat, None, reward)
+    collector = make_collector(policy, chat, verify, recipe, env)
     return sets, replace(collector, params=replace(collector.params, temperature=recipe.eval.temperature))
 
 

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import operator
 import random
 import re
+from collections.abc import Sequence
+from fractions import Fraction
+from functools import partial
 
+from posttrain.data.answers import final_part
 from posttrain.envs.env import Turn
+from posttrain.envs.words import WORDS
 from posttrain.types import Message, Task
 
 HIGHEST = 15
+LONGEST = 100  # characters of an expression that are read
+OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+PATIENCE = 1000  # draws without a new game after which there are no more
+LATER = 0.1  # of a win is lost with each try before it, in countdown and word
+RIGHT, ELSEWHERE, ABSENT = "+", "?", "-"
 
 
 class Number:
@@ -38,3 +49,158 @@ class Number:
         draw = random.Random(seed)
         question = Message("user", f"Guess my number from 1 to {HIGHEST}.")
         return [Task(f"number-{i}", "number", (question,), draw.randint(1, HIGHEST)) for i in range(count)]
+
+
+class Countdown:
+    """Make a target of given numbers, each used once, with + - * / and brackets; in four tries unless `tries` says.
+
+    After a wrong try the model reads what it came to, or why it cannot be read. A task has `numbers` and `target`.
+    """
+
+    def __init__(self, task: Task, seed: int) -> None:
+        self.numbers, self.target = sorted(task.meta["numbers"]), int(task.meta["target"])
+        self.tries, self.used, self.readable = int(task.meta.get("tries", 4)), 0, 0
+
+    def step(self, reply: str) -> Turn:
+        self.used += 1
+        try:
+            value, numbers = value_of(final_part(reply))
+            self.readable += 1
+            found = numbers == self.numbers and value == self.target
+            said = f"That is {value}." if numbers == self.numbers else f"Use each of {_listed(self.numbers)} once."
+        except ValueError as error:
+            found, said = False, f"That cannot be read: {error}."
+        parts = {"solved": float(found), "tries": float(self.used), "readable": self.readable / self.used}
+        return _tried(found, said, self.used, self.tries, parts)
+
+    @staticmethod
+    def tasks(count: int, seed: int) -> list[Task]:
+        """`count` different games of four numbers from 1 to 12, fewer where no new one turns up; with a solution."""
+        draw, found, stale = random.Random(seed), dict[str, Task](), 0
+        while len(found) < count and stale < PATIENCE:
+            numbers = sorted(draw.randint(1, 12) for _ in range(4))
+            answer, target = _combined(numbers, draw)
+            name = f"countdown:{target}={','.join(map(str, numbers))}"
+            question = f"Make {target} from {_listed(numbers)}. Use each number once, with + - * / and brackets."
+            meta = {"numbers": numbers, "target": target}
+            stale = stale + 1 if name in found else 0
+            found.setdefault(name, Task(name, "countdown", (Message("user", question),), answer, meta))
+        return list(found.values())
+
+
+def value_of(text: str) -> tuple[Fraction, list[int]]:
+    """The exact value of an expression of whole numbers, + - * / and brackets, and the numbers in it, sorted.
+
+    Raises ValueError, with a short reason, for anything else and for a division by zero.
+    """
+    if len(text) > LONGEST:
+        raise ValueError(f"it has more than {LONGEST} characters")
+    tokens = [*re.findall(r"[0-9]+|[-+*/()]", text), ""]
+    if "".join(tokens) != "".join(text.split()):
+        raise ValueError("only whole numbers, + - * / and brackets may be used")
+    at, numbers = 0, list[int]()
+
+    def atom() -> Fraction:
+        nonlocal at
+        token, at = tokens[at], at + 1
+        if token == "(":
+            value = chain(("+", "-"))
+            if tokens[at] != ")":
+                raise ValueError("a bracket is not closed")
+            at += 1
+            return value
+        if not token.isdigit():
+            raise ValueError("a number is missing")
+        numbers.append(int(token))
+        return Fraction(numbers[-1])
+
+    def chain(signs: Sequence[str]) -> Fraction:
+        nonlocal at
+        operand = partial(chain, ("*", "/")) if "+" in signs else atom
+        value = operand()
+        while tokens[at] in signs:
+            sign, at = tokens[at], at + 1
+            value = OPERATORS[sign](value, operand())
+        return value
+
+    try:
+        value = chain(("+", "-"))
+    except ZeroDivisionError:
+        raise ValueError("it divides by zero") from None
+    if tokens[at]:
+        raise ValueError(f"{tokens[at]!r} stands where nothing should follow")
+    return value, sorted(numbers)
+
+
+def _combined(numbers: Sequence[int], draw: random.Random) -> tuple[str, int]:
+    """An expression that uses each number once, and its value, a whole number from 1 to 99."""
+    while True:
+        terms = [str(n) for n in numbers]
+        while len(terms) > 1:
+            left, right = (terms.pop(draw.randrange(len(terms))) for _ in range(2))
+            terms.append(f"({left}{draw.choice('+-*/')}{right})")
+        expression = terms[0][1:-1]
+        try:
+            value, _ = value_of(expression)
+        except ValueError:
+            continue
+        if value.denominator == 1 and 1 <= value <= 99:
+            return expression, int(value)
+
+
+class Word:
+    """Find a word of five letters in six tries.
+
+    After each try every letter is marked: + stands right, ? is in the word but elsewhere, - is not in the word. A
+    letter is marked no more often than the word has it. What is not five letters costs a try, too.
+    """
+
+    def __init__(self, task: Task, seed: int) -> None:
+        self.secret, self.used, self.valid = str(task.answer), 0, 0
+
+    def step(self, reply: str) -> Turn:
+        self.used += 1
+        guess = final_part(reply).strip().lower()
+        known = re.fullmatch("[a-z]{5}", guess) is not None
+        self.valid += known
+        said = " ".join(map("".join, zip(guess, marks(guess, self.secret), strict=True))) if known else "Five letters."
+        parts = {"solved": float(guess == self.secret), "tries": float(self.used), "valid": self.valid / self.used}
+        return _tried(guess == self.secret, said, self.used, 6, parts)
+
+    @staticmethod
+    def tasks(count: int, seed: int) -> list[Task]:
+        """`count` games, each with a word of its own; no more than there are words."""
+        secrets = random.Random(seed).sample(WORDS, min(count, len(WORDS)))
+        question = (
+            "Find my word of five letters in six tries. Reply with one word. I mark each letter: "
+            f"{RIGHT} right place, {ELSEWHERE} elsewhere in the word, {ABSENT} not in the word."
+        )
+        return [Task(f"word-{secret}", "word", (Message("user", question),), secret) for secret in secrets]
+
+
+def marks(guess: str, secret: str) -> str:
+    """A mark for each letter of a guess; of a letter that is guessed too often the first ones not in place count."""
+    left = [s for g, s in zip(guess, secret, strict=True) if g != s]
+    out = ""
+    for g, s in zip(guess, secret, strict=True):
+        if g == s:
+            out += RIGHT
+        elif g in left:
+            left.remove(g)
+            out += ELSEWHERE
+        else:
+            out += ABSENT
+    return out
+
+
+def _tried(found: bool, said: str, used: int, most: int, parts: dict[str, float]) -> Turn:
+    """The turn after try number `used` of `most`."""
+    if found or used >= most:
+        return Turn(reward=(1.0 - LATER * (used - 1)) * found, done=True, passed=found, parts=parts)
+    left = most - used
+    return Turn((Message("user", f"{said} {left} {'try' if left == 1 else 'tries'} left."),), parts=parts)
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    *most, last = map(str, numbers)
+    return f"{', '.join(most)} and {last}"
