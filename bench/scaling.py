@@ -93,6 +93,11 @@ def markdown(curves: Sequence[Curve]) -> str:
     return "\n".join([head, *(curve.line() for curve in curves)])
 
 
+def _short(x: float) -> str:
+    """A count as an axis shows it."""
+    return f"{x / 1e6:.2g}M" if x >= 1e5 else f"{x:.0f}"
+
+
 def draw(curves: Sequence[Curve], path: Path) -> None:
     """Plots the curves on logarithmic axes and their fitted lines, told apart by marks, and saves the picture."""
     import matplotlib
@@ -109,6 +114,9 @@ def draw(curves: Sequence[Curve], path: Path) -> None:
         linear = [curve.y[0] * x / curve.x[0] for x in curve.x]
         axis.loglog(curve.x, linear, ":", color="0.4", label="linear")
         axis.set_xlabel(curve.name)
+        axis.set_xticks(curve.x, [_short(x) for x in curve.x])
+        axis.set_yticks(curve.y, [f"{y:.2g}" for y in curve.y])
+        axis.minorticks_off()
         axis.grid(True, which="major", color="0.9")
         axis.legend(frameon=False, fontsize=8)
     axes[0][0].set_ylabel("seconds of a GRPO step")
