@@ -7,6 +7,7 @@ is added by `posttrain/estimate.py`; `bench/memory.py` holds the result against 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,11 +163,12 @@ def keeps_reference(algorithm: str, recipe: Any) -> bool:
 
 
 def reward_folders(recipe: Any) -> list[Path]:
-    """Model folders that `reward.name = "model:A+B"` names (posttrain/rewards/models.py)."""
+    """Model folders that `model:A+B` in `reward.name` names (posttrain/rewards/models.py)."""
     name = getattr(getattr(recipe, "reward", None), "name", "")
-    if not name.startswith("model:"):
-        return []
-    folders = [Path(part) for part in name.removeprefix("model:").split("+")]
+    said = re.findall(r"model:([^\s&*(),='\"]+)", name)
+    if name.startswith("model:") and " & " not in name and all(Path(f).is_dir() for f in name[6:].split("+")):
+        said = [name.removeprefix("model:")]  # folders may hold any sign
+    folders = [Path(part) for spec in said for part in spec.split("+")]
     return [f / "model" if (f / "run.json").is_file() else f for f in folders]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,9 +24,10 @@ from posttrain.envs import tasks as task_sets
 from posttrain.envs.env import Env, load_env, own_tasks, takes_verifier
 from posttrain.models.load import Policy
 from posttrain.play import Player
-from posttrain.rewards import judge
-from posttrain.rewards.functions import reward_from
+from posttrain.rewards import combine, judge
+from posttrain.rewards.functions import leaf_verifier, reward_from
 from posttrain.rewards.models import PREFIX, load_reward_model, model_folders
+from posttrain.rewards.verifiers import VERIFIERS
 from posttrain.rollout.engine import EmbeddedGenerator
 from posttrain.rollout.generator import Generator
 from posttrain.rollout.vllm import VLLMGenerator
@@ -34,8 +35,10 @@ from posttrain.store.run import Run
 from posttrain.train.interrupt import Interrupt
 from posttrain.types import ConfigError, Message, SamplingParams, Task
 
-GOLD_DECIDES = ("auto", "exact", "numeric", "math")
+GOLD_DECIDES = ("auto", "exact", "numeric", "math", "units", "multiple_choice", "cosine_length")
 """Rewards that compare with the task's gold answer, so that every task must have one that passes."""
+GOLD_MAY_BE_GIVEN = ("regex", "json_schema", "z3", "lean")
+"""Rewards that need no gold answer; a task that has one must pass with it."""
 
 OnStep = Callable[[int, dict[str, float]], None]
 """Called after each step with its number and every metric and timing."""
@@ -86,31 +89,41 @@ def judged_tasks(
     verify = _verifier(recipe, reward)
     gold_decides = reward is None and _gold_decides(recipe)
     sets = task_sets.load_tasks(recipe.data, recipe.run.seed, given, needs_answer=gold_decides)
-    sets = _checked(sets, recipe, chat, verify, gold_decides)
+    sets = _checked(sets, recipe, chat, reward is None)
     content = sets.hash if reward is not None else sets.hash + reward_hash(recipe.reward.name)
     return replace(sets, hash=content), verify
 
 
 def _verifier(recipe: Any, reward: Callable[..., Any] | None) -> Verifier:
-    if reward is None and recipe.reward.name.startswith(PREFIX):
+    def load(name: str) -> Verifier | None:
+        if not name.startswith(PREFIX):
+            return None
         device = machine.device(recipe.train.device)
-        return load_reward_model(recipe.reward.name, recipe.reward, device, task_sets.verifier_for)
-    return reward_from(reward or recipe.reward.name, task_sets.verifier_for)
+        return load_reward_model(name, recipe.reward, device, task_sets.verifier_for)
+
+    return reward_from(reward or recipe.reward.name, task_sets.verifier_for, load)
 
 
 def _gold_decides(recipe: Any) -> bool:
-    return recipe.reward.name in GOLD_DECIDES
+    return any(leaf.name in GOLD_DECIDES for leaf in combine.leaves(combine.parse(recipe.reward.name)))
 
 
-def _checked(
-    sets: task_sets.TaskSets, recipe: Any, chat: ChatFormat, verify: Verifier, gold_decides: bool
-) -> task_sets.TaskSets:
-    """The sets that fit the recipe, `eval.problems` of them to evaluate on."""
+def check_gold(tasks: Sequence[Task], name: str) -> None:
+    """Raises DataError where a verifier that a reward is put together from cannot judge a task."""
+    for leaf in combine.leaves(combine.parse(name)):
+        if leaf.name in ("auto", *VERIFIERS):
+            given = "where given" if leaf.name in GOLD_MAY_BE_GIVEN else "never"
+            gold = "always" if leaf.name in GOLD_DECIDES else given
+            task_sets.validate(tasks, leaf_verifier(leaf, task_sets.verifier_for), gold)
+
+
+def _checked(sets: task_sets.TaskSets, recipe: Any, chat: ChatFormat, judged: bool) -> task_sets.TaskSets:
+    """The sets that fit the recipe, `eval.problems` of them to evaluate on; `judged` by what its reward names."""
     sets = data_sets.fit_prompts(sets, chat, recipe.data)
     if not sets.test:
         raise ConfigError("no held-out tasks are left to evaluate on; set data.eval_tasks or raise data.holdout.")
-    if gold_decides:
-        task_sets.validate(sets.train + sets.test, verify)
+    if judged:
+        check_gold(sets.train + sets.test, recipe.reward.name)
     if len(sets.test) < recipe.eval.problems:
         note = f"{len(sets.test)} held-out tasks exist; eval.problems={recipe.eval.problems} evaluates all of them."
         sets = replace(sets, notes=[*sets.notes, note])
@@ -132,13 +145,17 @@ def world_tasks(
         sets = task_sets.held_out(own(recipe.data.count, seed), recipe.data, seed)
     else:
         sets = task_sets.load_tasks(recipe.data, seed, given, needs_answer=gold_decides)
-    sets = _checked(sets, recipe, chat, verify, gold_decides)
+    sets = _checked(sets, recipe, chat, judged and reward is None)
     content = sets.hash + (reward_hash(recipe.reward.name) if judged and reward is None else "")
-    return replace(sets, hash=content + reward_hash(recipe.env.name)), verify, env
+    return replace(sets, hash=content + _file_hash(recipe.env.name)), verify, env
 
 
 def reward_hash(name: str) -> str:
     """What a reward's own files hold, so that a changed one is noticed when a run is resumed; empty for verifiers."""
+    return "".join(_file_hash(leaf.name) for leaf in combine.leaves(combine.parse(name)))
+
+
+def _file_hash(name: str) -> str:
     if name.startswith(PREFIX):
         return "+" + "+".join(machine.model_hash(str(f)) for f in model_folders(name))
     if name.startswith(judge.PREFIX):

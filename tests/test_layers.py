@@ -34,7 +34,7 @@ FORBIDDEN = {
     "store": set(LAYERS) - {"store", "types", "config", "rng"},
     "lab": {"train", "algos", "pipelines"},
 }
-OPTIONAL = {"datasets", "pyarrow", "vllm", "ray", "matplotlib", "rich", "reasoning_gym", "gymnasium", "verifiers"}
+OPTIONAL = {"datasets", "pyarrow", "vllm", "ray", "matplotlib", "rich", "reasoning_gym", "gymnasium", "verifiers", "z3"}
 LAZY = {"cli", "arguments", "api", "__init__", "doctor"}  # imported when needed, so that start-up is quick
 LONGEST_MODULE, LONGEST_FUNCTION, LONGEST_RUN = 400, 60, 150
 

@@ -7,7 +7,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from posttrain.config import DataConfig, nearest
 from posttrain.data.sources import (
@@ -115,16 +115,26 @@ def verifier_for(task: Task) -> Verifier:
     return math if is_mathematical(task.answer) else exact
 
 
-def validate(tasks: Sequence[Task], verifier: Verifier) -> None:
-    """Raises DataError listing tasks whose own gold answer fails its verifier, or whom an empty reply satisfies."""
+def validate(
+    tasks: Sequence[Task], verifier: Verifier, gold: Literal["always", "where given", "never"] = "always"
+) -> None:
+    """Raises DataError listing tasks whose own gold answer fails its verifier, or whom an empty reply satisfies.
+
+    `gold` says which answers must pass: of all tasks, of those that have one, or none. A task whose empty reply cannot
+    be judged is at fault too.
+    """
     faults: list[str] = []
     for task in tasks:
-        verdict, error = score_safely(verifier, task, gold_reply(task))
-        if verdict is None or not verdict.passed:
-            faults.append(f"{task.id}: its own answer {str(task.answer)[:60]!r} does not pass ({error or 'it fails'}).")
-            continue
-        empty, _ = score_safely(verifier, task, "")
-        if empty is not None and empty.passed:
+        if gold == "always" or (gold == "where given" and task.answer not in (None, "")):
+            verdict, error = score_safely(verifier, task, gold_reply(task))
+            if verdict is None or not verdict.passed:
+                why = error or "it fails"
+                faults.append(f"{task.id}: its own answer {str(task.answer)[:60]!r} does not pass ({why}).")
+                continue
+        empty, error = score_safely(verifier, task, "")
+        if empty is None:
+            faults.append(f"{task.id}: it cannot be judged ({error}).")
+        elif empty.passed:
             faults.append(f"{task.id}: an empty reply passes.")
     if faults:
         more = f" (the first {SHOWN} are shown)" if len(faults) > SHOWN else ""

@@ -16,12 +16,13 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from posttrain.config import nearest
-from posttrain.rewards import judge
+from posttrain.rewards import combine, judge
 from posttrain.rewards.verifiers import VERIFIERS, Verifier
 from posttrain.types import ConfigError, RolloutError, Task, Verdict
 
@@ -58,23 +59,85 @@ def load_function(spec: str, what: str = "reward") -> RewardFn:
     return function
 
 
-def reward_from(reward: str | RewardFn, auto: Callable[[Task], Verifier] | None = None) -> Verifier:
+def reward_from(
+    reward: str | RewardFn,
+    auto: Callable[[Task], Verifier] | None = None,
+    load: Callable[[str], Verifier | None] = lambda name: None,
+) -> Verifier:
     """A verifier from `reward.name` or from a Python function.
 
-    A text is a name in VERIFIERS, `FILE.py:FUNCTION`, `judge:FILE.toml`, or `auto`: then each task is judged by
-    `auto(task)`. Raises ConfigError for an unknown name or a function whose arguments cannot be read.
+    A text is a name in VERIFIERS, `FILE.py:FUNCTION`, `judge:FILE.toml`, one that `load` knows, or `auto`: then each
+    task is judged by `auto(task)`. Or it is put together from those (posttrain/rewards/combine.py). Raises ConfigError
+    for an unknown name or a function whose arguments cannot be read.
     """
     if callable(reward):
         return reward if reward in VERIFIERS.values() else _adapt(reward)
-    if reward == "auto" and auto is not None:
+    tree = combine.parse(reward)
+    if isinstance(tree, combine.Leaf):
+        return leaf_verifier(tree, auto, load)
+    verifiers: dict[Any, Verifier] = {}
+    for leaf in combine.leaves(tree):
+        try:
+            verifiers[leaf.key] = leaf_verifier(leaf, auto, load)
+        except ConfigError as error:
+            raise ConfigError(f"reward {reward!r}, character {leaf.position}: {error}") from None
+    return _combined(tree, verifiers)
+
+
+def leaf_verifier(
+    leaf: combine.Leaf,
+    auto: Callable[[Task], Verifier] | None = None,
+    load: Callable[[str], Verifier | None] = lambda name: None,
+) -> Verifier:
+    """The verifier of one name, with the columns that the leaf sets."""
+    verify = load(leaf.name) or _named(leaf.name, auto)
+    return _with_columns(verify, dict(leaf.settings)) if leaf.settings else verify
+
+
+def _named(name: str, auto: Callable[[Task], Verifier] | None) -> Verifier:
+    if name == "auto" and auto is not None:
         return lambda task, text: auto(task)(task, text)
-    if reward in VERIFIERS:
-        return VERIFIERS[reward]
-    if reward.startswith(judge.PREFIX):
-        return judge.load_judge(reward)
-    if ".py" in reward:
-        return _adapt(load_function(reward))
-    raise ConfigError(f"unknown reward {reward!r}{nearest(reward, ['auto', *VERIFIERS])} Or give FILE.py:FUNCTION.")
+    if name in VERIFIERS:
+        return VERIFIERS[name]
+    if name.startswith(judge.PREFIX):
+        return judge.load_judge(name)
+    if ".py" in name:
+        return _adapt(load_function(name))
+    raise ConfigError(f"unknown reward {name!r}{nearest(name, ['auto', *VERIFIERS])} Or give FILE.py:FUNCTION.")
+
+
+def _with_columns(verify: Verifier, columns: Mapping[str, Any]) -> Verifier:
+    def told(task: Task) -> Task:
+        return replace(task, meta={**task.meta, **columns})
+
+    def verify_told(task: Task, text: str) -> Verdict:
+        return verify(told(task), text)
+
+    if hasattr(verify, "score_all"):
+        together: Any = verify
+        vars(verify_told)["score_all"] = lambda pairs: together.score_all([(told(task), text) for task, text in pairs])
+    return verify_told
+
+
+def _combined(tree: combine.Node, verifiers: Mapping[Any, Verifier]) -> Verifier:
+    """One verifier that asks all; it judges many replies in one go where one of them does."""
+
+    def verify(task: Task, text: str) -> Verdict:
+        return combine.joined(tree, {key: ask(task, text) for key, ask in verifiers.items()})
+
+    def together(pairs: Sequence[tuple[Task, str]]) -> list[Verdict | RolloutError]:
+        asked = {key: score_all(ask, pairs) for key, ask in verifiers.items()}
+        out: list[Verdict | RolloutError] = []
+        for i in range(len(pairs)):
+            verdicts = {key: judged[i][0] for key, judged in asked.items()}
+            found = {key: verdict for key, verdict in verdicts.items() if verdict is not None}
+            whys = [str(judged[i][1]) for judged in asked.values() if judged[i][0] is None]
+            out.append(RolloutError(whys[0], boundary="reward") if whys else combine.joined(tree, found))
+        return out
+
+    if any(hasattr(ask, "score_all") for ask in verifiers.values()):
+        vars(verify)["score_all"] = together
+    return verify
 
 
 def score_safely(verify: Verifier, task: Task, text: str) -> tuple[Verdict | None, str | None]:

@@ -11,47 +11,34 @@ import logging
 import re
 import sys
 import threading
-from collections.abc import Callable
-from fractions import Fraction
 from functools import cache
 
 import math_verify
 
 from posttrain.data.answers import final_part, marked_answer
+from posttrain.rewards import formal, instructions, language, patterns, schema, shaping, units
+from posttrain.rewards.judging import Verifier, gold_text, number, verdict
+from posttrain.rewards.numbers import NUMBER, equal, last_number, plain, tolerance_of, values, whole_number
 from posttrain.types import RolloutError, Task, Verdict
 
-Verifier = Callable[[Task, str], Verdict]
-
-TOLERANCE = Fraction(1, 10**6)
-"""Numbers that are not both whole may differ by this much, or by a billionth of the gold."""
-
-_NUMBER = re.compile(
-    # A sign counts only where no word or bracket precedes it: `10-5` holds 10 and 5, not 10 and -5.
-    r"(?:(?<![\w)])(?P<sign>[-+])\s?)?(?:[$£€]\s?(?P<sign2>[-+])?)?(?<![A-Za-z_\d.])"
-    r"(?P<body>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?P<exponent>[eE][-+]?\d{1,3}(?!\w))?"
-    r"(?:\s+(?P<part>\d+)\s?/\s?(?P<of>\d+)|\s?/\s?(?P<under>\d+(?:\.\d+)?))?\s?(?P<percent>%)?"
-)
-_LATEX_FRACTION = re.compile(r"(?<=\d)?\\[dt]?frac\s*(?:\{\s*(-?[\d.]+)\s*\}\s*\{\s*([\d.]+)\s*\}|(\d)(\d))")
-_CLEAN = (("{,}", ","), (",\\!", ","), ("\\!", ""), ("\\,", ""), ("\\%", "%"), ("\\$", "$"), ("−", "-"), ("–", "-"))
 _INLINE_MATH = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _THINKING = re.compile(r"\s*<think>(?P<think>.*?)</think>(?P<answer>.*)", re.DOTALL)
-_DIGITS = 400
 _BUDGET = 4_000_000  # calls and returns, two to three seconds; ordinary comparisons take 1 to 5 % of it
 
 
 def exact(task: Task, text: str) -> Verdict:
     """Passes where the final answer, or the whole reply after thinking, is the gold text character for character."""
-    gold, final = _gold(task), final_part(text)
-    return _verdict(gold in (final, marked_answer(final)), marked_answer(final) or final, gold)
+    gold, final = gold_text(task), final_part(text)
+    return verdict(gold in (final, marked_answer(final)), marked_answer(final) or final, gold)
 
 
 def numeric(task: Task, text: str) -> Verdict:
     """Passes where the last number of the final answer equals the gold number.
 
     Commas, signs, currency, fractions, mixed numbers and exponents are read; `50%` is both 50 and 0.5. Whole numbers
-    are compared exactly, others within TOLERANCE.
+    are compared exactly, others within TOLERANCE; a column `tolerance` replaces both (`tolerance_of`).
     """
-    gold = _last_number(_gold(task))
+    gold = last_number(gold_text(task))
     if not gold:
         raise RolloutError(
             f"task {task.id!r} has the answer {task.answer!r}, which holds no number. Use reward.name = 'exact'.",
@@ -59,9 +46,9 @@ def numeric(task: Task, text: str) -> Verdict:
         )
     final = final_part(text)
     announced = marked_answer(final)
-    found = _last_number(announced) if announced else ()
-    found = found or _last_number(final)
-    return _verdict(_equal(gold, found), str(found[0]) if found else final, _gold(task))
+    found = last_number(announced) if announced else ()
+    found = found or last_number(final)
+    return verdict(equal(gold, found, tolerance_of(task)), str(found[0]) if found else final, gold_text(task))
 
 
 def math(task: Task, text: str) -> Verdict:
@@ -71,19 +58,19 @@ def math(task: Task, text: str) -> Verdict:
     integrals, over 300 characters) are compared as text only, and a comparison that takes more than a fixed number of
     Python calls fails.
     """
-    gold, final = _gold(task), final_part(text)
-    given = _math_candidate(final, numeric_gold=bool(_whole_number(gold)))
+    gold, final = gold_text(task), final_part(text)
+    given = _math_candidate(final, numeric_gold=bool(whole_number(gold)))
     if not given:
-        return _verdict(False, final, gold)
+        return verdict(False, final, gold)
     if _squeeze(given) == _squeeze(gold):
-        return _verdict(True, given, gold)
-    gold_number, given_number = _whole_number(gold), _whole_number(given)
+        return verdict(True, given, gold)
+    gold_number, given_number = whole_number(gold), whole_number(given)
     if gold_number and given_number:
-        return _verdict(_equal(gold_number, given_number), given, gold)
+        return verdict(equal(gold_number, given_number), given, gold)
     words = re.compile(r"[A-Za-z][A-Za-z ,.-]+")  # math-verify would read `yes` as y·e·s
     if words.fullmatch(gold) or words.fullmatch(given) or _runs_away(gold) or _runs_away(given):
-        return _verdict(False, given, gold)
-    return _verdict(_same_mathematics(gold, given), given, gold)
+        return verdict(False, given, gold)
+    return verdict(_same_mathematics(gold, given), given, gold)
 
 
 def format(task: Task, text: str) -> Verdict:
@@ -101,7 +88,49 @@ def format(task: Task, text: str) -> Verdict:
     return Verdict(float(passed), passed, detail, parts)
 
 
-VERIFIERS: dict[str, Verifier] = {"exact": exact, "numeric": numeric, "math": math, "format": format}
+def cosine_length(task: Task, text: str) -> Verdict:
+    """A right or wrong answer's length reward: `shaping.cosine` between two scores, on the reply's characters.
+
+    Columns: `limit` (characters; needed), `right_short` 1, `right_long` 0.5, `wrong_short` 0, `wrong_long` 0 and
+    `exceed` 0, which is what a reply of `limit` characters or more scores. Right is what `math` passes where the gold
+    answer is a number or a formula, else `exact`. Formula: arXiv 2502.03373.
+    """
+    limit = number(task, "limit", 0.0, "cosine_length")
+    if limit <= 0:
+        raise RolloutError(
+            f"task {task.id!r}: cosine_length needs the most characters of a reply. Write cosine_length(limit=4000).",
+            boundary="reward",
+        )
+    right = (math if is_mathematical(task.answer) else exact)(task, text)
+    parts = {"right": right.score, "length": min(1.0, len(text) / limit)}
+    if len(text) >= limit:
+        why = f"{len(text)} characters, {limit:g} is the limit"
+        return Verdict(number(task, "exceed", 0.0, "cosine_length"), right.passed, why, parts)
+    kind, defaults = ("right", (1.0, 0.5)) if right.passed else ("wrong", (0.0, 0.0))
+    short, long = (
+        number(task, f"{kind}_{size}", default, "cosine_length")
+        for size, default in zip(("short", "long"), defaults, strict=True)
+    )
+    return Verdict(shaping.cosine(len(text) / limit, short, long), right.passed, right.detail, parts)
+
+
+VERIFIERS: dict[str, Verifier] = {
+    "exact": exact,
+    "numeric": numeric,
+    "math": math,
+    "units": units.units,
+    "multiple_choice": patterns.multiple_choice,
+    "regex": patterns.regex,
+    "json_schema": schema.json_schema,
+    "ifeval": instructions.ifeval,
+    "ifeval_loose": instructions.ifeval_loose,
+    "format": format,
+    "language": language.language,
+    "cosine_length": cosine_length,
+    "repetition": shaping.repetition,
+    "z3": formal.by_z3,
+    "lean": formal.by_lean,
+}
 """Name in `reward.name` → verifier."""
 
 
@@ -113,62 +142,7 @@ def is_mathematical(answer: object) -> bool:
     expression = re.fullmatch(r"[\w\s.,+\-*/^=()\[\]{}<>|!%$]+", text) and re.search(
         r"[\d\w)]\s*[-+*/^=]\s*[\w(]", text
     )
-    return bool(_whole_number(text) or "\\" in text or (expression and not re.search(r"[A-Za-z]{2,}", text)))
-
-
-def _gold(task: Task) -> str:
-    answer = task.answer
-    gold = str(int(answer)) if isinstance(answer, float) and answer.is_integer() else str(answer).strip()
-    if answer is None or not gold:
-        raise RolloutError(f"task {task.id!r} has no answer to compare with. Give it one.", boundary="reward")
-    return gold
-
-
-def _verdict(passed: bool, given: str, gold: str) -> Verdict:
-    return Verdict(float(passed), passed, f"{'is' if passed else 'is not'} {gold[:80]}: {given[-80:]}")
-
-
-def _plain(text: str) -> str:
-    for old, new in _CLEAN:
-        text = text.replace(old, new)
-    return _LATEX_FRACTION.sub(lambda m: f" {m[1] or m[3]}/{m[2] or m[4]}", text)
-
-
-def _values(match: re.Match[str]) -> tuple[Fraction, ...]:
-    """The values a number may stand for: one, two for a percentage, none for a division by zero."""
-    if len(match["body"]) > _DIGITS:
-        return ()
-    value = Fraction(match["body"].replace(",", "") + (match["exponent"] or ""))
-    under = match["under"] or match["of"]
-    if under is not None:
-        if len(under) > _DIGITS or not Fraction(under):
-            return ()
-        value = value / Fraction(under) if match["under"] else value + Fraction(int(match["part"]), int(under))
-    if "-" in (match["sign"], match["sign2"]):
-        value = -value
-    return (value, value / 100) if match["percent"] else (value,)
-
-
-def _last_number(text: str) -> tuple[Fraction, ...]:
-    found: tuple[Fraction, ...] = ()
-    for match in _NUMBER.finditer(_plain(text)):
-        found = _values(match) or found
-    return found
-
-
-def _whole_number(text: str) -> tuple[Fraction, ...]:
-    """The values of a text that is one number and nothing else."""
-    match = _NUMBER.fullmatch(_plain(text).strip().strip("$").strip().rstrip(".").strip())
-    return _values(match) if match else ()
-
-
-def _equal(gold: tuple[Fraction, ...], given: tuple[Fraction, ...]) -> bool:
-    def same(a: Fraction, b: Fraction) -> bool:
-        if a.denominator == b.denominator == 1:
-            return a == b
-        return abs(a - b) <= max(TOLERANCE, abs(a) / 10**9)
-
-    return any(same(a, b) for a in gold for b in given)
+    return bool(whole_number(text) or "\\" in text or (expression and not re.search(r"[A-Za-z]{2,}", text)))
 
 
 def _math_candidate(final: str, numeric_gold: bool) -> str:
@@ -181,18 +155,18 @@ def _math_candidate(final: str, numeric_gold: bool) -> str:
     if formulas:
         return next(filter(None, formulas[-1])).strip()
     if numeric_gold:
-        numbers = [m for m in _NUMBER.finditer(_plain(final)) if _values(m)]
+        numbers = [m for m in NUMBER.finditer(plain(final)) if values(m)]
         return numbers[-1].group().strip() if numbers else ""
     return final.splitlines()[-1].strip() if final else ""
 
 
 def _squeeze(text: str) -> str:
-    return "".join(_plain(text).split()).strip("$").rstrip(".").replace("dfrac", "frac").replace("tfrac", "frac")
+    return "".join(plain(text).split()).strip("$").rstrip(".").replace("dfrac", "frac").replace("tfrac", "frac")
 
 
 def _runs_away(text: str) -> bool:
     """True where evaluating the text could take unbounded time or memory."""
-    text = _plain(text)
+    text = plain(text)
     if len(text) > 300 or re.search(r"\\(?:sum|prod|i*nt|oint|lim|binom|dbinom|tbinom|uparrow)(?![a-z])", text):
         return True
     if "!" in re.sub(r"(?<!\d)\d{1,2}!(?!\s*!)", "", text):
@@ -208,8 +182,8 @@ def _runs_away(text: str) -> bool:
     for exponent in re.findall(powers + r"(\{[^{}]*\}|\([^()]*\)|-?\w+|\\\w+|.)", text):
         if exponent in "{(" or any(c in exponent for c in "^!") or "**" in exponent:
             return True  # an exponent that is itself nested
-        for number in re.findall(r"\d+", exponent):
-            size *= max(1, int(number[:9]))  # powers of powers multiply their exponents
+        for digits in re.findall(r"\d+", exponent):
+            size *= max(1, int(digits[:9]))  # powers of powers multiply their exponents
     return size > 1000
 
 
