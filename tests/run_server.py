@@ -56,6 +56,18 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "eval.problems": 4,
         "train.lr": 1e-2,
     },
+    "grpo+world": {  # several turns, an edited history, credit by turn, a curriculum
+        "data.count": 40,
+        "env.name": str(Path(__file__).parent / "echo.py") + ":Echo",
+        "rollout.max_tokens": 8,
+        "rollout.slots": 32,
+        "algo.prompts": 3,
+        "algo.group_size": 3,
+        "algo.credit": "turn",
+        "algo.curriculum": "pass-rate",
+        "eval.problems": 4,
+        "train.lr": 1e-2,
+    },
     "grpo+overlap": {  # answers written a step ahead, greedy ones beside them
         "data.tasks": "sums",
         "data.count": 64,

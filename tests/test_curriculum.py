@@ -45,7 +45,7 @@ def test_without_a_curriculum_all_tasks_come_in_turn(count: int, cursor: int, ta
 
 
 def test_what_is_solved_half_the_time_is_asked_most_and_nothing_is_forgotten() -> None:
-    weights = taught(30).weights()
+    weights = taught(90).weights()
     assert weights.argmax() == 1
     # after many steps of two attempts the faded count is 20: p = 21/22, 1/2, 1/22, and 21/22² = 0.0434 < 0.25
     np.testing.assert_allclose(weights, [10 * 21 / 22**2, 2.5, 10 * 21 / 22**2], rtol=0.03)
