@@ -8,7 +8,6 @@ import platform
 import socket
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 
 from posttrain import __version__
 from posttrain.kernels.build import library, why_not
+from posttrain.rewards.sandbox.pool import probe
 from posttrain.rollout.products import product_of
 
 WIDTH = 1024  # of the weight whose products are timed
@@ -107,28 +107,10 @@ def _rate(rows: int, call: Callable[[], object]) -> float:
 
 
 def _sandbox() -> list[Finding]:
-    """Which layers the kernel grants this user for isolating programs; each is tried, not guessed."""
+    """Which tiers of the sandbox hold for this user; each is started, and a program in it tries to get out."""
     if platform.system() != "Linux":
-        return [_fact("sandbox layers", f"not available on {platform.system()}", False)]
-    libc = ctypes.CDLL(None, use_errno=True)
-    user_namespaces = _in_child(lambda: libc.unshare(0x10000000) == 0)  # CLONE_NEWUSER
-    landlock = libc.syscall(444, None, 0, 1)  # landlock_create_ruleset, asking for its version
-    seccomp = "seccomp" in Path("/proc/self/status").read_text().lower()
-    writable = [str(p) for p in (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/memory")) if os.access(p, os.W_OK)]
-    return [
-        _fact("sandbox: user namespaces", "granted" if user_namespaces else "refused by the kernel", user_namespaces),
-        _fact("sandbox: landlock", f"version {landlock}" if landlock > 0 else "not in this kernel", landlock > 0),
-        _fact("sandbox: seccomp", "available" if seccomp else "not in this kernel", seccomp),
-        _fact("sandbox: cgroups", f"writable at {writable[0]}" if writable else "not writable", bool(writable)),
-    ]
-
-
-def _in_child(attempt: Any) -> bool:
-    """Runs `attempt` in a forked child, so that trying a layer does not change this process."""
-    pid = os.fork()
-    if pid == 0:
-        os._exit(0 if attempt() else 1)
-    return os.waitpid(pid, 0)[1] == 0
+        return [_fact("code sandbox", f"not available on {platform.system()}", False)]
+    return [_fact(f"sandbox: {name}", said, holds) for name, holds, said in probe()]
 
 
 def _hub() -> Finding:

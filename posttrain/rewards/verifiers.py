@@ -17,6 +17,7 @@ import math_verify
 
 from posttrain.data.answers import final_part, marked_answer
 from posttrain.rewards import formal, instructions, language, patterns, schema, shaping, units
+from posttrain.rewards.code import code
 from posttrain.rewards.judging import Verifier, gold_text, number, verdict
 from posttrain.rewards.numbers import NUMBER, equal, last_number, plain, tolerance_of, values, whole_number
 from posttrain.types import RolloutError, Task, Verdict
@@ -125,6 +126,7 @@ VERIFIERS: dict[str, Verifier] = {
     "ifeval": instructions.ifeval,
     "ifeval_loose": instructions.ifeval_loose,
     "format": format,
+    "code": code,
     "language": language.language,
     "cosine_length": cosine_length,
     "repetition": shaping.repetition,
