@@ -6,6 +6,7 @@ import hashlib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,14 +15,15 @@ import torch
 
 from posttrain import machine
 from posttrain.collect import Collector, Verifier
-from posttrain.config import RolloutConfig
+from posttrain.config import EnvConfig, RolloutConfig
 from posttrain.data.answers import final_part, marked_answer
 from posttrain.data.chat import ChatFormat
 from posttrain.data.sources import is_file_name, is_hub_id
 from posttrain.envs import ENVS
 from posttrain.envs import prepare as data_sets
 from posttrain.envs import tasks as task_sets
-from posttrain.envs.env import Env, load_env, own_tasks, takes_verifier
+from posttrain.envs.env import Env, load_env, own_tasks, takes
+from posttrain.envs.toolbox import tools_hash
 from posttrain.models.load import Policy
 from posttrain.play import Player
 from posttrain.rewards import combine, judge
@@ -37,7 +39,7 @@ from posttrain.types import ConfigError, Message, SamplingParams, Task
 
 GOLD_DECIDES = ("auto", "exact", "numeric", "math", "units", "multiple_choice", "cosine_length")
 """Rewards that compare with the task's gold answer, so that every task must have one that passes."""
-GOLD_MAY_BE_GIVEN = ("regex", "json_schema", "z3", "lean")
+GOLD_MAY_BE_GIVEN = ("regex", "json_schema", "z3", "lean", "code")
 """Rewards that need no gold answer; a task that has one must pass with it."""
 
 OnStep = Callable[[int, dict[str, float]], None]
@@ -137,8 +139,8 @@ def world_tasks(
     if not recipe.env.name:
         return *judged_tasks(recipe, chat, given, reward), None
     verify = _verifier(recipe, reward)
-    env = load_env(recipe.env.name, ENVS, verify)
-    judged, tasks, seed = takes_verifier(env), recipe.data.tasks, recipe.run.seed
+    env = load_env(recipe.env.name, ENVS, verify, recipe.env)
+    judged, tasks, seed = takes(env, "verify"), recipe.data.tasks, recipe.run.seed
     gold_decides = judged and reward is None and _gold_decides(recipe)
     own = own_tasks(env)
     if own is not None and given is None and not (is_file_name(tasks) or is_hub_id(tasks)):
@@ -147,7 +149,8 @@ def world_tasks(
         sets = task_sets.load_tasks(recipe.data, seed, given, needs_answer=gold_decides)
     sets = _checked(sets, recipe, chat, judged and reward is None)
     content = sets.hash + (reward_hash(recipe.reward.name) if judged and reward is None else "")
-    return replace(sets, hash=content + _file_hash(recipe.env.name)), verify, env
+    content += tools_hash(recipe.env.tools) if takes(env, "tools") else ""
+    return replace(sets, hash=content + env_hash(recipe.env.name)), verify, env
 
 
 def reward_hash(name: str) -> str:
@@ -163,6 +166,14 @@ def _file_hash(name: str) -> str:
     if ".py:" in name:
         return "+" + hashlib.sha256(Path(name.rpartition(":")[0]).read_bytes()).hexdigest()
     return ""
+
+
+def env_hash(name: str) -> str:
+    """The same of an environment's file, also where an adapter's name stands before it; empty for built-in ones."""
+    adapter = name.partition(":")[0] + ":"
+    spec = name.removeprefix(adapter) if adapter in ENVS else name
+    file = spec if spec.endswith(".toml") else spec.rpartition(":")[0]
+    return "+" + hashlib.sha256(Path(file).read_bytes()).hexdigest() if file.endswith((".py", ".toml")) else ""
 
 
 def make_generator(policy: Policy, rollout: RolloutConfig) -> Generator:
@@ -193,8 +204,30 @@ def make_collector(
         params=SamplingParams(temperature=rollout.temperature, max_tokens=rollout.max_tokens),
         seed=recipe.run.seed,
         workers=rollout.reward_workers,
-        player=env and Player(env, encode, chat.continuation_tokens, decode, recipe.env, context),
+        player=env and _player(env, chat, decode, recipe.env, context),
     )
+
+
+def _player(
+    env: Env, chat: ChatFormat, decode: Callable[[np.ndarray], str], limits: EnvConfig, context: int
+) -> Player:
+    """The player of an environment. What a tool says is the user's where the chat template knows no tool."""
+    known = chat.format == "plain" or chat.knows("tool")
+
+    def spoken(messages: Sequence[Message]) -> tuple[Message, ...]:
+        if known:
+            return tuple(messages)
+        runs = [(tool, list(run)) for tool, run in groupby(messages, lambda m: m.role == "tool")]
+        said = [[Message("user", "\n".join(m.content for m in run))] if tool else run for tool, run in runs]
+        return tuple(message for run in said for message in run)
+
+    def encode(task: Task) -> np.ndarray:
+        return chat.prompt_tokens(spoken(task.messages))
+
+    def follow(messages: Sequence[Message]) -> np.ndarray:
+        return chat.continuation_tokens(spoken(messages))
+
+    return Player(env, encode, follow, decode, limits, context)
 
 
 def opened(collector: Collector, chat: ChatFormat, opening: str) -> Collector:

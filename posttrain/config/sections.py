@@ -68,6 +68,12 @@ class EnvConfig:
     """Seconds that a world may take to answer; then the attempt is unscored and goes on no further."""
     workers: int = 16
     """Worlds that think at the same time; others wait."""
+    tools: str = "calculator"
+    """What `tools` offers, comma separated: `calculator`, `python`, `search:PATH`, `FILE.py:FUNCTION`."""
+    call_syntax: Literal["json", "inline"] = "json"
+    """How `tools` asks for calls: `<tool_call>` with JSON, or `<name>text</name>`; it understands both."""
+    call_reward: float = 0.0
+    """With `tools`, what an episode's first call that succeeds earns, beside the answer."""
 
 
 @dataclass(frozen=True)

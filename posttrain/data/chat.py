@@ -21,7 +21,7 @@ from typing import Any, Literal, cast
 import numpy as np
 from tokenizers import Tokenizer
 
-from posttrain.types import DataError, Message, TemplateError
+from posttrain.types import DataError, Message, Role, TemplateError
 
 _PROBE = (Message("user", "a"), Message("assistant", "b"))
 
@@ -97,6 +97,14 @@ class ChatFormat:
                 "Let the template write eos_token after each reply."
             )
         return np.array(ids[stop + 1 :], dtype=np.int32)
+
+    def knows(self, role: Role) -> bool:
+        """Whether the template writes what a message of this role says after a reply, and does not refuse the role."""
+        mark = f"\ue000{secrets.token_hex(8)}\ue001"
+        try:
+            return mark in self._apply(["a", "b", mark], (*_PROBE, Message(role, mark)), True)
+        except TemplateError:
+            return False
 
     def conversation_tokens(self, messages: Sequence[Message]) -> tuple[np.ndarray, np.ndarray]:
         """Ids [L] int32 and a mask [L] that is True on what the assistant wrote, end-of-turn token included.

@@ -1,9 +1,24 @@
 """Tasks and environments."""
 
 from collections.abc import Callable
+from typing import Any
 
-from posttrain.envs.env import World
-from posttrain.envs.games import Number
+from posttrain.envs.adventure import Adventure
+from posttrain.envs.dialogue import Dialogue, load_user
+from posttrain.envs.games import Countdown, Number, Word
+from posttrain.envs.gymnasium import load_gymnasium
+from posttrain.envs.prime_verifiers import load_verifiers
+from posttrain.envs.tools import Tools
 
-ENVS: dict[str, Callable[..., World]] = {"number": Number}
-"""Name in `env.name` → environment."""
+ENVS: dict[str, Callable[..., Any]] = {
+    "number": Number,
+    "countdown": Countdown,
+    "word": Word,
+    "adventure": Adventure,
+    "dialogue": Dialogue,
+    "tools": Tools,
+    "dialogue:": load_user,
+    "gymnasium:": load_gymnasium,
+    "verifiers:": load_verifiers,
+}
+"""Name in `env.name` → environment; with a colon at its end, what makes one of the text after it."""

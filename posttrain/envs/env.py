@@ -23,7 +23,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
-from posttrain.config import nearest
+from posttrain.config import EnvConfig, nearest
+from posttrain.envs.toolbox import load_tools
 from posttrain.rewards.functions import load_function
 from posttrain.rewards.verifiers import Verifier
 from posttrain.types import ConfigError, Message, Role, RolloutError, Task
@@ -79,22 +80,38 @@ Env = Callable[[Task, int], World]
 """env(task, seed) → the world of one attempt. The seed is the attempt's own: randomness from it is reproducible."""
 
 
-def load_env(spec: str, known: Mapping[str, Callable[..., World]], verify: Verifier | None = None) -> Env:
+def load_env(
+    spec: str,
+    known: Mapping[str, Callable[..., Any]],
+    verify: Verifier | None = None,
+    settings: EnvConfig | None = None,
+) -> Env:
     """The environment a recipe names: one of `known`, or `FILE.py:NAME` of a class or function.
 
-    One that has a parameter `verify` gets the recipe's verifier. Raises ConfigError for an unknown name, and for one
-    that cannot be called with a task and a seed.
+    A name in `known` that ends in a colon is an adapter: called with what follows, it gives the environment.
+    One that has a parameter `verify` gets the recipe's verifier, `settings` its section env, and `tools` the tools that
+    `env.tools` names. Raises ConfigError for an unknown name, and for one that cannot be called with a task and a seed.
     """
+    settings = settings or EnvConfig()
     if spec in known:
         made = known[spec]
+    elif (adapter := spec.partition(":")[0] + ":") in known:
+        made = known[adapter](spec.removeprefix(adapter))
     elif ".py" in spec:
         made = load_function(spec, "environment")
     else:
         raise ConfigError(f"unknown environment {spec!r}{nearest(spec, known)} Or give FILE.py:NAME.")
     try:
         parameters = inspect.signature(made).parameters
-        more: dict[str, Any] = {"verify": verify} if "verify" in parameters else {}
+        offered: dict[str, Callable[[], Any]] = {
+            "verify": lambda: verify,
+            "settings": lambda: settings,
+            "tools": lambda: load_tools(settings.tools),
+        }
+        more = {name: get() for name, get in offered.items() if name in parameters}
         inspect.signature(made).bind(None, 0, **more)
+    except ConfigError:
+        raise
     except (TypeError, ValueError) as error:
         raise ConfigError(f"environment {spec!r} must take a task and a seed: {error}.") from None
     if inspect.isclass(made) and not callable(getattr(made, "step", None)):
@@ -107,6 +124,6 @@ def own_tasks(env: Env) -> Callable[[int, int], list[Task]] | None:
     return getattr(env.func if isinstance(env, partial) else env, "tasks", None)
 
 
-def takes_verifier(env: Env) -> bool:
-    """Whether the environment scores with the recipe's verifier, so that its tasks need answers that pass it."""
-    return isinstance(env, partial)
+def takes(env: Env, what: str) -> bool:
+    """Whether the environment was given that: with `verify` its tasks need answers that pass the recipe's verifier."""
+    return isinstance(env, partial) and what in env.keywords

@@ -24,6 +24,8 @@ from posttrain.data.sources import (
     with_instruction,
     with_system,
 )
+from posttrain.envs import bfcl, reasoning_gym
+from posttrain.envs.products import CALLS, LARGE, calculator_calls, large_products
 from posttrain.models.abacus.problems import GENERATORS, HARMLESS, Problem, Split, stream
 from posttrain.rewards.functions import score_safely
 from posttrain.rewards.skills import judge
@@ -31,7 +33,9 @@ from posttrain.rewards.verifiers import Verifier, exact, is_mathematical, math, 
 from posttrain.rng import permutation
 from posttrain.types import ConfigError, DataError, Message, Task, Verdict
 
-BUILT_IN = (*GENERATORS, "addition")
+NUMBERS = ("addition", LARGE, CALLS)
+"""Built-in tasks whose answer is a number, for models other than abacus as well."""
+BUILT_IN = (*GENERATORS, *NUMBERS)
 """Names `data.tasks` may have besides files and hub ids."""
 PATIENCE = 1000
 """Draws without a new problem after which a built-in task has no more to give."""
@@ -61,7 +65,7 @@ def load_tasks(cfg: DataConfig, seed: int, given: Sequence[Task] | None = None, 
     if given is not None:
         train = [_framed(task, cfg) for task in given]
         _require_distinct_ids(train)
-    elif cfg.tasks in BUILT_IN:
+    elif is_generated(cfg.tasks):
         train = [_framed(task, cfg) for task in _built_in(cfg.tasks, cfg.count, seed, "train")]
         if len(train) < cfg.count:
             notes.append(f"{cfg.tasks} has only {len(train)} training problems, {cfg.count} were asked for.")
@@ -71,7 +75,7 @@ def load_tasks(cfg: DataConfig, seed: int, given: Sequence[Task] | None = None, 
         raise DataError(f"there are no tasks to train on (data.tasks={cfg.tasks!r}, data.count={cfg.count}).")
     if copies := duplicates(train):
         notes.append(f"{copies} training tasks repeat the question of another; they are kept.")
-    if cfg.eval_tasks in BUILT_IN or (not cfg.eval_tasks and given is None and cfg.tasks in BUILT_IN):
+    if is_generated(cfg.eval_tasks) or (not cfg.eval_tasks and given is None and is_generated(cfg.tasks)):
         test = [_framed(task, cfg) for task in _built_in(cfg.eval_tasks or cfg.tasks, HELD_OUT, 0, "test")]
     elif cfg.eval_tasks:
         test = _from_source(cfg.eval_tasks, cfg, needs_answer, notes)
@@ -82,6 +86,11 @@ def load_tasks(cfg: DataConfig, seed: int, given: Sequence[Task] | None = None, 
         notes.append(f"{dropped} training tasks that the evaluation set also asks were dropped.")
     content = data_hash(Row(task.id, _as_values(task)) for task in (*train, *test))
     return TaskSets(train, test, notes, content)
+
+
+def is_generated(name: str) -> bool:
+    """Whether `data.tasks` names problems that a program makes, so that there are as many as one asks for."""
+    return name in BUILT_IN or name.startswith(reasoning_gym.PREFIX)
 
 
 def held_out(tasks: Sequence[Task], cfg: DataConfig, seed: int) -> TaskSets:
@@ -105,13 +114,18 @@ def held_out(tasks: Sequence[Task], cfg: DataConfig, seed: int) -> TaskSets:
 def verifier_for(task: Task) -> Verifier:
     """What `reward.name = "auto"` means for a task.
 
-    Built-in abacus problems are judged by their skill's checker and `addition` as a number; other tasks by `math` where
-    the gold answer is a number or a formula, else by `exact`.
+    Built-in abacus problems are judged by their skill's checker, other built-in tasks as a number, and those of BFCL by
+    the calls they want; those of reasoning-gym as it scores them; other tasks by `math` where the gold answer is a
+    number or a formula, else by `exact`.
     """
     if task.env in GENERATORS and "skill" in task.meta:
         return _judge_skill
-    if task.env == "addition":
+    if task.env in NUMBERS:
         return numeric
+    if task.env == bfcl.ENV:
+        return bfcl.verify
+    if task.env.startswith(reasoning_gym.PREFIX):
+        return reasoning_gym.score
     return math if is_mathematical(task.answer) else exact
 
 
@@ -211,12 +225,17 @@ def _from_source(source: str, cfg: DataConfig, needs_answer: bool, notes: list[s
         raise ConfigError(f"unknown task {source!r}{nearest(source, [*BUILT_IN])} A file or owner/name works too.")
     env = Path(source).name if is_file_name(source) else source
     rows = read_rows(source, cfg.count)
+    if bfcl.is_bfcl(rows[0]):
+        return usable(rows, bfcl.reader(source, cfg.system, cfg.instruction), cfg, notes)
     return usable(rows, lambda row: row_to_task(row, env, cfg.system, cfg.instruction, needs_answer), cfg, notes)
 
 
 def _built_in(name: str, count: int, seed: int, split: Split) -> list[Task]:
-    if name == "addition":
-        return _addition(count, seed, split)
+    if name.startswith(reasoning_gym.PREFIX):
+        return reasoning_gym.gym_tasks(name, count, seed, split)
+    if name in NUMBERS:
+        made = {LARGE: large_products, CALLS: calculator_calls}.get(name, _addition)
+        return made(count, seed, split)
     found: dict[str, Problem] = {}
     stale = 0
     for problem in stream(name, random.Random(f"{name}/{split}/{seed}"), split):

@@ -1,0 +1,142 @@
+"""Tools by name: a calculator, Python in the sandbox, search over local files, and functions that users write."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from posttrain.config import nearest
+from posttrain.envs.bm25 import Index, read_passages
+from posttrain.envs.calculator import calculator
+from posttrain.envs.schema import Tool, ToolError, tool_from
+from posttrain.envs.toolcalls import Call, call_arguments
+from posttrain.rewards.functions import load_function
+from posttrain.rewards.sandbox.pool import Sandbox
+from posttrain.rewards.sandbox.tasks import run_python
+from posttrain.types import ConfigError, RolloutError
+
+MOST_CHARACTERS = 2000
+"""Longest result that a model is shown; of a longer one it reads the beginning and how long it is."""
+MOST_PASSAGES = 10
+SEARCH = "search:"
+
+
+def python(code: str) -> str:
+    """Runs a Python program and shows what it prints.
+
+    Args:
+        code: the whole program, which has five seconds; print what you want to see
+    """
+    printed, error = run_python(_sandbox(), code)
+    if error:
+        raise ToolError(f"{error}\nPrinted before: {printed}" if printed else error)
+    return printed or "Nothing was printed."
+
+
+TOOLS: dict[str, Callable[..., str]] = {"calculator": calculator, "python": python}
+"""Name in `env.tools` → function. `search:PATH` and `FILE.py:FUNCTION` are tools too."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a call: the text that the model reads, and whether the call succeeded."""
+
+    text: str
+    ok: bool
+
+
+def load_tools(names: str) -> dict[str, Tool]:
+    """The tools that `env.tools` names, by the name a model calls them. Raises ConfigError for one that is unknown."""
+    tools: dict[str, Tool] = {}
+    for name in _split(names):
+        tool = _load(name)
+        if tool.name in tools:
+            raise ConfigError(f"env.tools={names!r} has two tools called {tool.name}. Rename one.")
+        tools[tool.name] = tool
+    if not tools:
+        raise ConfigError(f"env.tools={names!r} names no tool. Give at least one of {', '.join(TOOLS)}.")
+    return tools
+
+
+def tools_hash(names: str) -> str:
+    """Names what files behind the tools hold, so that a changed one is noticed when a run is resumed."""
+    digest = hashlib.sha256()
+    for name in _split(names):
+        digest.update(name.encode())
+        if name.startswith(SEARCH):
+            digest.update(repr(read_passages(Path(name.removeprefix(SEARCH)))).encode())
+        elif ".py:" in name:
+            digest.update(Path(name.rpartition(":")[0]).read_bytes())
+    return digest.hexdigest()
+
+
+def run_call(call: Call, tools: Mapping[str, Tool]) -> Result:
+    """Makes a call. Whatever the model or the tool got wrong is a result that says so.
+
+    Raises RolloutError where the tool itself does: then no call could have succeeded.
+    """
+    try:
+        if call.error:
+            raise ToolError(call.error)
+        if call.name not in tools:
+            raise ToolError(f"there is no tool {call.name[:60]!r}; there is: {', '.join(tools)}.")
+        tool = tools[call.name]
+        value = tool.function(**call_arguments(call, tool))
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    except ToolError as error:
+        return Result(_cut(f"Error: {error}"), False)
+    except RolloutError:
+        raise
+    except Exception as error:  # a tool may raise anything; the model reads it and goes on
+        return Result(_cut(f"Error: {type(error).__name__}: {error}"), False)
+    return Result(_cut(text), True)
+
+
+def search_in(path: Path) -> Tool:
+    """A tool that searches the documents at a path."""
+    index = Index(read_passages(path))
+
+    def search(query: str, count: int = 3) -> str:
+        """Finds the passages of the documents that fit a query best.
+
+        Args:
+            query: words to look for
+            count: most passages to show, up to 10
+        """
+        found = index.search(query, max(1, min(count, MOST_PASSAGES)))
+        return "\n\n".join(f"[{p.source}]\n{p.text}" for p in found) or "Nothing found."
+
+    return tool_from(search)
+
+
+@cache
+def _sandbox() -> Sandbox:
+    """The sandbox of this process. Raises ConfigError where there is no isolation; a tool never does without."""
+    return Sandbox()
+
+
+def _load(name: str) -> Tool:
+    if name == "python":
+        _sandbox()  # a machine without isolation is told before the first episode
+    if name in TOOLS:
+        return tool_from(TOOLS[name])
+    if name.startswith(SEARCH):
+        return search_in(Path(name.removeprefix(SEARCH)))
+    if ".py" in name:
+        return tool_from(load_function(name, "tool"))
+    raise ConfigError(f"unknown tool {name!r}{nearest(name, [*TOOLS, SEARCH + 'PATH'])} Or give FILE.py:FUNCTION.")
+
+
+def _split(names: str) -> Sequence[str]:
+    return [name for part in names.split(",") if (name := part.strip())]
+
+
+def _cut(text: str) -> str:
+    text = text.encode("utf-8", "replace").decode()  # half of a surrogate pair is no text, and JSON can hold one
+    if len(text) <= MOST_CHARACTERS:
+        return text
+    return f"{text[:MOST_CHARACTERS]}… ({len(text)} characters in all)"
