@@ -217,7 +217,7 @@ def test_every_part_s_own_gold_answer_is_checked_before_step_0() -> None:
 
 
 def test_a_run_keeps_the_parts_of_every_episode(tmp_path: Path) -> None:
-    small = {"prompts": 2, "group_size": 2, "rollout__max_tokens": 16, "problems": 2}
+    small: dict[str, Any] = {"prompts": 2, "group_size": 2, "rollout__max_tokens": 16, "problems": 2}
     result = pt.grpo("abacus", "sums", "auto + 0.2*format", tmp_path / "run", steps=1, **small)
     with Run.read(result.folder) as run:
         episodes = run.episodes("train")
