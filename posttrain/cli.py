@@ -1,7 +1,8 @@
 """The command line. One function a command; everything heavy is imported inside it, so that `--help` is quick.
 
 Exit codes: 0 done · 1 unexpected error · 2 bad setting or usage · 3 bad data · 4 template or tokenizer · 5 rollout or
-reward · 6 training diverged · 7 run folder · 8 disk · 130 stopped by Ctrl-C · 143 stopped by SIGTERM (both resumable).
+reward · 6 training diverged · 7 run folder · 8 disk · 9 `doctor --fail-on` found it · 130 stopped by Ctrl-C · 143
+stopped by SIGTERM (both resumable).
 """
 
 from __future__ import annotations
@@ -347,15 +348,35 @@ def plan(args: tuple[str, ...], as_json: bool, **options: Any) -> None:
 
 
 @main.command()
+@click.argument("run", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON on stdout.")
-def doctor(as_json: bool) -> None:
-    """What this machine offers, measured.
+@click.option(
+    "--fail-on",
+    type=click.Choice(["warn", "alarm"]),
+    help="With RUN: exit 9 on a verdict this bad (warn, alarm) or worse.",
+)
+def doctor(run: str | None, as_json: bool, fail_on: str | None) -> None:
+    """What this machine offers, measured; with RUN, what is wrong with that run.
 
-    Device, speed of each dtype, sandbox layers, reachability of the model hub.
+    Of the machine: device, speed of each dtype, sandbox layers, reachability of the model hub. Of a run: is the reward
+    being hacked, and does training still learn? Each verdict has its evidence, the step where it began and what to do.
     """
     from posttrain import show
 
     out = show.console(as_json)
+    if run is not None:
+        from posttrain import diagnose
+
+        verdicts = diagnose.diagnose_run(Path(run))
+        if as_json:
+            click.echo(json.dumps([verdict.as_dict() for verdict in verdicts]))
+        else:
+            diagnose.show_diagnosis(out, run, verdicts)
+        if fail_on and diagnose.at_least(verdicts, fail_on):
+            sys.exit(9)
+        return
+    if fail_on:
+        raise ConfigError("--fail-on is about a run; name one: posttrain doctor RUN.")
     with out.status("measuring"):
         from posttrain.doctor import examine
 
