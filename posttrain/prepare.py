@@ -26,7 +26,7 @@ from posttrain.envs.env import Env, load_env, own_tasks, takes
 from posttrain.envs.toolbox import tools_hash
 from posttrain.models.load import Policy
 from posttrain.play import Player
-from posttrain.rewards import combine, judge
+from posttrain.rewards import code, combine, judge
 from posttrain.rewards.functions import leaf_verifier, reward_from
 from posttrain.rewards.models import PREFIX, load_reward_model, model_folders
 from posttrain.rewards.verifiers import VERIFIERS
@@ -103,6 +103,8 @@ def _verifier(recipe: Any, reward: Callable[..., Any] | None) -> Verifier:
         device = machine.device(recipe.train.device)
         return load_reward_model(name, recipe.reward, device, task_sets.verifier_for)
 
+    if reward is None and any(leaf.name == "code" for leaf in combine.leaves(combine.parse(recipe.reward.name))):
+        code.use(recipe.reward.sandbox, recipe.reward.accept_arbitrary_code)
     return reward_from(reward or recipe.reward.name, task_sets.verifier_for, load)
 
 
@@ -208,9 +210,7 @@ def make_collector(
     )
 
 
-def _player(
-    env: Env, chat: ChatFormat, decode: Callable[[np.ndarray], str], limits: EnvConfig, context: int
-) -> Player:
+def _player(env: Env, chat: ChatFormat, decode: Callable[[np.ndarray], str], limits: EnvConfig, context: int) -> Player:
     """The player of an environment. What a tool says is the user's where the chat template knows no tool."""
     known = chat.format == "plain" or chat.knows("tool")
 

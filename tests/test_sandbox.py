@@ -498,3 +498,40 @@ def test_a_tier_whose_program_got_out_is_not_used(monkeypatch: pytest.MonkeyPatc
         start_zygote("namespaces", Limits())
     with pytest.raises(ConfigError, match="cannot start, so code that a model wrote is not executed"):
         Sandbox("auto")
+
+
+REFUSING = """
+import ctypes, os, struct, sys
+from posttrain.rewards.sandbox import kernel
+rules = [(0x20, 0, 0, 0), (0x15, 0, 1, {unshare}), (6, 0, 0, 0x50001), (0x15, 0, 1, 444), (6, 0, 0, 0x50026)]
+rules += [(6, 0, 0, 0x7FFF0000)]
+code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *rule) for rule in rules))
+kernel.never_gain()
+kernel.prctl(kernel.PR_SET_SECCOMP, 2, ctypes.c_char_p(struct.pack("@HP", len(rules), ctypes.addressof(code))))
+os.execv(sys.executable, [sys.executable, "-m", "posttrain", *sys.argv[1:]])
+"""
+"""Starts a command in a process to which the kernel refuses namespaces and Landlock, as many containers do."""
+
+
+def test_where_isolation_is_missing_a_run_is_refused_in_one_line_before_it_begins(tmp_path: Path) -> None:
+    tasks = [
+        {
+            "prompt": f"Write solve(a, b), the sum. ({i})",
+            "answer": HONEST,
+            "kind": "call",
+            "entry": "solve",
+            "cases": SUMS,
+        }
+        for i in range(8)
+    ]
+    (tmp_path / "code.jsonl").write_text("\n".join(map(json.dumps, tasks)))
+    number = {"x86_64": 272, "aarch64": 97}[os.uname().machine]
+    command = [sys.executable, "-c", REFUSING.replace("{unshare}", str(number)), "grpo", "--tasks", "code.jsonl"]
+    command += ["--reward", "code", "--data.holdout", "0.25", "--train.steps", "1", "--out", "run"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    told = [line for line in done.stderr.splitlines() if "sandbox" in line]
+    assert len(told) == 1 and "is not executed (namespaces: its zygote could not lock itself in: unshare" in told[0]
+    assert "Landlock is at version 0" in told[0]
+    assert not (tmp_path / "run").exists()

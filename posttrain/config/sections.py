@@ -54,6 +54,10 @@ class RewardConfig:
     """How the scores of several reward models or heads are joined; `penalised` is their mean minus the next setting."""
     uncertainty_coef: float = 1.0
     """With `penalised`, how much of the variance between the scores is subtracted."""
+    sandbox: Literal["auto", "namespaces", "landlock", "none"] = "auto"
+    """What isolates code that the model wrote: `auto` takes the first tier that holds here, and else refuses."""
+    accept_arbitrary_code: bool = False
+    """With sandbox `none`, execute code that the model wrote with your rights and nothing in between."""
     max_failure_rate: float = 0.01
     """Stop when more than this share of a step's attempts could not be scored (and more than one attempt)."""
 

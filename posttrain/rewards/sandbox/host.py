@@ -76,7 +76,8 @@ class Zygote:
     """One locked-in Python, one execution at a time. Raises Lost where it cannot be started."""
 
     def __init__(self, tier: Tier, limits: Limits, group: cgroups.Group | None) -> None:
-        self.tier, self.limits, self.group = tier, limits, group
+        self.tier: Tier = tier
+        self.limits, self.group = limits, group
         self.scratch = "/tmp" if tier == "namespaces" else tempfile.mkdtemp(prefix="posttrain-sandbox-")
         settings = asdict(limits) | {
             "tier": tier,

@@ -152,9 +152,10 @@ def _ask(*request: Any) -> Any:
         return encode.loads(reply[1:], Remote)
     name = reply[1:].decode("utf-8", "replace")
     kind = getattr(builtins, name, None)
-    known = isinstance(kind, type) and issubclass(kind, Exception)
+    if not (isinstance(kind, type) and issubclass(kind, Exception)):
+        raise RuntimeError(name)
     try:
-        error = kind() if known else RuntimeError(name)
+        error = kind()
     except TypeError:  # a few cannot be made without arguments
         error = RuntimeError(name)
     raise error

@@ -81,7 +81,8 @@ class Slot:
     """Room for one grading: a zygote for candidates, and another for tests, whose memory no candidate ever gets."""
 
     def __init__(self, tier: Tier, limits: Limits) -> None:
-        self.tier, self.limits = tier, limits
+        self.tier: Tier = tier
+        self.limits = limits
         self._zygotes: dict[str, Zygote] = {}
 
     @property
@@ -110,7 +111,7 @@ class Sandbox:
         self, choice: Choice = "auto", accept_arbitrary_code: bool = False, limits: Limits | None = None, slots: int = 0
     ) -> None:
         self.limits = limits or Limits()
-        self.tier = self._first(choice, accept_arbitrary_code)
+        self.tier: Tier = self._first(choice, accept_arbitrary_code)
         self.slots = slots or len(os.sched_getaffinity(0))
 
     def _first(self, choice: Choice, accepted: bool) -> Tier:

@@ -47,7 +47,7 @@ def main(control: socket.socket, settings: dict[str, Any]) -> None:
         gc.collect()
         gc.freeze()
     except Exception as error:
-        _tell(control, b"F", str(error))
+        _tell(control, b"F", getattr(error, "strerror", None) or str(error))
         return
     _tell(control, b"Z", None)
     while (received := _next_order(control)) is not None:
