@@ -366,7 +366,7 @@ def training_pass(algorithm: str, recipe: Any, shape: ModelShape, update: Pass, 
 def sampling_phase(recipe: Any, shape: ModelShape, rows: Rows, where: Where) -> dict[str, int]:
     """Prompts' passes and a decode step's logits: posttrain/rollout/engine.py, plain.py and fused.py.
 
-    A pass computes one layer at a time and keeps all layers' keys and values, which without kernels it stacks at its end.
+    A pass computes one layer at a time and keeps all layers' keys and values, which without kernels it stacks.
     """
     prompts, answers = at_once(recipe)
     tokens, kv = prompts * rows.prompt, token_kv(shape, recipe)
