@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import queue
+import signal
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from posttrain.rewards.functions import load_function
 from posttrain.types import ConfigError, Message, RolloutError, Task
 
 PASSES = 1.0
-"""The reward from which an episode passes; the package knows no pass."""
+"""The reward from which an episode passes where the environment has no `pass_threshold`."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Rollout:
         _loop().call_soon_threadsafe(self._reply.put_nowait, said[-1].content)
         found = self._next()
         if not isinstance(found, list):
-            return _scored(found)
+            return _scored(found, getattr(self._env, "pass_threshold", PASSES))
         self._read = found
         kept = len(said)
         if found[:kept] == said and len(found) > kept:
@@ -112,13 +113,16 @@ def load_verifiers(spec: str) -> Verifiers:
             f"env.name = verifiers:{spec} needs the package verifiers with the interface of version 0 "
             f"(pip install verifiers), but: {error}."
         ) from None
-    if ".py:" in spec:
-        env = load_function(spec, "environment")()
-    else:
-        try:
-            env = verifiers.load_environment(spec)
-        except (ValueError, RuntimeError, AttributeError) as error:
-            raise ConfigError(f"verifiers cannot load the environment {spec!r}: {error}") from None
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        env = load_function(spec, "environment")() if ".py:" in spec else verifiers.load_environment(spec)
+    except ConfigError:
+        raise
+    except (ValueError, RuntimeError, AttributeError) as error:
+        raise ConfigError(f"verifiers cannot load the environment {spec!r}: {error}") from None
+    finally:
+        for number, handler in handlers.items():  # the package sets its own; a signal must end a run as it always does
+            signal.signal(number, handler)
     if not all(callable(getattr(env, name, None)) for name in ("rollout", "get_dataset")):
         raise ConfigError(f"verifiers environment {spec!r} has no rollout and get_dataset; it is a {type(env)}.")
     if getattr(env, "tool_defs", None):
@@ -166,8 +170,8 @@ def _message(message: Any) -> Message:
     return Message(message["role"], content or "")
 
 
-def _scored(state: Any) -> Turn:
+def _scored(state: Any, passes: float) -> Turn:
     """The last turn. What each step earned, where the environment says so, is not part of its reward and not used."""
     reward = float(state["reward"])
     parts = {name: float(value) for name, value in (state.get("metrics") or {}).items()}
-    return Turn(reward=reward, done=True, passed=reward >= PASSES, parts=parts)
+    return Turn(reward=reward, done=True, passed=reward >= passes, parts=parts)

@@ -2,7 +2,8 @@
 
 `data.tasks = "gym:chain_sum"`, or `gym:chain_sum+zebra_puzzles` for several in equal parts. Each of its data sets
 scores answers by itself, and that score is the reward. Some of them hand the answer to Python's `eval` or to sympy,
-which is the same; a model could run what it likes there. So their answers must first look like one, see PLAIN.
+which is the same; a model could run what it likes there. So their answers must first look like one, see PLAIN; what
+pays without being solved is refused, see UNSOUND.
 """
 
 from __future__ import annotations
@@ -69,6 +70,13 @@ PLAIN: dict[str, Callable[[str], bool]] = {
 """Data sets that evaluate an answer → what it must look like; what does not scores 0 and never reaches them."""
 
 
+UNSOUND = {
+    "puzzle24": "pays any four allowed numbers that make 24, whatever the puzzle gives",
+    "game_of_life_halting": "pays any answer that is not empty",
+}
+"""Data sets whose scoring is paid without solving the task (measured at version 0.1.25) → how."""
+
+
 def gym_tasks(spec: str, count: int, seed: int, split: str) -> list[Task]:
     """`count` tasks of the data sets that `gym:a+b` names, in equal parts.
 
@@ -80,9 +88,12 @@ def gym_tasks(spec: str, count: int, seed: int, split: str) -> list[Task]:
     for name in names:
         if name not in known:
             raise ConfigError(f"reasoning-gym has no data set {name!r}{nearest(name, known)}")
+        if name in UNSOUND:
+            raise ConfigError(f"reasoning-gym's {name} {UNSOUND[name]}, so a reward would be no sign. Choose another.")
     shares = [count // len(names) + (i < count % len(names)) for i in range(len(names))]
     block = 0 if split == "test" else 1 + rng.key("gym", seed) % 2046
-    return [_task(name, block * BLOCK, i) for name, share in zip(names, shares, strict=True) for i in range(share)]
+    draws = [(name, block * BLOCK, share) for name, share in zip(names, shares, strict=True)]
+    return [_task(*draw, i) for draw in draws for i in range(draw[2])]
 
 
 def data_sets() -> list[str]:
@@ -102,18 +113,19 @@ def _package() -> Any:
 
 
 @cache
-def _data_set(name: str, seed: int) -> Any:
+def _data_set(name: str, seed: int, size: int) -> Any:
     try:
-        return _package().create_dataset(name, seed=seed, size=BLOCK)
+        return _package().create_dataset(name, seed=seed, size=size)
     except (TypeError, ValueError, AssertionError) as error:
         raise DataError(f"reasoning-gym's {name} cannot be made from a seed alone: {error}. Choose another.") from None
 
 
 @cache
-def _entry(name: str, seed: int, index: int) -> dict[str, Any]:
+def _entry(name: str, seed: int, size: int, index: int) -> dict[str, Any]:
+    data_set = _data_set(name, seed, size)
     with _one_at_a_time:
         try:
-            return _data_set(name, seed)[index]
+            return data_set[index]
         except (ValueError, RuntimeError, IndexError, KeyError) as error:
             raise DataError(f"reasoning-gym's {name} cannot make problem {index} of seed {seed}: {error}.") from None
 
@@ -121,9 +133,11 @@ def _entry(name: str, seed: int, index: int) -> dict[str, Any]:
 _one_at_a_time = threading.Lock()  # nothing promises that a data set may be used by several threads
 
 
-def _task(name: str, seed: int, index: int) -> Task:
-    entry = _entry(name, seed, index)
-    meta = {"data_set": name, "seed": seed, "index": index}
+def _task(name: str, seed: int, size: int, index: int) -> Task:
+    entry = _entry(name, seed, size, index)
+    if entry["answer"] is None:
+        raise DataError(f"reasoning-gym's {name} gives no answer with its problems, which a gold answer needs.")
+    meta = {"data_set": name, "seed": seed, "size": size, "index": index}
     question = Message("user", str(entry["question"]))
     return Task(f"{PREFIX}{name}:{seed + index}", PREFIX + name, (question,), str(entry["answer"]), meta)
 
@@ -136,22 +150,22 @@ def score(task: Task, text: str) -> Verdict:
     """
     if "data_set" not in task.meta:
         raise RolloutError(f"task {task.id!r} names no data set of reasoning-gym to score it.", boundary="reward")
-    name, seed, index = (task.meta[key] for key in ("data_set", "seed", "index"))
-    entry, final = _entry(name, seed, index), final_part(text)
+    name, seed, size, index = (task.meta[key] for key in ("data_set", "seed", "size", "index"))
+    entry, final = _entry(name, seed, size, index), final_part(text)
     tagged = _ANSWER.findall(final)
     answers = [tagged[-1].strip()] if tagged else [final, marked_answer(final) or final]
     if not final:
         return Verdict(0.0, False, "an empty answer")
-    value = max(_score(name, seed, entry, answer) for answer in dict.fromkeys(answers))
+    value = max(_score(_data_set(name, seed, size), name, entry, answer) for answer in dict.fromkeys(answers))
     return Verdict(value, value >= 1.0, f"{value:g} from {name}: {answers[-1][-80:]}")
 
 
-def _score(name: str, seed: int, entry: dict[str, Any], answer: str) -> float:
+def _score(data_set: Any, name: str, entry: dict[str, Any], answer: str) -> float:
     if name in PLAIN and not PLAIN[name](answer):
         return 0.0
     with _one_at_a_time:
         try:
-            value = float(_data_set(name, seed).score_answer(answer, entry))
+            value = float(data_set.score_answer(answer, entry))
         except Exception:  # whatever a data set cannot read is a wrong answer, not a failed run
             return 0.0
     return min(1.0, max(0.0, value)) if math.isfinite(value) else 0.0
