@@ -267,7 +267,7 @@ def test_a_runnable_example_runs(code: str, model: Path, tmp_path: Path, monkeyp
 
 
 def test_the_pages_that_promise_runnable_examples_have_some() -> None:
-    for name in ("quickstart.md", "rewards.md"):
+    for name in ("quickstart.md", "rewards.md", "environments.md"):
         assert any(info == "python runnable" for info, _, _ in fences(DOCS / name)), f"docs/{name}"
 
 

@@ -25,7 +25,7 @@ class ModelConfig:
 @dataclass(frozen=True)
 class DataConfig:
     tasks: str = "arithmetic"
-    """What to train on: a built-in task, a JSONL or Parquet file, or a data set id; sft mixes several, `a*3 + b*1`."""
+    """What to train on: a built-in task, `gym:NAME`, a JSONL or Parquet file, a data set id; sft mixes, `a*3 + b*1`."""
     eval_tasks: str = ""
     """What to evaluate on; empty uses the built-in task's held-out split, or holds out rows of the file."""
     holdout: float = 0.1
@@ -65,7 +65,7 @@ class RewardConfig:
 @dataclass(frozen=True)
 class EnvConfig:
     name: str = ""
-    """A world that answers the model over several turns: a built-in one or `FILE.py:NAME`; empty asks once."""
+    """A world that answers over several turns: a built-in one, `FILE.py:NAME` or an adapter's; empty asks once."""
     max_turns: int = 8
     """Most replies in one episode; after the last the world is heard once more and the episode ends."""
     timeout: float = 30.0
