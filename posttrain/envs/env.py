@@ -100,7 +100,7 @@ def load_env(
     elif ".py" in spec:
         made = load_function(spec, "environment")
     else:
-        raise ConfigError(f"unknown environment {spec!r}{nearest(spec, known)} Or give FILE.py:NAME.")
+        raise ConfigError(f"unknown environment {spec!r}{nearest(spec, [*known])} Or give FILE.py:NAME.")
     try:
         parameters = inspect.signature(made).parameters
         offered: dict[str, Callable[[], Any]] = {
