@@ -95,7 +95,7 @@ def test_a_reference_of_humaneval_passes_in_every_form_and_nothing_does_not(numb
     assert not code(task, "").passed
 
 
-@pytest.mark.parametrize("number", [1, 367, 596, 601, 927])
+@pytest.mark.parametrize("number", [1, 367, 533, 596, 601, 927])
 def test_a_reference_of_mbpp_passes_and_nothing_does_not(number: int) -> None:
     lines = shared("data", "mbpp", "mbpp.jsonl").read_text("utf-8").splitlines()
     task = task_of(

@@ -108,6 +108,15 @@ def test_nan_can_travel_but_not_be_compared() -> None:
         encode.canonical([float("nan")])
 
 
+def test_built_in_types_travel_by_name() -> None:
+    assert encode.loads(encode.dumps([int, {str: dict}])) == [int, {str: dict}]
+    for message in (b"y4:type", b"y4:eval", b"y0:"):
+        with pytest.raises(encode.Unsendable):
+            encode.loads(message)
+    with pytest.raises(encode.Unsendable):
+        encode.dumps(type)
+
+
 def test_objects_travel_as_what_they_are_called() -> None:
     thing = object()
     message = encode.dumps([thing, encode.Reference("f")], lambda value: 7 if value is thing else 8)

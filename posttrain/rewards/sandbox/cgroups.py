@@ -18,7 +18,7 @@ _count = itertools.count()
 
 
 class Group:
-    """One control group per hierarchy, named after this process. `doors` are the files that a task joins through."""
+    """One control group per hierarchy, named after this process. A zygote joins through `doors`."""
 
     def __init__(self, memory: int, tasks: int) -> None:
         """Raises OSError where none can be made."""

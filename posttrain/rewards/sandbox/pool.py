@@ -22,6 +22,8 @@ Choice = Literal["auto", "namespaces", "landlock", "none"]
 TIERS: tuple[Tier, ...] = ("namespaces", "landlock")
 """In the order in which `auto` tries them."""
 RETRIES = 2
+ZYGOTE_BYTES, ZYGOTE_TASKS = 64 << 20, 8
+"""What a control group leaves for the zygote itself."""
 T = TypeVar("T")
 
 PROBE = """
@@ -54,7 +56,7 @@ class Wrecked(Exception):
 def start_zygote(tier: Tier, limits: Limits) -> Zygote:
     """A zygote that has been seen to hold. Raises Lost, saying what does not."""
     try:
-        group: cgroups.Group | None = cgroups.Group(limits.memory, limits.tasks)
+        group: cgroups.Group | None = cgroups.Group(limits.memory + ZYGOTE_BYTES, limits.tasks + ZYGOTE_TASKS)
     except (OSError, KeyError):
         group = None
     try:

@@ -11,6 +11,7 @@ import ctypes
 import errno
 import struct
 from collections.abc import Sequence
+from functools import cache
 
 from posttrain.rewards.sandbox import kernel
 
@@ -100,12 +101,17 @@ def program(processes: bool, machine: str = kernel.MACHINE) -> list[Instruction]
     return [*out, _deny(errno.EPERM)]
 
 
+@cache
+def compiled(processes: bool) -> bytes:
+    """The filter as the kernel reads it, for this machine."""
+    return b"".join(struct.pack("=HBBI", *instruction) for instruction in program(processes))
+
+
 def install(processes: bool) -> None:
     """Puts the filter on this process for good; needs no_new_privs."""
-    instructions = program(processes)
-    code = b"".join(struct.pack("=HBBI", *instruction) for instruction in instructions)
+    code = compiled(processes)
     buffer = ctypes.create_string_buffer(code, len(code))
-    header = struct.pack("@HP", len(instructions), ctypes.addressof(buffer))
+    header = struct.pack("@HP", len(code) // 8, ctypes.addressof(buffer))
     kernel.prctl(kernel.PR_SET_SECCOMP, kernel.SECCOMP_MODE_FILTER, ctypes.c_char_p(header))
 
 
