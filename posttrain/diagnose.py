@@ -40,9 +40,10 @@ def entropy(e: Evidence) -> Diagnosis:
     success = e.change(e.success)
     numbers = {"before": before, "after": after} | ({"success_after": success.after} if success else {})
     text = f"{before:.3g} → {after:.3g} nats per token" + (f", {success.after:.0%} succeed" if success else "")
-    if left > 0.2 or success is None or success.after >= 0.9:  # without sampled answers nothing explores
+    learned = success is not None and (success.after >= 0.9 or (success.rose and success.after >= 0.5))
+    if left > 0.2 or success is None or learned:  # without sampled answers nothing explores
         return Diagnosis(name, "ok", text, "", None, numbers)
-    level = "alarm" if left <= 0.05 and success.after < 0.8 else "warn"
+    level = "alarm" if left <= 0.05 else "warn"
     advice = "Raise algo.entropy_coef or algo.clip_high, lower train.lr, or add a KL penalty (algo.kl_coef)."
     return Diagnosis(name, level, text, advice, since(steps, values <= 0.2 * before), numbers)
 

@@ -227,7 +227,7 @@ def ranks(values: np.ndarray) -> np.ndarray:
 
 @dataclass
 class Correlation:
-    """A correlation within clusters, added up over steps; `count` are the answers whose cluster varies in `y`."""
+    """A correlation within the clusters that differ in y, added up over steps; `count` are their answers."""
 
     xx: float = 0.0
     yy: float = 0.0
@@ -240,8 +240,9 @@ class Correlation:
         for one in np.unique(cluster[known]):
             mine = known & (cluster == one)
             a, b = (differences(ranks(v[mine]) if ranked else v[mine]) for v in (x, y))
-            self.xx, self.yy, self.xy = self.xx + float(a @ a), self.yy + float(b @ b), self.xy + float(a @ b)
-            self.count += len(b) if b.any() else 0
+            if b.any():  # a cluster that is flat in y has no say about what y goes with
+                self.xx, self.yy, self.xy = self.xx + float(a @ a), self.yy + float(b @ b), self.xy + float(a @ b)
+                self.count += len(b)
 
     @property
     def value(self) -> float:
