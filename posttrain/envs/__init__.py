@@ -1,6 +1,5 @@
 """Tasks and environments."""
 
-from collections.abc import Callable
 from typing import Any
 
 from posttrain.envs.adventure import Adventure
@@ -10,7 +9,7 @@ from posttrain.envs.gymnasium import load_gymnasium
 from posttrain.envs.prime_verifiers import load_verifiers
 from posttrain.envs.tools import Tools
 
-ENVS: dict[str, Callable[..., Any]] = {
+ENVS: dict[str, Any] = {
     "number": Number,
     "countdown": Countdown,
     "word": Word,

@@ -113,7 +113,7 @@ def _text(observation: Any) -> str:
 def _action(env: Any, text: str) -> Any:
     """The text, or for a discrete action space the last whole number in it; None where that is no action."""
     space = getattr(env, "action_space", None)
-    if not hasattr(space, "n"):
+    if space is None or not hasattr(space, "n"):
         return text
     numbers = re.findall(r"-?\d{1,9}", text)
     start = int(getattr(space, "start", 0))

@@ -105,9 +105,9 @@ def load_verifiers(spec: str) -> Verifiers:
     """The environment that `verifiers:SPEC` names. Raises ConfigError where it, or the package, is not there, and for
     one that cannot be played a turn at a time."""
     try:
-        import verifiers
-        from verifiers.clients import Client
-        from verifiers.types import Response
+        import verifiers  # pyright: ignore[reportMissingImports]
+        from verifiers.clients import Client  # pyright: ignore[reportMissingImports]
+        from verifiers.types import Response  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ConfigError(
             f"env.name = verifiers:{spec} needs the package verifiers with the interface of version 0 "
