@@ -25,6 +25,7 @@ from posttrain.config.grpo import GRPOConfig, GRPORecipe
 from posttrain.config.reward import RewardModelConfig
 from posttrain.config.sections import RolloutConfig, TrainConfig
 from posttrain.data import batching
+from posttrain.gather import shaped_rewards
 from posttrain.models.load import Policy
 from posttrain.objectives import advantages as estimators
 from posttrain.objectives import policy as policies
@@ -162,9 +163,10 @@ def grpo(
         samples = [replace(s, old_logp=row) for s, row in zip(samples, old, strict=True)]
     if cfg.kl_coef:
         samples = with_logp(samples, "ref_logp", lambda rows: sample_logprobs(world.reference, rows, TOKENS_PER_PASS))
-    rewards = grpo_algorithm.shaped_rewards(recipe, groups)
+    rewards = shaped_rewards(recipe, groups)
     samples, _, _ = grpo_algorithm.credit(cfg, samples, rewards, None, learner)
-    samples = grpo_algorithm.trained(cfg, samples, groups, [True] * len(groups))
+    each = torch.arange(len(samples))
+    samples = grpo_algorithm.trained(cfg, samples, groups, [True] * len(groups), each)
     batches = batching.micro(samples[: len(samples) // updates], TOKENS_PER_PASS, cfg.aggregate, LONGEST)
     loss = grpo_algorithm.make_loss(recipe)
     world.policy.model.train()

@@ -157,6 +157,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with a tiny model, where the commands run."""
     folder = tmp_path_factory.mktemp("search")
     tiny.chatty(folder / "tiny")
+    tiny.stopping(tiny.chatty(folder / "printable"))  # answers that files can hold
     before = Path.cwd()
     os.chdir(folder)
     yield folder
@@ -173,7 +174,7 @@ SMALL = f"--tasks sums --scorer {VOWELS}:vowels --data.count 16 --eval.problems 
 
 
 def test_the_command_measures_and_writes_what_sft_and_preference_training_read(place: Path) -> None:
-    found = json.loads(call(f"best-of-n tiny {SMALL} --n 8 --out best.jsonl --pairs pairs.jsonl --json"))
+    found = json.loads(call(f"best-of-n printable {SMALL} --n 8 --out best.jsonl --pairs pairs.jsonl --json"))
     assert [row["n"] for row in found["rows"]] == [1, 2, 4, 8] and found["tasks"] == 6
     scores = [row["score"]["value"] for row in found["rows"]]
     assert scores == sorted(scores) and scores[-1] > scores[0]

@@ -212,6 +212,13 @@ def written(model: Path, tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     folders.append(api.start("prm", config.resolve("prm", {}, pairs)).folder)
     recipe = config.resolve("online-dpo", {}, {**own, "algo.group_size": 4, "run.out": str(root / "online-dpo")})
     folders.append(api.start("online-dpo", recipe, reward=spread).folder)
+    world = {
+        "env.name": str(Path(__file__).parent / "echo.py") + ":Echo",
+        "data.count": 20,
+        "run.out": str(root / "world"),
+    }
+    recipe = config.resolve("grpo", {}, {**own, **world, "algo.curriculum": "pass-rate"})
+    folders.append(api.start("grpo", recipe).folder)
     names: set[str] = set()
     for folder in folders:
         with Run.read(folder) as run:

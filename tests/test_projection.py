@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from posttrain.objectives.tokens import select
-from posttrain.train import projection
 from posttrain.train.projection import log_probabilities
 
 TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-12, torch.bfloat16: 2e-2}
@@ -22,7 +21,7 @@ def test_values_and_gradients_are_those_of_all_logits_at_once(
     monkeypatch: pytest.MonkeyPatch, compiled: bool, dtype: torch.dtype, rows: int, bias: bool, with_entropy: bool
 ) -> None:
     if not compiled:
-        monkeypatch.setattr(projection, "_quick", lambda logits: False)
+        monkeypatch.setattr("posttrain.kernels.takes", lambda logits: False)
     torch.manual_seed(0)
     head = nn.Linear(16, 50, bias=bias).to(dtype)
     hidden = torch.randn(40, 16).to(dtype).requires_grad_()

@@ -183,9 +183,9 @@ def run(
         if reference is not None:
             samples = with_logp(samples, "ref_logp", reference)
         baseline = ema if sampled.greedy is None else sampled.greedy
-        samples, rewards, advantages = credit(cfg, samples, groups, owner, rewards, baseline, learner)
+        samples, rewards, advantages = credit(cfg, samples, rewards, baseline, learner, owner, groups)
         ema = moving_mean(ema, rewards, cfg.ema_decay)
-        samples = trained(cfg, samples, groups, owner, sampled.kept)
+        samples = trained(cfg, samples, groups, sampled.kept, owner)
 
         rng.seed_global(seed, "update", step)  # dropout, if the model has any
         flat = flat_groups(rewards) if cfg.group_size > 1 else (advantages == 0).all(1)  # (P,)
@@ -243,20 +243,21 @@ def run(
 def credit(
     cfg: GRPOConfig,
     samples: Sequence[Sample],
-    groups: Sequence[Sequence[Episode]],
-    owner: torch.Tensor,
     rewards: torch.Tensor,
     baseline: torch.Tensor | float | None,
     learner: Learner,
+    owner: torch.Tensor | None = None,
+    groups: Sequence[Sequence[Episode]] = (),
 ) -> tuple[list[Sample], torch.Tensor, torch.Tensor]:
     """Advantages for every token of the samples; also the rewards (P, G) they came from and each answer's own (P, G).
 
-    `owner` (rows,) says which attempt each sample is from. With credit by turn, a reply's tokens get what was earned
-    from that turn on, compared with the other attempts that had one.
+    `owner` (rows,) says which attempt each sample is from where an attempt has several. With credit by turn, which
+    needs the `groups`, a reply's tokens get what was earned from that turn on, compared with others at the same turn.
 
     With the KL in the reward, it is subtracted from the answer's reward before the baseline; with "reward-to-go" each
     token's advantage loses the KL penalties from that token on, after the baseline (OpenRLHF, REINFORCE++).
     """
+    owner = torch.arange(len(samples)) if owner is None else owner
     mask = batching.loss_masks(samples)  # (rows, T)
     penalty = torch.zeros(mask.shape)
     if cfg.kl_coef and cfg.kl_place != "loss":
@@ -312,8 +313,8 @@ def trained(
     cfg: GRPOConfig,
     samples: Sequence[Sample],
     groups: Sequence[Sequence[Episode]],
-    owner: torch.Tensor,
     kept: Sequence[bool],
+    owner: torch.Tensor,
 ) -> list[Sample]:
     """The samples of kept groups; with `drop_truncated`, answers that were cut keep no trained token."""
     episodes = [(e, keep) for group, keep in zip(groups, kept, strict=True) for e in group]
