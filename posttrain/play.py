@@ -21,7 +21,7 @@ from posttrain.config import EnvConfig
 from posttrain.envs.calls import Calls
 from posttrain.envs.env import Env, Turn, World
 from posttrain.rollout.generator import Generator, Request
-from posttrain.types import Completion, Episode, Message, PosttrainError, RolloutError, SamplingParams, Span, Task
+from posttrain.types import Completion, Episode, Message, PosttrainError, SamplingParams, Span, Task
 
 LOOK_UP = 0.2  # seconds between two calls of `check` while worlds are thinking
 LINGER = 0.02  # seconds that a round waits for others once one attempt is ready
@@ -112,8 +112,8 @@ class Player:
                 attempt.failed(f"the environment answered with {type(result).__name__}, expected a Turn.")
             else:
                 attempt.hear(result, self.encode, self.follow)
-        except PosttrainError as error:  # messages that the chat template refuses
-            attempt.failed(str(error))
+        except Exception as error:  # the template, or the tokenizer, refuses what the world said
+            attempt.failed(_why(error))
         if not attempt.over and len(attempt.context) + max_tokens > self.context:
             attempt.over, attempt.stop = True, "length"
 
@@ -213,7 +213,7 @@ class Attempt:
 
 
 def _why(error: Exception) -> str:
-    if isinstance(error, RolloutError):
+    if isinstance(error, PosttrainError):
         return str(error)
     if isinstance(error, TimeoutError):
         return f"the environment was given up: {error}."

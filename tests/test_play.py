@@ -140,9 +140,11 @@ def test_a_world_that_crashes_or_hangs_leaves_only_its_own_attempt_unscored(
                 time.sleep(1.5)
             if self.task.id == "wrong":
                 return "well done"  # type: ignore[return-value]
+            if self.task.id == "unspeakable":
+                return Turn.say("\ud800")
             return super().step(reply)
 
-    names = ["fine", "crash", "hang", "wrong", "fine too"]
+    names = ["fine", "crash", "hang", "wrong", "unspeakable", "fine too"]
     start = time.monotonic()
     groups = collect(Bad, [replace(TASK, id=name) for name in names], 1, timeout=0.4)
     assert time.monotonic() - start < 1.4
@@ -151,8 +153,9 @@ def test_a_world_that_crashes_or_hangs_leaves_only_its_own_attempt_unscored(
     assert "raised KeyError: 'gone'" in (errors["crash"] or "")
     assert "longer than 0.4 seconds" in (errors["hang"] or "")
     assert "answered with str, expected a Turn" in (errors["wrong"] or "")
-    assert [group[0].reward is None for group in groups] == [False, True, True, True, False]
-    for group in groups[1:4]:
+    assert errors["unspeakable"]
+    assert [group[0].reward is None for group in groups] == [False, True, True, True, True, False]
+    for group in groups[1:5]:
         assert not any(sample.loss_mask.any() for sample in to_samples(group[0], 1.0))
 
 
