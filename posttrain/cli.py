@@ -101,7 +101,9 @@ def training_command(algorithm: str) -> None:
     else:
         shown.append(("--data", "data.tasks", "JSONL/Parquet file, data set id, or task."))
     if judged:
-        shown.append(("--reward", "reward.name", "`auto`, a verifier, FILE.py:FUNCTION, or model:FOLDER."))
+        shown.append(
+            ("--reward", "reward.name", "`auto`, a verifier, FILE.py:FUNCTION, model:FOLDER, or judge:FILE.toml.")
+        )
     if presets := config.PRESETS.get(algorithm):
         shown.append(
             ("--preset", "algo.preset", f"Settings of a paper or another implementation: {', '.join(presets)}.")
@@ -177,7 +179,12 @@ def evaluate(
 @click.argument("args", nargs=-1, type=click.UNPROCESSED, metavar="[--section.key value]...")
 @click.option("--tasks", help="Built-in task, file, or data set id.")
 @click.option("--n", "count", default="16", show_default=True, help="Answers per task.")
-@click.option("--scorer", default="auto", show_default=True, help="A verifier, FILE.py:FUNCTION, or model:FOLDER.")
+@click.option(
+    "--scorer",
+    default="auto",
+    show_default=True,
+    help="A verifier, FILE.py:FUNCTION, model:FOLDER, or judge:FILE.toml.",
+)
 @click.option("--split", type=click.Choice(["held-out", "train"]), default="held-out", help="Which tasks.")
 @click.option("--out", help="Write each task's best answer here, as rows for `posttrain sft`.")
 @click.option("--least", type=float, help="Lowest score that --out takes; without it, any.")

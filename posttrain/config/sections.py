@@ -49,7 +49,7 @@ class DataConfig:
 @dataclass(frozen=True)
 class RewardConfig:
     name: str = "auto"
-    """`auto` (the task's own verifier), `exact`, `numeric`, `math`, `format`, `FILE.py:FUNCTION`, or `model:FOLDER`."""
+    """`auto` (each task's own verifier), a verifier, `FILE.py:FUNCTION`, `model:FOLDER`, or `judge:FILE.toml`."""
     ensemble: Literal["mean", "min", "penalised"] = "mean"
     """How the scores of several reward models or heads are joined; `penalised` is their mean minus the next setting."""
     uncertainty_coef: float = 1.0

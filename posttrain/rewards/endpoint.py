@@ -217,12 +217,14 @@ class Endpoint:
             usage = said.get("usage") or {}
             if not isinstance(content, str):
                 raise TypeError
+            content = content.encode("utf-8", "replace").decode()  # JSON can spell what UTF-8 cannot hold
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
             raise _Transient(f"a body that is not a chat completion ({len(text)} characters)") from None
         used = usage.get("total_tokens") if isinstance(usage, dict) else None
+        if not isinstance(used, int) or used < 1:
+            used = (len(body) + len(content.encode())) // BYTES_PER_TOKEN
         with self._lock:
-            counted = isinstance(used, int) and not isinstance(used, bool) and used > 0
-            self.tokens += used if counted else (len(body) + len(content.encode())) // BYTES_PER_TOKEN
+            self.tokens += used
         return self._clean(content)
 
     def _refused(self, why: str) -> RolloutError:
@@ -247,8 +249,8 @@ class Endpoint:
             timer.daemon = True
             timer.start()
             connection.request("POST", f"{self._address.path}/chat/completions", body, headers)
-            response = connection.getresponse()
-            text = response.read(LONGEST_BODY).decode("utf-8", "replace")
+            with connection.getresponse() as response:
+                text = response.read(LONGEST_BODY).decode("utf-8", "replace")
             after = response.getheader("Retry-After", "").strip()
         except (OSError, HTTPException) as error:
             in_time = not late.is_set() and not isinstance(error, TimeoutError)

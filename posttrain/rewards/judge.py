@@ -62,7 +62,7 @@ class JudgeConfig:
     rounds: int = 0  # each answer meets the next `rounds` of its group in a circle; 0: all meet all
     reply_tokens: int = 1024
     seed: int = 0
-    omit: tuple[str, ...] = ()  # of temperature, seed and max_tokens, those that the endpoint refuses
+    omit: tuple[Literal["temperature", "seed", "max_tokens"], ...] = ()  # fields that the endpoint refuses
     request: Mapping[str, Any] = field(default_factory=lambda: {})  # further fields of each request
     cache: str = ""
     limits: Limits = field(default_factory=Limits)
@@ -291,7 +291,7 @@ def _read_outcome(reply: str) -> int:
 
 def _win_rate(cfg: JudgeConfig, meetings: Sequence[Sequence[int | RolloutError]]) -> Found:
     """The verdict on an answer from what was said of it as first and as second answer of each comparison."""
-    parts = dict.fromkeys(("wins", "ties", "losses", "swayed"), 0.0)
+    parts: dict[str, float] = {"wins": 0.0, "ties": 0.0, "losses": 0.0, "swayed": 0.0}
     failed: list[RolloutError] = []
     for sides in meetings:
         errors = [said for said in sides if isinstance(said, RolloutError)]
