@@ -131,6 +131,9 @@ def _checked(sets: task_sets.TaskSets, recipe: Any, chat: ChatFormat, judged: bo
     if len(sets.test) < recipe.eval.problems:
         note = f"{len(sets.test)} held-out tasks exist; eval.problems={recipe.eval.problems} evaluates all of them."
         sets = replace(sets, notes=[*sets.notes, note])
+    if recipe.reward.sandbox == "none":
+        note = 'Model-written code runs WITHOUT ISOLATION, as reward.sandbox = "none" asks.'
+        sets = replace(sets, notes=[*sets.notes, note])
     return replace(sets, test=sets.test[: recipe.eval.problems])
 
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from posttrain import api, config
 from posttrain.rewards import code as code_reward
 from posttrain.rewards.code import code, extract_code, humaneval_task, mbpp_task, program_of
 from posttrain.rewards.verifiers import VERIFIERS
+from posttrain.store.run import Run
 from posttrain.types import Message, Task
+from tests import tiny
 from tests.conftest import shared
 
 
@@ -104,3 +108,31 @@ def test_a_reference_of_mbpp_passes_and_nothing_does_not(number: int) -> None:
     assert code(task, task.answer).detail == "passed"
     assert not code(task, "").passed
     assert not code(task, "\n".join(f"def {name}(*args): return None" for name in task.meta["names"])).passed
+
+
+def test_a_run_is_graded_by_code_and_says_for_ever_that_it_had_no_isolation(tmp_path: Path) -> None:
+    tiny.stopping(tiny.chatty(tmp_path / "model"))
+    row = {"answer": "def solve(a, b): return a + b", "kind": "call", "entry": "solve", "seconds": 20}
+    cases = [{"args": [1, 2], "expected": 3}]
+    rows = [{"prompt": f"Add two numbers, way {i}.", **row, "cases": cases} for i in range(6)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    settings = {
+        "model.path": str(tmp_path / "model"),
+        "data.tasks": str(tmp_path / "rows.jsonl"),
+        "reward.name": "code",
+    }
+    settings |= {
+        "data.holdout": 0.4,
+        "rollout.max_tokens": 8,
+        "algo.prompts": 2,
+        "algo.group_size": 2,
+        "train.steps": 1,
+    }
+    settings |= {"eval.problems": 2, "reward.sandbox": "none", "reward.accept_arbitrary_code": True}
+    recipe = config.resolve("grpo", {}, {**settings, "run.out": str(tmp_path / "run")})
+    result = api.start("grpo", recipe)
+    assert result.summary
+    with Run.read(tmp_path / "run") as run:
+        assert run.header["recipe"]["reward"]["sandbox"] == "none"
+        assert any("WITHOUT ISOLATION" in event.message for event in run.events())
+        assert list(run.curve("unscored")[1]) == [0]  # what a random model writes is a wrong program, not a failure
