@@ -26,6 +26,7 @@ from posttrain.types import ConfigError, Message, RolloutError, Task
 
 PASSES = 1.0
 """The reward from which an episode passes where the environment has no `pass_threshold`."""
+CLEAN_UP = 5.0  # seconds that a rollout which is given up may take to clean up
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Rollout:
         self._asked: queue.Queue[Any] = queue.Queue()  # prompts; at the end the state, or what was raised
         self._env, self._reply = env, asyncio.Queue[str]()
         self._read: list[Message] = []
+        self._task: asyncio.Task[Any] | None = None
         row = json.loads(task.meta["row"])
         self._future = asyncio.run_coroutine_threadsafe(self._run(row, _client(package, self._answer)), _loop())
         self._future.add_done_callback(self._ended)
@@ -73,9 +75,16 @@ class Rollout:
         return Turn((found[-1],), history=tuple(found[:-1]))  # the environment has rewritten what was said
 
     def close(self) -> None:
-        self._future.cancel()
+        """Ends a rollout that is still under way, and lets it clean up."""
+        asyncio.run_coroutine_threadsafe(self._stop(), _loop()).result(CLEAN_UP + 1)
+
+    async def _stop(self) -> None:
+        if self._task is not None and not self._task.done():
+            self._task.cancel()
+            await asyncio.wait([self._task], timeout=CLEAN_UP)
 
     async def _run(self, row: Mapping[str, Any], client: Any) -> Any:
+        self._task = asyncio.current_task()
         state = await self._env.rollout(row, client, "policy", {})
         if state.get("error") is not None:
             raise RolloutError(f"the environment's rollout failed: {state['error']!r}.", boundary="env")
