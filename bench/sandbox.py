@@ -188,7 +188,9 @@ def measured(situation: str, tier: str, options: argparse.Namespace) -> list[Fin
     """The findings of a process of its own in one situation."""
     given = [sys.executable, "-m", "bench.sandbox", "--situation", situation, "--tier", tier]
     given += ["--shared", str(options.shared), "--soak", str(options.soak), "--only", options.only]
-    done = subprocess.run(given, cwd=ROOT, capture_output=True, text=True)
+    # only a process of one thread can enter a user namespace, and numpy starts others when it is imported
+    alone = os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(given, cwd=ROOT, capture_output=True, text=True, env=alone)
     try:
         return [tuple(finding) for finding in json.loads(done.stdout.splitlines()[-1])]
     except (IndexError, ValueError):
