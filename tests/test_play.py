@@ -137,7 +137,7 @@ def test_a_world_that_crashes_or_hangs_leaves_only_its_own_attempt_unscored(
             if self.task.id == "crash":
                 raise KeyError("gone")
             if self.task.id == "hang":
-                time.sleep(1.5)
+                time.sleep(9)
             if self.task.id == "wrong":
                 return "well done"  # type: ignore[return-value]
             if self.task.id == "unspeakable":
@@ -146,12 +146,12 @@ def test_a_world_that_crashes_or_hangs_leaves_only_its_own_attempt_unscored(
 
     names = ["fine", "crash", "hang", "wrong", "unspeakable", "fine too"]
     start = time.monotonic()
-    groups = collect(Bad, [replace(TASK, id=name) for name in names], 1, timeout=0.4)
-    assert time.monotonic() - start < 1.4
+    groups = collect(Bad, [replace(TASK, id=name) for name in names], 1, timeout=2)
+    assert time.monotonic() - start < 8
     errors = {group[0].task_id: group[0].error for group in groups}
     assert errors["fine"] is None and errors["fine too"] is None
     assert "raised KeyError: 'gone'" in (errors["crash"] or "")
-    assert "longer than 0.4 seconds" in (errors["hang"] or "")
+    assert "longer than 2 seconds" in (errors["hang"] or "")
     assert "answered with str, expected a Turn" in (errors["wrong"] or "")
     assert errors["unspeakable"]
     assert [group[0].reward is None for group in groups] == [False, True, True, True, True, False]
@@ -230,7 +230,7 @@ def test_what_a_turn_earned_counts_for_the_turns_before_it_and_is_compared_at_th
 
 
 def test_calls_keep_to_their_limit_and_a_late_one_is_told() -> None:
-    calls: Calls[int] = Calls(2, 0.3)
+    calls: Calls[int] = Calls(2, 1.0)
     running, most, late = 0, 0, []
 
     def work(seconds: float) -> float:
@@ -241,14 +241,16 @@ def test_calls_keep_to_their_limit_and_a_late_one_is_told() -> None:
         running -= 1
         return seconds
 
-    for i, seconds in enumerate([0.02, 0.02, 0.6, 0.02, 0.02]):
+    for i, seconds in enumerate([0.02, 0.02, 2.0, 0.02, 0.02]):
         calls.submit(i, lambda seconds=seconds: work(seconds), lambda i=i: late.append(i))
     found = {}
     while calls.pending:
-        found |= dict(calls.finished(1.0))
+        found |= dict(calls.finished(5.0))
     assert {i for i, value in found.items() if value == 0.02} == {0, 1, 3, 4}
     assert isinstance(found[2], TimeoutError) and late == []
-    time.sleep(0.5)
+    deadline = time.monotonic() + 10
+    while not late and time.monotonic() < deadline:
+        time.sleep(0.02)
     assert late == [2] and most <= 3  # a call that was given up may still be running
 
 
