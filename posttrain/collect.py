@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import Literal
 
 import numpy as np
@@ -87,8 +88,8 @@ class Collector:
     def _play(self, player: Player, tasks: Sequence[Task], seeds: Sequence[tuple[int, ...]]) -> list[list[Episode]]:
         pairs = enumerate(zip(tasks, seeds, strict=True))
         attempts = [Attempt(task, g, i, seed) for g, (task, own) in pairs for i, seed in enumerate(own)]
-        episodes = player.play(self.generator, self.params, attempts, self.check)
-        return [[e for e in episodes if e.group == g] for g in range(len(tasks))]
+        episodes = iter(player.play(self.generator, self.params, attempts, self.check))
+        return [list(islice(episodes, len(own))) for own in seeds]
 
     def _text(self, completion: Completion) -> str:
         return self.decode(completion.tokens[:-1] if completion.stop == "stop" else completion.tokens)

@@ -144,10 +144,14 @@ class Attempt:
         return np.concatenate([span.tokens for span in self.spans[self.cuts[-1] if self.cuts else 0 :]])
 
     @property
+    def turns(self) -> int:
+        """Replies so far."""
+        return sum(span.by == "model" for span in self.spans)
+
+    @property
     def turn_seed(self) -> int:
         """The seed of the next reply; the first has the attempt's own, as in single-turn tasks."""
-        turn = sum(span.by == "model" for span in self.spans)
-        return rng.key(self.seed, "turn", turn) if turn else self.seed
+        return rng.key(self.seed, "turn", self.turns) if self.turns else self.seed
 
     def begin(self, messages: Sequence[Message], tokens: np.ndarray) -> None:
         self.history, self.spans = list(messages), [Span("prompt", tokens)]
@@ -158,8 +162,7 @@ class Attempt:
         self.history.append(Message("assistant", text))
         self.text += text
         self.stop = completion.stop
-        turns = sum(span.by == "model" for span in self.spans)
-        self.ends = completion.stop == "length" or turns >= max_turns
+        self.ends = completion.stop == "length" or self.turns >= max_turns
         return self.ends
 
     def hear(

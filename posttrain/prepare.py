@@ -103,18 +103,18 @@ def _verifier(recipe: Any, reward: Callable[..., Any] | None) -> Verifier:
         device = machine.device(recipe.train.device)
         return load_reward_model(name, recipe.reward, device, task_sets.verifier_for)
 
-    if reward is None and any(leaf.name == "code" for leaf in combine.leaves(combine.parse(recipe.reward.name))):
+    if reward is None and any(leaf.name == "code" for leaf in combine.leaves_of(recipe.reward.name)):
         code.use(recipe.reward.sandbox, recipe.reward.accept_arbitrary_code)
     return reward_from(reward or recipe.reward.name, task_sets.verifier_for, load)
 
 
 def _gold_decides(recipe: Any) -> bool:
-    return any(leaf.name in GOLD_DECIDES for leaf in combine.leaves(combine.parse(recipe.reward.name)))
+    return any(leaf.name in GOLD_DECIDES for leaf in combine.leaves_of(recipe.reward.name))
 
 
 def check_gold(tasks: Sequence[Task], name: str) -> None:
     """Raises DataError where a verifier that a reward is put together from cannot judge a task."""
-    for leaf in combine.leaves(combine.parse(name)):
+    for leaf in combine.leaves_of(name):
         if leaf.name in ("auto", *VERIFIERS):
             given = "where given" if leaf.name in GOLD_MAY_BE_GIVEN else "never"
             gold = "always" if leaf.name in GOLD_DECIDES else given
@@ -160,7 +160,7 @@ def world_tasks(
 
 def reward_hash(name: str) -> str:
     """What a reward's own files hold, so that a changed one is noticed when a run is resumed; empty for verifiers."""
-    return "".join(_file_hash(leaf.name) for leaf in combine.leaves(combine.parse(name)))
+    return "".join(_file_hash(leaf.name) for leaf in combine.leaves_of(name))
 
 
 def _file_hash(name: str) -> str:
@@ -169,8 +169,12 @@ def _file_hash(name: str) -> str:
     if name.startswith(judge.PREFIX):
         return "+" + judge.read_judge(name).identity
     if ".py:" in name:
-        return "+" + hashlib.sha256(Path(name.rpartition(":")[0]).read_bytes()).hexdigest()
+        return _content(name.rpartition(":")[0])
     return ""
+
+
+def _content(file: str) -> str:
+    return "+" + hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 def env_hash(name: str) -> str:
@@ -178,7 +182,7 @@ def env_hash(name: str) -> str:
     adapter = name.partition(":")[0] + ":"
     spec = name.removeprefix(adapter) if adapter in ENVS else name
     file = spec if spec.endswith(".toml") else spec.rpartition(":")[0]
-    return "+" + hashlib.sha256(Path(file).read_bytes()).hexdigest() if file.endswith((".py", ".toml")) else ""
+    return _content(file) if file.endswith((".py", ".toml")) else ""
 
 
 def make_generator(policy: Policy, rollout: RolloutConfig) -> Generator:

@@ -5,6 +5,7 @@ chose, `resolve` turns TOML and overrides into a recipe. `docs/config.md` is mad
 library is imported, so the command line answers before torch is loaded.
 """
 
+from posttrain.config.files import read_settings
 from posttrain.config.grpo import GRPOConfig, GRPORecipe
 from posttrain.config.presets import PRESETS
 from posttrain.config.recipes import RECIPES
@@ -42,6 +43,7 @@ __all__ = [
     "field_docs",
     "locate",
     "nearest",
+    "read_settings",
     "read_toml",
     "resolve",
 ]

@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import random
 import re
-import tomllib
-import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
-from posttrain import cache
-from posttrain.config import coerce, nearest
+from posttrain.config import read_settings
 from posttrain.data.answers import final_part
 from posttrain.envs.env import Env, Turn
 from posttrain.rewards.endpoint import Endpoint, Limits, Replies, address, key_from
@@ -136,11 +133,10 @@ class UserConfig:
 
 def load_user(path: str) -> Env:
     """The dialogue environment whose user is the model that a TOML file names. Raises ConfigError for the file."""
-    cfg = _read(Path(path))
+    cfg = read_settings(UserConfig, Path(path), "user", "dialogue:FILE.toml")
     limits = Limits(timeout=cfg.timeout, retries=cfg.retries, max_requests=cfg.max_requests)
     params = {"temperature": 0, "seed": cfg.seed, "max_tokens": cfg.reply_tokens}
-    replies = Replies(Path(cfg.cache) if cfg.cache else cache.folder("judge") / "replies.db")
-    endpoint = Endpoint(cfg.endpoint, cfg.model, params, limits, replies, key_from(cfg.key))
+    endpoint = Endpoint(cfg.endpoint, cfg.model, params, limits, Replies.at(cfg.cache), key_from(cfg.key))
     return Simulated(endpoint, cfg.manner)
 
 
@@ -169,18 +165,3 @@ class Simulated:
     def tasks(count: int, seed: int) -> list[Task]:
         """The tasks of the user who is a program."""
         return Dialogue.tasks(count, seed)
-
-
-def _read(path: Path) -> UserConfig:
-    hints, known = typing.get_type_hints(UserConfig), [f.name for f in fields(UserConfig)]
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-        if wrong := [name for name in values if name not in known]:
-            raise ConfigError(f"unknown setting {wrong[0]!r}{nearest(wrong[0], known)}")
-        return UserConfig(**{name: coerce(value, hints[name], name) for name, value in values.items()})
-    except OSError as error:
-        raise ConfigError(f"user file {path} cannot be read: {error.strerror}. Write dialogue:FILE.toml.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"user file {path} is not valid TOML: {error}.") from None
-    except ConfigError as error:
-        raise ConfigError(f"user file {path}: {error}") from None

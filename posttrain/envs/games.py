@@ -32,7 +32,7 @@ class Number:
         self.secret, self.guesses = int(task.answer), 0
 
     def step(self, reply: str) -> Turn:
-        match = re.fullmatch(r"\s*(\d{1,3})\s*", reply.rpartition("</think>")[2])
+        match = re.fullmatch(r"\s*(\d{1,3})\s*", final_part(reply))
         guess = int(match[1]) if match else 0
         if not 1 <= guess <= HIGHEST:
             return Turn(done=True, parts={"found": 0.0, "in_range": 0.0})

@@ -29,15 +29,19 @@ def bound(name: str, *arguments: Any) -> Callable[[], Any]:
 
     Tensors go as their addresses, ints as int64, floats as float; a ctypes object with the value it has at the call.
     """
-    made = library()
-    assert made is not None, "posttrain.kernels was used where library() is None"
-    call = partial(getattr(made.functions, name), *[_argument(a) for a in arguments])
+    call = partial(_function(name), *[_argument(a) for a in arguments])
     call.tensors = arguments  # type: ignore[attr-defined]  # they live as long as their addresses are used
     return call
 
 
 def _call(name: str, *arguments: Any) -> None:
-    bound(name, *arguments)()
+    _function(name)(*[_argument(a) for a in arguments])
+
+
+def _function(name: str) -> Callable[..., Any]:
+    made = library()
+    assert made is not None, "posttrain.kernels was used where library() is None"
+    return getattr(made.functions, name)
 
 
 def address(tensor: torch.Tensor | None) -> ctypes.c_void_p:

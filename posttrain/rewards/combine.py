@@ -76,6 +76,11 @@ def leaves(tree: Node) -> list[Leaf]:
     return list({leaf.key: leaf for node in inner for leaf in leaves(node)}.values())
 
 
+def leaves_of(text: str) -> list[Leaf]:
+    """The rewards that a reward's text names. Raises ConfigError as `parse` does."""
+    return leaves(parse(text))
+
+
 def labels(tree: Node) -> dict[Any, str]:
     """Each leaf's key → its short name in a verdict's parts: the function of a file, `model` of a folder."""
     found: dict[Any, str] = {}

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import SplitResult, urlsplit
 
+from posttrain import cache
 from posttrain.overlap import Threads
 from posttrain.types import ConfigError, RolloutError
 
@@ -86,6 +87,11 @@ class Replies:
                 database.execute("CREATE TABLE IF NOT EXISTS replies(key TEXT PRIMARY KEY, reply TEXT) WITHOUT ROWID")
         except (OSError, sqlite3.Error) as error:
             raise ConfigError(f"the judge's cache {path} cannot be used: {error}. Set `cache` anew.") from None
+
+    @staticmethod
+    def at(path: str) -> Replies:
+        """Those in the file of a settings file's `cache`; empty is where all are kept that name none."""
+        return Replies(Path(path) if path else cache.folder("judge") / "replies.db")
 
     def get(self, key: str) -> str | None:
         """The reply kept under a key."""

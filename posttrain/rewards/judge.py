@@ -10,16 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import tomllib
-import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from posttrain import cache
-from posttrain.config import coerce, nearest
+from posttrain.config import read_settings
 from posttrain.data.answers import final_part
 from posttrain.rewards.endpoint import Endpoint, Limits, Question, Replies, Unreadable, address, key_from
 from posttrain.types import ConfigError, RolloutError, Task, Verdict
@@ -338,47 +335,9 @@ def load_judge(spec: str) -> Judge:
     cfg = read_judge(spec)
     fixed = {"temperature": 0, "seed": cfg.seed, "max_tokens": cfg.reply_tokens}
     params = {**cfg.request, **{name: value for name, value in fixed.items() if name not in cfg.omit}}
-    replies = Replies(Path(cfg.cache) if cfg.cache else cache.folder("judge") / "replies.db")
-    return Judge(cfg, Endpoint(cfg.endpoint, cfg.model, params, cfg.limits, replies, key_from(cfg.key)))
+    return Judge(cfg, Endpoint(cfg.endpoint, cfg.model, params, cfg.limits, Replies.at(cfg.cache), key_from(cfg.key)))
 
 
 def read_judge(spec: str) -> JudgeConfig:
     """The settings in the file that `judge:FILE.toml` names. Raises ConfigError naming the file and the setting."""
-    path = Path(spec.removeprefix(PREFIX))
-    try:
-        return _settings(JudgeConfig, tomllib.loads(path.read_text(encoding="utf-8")), "")
-    except OSError as error:
-        raise ConfigError(f"judge file {path} cannot be read: {error.strerror}. Write judge:FILE.toml.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"judge file {path} is not valid TOML: {error}.") from None
-    except ConfigError as error:
-        raise ConfigError(f"judge file {path}: {error}") from None
-
-
-def _settings(cls: Any, values: Any, where: str) -> Any:
-    """A dataclass from a table of a judge's file."""
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{where}={values!r} is {type(values).__name__}, expected a table of settings.")
-    hints, known = typing.get_type_hints(cls), [f.name for f in fields(cls)]
-    built: dict[str, Any] = {}
-    for name, value in values.items():
-        at = f"{where}.{name}" if where else name
-        if name not in known:
-            raise ConfigError(f"unknown setting {at!r}{nearest(name, known)}")
-        built[name] = _setting(hints[name], value, at)
-    return cls(**built)
-
-
-def _setting(hint: Any, value: Any, at: str) -> Any:
-    if is_dataclass(hint):
-        return _settings(hint, value, at)
-    kind = typing.get_origin(hint)
-    if kind is tuple:
-        if not isinstance(value, list):
-            raise ConfigError(f"{at}={value!r} is {type(value).__name__}, expected a list.")
-        return tuple(_setting(typing.get_args(hint)[0], one, at) for one in value)
-    if kind is Mapping:
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{at}={value!r} is {type(value).__name__}, expected a table.")
-        return value
-    return coerce(value, hint, at)
+    return read_settings(JudgeConfig, Path(spec.removeprefix(PREFIX)), "judge", "judge:FILE.toml")

@@ -39,7 +39,7 @@ class Prompt:
 
 
 class _Shape(ctypes.Structure):
-    """`Shape` of kernels.c."""
+    """`Shape` of attention.c."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in "heads kv_heads width room blocks threads scratch".split()),

@@ -1,0 +1,59 @@
+"""Settings files beside a recipe, as of a judge: a TOML file read into a dataclass, each fault named."""
+
+from __future__ import annotations
+
+import tomllib
+import typing
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from posttrain.config.resolve import coerce, nearest
+from posttrain.types import ConfigError
+
+T = TypeVar("T")
+
+
+def read_settings(cls: type[T], path: Path, what: str, usage: str) -> T:
+    """A `cls` from a TOML file; its fields may be dataclasses, tuples and mappings.
+
+    Raises ConfigError that begins with `what` (as in "judge") and the file; one that cannot be read tells the `usage`.
+    """
+    try:
+        return _settings(cls, tomllib.loads(path.read_text(encoding="utf-8")), "")
+    except OSError as error:
+        raise ConfigError(f"{what} file {path} cannot be read: {error.strerror}. Write {usage}.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{what} file {path} is not valid TOML: {error}.") from None
+    except ConfigError as error:
+        raise ConfigError(f"{what} file {path}: {error}") from None
+
+
+def _settings(cls: Any, values: Any, where: str) -> Any:
+    """A dataclass from a table; unknown names are refused."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where}={values!r} is {type(values).__name__}, expected a table of settings.")
+    hints, known = typing.get_type_hints(cls), [f.name for f in fields(cls)]
+    built: dict[str, Any] = {}
+    for name, value in values.items():
+        at = f"{where}.{name}" if where else name
+        if name not in known:
+            raise ConfigError(f"unknown setting {at!r}{nearest(name, known)}")
+        built[name] = _setting(hints[name], value, at)
+    return cls(**built)
+
+
+def _setting(hint: Any, value: Any, at: str) -> Any:
+    if is_dataclass(hint):
+        return _settings(hint, value, at)
+    kind = typing.get_origin(hint)
+    if kind is tuple:
+        if not isinstance(value, list):
+            raise ConfigError(f"{at}={value!r} is {type(value).__name__}, expected a list.")
+        return tuple(_setting(typing.get_args(hint)[0], one, at) for one in value)
+    if kind is Mapping:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{at}={value!r} is {type(value).__name__}, expected a table.")
+        return value
+    return coerce(value, hint, at)
