@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -19,7 +20,18 @@ from posttrain.play import Attempt, Player
 from posttrain.rewards.functions import score_all, score_safely
 from posttrain.rollout.generator import Generator, Request, attempt_seed
 from posttrain.store.run import EpisodeRow
-from posttrain.types import Completion, Episode, RolloutError, Sample, SamplingParams, Span, Stat, Task, Verdict
+from posttrain.types import (
+    Completion,
+    Episode,
+    RolloutError,
+    Sample,
+    SamplingParams,
+    Span,
+    Stat,
+    Task,
+    Verdict,
+    add_stats,
+)
 
 Verifier = Callable[[Task, str], Verdict]
 Judged = tuple[str, Verdict | None, str | None]  # an answer's text, and its verdict or why there is none
@@ -185,7 +197,7 @@ def episode_stats(groups: Sequence[Sequence[Episode]], flat: int) -> dict[str, S
     episodes = [e for group in groups for e in group]
     scored = [e for e in episodes if e.reward is not None]
     count = len(scored)
-    return {
+    stats = {
         "reward": Stat(sum(e.reward for e in scored if e.reward is not None), count),
         "accuracy": Stat(sum(e.passed for e in scored), count),
         "think_share": Stat(sum("<think>" in e.text for e in episodes), len(episodes)),
@@ -193,9 +205,26 @@ def episode_stats(groups: Sequence[Sequence[Episode]], flat: int) -> dict[str, S
         "truncated": Stat(sum(e.stop == "length" for e in episodes), len(episodes)),
         "flat_groups": Stat(flat, len(groups)),
         "unscored": Stat(len(episodes) - count, 1, "sum"),
-    } | (
-        {"turns": Stat(sum(e.turns for e in episodes), len(episodes))} if any(e.turn_rewards for e in episodes) else {}
+    }
+    if any(e.turn_rewards for e in episodes):
+        stats["turns"] = Stat(sum(e.turns for e in episodes), len(episodes))
+    return stats | {f"part/{name}": stat for name, stat in part_stats(episodes).items()}
+
+
+def part_stats(episodes: Sequence[Episode]) -> dict[str, Stat]:
+    """For each part of a verdict its mean over the scored episodes that have it as a finite number."""
+    return add_stats(
+        [
+            {name: Stat(float(v)) for name, v in e.parts.items() if _is_finite(v)}
+            for e in episodes
+            if e.reward is not None
+        ]
     )
+
+
+def _is_finite(value: object) -> bool:
+    """A world of the user's own may have put anything among its parts."""
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def episode_rows(

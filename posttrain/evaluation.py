@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from posttrain import rng
-from posttrain.collect import Collector, episode_rows
+from posttrain.collect import Collector, episode_rows, part_stats
 from posttrain.store.run import EpisodeRow
 from posttrain.types import Episode, Task
 
@@ -47,6 +47,7 @@ class Report:
     samples: int
     pass_at: dict[int, Estimate]
     maj_at: dict[int, Estimate]
+    parts: dict[str, float] = field(default_factory=lambda: {})  # means of the verdicts' parts
 
     def metrics(self) -> dict[str, float]:
         """Flat numbers for the store, named `eval/…`."""
@@ -62,7 +63,7 @@ class Report:
         }
         for name, table in (("pass", self.pass_at), ("maj", self.maj_at)):
             out |= {f"eval/{name}_at_{k}": estimate.value for k, estimate in table.items()}
-        return out
+        return out | {f"eval/part/{name}": mean for name, mean in self.parts.items()}
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -164,4 +165,5 @@ def summarise(groups: Sequence[Sequence[Episode]], samples: int, final_answer: C
         samples=samples,
         pass_at={k: bootstrap([pass_at_k(samples, sum(p), k) for _, p in answers]) for k in sizes},
         maj_at={k: bootstrap([float(majority(a[:k], p[:k])) for a, p in answers]) for k in sizes},
+        parts={name: stat.value for name, stat in part_stats(episodes).items()},
     )

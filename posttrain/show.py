@@ -307,6 +307,8 @@ def report(out: Console, model: str, found: Report, groups: Sequence[Sequence[Ep
     table.add_row("share that think", f"{found.think_share:.0%}", "")
     table.add_row("mean length (tokens)", f"{found.length:.1f}", "")
     table.add_row("cut by max_tokens", f"{found.truncated:.1%}", "")
+    for name, mean in found.parts.items():
+        table.add_row(Text(f"part {printable(name)}"), f"{mean:.3g}", "")
     if found.unscored:
         table.add_row("not scored", str(found.unscored), "")
     out.print(table)

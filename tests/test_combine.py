@@ -216,12 +216,17 @@ def test_every_part_s_own_gold_answer_is_checked_before_step_0() -> None:
             check_gold([bad], name)
 
 
-def test_a_run_keeps_the_parts_of_every_episode(tmp_path: Path) -> None:
+def test_a_run_keeps_the_parts_of_every_episode_and_their_means(tmp_path: Path) -> None:
     small: dict[str, Any] = {"prompts": 2, "group_size": 2, "rollout__max_tokens": 16, "problems": 2}
     result = pt.grpo("abacus", "sums", "auto + 0.2*format", tmp_path / "run", steps=1, **small)
     with Run.read(result.folder) as run:
         episodes = run.episodes("train")
+        step, held_out = run.at(1), run.episodes("eval", 1)
     assert len(episodes) == 4
+    for kind, rows in (("", episodes), ("eval/", held_out)):
+        for name in ("auto", "format", "format/tags", "auto/correct"):
+            mean = sum(row.parts[name] for row in rows) / len(rows)
+            assert step[f"{kind}part/{name}"] == pytest.approx(mean), "the part is a metric of the step"
     for episode in episodes:
         parts = dict(episode.parts)
         assert {"auto", "format", "format/tags", "auto/correct"} <= parts.keys()

@@ -8,7 +8,7 @@ import re
 import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
-from functools import cache
+from functools import cache, reduce
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -183,7 +183,10 @@ def spread(completion: str) -> float:
 
 @pytest.fixture(scope="module")
 def written(model: Path, tmp_path_factory: pytest.TempPathFactory) -> set[str]:
-    """Every metric and timing name that runs and evaluations write; K is a number of answers, SOURCE one of data."""
+    """Every metric and timing name that runs and evaluations write.
+
+    K is a number of answers, SOURCE one of data, NAME one part of a reward.
+    """
     root = tmp_path_factory.mktemp("runs")
     tiny = {"rollout__max_tokens": 8, "slots": 32, "prompts": 2, "group_size": 4, "minibatches": 2, "kl_coef": 0.01}
     result = pt.grpo(str(model), "addition", spread, root / "grpo", steps=1, problems=2, samples=2, is_cap=2.0, **tiny)
@@ -225,7 +228,8 @@ def written(model: Path, tmp_path_factory: pytest.TempPathFactory) -> set[str]:
             names |= {name for _, name, _ in run.metrics() + run.timings()}
     one = Estimate(0.5, 0.0, 1.0, 1)
     names |= Report(one, 0.0, 0.0, 1.0, 0.0, 0, 1, 64, {64: one}, {64: one}).metrics().keys()
-    return {re.sub(r"/(addition|sums)$", "/SOURCE", re.sub(r"_at_\d+$", "_at_K", name)) for name in names}
+    families = (r"_at_\d+$", "_at_K"), (r"/(addition|sums)$", "/SOURCE"), (r"\bpart/.+$", "part/NAME")
+    return {reduce(lambda name, family: re.sub(*family, name), families, name) for name in names}
 
 
 def test_every_metric_and_timing_is_documented_and_none_that_is_not_written(written: set[str]) -> None:

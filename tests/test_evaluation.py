@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from posttrain.collect import episode_stats
 from posttrain.evaluation import Estimate, bootstrap, majority, pass_at_k, summarise, wilson
 from posttrain.types import Episode, Span, StopReason
 
@@ -124,6 +127,21 @@ def test_a_summary_by_hand() -> None:
     assert report.pass_at[2].value == 0.5 and report.pass_at.keys() == {2}
     assert report.maj_at[2].value == 0.5  # the first group is a tie, which goes to its first answer, a right one
     assert report.metrics()["eval/pass_at_2"] == 0.5 and report.metrics()["eval/accuracy"] == 0.25
+
+
+def test_each_part_s_mean_is_over_the_scored_answers_that_have_it() -> None:
+    parts: list[dict[str, Any]] = [{"a": 1.0, "b": 3}, {"a": 0.0, "b": math.nan, "c": "not a number"}, {"d": True}]
+    scored = [replace(episode("x", 1.0), parts=own) for own in parts]
+    unscored = replace(episode("x", None), parts={"a": 9.0})
+    report = summarise([[*scored, unscored]], 4, lambda text: text)
+    assert report.parts == {"a": 0.5, "b": 3.0, "d": 1.0}
+    assert {n: v for n, v in report.metrics().items() if "part" in n} == {
+        "eval/part/a": 0.5, "eval/part/b": 3.0, "eval/part/d": 1.0
+    }  # fmt: skip
+    seen = episode_stats([[*scored, unscored]], 0)
+    assert {n: (s.total, s.count) for n, s in seen.items() if "part" in n} == {
+        "part/a": (1, 2), "part/b": (3, 1), "part/d": (1, 1)
+    }  # fmt: skip
 
 
 def test_with_one_answer_a_task_the_interval_is_wilsons() -> None:
