@@ -24,7 +24,7 @@ from posttrain.evaluation import Estimate, Report
 from posttrain.rewards.verifiers import VERIFIERS
 from posttrain.show import CHANGES, FIELDS
 from posttrain.store.run import Run
-from posttrain.types import PosttrainError
+from posttrain.types import PosttrainError, Verdict
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -176,9 +176,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def spread(completion: str) -> float:
-    """A reward that differs between the answers of a random model."""
-    return float(sum(map(ord, completion)) % 7)
+def spread(completion: str) -> Verdict:
+    """A reward that differs between the answers of a random model, and has a part."""
+    score = float(sum(map(ord, completion)) % 7)
+    return Verdict(score, score >= 1, parts={"odd": score % 2})
 
 
 @pytest.fixture(scope="module")
