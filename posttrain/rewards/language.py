@@ -99,6 +99,13 @@ def language(task: Task, text: str) -> Verdict:
             f"one of {', '.join(sorted(LANGUAGES))}.",
             boundary="reward",
         )
+    share = share_in(wanted, text)
+    passed = share is not None and share >= number(task, "least", 0.9, "language")
+    return Verdict(share or 0.0, passed, f"{share or 0:.0%} {wanted}")
+
+
+def share_in(wanted: str, text: str) -> float | None:
+    """The share of a text's letters that are in a language, as `language` counts them; None where there are none."""
     right = letters = 0
     for sentence in _SENTENCE.findall(_NOT_PROSE.sub(" ", text)):
         scripts = _scripts(sentence)
@@ -106,8 +113,7 @@ def language(task: Task, text: str) -> Verdict:
         letters += count
         if count and (wanted == "ja" or detect(sentence) in (wanted, None)):
             right += sum(n for script, n in scripts.items() if wanted in _languages_of(script))
-    share = right / letters if letters else 0.0
-    return Verdict(share, letters > 0 and share >= number(task, "least", 0.9, "language"), f"{share:.0%} {wanted}")
+    return right / letters if letters else None
 
 
 def detect(text: str) -> str | None:

@@ -20,13 +20,18 @@ def cosine(share: float, short: float, long: float) -> float:
     return long + 0.5 * (short - long) * (1 + math.cos(math.pi * min(1.0, max(0.0, share))))
 
 
+def n_grams(text: str, n: int) -> list[tuple[str, ...]]:
+    """All runs of n words and signs of a text, whatever their case; none where it has fewer."""
+    words = _TOKEN.findall(text.casefold())
+    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+
+
 def repeated_share(text: str, n: int) -> float:
     """Of the text's n-grams of words and signs, the share that stood in it before; 0 with fewer than n words.
 
     `1 − distinct / all`, the n-gram repetition penalty of arXiv 2502.03373 as one number for the whole text.
     """
-    words = _TOKEN.findall(text.casefold())
-    grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+    grams = n_grams(text, n)
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
