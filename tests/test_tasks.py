@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,41 @@ def test_a_built_in_task_with_too_few_problems_gives_all_and_says_so() -> None:
     sets = load_tasks(DataConfig(tasks="spell", count=4096), seed=0)
     assert len(sets.train) > 50
     assert sets.notes == [f"spell has only {len(sets.train)} training problems, 4096 were asked for."]
+
+
+def test_a_mixture_of_built_in_tasks_deals_by_weight_and_each_part_keeps_its_own_checker() -> None:
+    sets = load_tasks(DataConfig(tasks="arithmetic*2 + instructions + safety", count=400), seed=1)
+    assert Counter(task.env for task in sets.train) == {"arithmetic": 200, "instructions": 100, "safety": 100}
+    assert sets == load_tasks(DataConfig(tasks="arithmetic*2 + instructions + safety", count=400), seed=1)
+    assert not sets.notes and not asked(sets.train) & asked(sets.test)
+    for part in (sets.train, sets.test):
+        assert Counter(task.env for task in part[:8]) == {"arithmetic": 4, "instructions": 2, "safety": 2}
+    validate(sets.train + sets.test, auto)
+    alone = load_tasks(DataConfig(tasks="arithmetic", count=200), seed=1).train
+    assert [task for task in sets.train if task.env == "arithmetic"] == alone
+
+
+@given(st.integers(0, 60), st.lists(st.sampled_from([1, 2, 3, 0.5]), min_size=2, max_size=2))
+def test_every_beginning_of_a_mixture_holds_each_part_to_within_one_task(count: int, weights: list[float]) -> None:
+    spec = f"sums*{weights[0]} + products*{weights[1]}"
+    train = load_tasks(DataConfig(tasks=spec, eval_tasks="refuse", count=max(1, count)), 0).train
+    for end in range(len(train) + 1):
+        assert abs(sum(t.env == "sums" for t in train[:end]) - end * weights[0] / sum(weights)) < 1
+
+
+def test_a_part_of_a_mixture_that_runs_out_gives_all_it_has_and_the_others_go_on() -> None:
+    sets = load_tasks(DataConfig(tasks="sums + addition", count=400), seed=0)
+    assert Counter(task.env for task in sets.train) == {"sums": 200, "addition": 80}
+    assert sets.notes == ["addition has only 80 training problems, 200 were asked for."]
+
+
+def test_a_mixture_with_a_part_that_is_not_built_in_names_the_part_and_the_nearest_one() -> None:
+    with pytest.raises(
+        ConfigError, match=r"mixes built-in tasks with 'safty'. Did you mean 'safety'\? Files are mixed"
+    ):
+        load_tasks(DataConfig(tasks="sums*2 + safty"), 0)
+    with pytest.raises(ConfigError, match="weight of sums is 0"):
+        load_tasks(DataConfig(tasks="sums*0 + safety"), 0)
 
 
 def test_addition_is_all_hundred_pairs_split_eighty_to_twenty() -> None:

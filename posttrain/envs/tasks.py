@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from posttrain.config import DataConfig, nearest
+from posttrain.data.mixing import Mixture, parse_mixture
 from posttrain.data.sources import (
     Row,
     data_hash,
@@ -66,9 +67,7 @@ def load_tasks(cfg: DataConfig, seed: int, given: Sequence[Task] | None = None, 
         train = [_framed(task, cfg) for task in given]
         _require_distinct_ids(train)
     elif is_generated(cfg.tasks):
-        train = [_framed(task, cfg) for task in _built_in(cfg.tasks, cfg.count, seed, "train")]
-        if len(train) < cfg.count:
-            notes.append(f"{cfg.tasks} has only {len(train)} training problems, {cfg.count} were asked for.")
+        train = [_framed(task, cfg) for task in _generated(cfg.tasks, cfg.count, seed, "train", notes)]
     else:
         train = _from_source(cfg.tasks, cfg, needs_answer, notes)
     if not train:
@@ -76,7 +75,7 @@ def load_tasks(cfg: DataConfig, seed: int, given: Sequence[Task] | None = None, 
     if copies := duplicates(train):
         notes.append(f"{copies} training tasks repeat the question of another; they are kept.")
     if is_generated(cfg.eval_tasks) or (not cfg.eval_tasks and given is None and is_generated(cfg.tasks)):
-        test = [_framed(task, cfg) for task in _built_in(cfg.eval_tasks or cfg.tasks, HELD_OUT, 0, "test")]
+        test = [_framed(task, cfg) for task in _generated(cfg.eval_tasks or cfg.tasks, HELD_OUT, 0, "test", [])]
     elif cfg.eval_tasks:
         test = _from_source(cfg.eval_tasks, cfg, needs_answer, notes)
     else:
@@ -89,8 +88,16 @@ def load_tasks(cfg: DataConfig, seed: int, given: Sequence[Task] | None = None, 
 
 
 def is_generated(name: str) -> bool:
-    """Whether `data.tasks` names problems that a program makes, so that there are as many as one asks for."""
-    return name in BUILT_IN or name.startswith(reasoning_gym.PREFIX)
+    """Whether `data.tasks` names problems that a program makes, so that there are as many as one asks for.
+
+    Several are a mixture, `arithmetic*2 + instructions + safety`. Raises ConfigError where only some parts of one are.
+    """
+    parts = [part for part, _ in _parts(name)]
+    others = [part for part in parts if part not in BUILT_IN and not part.startswith(reasoning_gym.PREFIX)]
+    if others and len(others) < len(parts):
+        near = nearest(others[0], [*BUILT_IN])
+        raise ConfigError(f"{name!r} mixes built-in tasks with {others[0]!r}{near} Files are mixed by sft alone.")
+    return not others
 
 
 def held_out(tasks: Sequence[Task], cfg: DataConfig, seed: int) -> TaskSets:
@@ -228,6 +235,28 @@ def _from_source(source: str, cfg: DataConfig, needs_answer: bool, notes: list[s
     if bfcl.is_bfcl(rows[0]):
         return usable(rows, bfcl.reader(source, cfg.system, cfg.instruction), cfg, notes)
     return usable(rows, lambda row: row_to_task(row, env, cfg.system, cfg.instruction, needs_answer), cfg, notes)
+
+
+def _parts(name: str) -> list[tuple[str, float]]:
+    """The tasks that a mixture names, with their weights; anything else is one part of its own."""
+    return parse_mixture(name) if " + " in name or "*" in name else [(name, 1.0)]
+
+
+def _generated(name: str, count: int, seed: int, split: Split, notes: list[str]) -> list[Task]:
+    """Problems of one built-in task, or `count` by the weights of a mixture, in turns that are the same every time.
+
+    A part that has fewer gives what it has, which is noted, and the others go on without it.
+    """
+    parts = _parts(name)
+    mixture = Mixture([1] * len(parts), [weight for _, weight in parts], 0)
+    found: list[list[Task]] = []
+    for (part, _), share in zip(parts, mixture.drawn(count), strict=True):
+        found.append(_built_in(part, share, seed, split))
+        if len(found[-1]) < share:
+            notes.append(f"{part} has only {len(found[-1])} training problems, {share} were asked for.")
+    left = [iter(tasks) for tasks in found]
+    turns = (next(left[source], None) for source, _ in mixture.draw(0, count))
+    return [task for task in turns if task is not None]
 
 
 def _built_in(name: str, count: int, seed: int, split: Split) -> list[Task]:
