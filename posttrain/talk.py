@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from posttrain import api, machine
+from posttrain.arguments import sections_of
 from posttrain.models.load import Policy
 from posttrain.prepare import speak
 from posttrain.rollout.engine import EmbeddedGenerator
@@ -22,6 +24,18 @@ def text_of(policy: Policy, completion: Completion) -> str:
     return policy.tokenizer.decode(tokens, skip_special_tokens=True)
 
 
+def say_where_it_was_trained(model: str) -> None:
+    """Tells on stderr that a run, or the model of one, was trained in a world, where that is so: none is played here."""
+    folder = Path(model)
+    run = folder.parent if folder.name == "model" else folder
+    if world := sections_of(str(run)).get("env", {}).get("name"):
+        print(
+            f"note: {run} was trained in the world {world!r}, which is not played here: what you read is answered to "
+            f"your words alone. `posttrain eval {run}` plays and scores whole episodes.",
+            file=sys.stderr,
+        )
+
+
 def sample(
     model: str,
     prompt: str,
@@ -34,6 +48,7 @@ def sample(
     seed: int,
 ) -> list[dict[str, Any]]:
     """`count` answers: text, stop reason, tokens and log-probabilities."""
+    say_where_it_was_trained(model)
     params = SamplingParams(temperature, top_p, top_k, max_tokens)
     policy = api.open_policy(model, device=machine.device("auto"))
     tokens = speak(policy, "plain" if plain else "chat").prompt_tokens((Message("user", prompt),))
@@ -52,6 +67,7 @@ def sample(
 
 def chat(model: str, temperature: float, max_tokens: int, system: str) -> None:
     """Reads lines and streams replies until an empty line or end of input."""
+    say_where_it_was_trained(model)
     policy = api.open_policy(model, device=machine.device("auto"))
     form = speak(policy, "chat")
     engine = EmbeddedGenerator(policy, slots=1)
