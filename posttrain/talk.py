@@ -25,7 +25,7 @@ def text_of(policy: Policy, completion: Completion) -> str:
 
 
 def say_where_it_was_trained(model: str) -> None:
-    """Tells on stderr that a run, or the model of one, was trained in a world, where that is so: none is played here."""
+    """Tells on stderr where a run, or the model of one, was trained in a world: none is played here."""
     folder = Path(model)
     run = folder.parent if folder.name == "model" else folder
     if world := sections_of(str(run)).get("env", {}).get("name"):
