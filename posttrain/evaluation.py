@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -91,10 +92,15 @@ def bootstrap(values: Sequence[float], seed: int = 0) -> Estimate:
         return Estimate(math.nan, 0.0, 1.0, 0)
     if (data == 0).all() or (data == 1).all():
         return wilson(int(data.sum()), len(data))
-    picks = (rng.uniforms(rng.key("bootstrap", seed), RESAMPLES * len(data)) * len(data)).astype(int)
-    means = data[picks.reshape(RESAMPLES, len(data))].mean(1)
+    means = data[_resamples(len(data), seed)].mean(1)
     low, high = np.quantile(means, [0.025, 0.975])
     return Estimate(float(data.mean()), float(low), float(high), len(data))
+
+
+@lru_cache(maxsize=4)
+def _resamples(count: int, seed: int) -> np.ndarray:
+    """(RESAMPLES, count) indices; kept, because one report asks for the same ones many times."""
+    return (rng.uniforms(rng.key("bootstrap", seed), RESAMPLES * count) * count).astype(int).reshape(RESAMPLES, count)
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:

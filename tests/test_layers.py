@@ -23,7 +23,7 @@ LAYERS: dict[str, float] = {
     "collect": 5, "curriculum": 5, "search": 5, "evaluation": 5, "prepare": 5, "pairs": 5, "stepwise": 5,
     "calibration": 5, "probes": 5, "gather": 5.5,
     "algos": 6,
-    "pipelines": 7, "speed": 6.5, "estimate": 6.75, "api": 7,
+    "pipelines": 7.5, "speed": 6.5, "estimate": 6.75, "api": 7,
     "cli": 8, "arguments": 8, "show": 8, "doctor": 8, "talk": 8, "demo": 8, "lab": 8,
     "evidence": 5, "exploits": 5, "diagnose": 8,
 }  # fmt: skip
