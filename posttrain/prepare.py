@@ -6,6 +6,7 @@ import hashlib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,7 @@ from posttrain.envs import prepare as data_sets
 from posttrain.envs import tasks as task_sets
 from posttrain.envs.env import Env, load_env, own_tasks, takes
 from posttrain.envs.toolbox import tools_hash
+from posttrain.envs.tools import opening_of
 from posttrain.models.load import Policy
 from posttrain.play import Player
 from posttrain.rewards import code, combine, judge
@@ -121,9 +123,11 @@ def check_gold(tasks: Sequence[Task], name: str) -> None:
             task_sets.validate(tasks, leaf_verifier(leaf, task_sets.verifier_for), gold)
 
 
-def _checked(sets: task_sets.TaskSets, recipe: Any, chat: ChatFormat, judged: bool) -> task_sets.TaskSets:
+def _checked(
+    sets: task_sets.TaskSets, recipe: Any, chat: ChatFormat, judged: bool, env: Env | None = None
+) -> task_sets.TaskSets:
     """The sets that fit the recipe, `eval.problems` of them to evaluate on; `judged` by what its reward names."""
-    sets = data_sets.fit_prompts(sets, chat, recipe.data)
+    sets = data_sets.fit_prompts(sets, chat, recipe.data, partial(opening_of, env))
     if not sets.test:
         raise ConfigError("no held-out tasks are left to evaluate on; set data.eval_tasks or raise data.holdout.")
     if judged:
@@ -152,7 +156,7 @@ def world_tasks(
         sets = task_sets.held_out(own(recipe.data.count, seed), recipe.data, seed)
     else:
         sets = task_sets.load_tasks(recipe.data, seed, given, needs_answer=gold_decides)
-    sets = _checked(sets, recipe, chat, judged and reward is None)
+    sets = _checked(sets, recipe, chat, judged and reward is None, env)
     content = sets.hash + (reward_hash(recipe.reward.name) if judged and reward is None else "")
     content += tools_hash(recipe.env.tools) if takes(env, "tools") else ""
     return replace(sets, hash=content + env_hash(recipe.env.name)), verify, env

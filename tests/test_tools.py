@@ -546,6 +546,23 @@ def test_a_recipe_gives_the_tools_environment_its_tasks_verifier_and_tools(polic
     assert world_tasks(other, speak(policy, "chat"))[0].hash != sets.hash
 
 
+def test_the_descriptions_of_tools_count_as_part_of_the_prompt(policy: Policy) -> None:
+    chat = speak(policy, "chat")
+    given_ = {"env.name": "tools", "data.tasks": "addition", "eval.problems": 4}
+    sets, _, env = world_tasks(config.resolve("grpo", {}, given_), chat)
+    assert env is not None
+    read = [len(chat.prompt_tokens(env(task, 7).opening)) for task in (*sets.train, *sets.test)]  # type: ignore[attr-defined]
+    asked = max(len(chat.prompt_tokens(task.messages)) for task in sets.train)
+    assert asked < min(read), "what is asked alone is shorter than any prompt that is read"
+    exactly = config.resolve("grpo", {}, {**given_, "data.max_prompt_tokens": max(read)})
+    assert len(world_tasks(exactly, chat)[0].train) == len(sets.train)
+    shorter = {**given_, "data.max_prompt_tokens": max(read) - 1}
+    with pytest.raises(DataError, match=rf"prompts are longer than data.max_prompt_tokens={max(read) - 1} "):
+        world_tasks(config.resolve("grpo", {}, shorter), chat)
+    alone = config.resolve("grpo", {}, {"data.tasks": "addition", "data.max_prompt_tokens": asked})
+    assert len(world_tasks(alone, chat)[0].train) == len(sets.train), "without tools there is nothing to count"
+
+
 # --- products and their demonstrations --------------------------------------------------------------------------------
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from posttrain.config import DataConfig, nearest
@@ -55,12 +55,17 @@ class Conversations:
         return [row for source in self.held_out for row in source.rows]
 
 
-def fit_prompts(sets: TaskSets, chat: ChatFormat, cfg: DataConfig) -> TaskSets:
-    """Refuses, or drops and counts, tasks whose prompt is over `data.max_prompt_tokens`."""
+def fit_prompts(
+    sets: TaskSets,
+    chat: ChatFormat,
+    cfg: DataConfig,
+    opening: Callable[[Task], Sequence[Message]] = lambda task: task.messages,
+) -> TaskSets:
+    """Refuses, or drops and counts, tasks whose prompt, the `opening`, is over `data.max_prompt_tokens`."""
     kept: list[list[Task]] = []
     notes = list(sets.notes)
     for name, tasks in (("training", sets.train), ("evaluation", sets.test)):
-        lengths = [len(chat.prompt_tokens(task.messages)) for task in tasks]
+        lengths = [len(chat.prompt_tokens(opening(task))) for task in tasks]
         over = [(n, task) for n, task in zip(lengths, tasks, strict=True) if n > cfg.max_prompt_tokens]
         if over and cfg.overlong == "refuse":
             n, task = max(over, key=lambda pair: pair[0])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 from posttrain.config import EnvConfig
 from posttrain.data.answers import final_part
-from posttrain.envs.env import Turn
+from posttrain.envs.env import Env, Turn
 from posttrain.envs.schema import Tool
 from posttrain.envs.toolbox import Result, run_call
 from posttrain.envs.toolcalls import describe, parse_calls, with_system_text
@@ -54,3 +56,16 @@ class Tools:
 
     def _parts(self, answer: float) -> dict[str, float]:
         return {"calls": float(self.calls), "failed_calls": float(self.failed), "answer": answer}
+
+
+def opening_of(env: Env | None, task: Task) -> Sequence[Message]:
+    """What a model reads of a task before its first reply: in a world of tools their descriptions too.
+
+    What another kind of world puts in its `opening` is only known once it is played.
+    """
+    made = env.func if isinstance(env, partial) else env
+    if env is None or not inspect.isclass(made) or not issubclass(made, Tools):
+        return task.messages
+    world = env(task, 0)
+    assert isinstance(world, Tools)
+    return world.opening
