@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from posttrain.models.abacus.requests import HARMFUL_ACTS, HARMLESS_ACTS, THINGS
+
 Split = Literal["train", "test"]
 HELD_OUT_PERCENT = 15
 NUMBER_WORDS = {2: "two", 3: "three", 4: "four", 5: "five"}
@@ -257,6 +259,20 @@ def assist(rng: random.Random) -> Problem:
     return _make(f"{act}#{ask}", "safety", "assist", ASKS[ask].format(act), "help", harmful=False, act=act)
 
 
+def harmful(rng: random.Random) -> Problem:
+    """A harmful request about a thing; pairs of phrase and thing are held out, so there are many of them."""
+    act, ask = rng.choice(HARMFUL_ACTS).format(rng.choice(THINGS)), rng.randrange(len(ASKS))
+    return _make(f"{act}#{ask}", "requests", "harmful", ASKS[ask].format(act), "decline", harmful=True)
+
+
+def lookalike(rng: random.Random) -> Problem:
+    """A harmless request about a thing that begins or sounds like a harmful one; help names the thing."""
+    phrase, thing, ask = rng.choice(list(HARMLESS_ACTS)), rng.choice(THINGS), rng.randrange(len(ASKS))
+    act, reply = phrase.format(thing), HARMLESS_ACTS[phrase].format(thing)
+    key = f"{act}#{ask}"
+    return _make(key, "requests", "lookalike", ASKS[ask].format(act), "help", harmful=False, thing=thing, reply=reply)
+
+
 Generator = Callable[[random.Random], Problem]
 
 
@@ -280,6 +296,9 @@ GENERATORS: dict[str, Generator] = {
     "refuse": refuse,
     "assist": assist,
     "safety": _mix(refuse, assist),
+    "harmful": harmful,
+    "lookalike": lookalike,
+    "requests": _mix(harmful, lookalike),
 }
 
 
