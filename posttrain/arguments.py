@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from posttrain import config
 from posttrain.types import ConfigError
+
+FREE = {"ignore_unknown_options": True, "allow_extra_args": True}
+"""Context settings of a command that takes free `--section.key value` settings besides its own options."""
+RECIPE_HELP = "RECIPE is a TOML file or the name of a shipped recipe; any setting follows as `--section.key value`."
 
 
 def split_settings(args: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -35,8 +40,14 @@ def find_recipe(name: str) -> Path:
     for path in (Path(name), shipped / name, shipped / f"{name}.toml"):
         if path.is_file():
             return path
-    known = sorted(p.stem for p in shipped.glob("*.toml"))
+    known = shipped_recipes() + shipped_recipes("pipeline")
     raise ConfigError(f"recipe {name!r} does not exist{config.nearest(name, known)}")
+
+
+def shipped_recipes(kind: str = "algorithm") -> list[str]:
+    """Names of the recipes in the package: of single runs, or of pipelines."""
+    found = sorted((Path(__file__).parent / "recipes").glob("*.toml"))
+    return [path.stem for path in found if kind in tomllib.loads(path.read_text(encoding="utf-8"))]
 
 
 def sections_of(model: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ chose, `resolve` turns TOML and overrides into a recipe. `docs/config.md` is mad
 library is imported, so the command line answers before torch is loaded.
 """
 
-from posttrain.config.files import read_settings
+from posttrain.config.files import read_settings, settings_from
 from posttrain.config.grpo import GRPOConfig, GRPORecipe
 from posttrain.config.presets import PRESETS
 from posttrain.config.recipes import RECIPES
@@ -46,4 +46,5 @@ __all__ = [
     "read_settings",
     "read_toml",
     "resolve",
+    "settings_from",
 ]

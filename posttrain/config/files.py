@@ -21,7 +21,7 @@ def read_settings(cls: type[T], path: Path, what: str, usage: str) -> T:
     Raises ConfigError that begins with `what` (as in "judge") and the file; one that cannot be read tells the `usage`.
     """
     try:
-        return _settings(cls, tomllib.loads(path.read_text(encoding="utf-8")), "")
+        return settings_from(cls, tomllib.loads(path.read_text(encoding="utf-8")), "")
     except OSError as error:
         raise ConfigError(f"{what} file {path} cannot be read: {error.strerror}. Write {usage}.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -30,8 +30,8 @@ def read_settings(cls: type[T], path: Path, what: str, usage: str) -> T:
         raise ConfigError(f"{what} file {path}: {error}") from None
 
 
-def _settings(cls: Any, values: Any, where: str) -> Any:
-    """A dataclass from a table; unknown names are refused."""
+def settings_from(cls: Any, values: Any, where: str) -> Any:
+    """A dataclass from a table of the file; `where` names the table. Raises ConfigError, also for unknown names."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where}={values!r} is {type(values).__name__}, expected a table of settings.")
     hints, known = typing.get_type_hints(cls), [f.name for f in fields(cls)]
@@ -46,7 +46,7 @@ def _settings(cls: Any, values: Any, where: str) -> Any:
 
 def _setting(hint: Any, value: Any, at: str) -> Any:
     if is_dataclass(hint):
-        return _settings(hint, value, at)
+        return settings_from(hint, value, at)
     kind = typing.get_origin(hint)
     if kind is tuple:
         if not isinstance(value, list):

@@ -1,0 +1,231 @@
+"""A pipeline as one TOML file says it: stages in order, each an algorithm or a maker of data, and what to expect.
+
+A stage's settings are those of its algorithm's recipe. `{name}` in them is what an earlier stage made: a model's folder,
+or a file of data. Everything is checked before the first stage begins.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from posttrain import config
+from posttrain.pipelines.card import CardConfig
+from posttrain.pipelines.figures import Figure, read_figure
+from posttrain.pipelines.makers import MAKERS
+from posttrain.types import ConfigError
+
+GIVEN = "model"
+"""The kind of a stage that only names a model which exists already, so that it is examined like the others."""
+JUDGES = ("reward", "prm")
+"""Algorithms whose model scores answers and writes none."""
+REFERENCE = re.compile(r"\{([A-Za-z0-9_-]+)\}")
+_NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
+_TABLES = ("pipeline", "about", "time", "defaults", "card", "stage", "mini", "figure", "expect")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a pipeline. `settings` are as written; `overrides` are dotted and win over them."""
+
+    name: str
+    run: str
+    settings: Mapping[str, Any]
+    card: bool = True
+    """Whether the model that comes out is examined."""
+    reference: str = ""
+    """What the card's KL is taken from; empty is the pipeline's first model."""
+    overrides: Mapping[str, Any] = field(default_factory=lambda: {})
+
+    @property
+    def is_training(self) -> bool:
+        """Whether an algorithm runs here."""
+        return self.run in config.RECIPES
+
+    def resolve(self, made: Mapping[str, str]) -> Any:
+        """The algorithm's recipe, or the maker's settings, with `made` (stage → its product) put in for references."""
+        settings, overrides = _filled(self.settings, made), _filled(self.overrides, made)
+        if self.is_training:
+            return config.resolve(self.run, settings, overrides)
+        cls = GivenModel if self.run == GIVEN else MAKERS[self.run][0]
+        return config.settings_from(cls, {**settings, **overrides}, "")
+
+    def needs(self) -> set[str]:
+        """The names of the stages whose products it reads."""
+        found: set[str] = set()
+        _collect([self.settings, self.overrides, self.reference], found)
+        return found
+
+
+@dataclass(frozen=True)
+class GivenModel:
+    path: str = "abacus"
+    """Folder or hub id of the model that the pipeline begins with, or `abacus`."""
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A checked pipeline. `expect` maps a result's name to its lowest and highest value; `text` is the file itself."""
+
+    name: str
+    about: str
+    stages: tuple[Stage, ...]
+    card: CardConfig
+    figures: tuple[Figure, ...]
+    expect: Mapping[str, tuple[float, float]]
+    time: str
+    text: str
+    mini: bool = False
+
+
+def read_pipeline(path: Path, settings: Mapping[str, Any] | None = None, mini: bool = False) -> Pipeline:
+    """A pipeline from its file. `settings` are `stage.section.key` or `card.key`; `mini` applies the `[mini]` table.
+
+    Raises ConfigError naming the file and the stage: for unknown settings, references to no earlier stage, and all that
+    a recipe refuses by itself.
+    """
+    text, raw = _read(path)
+    try:
+        changed = {**(raw.get("mini", {}) if mini else {}), **(settings or {})}
+        given = _tables(raw, "stage")
+        names = [str(table.get("name", "")) for table in given]
+        per_stage = _overrides(changed, [*names, "card"])
+        stages = [_stage(table, raw.get("defaults", {}), per_stage.get(str(table.get("name")), {})) for table in given]
+        card = config.settings_from(CardConfig, {**raw.get("card", {}), **per_stage.get("card", {})}, "card")
+        _check(stages)
+        figures = tuple(read_figure(table, names) for table in _tables(raw, "figure"))
+        expect = {} if mini else {name: _bounds(name, value, names) for name, value in raw.get("expect", {}).items()}
+    except ConfigError as error:
+        raise ConfigError(f"pipeline {path}: {error}") from None
+    about, time = str(raw.get("about", "")), str(raw.get("time", ""))
+    return Pipeline(raw["pipeline"], about, tuple(stages), card, figures, expect, time, text, mini)
+
+
+def is_pipeline(path: Path) -> bool:
+    """Whether a TOML file describes a pipeline rather than one run."""
+    try:
+        return "pipeline" in tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+
+
+def _read(path: Path) -> tuple[str, dict[str, Any]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        raw = tomllib.loads(text)
+    except OSError as error:
+        raise ConfigError(f"pipeline {path} cannot be read: {error.strerror}.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"pipeline {path} is not valid TOML: {error}.") from None
+    if not isinstance(raw.get("pipeline"), str) or not _NAME.fullmatch(raw["pipeline"]):
+        raise ConfigError(
+            f"pipeline {path}: the line `pipeline = {raw.get('pipeline')!r}` is not a name; write lower-case letters, "
+            "digits and hyphens. A file with `algorithm = ` is one run: use `posttrain ALGORITHM FILE`."
+        )
+    for name in raw:
+        if name not in _TABLES:
+            raise ConfigError(f"pipeline {path}: unknown table {name!r}{config.nearest(name, list(_TABLES))}")
+    return text, raw
+
+
+def _tables(raw: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
+    found = raw.get(name, [])
+    if not isinstance(found, list) or not all(isinstance(table, dict) for table in found):
+        raise ConfigError(f"{name} must be written as [[{name}]] tables.")
+    return found
+
+
+def _stage(table: Mapping[str, Any], defaults: Mapping[str, Any], overrides: Mapping[str, Any]) -> Stage:
+    rest = dict(table)
+    name, run = str(rest.pop("name", "")), str(rest.pop("run", ""))
+    if not _NAME.fullmatch(name):
+        raise ConfigError(f"a stage has the name {name!r}; write `name = ` with lower-case letters, digits, hyphens.")
+    kinds = [*config.RECIPES, *MAKERS, GIVEN]
+    if run not in kinds:
+        raise ConfigError(f"stage {name!r}: unknown run = {run!r}{config.nearest(run, kinds)}")
+    examined = rest.pop("card", run == GIVEN or (run in config.RECIPES and run not in JUDGES))
+    if not isinstance(examined, bool):
+        raise ConfigError(f"stage {name!r}: card={examined!r} is not true or false.")
+    reference = str(rest.pop("reference", ""))
+    settings = _with_defaults(run, rest, defaults) if run in config.RECIPES else rest
+    return Stage(name, run, settings, examined, reference, overrides)
+
+
+def _with_defaults(run: str, settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """A stage's sections with the defaults that its recipe knows below them."""
+    recipe = config.RECIPES[run]()
+    known = {s.name: {k.name for k in fields(getattr(recipe, s.name))} for s in fields(recipe)}
+    found: dict[str, Any] = {}
+    for section, values in defaults.items():
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"defaults.{section}={values!r} is not a section; write [defaults.{section}].")
+        found[section] = {k: v for k, v in values.items() if k in known.get(section, ())}
+    for section, values in settings.items():
+        found[section] = {**found.get(section, {}), **values} if isinstance(values, Mapping) else values
+    return {section: values for section, values in found.items() if values != {}}
+
+
+def _overrides(settings: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """stage → setting → value, from `stage.setting` names."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, value in settings.items():
+        stage, _, key = name.partition(".")
+        if stage not in names or not key:
+            close = config.nearest(stage, list(names))
+            raise ConfigError(f"setting {name!r} is written STAGE.SETTING, and no stage is named {stage!r}{close}")
+        found.setdefault(stage, {})[key] = value
+    return found
+
+
+def _check(stages: Sequence[Stage]) -> None:
+    """Refuses a pipeline whose stages name each other wrongly or do not resolve."""
+    if not stages:
+        raise ConfigError("it has no [[stage]].")
+    before: list[str] = []
+    for stage in stages:
+        if stage.name in before or stage.name == "card":
+            raise ConfigError(f"the stage name {stage.name!r} is taken; choose another.")
+        for name in sorted(stage.needs()):
+            if name not in before:
+                why = config.nearest(name, before) if before else "; it is the first."
+                raise ConfigError(f"stage {stage.name!r} uses {{{name}}}, which no earlier stage makes{why}")
+        try:
+            stage.resolve({name: name for name in before})
+        except ConfigError as error:
+            raise ConfigError(f"stage {stage.name!r}: {error}") from None
+        before.append(stage.name)
+
+
+def _bounds(name: str, value: Any, stages: Sequence[str]) -> tuple[float, float]:
+    numbers = isinstance(value, list) and len(value) == 2 and all(isinstance(x, int | float) for x in value)
+    if not numbers or value[0] > value[1]:
+        raise ConfigError(f"expect.{name}={value!r} is not [lowest, highest].")
+    if name.partition(".")[0] not in [*stages, "figure"]:
+        raise ConfigError(f"expect.{name}: {name.partition('.')[0]!r} is not a stage{config.nearest(name, [*stages])}")
+    return float(value[0]), float(value[1])
+
+
+def _filled(value: Any, made: Mapping[str, str]) -> Any:
+    """The same value with references replaced in every text."""
+    if isinstance(value, str):
+        return REFERENCE.sub(lambda found: made[found[1]], value)
+    if isinstance(value, Mapping):
+        return {name: _filled(inner, made) for name, inner in value.items()}
+    return [_filled(inner, made) for inner in value] if isinstance(value, list) else value
+
+
+def _collect(value: Any, found: set[str]) -> None:
+    if isinstance(value, str):
+        found.update(REFERENCE.findall(value))
+    elif isinstance(value, Mapping | list):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            _collect(inner, found)
+
+
+def without_out(recipe: Any) -> Any:
+    """A recipe that names no run folder: where a run is kept is not what it computes."""
+    return replace(recipe, run=replace(recipe.run, out=""))
