@@ -24,7 +24,7 @@ from posttrain.envs import ENVS
 from posttrain.envs import prepare as data_sets
 from posttrain.envs import tasks as task_sets
 from posttrain.envs.env import Env, load_env, own_tasks, takes
-from posttrain.envs.toolbox import tools_hash
+from posttrain.envs.toolbox import runs_python, tools_hash
 from posttrain.envs.tools import opening_of
 from posttrain.models.load import Policy
 from posttrain.play import Player
@@ -105,8 +105,6 @@ def _verifier(recipe: Any, reward: Callable[..., Any] | None) -> Verifier:
         device = machine.device(recipe.train.device)
         return load_reward_model(name, recipe.reward, device, task_sets.verifier_for)
 
-    if reward is None and any(leaf.name == "code" for leaf in combine.leaves_of(recipe.reward.name)):
-        code.use(recipe.reward.sandbox, recipe.reward.accept_arbitrary_code)
     return reward_from(reward or recipe.reward.name, task_sets.verifier_for, load)
 
 
@@ -130,15 +128,27 @@ def _checked(
     sets = data_sets.fit_prompts(sets, chat, recipe.data, partial(opening_of, env))
     if not sets.test:
         raise ConfigError("no held-out tasks are left to evaluate on; set data.eval_tasks or raise data.holdout.")
+    executed = _executes(recipe, sets, judged, env)
+    if executed:
+        code.use(recipe.reward.sandbox, recipe.reward.accept_arbitrary_code)
     if judged:
         check_gold(sets.train + sets.test, recipe.reward.name)
     if len(sets.test) < recipe.eval.problems:
         note = f"{len(sets.test)} held-out tasks exist; eval.problems={recipe.eval.problems} evaluates all of them."
         sets = replace(sets, notes=[*sets.notes, note])
-    if recipe.reward.sandbox == "none":
+    if executed and recipe.reward.sandbox == "none":
         note = 'Model-written code runs WITHOUT ISOLATION, as reward.sandbox = "none" asks.'
         sets = replace(sets, notes=[*sets.notes, note])
     return replace(sets, test=sets.test[: recipe.eval.problems])
+
+
+def _executes(recipe: Any, sets: task_sets.TaskSets, judged: bool, env: Env | None) -> bool:
+    """Whether code that the model writes is executed: by the reward `code`, or by the tool `python`."""
+    if env is not None and takes(env, "tools") and runs_python(recipe.env.tools):
+        return True
+    names = [leaf.name for leaf in combine.leaves_of(recipe.reward.name)] if judged else []
+    tasks = sets.train + sets.test if "auto" in names else []
+    return "code" in names or any(task_sets.verifier_for(task) is code.code for task in tasks)
 
 
 def world_tasks(
@@ -148,7 +158,8 @@ def world_tasks(
     if not recipe.env.name:
         return *judged_tasks(recipe, chat, given, reward), None
     verify = _verifier(recipe, reward)
-    env = load_env(recipe.env.name, ENVS, verify, recipe.env)
+    sandbox = partial(code.use, recipe.reward.sandbox, recipe.reward.accept_arbitrary_code)
+    env = load_env(recipe.env.name, ENVS, verify, recipe.env, sandbox)
     judged, tasks, seed = takes(env, "verify"), recipe.data.tasks, recipe.run.seed
     gold_decides = judged and reward is None and _gold_decides(recipe)
     own = own_tasks(env)

@@ -546,6 +546,54 @@ def test_a_recipe_gives_the_tools_environment_its_tasks_verifier_and_tools(polic
     assert world_tasks(other, speak(policy, "chat"))[0].hash != sets.hash
 
 
+SEES_WHAT = "import os\nprint(os.path.exists('/etc/passwd'), os.access('/etc/passwd', os.R_OK))"
+
+
+@pytest.mark.parametrize(
+    ("choice", "sees"),
+    [("namespaces", "False False\n"), ("landlock", "True True\n"), ("none", "True True\n")],
+)
+def test_the_python_tool_has_the_isolation_that_the_reward_code_has(policy: Policy, choice: str, sees: str) -> None:
+    """A program sees no file of the host in a namespace; Landlock hides only what is in it."""
+    given_ = {"env.name": "tools", "env.tools": "python", "data.tasks": "addition", "eval.problems": 4}
+    given_ |= {"reward.sandbox": choice, "reward.accept_arbitrary_code": choice == "none"}
+    try:
+        _, _, env = world_tasks(config.resolve("grpo", {}, given_), speak(policy, "chat"))
+    except ConfigError as refused:
+        pytest.skip(str(refused))
+    assert env is not None
+    tools = env.keywords["tools"]  # type: ignore[attr-defined]
+    assert run_call(Call("python", {"code": SEES_WHAT}), tools).text == sees
+    read = run_call(Call("python", {"code": "print(open('/etc/passwd').read())"}), tools)
+    assert read.ok is (choice == "none")
+
+
+def test_the_python_tool_is_not_to_be_had_without_isolation_unless_that_is_accepted(policy: Policy) -> None:
+    given_ = {"env.name": "tools", "env.tools": "python", "data.tasks": "addition", "reward.sandbox": "none"}
+    with pytest.raises(ConfigError, match="set reward.accept_arbitrary_code = true as well"):
+        world_tasks(config.resolve("grpo", {}, given_), speak(policy, "chat"))
+
+
+@pytest.mark.parametrize(
+    ("more", "warned"),
+    [
+        ({}, False),
+        ({"env.name": "tools"}, False),
+        ({"env.name": "tools", "env.tools": "calculator, python"}, True),
+        ({"env.name": "number", "env.tools": "python"}, False),
+        ({"env.name": "number", "reward.name": "code"}, False),
+        ({"env.name": "tools", "reward.name": "exact & format"}, False),
+    ],
+)
+def test_that_there_is_no_isolation_is_said_where_model_written_code_is_executed(
+    policy: Policy, more: dict[str, Any], warned: bool
+) -> None:
+    given_ = {"data.tasks": "addition", "data.count": 20, "eval.problems": 2}
+    given_ |= {"reward.sandbox": "none", "reward.accept_arbitrary_code": True}
+    sets, _, _ = world_tasks(config.resolve("grpo", {}, {**given_, **more}), speak(policy, "chat"))
+    assert any("WITHOUT ISOLATION" in note for note in sets.notes) is warned
+
+
 def test_the_descriptions_of_tools_count_as_part_of_the_prompt(policy: Policy) -> None:
     chat = speak(policy, "chat")
     given_ = {"env.name": "tools", "data.tasks": "addition", "eval.problems": 4}

@@ -26,6 +26,7 @@ from typing import Any, Protocol
 from posttrain.config import EnvConfig, nearest
 from posttrain.envs.toolbox import load_tools
 from posttrain.rewards.functions import load_function
+from posttrain.rewards.sandbox.pool import Sandbox
 from posttrain.rewards.verifiers import Verifier
 from posttrain.types import ConfigError, Message, Role, RolloutError, Task
 
@@ -85,12 +86,14 @@ def load_env(
     known: Mapping[str, Callable[..., Any]],
     verify: Verifier | None = None,
     settings: EnvConfig | None = None,
+    sandbox: Callable[[], Sandbox] = Sandbox,
 ) -> Env:
     """The environment a recipe names: one of `known`, or `FILE.py:NAME` of a class or function.
 
     A name in `known` that ends in a colon is an adapter: called with what follows, it gives the environment.
     One that has a parameter `verify` gets the recipe's verifier, `settings` its section env, and `tools` the tools that
-    `env.tools` names. Raises ConfigError for an unknown name, and for one that cannot be called with a task and a seed.
+    `env.tools` names, of which `python` runs programs in the `sandbox`. Raises ConfigError for an unknown name, and for
+    one that cannot be called with a task and a seed.
     """
     settings = settings or EnvConfig()
     if spec in known:
@@ -106,7 +109,7 @@ def load_env(
         offered: dict[str, Callable[[], Any]] = {
             "verify": lambda: verify,
             "settings": lambda: settings,
-            "tools": lambda: load_tools(settings.tools),
+            "tools": lambda: load_tools(settings.tools, sandbox),
         }
         more = {name: get() for name, get in offered.items() if name in parameters}
         inspect.signature(made).bind(None, 0, **more)

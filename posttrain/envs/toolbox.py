@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 from posttrain.config import nearest
@@ -22,23 +21,9 @@ from posttrain.types import ConfigError, RolloutError
 MOST_CHARACTERS = 2000
 """Longest result that a model is shown; of a longer one it reads the beginning and how long it is."""
 MOST_PASSAGES = 10
-SEARCH = "search:"
-
-
-def python(code: str) -> str:
-    """Runs a Python program and shows what it prints.
-
-    Args:
-        code: the whole program, which has five seconds; print what you want to see
-    """
-    printed, error = run_python(_sandbox(), code)
-    if error:
-        raise ToolError(f"{error}\nPrinted before: {printed}" if printed else error)
-    return printed or "Nothing was printed."
-
-
-TOOLS: dict[str, Callable[..., str]] = {"calculator": calculator, "python": python}
-"""Name in `env.tools` → function. `search:PATH` and `FILE.py:FUNCTION` are tools too."""
+PYTHON, SEARCH = "python", "search:"
+NAMES = ("calculator", PYTHON)
+"""Names in `env.tools`. `search:PATH` and `FILE.py:FUNCTION` are tools too."""
 
 
 @dataclass(frozen=True)
@@ -49,16 +34,20 @@ class Result:
     ok: bool
 
 
-def load_tools(names: str) -> dict[str, Tool]:
-    """The tools that `env.tools` names, by the name a model calls them. Raises ConfigError for one that is unknown."""
+def load_tools(names: str, sandbox: Callable[[], Sandbox] = Sandbox) -> dict[str, Tool]:
+    """The tools that `env.tools` names, by the name a model calls them. `python` runs programs in the `sandbox`.
+
+    Raises ConfigError for a tool that is unknown, and where `python` is named and the sandbox is not to be had: a
+    machine without isolation is told before the first episode.
+    """
     tools: dict[str, Tool] = {}
     for name in _split(names):
-        tool = _load(name)
+        tool = _load(name, sandbox)
         if tool.name in tools:
             raise ConfigError(f"env.tools={names!r} has two tools called {tool.name}. Rename one.")
         tools[tool.name] = tool
     if not tools:
-        raise ConfigError(f"env.tools={names!r} names no tool. Give at least one of {', '.join(TOOLS)}.")
+        raise ConfigError(f"env.tools={names!r} names no tool. Give at least one of {', '.join(NAMES)}.")
     return tools
 
 
@@ -113,22 +102,38 @@ def search_in(path: Path) -> Tool:
     return tool_from(search)
 
 
-@cache
-def _sandbox() -> Sandbox:
-    """The sandbox of this process. Raises ConfigError where there is no isolation; a tool never does without."""
-    return Sandbox()
+def python_in(sandbox: Sandbox) -> Tool:
+    """A tool that runs programs in a sandbox."""
+
+    def python(code: str) -> str:
+        """Runs a Python program and shows what it prints.
+
+        Args:
+            code: the whole program, which has five seconds; print what you want to see
+        """
+        printed, error = run_python(sandbox, code)
+        if error:
+            raise ToolError(f"{error}\nPrinted before: {printed}" if printed else error)
+        return printed or "Nothing was printed."
+
+    return tool_from(python)
 
 
-def _load(name: str) -> Tool:
-    if name == "python":
-        _sandbox()  # a machine without isolation is told before the first episode
-    if name in TOOLS:
-        return tool_from(TOOLS[name])
+def runs_python(names: str) -> bool:
+    """Whether `env.tools` offers a model to run programs of its own."""
+    return PYTHON in _split(names)
+
+
+def _load(name: str, sandbox: Callable[[], Sandbox]) -> Tool:
+    if name == PYTHON:
+        return python_in(sandbox())
+    if name == "calculator":
+        return tool_from(calculator)
     if name.startswith(SEARCH):
         return search_in(Path(name.removeprefix(SEARCH)))
     if ".py" in name:
         return tool_from(load_function(name, "tool"))
-    raise ConfigError(f"unknown tool {name!r}{nearest(name, [*TOOLS, SEARCH + 'PATH'])} Or give FILE.py:FUNCTION.")
+    raise ConfigError(f"unknown tool {name!r}{nearest(name, [*NAMES, SEARCH + 'PATH'])} Or give FILE.py:FUNCTION.")
 
 
 def _split(names: str) -> Sequence[str]:
