@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 
 from posttrain import api, config
+from posttrain.config import DataConfig
+from posttrain.envs.tasks import load_tasks
+from posttrain.prepare import check_gold
 from posttrain.rewards import code as code_reward
 from posttrain.rewards.code import code, extract_code, humaneval_task, mbpp_task, program_of
 from posttrain.rewards.verifiers import VERIFIERS
@@ -108,6 +111,16 @@ def test_a_reference_of_mbpp_passes_and_nothing_does_not(number: int) -> None:
     assert code(task, task.answer).detail == "passed"
     assert not code(task, "").passed
     assert not code(task, "\n".join(f"def {name}(*args): return None" for name in task.meta["names"])).passed
+
+
+def test_a_reference_with_marks_of_worked_solutions_in_it_is_read_from_a_file_and_passes(tmp_path: Path) -> None:
+    answer = "#### helpers\nBOX = '\\\\boxed{7}'\n#### the function\ndef solve(a, b): return a + b\n"
+    row = {"prompt": "Add.", "answer": answer, **SUM.meta}
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({**row, "prompt": f"Add {i}."}) + "\n" for i in range(4)))
+    sets = load_tasks(DataConfig(tasks=str(tmp_path / "rows.jsonl"), holdout=0.5), seed=0)
+    tasks = sets.train + sets.test
+    assert [task.answer for task in tasks] == [answer] * 4
+    check_gold(tasks, "code + 0.1*format")
 
 
 def test_a_run_is_graded_by_code_and_says_for_ever_that_it_had_no_isolation(tmp_path: Path) -> None:

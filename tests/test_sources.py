@@ -252,6 +252,19 @@ def test_columns_become_a_task(values: dict[str, Any], prompt: str, answer: Any,
     )
 
 
+@pytest.mark.parametrize("tests", [{"cases": [{"args": [], "expected": 1}]}, {"tests": "assert f() == 1"}])
+@pytest.mark.parametrize(
+    "answer", ["    return 1\n", "#### set up\nx = 1\n#### done\n", 'print(r"\\boxed{x}")', "a #### b"]
+)
+def test_a_program_stays_as_it_is_written(tests: dict[str, Any], answer: str) -> None:
+    task = row_to_task(at({"prompt": "p", "solution": answer, **tests}), "e")
+    assert (task.answer, task.meta) == (answer, tests)
+
+
+def test_columns_of_tests_that_are_empty_do_not_make_an_answer_a_program() -> None:
+    assert row_to_task(at({"question": "q", "answer": "so #### 1", "cases": None}), "e").answer == "1"
+
+
 def test_system_and_instruction_frame_the_question() -> None:
     task = row_to_task(at({"question": "q", "answer": "1"}), "e", "Be brief.", "End with a number.")
     assert task.messages == (Message("system", "Be brief."), Message("user", "q\n\nEnd with a number."))

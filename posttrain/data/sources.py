@@ -46,6 +46,8 @@ ANSWER_COLUMNS = ("answer", "solution", "target", "label")
 """Where the right answer is looked for, in this order."""
 PAIRS = (("prompt", "completion"), ("question", "answer"), ("problem", "solution"), ("instruction", "output"))
 """Column pairs of a supervised row, looked for in this order after `text` and `messages`."""
+TEST_COLUMNS = ("cases", "tests")
+"""A row that fills one of these asks for a program, which is tested by being executed."""
 
 
 def row_to_task(row: Row, env: str, system: str = "", instruction: str = "", needs_answer: bool = True) -> Task:
@@ -53,7 +55,8 @@ def row_to_task(row: Row, env: str, system: str = "", instruction: str = "", nee
 
     `messages` (or a `prompt` that is a list) may end with an assistant turn: that turn is the gold answer when no
     answer column is there. A gold such as GSM8K's `… #### 1,072` becomes "1072" and the text before it
-    `meta["worked"]`. Every column that is not used goes to `meta`. Raises DataError naming `file:line`.
+    `meta["worked"]`; a program, where the row has tests, is left whole. Every column that is not used goes to `meta`.
+    Raises DataError naming `file:line`.
     """
     values = dict(row.values)
     column = first_column(values, PROMPT_COLUMNS)
@@ -71,7 +74,7 @@ def row_to_task(row: Row, env: str, system: str = "", instruction: str = "", nee
     if needs_answer and answer is None:
         raise missing_column(row, "an answer", ANSWER_COLUMNS)
     meta = {name: value for name, value in values.items() if name not in used}
-    if isinstance(answer, str):
+    if isinstance(answer, str) and first_column(meta, TEST_COLUMNS) is None:
         answer, worked = split_gold(answer)
         if worked:
             meta["worked"] = worked
