@@ -1,0 +1,76 @@
+"""Best of n as a stage: how much a reward model's choice among n answers is worth, by its own score and in truth."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from posttrain import api, config
+from posttrain.config.sections import require_positive
+from posttrain.pipelines.over_kl import SEARCH
+from posttrain.search import expected_pick, measure, scores_of
+from posttrain.store import durable
+from posttrain.types import ConfigError, SamplingParams
+
+
+@dataclass(frozen=True)
+class BestOfN:
+    model: str = "abacus"
+    """Whose answers are chosen among."""
+    tasks: str = "arithmetic"
+    """Held-out tasks of these, as `data.tasks` names them."""
+    reward: str = "auto"
+    """What chooses, as `reward.name`: usually `model:{STAGE}`. Whether an answer passes is the task's own affair."""
+    n: int = 16
+    """Answers to each task, 2 or more; smaller numbers are estimated from the same answers."""
+    count: int = 256
+    """Most tasks."""
+    max_tokens: int = 96
+    """Longest answer, stop token included."""
+    temperature: float = 1.0
+    """Sampling temperature."""
+    slots: int = 128
+    """Answers written at once."""
+    seed: int = 0
+    """Which answers are drawn."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "count", "slots")
+        if self.n < 2:
+            raise ConfigError(f"n={self.n} leaves nothing to choose from; a search needs 2 answers or more.")
+        SamplingParams(temperature=self.temperature, max_tokens=self.max_tokens)
+
+
+def make(cfg: BestOfN, folder: Path) -> dict[str, Any]:
+    """Writes `search.json` for the figure `overoptimisation`, and no data: the tasks are held out.
+
+    It has the rows of `posttrain.search.measure`, and `proxy_by_task` and `gold_by_task`, (P, rows): what the
+    best of n is expected to score, and how likely it passes. Raises RolloutError where more answers could not be scored
+    than a run allows.
+    """
+    settings: dict[str, dict[str, Any]] = {
+        "data": {"tasks": cfg.tasks, "count": cfg.count},
+        "reward": {"name": cfg.reward},
+        "rollout": {"max_tokens": cfg.max_tokens, "slots": cfg.slots},
+        "eval": {"problems": cfg.count, "samples": cfg.n, "temperature": cfg.temperature},
+        "run": {"seed": cfg.seed},
+    }
+    tasks, groups = api.sample_many(cfg.model, config.resolve("grpo", settings))
+    found = measure(groups)
+    scores = scores_of(groups)
+    passed = np.array([[e.passed for e in group] for group in groups], float)
+    whole = [i for i in range(len(groups)) if not any(map(math.isnan, scores[i]))]
+    sizes = [row.n for row in found.rows]
+    kept = {
+        **found.as_dict(),
+        "proxy_by_task": [[expected_pick(scores[i], scores[i], n) for n in sizes] for i in whole],
+        "gold_by_task": [[expected_pick(scores[i], passed[i], n) for n in sizes] for i in whole],
+    }
+    durable.publish_file(folder / SEARCH, json.dumps(kept, allow_nan=False) + "\n")
+    by_n = {str(row.n): {"score": asdict(row.score), "accuracy": asdict(row.accuracy)} for row in found.rows}
+    return {"tasks": found.tasks, "left_out": found.left_out, "answers": len(tasks) * cfg.n, "best_of": by_n}

@@ -1,0 +1,150 @@
+"""What can be counted in a worked answer: equations, which of them are right, and what looks like self-checking.
+
+A count is not a claim. That a value is reached a second time does not say that the writer doubted the first (two steps
+may share a value by chance), that the word "wait" is there does not say that anything was looked at again, and a model
+may check without writing it down. Only whole arithmetic on plain numbers is read: no words, units, powers or letters.
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import lru_cache
+
+OPEN, CLOSE = "<think>", "</think>"
+LONGEST = 64
+"""Characters of an expression that are read; a longer one is passed over."""
+WORDS = {
+    "wait": re.compile(r"\bwait\b", re.IGNORECASE),
+    "check": re.compile(r"\b(?:double[- ])?(?:check|verif(?:y|ies))(?:s|ed|ing)?\b", re.IGNORECASE),
+    "again": re.compile(r"\bagain\b", re.IGNORECASE),
+    "let me": re.compile(r"\blet me\b", re.IGNORECASE),
+}
+"""Words that often go with looking at something again."""
+_NUMBER = r"\(*-?\d+(?:\.\d+)?\)*"
+_EXPRESSION = rf"{_NUMBER}(?:\s*[-+*/×÷]\s*{_NUMBER})*"
+_CHAIN = re.compile(rf"(?<![\w.]){_EXPRESSION}(?:\s*=\s*{_EXPRESSION})+(?!\w|\.\d)")
+_OPERATORS: Mapping[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
+
+
+@dataclass(frozen=True)
+class Equation:
+    """`left = right` as written, without spaces, and the value of each side."""
+
+    left: str
+    right: str
+    left_value: Fraction
+    right_value: Fraction
+
+    @property
+    def right_is_true(self) -> bool:
+        """Whether both sides have the same value."""
+        return self.left_value == self.right_value
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What was counted in one text, or in several added together."""
+
+    equations: int = 0
+    right: int = 0  # equations that hold
+    repeated: int = 0  # written before, side for side
+    recomputed: int = 0  # a value that an earlier equation stated, reached from another left side
+    corrections: int = 0  # the left side of an earlier equation with another right side
+    corrected: int = 0  # corrections in which the earlier one was wrong and the later one holds
+    words: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(WORDS, 0))
+
+    @property
+    def checks(self) -> int:
+        """Equations that look at something a second time: repeated, recomputed and corrections."""
+        return self.repeated + self.recomputed + self.corrections
+
+
+def thought(text: str) -> str:
+    """What stands between the first `<think>` and the last `</think>`, or the end; "" where nothing is thought."""
+    _, opened, rest = text.partition(OPEN)
+    inside, closed, _ = rest.rpartition(CLOSE)
+    return (inside if closed else rest) if opened else ""
+
+
+@lru_cache(maxsize=65536)  # the same few facts, thousands of times
+def value_of(expression: str) -> Fraction | None:
+    """The exact value of numbers joined by + - * / × ÷ and brackets; None for anything else, and for x/0."""
+    if len(expression) > LONGEST:
+        return None
+    text = expression.replace("×", "*").replace("÷", "/")
+    try:
+        return _value(ast.parse(text, mode="eval").body, text)
+    except (SyntaxError, ValueError, ZeroDivisionError):  # 007, a bracket alone, x/0
+        return None
+
+
+def _value(node: ast.expr, text: str) -> Fraction:
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+        return Fraction(ast.get_source_segment(text, node) or "")  # 0.1 as it is written, not as a float
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return -_value(node.operand, text)
+    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
+        return _OPERATORS[type(node.op)](_value(node.left, text), _value(node.right, text))
+    raise ValueError(f"{text!r} is not arithmetic on numbers.")
+
+
+def equations(text: str) -> list[Equation]:
+    """Every equation of a text in order; `12*4=40+8=48` is two. One side at least has to compute something."""
+    found: list[Equation] = []
+    for chain in _CHAIN.finditer(text):
+        sides = [_balanced(re.sub(r"\s", "", side)) for side in chain.group().split("=")]
+        values = [value_of(side) for side in sides]
+        for i in range(len(sides) - 1):
+            a, b = values[i], values[i + 1]
+            if a is not None and b is not None and (_computes(sides[i]) or _computes(sides[i + 1])):
+                found.append(Equation(sides[i], sides[i + 1], a, b))
+    return found
+
+
+def _computes(side: str) -> bool:
+    return re.search(r"\d\)*[-+*/×÷]", side) is not None
+
+
+def _balanced(side: str) -> str:
+    """A side without the brackets of the sentence around it, as in `(20+5=25)`."""
+    extra = side.count("(") - side.count(")")
+    return side.removeprefix("(" * extra) if extra > 0 else side.removesuffix(")" * -extra)
+
+
+def count(text: str) -> Counts:
+    """The counts of one text, usually a `thought`. An equation is one of repeated, correction, recomputed or none."""
+    sides: dict[str, list[Equation]] = {}
+    stated: set[Fraction] = set()
+    kinds: Counter[str] = Counter()
+    found = equations(text)
+    for one in found:
+        before = sides.setdefault(one.left, [])
+        if any(one.right == other.right for other in before):
+            kinds["repeated"] += 1
+        elif before:
+            kinds["corrections"] += 1
+            kinds["corrected"] += one.right_is_true and not before[-1].right_is_true
+        elif one.right_value in stated:
+            kinds["recomputed"] += 1
+        before.append(one)
+        stated.add(one.right_value)
+    words = {name: len(pattern.findall(text)) for name, pattern in WORDS.items()}
+    return Counts(len(found), sum(one.right_is_true for one in found), words=words, **kinds)
+
+
+def add(counts: Sequence[Counts]) -> Counts:
+    """The counts of several texts together."""
+    names = ("equations", "right", "repeated", "recomputed", "corrections", "corrected")
+    totals = {name: sum(getattr(one, name) for one in counts) for name in names}
+    return Counts(**totals, words={word: sum(one.words.get(word, 0) for one in counts) for word in WORDS})
