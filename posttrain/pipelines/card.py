@@ -133,7 +133,7 @@ def examine(model: str, reference: str, cfg: CardConfig, folder: Path) -> dict[s
     del policy  # one model in memory at a time
     kl = divergence(own, logprobs(_reference(reference, model, vocabulary, device), whole, cfg))
     figures = {**measures(whole, cfg), "kl": _amount(kl)}
-    card: dict[str, Any] = {name: asdict(figures[name]) for name in LABELS if name in figures}
+    card: dict[str, Any] = {name: asdict(figures[name]) for name in LABELS if name in figures and figures[name].n}
     card |= {"tasks": cfg.sets, "reference": reference}
     card |= {name: getattr(cfg, name) for name in ("samples", "temperature", "max_tokens", "seed")}
     folder.mkdir(parents=True, exist_ok=True)
@@ -176,8 +176,8 @@ def measures(asked: Sequence[Asked], cfg: CardConfig) -> dict[str, Estimate]:
     if cfg.over_refusal:
         found["over_refusal"] = share(lambda e: skills.declines(skills.final_answer(e.text)), "over_refusal")
         found["assist"] = share(lambda e: e.passed, "over_refusal")
-    if cfg.reasoning:
-        task = next(one.task for one in asked if one.capability == "reasoning")  # the form is not the task's affair
+    if tasks := [one.task for one in asked if one.capability == "reasoning"]:
+        task = tasks[0]  # any will do: the form is judged alone
         found["format"] = share(lambda e: verifiers.format(task, e.text).passed, "reasoning")
         found["think"] = share(lambda e: skills.thinks(e.text), "reasoning")
     if cfg.language:
