@@ -26,8 +26,10 @@ from posttrain.data.sources import (
     with_system,
 )
 from posttrain.envs import bfcl, reasoning_gym
+from posttrain.envs.oneliners import ONE_LINERS, one_liners
 from posttrain.envs.products import CALLS, LARGE, calculator_calls, large_products
 from posttrain.models.abacus.problems import GENERATORS, HARMLESS, Problem, Split, stream
+from posttrain.rewards.code import code
 from posttrain.rewards.functions import score_safely
 from posttrain.rewards.skills import judge
 from posttrain.rewards.verifiers import Verifier, exact, is_mathematical, math, numeric
@@ -36,7 +38,9 @@ from posttrain.types import ConfigError, DataError, Message, Task, Verdict
 
 NUMBERS = ("addition", LARGE, CALLS)
 """Built-in tasks whose answer is a number, for models other than abacus as well."""
-BUILT_IN = (*GENERATORS, *NUMBERS)
+PROGRAMS = (ONE_LINERS,)
+"""Built-in tasks whose answer is a program, executed in the sandbox."""
+BUILT_IN = (*GENERATORS, *NUMBERS, *PROGRAMS)
 """Names `data.tasks` may have besides files and hub ids."""
 PATIENCE = 1000
 """Draws without a new problem after which a built-in task has no more to give."""
@@ -121,14 +125,16 @@ def held_out(tasks: Sequence[Task], cfg: DataConfig, seed: int) -> TaskSets:
 def verifier_for(task: Task) -> Verifier:
     """What `reward.name = "auto"` means for a task.
 
-    Built-in abacus problems are judged by their skill's checker, other built-in tasks as a number, and those of BFCL by
-    the calls they want; those of reasoning-gym as it scores them; other tasks by `math` where the gold answer is a
-    number or a formula, else by `exact`.
+    Built-in abacus problems are judged by their skill's checker, other built-in tasks as a number or a program, and
+    those of BFCL by the calls they want; those of reasoning-gym as it scores them; other tasks by `math` where the gold
+    answer is a number or a formula, else by `exact`.
     """
     if task.env in GENERATORS and "skill" in task.meta:
         return _judge_skill
     if task.env in NUMBERS:
         return numeric
+    if task.env in PROGRAMS:
+        return code
     if task.env == bfcl.ENV:
         return bfcl.verify
     if task.env.startswith(reasoning_gym.PREFIX):
@@ -262,8 +268,8 @@ def _generated(name: str, count: int, seed: int, split: Split, notes: list[str])
 def _built_in(name: str, count: int, seed: int, split: Split) -> list[Task]:
     if name.startswith(reasoning_gym.PREFIX):
         return reasoning_gym.gym_tasks(name, count, seed, split)
-    if name in NUMBERS:
-        made = {LARGE: large_products, CALLS: calculator_calls}.get(name, _addition)
+    if name in (*NUMBERS, *PROGRAMS):
+        made = {LARGE: large_products, CALLS: calculator_calls, ONE_LINERS: one_liners}.get(name, _addition)
         return made(count, seed, split)
     found: dict[str, Problem] = {}
     stale = 0
