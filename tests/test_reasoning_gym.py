@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ import pytest
 from posttrain.config import DataConfig
 from posttrain.data.sources import content_key
 from posttrain.envs import reasoning_gym as source
+from posttrain.envs.prepare import load_conversations
 from posttrain.envs.tasks import load_tasks, validate, verifier_for
-from posttrain.types import ConfigError, DataError
+from posttrain.types import ConfigError, DataError, Message
 
 pytest.importorskip("reasoning_gym", reason="needs the package reasoning-gym (extra `gym`), which is not installed")
 
@@ -155,3 +157,20 @@ def test_every_data_set_whose_scoring_evaluates_text_is_guarded() -> None:
         if re.search(r"\b(?:eval|exec|parse_expr|sympify)\(", scoring + helpers):
             found.add(name)
     assert found - own_text - {"propositional_logic"} == set(source.PLAIN)  # its parse_expr is a parser of its own
+
+
+def test_they_are_demonstrations_too_alone_or_mixed_with_others(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "Hi", "completion": "yo"}\n{"prompt": "Ho", "completion": "yo"}\n')
+    cfg = DataConfig(tasks=f"gym:chain_sum+leg_counting*3 + {tmp_path}/rows.jsonl", count=20, holdout=0.5)
+    found = load_conversations(cfg, seed=0)
+    assert [(s.name, s.weight) for s in found.sources][0] == ("gym:chain_sum+leg_counting", 3.0)
+    sets = load_tasks(DataConfig(tasks="gym:chain_sum+leg_counting", count=20), seed=0)
+    asked = {task.id: task for task in (*sets.train, *sets.test)}
+    for where, rows in (("train", found.sources[0].rows), ("held out", found.held_out[0].rows)):
+        assert rows, where
+        for name, shown in rows:
+            task = asked[name]
+            assert shown == (*task.messages, Message("assistant", task.answer))
+            assert source.score(task, task.answer).passed
+    held = load_conversations(replace(cfg, eval_tasks="gym:chain_sum"), seed=0).held_out
+    assert [s.name for s in held] == ["gym:chain_sum"] and len(held[0].rows) > 100

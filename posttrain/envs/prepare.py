@@ -18,7 +18,7 @@ from posttrain.data.sources import (
     split_by_key,
     usable,
 )
-from posttrain.envs.tasks import BUILT_IN, TaskSets, gold_reply, load_tasks
+from posttrain.envs.tasks import BUILT_IN, TaskSets, gold_reply, is_generated, load_tasks
 from posttrain.types import ConfigError, DataError, Message, Task
 
 Conversation = str | tuple[Message, ...]
@@ -84,10 +84,10 @@ def fit_prompts(
 def load_conversations(cfg: DataConfig, seed: int) -> Conversations:
     """Supervised rows of every source that `data.tasks` names, and those held out.
 
-    A source is a file, a hub id, or a built-in task (its questions with their gold answers); several are a mixture,
-    written `a.jsonl*3 + arithmetic*1`. Rows are held out by what is asked (`prompt_of`), and a training row that asks
-    what a held-out row of any source asks is dropped and counted. Raises ConfigError for an unknown source and
-    DataError for rows that cannot be used.
+    A source is a file, a hub id, or a task that a program makes (its questions with their gold answers); several are a
+    mixture, written `a.jsonl*3 + arithmetic*1`. Rows are held out by what is asked (`prompt_of`), and a training row
+    that asks what a held-out row of any source asks is dropped and counted. Raises ConfigError for an unknown source
+    and DataError for rows that cannot be used.
     """
     if not cfg.tasks:
         raise DataError("nothing to train on: give a file of texts or conversations (--data FILE).")
@@ -96,7 +96,7 @@ def load_conversations(cfg: DataConfig, seed: int) -> Conversations:
     held_out: list[Source] = []
     for name, weight in parse_mixture(cfg.tasks):
         train, test = (
-            _demonstrations(name, cfg, seed, notes) if name in BUILT_IN else _conversations(name, cfg, seed, notes)
+            _demonstrations(name, cfg, seed, notes) if is_generated(name) else _conversations(name, cfg, seed, notes)
         )
         sources.append(Source(name, train, weight))
         held_out.append(Source(name, test))
@@ -122,7 +122,7 @@ def prompt_of(value: Conversation) -> str:
 
 
 def _demonstrations(name: str, cfg: DataConfig, seed: int, notes: list[str]) -> tuple[list[Shown], list[Shown]]:
-    """A built-in task's training and test problems with their gold answers."""
+    """A generated task's training and test problems with their gold answers."""
     sets = load_tasks(replace(cfg, tasks=name, eval_tasks=""), seed)
     notes += sets.notes
     train, test = ([(task.id, _answered(task)) for task in part] for part in (sets.train, sets.test))
@@ -148,7 +148,7 @@ def _conversations(name: str, cfg: DataConfig, seed: int, notes: list[str]) -> t
 def _evaluation(name: str, weight: float, cfg: DataConfig, seed: int, notes: list[str]) -> Source:
     if weight != 1:
         raise ConfigError(f"data.eval_tasks gives {name} the weight {weight}, but every held-out row counts. Drop it.")
-    if name in BUILT_IN:
+    if is_generated(name):
         return Source(name, _demonstrations(name, cfg, seed, [])[1])
     return Source(name, _conversations(name, replace(cfg, holdout=0.0), seed, notes)[0])
 
