@@ -5,12 +5,14 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Iterator, Mapping
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from posttrain import api, config
+from posttrain import api, config, show
 from posttrain.config import DataConfig
 from posttrain.envs.tasks import load_tasks
 from posttrain.prepare import check_gold
@@ -149,3 +151,6 @@ def test_a_run_is_graded_by_code_and_says_for_ever_that_it_had_no_isolation(tmp_
         assert run.header["recipe"]["reward"]["sandbox"] == "none"
         assert any("WITHOUT ISOLATION" in event.message for event in run.events())
         assert list(run.curve("unscored")[1]) == [0]  # what a random model writes is a wrong program, not a failure
+    screen = Console(file=StringIO(), width=200)
+    show.finished(screen, result.folder)
+    assert "WITHOUT ISOLATION, as reward.sandbox" in screen.file.getvalue(), "it is shown with the result"  # type: ignore[attr-defined]
