@@ -254,7 +254,7 @@ def _generated(name: str, count: int, seed: int, split: Split, notes: list[str])
     A part that has fewer gives what it has, which is noted, and the others go on without it.
     """
     parts = _parts(name)
-    mixture = Mixture([1] * len(parts), [weight for _, weight in parts], 0)
+    mixture = Mixture([max(1, count)] * len(parts), [weight for _, weight in parts], 0)
     found: list[list[Task]] = []
     for (part, _), share in zip(parts, mixture.drawn(count), strict=True):
         found.append(_built_in(part, share, seed, split))
