@@ -69,7 +69,7 @@ def test_what_a_text_means(text: str, means: Any) -> None:
         ("0.2 math", r"character 5: found 'math', expected \* and a reward after the weight 0.2"),
         ("(math", "ends after character 5: expected \\)"),
         ("math)", "character 5: found '\\)'"),
-        ("math @ format", "character 6: '@' has no meaning"),
+        ("math % format", "character 6: '%' has no meaning"),
         ("numeric(tolerance)", "expected a setting"),
         ("numeric(tolerance=)", "expected a number"),
         ("numeric(a=1 b=2)", "character 13: found 'b', expected , or"),
@@ -231,3 +231,25 @@ def test_a_run_keeps_the_parts_of_every_episode_and_their_means(tmp_path: Path) 
         parts = dict(episode.parts)
         assert {"auto", "format", "format/tags", "auto/correct"} <= parts.keys()
         assert episode.reward == pytest.approx(parts["auto"] + 0.2 * parts["format"])
+
+
+def test_a_part_for_the_tasks_of_one_name_is_neither_asked_nor_counted_for_others() -> None:
+    verify = reward_from("exact@sums + 0.5*format@sums - numeric@products")
+    sums, products = (Task("t", env, (Message("user", "?"),), "4") for env in ("sums", "products"))
+    assert verify(sums, "<think>2+2</think>4").score == 1.5 and verify(sums, "4").score == 1.0
+    judged = verify(products, "4")
+    assert judged.score == -1.0 and judged.parts.keys() & {"exact", "format"} == set()
+    assert not verify(products, "5").passed, "the first part that is asked says whether a reply passes"
+    with pytest.raises(RolloutError, match="no part of the reward is for this task"):
+        reward_from("exact@sums")(products, "4")
+
+
+def test_a_gate_for_other_tasks_is_open() -> None:
+    verify = reward_from("format@sums & exact")
+    plain = Task("t", "other", (Message("user", "?"),), "4")
+    assert verify(plain, "4").score == 1.0 and verify(Task("t", "sums", plain.messages, "4"), "4").score == 0.0
+
+
+def test_the_name_of_tasks_must_follow_its_sign() -> None:
+    with pytest.raises(ConfigError, match="expected the name of tasks after @"):
+        parse("exact@ + format")

@@ -3,11 +3,12 @@
     rewards  = sum, { "&", sum }                  every one but the last is a gate: it must pass, or the score is 0
     sum      = term, { ("+" | "-"), term }        the first term says whether a reply passes
     term     = [ number, "*" ], reward
-    reward   = name, [ "(", setting, { ",", setting }, ")" ]  |  "(", rewards, ")"
+    reward   = name, [ "(", setting, { ",", setting }, ")" ], [ "@", tasks ]  |  "(", rewards, ")"
     setting  = column, "=", (number | name | "text")
 
 A name is what `reward.name` may be by itself: a verifier, `auto`, `FILE.py:FUNCTION`, `model:FOLDER`; in quotes where
-it holds spaces or signs. A setting stands for a column of every task.
+it holds spaces or signs. A setting stands for a column of every task. With `@` a reward is for the tasks of one name in
+a mixture, as in `auto@arithmetic + model:FOLDER@requests`; to others it is neither put nor counted.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from posttrain.types import ConfigError, Verdict
+from posttrain.types import ConfigError, RolloutError, Task, Verdict
 
 _TOKEN = re.compile(
-    r"(?P<text>'[^']*'|\"[^\"]*\")|(?P<name>[a-z]+:[^\s&*(),=]+|[^\s&*+(),='\"]+\.py:\w+)"
-    r"|(?P<number>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE]-?\d+)?(?!\w))|(?P<word>\w+)|(?P<sign>[-+*&(),=])"
+    r"(?P<text>'[^']*'|\"[^\"]*\")|(?P<name>[a-z]+:[^\s&*(),=@]+|[^\s&*+(),='\"@]+\.py:\w+)"
+    r"|(?P<number>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE]-?\d+)?(?!\w))|(?P<word>\w+)|(?P<sign>[-+*&(),=@])"
 )
 
 
@@ -33,11 +34,17 @@ class Leaf:
     name: str
     settings: tuple[tuple[str, Any], ...] = ()
     position: int = 1
+    only: str = ""
+    """The name of the tasks that it is for; empty is all."""
 
     @property
-    def key(self) -> tuple[str, tuple[tuple[str, Any], ...]]:
+    def key(self) -> tuple[str, tuple[tuple[str, Any], ...], str]:
         """Leaves with one key are one reward, wherever they stand."""
-        return self.name, self.settings
+        return self.name, self.settings, self.only
+
+    def concerns(self, task: Task) -> bool:
+        """Whether it is for this task: its data set, or the kind or skill of a built-in one."""
+        return not self.only or self.only in (task.env, task.meta.get("kind"), task.meta.get("skill"))
 
 
 @dataclass(frozen=True)
@@ -92,26 +99,34 @@ def labels(tree: Node) -> dict[Any, str]:
 
 
 def joined(tree: Node, verdicts: Mapping[Any, Verdict]) -> Verdict:
-    """The verdict on one reply from those of all leaves, by key. Parts: each leaf's score, and its own parts."""
-    score, passed = _score(tree, verdicts)
+    """The verdict on one reply from those of the leaves that concern its task, by key.
+
+    Parts: each leaf's score, and its own parts. Raises RolloutError where no leaf concerns the task.
+    """
+    whole = _score(tree, verdicts)
+    if whole is None:
+        raise RolloutError("no part of the reward is for this task; add one, or one without @.", boundary="reward")
+    score, passed = whole
     parts: dict[str, float] = {}
     details: list[str] = []
-    for key, label in labels(tree).items():
+    for key, label in ((key, label) for key, label in labels(tree).items() if key in verdicts):
         parts[label] = verdicts[key].score
         parts |= {f"{label}/{name}": value for name, value in verdicts[key].parts.items()}
         details += [f"{label}: {verdicts[key].detail}"] if verdicts[key].detail else []
     return Verdict(score, passed, "; ".join(details), parts)
 
 
-def _score(tree: Node, verdicts: Mapping[Any, Verdict]) -> tuple[float, bool]:
+def _score(tree: Node, verdicts: Mapping[Any, Verdict]) -> tuple[float, bool] | None:
+    """(score, passed); None where nothing in the tree concerns the task, so that its verdicts are not there."""
     if isinstance(tree, Leaf):
-        return verdicts[tree.key].score, verdicts[tree.key].passed
+        return (verdicts[tree.key].score, verdicts[tree.key].passed) if tree.key in verdicts else None
     if isinstance(tree, Sum):
-        scored = [(weight, _score(node, verdicts)) for weight, node in tree.terms]
-        return sum(weight * score for weight, (score, _) in scored), scored[0][1][1]
+        terms = [(weight, _score(node, verdicts)) for weight, node in tree.terms]
+        scored = [(weight, *found) for weight, found in terms if found is not None]
+        return (sum(weight * score for weight, score, _ in scored), scored[0][2]) if scored else None
     *gates, last = (_score(node, verdicts) for node in tree.parts)
-    opened = all(passed for _, passed in gates)
-    return (last[0] if opened else 0.0), opened and last[1]
+    opened = all(gate[1] for gate in gates if gate is not None)
+    return None if last is None else ((last[0] if opened else 0.0), opened and last[1])
 
 
 def _on_disk(text: str) -> bool:
@@ -179,7 +194,11 @@ class _Parser:
         name = self.take("name", "word", "text")
         if name is None:
             raise self.error("expected a reward's name or (")
-        return Leaf(name.strip("'\""), self.settings() if self.take("(") else (), at)
+        settings = self.settings() if self.take("(") else ()
+        only = self.take("word", "text") if self.take("@") else ""
+        if only is None:
+            raise self.error("expected the name of tasks after @")
+        return Leaf(name.strip("'\""), settings, at, only.strip("'\""))
 
     def settings(self) -> tuple[tuple[str, Any], ...]:
         found: dict[str, Any] = {}

@@ -73,12 +73,12 @@ def reward_from(
     if callable(reward):
         return reward if reward in VERIFIERS.values() else _adapt(reward)
     tree = combine.parse(reward)
-    if isinstance(tree, combine.Leaf):
+    if isinstance(tree, combine.Leaf) and not tree.only:
         return leaf_verifier(tree, auto, load)
-    verifiers: dict[Any, Verifier] = {}
+    verifiers: dict[combine.Leaf, Verifier] = {}
     for leaf in combine.leaves(tree):
         try:
-            verifiers[leaf.key] = leaf_verifier(leaf, auto, load)
+            verifiers[leaf] = leaf_verifier(leaf, auto, load)
         except ConfigError as error:
             raise ConfigError(f"reward {reward!r}, character {leaf.position}: {error}") from None
     return _combined(tree, verifiers)
@@ -119,25 +119,37 @@ def _with_columns(verify: Verifier, columns: Mapping[str, Any]) -> Verifier:
     return verify_told
 
 
-def _combined(tree: combine.Node, verifiers: Mapping[Any, Verifier]) -> Verifier:
-    """One verifier that asks all; it judges many replies in one go where one of them does."""
+def _combined(tree: combine.Node, verifiers: Mapping[combine.Leaf, Verifier]) -> Verifier:
+    """One verifier that asks all whom a task concerns; it judges many replies in one go where one of them does."""
 
     def verify(task: Task, text: str) -> Verdict:
-        return combine.joined(tree, {key: ask(task, text) for key, ask in verifiers.items()})
+        asked = {leaf.key: ask(task, text) for leaf, ask in verifiers.items() if leaf.concerns(task)}
+        return combine.joined(tree, asked)
 
     def together(pairs: Sequence[tuple[Task, str]]) -> list[Verdict | RolloutError]:
-        asked = {key: score_all(ask, pairs) for key, ask in verifiers.items()}
-        out: list[Verdict | RolloutError] = []
-        for i in range(len(pairs)):
-            verdicts = {key: judged[i][0] for key, judged in asked.items()}
-            found = {key: verdict for key, verdict in verdicts.items() if verdict is not None}
-            whys = [str(judged[i][1]) for judged in asked.values() if judged[i][0] is None]
-            out.append(RolloutError(whys[0], boundary="reward") if whys else combine.joined(tree, found))
-        return out
+        found: list[dict[Any, Verdict]] = [{} for _ in pairs]
+        whys: list[list[str]] = [[] for _ in pairs]
+        for leaf, ask in verifiers.items():
+            mine = [i for i, (task, _) in enumerate(pairs) if leaf.concerns(task)]
+            for i, (verdict, why) in zip(mine, score_all(ask, [pairs[i] for i in mine]), strict=True):
+                if verdict is None:
+                    whys[i].append(str(why))
+                else:
+                    found[i][leaf.key] = verdict
+        return [_one(tree, verdicts, why) for verdicts, why in zip(found, whys, strict=True)]
 
     if any(hasattr(ask, "score_all") for ask in verifiers.values()):
         vars(verify)["score_all"] = together
     return verify
+
+
+def _one(tree: combine.Node, verdicts: Mapping[Any, Verdict], whys: Sequence[str]) -> Verdict | RolloutError:
+    if whys:
+        return RolloutError(whys[0], boundary="reward")
+    try:
+        return combine.joined(tree, verdicts)
+    except RolloutError as error:
+        return error
 
 
 def score_safely(verify: Verifier, task: Task, text: str) -> tuple[Verdict | None, str | None]:
