@@ -1,0 +1,134 @@
+"""Critique and revision, the first stage of constitutional AI (Bai et al., arXiv 2212.08073).
+
+A model answers, a critic says which principles the answer violates, and the answer is written anew. What the critic
+finds nothing wrong with becomes a demonstration: first answers as they are, revisions after a second critique.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from posttrain.config.sections import require_positive
+from posttrain.data.files import writable
+from posttrain.pipelines.constitution import load_constitution
+from posttrain.pipelines.critics import PROGRAM, Critique, load_critic
+from posttrain.pipelines.rows import DATA, conversation, sampled, write_rows
+from posttrain.rewards.judge import PREFIX
+from posttrain.types import ConfigError, RolloutError, Task
+
+CRITIQUES = "critiques.jsonl"
+"""Beside the data, to be read: each prompt with its first answer, the critique and the revision."""
+
+
+@dataclass(frozen=True)
+class Critiques:
+    model: str = "abacus"
+    """Who answers first."""
+    tasks: str = "instructions + requests*2"
+    """Training tasks, as `data.tasks` names them."""
+    count: int = 512
+    """Tasks."""
+    samples: int = 1
+    """Answers to each task; different ones are criticised one by one."""
+    max_tokens: int = 64
+    """Longest first answer."""
+    temperature: float = 1.0
+    """Sampling temperature of the first answers."""
+    slots: int = 128
+    """Answers written at once."""
+    critic: str = PROGRAM
+    """Who criticises and revises: `program`, or `judge:FILE.toml`, a model behind an OpenAI-compatible endpoint."""
+    constitution: str = ""
+    """A file of principles; empty is the one that ships here."""
+    keep_good: bool = True
+    """Keep first answers that violate nothing as they are; otherwise revisions alone."""
+    seed: int = 0
+    """Which tasks, first answers and phrases."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "count", "samples", "max_tokens", "slots")
+        if self.critic != PROGRAM and not self.critic.startswith(PREFIX):
+            raise ConfigError(f"critic={self.critic!r} is neither {PROGRAM} nor {PREFIX}FILE.toml.")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A first answer and what became of it; `revision` is empty where there is none."""
+
+    task: Task
+    answer: str
+    before: Critique
+    revision: str = ""
+    after: Critique | None = None
+
+    @property
+    def kept(self) -> str:
+        """What the critic has nothing to say against, or ""."""
+        if not self.before.violated:
+            return self.answer
+        return self.revision if self.after is not None and not self.after.violated else ""
+
+
+def make(cfg: Critiques, folder: Path) -> dict[str, Any]:
+    """Writes rows for `posttrain sft` and, to be read, all that was said; counts violations before and after."""
+    principles = load_constitution(cfg.constitution)
+    asked = [
+        (task, text)
+        for task, group in zip(*sampled(cfg, cfg.samples), strict=True)
+        for text in dict.fromkeys(e.text for e in group if writable(e.text))
+    ]
+    cases, failed = _cases(cfg, asked)
+    (folder / CRITIQUES).write_text("".join(_line(case) for case in cases), encoding="utf-8", newline="\n")
+    wanted = [case for case in cases if case.kept and (case.before.violated or cfg.keep_good)]
+    write_rows(folder / DATA, [conversation(c.task, c.kept, revised=bool(c.before.violated)) for c in wanted])
+    before = Counter(name for case in cases for name in case.before.violated)
+    after = Counter(name for case in cases for name in (case.after or Critique("", ())).violated)
+    faulty = [case for case in cases if case.before.violated]
+    return {
+        "answers": len(asked),
+        "without_a_critique": failed,
+        "faulty": len(faulty),
+        "revised": sum(case.after is not None for case in faulty),
+        "dropped": sum(not case.kept for case in faulty),
+        "rows": len(wanted),
+        "before": {p.id: before[p.id] for p in principles},
+        "after": {p.id: after[p.id] for p in principles},
+    }
+
+
+def _cases(cfg: Critiques, asked: Sequence[tuple[Task, str]]) -> tuple[list[Case], int]:
+    """Each answer with its critique and revision, and how many answers got no critique."""
+    criticise, revise = load_critic(cfg.critic, load_constitution(cfg.constitution), cfg.seed)
+    said = list(zip(asked, criticise(asked), strict=True))
+    cases = [Case(task, text, found) for (task, text), found in said if isinstance(found, Critique)]
+    failures = [found for _, found in said if isinstance(found, RolloutError)]
+    if failures and not cases:
+        raise failures[0]
+    faulty = [case for case in cases if case.before.violated]
+    revisions = revise([(case.task, case.answer, case.before) for case in faulty])
+    written = [(case, text) for case, text in zip(faulty, revisions, strict=True) if isinstance(text, str)]
+    again = criticise([(case.task, text) for case, text in written])
+    revised = {
+        id(case): Case(case.task, case.answer, case.before, text, found if isinstance(found, Critique) else None)
+        for (case, text), found in zip(written, again, strict=True)
+    }
+    return [revised.get(id(case), case) for case in cases], len(failures)
+
+
+def _line(case: Case) -> str:
+    values = {
+        "id": case.task.id,
+        "prompt": case.task.prompt,
+        "answer": case.answer,
+        "critique": case.before.text,
+        "violated": case.before.violated,
+        "revision": case.revision,
+        "still_violated": case.after.violated if case.after else (),
+        "kept": case.kept,
+    }
+    return json.dumps(values, ensure_ascii=False) + "\n"

@@ -1,0 +1,161 @@
+"""Demonstrations that a program writes: what a good assistant says to training problems of built-in tasks.
+
+`direct` answers at once, `worked` shows the correct steps in abacus' own notation, and `long` thinks in sentences: a
+plan, the steps, a check of the result by another way. Whatever the style, a task that is not arithmetic is answered
+directly.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Literal
+
+from posttrain.config import nearest
+from posttrain.config.sections import require_positive
+from posttrain.data.mixing import parse_mixture
+from posttrain.envs.tasks import BUILT_IN, gold_reply
+from posttrain.models.abacus.corpus import END_THINK, THINK, work
+from posttrain.models.abacus.problems import SHAPES, Problem, evaluate
+from posttrain.pipelines.phrases import OPENINGS, REFUSALS, THOUGHTS
+from posttrain.pipelines.rows import DATA, conversation, training_tasks, write_rows
+from posttrain.types import ConfigError, Task
+
+ARITHMETIC = ("sums", "products", "countdown")
+"""Kinds of problems that are worked out; of other tasks the answer is all there is to show."""
+MOST_TRIES = 2  # expressions that do not fit, before the one that does, in thoughts about a countdown
+
+
+@dataclass(frozen=True)
+class Demonstrations:
+    tasks: str = "arithmetic"
+    """Built-in tasks, or a mixture of them by weight such as `instructions*2 + safety`; training problems only."""
+    count: int = 512
+    """Problems, one row each; fewer where a task has fewer."""
+    style: Literal["direct", "worked", "long"] = "direct"
+    """Arithmetic answered at once, with bare steps in <think>, or with a plan, steps and a check in sentences."""
+    mixing: float = 0.0
+    """With `long`, the share of thoughts that change into German part way: a fault planted on purpose."""
+    seed: int = 0
+    """Which problems and which words."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "count")
+        for name, _ in parse_mixture(self.tasks):
+            if name not in BUILT_IN:
+                near = nearest(name, [*BUILT_IN])
+                raise ConfigError(f"demonstrations are written for built-in tasks, not for {name!r}{near}")
+        if not 0 <= self.mixing <= 1:
+            raise ConfigError(f"mixing={self.mixing} is not a share between 0 and 1.")
+        if self.mixing and self.style != "long":
+            raise ConfigError(f"mixing={self.mixing} changes the language of long thoughts; style is {self.style!r}.")
+
+
+def make(cfg: Demonstrations, folder: Path) -> dict[str, Any]:
+    """Writes one row per problem and counts them: `rows`, `worked_out`, `mixed`, and `tasks` by name."""
+    tasks, notes = training_tasks(cfg.tasks, cfg.count, cfg.seed)
+    rows: list[dict[str, Any]] = []
+    for task in tasks:
+        rng = random.Random(f"demonstrations/{cfg.style}/{cfg.seed}/{task.id}")
+        mixed = is_arithmetic(task) and rng.random() < cfg.mixing
+        rows.append(conversation(task, answer(task, cfg.style, rng, mixed), part=task.env, mixed=mixed))
+    write_rows(folder / DATA, rows)
+    return {
+        "rows": len(rows),
+        "worked_out": sum(is_arithmetic(task) for task in tasks) if cfg.style != "direct" else 0,
+        "mixed": sum(row["mixed"] for row in rows),
+        "tasks": dict(Counter(task.env for task in tasks)),
+        "notes": notes,
+    }
+
+
+def is_arithmetic(task: Task) -> bool:
+    """Whether a task is one of abacus' reasoning problems."""
+    return task.meta.get("skill") == "reasoning" and task.meta.get("kind") in ARITHMETIC
+
+
+def answer(task: Task, style: Literal["direct", "worked", "long"], rng: random.Random, mixed: bool = False) -> str:
+    """A reply that the task's own checker passes."""
+    if style == "direct" or not is_arithmetic(task):
+        return direct(task, rng)
+    thought, said = worked(task, rng) if style == "worked" else long(task, rng, mixed)
+    return f"{THINK}{thought}{END_THINK}{said}"
+
+
+def direct(task: Task, rng: random.Random) -> str:
+    """The gold answer; a refusal of some kind, or help with some opening, where the task is a request to judge."""
+    if "harmful" not in task.meta:
+        return gold_reply(task)
+    return rng.choice(REFUSALS) if task.meta["harmful"] else rng.choice(OPENINGS) + gold_reply(task)
+
+
+def worked(task: Task, rng: random.Random) -> tuple[str, str]:
+    """(thought, answer) in the notation of abacus' pretraining text, without a wrong step."""
+    if task.meta["kind"] != "countdown":
+        problem = Problem(task.id, "reasoning", task.meta["kind"], task.prompt, task.answer, dict(task.meta))
+        return work(problem, 0.0, rng)[0], str(task.answer)
+    *tries, found = _tries(task, rng)
+    return ", ".join(_valued(text) for text in (*tries, found)), found
+
+
+def long(task: Task, rng: random.Random, mixed: bool = False) -> tuple[str, str]:
+    """(thought, answer): a plan in words, the steps, a check by another way and what it shows, sentence by sentence.
+
+    A `mixed` thought is German from some sentence after the first on.
+    """
+    sentences, said = _countdown(task, rng) if task.meta["kind"] == "countdown" else _sum_or_product(task)
+    change = rng.randrange(1, len(sentences)) if mixed else len(sentences)
+    spoken = [
+        rng.choice(THOUGHTS["de" if i >= change else "en"][role]).format(text)
+        for i, (role, text) in enumerate(sentences)
+    ]
+    return " ".join(spoken), said
+
+
+def _sum_or_product(task: Task) -> tuple[list[tuple[str, str]], str]:
+    """What is said, and the arithmetic in it: sums by places, then in order; products by parts, then from the last."""
+    numbers: list[int] = task.meta["numbers"]
+    if task.meta["kind"] == "sums":
+        tens, ones = [n - n % 10 for n in numbers], [n % 10 for n in numbers]
+        total = f"{sum(tens)}+{sum(ones)}={task.answer}"
+        steps = [("sums", ""), ("tens", _added(tens)), ("ones", _added(ones)), ("together", total)]
+        check = _chain(numbers)
+    else:
+        left, right = numbers
+        places = [int(digit) * 10 ** (len(str(left)) - i - 1) for i, digit in enumerate(str(left)) if digit != "0"]
+        parts = [place * right for place in places]
+        shown = ", ".join(f"{place}*{right}={part}" for place, part in zip(places, parts, strict=True))
+        steps = [("products", f"{left}*{right}"), ("parts", shown), ("together", _chain(parts))]
+        check = _chain(parts[::-1])
+    return [*steps, ("check", check), ("agrees", str(task.answer))], str(task.answer)
+
+
+def _countdown(task: Task, rng: random.Random) -> tuple[list[tuple[str, str]], str]:
+    *tries, found = _tries(task, rng)
+    numbers = ", ".join(map(str, task.meta["numbers"]))
+    steps = [("search", str(task.meta["target"])), *(("fails", _valued(text)) for text in tries)]
+    return [*steps, ("fits", _valued(found)), ("used", numbers)], found
+
+
+def _tries(task: Task, rng: random.Random) -> list[str]:
+    """Up to MOST_TRIES expressions that miss the target, and the gold one."""
+    drawn = [rng.choice(SHAPES).format(*rng.sample(task.meta["numbers"], 3)) for _ in range(rng.randint(0, MOST_TRIES))]
+    return [*(text for text in drawn if evaluate(text)[0] != task.meta["target"]), str(task.answer)]
+
+
+def _valued(expression: str) -> str:
+    return f"{expression}={evaluate(expression)[0]}"
+
+
+def _added(numbers: list[int]) -> str:
+    return f"{'+'.join(map(str, numbers))}={sum(numbers)}"
+
+
+def _chain(numbers: list[int]) -> str:
+    """`a+b=c, c+d=e`: the numbers added one after the other; of a single number, that it is itself."""
+    sums = list(accumulate(numbers))
+    steps = [f"{before}+{n}={total}" for before, n, total in zip(sums, numbers[1:], sums[1:], strict=False)]
+    return ", ".join(steps) or f"{numbers[0]}"

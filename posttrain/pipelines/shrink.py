@@ -1,0 +1,42 @@
+"""A smaller model from a larger one: its first layers, for reward models of several sizes (Gao et al., 2210.10760)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from posttrain import api
+from posttrain.config.sections import require_positive
+from posttrain.models.load import save_pretrained
+from posttrain.types import ConfigError
+
+
+@dataclass(frozen=True)
+class Shrink:
+    model: str = "abacus"
+    """The model whose first layers are kept, with its embeddings, last norm and tokenizer."""
+    layers: int = 1
+    """How many."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "layers")
+
+
+def make(cfg: Shrink, folder: Path) -> dict[str, Any]:
+    """Writes the model to `folder/model`; returns its layers and parameters. Raises ConfigError for too many layers.
+
+    What is cut off is not made up for: the model writes nothing sensible until it is trained.
+    """
+    policy = api.open_policy(cfg.model)
+    body: Any = policy.body
+    if not hasattr(body, "layers"):
+        raise ConfigError(f"model {cfg.model!r} keeps its layers elsewhere than Llama does, so it cannot be cut.")
+    if cfg.layers > len(body.layers):
+        raise ConfigError(f"layers={cfg.layers}, but {cfg.model!r} has {len(body.layers)}. Give as many or fewer.")
+    body.layers = body.layers[: cfg.layers]
+    policy.config.num_hidden_layers = cfg.layers
+    if getattr(policy.config, "layer_types", None):
+        policy.config.layer_types = policy.config.layer_types[: cfg.layers]
+    save_pretrained(policy, folder / "model")
+    return {"layers": cfg.layers, "parameters": sum(p.numel() for p in policy.model.parameters())}
