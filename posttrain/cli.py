@@ -17,10 +17,17 @@ from typing import Any
 import click
 
 from posttrain import __version__, config
-from posttrain.arguments import FREE, RECIPE_HELP, find_recipe, read_recipe, sections_of, shipped_recipes, split_settings
+from posttrain.arguments import (
+    FREE,
+    RECIPE_HELP,
+    find_recipe,
+    read_recipe,
+    sections_of,
+    shipped_recipes,
+    split_settings,
+)
 from posttrain.inspection import COMMANDS
 from posttrain.types import ConfigError, PosttrainError
-
 
 
 class Cli(click.Group):
@@ -127,7 +134,9 @@ for _algorithm in config.RECIPES:
     training_command(_algorithm)
 
 
-@settings_command("pipeline", epilog="Settings of a stage follow as --STAGE.section.key value, of the cards as --card.key.")
+@settings_command(
+    "pipeline", epilog="Settings of a stage follow as --STAGE.section.key value, of the cards as --card.key."
+)
 @click.argument("args", nargs=-1, type=click.UNPROCESSED, metavar="RECIPE [--stage.section.key value]...")
 @click.option("--out", default="", help="Folder.  [default: runs/NAME]")
 @click.option("--mini", is_flag=True, help="The recipe's miniature: every stage, in a minute or so.")

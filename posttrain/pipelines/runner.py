@@ -189,9 +189,7 @@ def _close(pipeline: Pipeline, folder: Path, records: list[Record], screen: Scre
     if unknown:
         close = config.nearest(unknown[0], list(results))
         raise ConfigError(f"pipeline {pipeline.name}: expect.{unknown[0]} is no result of it{close}")
-    missed = {
-        name: (low, high) for name, (low, high) in pipeline.expect.items() if not low <= results[name] <= high
-    }
+    missed = {name: (low, high) for name, (low, high) in pipeline.expect.items() if not low <= results[name] <= high}
     _write(pipeline, folder, records, results, missed)
     return Ended(folder, records, results, missed)
 
