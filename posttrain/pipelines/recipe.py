@@ -48,7 +48,7 @@ class Stage:
 
     def resolve(self, made: Mapping[str, str]) -> Any:
         """The algorithm's recipe, or the maker's settings, with `made` (stage → its product) put in for references."""
-        settings, overrides = _filled(self.settings, made), _filled(self.overrides, made)
+        settings, overrides = filled(self.settings, made), filled(self.overrides, made)
         if self.is_training:
             return config.resolve(self.run, settings, overrides)
         cls = GivenModel if self.run == GIVEN else MAKERS[self.run][0]
@@ -209,13 +209,13 @@ def _bounds(name: str, value: Any, stages: Sequence[str]) -> tuple[float, float]
     return float(value[0]), float(value[1])
 
 
-def _filled(value: Any, made: Mapping[str, str]) -> Any:
-    """The same value with references replaced in every text."""
+def filled(value: Any, made: Mapping[str, str]) -> Any:
+    """The same value with references in its texts replaced by what `made` holds for them."""
     if isinstance(value, str):
         return REFERENCE.sub(lambda found: made[found[1]], value)
     if isinstance(value, Mapping):
-        return {name: _filled(inner, made) for name, inner in value.items()}
-    return [_filled(inner, made) for inner in value] if isinstance(value, list) else value
+        return {name: filled(inner, made) for name, inner in value.items()}
+    return [filled(inner, made) for inner in value] if isinstance(value, list) else value
 
 
 def _collect(value: Any, found: set[str]) -> None:

@@ -23,7 +23,7 @@ from posttrain import __version__, api, config, machine
 from posttrain.pipelines.card import CardConfig, examine
 from posttrain.pipelines.figures import Finished, draw
 from posttrain.pipelines.makers import MAKERS
-from posttrain.pipelines.recipe import GIVEN, Pipeline, Stage, without_out
+from posttrain.pipelines.recipe import GIVEN, Pipeline, Stage, filled, without_out
 from posttrain.prepare import OnStep
 from posttrain.store import durable
 from posttrain.store.run import Run
@@ -113,7 +113,7 @@ def _run(pipeline: Pipeline, folder: Path, screen: Screen, again: str) -> Ended:
         products[stage.name] = _product(stage, place, products)
         if stage.card:
             first = products[pipeline.stages[0].name] if pipeline.stages[0].run == GIVEN else "abacus"
-            reference = products.get(stage.reference, stage.reference) or first
+            reference = filled(stage.reference, products) or first
             _examine(stage, products[stage.name], reference, pipeline.card, folder, record, screen)
         records.append(record)
         _write(pipeline, folder, records)
