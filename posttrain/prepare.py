@@ -147,9 +147,12 @@ def _executes(recipe: Any, sets: task_sets.TaskSets, judged: bool, env: Env | No
     """Whether code that the model writes is executed: by the reward `code`, or by the tool `python`."""
     if env is not None and takes(env, "tools") and runs_python(recipe.env.tools):
         return True
-    names = [leaf.name for leaf in combine.leaves_of(recipe.reward.name)] if judged else []
-    tasks = sets.train + sets.test if "auto" in names else []
-    return "code" in names or any(task_sets.verifier_for(task) is code.code for task in tasks)
+    leaves = combine.leaves_of(recipe.reward.name) if judged else []
+    own = [leaf for leaf in leaves if leaf.name == "auto"]
+    by_auto = any(
+        leaf.concerns(t) and task_sets.verifier_for(t) is code.code for leaf in own for t in sets.train + sets.test
+    )
+    return by_auto or any(leaf.name == "code" for leaf in leaves)
 
 
 def world_tasks(
