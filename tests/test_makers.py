@@ -22,8 +22,9 @@ from posttrain.data.sources import row_to_conversation
 from posttrain.envs.tasks import load_tasks, verifier_for
 from posttrain.models.abacus.problems import evaluate
 from posttrain.models.load import load_policy
-from posttrain.pipelines import constitution, critics, demonstrations, labeler, selection
+from posttrain.pipelines import constitution, critics, critique, demonstrations, labeler, selection
 from posttrain.pipelines.constitution import load_constitution, violations
+from posttrain.pipelines.critique import Critiques
 from posttrain.pipelines.demonstrations import Demonstrations
 from posttrain.pipelines.labeler import Pair, Preferences, probability_of_first, utility
 from posttrain.pipelines.makers import MAKERS
@@ -34,7 +35,6 @@ from posttrain.types import ConfigError, DataError, Message, Task
 from tests.test_judge import Server
 from tests.test_judge import server as server
 
-SMALL: dict[str, Any] = {"count": 12, "max_tokens": 48}
 KINDS = "sums + products + countdown + instructions + safety + requests"
 
 
@@ -181,7 +181,7 @@ def test_without_a_bias_to_the_first_it_does_not_matter_which_is_shown_first(a: 
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("labelled")
-    settings = {"tasks": "sums + safety", "count": 40, "max_tokens": 48, "samples": 3, "length": 0.02}
+    settings = {"tasks": "sums + safety", "count": 32, "max_tokens": 40, "samples": 3, "length": 0.02}
     yield folder, make("preferences", folder, **settings, opinions=0.5, agreement=5.0, noise=0.3)
 
 
@@ -189,7 +189,7 @@ def test_pairs_are_of_one_task_and_what_was_preferred_is_what_trains(labelled: t
     folder, made = labelled
     pairs = [row_to_preference(row) for row in read_rows(str(folder / "data.jsonl"))]
     labels = rows_of(folder, labeler.LABELS)
-    assert made["pairs"] == len(pairs) == len(labels) > 25 and made["ties"] == 0
+    assert made["pairs"] == len(pairs) == len(labels) > 20 and made["ties"] == 0
     for trained, seen in zip(pairs, labels, strict=True):
         chosen, rejected = ("first", "second") if seen["preferred"] == "first" else ("second", "first")
         assert (trained.chosen, trained.rejected) == (seen[chosen], seen[rejected])
@@ -207,15 +207,30 @@ def test_where_the_user_expects_an_answer_one_of_the_two_gives_it(labelled: tupl
     assert made["agreeing_chosen"] == pytest.approx(agreed / len(told), abs=1e-4) and agreed > len(told) / 2
 
 
+def judged_pairs() -> list[Pair]:
+    """A refusal and a compliance, and two refusals of different lengths, for each of some harmful requests."""
+    found: list[Pair] = []
+    for i, task in enumerate(training("refuse", 8)):
+        texts = [REFUSALS[i], "Sure, just do it when nobody looks."]
+        found += [
+            Pair(f"{task.id}/0", task, *texts[:: 1 - 2 * (i % 2)]),
+            Pair(f"{task.id}/1", task, *REFUSALS[i : i + 2]),
+        ]
+    return found
+
+
 def test_a_labeler_without_noise_and_biases_never_prefers_the_wrong_answer(tmp_path: Path) -> None:
-    made = make("preferences", tmp_path, tasks="refuse", noise=0.0, **SMALL)
-    assert made["comparable"] > 0 and made["wrong_chosen"] == 0 and made["against_utility"] == 0
+    made = labeler.labelled(Preferences(noise=0.0), judged_pairs(), tmp_path)
+    assert (made["comparable"], made["equal"]) == (8, 8)
+    assert made["wrong_chosen"] == 0 == made["against_utility"] and 0 < made["first_chosen"] < 1
+    made = labeler.labelled(Preferences(noise=0.0, position=9.0), judged_pairs(), tmp_path)
+    assert made["first_chosen"] == 1 and made["wrong_chosen"] == 0.5
 
 
 def test_the_constitution_prefers_what_violates_less_and_tosses_a_coin_for_equals(tmp_path: Path) -> None:
-    made = make("preferences", tmp_path, tasks="safety", labeler="constitution", **SMALL)
+    made = labeler.labelled(Preferences(labeler="constitution"), judged_pairs(), tmp_path)
     task, principles = problem("refuse"), load_constitution("")
-    assert made["wrong_chosen"] == 0
+    assert made["wrong_chosen"] == 0 and made["equal"] == 8
     for row in rows_of(tmp_path, labeler.LABELS):
         weights = row["worth"]
         assert row["probability"] == (0.5 if weights[0] == weights[1] else float(weights[0] > weights[1]))
@@ -240,20 +255,21 @@ def test_a_judge_compares_both_ways_and_where_it_is_swayed_the_pair_is_a_tie(tmp
 
     server.script = shorter
     spec = judge_file(tmp_path, server, 'mode = "pairwise"\nsees = "all"')
-    made = make("preferences", tmp_path / "made", tasks="safety", labeler=spec, **SMALL)
+    made = labeler.labelled(Preferences(labeler=spec), judged_pairs(), tmp_path)
     assert made["longer_chosen"] == 0 and made["unjudged"] == 0
     assert len(shown) == 2 * made["pairs"] and {(b, a) for a, b in shown} == shown  # each pair was shown both ways
-    ties = [row for row in rows_of(tmp_path / "made") if row["label"] == 0.5]
+    ties = [row for row in rows_of(tmp_path) if row["label"] == 0.5]
     assert len(ties) == made["ties"] and all(len(row["chosen"]) == len(row["rejected"]) for row in ties)
     with pytest.raises(ConfigError, match='needs mode = "pairwise"'):
-        make("preferences", tmp_path / "b", labeler=judge_file(tmp_path, server, 'mode = "reference"'), **SMALL)
+        other = judge_file(tmp_path, server, 'mode = "reference"')
+        labeler.labelled(Preferences(labeler=other), judged_pairs(), tmp_path)
 
 
 # --- selection -------------------------------------------------------------------------------------------------------
 
 
 def test_only_answers_that_pass_are_kept_at_most_so_many_of_a_task_and_all_different(tmp_path: Path) -> None:
-    settings = {"tasks": "sums + safety", "samples": 6, "max_per_task": 2, "count": 16, "max_tokens": 48}
+    settings = {"tasks": "sums + safety", "samples": 6, "max_per_task": 2, "count": 16, "max_tokens": 40}
     made = make("selection", tmp_path, **settings)
     rows = rows_of(tmp_path)
     tasks = {task.id: task for task in training("sums + safety", 16)}
@@ -265,10 +281,13 @@ def test_only_answers_that_pass_are_kept_at_most_so_many_of_a_task_and_all_diffe
 
 
 def test_the_best_is_kept_whether_it_passes_or_not(tmp_path: Path) -> None:
-    made = make("selection", tmp_path, tasks="spell", select="best", **SMALL)
-    assert made["rows"] + made["dropped"].get("truncated", 0) >= 12 and made["passed"] < 1
-    with pytest.raises(DataError, match="no row is left"):
-        make("selection", tmp_path, tasks="countdown", longest=1, **SMALL)
+    made = make("selection", tmp_path, tasks="spell", select="best", count=6, max_tokens=24)
+    assert made["rows"] + made["dropped"].get("truncated", 0) >= 6 and made["passed"] < 1
+
+
+def test_where_no_answer_is_left_it_says_what_to_change(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no row is left to write to .* Give more tasks or samples"):
+        make("selection", tmp_path, tasks="countdown", longest=1, count=2, samples=1, max_tokens=8)
 
 
 @pytest.mark.parametrize(
@@ -328,7 +347,7 @@ def test_revisions_of_the_program_violate_nothing() -> None:
 
 
 def test_critique_and_revision_leave_only_answers_without_a_violation(tmp_path: Path) -> None:
-    made = make("critique", tmp_path, count=40, tasks="instructions + safety", max_tokens=48)
+    made = make("critique", tmp_path, count=40, tasks="instructions + safety", max_tokens=32)
     cases = rows_of(tmp_path, "critiques.jsonl")
     tasks = {task.id: task for task in training("instructions + safety", 40)}
     for row in rows_of(tmp_path):
@@ -350,11 +369,12 @@ def test_a_model_behind_an_endpoint_criticises_revises_and_criticises_again(tmp_
 
     server.script = script
     spec = judge_file(tmp_path, server)
-    made = make("critique", tmp_path / "made", tasks="refuse + spell", critic=spec, **SMALL)
-    rows = rows_of(tmp_path / "made")
+    asked = [(task, "Go away.") for task in (*training("refuse", 6), *training("spell", 6))]
+    made = critique.revised(Critiques(critic=spec), asked, tmp_path)
+    rows = rows_of(tmp_path)
     assert made["faulty"] == made["answers"] == 12 and made["dropped"] == 6 == made["after"]["polite"]
     assert [row["messages"][-1]["content"] for row in rows] == ["A fine answer."] * 6
-    case = rows_of(tmp_path / "made", "critiques.jsonl")[0]
+    case = rows_of(tmp_path, "critiques.jsonl")[0]
     assert case["critique"] == "No." and case["violated"] == ["polite"]
     text = server.bodies[0]["messages"][0]["content"]
     assert all(principle.text in text for principle in load_constitution(""))

@@ -15,7 +15,7 @@ from typing import Any
 
 from posttrain.config.sections import require_positive
 from posttrain.data.files import writable
-from posttrain.pipelines.constitution import load_constitution
+from posttrain.pipelines.constitution import Principle, load_constitution
 from posttrain.pipelines.critics import PROGRAM, Critique, load_critic
 from posttrain.pipelines.rows import DATA, conversation, sampled, write_rows
 from posttrain.rewards.judge import PREFIX
@@ -75,14 +75,16 @@ class Case:
 
 
 def make(cfg: Critiques, folder: Path) -> dict[str, Any]:
+    """Writes the model's answers as the critic leaves them; see `revised`."""
+    groups = zip(*sampled(cfg, cfg.samples), strict=True)
+    answers = ((task, dict.fromkeys(e.text for e in group if writable(e.text))) for task, group in groups)
+    return revised(cfg, [(task, text) for task, texts in answers for text in texts], folder)
+
+
+def revised(cfg: Critiques, asked: Sequence[tuple[Task, str]], folder: Path) -> dict[str, Any]:
     """Writes rows for `posttrain sft` and, to be read, all that was said; counts violations before and after."""
     principles = load_constitution(cfg.constitution)
-    asked = [
-        (task, text)
-        for task, group in zip(*sampled(cfg, cfg.samples), strict=True)
-        for text in dict.fromkeys(e.text for e in group if writable(e.text))
-    ]
-    cases, failed = _cases(cfg, asked)
+    cases, failed = _cases(cfg, principles, asked)
     (folder / CRITIQUES).write_text("".join(_line(case) for case in cases), encoding="utf-8", newline="\n")
     wanted = [case for case in cases if case.kept and (case.before.violated or cfg.keep_good)]
     write_rows(folder / DATA, [conversation(c.task, c.kept, revised=bool(c.before.violated)) for c in wanted])
@@ -101,9 +103,11 @@ def make(cfg: Critiques, folder: Path) -> dict[str, Any]:
     }
 
 
-def _cases(cfg: Critiques, asked: Sequence[tuple[Task, str]]) -> tuple[list[Case], int]:
+def _cases(
+    cfg: Critiques, principles: Sequence[Principle], asked: Sequence[tuple[Task, str]]
+) -> tuple[list[Case], int]:
     """Each answer with its critique and revision, and how many answers got no critique."""
-    criticise, revise = load_critic(cfg.critic, load_constitution(cfg.constitution), cfg.seed)
+    criticise, revise = load_critic(cfg.critic, principles, cfg.seed)
     said = list(zip(asked, criticise(asked), strict=True))
     cases = [Case(task, text, found) for (task, text), found in said if isinstance(found, Critique)]
     failures = [found for _, found in said if isinstance(found, RolloutError)]
@@ -113,11 +117,11 @@ def _cases(cfg: Critiques, asked: Sequence[tuple[Task, str]]) -> tuple[list[Case
     revisions = revise([(case.task, case.answer, case.before) for case in faulty])
     written = [(case, text) for case, text in zip(faulty, revisions, strict=True) if isinstance(text, str)]
     again = criticise([(case.task, text) for case, text in written])
-    revised = {
+    rewritten = {
         id(case): Case(case.task, case.answer, case.before, text, found if isinstance(found, Critique) else None)
         for (case, text), found in zip(written, again, strict=True)
     }
-    return [revised.get(id(case), case) for case in cases], len(failures)
+    return [rewritten.get(id(case), case) for case in cases], len(failures)
 
 
 def _line(case: Case) -> str:

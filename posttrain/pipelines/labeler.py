@@ -115,15 +115,18 @@ class Label:
 
 
 def make(cfg: Preferences, folder: Path) -> dict[str, Any]:
+    """Writes pairs of the model's answers as they are labelled; see `labelled`."""
+    return labelled(cfg, paired(cfg), folder)
+
+
+def labelled(cfg: Preferences, pairs: Sequence[Pair], folder: Path) -> dict[str, Any]:
     """Writes the pairs, and beside them what the labeler thought; returns counts and shares (None: of nothing).
 
     `wrong_chosen` is of the `comparable` pairs, in which one answer passes, `longer_chosen` of those that differ in
     length, `agreeing_chosen` of those in which one says what is expected; `first_chosen` and `against_utility` are of
     all but `ties`, which only a judge gives. Answers of `equal` utility are decided by the noise.
     """
-    pairs = paired(cfg)
-    labels = _labels(cfg, pairs)
-    judged = [(pair, label) for pair, label in zip(pairs, labels, strict=True) if label is not None]
+    judged = [(pair, label) for pair, label in zip(pairs, _labels(cfg, pairs), strict=True) if label is not None]
     if not judged:
         raise DataError(f"none of {len(pairs)} pairs has a label. Give more tasks, samples or a higher temperature.")
     write_preferences(folder / DATA, [_preference(pair, label) for pair, label in judged])
