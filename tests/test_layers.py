@@ -25,7 +25,7 @@ LAYERS: dict[str, float] = {
     "algos": 6,
     "pipelines": 7.5, "speed": 6.5, "estimate": 6.75, "api": 7,
     "cli": 8, "arguments": 8, "show": 8, "doctor": 8, "talk": 8, "demo": 8, "lab": 8,
-    "evidence": 5, "exploits": 5, "diagnose": 8,
+    "evidence": 5, "exploits": 5, "diagnose": 8, "report": 8, "page": 8,
 }  # fmt: skip
 ONE_LAYER = {0, 5, 8}
 FORBIDDEN = {

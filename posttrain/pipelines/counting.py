@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
+from itertools import pairwise
 
 OPEN, CLOSE = "<think>", "</think>"
 LONGEST = 64
@@ -27,8 +28,10 @@ WORDS = {
 }
 """Words that often go with looking at something again."""
 _NUMBER = r"\(*-?\d+(?:\.\d+)?\)*"
-_EXPRESSION = rf"{_NUMBER}(?:\s*[-+*/×÷]\s*{_NUMBER})*"
-_CHAIN = re.compile(rf"(?<![\w.]){_EXPRESSION}(?:\s*=\s*{_EXPRESSION})+(?!\w|\.\d)")
+_EXPRESSION = rf"{_NUMBER}(?:[ \t]*[-+*/×÷][ \t]*{_NUMBER})*"
+_SIDE = re.compile(rf"(?<![\w.]){_EXPRESSION}(?!\w|\.\d)")
+_EQUALS = re.compile(r"[ \t]*=[ \t]*")
+_CUT_OFF = re.compile(r"[\w)][ \t]*[-+*/×÷^][ \t]*$")  # before a side that goes on to its left: x - 3
 _OPERATORS: Mapping[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -102,13 +105,15 @@ def _value(node: ast.expr, text: str) -> Fraction:
 def equations(text: str) -> list[Equation]:
     """Every equation of a text in order; `12*4=40+8=48` is two. One side at least has to compute something."""
     found: list[Equation] = []
-    for chain in _CHAIN.finditer(text):
-        sides = [_balanced(re.sub(r"\s", "", side)) for side in chain.group().split("=")]
-        values = [value_of(side) for side in sides]
-        for i in range(len(sides) - 1):
-            a, b = values[i], values[i + 1]
-            if a is not None and b is not None and (_computes(sides[i]) or _computes(sides[i + 1])):
-                found.append(Equation(sides[i], sides[i + 1], a, b))
+    for one, other in pairwise(_SIDE.finditer(text)):
+        if not _EQUALS.fullmatch(text, one.end(), other.start()):
+            continue
+        if _CUT_OFF.search(text, max(0, one.start() - 8), one.start()):
+            continue
+        left, right = (_balanced(re.sub(r"\s", "", side.group())) for side in (one, other))
+        a, b = value_of(left), value_of(right)
+        if a is not None and b is not None and (_computes(left) or _computes(right)):
+            found.append(Equation(left, right, a, b))
     return found
 
 

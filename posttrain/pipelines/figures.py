@@ -26,7 +26,7 @@ from posttrain.pipelines.plots import Panel, Series, save
 from posttrain.store.run import Run
 from posttrain.types import ConfigError
 
-__all__ = ["FIGURES", "Figure", "Finished", "cards", "curves", "draw", "read_figure"]
+__all__ = ["FIGURES", "Figure", "Finished", "as_json", "cards", "curves", "draw", "read_figure"]
 
 
 def cards(figure: Figure, stages: Sequence[Finished]) -> Drawn:
@@ -110,11 +110,23 @@ def draw(figure: Figure, stages: Sequence[Finished], folder: Path) -> dict[str, 
     by_name = {stage.name: stage for stage in stages}
     chosen = [by_name[name] for name in figure.stages if name in by_name] if figure.stages else [*by_name.values()]
     drawn = FIGURES[figure.kind](figure, chosen)
-    title = figure.title or figure.name.replace("-", " ")
-    save(title, drawn.panels, folder, figure.name)
+    save(title_of(figure), drawn.panels, folder, figure.name)
+    return as_json(figure, drawn)
+
+
+def title_of(figure: Figure) -> str:
+    """What stands above a figure."""
+    return figure.title or figure.name.replace("-", " ")
+
+
+def as_json(figure: Figure, drawn: Drawn) -> dict[str, Any]:
+    """What `draw` returns."""
     ends = {"first": _ends(drawn.panels, 0), "last": _ends(drawn.panels, -1)}
     panels = [asdict(panel) for panel in drawn.panels]
-    return cast(dict[str, Any], _json({"kind": figure.kind, "title": title, "panels": panels, **ends, **drawn.numbers}))
+    return cast(
+        dict[str, Any],
+        _json({"kind": figure.kind, "title": title_of(figure), "panels": panels, **ends, **drawn.numbers}),
+    )
 
 
 def _ends(panels: Sequence[Panel], which: int) -> dict[str, dict[str, float]]:

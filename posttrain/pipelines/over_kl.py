@@ -54,7 +54,7 @@ def frontier(figure: Figure, stages: Sequence[Finished]) -> Drawn:
     made = _of_card if on_card else _of_run
     series = [one for stage in stages if (one := made(stage, metric)) is not None]
     x_label = "KL from the reference, nats per answer" if on_card else KL_LABEL
-    return Drawn((Panel(f"{name} against KL", x_label, said, tuple(series), share),))
+    return Drawn((Panel(f"{name} against KL", x_label, said.partition(",")[0], tuple(series), share),))
 
 
 def _of_card(stage: Finished, metric: str) -> Series | None:

@@ -18,7 +18,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 """Okabe and Ito's palette, ochre for yellow: told apart by most colour-blind people and dark enough on white."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
-WIDTH, HEIGHT, LOW, LINE = 6.0, 2.75, 2.2, 0.31  # inches: a panel, one of more than four, a line of estimates
+WIDTH, HEIGHT, LOW, LINE = 5.4, 2.75, 2.2, 0.31  # inches: a panel, one of more than four, a line of estimates
 LABEL_GAP = 0.075  # of a panel's height, between two labels at line ends
 Mark = tuple[str, str, Any]
 """Colour, marker and dashes of a name, the same in every panel of a picture."""
@@ -28,8 +28,8 @@ Mark = tuple[str, str, Any]
 class Series:
     """Points (K,) in order, with 95 % intervals where `low` and `high` are given.
 
-    `points` are joined by a faint line only. A fit is a smooth curve without points; it takes the colour and the dashes
-    of the series named like it.
+    `points` are joined by a faint line only. A fit is a smooth curve without points, in the colour and dashes of the
+    series named like it. A series without a name gets no label.
     """
 
     name: str
@@ -134,7 +134,8 @@ def _curves(axis: Any, panel: Panel, marks: Mapping[str, Mark]) -> None:
             zorder=4,
         )  # fmt: skip
         _interval(axis, series, colour)
-        ends.append((float(x[-1]), float(y[-1]), series.name, colour))
+        if series.name:
+            ends.append((float(x[-1]), float(y[-1]), series.name, colour))
     _frame(axis, panel, "y", panel.share)
     _name_ends(axis, ends)
 
