@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from posttrain import config
 from posttrain.config import DataConfig
 from posttrain.data.files import read_rows
+from posttrain.data.mixing import parse_mixture
 from posttrain.data.preferences import row_to_preference
 from posttrain.data.sources import row_to_conversation
 from posttrain.envs.tasks import load_tasks, verifier_for
@@ -412,6 +413,11 @@ def test_a_shrunk_model_is_its_first_layers_and_loads_like_any_other(tmp_path: P
         assert weight.equal(whole.model.state_dict()[name]), name
     with pytest.raises(ConfigError, match="layers=9, but 'abacus' has 4"):
         make("shrink", tmp_path / "b", layers=9)
+
+
+def test_a_mixture_of_what_stages_made_is_read_with_the_hyphens_and_slashes_of_their_folders() -> None:
+    a, b = "runs/r1/cold-start-0a1b2c3d/data.jsonl", "/tmp/pipe lines/general-data-4e5f6a7b/data.jsonl"
+    assert parse_mixture(f"{a}*3 + {b}*0.5 + {b[1:]}") == [(a, 3.0), (b, 0.5), (b[1:], 1.0)]
 
 
 def test_the_files_of_makers_are_json_lines(tmp_path: Path) -> None:
