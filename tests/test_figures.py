@@ -255,7 +255,7 @@ def test_a_figure_that_cannot_be_drawn_is_refused_in_one_sentence(table: dict[st
 
 def test_entries_of_a_card_without_a_number_are_no_point() -> None:
     card = {"a": {"value": 0.5, "low": 0.4, "high": 0.6}, "b": 3, "c": "text", "d": {"value": math.nan}, "e": True}
-    assert estimate_of(card, "a") == (0.5, 0.4, 0.6) and (estimate_of(card, "b") or ())[0] == 3.0
+    assert estimate_of(card, "a") == (0.5, 0.4, 0.6) and (estimate_of(card, "b") or [0])[0] == 3.0
     assert [estimate_of(card, name) for name in "cdef"] == [None] * 4 and estimate_of(None, "a") is None
 
 
