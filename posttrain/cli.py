@@ -154,7 +154,7 @@ def pipeline(args: tuple[str, ...], out: str, mini: bool, again: str, as_json: b
         raise ConfigError(f"name one pipeline ({', '.join(shipped_recipes('pipeline'))}) or a TOML file.")
     screen = show.console(as_json)
     with screen.status("reading the pipeline"):
-        from posttrain.pipelines.command import run_command
+        from posttrain.pipeline import run_command
     run_command(screen, find_recipe(words[0]), settings, out, mini, again, as_json)
 
 
