@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from posttrain.pipelines import best_of_n, over_kl
 from posttrain.pipelines.counting import Counts, add, count, equations, thought, value_of
+from posttrain.pipelines.equal_kl import equal_kl
 from posttrain.pipelines.figure import Figure, Finished, binned, estimate_of
 from posttrain.pipelines.figures import FIGURES, as_json, draw, read_figure
 from posttrain.pipelines.over_steps import interval
@@ -181,7 +182,7 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> list[Finished]:
     card = {name: estimate for name in ("helpfulness", "safety", "reasoning", "over_refusal", "kl")}
     return [
         Finished("data", root / "none"), Finished("sft", root / "none", card), Finished("rl", root / "rl"),
-        Finished("bon", root / "search"),
+        Finished("bon", root / "search"), Finished("dpo", root / "none", card),
     ]  # fmt: skip
 
 
@@ -275,3 +276,17 @@ def test_a_search_keeps_what_the_figure_needs_and_its_tasks_average_to_its_rows(
     assert len(numbers["panels"][0]["series"][0]["y"]) == 3
     with pytest.raises(ConfigError, match="nothing to choose from"):
         replace(cfg, n=1)
+
+
+def test_methods_are_compared_at_the_largest_kl_that_all_reach(tmp_path: Path) -> None:
+    def stage(name: str, kl: float, safety: float) -> Finished:
+        return Finished(name, tmp_path, {"kl": {"value": kl}, "safety": {"value": safety}})
+
+    figure = Figure("equal-kl", "equal", metrics=("safety",))
+    stages = [stage("sft", 0.0, 0.5), stage("dpo", 16.0, 0.9), stage("dpo-careful", 1.0, 0.6), stage("ppo", 4.0, 0.7)]
+    drawn = equal_kl(figure, stages)
+    assert drawn.numbers["kl"] == 4.0
+    # sqrt(KL) = 2: dpo lies a third of the way from 1 (0.6) to 4 (0.9), ppo is there itself
+    assert drawn.numbers["at_equal_kl"] == {"dpo": {"safety": pytest.approx(0.7)}, "ppo": {"safety": 0.7}}
+    assert [line.x for line in drawn.panels[0].series] == [(0.0, 1.0, 4.0), (0.0, 2.0)]
+    assert equal_kl(figure, stages[:1]).panels == ()

@@ -23,7 +23,7 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
 @dataclass(frozen=True)
 class Figure:
     kind: str
-    """What is drawn: `cards`, `curves`, `frontier`, `overoptimisation`, `diversity` or `thinking`."""
+    """What is drawn: `cards`, `curves`, `frontier`, `equal-kl`, `overoptimisation`, `diversity` or `thinking`."""
     name: str
     """The files' name: lower-case letters, digits and hyphens."""
     title: str = ""
@@ -31,7 +31,7 @@ class Figure:
     stages: tuple[str, ...] = ()
     """Stages to draw, in this order; empty draws all that have what the kind needs."""
     metrics: tuple[str, ...] = ()
-    """Of `curves`: metrics. Of `cards`: entries of the card. Of `overoptimisation`: the proxy's and the true metric."""
+    """Metrics of `curves`, entries of the card for `cards` and `equal-kl`, proxy and truth of `overoptimisation`."""
     y: str = ""
     """Of `frontier`: a metric of training steps or of evaluations, or `card/NAME`; empty is `accuracy`."""
 

@@ -19,6 +19,7 @@ from typing import Any, cast
 
 from posttrain import config
 from posttrain.pipelines.card import CAPABILITIES, LABELS
+from posttrain.pipelines.equal_kl import equal_kl
 from posttrain.pipelines.figure import Drawn, Figure, Finished, estimate_of, label, series_of, steps_label
 from posttrain.pipelines.over_kl import frontier, overoptimisation
 from posttrain.pipelines.over_steps import diversity, thinking
@@ -77,6 +78,7 @@ FIGURES: dict[str, Kind] = {
     "curves": curves,
     "frontier": frontier,
     "overoptimisation": overoptimisation,
+    "equal-kl": equal_kl,
     "diversity": diversity,
     "thinking": thinking,
 }

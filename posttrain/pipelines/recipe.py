@@ -1,7 +1,7 @@
 """A pipeline as one TOML file says it: stages in order, each an algorithm or a maker of data, and what to expect.
 
-A stage's settings are those of its algorithm's recipe. `{name}` in them is what an earlier stage made: a model's folder,
-or a file of data. Everything is checked before the first stage begins.
+A stage's settings are those of its algorithm's recipe. `{name}` in them is what an earlier stage made: a model's
+folder, or a file of data. Everything is checked before the first stage begins.
 """
 
 from __future__ import annotations

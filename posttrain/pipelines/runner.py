@@ -1,8 +1,8 @@
 """Runs a pipeline: each stage once, in a folder named by the hash of its inputs, and an examination of what it made.
 
-The hash covers a stage's settings, what earlier stages it reads were made from, and the contents of the files and models
-it names. So a changed setting makes the stages below it anew and no others, and a pipeline that was killed goes on where
-it was: an algorithm from its newest checkpoint, a maker from its beginning.
+The hash covers a stage's settings, what earlier stages it reads were made from, and the contents of the files and
+models it names. So a changed setting makes the stages below it anew and no others, and a pipeline that was killed goes
+on where it was: an algorithm from its newest checkpoint, a maker from its beginning.
 """
 
 from __future__ import annotations
