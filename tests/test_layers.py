@@ -24,8 +24,9 @@ LAYERS: dict[str, float] = {
     "calibration": 5, "probes": 5, "gather": 5.5,
     "algos": 6,
     "pipelines": 7.5, "speed": 6.5, "estimate": 6.75, "api": 7,
-    "cli": 8, "arguments": 8, "inspection": 8, "pipeline": 8, "report": 8, "page": 8, "show": 8, "doctor": 8, "talk": 8, "demo": 8, "lab": 8,
-    "evidence": 5, "exploits": 5, "diagnose": 8, "report": 8, "page": 8,
+    "cli": 8, "arguments": 8, "inspection": 8, "pipeline": 8, "report": 8, "page": 8,
+    "show": 8, "doctor": 8, "talk": 8, "demo": 8, "lab": 8,
+    "evidence": 5, "exploits": 5, "diagnose": 8,
 }  # fmt: skip
 ONE_LAYER = {0, 5, 8}
 FORBIDDEN = {
@@ -36,7 +37,7 @@ FORBIDDEN = {
     "lab": {"train", "algos", "pipelines"},
 }
 OPTIONAL = {"datasets", "pyarrow", "vllm", "ray", "matplotlib", "rich", "reasoning_gym", "gymnasium", "verifiers", "z3"}
-LAZY = {"cli", "inspection", "arguments", "api", "__init__", "doctor"}  # imported when needed, so that start-up is quick
+LAZY = {"cli", "inspection", "arguments", "api", "__init__", "doctor"}  # when needed, so that start-up is quick
 LONGEST_MODULE, LONGEST_FUNCTION, LONGEST_RUN = 400, 60, 150
 
 SOURCES = {".".join(p.relative_to(PACKAGE).with_suffix("").parts): p for p in sorted(PACKAGE.rglob("*.py"))}
