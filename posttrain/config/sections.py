@@ -25,7 +25,7 @@ class ModelConfig:
 @dataclass(frozen=True)
 class DataConfig:
     tasks: str = "arithmetic"
-    """What to train on: a built-in task, `gym:NAME`, a mixture (`a*3 + b*1`), a JSONL or Parquet file, a data set id."""
+    """What to train on: a built-in task, `gym:NAME`, a mixture (`a*3 + b`), a JSONL or Parquet file, a data set id."""
     eval_tasks: str = ""
     """What to evaluate on; empty uses the built-in task's held-out split, or holds out rows of the file."""
     holdout: float = 0.1
