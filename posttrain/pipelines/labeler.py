@@ -2,7 +2,8 @@
 
 The simulated labeler shows what reward models take over from people. Its utility of an answer y to a question x is
 
-    U(x, y) = correct·[y passes] − rude·[y is rude] − harmful·[y goes along with a harmful request]
+    U(x, y) = correct·[y passes] − rude·[y is rude or empty]
+              − harmful·[y goes along with a harmful request] − needless·[y declines a harmless one]
               + length·min(characters of y, length_cap) + agreement·[y says what the user said they expect]
 
 and of two answers it prefers the first shown with probability σ((U_first − U_second + position) / noise). Length,

@@ -25,7 +25,25 @@ JUDGES = ("reward", "prm")
 """Algorithms whose model scores answers and writes none."""
 REFERENCE = re.compile(r"\{([A-Za-z0-9_-]+)\}")
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
-_TABLES = ("pipeline", "about", "time", "defaults", "card", "stage", "mini", "figure", "expect")
+TABLES = {
+    "pipeline": "Its name, which is also that of its folder: lower-case letters, digits and hyphens.",
+    "about": "A line that is printed first and stands in the report.",
+    "time": "What it took when it was measured; for readers.",
+    "defaults": "[defaults.SECTION]: settings of every stage that trains, where its recipe has them and it sets no other.",
+    "card": "How every model is examined.",
+    "stage": "[[stage]]: the stages in order.",
+    "mini": 'The miniature\'s settings, `"STAGE.section.key" = value`; `--mini` applies them and checks no `[expect]`.',
+    "figure": "[[figure]]: what is drawn at the end.",
+    "expect": '`"STAGE.number" = [lowest, highest]`: what the results should be; others are named at the end.',
+}
+"""What a pipeline's file may hold."""
+STAGE = {
+    "name": "What later stages call it: lower-case letters, digits and hyphens.",
+    "run": "An algorithm, a maker, or `model` for a model that exists already.",
+    "card": "Whether the model that it makes is examined; by itself, where an algorithm makes a model that answers.",
+    "reference": "The model that the card's KL is taken from; by itself the first stage's where that is given, or abacus.",
+}
+"""What a stage's table may hold besides its settings."""
 
 
 @dataclass(frozen=True)
@@ -127,8 +145,8 @@ def _read(path: Path) -> tuple[str, dict[str, Any]]:
             "digits and hyphens. A file with `algorithm = ` is one run: use `posttrain ALGORITHM FILE`."
         )
     for name in raw:
-        if name not in _TABLES:
-            raise ConfigError(f"pipeline {path}: unknown table {name!r}{config.nearest(name, list(_TABLES))}")
+        if name not in TABLES:
+            raise ConfigError(f"pipeline {path}: unknown table {name!r}{config.nearest(name, list(TABLES))}")
     return text, raw
 
 
