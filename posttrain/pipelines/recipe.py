@@ -25,23 +25,25 @@ JUDGES = ("reward", "prm")
 """Algorithms whose model scores answers and writes none."""
 REFERENCE = re.compile(r"\{([A-Za-z0-9_-]+)\}")
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
+_RESERVED = ("card", "defaults", "figure")
+"""What settings and results are called that are no stage's."""
 TABLES = {
     "pipeline": "Its name, which is also that of its folder: lower-case letters, digits and hyphens.",
     "about": "A line that is printed first and stands in the report.",
     "time": "What it took when it was measured; for readers.",
-    "defaults": "[defaults.SECTION]: settings of every stage that trains, where its recipe has them and it sets no other.",
+    "defaults": "[defaults.SECTION]: settings of every stage that trains, where its recipe has them; its own win.",
     "card": "How every model is examined.",
     "stage": "[[stage]]: the stages in order.",
-    "mini": 'The miniature\'s settings, `"STAGE.section.key" = value`; `--mini` applies them and checks no `[expect]`.',
+    "mini": "The miniature's settings, as `'STAGE.section.key' = value`; `--mini` applies them and expects nothing.",
     "figure": "[[figure]]: what is drawn at the end.",
-    "expect": '`"STAGE.number" = [lowest, highest]`: what the results should be; others are named at the end.',
+    "expect": "What results should be, as `'STAGE.number' = [lowest, highest]`; others are named at the end.",
 }
 """What a pipeline's file may hold."""
 STAGE = {
     "name": "What later stages call it: lower-case letters, digits and hyphens.",
     "run": "An algorithm, a maker, or `model` for a model that exists already.",
-    "card": "Whether the model that it makes is examined; by itself, where an algorithm makes a model that answers.",
-    "reference": "The model that the card's KL is taken from; by itself the first stage's where that is given, or abacus.",
+    "card": "Whether its model is examined; else true for a given model and for what an algorithm made to answer.",
+    "reference": "Model from which the card's KL is taken; else the first stage's, where that is given, or abacus.",
 }
 """What a stage's table may hold besides its settings."""
 
@@ -101,22 +103,25 @@ class Pipeline:
 
 
 def read_pipeline(path: Path, settings: Mapping[str, Any] | None = None, mini: bool = False) -> Pipeline:
-    """A pipeline from its file. `settings` are `stage.section.key` or `card.key`; `mini` applies the `[mini]` table.
+    """A pipeline from its file. `settings` are `stage.section.key`, `card.key` or `defaults.section.key`; `mini` applies
+    the `[mini]` table, whose names are such settings, below them.
 
     Raises ConfigError naming the file and the stage: for unknown settings, references to no earlier stage, and all that
     a recipe refuses by itself.
     """
     text, raw = _read(path)
     try:
-        changed = {**(raw.get("mini", {}) if mini else {}), **(settings or {})}
+        changed = {**(_flat(_table(raw, "mini")) if mini else {}), **(settings or {})}
         given = _tables(raw, "stage")
         names = [str(table.get("name", "")) for table in given]
-        per_stage = _overrides(changed, [*names, "card"])
-        stages = [_stage(table, raw.get("defaults", {}), per_stage.get(str(table.get("name")), {})) for table in given]
-        card = config.settings_from(CardConfig, {**raw.get("card", {}), **per_stage.get("card", {})}, "card")
+        per_stage = _overrides(changed, [*names, "card", "defaults"])
+        defaults = _defaults(_table(raw, "defaults"), per_stage.get("defaults", {}))
+        stages = [_stage(table, defaults, per_stage.get(str(table.get("name")), {})) for table in given]
+        card = config.settings_from(CardConfig, {**_table(raw, "card"), **per_stage.get("card", {})}, "card")
         _check(stages)
-        figures = tuple(read_figure(table, names) for table in _tables(raw, "figure"))
-        expect = {} if mini else {name: _bounds(name, value, names) for name, value in raw.get("expect", {}).items()}
+        figures = _figures(_tables(raw, "figure"), names)
+        bounds = {name: _bounds(name, value, names) for name, value in _flat(_table(raw, "expect")).items()}
+        expect = {} if mini else bounds
     except ConfigError as error:
         raise ConfigError(f"pipeline {path}: {error}") from None
     about, time = str(raw.get("about", "")), str(raw.get("time", ""))
@@ -139,15 +144,25 @@ def _read(path: Path) -> tuple[str, dict[str, Any]]:
         raise ConfigError(f"pipeline {path} cannot be read: {error.strerror}.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"pipeline {path} is not valid TOML: {error}.") from None
+    if "algorithm" in raw and "pipeline" not in raw:
+        command = f"posttrain {raw['algorithm']} {path}"
+        raise ConfigError(f"{path} has `algorithm = ` and so is one run, not a pipeline; use `{command}`.")
     if not isinstance(raw.get("pipeline"), str) or not _NAME.fullmatch(raw["pipeline"]):
         raise ConfigError(
-            f"pipeline {path}: the line `pipeline = {raw.get('pipeline')!r}` is not a name; write lower-case letters, "
-            "digits and hyphens. A file with `algorithm = ` is one run: use `posttrain ALGORITHM FILE`."
+            f"pipeline {path}: the line `pipeline = {raw.get('pipeline')!r}` is not a name; write one of lower-case "
+            "letters, digits and hyphens."
         )
     for name in raw:
         if name not in TABLES:
             raise ConfigError(f"pipeline {path}: unknown table {name!r}{config.nearest(name, list(TABLES))}")
     return text, raw
+
+
+def _table(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
+    found = raw.get(name, {})
+    if not isinstance(found, dict):
+        raise ConfigError(f"{name}={found!r} is no table; write [{name}] with settings below it.")
+    return found
 
 
 def _tables(raw: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
@@ -175,16 +190,40 @@ def _stage(table: Mapping[str, Any], defaults: Mapping[str, Any], overrides: Map
 
 def _with_defaults(run: str, settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """A stage's sections with the defaults that its recipe knows below them."""
-    recipe = config.RECIPES[run]()
-    known = {s.name: {k.name for k in fields(getattr(recipe, s.name))} for s in fields(recipe)}
-    found: dict[str, Any] = {}
-    for section, values in defaults.items():
-        if not isinstance(values, Mapping):
-            raise ConfigError(f"defaults.{section}={values!r} is not a section; write [defaults.{section}].")
-        found[section] = {k: v for k, v in values.items() if k in known.get(section, ())}
+    known = _settings_of(run)
+    found = {
+        section: {key: value for key, value in values.items() if f"{section}.{key}" in known}
+        for section, values in defaults.items()
+    }
     for section, values in settings.items():
         found[section] = {**found.get(section, {}), **values} if isinstance(values, Mapping) else values
     return {section: values for section, values in found.items() if values != {}}
+
+
+def _defaults(written: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Section → setting → value for all training stages, each of which some algorithm knows."""
+    known = sorted(set().union(*map(_settings_of, config.RECIPES)))
+    found: dict[str, dict[str, Any]] = {}
+    for name, value in {**_flat(written), **overrides}.items():
+        if name not in known:
+            raise ConfigError(f"unknown setting {'defaults.' + name!r}{config.nearest(name, known)}")
+        section, _, key = name.partition(".")
+        found.setdefault(section, {})[key] = value
+    return found
+
+
+def _settings_of(algorithm: str) -> set[str]:
+    recipe = config.RECIPES[algorithm]()
+    return {f"{s.name}.{k.name}" for s in fields(recipe) for k in fields(getattr(recipe, s.name))}
+
+
+def _flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Settings by their dotted names: `sft.train.steps = 2` is the same with quotes around the name and without."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        inner = _flat(value, f"{before}{name}.") if isinstance(value, Mapping) else {f"{before}{name}": value}
+        found |= inner
+    return found
 
 
 def _overrides(settings: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -195,7 +234,7 @@ def _overrides(settings: Mapping[str, Any], names: Sequence[str]) -> dict[str, d
         if stage not in names or not key:
             close = config.nearest(stage, list(names))
             raise ConfigError(f"setting {name!r} is written STAGE.SETTING, and no stage is named {stage!r}{close}")
-        found.setdefault(stage, {})[key] = value
+        found.setdefault(stage, {})[key.replace("-", "_")] = value
     return found
 
 
@@ -205,7 +244,7 @@ def _check(stages: Sequence[Stage]) -> None:
         raise ConfigError("it has no [[stage]].")
     before: list[str] = []
     for stage in stages:
-        if stage.name in before or stage.name == "card":
+        if stage.name in before or stage.name in _RESERVED:
             raise ConfigError(f"the stage name {stage.name!r} is taken; choose another.")
         for name in sorted(stage.needs()):
             if name not in before:
@@ -218,12 +257,22 @@ def _check(stages: Sequence[Stage]) -> None:
         before.append(stage.name)
 
 
+def _figures(tables: Sequence[Mapping[str, Any]], stages: Sequence[str]) -> tuple[Figure, ...]:
+    figures = tuple(read_figure(table, stages) for table in tables)
+    names = [figure.name for figure in figures]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"two figures are named {name!r}, and one's files would replace the other's.")
+    return figures
+
+
 def _bounds(name: str, value: Any, stages: Sequence[str]) -> tuple[float, float]:
     numbers = isinstance(value, list) and len(value) == 2 and all(isinstance(x, int | float) for x in value)
-    if not numbers or value[0] > value[1]:
+    if not numbers or not value[0] <= value[1]:  # a NaN is not below anything
         raise ConfigError(f"expect.{name}={value!r} is not [lowest, highest].")
-    if name.partition(".")[0] not in [*stages, "figure"]:
-        raise ConfigError(f"expect.{name}: {name.partition('.')[0]!r} is not a stage{config.nearest(name, [*stages])}")
+    stage = name.partition(".")[0]
+    if stage not in [*stages, "figure"]:
+        raise ConfigError(f"expect.{name}: {stage!r} is not a stage{config.nearest(stage, [*stages])}")
     return float(value[0]), float(value[1])
 
 
