@@ -61,7 +61,8 @@ Reward = str | Callable[..., Any]
 
 @dataclass(frozen=True)
 class Result:
-    """A run that ended: `summary` is None when signal `stopped_by` stopped it, and `posttrain resume` continues it."""
+    """A run that ended: `summary` is None where signal `stopped_by` stopped it before its end, and `posttrain resume`
+    continues it."""
 
     folder: Path
     summary: dict[str, Any] | None
@@ -226,7 +227,7 @@ def _drive(store: Run, job: Job, on_step: OnStep | None) -> Result:
             if job.policy.scalar is not None:
                 heads.save_head(job.policy, store.folder / "model")
             store.finish(summary)
-    return Result(store.folder, summary, 0 if summary else interrupt.requested)
+    return Result(store.folder, summary, interrupt.requested)
 
 
 def open_policy(path: str, cfg: config.ModelConfig | None = None, device: torch.device | str = "cpu") -> Policy:

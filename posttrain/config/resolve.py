@@ -34,6 +34,8 @@ def read_toml(path: str | Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
         raise ConfigError(f"recipe {path} cannot be read: {error.strerror}.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"recipe {path} is not valid TOML: {error}.") from None
+    if "pipeline" in raw:
+        raise ConfigError(f"{path} is a pipeline of several runs; use `posttrain pipeline {path}`.")
     algorithm, expect = raw.pop("algorithm", None), raw.pop("expect", {})
     if not isinstance(algorithm, str) or algorithm not in RECIPES:
         raise ConfigError(f"{path}: algorithm is {algorithm!r}; expected one of {', '.join(RECIPES)}.")

@@ -103,8 +103,8 @@ class Pipeline:
 
 
 def read_pipeline(path: Path, settings: Mapping[str, Any] | None = None, mini: bool = False) -> Pipeline:
-    """A pipeline from its file. `settings` are `stage.section.key`, `card.key` or `defaults.section.key`; `mini` applies
-    the `[mini]` table, whose names are such settings, below them.
+    """A pipeline from its file. `settings` are `stage.section.key`, `card.key` or `defaults.section.key`; `mini` puts
+    those of the `[mini]` table below them.
 
     Raises ConfigError naming the file and the stage: for unknown settings, references to no earlier stage, and all that
     a recipe refuses by itself.

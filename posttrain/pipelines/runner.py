@@ -106,17 +106,16 @@ def _run(pipeline: Pipeline, folder: Path, screen: Screen, again: str) -> Ended:
         record = replace(record, name=stage.name)
         screen.say(f"stage {number} of {len(pipeline.stages)}, {stage.name} ({stage.run}): {_state(stage, place)}")
         stopped = _advance(stage, place, products, record, screen)
+        records.append(record)
+        _write(pipeline, folder, records)  # also before its card, which may be killed
         if stopped:
-            records.append(record)
-            _write(pipeline, folder, records)
             return Ended(folder, records, stopped_by=stopped)
         products[stage.name] = _product(stage, place, products)
         if stage.card:
             first = products[pipeline.stages[0].name] if pipeline.stages[0].run == GIVEN else "abacus"
             reference = filled(stage.reference, products) or first
             _examine(stage, products[stage.name], reference, pipeline.card, folder, record, screen)
-        records.append(record)
-        _write(pipeline, folder, records)
+            _write(pipeline, folder, records)
     return _close(pipeline, folder, records, screen)
 
 
@@ -128,20 +127,20 @@ def _advance(stage: Stage, place: Path, products: Mapping[str, str], record: Rec
         elif stage.run != GIVEN:
             record.summary = _summary(place)
         return 0
-    whole = not place.exists()
+    whole, stopped = not place.exists(), 0
     _forget_peak()
     began, cpu = time.monotonic(), time.process_time()
     if stage.is_training:
         result = _train(stage, place, products, screen)
-        if result.summary is None:
-            return result.stopped_by
-        record.summary = result.summary
+        stopped, record.summary = result.stopped_by, result.summary
     else:
         record.made = _make(stage, place, products)
+    if record.summary is None and record.made is None:
+        return stopped
     record.seconds = round(time.monotonic() - began, 1) if whole else None
     record.cpu_seconds = round(time.process_time() - cpu, 1) if whole else None
     record.peak_mib = _peak()
-    return 0
+    return stopped
 
 
 def _train(stage: Stage, place: Path, products: Mapping[str, str], screen: Screen) -> api.Result:
@@ -167,7 +166,8 @@ def _examine(
     stage: Stage, model: str, reference: str, cfg: CardConfig, folder: Path, record: Record, screen: Screen
 ) -> None:
     """The card of a model, kept in a folder that names how it was examined."""
-    key = _digest({"card": asdict(cfg), "model": machine.model_hash(model), "from": machine.model_hash(reference)})
+    examined = {**asdict(cfg), **_contents(asdict(cfg))}  # tasks may be files
+    key = _digest({"card": examined, "model": machine.model_hash(model), "from": machine.model_hash(reference)})
     place = folder / record.folder / f"card-{key[:8]}"
     record.card_folder = str(place.relative_to(folder))
     if not (place / "card.json").exists():
