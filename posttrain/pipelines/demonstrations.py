@@ -36,7 +36,7 @@ class Demonstrations:
     count: int = 512
     """Problems, one row each; fewer where a task has fewer."""
     style: Literal["direct", "worked", "long"] = "direct"
-    """Arithmetic answered at once, with bare steps in <think>, or with a plan, steps and a check in sentences."""
+    """Arithmetic answered at once, with bare steps in `<think>`, or with a plan, steps and a check in sentences."""
     mixing: float = 0.0
     """With `long`, the share of thoughts that change into German part way: a fault planted on purpose."""
     seed: int = 0
