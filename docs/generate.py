@@ -22,6 +22,10 @@ import click
 from posttrain import cli, config
 from posttrain.cache import VARIABLE as CACHE
 from posttrain.kernels.build import SWITCH
+from posttrain.pipelines.card import CardConfig
+from posttrain.pipelines.figure import Figure
+from posttrain.pipelines.makers import MAKERS
+from posttrain.pipelines.recipe import GIVEN, STAGE, TABLES, GivenModel
 from posttrain.store.durable import DiskError
 from posttrain.store.failpoints import FAILPOINTS, VARIABLE
 from posttrain.types import PosttrainError
@@ -100,7 +104,33 @@ def config_page() -> str:
         used = " and ".join(f"`{user}`" for user in users)
         cls = section_class(config.RECIPES[users[0]], name)
         lines += ["", f"### `[{name}]`", "", f"Used by {used}.", "", *section_table(cls)]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *pipeline_lines()]) + "\n"
+
+
+def pipeline_lines() -> list[str]:
+    """What the file of a pipeline may hold: its tables, the settings of makers, of cards and of figures."""
+    lines = [
+        "",
+        "## Pipelines",
+        "",
+        "A pipeline is one TOML file with several stages ([pipelines.md](pipelines.md)). On the command line a stage's "
+        "setting is `--STAGE.section.key value` where an algorithm runs and `--STAGE.key value` where a maker does. "
+        "`--card.key value` is for the cards, `--defaults.section.key value` for all stages that train.",
+        "",
+        *table(("in the file", "meaning"), [(f"`{name}`", meaning) for name, meaning in TABLES.items()]),
+        "",
+        "### `[[stage]]`",
+        "",
+        "Beside these a stage holds settings: by section, `train.lr = 1e-4`, where `run` is an algorithm, and without "
+        "sections where it is a maker.",
+        "",
+        *table(("in a stage", "meaning"), [(f"`{name}`", meaning) for name, meaning in STAGE.items()]),
+    ]
+    stages = {GIVEN: GivenModel} | {name: settings for name, (settings, _) in MAKERS.items()}
+    for name, settings in stages.items():
+        lines += ["", f'### `run = "{name}"`', "", *section_table(settings)]
+    lines += ["", "### `[card]`", "", *section_table(CardConfig)]
+    return [*lines, "", "### `[[figure]]`", "", *section_table(Figure)]
 
 
 def section_class(recipe: type, name: str) -> type:
@@ -111,7 +141,7 @@ def section_class(recipe: type, name: str) -> type:
 def section_table(cls: type) -> list[str]:
     """One row a field."""
     docs, hints = config.field_docs(cls), typing.get_type_hints(cls)
-    rows = [(f"`{f.name}`", kind(hints[f.name]), f"`{default(f)}`", docs[f.name]) for f in fields(cls)]
+    rows = [(f"`{f.name}`", kind(hints[f.name]), default(f), docs[f.name]) for f in fields(cls)]
     return table(("setting", "value", "default", "meaning"), rows)
 
 
@@ -119,16 +149,19 @@ def kind(hint: Any) -> str:
     """What may be written, in words."""
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(f"`{choice}`" for choice in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        return "list of texts"
     return {str: "text", int: "whole number", float: "number", bool: "`true` or `false`"}[hint]
 
 
 def default(field: Field[Any]) -> str:
-    """A field's default as TOML."""
-    assert field.default is not MISSING
-    value = field.default
+    """A field's default as TOML, or that it has none."""
+    if field.default is MISSING:
+        return "needed"
+    value = list(field.default) if isinstance(field.default, tuple) else field.default
     if isinstance(value, bool):
-        return str(value).lower()
-    return f'"{value}"' if isinstance(value, str) else repr(value)
+        return f"`{str(value).lower()}`"
+    return f'`"{value}"`' if isinstance(value, str) else f"`{value!r}`"
 
 
 def cli_page() -> str:

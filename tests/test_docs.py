@@ -21,6 +21,11 @@ import posttrain as pt
 from posttrain import api, arguments, cli, config
 from posttrain.envs.tasks import BUILT_IN
 from posttrain.evaluation import Estimate, Report
+from posttrain.pipelines.card import CardConfig
+from posttrain.pipelines.figure import Figure
+from posttrain.pipelines.figures import FIGURES
+from posttrain.pipelines.makers import MAKERS
+from posttrain.pipelines.recipe import GIVEN, STAGE, TABLES, GivenModel, read_pipeline
 from posttrain.rewards.verifiers import VERIFIERS
 from posttrain.show import CHANGES, FIELDS
 from posttrain.store.run import Run
@@ -108,6 +113,25 @@ def test_every_setting_is_documented() -> None:
             part = page.partition(heading + "\n")[2].partition("\n#")[0]
             for field in fields(get_type_hints(recipe)[section.name]):
                 assert f"| `{field.name}` |" in part, f"{section.name}.{field.name} of {algorithm}"
+
+
+def test_every_setting_of_a_pipeline_is_documented() -> None:
+    page = text("config.md").partition("## Pipelines\n")[2]
+    stages = {GIVEN: GivenModel, **{name: settings for name, (settings, _) in MAKERS.items()}}
+    parts = {f'`run = "{name}"`': fields(settings) for name, settings in stages.items()}
+    for heading, settings in (parts | {"`[card]`": fields(CardConfig), "`[[figure]]`": fields(Figure)}).items():
+        part = page.partition(f"### {heading}\n")[2].partition("\n#")[0]
+        for field in settings:
+            assert f"| `{field.name}` |" in part, f"{field.name} of {heading}"
+    for part, names in zip(page.split("\n### `[[stage]]`\n"), (TABLES, STAGE), strict=True):
+        for name in names:
+            assert f"| `{name}` |" in part, f"{name} of a pipeline's file"
+
+
+def test_the_page_of_pipelines_names_every_maker_figure_and_shipped_pipeline() -> None:
+    page = text("pipelines.md")
+    for name in (*MAKERS, *FIGURES, *arguments.shipped_recipes("pipeline")):
+        assert f"`{name}`" in page, f"{name} is not in docs/pipelines.md"
 
 
 def test_every_exit_code_is_documented() -> None:
@@ -283,6 +307,14 @@ def test_the_pages_that_promise_runnable_examples_have_some() -> None:
         assert any(info == "python runnable" for info, _, _ in fences(DOCS / name)), f"docs/{name}"
 
 
+def test_an_example_of_a_pipeline_is_one(tmp_path: Path) -> None:
+    examples = [code for path in PROSE for info, _, code in fences(path) if info == "toml" and "[[stage]]" in code]
+    assert examples, "docs/pipelines.md has no whole pipeline"
+    for code in examples:
+        (tmp_path / "example.toml").write_text(code, encoding="utf-8")
+        assert len(read_pipeline(tmp_path / "example.toml").stages) > 1
+
+
 def test_every_python_example_is_valid_python() -> None:
     for path in PROSE:
         for info, line, code in fences(path):
@@ -314,6 +346,11 @@ def test_a_command_in_a_code_fence_parses_and_its_settings_resolve(words: list[s
     if "args" not in context.params:
         return
     plain, settings = arguments.split_settings(context.params["args"])
+    if words[0] == "pipeline":
+        assert plain, "a pipeline is named"
+        if plain[0] in arguments.shipped_recipes("pipeline"):
+            read_pipeline(arguments.find_recipe(plain[0]), settings)
+        return
     algorithm = words[0] if words[0] in config.RECIPES else "grpo"
     if plain and plain[0] in config.RECIPES:
         algorithm = plain[0]
