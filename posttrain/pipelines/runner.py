@@ -93,11 +93,11 @@ def run_pipeline(pipeline: Pipeline, folder: Path, screen: Screen | None = None,
 
 def _run(pipeline: Pipeline, folder: Path, screen: Screen, again: str) -> Ended:
     before = {r.key: r for r in read_records(folder)}
-    keys: dict[str, str] = {}
+    keys = stage_keys(pipeline)
     products: dict[str, str] = {}
     records: list[Record] = []
     for number, stage in enumerate(pipeline.stages, 1):
-        key = keys[stage.name] = _key(stage, keys)
+        key = keys[stage.name]
         place = folder / f"{stage.name}-{key[:8]}"
         if stage.name == again and place.exists():
             durable.remove_folder(place)
@@ -255,8 +255,16 @@ def _product(stage: Stage, place: Path, products: Mapping[str, str]) -> str:
     return str(place / "model") if (place / "model").exists() else str(place / "data.jsonl")
 
 
+def stage_keys(pipeline: Pipeline) -> dict[str, str]:
+    """Stage → the hash of everything that decides what it makes."""
+    keys: dict[str, str] = {}
+    for stage in pipeline.stages:
+        keys[stage.name] = _key(stage, keys)
+    return keys
+
+
 def _key(stage: Stage, keys: Mapping[str, str]) -> str:
-    """The hash of everything that decides what a stage makes."""
+    """`stage_keys` of a stage, given those of the stages before it."""
     made = stage.resolve({name: f"made-{key}" for name, key in keys.items()})
     settings = config.as_dict(without_out(made)) if stage.is_training else asdict(made)
     return _digest({"posttrain": __version__, "run": stage.run, "settings": settings, "files": _contents(settings)})

@@ -1,0 +1,134 @@
+"""Runs the shipped pipelines in full and keeps what came out, so that a test can hold it against each recipe.
+
+    python -m bench.pipelines [NAME ...] [--write] [--out FOLDER] [--from FOLDER]
+
+prints the cards and the seconds of every stage, and ends with exit code 1 if a result is outside its bounds. With
+`--write` the results go to posttrain/recipes/results/NAME.json, with a hash of what was run: a recipe that has changed
+since needs a new run. `--from` takes a finished pipeline folder as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from bench.environment import ROOT
+from posttrain import __version__, config
+from posttrain.arguments import find_recipe, shipped_recipes
+from posttrain.pipeline import cards_table
+from posttrain.pipelines.recipe import Pipeline, Stage, read_pipeline, without_out
+from posttrain.pipelines.runner import Screen, read_records, run_pipeline, stage_keys
+from posttrain.report import read_record, write_report
+from posttrain.types import ConfigError
+
+RESULTS = ROOT / "posttrain" / "recipes" / "results"
+DIGITS = 6
+
+
+def recipe_sha256(pipeline: Pipeline) -> str:
+    """A hash of every setting of the stages and the cards; comments, figures, `expect` and `about` do not count."""
+    described = {"stages": [_described(stage) for stage in pipeline.stages], "card": asdict(pipeline.card)}
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+
+def _described(stage: Stage) -> dict[str, Any]:
+    recipe = stage.resolve({name: f"{{{name}}}" for name in stage.needs()})
+    settings = config.as_dict(without_out(recipe)) if stage.is_training else asdict(recipe)
+    about = {"name": stage.name, "run": stage.run, "card": stage.card, "reference": stage.reference}
+    return {**about, "settings": settings}
+
+
+def missed(pipeline: Pipeline, results: Mapping[str, float]) -> list[str]:
+    """What each expectation says that the results do not meet."""
+    return [
+        f"{name} is {results.get(name)}, expected {low:g} to {high:g}"
+        for name, (low, high) in pipeline.expect.items()
+        if not low <= results.get(name, float("nan")) <= high
+    ]
+
+
+def require_run_of(pipeline: Pipeline, folder: Path) -> None:
+    """Raises ConfigError where a folder does not hold a finished full run of this recipe with these settings."""
+    record = read_record(folder)
+    if record.get("results") is None or record.get("mini"):
+        raise ConfigError(f"{folder} does not hold a finished full run of {pipeline.name}.")
+    known = {row["name"]: row["key"] for row in record["stages"]}
+    keys = stage_keys(pipeline)
+    changed = [name for name in {**keys, **known} if known.get(name) != keys.get(name)]
+    with tempfile.NamedTemporaryFile("w", suffix=".toml") as file:
+        file.write(record["recipe"])
+        file.flush()
+        if read_pipeline(Path(file.name)).card != pipeline.card:
+            changed.append("card")
+    if changed:
+        raise ConfigError(f"{folder} was made with other settings of {', '.join(changed)}. Run the recipe as it is.")
+
+
+def recorded(pipeline: Pipeline, folder: Path) -> dict[str, Any]:
+    """What is kept of a finished run."""
+    results = {name: float(f"{value:.{DIGITS}g}") for name, value in read_record(folder)["results"].items()}
+    stages = {stage.name for stage in pipeline.stages}
+    return {
+        "recipe_sha256": recipe_sha256(pipeline),
+        "posttrain": __version__,
+        "date": time.strftime("%Y-%m-%d"),
+        "seconds": {r.name: r.seconds for r in read_records(folder) if r.name in stages and r.seconds is not None},
+        "results": results,
+    }
+
+
+def run(name: str, out: Path | None, finished: Path | None, write: bool, console: Console) -> bool:
+    """One pipeline; whether all that its recipe expects came out."""
+    pipeline = read_pipeline(find_recipe(name))
+    folder = finished or (out or ROOT / "build" / "pipelines") / pipeline.name
+    if finished is None:
+        ended = run_pipeline(pipeline, folder, Screen(lambda text: console.print(text, markup=False)))
+        if ended.stopped_by:
+            raise KeyboardInterrupt
+        write_report(folder)
+    require_run_of(pipeline, folder)
+    found = recorded(pipeline, folder)
+    console.print(cards_table([r for r in read_records(folder) if r.name in {s.name for s in pipeline.stages}]))
+    seconds = found["seconds"]
+    console.print(", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items()), markup=False)
+    console.print(f"{name}: {sum(seconds.values()):.0f} s of stages, without examinations", markup=False)
+    failures = missed(pipeline, found["results"])
+    for line in failures:
+        console.print(f"not as expected: {line}", markup=False)
+    if write:
+        RESULTS.mkdir(exist_ok=True)
+        text = json.dumps(found, indent=1) + "\n"
+        (RESULTS / f"{name}.json").write_text(text, encoding="utf-8")
+    return not failures
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.pipelines", description="The shipped pipelines in full.")
+    parser.add_argument("names", nargs="*", help="pipelines (default: all)")
+    parser.add_argument("--write", action="store_true", help="keep the results for the test that checks them")
+    parser.add_argument("--out", type=Path, help="where the pipelines' folders go (default: build/pipelines)")
+    parser.add_argument("--from", dest="finished", type=Path, help="a finished folder of the one pipeline named")
+    options = parser.parse_args(argv)
+    if options.finished and len(options.names) != 1:
+        parser.error("--from takes the results of one pipeline; name it")
+    console, met = Console(), True
+    try:
+        for name in options.names or shipped_recipes("pipeline"):
+            met &= run(name, options.out, options.finished, options.write, console)
+    except ConfigError as error:
+        parser.error(str(error))
+    return 0 if met else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
