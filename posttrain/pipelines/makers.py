@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from posttrain.pipelines import best_of_n, critique, demonstrations, labeler, selection, shrink
+from posttrain.pipelines import best_of_n, critique, demonstrations, labeler, probing, selection, shrink
 
 Maker = Callable[[Any, Path], dict[str, Any]]
 """make(settings, folder) → counts for JSON. Writes `folder/data.jsonl`, or a model to `folder/model`."""
@@ -17,6 +17,7 @@ MAKERS: dict[str, tuple[type, Maker]] = {
     "selection": (selection.Selection, selection.make),
     "critique": (critique.Critiques, critique.make),
     "best-of-n": (best_of_n.BestOfN, best_of_n.make),
+    "probes": (probing.Probes, probing.make),
     "shrink": (shrink.Shrink, shrink.make),
 }
 """Every random choice is a function of the settings, so the same settings make the same files."""

@@ -92,7 +92,7 @@ def run_pipeline(pipeline: Pipeline, folder: Path, screen: Screen | None = None,
 
 
 def _run(pipeline: Pipeline, folder: Path, screen: Screen, again: str) -> Ended:
-    before = {r.key: r for r in read_records(folder)}
+    before = {r.folder: r for r in read_records(folder)}
     keys = stage_keys(pipeline)
     products: dict[str, str] = {}
     records: list[Record] = []
@@ -101,9 +101,8 @@ def _run(pipeline: Pipeline, folder: Path, screen: Screen, again: str) -> Ended:
         place = folder / f"{stage.name}-{key[:8]}"
         if stage.name == again and place.exists():
             durable.remove_folder(place)
-            before.pop(key, None)
-        record = before.get(key) or Record(stage.name, stage.run, place.name, key)
-        record = replace(record, name=stage.name)
+            before.pop(place.name, None)
+        record = before.get(place.name) or Record(stage.name, stage.run, place.name, key)
         screen.say(f"stage {number} of {len(pipeline.stages)}, {stage.name} ({stage.run}): {_state(stage, place)}")
         stopped = _advance(stage, place, products, record, screen)
         records.append(record)
@@ -211,8 +210,8 @@ def _write(
     results: Mapping[str, float] | None = None,
     missed: Mapping[str, tuple[float, float]] | None = None,
 ) -> None:
-    now = {r.key for r in records}
-    earlier = {r.key: r for r in read_records(folder) if r.key not in now}
+    now = {r.folder for r in records}
+    earlier = {r.folder: r for r in read_records(folder) if r.folder not in now}
     text = {
         "pipeline": pipeline.name,
         "about": pipeline.about,
