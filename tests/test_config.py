@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from posttrain import config
+from posttrain.arguments import find_recipe, shipped_recipes
 from posttrain.types import ConfigError
 
-RECIPES = sorted((Path(config.__file__).parents[1] / "recipes").glob("*.toml"))
+RECIPES = [find_recipe(name) for name in shipped_recipes()]
 SECTIONS = sorted(
     {get_type_hints(cls)[s.name] for cls in config.RECIPES.values() for s in dataclasses.fields(cls)},
     key=lambda cls: cls.__name__,
@@ -196,6 +197,7 @@ def test_the_expect_table_is_kept_apart_from_the_settings(tmp_path: Path) -> Non
     [
         ("algorithm = ", "is not valid TOML"),
         ("", "algorithm is None; expected one of grpo, sft"),
+        ('pipeline = "rlhf"', "is a pipeline of several runs; use `posttrain pipeline "),
         ('algorithm = "gpro"', "algorithm is 'gpro'; expected one of grpo, sft"),
         ('algorithm = ["grpo"]', "algorithm is ['grpo']; expected one of grpo, sft"),
     ],
