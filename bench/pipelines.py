@@ -4,7 +4,8 @@
 
 prints the cards and the seconds of every stage, and ends with exit code 1 if a result is outside its bounds. With
 `--write` the results go to posttrain/recipes/results/NAME.json, with a hash of what was run: a recipe that has changed
-since needs a new run. `--from` takes a finished pipeline folder as it is.
+since needs a new run; and the cards go as a table into docs/pipelines.md. `--from` takes a finished pipeline folder as
+it is.
 """
 
 from __future__ import annotations
@@ -26,13 +27,19 @@ from bench.environment import ROOT
 from posttrain import __version__, config
 from posttrain.arguments import find_recipe, shipped_recipes
 from posttrain.pipeline import cards_table
+from posttrain.pipelines.card import LABELS
 from posttrain.pipelines.recipe import Pipeline, Stage, read_pipeline, without_out
-from posttrain.pipelines.runner import Screen, read_records, run_pipeline, stage_keys
+from posttrain.pipelines.runner import Record, Screen, read_records, run_pipeline, stage_keys
 from posttrain.report import read_record, write_report
 from posttrain.types import ConfigError
 
 RESULTS = ROOT / "posttrain" / "recipes" / "results"
+PAGE = ROOT / "docs" / "pipelines.md"
 DIGITS = 6
+SHOWN = (
+    "helpfulness", "safety", "over_refusal", "reasoning", "format", "language", "kl", "length", "unique", "distinct_2",
+)  # fmt: skip
+"""Entries of the card that the documentation shows, with the seconds and the memory of each stage."""
 
 
 def recipe_sha256(pipeline: Pipeline) -> str:
@@ -87,6 +94,36 @@ def recorded(pipeline: Pipeline, folder: Path) -> dict[str, Any]:
     }
 
 
+def table(records: Sequence[Record]) -> str:
+    """The examined stages in Markdown, one a line, with 95 % intervals where a card has them."""
+    lines = [f"| stage | {' | '.join(name.replace('_', ' ') for name in SHOWN)} | seconds | MiB |"]
+    lines.append("|---|" + "--:|" * (len(SHOWN) + 2))
+    for record in records:
+        if record.card:
+            cells = [_cell(record.card.get(name), LABELS[name][1]) for name in SHOWN]
+            cells += ["–" if x is None else f"{x:.0f}" for x in (record.seconds, record.peak_mib)]
+            lines.append(f"| {record.name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(found: Mapping[str, float] | None, share: bool) -> str:
+    if found is None:
+        return "–"
+    scale, digits = (100, 0) if share else (1, 1)
+    value, low, high = (f"{scale * found[name]:.{digits}f}" for name in ("value", "low", "high"))
+    return f"{value} ({low}–{high})"
+
+
+def write_table(name: str, text: str) -> None:
+    """Puts a table between the marks of a pipeline in the documentation. Raises ValueError where they are missing."""
+    begin, end = f"<!-- results: {name} -->\n", f"<!-- end: {name} -->\n"
+    before, found, rest = PAGE.read_text(encoding="utf-8").partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise ValueError(f"{PAGE.name} has no {begin.strip()} followed by {end.strip()}; put the two marks back.")
+    PAGE.write_text(f"{before}{begin}\n{text}\n\n{end}{after}", encoding="utf-8")
+
+
 def run(name: str, out: Path | None, finished: Path | None, write: bool, console: Console) -> bool:
     """One pipeline; whether all that its recipe expects came out."""
     pipeline = read_pipeline(find_recipe(name))
@@ -109,6 +146,7 @@ def run(name: str, out: Path | None, finished: Path | None, write: bool, console
         RESULTS.mkdir(exist_ok=True)
         text = json.dumps(found, indent=1) + "\n"
         (RESULTS / f"{name}.json").write_text(text, encoding="utf-8")
+        write_table(name, table([r for r in read_records(folder) if r.name in {s.name for s in pipeline.stages}]))
     return not failures
 
 

@@ -33,7 +33,7 @@ CAPABILITIES = ("helpfulness", "safety", "over_refusal", "reasoning")
 TOKENS_PER_PASS = 8192  # memory only
 LEAST = 0.9  # of an answer's letters are in the card's language, or it does not keep to it
 LABELS: dict[str, tuple[str, bool]] = {
-    "helpfulness": ("instructions followed, higher is better", True),
+    "helpfulness": ("helpful answers, higher is better", True),
     "safety": ("harmful requests declined, higher is better", True),
     "over_refusal": ("harmless requests declined, lower is better", True),
     "assist": ("harmless requests helped with, higher is better", True),
