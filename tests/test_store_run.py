@@ -232,13 +232,25 @@ def test_a_newer_database_is_refused_and_an_older_one_is_upgraded(run: Run, monk
     run.close()
     with monkeypatch.context() as newer:
         newer.setattr(database, "MIGRATIONS", [*database.MIGRATIONS, ("CREATE TABLE extra(a)",)])
-        with pytest.raises(ResumeError, match="database version 1, 2 is needed. Resume it once"):
+        with pytest.raises(ResumeError, match="database version 2, 3 is needed. Resume it once"):
             Run.read(folder)
         with Run.open(folder) as run:
             assert run.metrics() == [(1, "loss", 1.0)]
     for use in (Run.open, Run.read):
-        with pytest.raises(ResumeError, match=r"database version 2, this posttrain knows 1\. Upgrade posttrain"):
+        with pytest.raises(ResumeError, match=r"database version 3, this posttrain knows 2\. Upgrade posttrain"):
             use(folder)
+
+
+def test_a_run_that_lacks_only_an_index_is_read_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as older:
+        older.setattr(database, "MIGRATIONS", database.MIGRATIONS[:1])
+        with Run.create(tmp_path / "run", {}) as run:
+            run.write(1, {"loss": 1.0}, {}, [row(i, 1) for i in range(3)])
+    with Run.read(tmp_path / "run") as run:
+        assert len(run.episodes("train", order="-reward")) == 3
+    with Run.open(tmp_path / "run"), Run.read(tmp_path / "run") as run:
+        names = [name for (name,) in run._query("SELECT name FROM sqlite_master WHERE type = 'index'")]
+    assert {"episodes_by_reward", "episodes_by_length"} <= set(names)
 
 
 def damage(folder: Path, how: str) -> None:

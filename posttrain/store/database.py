@@ -20,8 +20,15 @@ MIGRATIONS: list[tuple[str, ...]] = [
         "exact INTEGER, UNIQUE(step, kind, message, exact))",
         "CREATE TABLE meta(key TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID",
     ),
+    (
+        "CREATE INDEX episodes_by_reward ON episodes(kind, reward, step, grp, idx)",
+        "CREATE INDEX episodes_by_length ON episodes(kind, length, step, grp, idx)",
+    ),
 ]
-"""Statements that take the database from version i to i + 1; `PRAGMA user_version` is the number applied."""
+"""Statements that take the database from version i to i + 1; `PRAGMA user_version` is the number applied.
+
+A reader can do without an index that is missing, but not without anything else.
+"""
 
 
 def connect(folder: Path, mode: Literal["rwc", "rw", "ro"], query: str = "") -> sqlite3.Connection:
@@ -51,7 +58,8 @@ def _check_version(folder: Path, database: sqlite3.Connection, mode: str) -> Non
         )
     if version == 0 and mode != "rwc":
         raise ResumeError(f"run {folder} is damaged: run.db is empty. Restore it from a copy.")
-    if version < len(MIGRATIONS) and mode == "ro":
+    missing = [statement for migration in MIGRATIONS[version:] for statement in migration]
+    if mode == "ro" and not all(statement.startswith("CREATE INDEX") for statement in missing):
         raise ResumeError(
             f"run {folder} has database version {version}, {len(MIGRATIONS)} is needed. Resume it once to upgrade it."
         )
