@@ -81,15 +81,20 @@ def require_run_of(pipeline: Pipeline, folder: Path) -> None:
         raise ConfigError(f"{folder} was made with other settings of {', '.join(changed)}. Run the recipe as it is.")
 
 
+def records_of(pipeline: Pipeline, folder: Path) -> list[Record]:
+    """The pipeline's stages in order, without those of earlier versions that the folder also keeps."""
+    known = {(r.name, r.key): r for r in read_records(folder)}
+    return [known[found] for found in stage_keys(pipeline).items()]
+
+
 def recorded(pipeline: Pipeline, folder: Path) -> dict[str, Any]:
     """What is kept of a finished run."""
     results = {name: float(f"{value:.{DIGITS}g}") for name, value in read_record(folder)["results"].items()}
-    stages = {stage.name for stage in pipeline.stages}
     return {
         "recipe_sha256": recipe_sha256(pipeline),
         "posttrain": __version__,
         "date": time.strftime("%Y-%m-%d"),
-        "seconds": {r.name: r.seconds for r in read_records(folder) if r.name in stages and r.seconds is not None},
+        "seconds": {r.name: r.seconds for r in records_of(pipeline, folder) if r.seconds is not None},
         "results": results,
     }
 
@@ -135,7 +140,7 @@ def run(name: str, out: Path | None, finished: Path | None, write: bool, console
         write_report(folder)
     require_run_of(pipeline, folder)
     found = recorded(pipeline, folder)
-    console.print(cards_table([r for r in read_records(folder) if r.name in {s.name for s in pipeline.stages}]))
+    console.print(cards_table(records_of(pipeline, folder)))
     seconds = found["seconds"]
     console.print(", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items()), markup=False)
     console.print(f"{name}: {sum(seconds.values()):.0f} s of stages, without examinations", markup=False)
@@ -146,7 +151,7 @@ def run(name: str, out: Path | None, finished: Path | None, write: bool, console
         RESULTS.mkdir(exist_ok=True)
         text = json.dumps(found, indent=1) + "\n"
         (RESULTS / f"{name}.json").write_text(text, encoding="utf-8")
-        write_table(name, table([r for r in read_records(folder) if r.name in {s.name for s in pipeline.stages}]))
+        write_table(name, table(records_of(pipeline, folder)))
     return not failures
 
 
