@@ -145,5 +145,20 @@ def report(run: str, out: str | None) -> None:
     click.echo(str(written))
 
 
-COMMANDS = (runs, report, presets, show_config, plan, doctor)
+@click.command()
+@click.argument("folder", default="runs")
+@click.option("--port", type=click.IntRange(0, 65535), default=8642, show_default=True, help="0 takes any free one.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; others need --expose.")
+@click.option("--expose", is_flag=True, help="Let other machines in, with the token of the printed address.")
+def lab(folder: str, port: int, host: str, expose: bool) -> None:
+    """Look at runs in the browser.
+
+    FOLDER holds runs and pipelines, or is one. Nothing leaves this machine, and runs are only read.
+    """
+    from posttrain.lab.serve import serve
+
+    serve(Path(folder), host, port, expose, click.echo)
+
+
+COMMANDS = (runs, lab, report, presets, show_config, plan, doctor)
 """In the order that the help shows them."""
