@@ -13,8 +13,11 @@ from posttrain.types import Message, Task
 
 ONE_LINERS = "one-liners"
 NAMES = ("a", "b", "c")
-CASES = ((2, 3, 5), (7, -4, 1), (-6, 9, 8), (0, 12, -3), (13, 1, -10), (-5, -8, 4), (3, 30, 20), (40, 6, -25))
-"""Arguments that every function is called with."""
+CASES = (
+    (2, 3, 5), (7, -4, 1), (-6, 9, 8), (0, 12, -3), (13, 1, -10), (-5, -8, 4), (3, 30, 20), (40, 6, -25),
+    (4, 6, 3), (50, 33, 61), (-31, -44, -12), (6, 5, 7), (3, 8, 2), (9, 4, 6), (5, 2, 9), (8, 7, 4),
+)  # fmt: skip
+"""Arguments that every function is called with; all orders and signs are among them, so that `min` and `max` show."""
 HELD_OUT_PERCENT = 15
 MOST = 4_000  # of about 5,000 held out and 31,000 others, so that new ones are always soon found
 
