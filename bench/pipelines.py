@@ -39,7 +39,7 @@ DIGITS = 6
 SHOWN = (
     "helpfulness", "safety", "over_refusal", "reasoning", "format", "language", "kl", "length", "unique", "distinct_2",
 )  # fmt: skip
-"""Entries of the card that the documentation shows, with the seconds and the memory of each stage."""
+"""Entries of the card that the documentation shows, with the processor time and the memory of each stage."""
 
 
 def recipe_sha256(pipeline: Pipeline) -> str:
@@ -101,12 +101,12 @@ def recorded(pipeline: Pipeline, folder: Path) -> dict[str, Any]:
 
 def table(records: Sequence[Record]) -> str:
     """The examined stages in Markdown, one a line, with 95 % intervals where a card has them."""
-    lines = [f"| stage | {' | '.join(name.replace('_', ' ') for name in SHOWN)} | seconds | MiB |"]
+    lines = [f"| stage | {' | '.join(name.replace('_', ' ') for name in SHOWN)} | CPU seconds | MiB |"]
     lines.append("|---|" + "--:|" * (len(SHOWN) + 2))
     for record in records:
         if record.card:
             cells = [_cell(record.card.get(name), LABELS[name][1]) for name in SHOWN]
-            cells += ["–" if x is None else f"{x:.0f}" for x in (record.seconds, record.peak_mib)]
+            cells += ["–" if x is None else f"{x:.0f}" for x in (record.cpu_seconds, record.peak_mib)]
             lines.append(f"| {record.name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
