@@ -1,0 +1,195 @@
+"""Routes of the lab: pages, what they ask for, and live curves. Everything is read from run folders."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from anyio import to_thread
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
+from starlette.routing import Mount, Route, WebSocketRoute
+from starlette.staticfiles import StaticFiles
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from posttrain import __version__
+from posttrain.diagnose import diagnose_run
+from posttrain.lab import episodes, folders, tokens
+from posttrain.lab.curves import Feed
+from posttrain.lab.folders import Place
+from posttrain.lab.safety import Guard
+from posttrain.store.run import Run
+from posttrain.types import ConfigError, PosttrainError, ResumeError
+
+STATIC = Path(__file__).parent / "static"
+POLL = 0.5  # seconds between two looks at a run that somebody watches
+NO_STORE = {"cache-control": "no-store"}
+
+
+class Lab:
+    """The routes, with what they share: the folder, this launch's token and one feed a run."""
+
+    def __init__(self, place: Place, token: str) -> None:
+        self.place = place
+        self.token = token
+        self._feeds: dict[Path, Feed] = {}
+        self._lock = threading.Lock()
+
+    def routes(self) -> list[Any]:
+        """In the order they are tried."""
+        pages = ("/", "/runs", "/runs/{run}", "/runs/{run}/episodes", "/pipelines/{pipeline}")
+        one = "/runs/{run}/episodes/{kind}/{step:int}/{group:int}/{index:int}"
+        asked: dict[str, Callable[[Request], Any]] = {
+            "/api/home": self.home,
+            "/api/runs": lambda request: folders.list_runs(self.place),
+            "/api/runs/{run}": self.run,
+            "/api/runs/{run}/verdicts": self.verdicts,
+            "/api/runs/{run}/episodes": self.episodes,
+            f"/api{one}": self.episode,
+            "/api/pipelines/{pipeline}": lambda request: folders.read_pipeline(self.place, _name(request, "pipeline")),
+        }
+        return [
+            *(Route(path, self.page) for path in (*pages, one)),
+            *(Route(path, partial(_answer, read)) for path, read in asked.items()),
+            WebSocketRoute("/live/{run}", self.live),
+            Mount("/static", StaticFiles(directory=STATIC)),
+        ]
+
+    async def page(self, request: Request) -> Response:
+        """The one document of all pages; its script reads the address and shows what belongs there."""
+        return self.document(200)
+
+    def document(self, status: int) -> Response:
+        """The document with this launch's token, which only a page of the lab itself can read."""
+        text = (STATIC / "index.html").read_text(encoding="utf-8").replace("{token}", self.token)
+        return HTMLResponse(text, status_code=status, headers=NO_STORE)
+
+    def home(self, request: Request) -> dict[str, Any]:
+        """What is here."""
+        found = folders.list_runs(self.place)
+        return {
+            "folder": str(self.place.root),
+            "version": __version__,
+            "runs": found[:6],
+            "count": len(found),
+            "running": sum(run["status"] == "running" for run in found),
+            "pipelines": [folders.read_pipeline(self.place, name) for name in self.place.pipelines()],
+        }
+
+    def run(self, request: Request) -> dict[str, Any]:
+        """What a run was asked for and what it noted."""
+        folder = self.folder(request)
+        with Run.read(folder) as run:
+            noted = [{"step": e.step, "level": e.level, "kind": e.kind, "message": e.message} for e in run.events()]
+            about = {"status": run.status(), "step": run.last_step(), **folders.facts(run)}
+            recipe = run.header.get("recipe", {})
+        kinds = episodes.kinds(folder)
+        name = _name(request, "run")
+        return {"name": name, "folder": str(folder), **about, "events": noted, "episodes": kinds, "recipe": recipe}
+
+    def verdicts(self, request: Request) -> list[dict[str, Any]]:
+        """What `posttrain doctor` says of a run; this reads answers and takes seconds."""
+        return [verdict.as_dict() for verdict in diagnose_run(self.folder(request))]
+
+    def episodes(self, request: Request) -> dict[str, Any]:
+        """A page of a search."""
+        query = episodes.Query.of(dict(request.query_params))
+        return episodes.search(self.folder(request), query).as_dict()
+
+    def episode(self, request: Request) -> dict[str, Any]:
+        """One episode with its tokens."""
+        at = request.path_params
+        return tokens.read_episode(self.folder(request), at["kind"], at["step"], at["group"], at["index"])
+
+    def folder(self, request: Request | WebSocket) -> Path:
+        """The run's folder that the address names."""
+        return self.place.run(_name(request, "run"))
+
+    def feed(self, folder: Path) -> Feed:
+        """The one feed of a run."""
+        with self._lock:
+            return self._feeds.setdefault(folder, Feed(folder))
+
+    async def live(self, socket: WebSocket) -> None:
+        """Sends a run's curves, then its new steps, until the page is closed."""
+        await socket.accept()
+        watching = asyncio.create_task(self._watch(socket))
+        with suppress(WebSocketDisconnect):
+            while not watching.done():
+                await socket.receive_text()  # nothing is expected; this is how a closed page is noticed
+        watching.cancel()
+        with suppress(asyncio.CancelledError, WebSocketDisconnect, RuntimeError):
+            await watching
+
+    async def _watch(self, socket: WebSocket) -> None:
+        try:
+            folder = await to_thread.run_sync(self.folder, socket)
+            feed = self.feed(folder)
+            asked = [name for name in socket.query_params.get("metrics", "").split(",") if name]
+            sent: dict[str, Any] = {}
+            while True:
+                message = await to_thread.run_sync(_news, folder, feed, asked, sent)
+                if message:
+                    await socket.send_text(message)
+                await asyncio.sleep(POLL)
+        except (PosttrainError, OSError) as error:
+            await socket.send_text(json.dumps({"error": str(error)}))
+            await socket.close(1011)
+
+
+def _news(folder: Path, feed: Feed, asked: list[str], sent: dict[str, Any]) -> str:
+    """What a page does not have yet, as JSON, or nothing; `sent` is brought up to date."""
+    feed.refresh()
+    with Run.read(folder) as run:
+        status = run.status()
+    names = list(dict.fromkeys([*feed.shown, *(name for name in asked if name in feed.names)]))
+    now = {"step": feed.step, "version": feed.version, "status": status, "names": names}
+    if now == sent:
+        return ""
+    news: dict[str, Any] = {"step": feed.step, "status": status, "changes": feed.changes()}
+    if (feed.version, names) != (sent.get("version"), sent.get("names")):
+        news |= {"whole": True, "names": feed.names, "curves": feed.curves(names)}
+    else:
+        news |= {"whole": False, "curves": feed.since(names, sent["step"])}
+    sent.update(now)
+    return json.dumps(news, allow_nan=False)
+
+
+async def _answer(read: Callable[[Request], Any], request: Request) -> Response:
+    """JSON of what `read` returns, which runs in a thread; one line where it cannot."""
+    try:
+        status, body = 200, await to_thread.run_sync(read, request)
+    except ConfigError as error:
+        status, body = 400, {"error": str(error)}
+    except ResumeError as error:
+        status, body = 404, {"error": str(error)}
+    except (PosttrainError, OSError) as error:
+        status, body = 500, {"error": str(error)}
+    text = json.dumps(body, allow_nan=False, ensure_ascii=True, default=str)
+    return Response(text, status, NO_STORE, "application/json")
+
+
+def _name(request: Request | WebSocket, name: str) -> str:
+    return str(request.path_params[name])
+
+
+def make_app(root: Path, hosts: frozenset[str], token: str, exposed: bool = False) -> Starlette:
+    """The application behind its guard."""
+    lab = Lab(Place(root), token)
+
+    async def missing(request: Request, error: Exception) -> Response:
+        status = error.status_code if isinstance(error, HTTPException) else 500
+        asks_for_page = request.method == "GET" and not request.url.path.startswith(("/api/", "/static/"))
+        return lab.document(status) if asks_for_page else Response(status_code=status)
+
+    guard = Middleware(Guard, hosts=hosts, token=token, exposed=exposed)
+    return Starlette(routes=lab.routes(), middleware=[guard], exception_handlers={HTTPException: missing})

@@ -1,0 +1,161 @@
+"""Curves of a run for the browser: read once, extended by new steps only, thinned out before they are sent.
+
+A run of 10,000 steps has some 400,000 numbers, and a page draws a few hundred points a curve. Each bucket of steps
+keeps its lowest and its highest value, so that a spike of one step is still seen.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from posttrain.show import CHANGES
+from posttrain.store.database import connect
+
+BUCKETS = 300
+AT_LEAST = 0.4  # seconds between two looks at one database, however many pages watch it
+MAIN = (
+    "reward", "accuracy", "eval/accuracy", "think_share", "length", "kl_episode", "kl", "entropy", "truncated",
+    "flat_groups", "nll", "eval/nll", "preference_accuracy", "eval/preference_accuracy", "pair_accuracy",
+    "eval/pair_accuracy", "step_accuracy", "eval/step_accuracy", "loss", "grad_norm",
+)  # fmt: skip
+"""Metrics that a run's page draws at once, of those that the run has; the others on request."""
+MOST_AT_ONCE = 9
+
+
+def thin(steps: np.ndarray, values: np.ndarray, buckets: int = BUCKETS) -> tuple[np.ndarray, np.ndarray]:
+    """(steps, values), both (N,), reduced to at most 2·`buckets` points plus the last.
+
+    Each bucket of equally many points keeps those of its lowest and highest value, in their order; what is not finite
+    counts as neither, unless a bucket holds nothing else.
+    """
+    n = len(steps)
+    if n <= 2 * buckets:
+        return steps, values
+    edges = np.linspace(0, n, buckets + 1).astype(int)
+    kept: list[int] = []
+    for first, end in zip(edges, edges[1:], strict=False):
+        part = values[first:end]
+        finite = np.flatnonzero(np.isfinite(part))
+        if not len(finite):
+            kept.append(int(first))
+            continue
+        ends = {int(finite[np.argmin(part[finite])]), int(finite[np.argmax(part[finite])])}
+        kept += [int(first) + i for i in sorted(ends)]
+    if kept[-1] != n - 1:
+        kept.append(n - 1)
+    return steps[kept], values[kept]
+
+
+def as_json(steps: Sequence[int] | np.ndarray, values: Sequence[float] | np.ndarray) -> list[list[Any]]:
+    """[steps, values] with null where a value is not finite, and seven digits, which is more than a screen shows."""
+    return [[int(s) for s in steps], [float(f"{v:.7g}") if np.isfinite(v) else None for v in values]]
+
+
+class Feed:
+    """Everything that one run has measured, shared by all pages that watch it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.step = -1
+        """The newest step that was read; -1 before any."""
+        self.version = 0
+        """How often what was read before has turned out to be replaced: the run was resumed from an earlier step."""
+        self._steps: dict[str, array[int]] = {}
+        self._values: dict[str, array[float]] = {}
+        self._newest: dict[str, float | None] = {}
+        self._looked = -AT_LEAST
+        self._lock = threading.Lock()
+
+    @property
+    def names(self) -> list[str]:
+        """The metrics there are: the main ones first, the others by name."""
+        main = [name for name in MAIN if name in self._steps]
+        return main + sorted(set(self._steps) - set(main))
+
+    @property
+    def shown(self) -> list[str]:
+        """Metrics that are drawn without being asked for."""
+        return ([name for name in MAIN if name in self._steps] or self.names)[:MOST_AT_ONCE]
+
+    def refresh(self) -> None:
+        """Reads the steps that are new, or everything where the run was wound back. Raises ResumeError."""
+        with self._lock:
+            if time.monotonic() - self._looked < AT_LEAST:
+                return
+            database = connect(self.folder, "ro")
+            try:
+                if not self._still_there(database):
+                    self._steps, self._values, self.step = {}, {}, -1
+                    self.version += 1
+                rows = database.execute(
+                    "SELECT step, name, value FROM metrics WHERE step > ? ORDER BY step", (self.step,)
+                )
+                for step, name, value in rows:
+                    if name not in self._steps:
+                        self._steps[name], self._values[name] = array("q"), array("d")
+                    self._steps[name].append(step)
+                    self._values[name].append(float("nan") if value is None else value)
+                    self.step = step
+                self._newest = self._row(database, self.step)
+            finally:
+                database.close()
+            self._looked = time.monotonic()
+
+    def _still_there(self, database: Any) -> bool:
+        """Whether the newest step that was read is unchanged; a step that a resume replays has equal numbers."""
+        return self.step < 0 or self._row(database, self.step) == self._newest
+
+    @staticmethod
+    def _row(database: Any, step: int) -> dict[str, float | None]:
+        return dict(database.execute("SELECT name, value FROM metrics WHERE step = ?", (step,)))
+
+    def arrays(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """(steps, values) of a metric, both (N,); empty where the run has none of that name."""
+        with self._lock:
+            steps, values = self._steps.get(name, array("q")), self._values.get(name, array("d"))
+            return np.array(steps, np.int64), np.array(values, float)
+
+    def curves(self, names: Sequence[str]) -> dict[str, list[list[Any]]]:
+        """Whole curves, thinned out."""
+        return {name: as_json(*thin(*self.arrays(name))) for name in names if name in self._steps}
+
+    def since(self, names: Sequence[str], step: int) -> dict[str, list[list[Any]]]:
+        """The points after `step`, every one of them; metrics without any are left out."""
+        found: dict[str, list[list[Any]]] = {}
+        for name in names:
+            steps, values = self.arrays(name)
+            first = int(np.searchsorted(steps, step, side="right"))
+            if first < len(steps):
+                found[name] = as_json(steps[first:], values[first:])
+        return found
+
+    def changes(self) -> list[dict[str, str]]:
+        """Held-out numbers at the first and at the last evaluation, with their 95 % intervals where those are known."""
+        rows: list[dict[str, str]] = []
+        for name, label, form in CHANGES:
+            steps, values = self.arrays(name)
+            if len(steps):
+                before, after = (self._measured(name, form, int(steps[i])) for i in (0, -1))
+                row = {"name": name, "label": label, "before": before, "after": after if len(steps) > 1 else ""}
+                rows.append(row | {"from": str(steps[0]), "to": str(steps[-1])})
+        return rows
+
+    def _measured(self, name: str, form: str, step: int) -> str:
+        value, low, high = (self._at(f"{name}{end}", step) for end in ("", "_low", "_high"))
+        assert value is not None
+        if not np.isfinite(value):
+            return "–"
+        span = "" if low is None or high is None else f" [{form.format(low)}, {form.format(high)}]"
+        return form.format(value) + span
+
+    def _at(self, name: str, step: int) -> float | None:
+        steps, values = self.arrays(name)
+        i = int(np.searchsorted(steps, step))
+        return float(values[i]) if i < len(steps) and steps[i] == step else None

@@ -1,0 +1,197 @@
+"""Finding stored episodes among a million: one page at a time, in an order that an index has, never all at once.
+
+A search goes through the rows in that order and stops when a page is full or its time is over. What it hands back says
+how far it came, so that the page goes on from there and a rare word costs many short waits instead of a long one.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from posttrain.store.database import connect, explained
+from posttrain.types import ConfigError
+
+ORDERS = {
+    "newest": "step DESC, grp DESC, idx DESC",
+    "oldest": "step, grp, idx",
+    "worst": "reward, step, grp, idx",
+    "best": "reward DESC, step DESC, grp DESC, idx DESC",
+    "longest": "length DESC, step DESC, grp DESC, idx DESC",
+    "shortest": "length, step, grp, idx",
+    "flat": "step DESC, grp DESC",
+}
+"""Orders that run.db's indices have; `flat` lists groups whose answers all earned the same, by their first answer."""
+RESULTS = {
+    "any": "1",
+    "passed": "passed = 1",
+    "failed": "passed = 0 AND reward IS NOT NULL",
+    "unscored": "reward IS NULL",
+}
+PAGE, SECONDS, LOOK = 40, 0.15, 256
+SHORT = 280  # characters of an answer in a list
+
+
+@dataclass(frozen=True)
+class Query:
+    """What a person asks for; `start` is the number of rows of this order that were gone through before."""
+
+    kind: str = "train"
+    order: str = "newest"
+    result: str = "any"
+    text: str = ""
+    first: int | None = None
+    last: int | None = None
+    start: int = 0
+
+    @staticmethod
+    def of(given: dict[str, str]) -> Query:
+        """From an address. Raises ConfigError for what cannot be asked."""
+        numbers = {name: _whole(name, given.get(name, "")) for name in ("first", "last", "start")}
+        query = Query(
+            given.get("kind", "train"),
+            given.get("order", "newest"),
+            given.get("result", "any"),
+            given.get("text", ""),
+            numbers["first"],
+            numbers["last"],
+            numbers["start"] or 0,
+        )
+        for name, known in (("kind", ("train", "eval")), ("order", tuple(ORDERS)), ("result", tuple(RESULTS))):
+            if getattr(query, name) not in known:
+                raise ConfigError(f"{name}={getattr(query, name)!r} is unknown; use one of {', '.join(known)}.")
+        return query
+
+
+def _whole(name: str, text: str) -> int | None:
+    if not text:
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) < 16):
+        raise ConfigError(f"{name}={text!r} is no number of a step or row; write a whole number from 0 on.")
+    return int(text)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A page of a search. `next` is where to go on, None at the end; `looked` rows of `total` are behind it."""
+
+    rows: list[dict[str, Any]]
+    next: int | None
+    looked: int
+    total: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"rows": self.rows, "next": self.next, "looked": self.looked, "total": self.total}
+
+
+def search(folder: Path, query: Query, page: int = PAGE, seconds: float = SECONDS) -> Found:
+    """At most `page` episodes of a run, or groups where the order is `flat`, after at most `seconds` or so."""
+    database = connect(folder, "ro")
+    try:
+        keys: list[Any] = []
+        position, over, deadline = query.start, True, time.monotonic() + seconds
+        for key, matches in _candidates(database, query):
+            position += 1
+            if matches:
+                keys.append(key)
+            late = (position - query.start) % LOOK == 0 and time.monotonic() > deadline
+            if len(keys) == page or late:
+                over = False
+                break
+        rows = [_row(database, query, key) for key in keys]
+        return Found(rows, None if over else position, position, _total(database, query))
+    except sqlite3.Error as error:
+        raise explained(folder, error) from error
+    finally:
+        database.close()
+
+
+def _where(query: Query) -> tuple[str, dict[str, Any]]:
+    where = "kind = :kind" + (" AND reward IS NOT NULL" if query.order in ("worst", "best") else "")
+    for name, sign in (("first", ">="), ("last", "<=")):
+        if getattr(query, name) is not None:
+            where += f" AND step {sign} :{name}"
+    like = "".join(f"\\{c}" if c in "\\%_" else c for c in query.text)
+    return where, {**vars(query), "like": f"%{like}%"}
+
+
+def _candidates(database: sqlite3.Connection, query: Query) -> Iterator[tuple[Any, int]]:
+    """Every row in order with whether it is what was asked for; nothing is sorted, so that any one comes at once."""
+    where, values = _where(query)
+    wanted = RESULTS[query.result]
+    if query.text:
+        wanted += " AND (text LIKE :like ESCAPE '\\' OR prompt LIKE :like ESCAPE '\\')"
+    if query.order == "flat":
+        flat = "count(*) > 1 AND count(reward) = count(*) AND min(reward) = max(reward)"
+        rows = database.execute(
+            f"SELECT step, grp, min(idx), {flat} AND max({wanted}) FROM episodes WHERE {where} GROUP BY step, grp "
+            f"ORDER BY {ORDERS['flat']} LIMIT -1 OFFSET :start",
+            values,
+        )
+        return (((step, group, index), matches) for step, group, index, matches in rows)
+    return database.execute(
+        f"SELECT rowid, {wanted} FROM episodes WHERE {where} ORDER BY {ORDERS[query.order]} LIMIT -1 OFFSET :start",
+        values,
+    )
+
+
+def _row(database: sqlite3.Connection, query: Query, key: Any) -> dict[str, Any]:
+    columns = "kind, step, grp, idx, prompt, text, reward, passed, stop, length, advantage, error"
+    if query.order == "flat":
+        step, group, index = key
+        found = database.execute(
+            f"SELECT {columns}, (SELECT count(*) FROM episodes AS all_ WHERE all_.kind = e.kind AND all_.step = e.step "
+            "AND all_.grp = e.grp) FROM episodes AS e WHERE kind = ? AND step = ? AND grp = ? AND idx = ?",
+            (query.kind, step, group, index),
+        ).fetchone()
+    else:
+        found = database.execute(f"SELECT {columns}, NULL FROM episodes WHERE rowid = ?", (key,)).fetchone()
+    names = (*columns.replace("grp", "group").replace("idx", "index").split(", "), "answers")
+    row = dict(zip(names, found, strict=True))
+    row["cut"] = len(row["text"]) > SHORT
+    return row | {"text": row["text"][:SHORT], "prompt": row["prompt"][:SHORT], "passed": bool(row["passed"])}
+
+
+def _total(database: sqlite3.Connection, query: Query) -> int:
+    where, values = _where(query)
+    what = "count(DISTINCT step * 1000000 + grp)" if query.order == "flat" else "count(*)"
+    return database.execute(f"SELECT {what} FROM episodes WHERE {where}", values).fetchone()[0]
+
+
+def kinds(folder: Path) -> dict[str, int]:
+    """How many episodes of each kind a run has stored."""
+    database = connect(folder, "ro")
+    try:
+        return dict(database.execute("SELECT kind, count(*) FROM episodes GROUP BY kind"))
+    finally:
+        database.close()
+
+
+def read_group(folder: Path, kind: str, step: int, group: int) -> list[dict[str, Any]]:
+    """The answers to one task at one step: index, reward, whether it passed and its length."""
+    database = connect(folder, "ro")
+    try:
+        rows = database.execute(
+            "SELECT idx, reward, passed, length FROM episodes WHERE kind = ? AND step = ? AND grp = ? ORDER BY idx",
+            (kind, step, group),
+        ).fetchall()
+    finally:
+        database.close()
+    names = ("index", "reward", "passed", "length")
+    return [dict(zip(names, row, strict=True)) | {"passed": bool(row[2])} for row in rows]
+
+
+def read_values(folder: Path, kind: str, step: int, group: int, index: int) -> tuple[Any, ...] | None:
+    """The stored columns of one episode, or None where it is not there."""
+    database = connect(folder, "ro")
+    try:
+        return database.execute(
+            "SELECT * FROM episodes WHERE kind = ? AND step = ? AND grp = ? AND idx = ?", (kind, step, group, index)
+        ).fetchone()
+    finally:
+        database.close()

@@ -1,0 +1,168 @@
+"""What a folder holds: runs, pipelines and the runs of their stages, each under a name that fits into an address.
+
+A run below the folder is known by its own name, one of a pipeline's stages as PIPELINE~STAGE. A name is looked up among
+the names that are there and is never joined to a path before, so that no address leads out of the folder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from posttrain.store.database import connect
+from posttrain.store.run import Run
+from posttrain.types import PosttrainError, ResumeError
+
+RECORD = "pipeline.json"
+SEPARATOR = "~"
+LISTED = ("reward", "accuracy", "eval/accuracy", "length", "kl_episode", "nll", "loss")
+"""Metrics of a list of runs, of those that a run's newest steps have."""
+AMOUNTS = ("kl", "length")
+"""Figures of an evaluation card that are no shares."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """The folder that the lab was opened on; it may itself be a run or a pipeline."""
+
+    root: Path
+
+    def runs(self) -> dict[str, Path]:
+        """Address → folder of every run, those of pipelines' stages too."""
+        if _is_run(self.root):
+            return {self.root.name: self.root}
+        found = {path.name: path for path in _folders(self.root) if _is_run(path)}
+        for name, pipeline in self.pipelines().items():
+            found |= {f"{name}{SEPARATOR}{path.name}": path for path in _folders(pipeline) if _is_run(path)}
+        return found
+
+    def pipelines(self) -> dict[str, Path]:
+        """Address → folder of every pipeline."""
+        if (self.root / RECORD).exists():
+            return {self.root.name: self.root}
+        return {path.name: path for path in _folders(self.root) if (path / RECORD).exists()}
+
+    def run(self, name: str) -> Path:
+        """The folder of a run. Raises ResumeError where there is none of that name."""
+        return _look_up(self.runs(), name, "run", self.root)
+
+    def pipeline(self, name: str) -> Path:
+        """The folder of a pipeline. Raises ResumeError where there is none of that name."""
+        return _look_up(self.pipelines(), name, "pipeline", self.root)
+
+
+def _folders(root: Path) -> list[Path]:
+    return sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "run.json").exists() or (path / "run.db").exists()
+
+
+def _look_up(found: Mapping[str, Path], name: str, what: str, root: Path) -> Path:
+    if name not in found:
+        raise ResumeError(f"{root} holds no {what} named {name!r}.")
+    return found[name]
+
+
+def list_runs(place: Place) -> list[dict[str, Any]]:
+    """Every run with its status, its newest step and that step's numbers, as JSON wants it; newest first."""
+    rows = [_line(name, path) for name, path in place.runs().items()]
+    return sorted(rows, key=lambda row: (row["created"], row["name"]), reverse=True)
+
+
+def _line(name: str, path: Path) -> dict[str, Any]:
+    line: dict[str, Any] = {"name": name, "status": "damaged", "step": None, "created": "", "note": "", "metrics": {}}
+    try:
+        with Run.read(path) as run:
+            line |= {"status": run.status(), "step": run.last_step(), **facts(run)}
+        line["metrics"] = newest(path)
+    except (PosttrainError, OSError, ValueError) as error:
+        line["note"] = str(error)
+    return line
+
+
+def facts(run: Run) -> dict[str, Any]:
+    """What a run was asked for, in short."""
+    recipe = run.header.get("recipe", {})
+    data = recipe.get("data", {})
+    return {
+        "algorithm": str(run.header.get("algorithm", "")),
+        "model": str(recipe.get("model", {}).get("path", "")),
+        "tasks": str(data.get("tasks", "")),
+        "reward": str(recipe.get("reward", {}).get("name", "")),
+        "seed": recipe.get("run", {}).get("seed"),
+        "created": str(run.header.get("created", "")),
+        "steps": recipe.get("train", {}).get("steps"),
+    }
+
+
+def newest(path: Path) -> dict[str, float]:
+    """The last value of the metrics that a list of runs shows."""
+    database = connect(path, "ro")
+    try:
+        last = database.execute("SELECT max(step) FROM metrics").fetchone()[0]
+        if last is None:
+            return {}
+        marks = ", ".join("?" * len(LISTED))
+        rows = database.execute(
+            f"SELECT name, value FROM metrics WHERE step > ? AND name IN ({marks}) AND value IS NOT NULL ORDER BY step",
+            (last - 50, *LISTED),  # held-out figures are not measured at every step
+        ).fetchall()
+    finally:
+        database.close()
+    found = dict(rows)
+    return {name: found[name] for name in LISTED if name in found}
+
+
+def read_pipeline(place: Place, name: str) -> dict[str, Any]:
+    """A pipeline's record for the page: its stages with the addresses of their runs, its cards and expectations."""
+    folder = place.pipeline(name)
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        stages = [_stage(name, folder, stage) for stage in record["stages"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ResumeError(f"{folder / RECORD} is damaged ({error!r}). Run the pipeline again to rewrite it.") from None
+    results = record.get("results")
+    return {
+        "name": name,
+        "pipeline": str(record.get("pipeline", name)),
+        "about": str(record.get("about", "")),
+        "finished": results is not None,
+        "stages": stages,
+        "figures": _figures([stage["card"] for stage in stages if stage["card"]]),
+        "expected": [
+            {"name": one, "low": low, "high": high, "found": (results or {}).get(one)}
+            for one, (low, high) in (record.get("expect") or {}).items()
+        ],
+    }
+
+
+def _stage(pipeline: str, folder: Path, stage: Mapping[str, Any]) -> dict[str, Any]:
+    own = folder / stage["folder"]
+    has_run = own.parent == folder and _is_run(own)
+    made = {k: v for k, v in (stage.get("made") or {}).items() if isinstance(v, int | float | str)}
+    return {
+        "name": str(stage["name"]),
+        "run": str(stage["run"]),
+        "seconds": stage.get("seconds"),
+        "made": made,
+        "card": _card(stage.get("card")),
+        "address": f"{pipeline}{SEPARATOR}{own.name}" if has_run else None,
+    }
+
+
+def _card(card: Mapping[str, Any] | None) -> dict[str, dict[str, float]] | None:
+    """The figures of a card; what else it holds says how it was made."""
+    if not card:
+        return None
+    return {name: figure for name, figure in card.items() if isinstance(figure, dict) and "value" in figure}
+
+
+def _figures(cards: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of a table of cards: every figure that any of them has, in their order."""
+    names = dict.fromkeys(name for card in cards for name in card)
+    return [{"name": name, "share": name not in AMOUNTS} for name in names]

@@ -1,0 +1,97 @@
+// Episodes of a run: searched on the server, a page at a time; the address holds what was asked.
+
+import { Failed, address, ask, grouped, html, number, printable, useEffect, useRef, useState, useTitle } from "./ui.js";
+
+const PAGE = 40;
+const ORDERS = {
+  newest: "newest first", oldest: "oldest first", worst: "lowest reward first", best: "highest reward first",
+  longest: "longest first", shortest: "shortest first", flat: "flat groups: all answers earned the same",
+};
+const RESULTS = { any: "any result", passed: "passed", failed: "not passed", unscored: "could not be scored" };
+const KINDS = { train: "training", eval: "held-out" };
+
+export function Page({ run }) {
+  useTitle(`Episodes of ${run}`);
+  const [query, setQuery] = useState(location.search);
+  useEffect(() => {
+    const back = () => setQuery(location.search);
+    addEventListener("popstate", back);
+    return () => removeEventListener("popstate", back);
+  }, []);
+  const go = (fields) => {
+    const next = new URLSearchParams(Object.entries(fields).filter(([, value]) => value !== "" && value !== null));
+    const text = next.size ? `?${next}` : "";
+    history.pushState(null, "", `${location.pathname}${text}`);
+    setQuery(text);
+  };
+  const fields = Object.fromEntries(new URLSearchParams(query));
+  return html`<p class="path"><a href="/runs">Runs</a> / <a href=${address("runs", run)}>${printable(run)}</a></p>
+    <h1>Episodes</h1>
+    <${Filters} key=${query} fields=${fields} go=${go} />
+    <${Results} run=${run} fields=${fields} go=${go} />`;
+}
+
+function Filters({ fields, go }) {
+  const form = useRef(null);
+  const send = (event) => { event?.preventDefault(); go(Object.fromEntries(new FormData(form.current))); };
+  const choice = (name, label, known, usual) => html`<label>${label}<select name=${name} onChange=${send}>
+    ${Object.entries(known).map(([value, text]) => html`<option value=${value} selected=${value === (fields[name] || usual)}>${text}</option>`)}</select></label>`;
+  return html`<form class="filters" ref=${form} onSubmit=${send} role="search" aria-label="Episodes">
+    ${choice("kind", "which", KINDS, "train")}${choice("order", "order", ORDERS, "newest")}${choice("result", "result", RESULTS, "any")}
+    <label class="long">text in the prompt or the answer<input type="search" name="text" value=${fields.text || ""} /></label>
+    <label class="short">from step<input name="first" inputmode="numeric" pattern="[0-9]*" value=${fields.first || ""} /></label>
+    <label class="short">to step<input name="last" inputmode="numeric" pattern="[0-9]*" value=${fields.last || ""} /></label>
+    <button>Search</button></form>`;
+}
+
+// Goes on asking until a page is full or the rows are at an end; what is found is shown at once.
+function useSearch(run, fields) {
+  const [found, set] = useState({ rows: [], looked: 0, total: 0, next: null, busy: true, error: "" });
+  const stopped = useRef(false);
+  const key = JSON.stringify(fields);
+  useEffect(() => {
+    let open = true;
+    stopped.current = false;
+    set({ rows: [], looked: 0, total: 0, next: null, busy: true, error: "" });
+    (async () => {
+      let rows = [];
+      let start = fields.start || "0";
+      while (open) {
+        const page = await ask(`/api${address("runs", run)}/episodes?${new URLSearchParams({ ...fields, start })}`);
+        rows = [...rows, ...page.rows];
+        const busy = page.next !== null && rows.length < PAGE && !stopped.current;
+        if (open) set({ ...page, rows, busy, error: "" });
+        if (!busy) return;
+        start = String(page.next);
+      }
+    })().catch((error) => open && set((old) => ({ ...old, busy: false, error: error.message })));
+    return () => { open = false; };
+  }, [run, key]);
+  return [found, () => { stopped.current = true; }];
+}
+
+function Results({ run, fields, go }) {
+  const [found, stop] = useSearch(run, fields);
+  const what = fields.order === "flat" ? "groups" : "episodes";
+  const { rows, busy, next, looked, total, error } = found;
+  return html`
+    <p class="soft" role="status" id="looked">${busy && !total ? "Searching …"
+      : `${rows.length} shown; looked through ${grouped(looked)} of ${grouped(total)} ${what}${busy ? " …" : "."}`}
+      ${busy && total > 0 && html` <button type="button" onClick=${stop}>Stop</button>`}</p>
+    ${error && html`<${Failed} error=${error} />`}
+    ${!busy && !rows.length && !error && html`<p class="box">${total ? `None of the ${grouped(looked)} ${what} is like that. Ask for less, or for another kind.` : `This run stored no ${what} of this kind.`}</p>`}
+    <ol class="episodes">${rows.map((row) => html`<${Row} key=${`${row.step}.${row.group}.${row.index}`} run=${run} row=${row} />`)}</ol>
+    ${!busy && next !== null && html`<p><button type="button" onClick=${() => { go({ ...fields, start: next }); scrollTo(0, 0); }}>Go on from here</button></p>`}`;
+}
+
+function Row({ run, row }) {
+  const to = address("runs", run, "episodes", row.kind, row.step, row.group, row.index);
+  const result = row.reward === null ? "! not scored" : row.passed ? "✓ passed" : "✗ not passed";
+  return html`<li class="box">
+    <h2><a href=${to}>step ${row.step}, task ${row.group}, answer ${row.index}</a></h2>
+    <p class="soft">${result}${row.reward === null ? "" : ` · reward ${number(row.reward)}`}${row.advantage === null ? "" : ` · advantage ${number(row.advantage)}`}
+      ${` · ${row.length} tokens`}${row.stop === "length" ? " · cut at the limit" : ""}${row.answers ? ` · one of ${row.answers} answers that earned the same` : ""}</p>
+    <p class="asked">${printable(row.prompt)}</p>
+    <p class="said">${row.text ? printable(row.text) : "(nothing)"}${row.cut ? " …" : ""}</p>
+    ${row.error && html`<p class="note">${printable(row.error)}</p>`}</li>`;
+}

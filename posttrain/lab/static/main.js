@@ -1,0 +1,30 @@
+// Reads the address and shows the page that belongs there. Every link is a plain link: the browser's own navigation
+// keeps history, focus and scrolling right.
+
+import { html, render } from "./ui.js";
+import { Missing, Shell } from "./ui.js";
+
+const PAGES = [
+  [/^\/$/, () => import("./home.js"), []],
+  [/^\/runs$/, () => import("./runs.js"), []],
+  [/^\/runs\/([^/]+)$/, () => import("./run.js"), ["run"]],
+  [/^\/runs\/([^/]+)\/episodes$/, () => import("./episodes.js"), ["run"]],
+  [/^\/runs\/([^/]+)\/episodes\/([^/]+)\/(\d+)\/(\d+)\/(\d+)$/, () => import("./episode.js"),
+    ["run", "kind", "step", "group", "index"]],
+  [/^\/pipelines\/([^/]+)$/, () => import("./pipeline.js"), ["pipeline"]],
+];
+
+async function show() {
+  const place = document.getElementById("lab");
+  for (const [pattern, load, names] of PAGES) {
+    const found = pattern.exec(location.pathname);
+    if (!found) continue;
+    const at = Object.fromEntries(names.map((name, i) => [name, decodeURIComponent(found[i + 1])]));
+    const { Page } = await load();
+    render(html`<${Shell}><${Page} ...${at} /></${Shell}>`, place);
+    return;
+  }
+  render(html`<${Shell}><${Missing} /></${Shell}>`, place);
+}
+
+show();

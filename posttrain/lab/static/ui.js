@@ -1,0 +1,119 @@
+// What every page shares: the frame, asking the server, the states of an answer, and how things are written.
+// Text from runs is only ever a text node; nothing here or elsewhere sets markup from data.
+
+export { html, render, useState, useEffect, useRef, useMemo } from "./vendor/preact-htm.js";
+import { html, useState, useEffect } from "./vendor/preact-htm.js";
+
+export const TOKEN = document.querySelector("meta[name=lab-token]").content;
+
+export function Shell({ children }) {
+  const here = location.pathname;
+  const link = (to, text, current) => html`<a href=${to} aria-current=${current ? "page" : null}>${text}</a>`;
+  return html`
+    <a class="skip" href="#main">Skip to the content</a>
+    <header class="top"><nav aria-label="Lab">
+      <a class="brand" href="/" aria-current=${here === "/" ? "page" : null}>posttrain <span>lab</span></a>
+      ${link("/runs", "Runs", here.startsWith("/runs"))}
+    </nav></header>
+    <main id="main" tabindex="-1">${children}</main>`;
+}
+
+export function Missing() {
+  useTitle("Not here");
+  return html`<h1>There is no such page</h1>
+    <p>The lab has nothing at <code>${printable(location.pathname)}</code>. <a href="/runs">All runs</a> are one step away.</p>`;
+}
+
+export function useTitle(title) {
+  useEffect(() => { document.title = `${printable(title)} · posttrain lab`; }, [title]);
+}
+
+// --- asking the server ---------------------------------------------------------------------------------------------
+
+export async function ask(path) {
+  let answer;
+  try {
+    answer = await fetch(path, { headers: { "x-lab-token": TOKEN } });
+  } catch {
+    throw new Error("The lab does not answer. If it was closed, start it again with `posttrain lab`.");
+  }
+  const body = await answer.json().catch(() => ({}));
+  if (!answer.ok) throw new Error(body.error || `The lab answered with ${answer.status}.`);
+  return body;
+}
+
+// {data, error, again}: what `path` holds, what went wrong, and a function that asks anew.
+export function useData(path, every = 0) {
+  const [state, set] = useState({ data: null, error: "" });
+  const [count, setCount] = useState(0);
+  useEffect(() => {
+    let open = true;
+    const load = () => ask(path).then(
+      (data) => open && set({ data, error: "" }),
+      (error) => open && set((old) => ({ data: old.data, error: error.message })),
+    );
+    load();
+    const timer = every && setInterval(() => document.hidden || load(), every);
+    return () => { open = false; clearInterval(timer); };
+  }, [path, count]);
+  return { ...state, again: () => setCount(count + 1) };
+}
+
+export function Waiting({ of }) {
+  return html`<p class="waiting" role="status">Reading ${of} …</p>`;
+}
+
+export function Failed({ error, again }) {
+  return html`<div class="box failed" role="alert"><p><strong>✗ This did not work.</strong> ${printable(error)}</p>
+    ${again && html`<button type="button" onClick=${again}>Try again</button>`}</div>`;
+}
+
+// The content when it is there; until then what is waited for, or what went wrong.
+export function Loaded({ from, of, children }) {
+  if (from.data === null) return from.error ? html`<${Failed} ...${from} />` : html`<${Waiting} of=${of} />`;
+  return html`${from.error && html`<${Failed} ...${from} />`}${children(from.data)}`;
+}
+
+// --- how things are written ----------------------------------------------------------------------------------------
+
+const HIDDEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]/g;
+
+// Control characters, and those that turn or hide text, made visible.
+export function printable(text) {
+  return String(text ?? "").replace(HIDDEN, (c) => `\\u${c.charCodeAt(0).toString(16).padStart(4, "0")}`);
+}
+
+export function number(value, digits = 3) {
+  if (value === null || value === undefined) return "–";
+  if (Number.isInteger(value) && Math.abs(value) < 1e6) return String(value);
+  const size = Math.abs(value);
+  return size !== 0 && (size < 1e-3 || size >= 1e6) ? value.toExponential(2) : String(Number(value.toPrecision(digits)));
+}
+
+export const percent = (value) => (value === null || value === undefined ? "–" : `${(100 * value).toFixed(1)} %`);
+export const grouped = (value) => Number(value).toLocaleString("en-GB").replaceAll(",", " ");
+export const address = (...parts) => parts.map((part) => `/${encodeURIComponent(part)}`).join("");
+
+const MARKS = {
+  running: ["▶", "running"], finished: ["✓", "finished"], interrupted: ["❚❚", "interrupted"], damaged: ["✗", "damaged"],
+  alarm: ["✗", "alarm"], warn: ["!", "warn"], ok: ["✓", "ok"], "no data": ["–", "no data"],
+  error: ["✗", "error"], warning: ["!", "warning"], info: ["·", "info"],
+};
+
+// A state as a sign and a word; its colour only repeats them.
+export function Mark({ of }) {
+  const [sign, word] = MARKS[of] || ["·", of];
+  return html`<span class=${`mark ${of.replace(" ", "-")}`}><span aria-hidden="true">${sign}</span> ${word}</span>`;
+}
+
+// A table that scrolls by itself where it is wider than the page.
+export function Table({ caption, head, children }) {
+  return html`<div class="scroll" role="region" tabindex="0" aria-label=${caption}><table>
+    <caption>${caption}</caption>
+    <thead><tr>${head.map((name) => html`<th scope="col">${name}</th>`)}</tr></thead>
+    <tbody>${children}</tbody></table></div>`;
+}
+
+export function Command({ children }) {
+  return html`<pre class="command"><code>${children}</code></pre>`;
+}

@@ -1,0 +1,89 @@
+"""The tokens of an episode as pieces of text, with who produced each and how likely the model thought it.
+
+Only `tokenizer.json` is read, of the run's own model where it has one, else of the model it started from; no model is
+loaded. Where there is no tokenizer the pieces are the tokens' numbers.
+"""
+
+from __future__ import annotations
+
+import threading
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from posttrain.lab.episodes import read_group, read_values
+from posttrain.store.run import EpisodeRow, Run
+from posttrain.types import ResumeError
+
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+SHIPPED = Path(__file__).parents[1] / "models"
+_lock = threading.Lock()
+
+
+def read_episode(folder: Path, kind: str, step: int, group: int, index: int) -> dict[str, Any]:
+    """One episode for its page, with the other answers to the same task. Raises ResumeError where it is not there."""
+    values = read_values(folder, kind, step, group, index)
+    if values is None:
+        raise ResumeError(f"{folder} stores no {kind} episode {group}.{index} of step {step}.")
+    row = EpisodeRow.from_values(values)
+    source = find_tokenizer(folder)
+    texts = pieces(source, row.tokens) if source else [f"⟨{token}⟩" for token in row.tokens]
+    tokens = [
+        {"text": text, "id": int(token), "model": bool(own), "logp": float(f"{logp:.5g}") if own else None}
+        for text, token, own, logp in zip(texts, row.tokens, row.loss_mask, row.logprobs, strict=True)
+    ]
+    shown = ("kind", "step", "group", "index", "task_id", "prompt", "text", "reward", "passed", "stop", "length")
+    return {
+        **{name: getattr(row, name) for name in (*shown, "error", "advantage")},
+        "parts": [{"name": name, "value": value} for name, value in sorted(row.parts.items())],
+        "tokens": tokens,
+        "tokenizer": source is not None,
+        "answers": read_group(folder, kind, step, group),
+    }
+
+
+def find_tokenizer(folder: Path) -> Path | None:
+    """The tokenizer.json of a run's own model, or of the model it started from if that is on this machine."""
+    with Run.read(folder) as run:
+        start = str(run.header.get("recipe", {}).get("model", {}).get("path", ""))
+    places = [folder / "model", *((Path(start), Path(start) / "model", SHIPPED / start) if start else ())]
+    return next((path for place in places if (path := place / "tokenizer.json").is_file()), None)
+
+
+@lru_cache(maxsize=8)
+def _load(path: Path, changed: float) -> Tokenizer:
+    return Tokenizer.from_file(str(path))
+
+
+def pieces(source: Path, tokens: np.ndarray) -> list[str]:
+    """The text of each of the L tokens; put together they are the text of all.
+
+    A character that several tokens make up is the piece of the last of them; the others are empty.
+    """
+    with _lock:
+        tokenizer = _load(source, source.stat().st_mtime)
+    known = tokenizer.get_vocab_size()
+    ids = [int(token) for token in tokens]
+    found: list[str] = []
+    waiting: list[int] = []
+    before = ""  # what the last whole token decodes to: some tokenizers drop a space at the start of a text
+    context: list[int] = []
+    for number, token in enumerate(ids):
+        if not 0 <= token < known:
+            found.append(f"⟨{token}⟩")
+            waiting, context, before = [], [], ""
+            continue
+        waiting.append(token)
+        text = tokenizer.decode([*context, *waiting], skip_special_tokens=False)
+        piece = text[len(before) :] if text.startswith(before) else tokenizer.decode(waiting, skip_special_tokens=False)
+        last = number == len(ids) - 1
+        if piece.endswith(UNFINISHED) and not last and len(waiting) < 4:
+            found.append("")
+            continue
+        found.append(piece)
+        context, waiting = waiting, []
+        before = tokenizer.decode(context, skip_special_tokens=False)
+    return found
