@@ -60,13 +60,14 @@ def hosts(host: str, port: int) -> frozenset[str]:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that is bound; port 0 is a free one. Raises ConfigError with what to do."""
+    """A socket that listens; port 0 is a free one. Raises ConfigError with what to do."""
     plain = host.strip("[]")
     family = socket.AF_INET6 if ":" in plain else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((plain, port))
+        sock.listen(128)  # whoever comes before the server is ready waits and is not turned away
     except (OSError, OverflowError) as error:
         sock.close()
         said = getattr(error, "strerror", None) or error
