@@ -1,0 +1,249 @@
+"""The lab as a person sees it: real runs, the real server, the system's Chromium."""
+
+from __future__ import annotations
+
+import json
+import math
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from playwright.sync_api import Browser, Page, sync_playwright
+
+import posttrain as pt
+from posttrain.lab import episodes, tokens
+from posttrain.lab.curves import Feed, thin
+from posttrain.lab.episodes import Query, search
+from posttrain.lab.folders import Place, list_runs
+from posttrain.store.run import Run
+from posttrain.types import ConfigError, ResumeError
+from tests import tiny
+from tests.lab_server import CHROMIUM, FLAGS, HOSTILE, Opened, header, hostile_run, opened, write_step
+
+AXE = Path(__file__).parent / "vendor" / "axe.min.js"
+PATIENCE = 90_000  # milliseconds: the machine may be busy with something else
+PIPELINE = {
+    "pipeline": "small", "about": "Two models.", "recipe": "", "results": {"a.safety": 0.5},
+    "expect": {"a.safety": [0.4, 0.6]},
+    "stages": [
+        {"name": "a", "run": "grpo", "folder": "a-1", "seconds": 2.0, "made": None,
+         "card": {"safety": {"value": 0.5, "low": 0.4, "high": 0.6, "n": 9}, "samples": 2}},
+        {"name": "data", "run": "worked", "folder": "data-1", "seconds": 1.0, "made": {"rows": 12}, "card": None},
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a real run of two steps, one whose texts try to be markup, a damaged one and a pipeline."""
+    root = tmp_path_factory.mktemp("lab")
+    small: dict[str, Any] = {
+        "rollout__max_tokens": 6, "rollout__slots": 32, "prompts": 3, "group_size": 4, "problems": 4, "count": 32,
+    }  # fmt: skip
+
+    def reward(completion: str, answer: str, **task: Any) -> float:
+        return len(completion) % 3 / 2
+
+    runs = root / "runs"
+    pt.grpo(str(tiny.chatty(root / "tiny")), "sums", reward, runs / "real", steps=2, threads=1, **small)
+    hostile_run(runs / "hostile")
+    hostile_run(runs / "broken")
+    (runs / "broken" / "run.json").write_text("{")
+    hostile_run(runs / "small" / "a-1")
+    (runs / "small" / "pipeline.json").write_text(json.dumps(PIPELINE))
+    return runs
+
+
+# --- without a browser ----------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.floats(-9, 9) | st.just(math.nan), min_size=1, max_size=4000), st.integers(1, 50))
+@settings(max_examples=50)
+def test_a_thinned_curve_is_part_of_the_curve_and_keeps_its_extremes_and_its_end(values: list[float], n: int) -> None:
+    steps, full = np.arange(len(values)), np.array(values)
+    at, kept = thin(steps, full, n)
+    assert len(at) <= 2 * n + 1 and (np.diff(at) > 0).all() and at[-1] == steps[-1]
+    np.testing.assert_array_equal(kept, full[at])
+    if np.isfinite(full).any():
+        assert np.nanmin(kept) == np.nanmin(full) and np.nanmax(kept) == np.nanmax(full)
+
+
+def test_a_feed_reads_new_steps_only_and_starts_anew_when_the_run_was_wound_back(tmp_path: Path) -> None:
+    with Run.create(tmp_path / "run", header()) as run:
+        feed = Feed(run.folder)
+        for step in range(1, 4):
+            write_step(run, step, step / 10, [])
+        feed.refresh()
+        assert feed.since(["reward"], 1) == {"reward": [[2, 3], [0.2, 0.3]]} and feed.version == 0
+        write_step(run, 4, math.nan, [])
+        feed._looked = -9
+        feed.refresh()
+        assert feed.since(["reward"], 3) == {"reward": [[4], [None]]} and feed.version == 0
+        run.rewind(3)
+        for step in range(3, 6):
+            write_step(run, step, 0.9, [])
+        feed._looked = -9
+        feed.refresh()
+        assert feed.version == 1 and feed.curves(["reward"])["reward"] == [[1, 2, 3, 4, 5], [0.1, 0.2, 0.9, 0.9, 0.9]]
+
+
+def test_a_search_finds_every_episode_once_page_by_page_in_its_order(place: Path) -> None:
+    with Run.read(place / "hostile") as run:
+        stored = [e for e in run.episodes("train") if e.reward is not None]
+    for order, key in (("worst", lambda r: r["reward"]), ("longest", lambda r: -r["length"]),
+                       ("oldest", lambda r: r["step"]), ("best", lambda r: -r["reward"])):  # fmt: skip
+        rows, start = [], 0
+        while start is not None:
+            found = search(place / "hostile", Query(order=order, start=start), page=7)
+            rows, start = rows + found.rows, found.next
+        assert [key(r) for r in rows] == sorted(key(r) for r in rows), order
+        scored = {(r["step"], r["group"], r["index"]) for r in rows if r["reward"] is not None}
+        assert scored == {(e.step, e.group, e.index) for e in stored} and len(rows) - len(stored) in (0, 1)
+
+
+def test_a_search_that_runs_out_of_time_says_where_to_go_on(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(episodes, "LOOK", 1)
+    start, looks, rows = 0, 0, []
+    while start is not None:
+        found = search(place / "hostile", Query(order="oldest", text="needle", start=start), seconds=-1.0)
+        start, looks, rows = found.next, looks + 1, rows + found.rows
+    assert looks == found.total + 1 and [r["text"] for r in rows] == ["needle in the hay"]
+
+
+@pytest.mark.parametrize(
+    ("query", "texts"),
+    [
+        (Query(text="needle"), ["needle in the hay"]),
+        (Query(text="NEEDLE"), ["needle in the hay"]),
+        (Query(text="100%"), []),  # a per cent sign is text and no pattern
+        (Query(text="_"), []),
+        (Query(result="unscored"), ["late answer"]),
+        (Query(result="failed", first=6, last=6), ["needle in the hay"]),
+        (Query(order="flat", last=1), [f"{HOSTILE} 1.0.0"]),
+        (Query(kind="eval"), []),
+    ],
+)
+def test_filters_keep_what_they_say(place: Path, query: Query, texts: list[str]) -> None:
+    assert [row["text"] for row in search(place / "hostile", query).rows] == texts
+
+
+@pytest.mark.parametrize(
+    "given", [{"order": "random"}, {"kind": "x"}, {"result": "1 OR 1"}, {"first": "-1"}, {"start": "9" * 20}]
+)
+def test_a_search_for_what_cannot_be_asked_is_an_error(given: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match="use one of|whole number"):
+        Query.of(given)
+
+
+@pytest.mark.parametrize("order", episodes.ORDERS)
+def test_no_order_of_episodes_sorts_in_memory(place: Path, order: str) -> None:
+    asked: list[str] = []
+    with sqlite3.connect(place / "hostile" / "run.db") as database:
+        database.set_trace_callback(asked.append)
+        next(iter(episodes._candidates(database, Query(order=order))))
+        database.set_trace_callback(None)
+        plan = [line[3] for line in database.execute(f"EXPLAIN QUERY PLAN {asked[0]}")]
+    database.close()
+    assert not [line for line in plan if "TEMP B-TREE" in line], plan
+
+
+def test_pieces_of_tokens_are_the_text_of_all_of_them(tmp_path: Path) -> None:
+    source = tiny.chatty(tmp_path) / "tokenizer.json"
+    from tokenizers import Tokenizer
+
+    text = "a b\nnaïve 日本 🙂!"
+    ids = np.array([1, *Tokenizer.from_file(str(source)).encode(text, add_special_tokens=False).ids, 2])
+    found = tokens.pieces(source, ids)
+    assert len(found) == len(ids) and "".join(found) == f"<bos>{text}<eos>"
+
+
+def test_an_episode_has_its_tokens_and_a_missing_one_is_an_error(place: Path) -> None:
+    with Run.read(place / "real") as run:
+        stored = run.episodes("train", 2)[0]
+    found = tokens.read_episode(place / "real", "train", 2, stored.group, stored.index)
+    written = [t for t in found["tokens"] if t["model"]]
+    assert found["tokenizer"] and len(written) == stored.length and len(found["answers"]) == 4
+    assert [t["logp"] for t in written] == pytest.approx(stored.logprobs[stored.loss_mask].tolist(), rel=1e-4)
+    with pytest.raises(ResumeError, match="stores no train episode 99.0 of step 2"):
+        tokens.read_episode(place / "real", "train", 2, 99, 0)
+
+
+def test_a_folder_lists_its_runs_those_of_stages_and_damaged_ones(place: Path, tmp_path: Path) -> None:
+    found = {line["name"]: line for line in list_runs(Place(place))}
+    assert {name: line["status"] for name, line in found.items()} == {
+        "real": "finished", "hostile": "finished", "broken": "damaged", "small~a-1": "finished",
+    }  # fmt: skip
+    assert "run.json is not JSON" in found["broken"]["note"] and found["hostile"]["metrics"]["reward"] == 0.9
+    assert list(Place(place / "real").runs()) == ["real"] and list_runs(Place(tmp_path / "none")) == []
+
+
+# --- in the browser -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lab(place: Path) -> Iterator[Opened]:
+    with opened(place) as lab:
+        yield lab
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    if CHROMIUM is None:
+        pytest.skip("needs Chromium, which is not installed here")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS, timeout=PATIENCE)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: Browser, lab: Opened) -> Iterator[Page]:
+    """A page that must ask nobody but the lab, run into no error and break no content policy."""
+    context = browser.new_context(reduced_motion="reduce")
+    context.set_default_timeout(PATIENCE)
+    page = context.new_page()
+    asked: list[str] = []
+    wrong: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("websocket", lambda socket: asked.append(socket.url.replace("ws://", "http://")))
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("console", lambda said: wrong.append(said.text) if said.type == "error" else None)
+    yield page
+    context.close()
+    assert asked and not [url for url in asked if not url.startswith(("http://127.0.0.1:", "data:"))]
+    assert not [
+        text for text in wrong if "404" not in text and "ERR_CONNECTION" not in text and "WebSocket" not in text
+    ]
+
+
+def test_a_run_is_found_from_the_first_page_and_its_curves_are_drawn(page: Page, lab: Opened) -> None:
+    page.goto(lab.address)
+    page.get_by_role("link", name="real", exact=True).click()
+    page.wait_for_selector(".chart canvas")
+    titles = page.locator(".chart figcaption").all_inner_texts()
+    assert {"reward", "accuracy", "eval/accuracy", "length"} <= set(titles)
+    label = page.locator(".chart .canvas").first.get_attribute("aria-label") or ""
+    assert "Chart of reward over steps" in label and "at step 2" in label
+    inked = page.locator(".chart canvas").first.evaluate(
+        "c => new Set(new Uint32Array(c.getContext('2d').getImageData(0, 0, c.width, c.height).data.buffer)).size"
+    )
+    assert inked > 3
+    page.locator(".chart .canvas").first.press("ArrowRight")
+    assert page.locator(".chart .read").first.inner_text().startswith("step 1:")
+    page.get_by_role("region", name="What posttrain doctor says").or_(
+        page.get_by_text("had nothing to judge")
+    ).first.wait_for()
+
+
+def test_markup_that_a_model_wrote_is_shown_as_text(page: Page, lab: Opened) -> None:
+    for path in ("/runs/hostile/episodes", "/runs/hostile/episodes/train/1/0/0", "/runs/hostile"):
+        page.goto(lab.address + path)
+        page.get_by_text('<script>document.title="owned"</script>').first.wait_for()
+        assert page.locator("main script, main img").count() == 0 and "owned" not in page.title()
+        text = page.locator("main").inner_text()
+        assert "\x1b" not in text and "\u202e" not in text and "\\u001b" in text and "\\u202e" in text
