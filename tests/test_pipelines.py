@@ -404,7 +404,6 @@ def test_killed_at_random_moments_it_ends_as_one_that_ran_through(whole: Path, t
     [
         ("write:2", signal.SIGTERM, 143, "Stopped and saved."),
         ("write:3", signal.SIGINT, 130, "Stopped and saved."),  # the last step of a stage, which then is whole
-        ("made.json:2", signal.SIGINT, 130, "stopped."),  # in a maker, which begins again
     ],
 )
 def test_a_polite_signal_stops_it_with_its_exit_code_and_the_same_command_goes_on(
