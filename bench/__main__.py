@@ -25,6 +25,7 @@ import transformers
 from bench import roofline, scaling, table
 from bench.duel import SideFailed, Sides, check
 from bench.environment import FOLDER, ROOT, TRL, environment
+from bench.marks import between
 from bench.models import SHAPES, model_folder
 from bench.rows import ROWS, Row, folder_of, quarter
 from bench.table import Result
@@ -96,12 +97,8 @@ def machine(threads: int) -> dict[str, Any]:
 
 
 def written(page: str, measured: str) -> str:
-    """The page with what stands between its two marks replaced. Raises ValueError where a mark is missing."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"{PAGE.name} has no {BEGIN.strip()} followed by {END.strip()}; put the two marks back.")
-    return before + begin + "\n" + measured + "\n" + end + after
+    """The page of results with these between its marks. Raises ValueError where a mark is missing."""
+    return between(page, BEGIN, END, measured, PAGE.name)
 
 
 def arguments() -> argparse.ArgumentParser:

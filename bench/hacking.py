@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.marks import between
 from posttrain import api
 from posttrain.data.answers import final_part
 from posttrain.diagnose import at_least, diagnose
@@ -229,11 +230,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = markdown(rows, options.steps)
     print(f"\n{text}")
     if options.write:
-        before, begin, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-        _, end, after = rest.partition(END)
-        if not (begin and end):
-            raise ValueError(f"{PAGE.name} has no {BEGIN.strip()} followed by {END.strip()}; put the two marks back.")
-        PAGE.write_text(f"{before}{begin}\n{text}\n\n{end}{after}", encoding="utf-8")
+        page = PAGE.read_text(encoding="utf-8")
+        PAGE.write_text(between(page, BEGIN, END, f"{text}\n", PAGE.name), encoding="utf-8")
     return 0
 
 

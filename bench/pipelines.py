@@ -24,11 +24,12 @@ from typing import Any
 from rich.console import Console
 
 from bench.environment import ROOT
-from posttrain import __version__, config
+from bench.marks import between
+from posttrain import __version__
 from posttrain.arguments import find_recipe, shipped_recipes
 from posttrain.pipeline import cards_table
 from posttrain.pipelines.card import LABELS
-from posttrain.pipelines.recipe import Pipeline, Stage, read_pipeline, without_out
+from posttrain.pipelines.recipe import Pipeline, Stage, read_pipeline
 from posttrain.pipelines.runner import Record, Screen, read_records, run_pipeline, stage_keys
 from posttrain.report import read_record, write_report
 from posttrain.types import ConfigError
@@ -49,10 +50,8 @@ def recipe_sha256(pipeline: Pipeline) -> str:
 
 
 def _described(stage: Stage) -> dict[str, Any]:
-    recipe = stage.resolve({name: f"{{{name}}}" for name in stage.needs()})
-    settings = config.as_dict(without_out(recipe)) if stage.is_training else asdict(recipe)
     about = {"name": stage.name, "run": stage.run, "card": stage.card, "reference": stage.reference}
-    return {**about, "settings": settings}
+    return {**about, "settings": stage.described({name: f"{{{name}}}" for name in stage.needs()})}
 
 
 def missed(pipeline: Pipeline, results: Mapping[str, float]) -> list[str]:
@@ -122,11 +121,8 @@ def _cell(found: Mapping[str, float] | None, share: bool) -> str:
 def write_table(name: str, text: str) -> None:
     """Puts a table between the marks of a pipeline in the documentation. Raises ValueError where they are missing."""
     begin, end = f"<!-- results: {name} -->\n", f"<!-- end: {name} -->\n"
-    before, found, rest = PAGE.read_text(encoding="utf-8").partition(begin)
-    _, closed, after = rest.partition(end)
-    if not (found and closed):
-        raise ValueError(f"{PAGE.name} has no {begin.strip()} followed by {end.strip()}; put the two marks back.")
-    PAGE.write_text(f"{before}{begin}\n{text}\n\n{end}{after}", encoding="utf-8")
+    page = PAGE.read_text(encoding="utf-8")
+    PAGE.write_text(between(page, begin, end, f"{text}\n", PAGE.name), encoding="utf-8")
 
 
 def run(name: str, out: Path | None, finished: Path | None, write: bool, console: Console) -> bool:

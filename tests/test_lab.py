@@ -97,10 +97,11 @@ def test_a_search_finds_every_episode_once_page_by_page_in_its_order(place: Path
         stored = [e for e in run.episodes("train") if e.reward is not None]
     for order, key in (("worst", lambda r: r["reward"]), ("longest", lambda r: -r["length"]),
                        ("oldest", lambda r: r["step"]), ("best", lambda r: -r["reward"])):  # fmt: skip
-        rows, start = [], 0
-        while start is not None:
-            found = search(place / "hostile", Query(order=order, start=start), page=7)
-            rows, start = rows + found.rows, found.next
+        found = search(place / "hostile", Query(order=order), page=7)
+        rows = found.rows
+        while found.next is not None:
+            found = search(place / "hostile", Query(order=order, start=found.next), page=7)
+            rows = rows + found.rows
         assert [key(r) for r in rows] == sorted(key(r) for r in rows), order
         scored = {(r["step"], r["group"], r["index"]) for r in rows if r["reward"] is not None}
         assert scored == {(e.step, e.group, e.index) for e in stored} and len(rows) - len(stored) in (0, 1)
@@ -108,10 +109,11 @@ def test_a_search_finds_every_episode_once_page_by_page_in_its_order(place: Path
 
 def test_a_search_that_runs_out_of_time_says_where_to_go_on(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(episodes, "LOOK", 1)
-    start, looks, rows = 0, 0, []
-    while start is not None:
-        found = search(place / "hostile", Query(order="oldest", text="needle", start=start), seconds=-1.0)
-        start, looks, rows = found.next, looks + 1, rows + found.rows
+    found = search(place / "hostile", Query(order="oldest", text="needle"), seconds=-1.0)
+    looks, rows = 1, found.rows
+    while found.next is not None:
+        found = search(place / "hostile", Query(order="oldest", text="needle", start=found.next), seconds=-1.0)
+        looks, rows = looks + 1, rows + found.rows
     assert looks == found.total + 1 and [r["text"] for r in rows] == ["needle in the hay"]
 
 

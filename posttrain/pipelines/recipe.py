@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,13 @@ class Stage:
         cls = GivenModel if self.run == GIVEN else MAKERS[self.run][0]
         return config.settings_from(cls, {**settings, **overrides}, "")
 
+    def described(self, made: Mapping[str, str]) -> dict[str, Any]:
+        """What `resolve` gives as JSON, but for the run folder: where a run is kept is not what it computes."""
+        resolved = self.resolve(made)
+        if not self.is_training:
+            return asdict(resolved)
+        return config.as_dict(replace(resolved, run=replace(resolved.run, out="")))
+
     def needs(self) -> set[str]:
         """The names of the stages whose products it reads."""
         found: set[str] = set()
@@ -126,14 +133,6 @@ def read_pipeline(path: Path, settings: Mapping[str, Any] | None = None, mini: b
         raise ConfigError(f"pipeline {path}: {error}") from None
     about, time = str(raw.get("about", "")), str(raw.get("time", ""))
     return Pipeline(raw["pipeline"], about, tuple(stages), card, figures, expect, time, text, mini)
-
-
-def is_pipeline(path: Path) -> bool:
-    """Whether a TOML file describes a pipeline rather than one run."""
-    try:
-        return "pipeline" in tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
 
 
 def _read(path: Path) -> tuple[str, dict[str, Any]]:
@@ -291,8 +290,3 @@ def _collect(value: Any, found: set[str]) -> None:
     elif isinstance(value, Mapping | list):
         for inner in value.values() if isinstance(value, Mapping) else value:
             _collect(inner, found)
-
-
-def without_out(recipe: Any) -> Any:
-    """A recipe that names no run folder: where a run is kept is not what it computes."""
-    return replace(recipe, run=replace(recipe.run, out=""))

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,14 @@ from posttrain import __version__, api, config, machine
 from posttrain.pipelines.card import CardConfig, examine
 from posttrain.pipelines.figures import Finished, draw
 from posttrain.pipelines.makers import MAKERS
-from posttrain.pipelines.recipe import GIVEN, Pipeline, Stage, filled, without_out
+from posttrain.pipelines.recipe import GIVEN, Pipeline, Stage, filled
 from posttrain.prepare import OnStep
 from posttrain.store import durable
 from posttrain.store.run import Run
 from posttrain.types import ConfigError
 
 RECORD = "pipeline.json"
+Outcome = tuple[dict[str, Any] | None, dict[str, Any] | None]
 _SEPARATORS = re.compile(r"[\s*+,()&]+")
 
 
@@ -103,8 +103,14 @@ def _run(pipeline: Pipeline, folder: Path, screen: Screen, again: str) -> Ended:
             durable.remove_folder(place)
             before.pop(place.name, None)
         record = before.get(place.name) or Record(stage.name, stage.run, place.name, key)
-        screen.say(f"stage {number} of {len(pipeline.stages)}, {stage.name} ({stage.run}): {_state(stage, place)}")
-        stopped = _advance(stage, place, products, record, screen)
+        found = _found(stage, place)
+        state = _state(stage, place, found)
+        screen.say(f"stage {number} of {len(pipeline.stages)}, {stage.name} ({stage.run}): {state}")
+        stopped = 0
+        if found is not None:
+            record.made, record.summary = found
+        elif stage.run != GIVEN:
+            stopped = _advance(stage, place, products, record, screen)
         records.append(record)
         _write(pipeline, folder, records)  # also before its card, which may be killed
         if stopped:
@@ -119,13 +125,7 @@ def _run(pipeline: Pipeline, folder: Path, screen: Screen, again: str) -> Ended:
 
 
 def _advance(stage: Stage, place: Path, products: Mapping[str, str], record: Record, screen: Screen) -> int:
-    """Runs a stage to its end unless it has ended; the number of the signal that stopped it, else 0."""
-    if stage.run == GIVEN or _is_done(stage, place):
-        if (place / "made.json").exists():
-            record.made = json.loads((place / "made.json").read_text(encoding="utf-8"))
-        elif stage.run != GIVEN:
-            record.summary = _summary(place)
-        return 0
+    """Runs a stage that has not ended to its end; the number of the signal that stopped it, else 0."""
     whole, stopped = not place.exists(), 0
     _forget_peak()
     began, cpu = time.monotonic(), time.process_time()
@@ -228,23 +228,24 @@ def _write(
     durable.publish_file(folder / RECORD, json.dumps(text, indent=1) + "\n")
 
 
-def _state(stage: Stage, place: Path) -> str:
+def _found(stage: Stage, place: Path) -> Outcome | None:
+    """What a maker counted, and what an algorithm's run ended with, where the stage has ended before."""
+    if not stage.is_training:
+        made = place / "made.json"
+        return (json.loads(made.read_text(encoding="utf-8")), None) if made.exists() else None
+    if not (place / "run.json").exists():
+        return None
+    with Run.read(place) as store:
+        summary = store.summary()
+    return None if summary is None else (None, summary)
+
+
+def _state(stage: Stage, place: Path, found: Outcome | None) -> str:
     if stage.run == GIVEN:
         return "given"
-    if _is_done(stage, place):
+    if found is not None:
         return "done before"
     return "continued" if (place / "run.json").exists() else "begun"
-
-
-def _is_done(stage: Stage, place: Path) -> bool:
-    if not stage.is_training:
-        return (place / "made.json").exists()
-    return (place / "run.json").exists() and _summary(place) is not None
-
-
-def _summary(place: Path) -> dict[str, Any] | None:
-    with Run.read(place) as store:
-        return store.summary()
 
 
 def _product(stage: Stage, place: Path, products: Mapping[str, str]) -> str:
@@ -264,8 +265,7 @@ def stage_keys(pipeline: Pipeline) -> dict[str, str]:
 
 def _key(stage: Stage, keys: Mapping[str, str]) -> str:
     """`stage_keys` of a stage, given those of the stages before it."""
-    made = stage.resolve({name: f"made-{key}" for name, key in keys.items()})
-    settings = config.as_dict(without_out(made)) if stage.is_training else asdict(made)
+    settings = stage.described({name: f"made-{key}" for name, key in keys.items()})
     return _digest({"posttrain": __version__, "run": stage.run, "settings": settings, "files": _contents(settings)})
 
 
@@ -306,12 +306,8 @@ def _flat(values: Any, before: str = "") -> list[tuple[str, float]]:
         return [(before, float(values))]
     if "value" in values:
         return [(before, float(values["value"]))]
-    inner = partial(_join, before)
-    return [one for name, value in values.items() for one in _flat(value, inner(name))]
-
-
-def _join(before: str, name: Any) -> str:
-    return f"{before}.{name}" if before else str(name)
+    inner = f"{before}." if before else ""
+    return [one for name, value in values.items() for one in _flat(value, f"{inner}{name}")]
 
 
 def _forget_peak() -> None:
