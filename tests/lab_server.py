@@ -13,12 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from playwright.sync_api import Page
 
 from posttrain.store.run import EpisodeRow, Event, Run
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]  # fmt: skip
+AXE = Path(__file__).parent / "vendor" / "axe.min.js"
+PATIENCE = 90_000  # milliseconds: the machine may be busy with something else
 HOSTILE = '<script>document.title="owned"</script><img src=x onerror=alert(2)>"\'&\x1b[2J\u202e'
 
 
@@ -55,6 +58,19 @@ def opened(folder: Path, *more: str) -> Iterator[Opened]:
         process.wait(timeout=60)
         if process.stdout is not None:
             process.stdout.close()
+
+
+def accessibility(page: Page) -> list[str]:
+    """What axe-core finds wrong with the page that is open, a line each."""
+    if not page.evaluate("'axe' in window"):
+        page.evaluate(AXE.read_text(encoding="utf-8"))  # evaluated past the content policy, as a tester's tool
+    found = page.evaluate("axe.run().then((r) => r.violations.map((v) => `${v.id}: ${v.nodes.map((n) => n.html)}`))")
+    return [str(line) for line in found]
+
+
+def too_wide(page: Page) -> bool:
+    """Whether the page as a whole scrolls sideways."""
+    return bool(page.evaluate("document.documentElement.scrollWidth > innerWidth"))
 
 
 def row(step: int, group: int, index: int, text: str, reward: float | None, prompt: str = "What is 2+3?") -> EpisodeRow:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Page
 
 import posttrain as pt
 from posttrain.lab import episodes, tokens
@@ -23,10 +23,8 @@ from posttrain.lab.folders import Place, list_runs
 from posttrain.store.run import Run
 from posttrain.types import ConfigError, ResumeError
 from tests import tiny
-from tests.lab_server import CHROMIUM, FLAGS, HOSTILE, Opened, header, hostile_run, opened, write_step
+from tests.lab_server import HOSTILE, Opened, header, hostile_run, opened, write_step
 
-AXE = Path(__file__).parent / "vendor" / "axe.min.js"
-PATIENCE = 90_000  # milliseconds: the machine may be busy with something else
 PIPELINE = {
     "pipeline": "small", "about": "Two models.", "recipe": "", "results": {"a.safety": 0.5},
     "expect": {"a.safety": [0.4, 0.6]},
@@ -191,36 +189,6 @@ def test_a_folder_lists_its_runs_those_of_stages_and_damaged_ones(place: Path, t
 def lab(place: Path) -> Iterator[Opened]:
     with opened(place) as lab:
         yield lab
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if CHROMIUM is None:
-        pytest.skip("needs Chromium, which is not installed here")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS, timeout=PATIENCE)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def page(browser: Browser, lab: Opened) -> Iterator[Page]:
-    """A page that must ask nobody but the lab, run into no error and break no content policy."""
-    context = browser.new_context(reduced_motion="reduce")
-    context.set_default_timeout(PATIENCE)
-    page = context.new_page()
-    asked: list[str] = []
-    wrong: list[str] = []
-    page.on("request", lambda request: asked.append(request.url))
-    page.on("websocket", lambda socket: asked.append(socket.url.replace("ws://", "http://")))
-    page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on("console", lambda said: wrong.append(said.text) if said.type == "error" else None)
-    yield page
-    context.close()
-    assert asked and not [url for url in asked if not url.startswith(("http://127.0.0.1:", "data:"))]
-    assert not [
-        text for text in wrong if "404" not in text and "ERR_CONNECTION" not in text and "WebSocket" not in text
-    ]
 
 
 def test_a_run_is_found_from_the_first_page_and_its_curves_are_drawn(page: Page, lab: Opened) -> None:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +24,25 @@ from posttrain.diagnose import diagnose_run
 from posttrain.lab import episodes, folders, tokens
 from posttrain.lab.curves import Feed
 from posttrain.lab.folders import Place
+from posttrain.lab.routing import NO_STORE, Routes, get, named
 from posttrain.lab.safety import Guard
 from posttrain.store.run import Run
-from posttrain.types import ConfigError, PosttrainError, ResumeError
+from posttrain.types import PosttrainError
 
 STATIC = Path(__file__).parent / "static"
 POLL = 0.5  # seconds between two looks at a run that somebody watches
-NO_STORE = {"cache-control": "no-store"}
+EPISODE = "/runs/{run}/episodes/{kind}/{step:int}/{group:int}/{index:int}"
+PAGES = (
+    "/",
+    "/explore",
+    "/runs",
+    "/runs/{run}",
+    "/runs/{run}/episodes",
+    EPISODE,
+    "/pipelines/{pipeline}",
+)
+PARTS: tuple[Routes, ...] = ()
+"""What adds routes under /api to those below, one function of each part of the lab."""
 
 
 class Lab:
@@ -46,21 +56,17 @@ class Lab:
 
     def routes(self) -> list[Any]:
         """In the order they are tried."""
-        pages = ("/", "/runs", "/runs/{run}", "/runs/{run}/episodes", "/pipelines/{pipeline}")
-        one = "/runs/{run}/episodes/{kind}/{step:int}/{group:int}/{index:int}"
-        asked: dict[str, Callable[[Request], Any]] = {
-            "/api/home": self.home,
-            "/api/runs": lambda request: folders.list_runs(self.place),
-            "/api/runs/{run}": self.run,
-            "/api/runs/{run}/verdicts": self.verdicts,
-            "/api/runs/{run}/episodes": self.episodes,
-            f"/api{one}": self.episode,
-            "/api/pipelines/{pipeline}": lambda request: folders.read_pipeline(self.place, _name(request, "pipeline")),
-        }
         return [
-            *(Route(path, self.page) for path in (*pages, one)),
-            *(Route(path, partial(_answer, read)) for path, read in asked.items()),
+            *(Route(path, self.page) for path in PAGES),
+            get("/api/home", self.home),
+            get("/api/runs", lambda request: folders.list_runs(self.place)),
+            get("/api/runs/{run}", self.run),
+            get("/api/runs/{run}/verdicts", self.verdicts),
+            get("/api/runs/{run}/episodes", self.episodes),
+            get(f"/api{EPISODE}", self.episode),
+            get("/api/pipelines/{pipeline}", lambda asked: folders.read_pipeline(self.place, named(asked, "pipeline"))),
             WebSocketRoute("/live/{run}", self.live),
+            *(route for part in PARTS for route in part(self.place)),
             Mount("/static", StaticFiles(directory=STATIC)),
         ]
 
@@ -93,7 +99,7 @@ class Lab:
             about = {"status": run.status(), "step": run.last_step(), **folders.facts(run)}
             recipe = run.header.get("recipe", {})
         kinds = episodes.kinds(folder)
-        name = _name(request, "run")
+        name = named(request, "run")
         return {"name": name, "folder": str(folder), **about, "events": noted, "episodes": kinds, "recipe": recipe}
 
     def verdicts(self, request: Request) -> list[dict[str, Any]]:
@@ -112,7 +118,7 @@ class Lab:
 
     def folder(self, request: Request | WebSocket) -> Path:
         """The run's folder that the address names."""
-        return self.place.run(_name(request, "run"))
+        return self.place.run(named(request, "run"))
 
     def feed(self, folder: Path) -> Feed:
         """The one feed of a run."""
@@ -162,24 +168,6 @@ def _news(folder: Path, feed: Feed, asked: list[str], sent: dict[str, Any]) -> s
         news |= {"whole": False, "curves": feed.since(names, sent["step"])}
     sent.update(now)
     return json.dumps(news, allow_nan=False)
-
-
-async def _answer(read: Callable[[Request], Any], request: Request) -> Response:
-    """JSON of what `read` returns, which runs in a thread; one line where it cannot."""
-    try:
-        status, body = 200, await to_thread.run_sync(read, request)
-    except ConfigError as error:
-        status, body = 400, {"error": str(error)}
-    except ResumeError as error:
-        status, body = 404, {"error": str(error)}
-    except (PosttrainError, OSError) as error:
-        status, body = 500, {"error": str(error)}
-    text = json.dumps(body, allow_nan=False, ensure_ascii=True, default=str)
-    return Response(text, status, NO_STORE, "application/json")
-
-
-def _name(request: Request | WebSocket, name: str) -> str:
-    return str(request.path_params[name])
 
 
 def make_app(root: Path, hosts: frozenset[str], token: str, exposed: bool = False) -> Starlette:

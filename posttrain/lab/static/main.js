@@ -6,6 +6,7 @@ import { Missing, Shell } from "./ui.js";
 
 const PAGES = [
   [/^\/$/, () => import("./home.js"), []],
+  [/^\/explore$/, () => import("./explore.js"), []],
   [/^\/runs$/, () => import("./runs.js"), []],
   [/^\/runs\/([^/]+)$/, () => import("./run.js"), ["run"]],
   [/^\/runs\/([^/]+)\/episodes$/, () => import("./episodes.js"), ["run"]],

@@ -6,6 +6,8 @@ import { html, useState, useEffect } from "./vendor/preact-htm.js";
 
 export const TOKEN = document.querySelector("meta[name=lab-token]").content;
 
+const SECTIONS = [["/explore", "Explore"], ["/runs", "Runs"]];
+
 export function Shell({ children }) {
   const here = location.pathname;
   const link = (to, text, current) => html`<a href=${to} aria-current=${current ? "page" : null}>${text}</a>`;
@@ -13,7 +15,7 @@ export function Shell({ children }) {
     <a class="skip" href="#main">Skip to the content</a>
     <header class="top"><nav aria-label="Lab">
       <a class="brand" href="/" aria-current=${here === "/" ? "page" : null}>posttrain <span>lab</span></a>
-      ${link("/runs", "Runs", here.startsWith("/runs"))}
+      ${SECTIONS.map(([to, text]) => link(to, text, here === to || here.startsWith(`${to}/`)))}
     </nav></header>
     <main id="main" tabindex="-1">${children}</main>`;
 }

@@ -1,0 +1,126 @@
+// What explorers share: a state that lives in the address, controls that keys reach, numbers that the server computes,
+// bars and formulas.
+
+import { TOKEN, ask, html, printable, useEffect, useRef, useState } from "./ui.js";
+
+// --- state -----------------------------------------------------------------------------------------------------------
+
+// [state, set]: an object kept in the address' query, so that a link shows the same. `defaults` names every key, and
+// says by its type what a value is; what equals its default is left out. `set({key: value})` merges.
+export function useAddress(defaults) {
+  const [state, keep] = useState(() => read(defaults));
+  const set = (change) => keep((old) => {
+    const next = { ...old, ...change };
+    const query = new URLSearchParams();
+    for (const key of Object.keys(defaults)) if (String(next[key]) !== String(defaults[key])) query.set(key, next[key]);
+    history.replaceState(null, "", `${location.pathname}${query.size ? `?${query}` : ""}${location.hash}`);
+    return next;
+  });
+  return [state, set];
+}
+
+function read(defaults) {
+  const query = new URLSearchParams(location.search);
+  return Object.fromEntries(Object.entries(defaults).map(([key, value]) => {
+    const given = query.get(key);
+    if (given === null) return [key, value];
+    if (typeof value === "boolean") return [key, given === "true"];
+    if (typeof value === "number") return [key, given !== "" && Number.isFinite(Number(given)) ? Number(given) : value];
+    if (Array.isArray(value)) return [key, given === "" ? [] : given.split(",").map(Number)];
+    return [key, given];
+  }));
+}
+
+// --- the server ------------------------------------------------------------------------------------------------------
+
+// Writes: a POST of one object with this launch's token.
+export async function send(path, body = {}) {
+  let answer;
+  try {
+    answer = await fetch(path, { method: "POST", body: JSON.stringify(body), headers: { "x-lab-token": TOKEN, "content-type": "application/json" } });
+  } catch {
+    throw new Error("The lab does not answer. If it was closed, start it again with `posttrain lab`.");
+  }
+  const said = await answer.json().catch(() => ({}));
+  if (!answer.ok) throw new Error(said.error || `The lab answered with ${answer.status}.`);
+  return said;
+}
+
+// {data, error, stale}: what `path` computes. While a newer answer is awaited the old one stays, and of many changes in
+// a row only the newest is asked for: one request is under way at a time.
+export function useComputed(path) {
+  const [state, set] = useState({ data: null, error: "", stale: true });
+  const wanted = useRef(path);
+  const busy = useRef(false);
+  const here = useRef(true);
+  useEffect(() => () => { here.current = false; }, []);
+  useEffect(() => {
+    wanted.current = path;
+    const load = async () => {
+      busy.current = true;
+      const asked = wanted.current;
+      const news = await ask(asked).then((data) => ({ data, error: "" }), (error) => ({ error: error.message }));
+      busy.current = false;
+      if (!here.current) return;
+      const stale = wanted.current !== asked;
+      set((old) => ({ ...old, ...news, stale }));
+      if (stale) load();
+    };
+    if (!busy.current) load();
+  }, [path]);
+  return state;
+}
+
+// --- controls --------------------------------------------------------------------------------------------------------
+
+// One of a few, side by side; arrow keys move through them.
+export function Choice({ legend, name, options, value, onChange }) {
+  return html`<fieldset class="choice"><legend>${legend}</legend>${options.map(([key, text]) => html`
+    <label class=${key === value ? "chosen" : ""}><input type="radio" name=${name} value=${key} checked=${key === value}
+      onChange=${() => onChange(key)} />${text}</label>`)}</fieldset>`;
+}
+
+export function Slider({ label, name, min, max, step, value, onChange, text = String(value) }) {
+  return html`<label class="slider"><span>${label} <output>${text}</output></span>
+    <input type="range" name=${name} min=${min} max=${max} step=${step} value=${value} aria-valuetext=${text}
+      onInput=${(event) => onChange(Number(event.target.value))} /></label>`;
+}
+
+export function Toggle({ label, name, value, onChange }) {
+  return html`<label class="toggle"><input type="checkbox" name=${name} checked=${value} onChange=${(event) => onChange(event.target.checked)} /> ${label}</label>`;
+}
+
+// A bar from zero, `share` of its track's half (signed) or whole; the number stands beside it.
+export function Bar({ share, text, signed = false, series = 0 }) {
+  const width = `${Math.min(1, Math.abs(share)) * (signed ? 50 : 100)}%`;
+  const left = signed ? (share < 0 ? `${50 - Math.min(1, -share) * 50}%` : "50%") : "0";
+  return html`<span class=${`bar ${signed ? "signed" : ""}`}><span class="track" aria-hidden="true"><span class=${`fill series-${series} ${share < 0 ? "minus" : ""}`} style=${{ width, left }}></span></span>
+    <span class="number">${text}</span></span>`;
+}
+
+// --- formulas --------------------------------------------------------------------------------------------------------
+
+let katex = null;
+
+function loadKatex() {
+  if (!katex) {
+    const style = document.createElement("link");
+    style.rel = "stylesheet";
+    style.href = "/static/vendor/katex.css";
+    document.head.append(style);
+    katex = import("./vendor/katex.js").then(() => self.katex);
+  }
+  return katex;
+}
+
+// A formula in TeX, which is the lab's own text; drawn with MathML beside it, which screen readers read.
+export function Formula({ tex, display = false }) {
+  const place = useRef(null);
+  useEffect(() => {
+    let open = true;
+    loadKatex().then((library) => open && library.render(tex, place.current, { displayMode: display, throwOnError: false }));
+    return () => { open = false; };
+  }, [tex, display]);
+  const label = { class: display ? "formula display" : "formula", ref: place };
+  return display ? html`<div ...${label} tabindex="0" role="group" aria-label="Formula"><code>${printable(tex)}</code></div>` : html`<span ...${label}><code>${printable(tex)}</code></span>`;
+}
