@@ -33,9 +33,9 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """The system's Chromium."""
+    """The system's Chromium. Its driver keeps an event loop running, so it must end before tests of async code."""
     if CHROMIUM is None:
         pytest.skip("needs Chromium, which is not installed here")
     with sync_playwright() as playwright:
