@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -26,6 +27,8 @@ def live(place: str, words: list[str], moment: str, number: int) -> None:
     A moment is `NAME:COUNT`: before the COUNTth time that a file NAME is published, a step stored (`write`), or a run
     finished (`finish`).
     """
+    # as in a terminal; what a shell runs in the background is told to ignore Ctrl-C, and hands that down
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(place)
     os.environ["POSTTRAIN_CACHE"] = str(Path(place, "cache"))
     torch.set_num_threads(1)

@@ -402,6 +402,7 @@ def test_killed_at_random_moments_it_ends_as_one_that_ran_through(whole: Path, t
 @pytest.mark.parametrize(
     ("moment", "number", "code", "says"),
     [
+        ("made.json:2", signal.SIGINT, 130, "stopped."),  # in a maker, which begins anew
         ("write:2", signal.SIGTERM, 143, "Stopped and saved."),
         ("write:3", signal.SIGINT, 130, "Stopped and saved."),  # the last step of a stage, which then is whole
     ],
