@@ -4,13 +4,15 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
+WORKERS ?= 2
+
 .PHONY: demo test lint docs clean
 
 demo: .venv/installed  ## train the shipped model to think, and show what changed
 	$(BIN)/posttrain demo
 
-test: .venv/installed  ## the whole suite
-	$(BIN)/python -m pytest
+test: .venv/browser  ## the whole suite
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: .venv/installed  ## style and types
 	$(BIN)/ruff check --no-cache .
@@ -28,4 +30,8 @@ clean:  ## remove what the other verbs made (run folders stay)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet $(TORCH)
 	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+.venv/browser: .venv/installed tests/install_browser.sh
+	tests/install_browser.sh $(BIN)/python
 	touch $@

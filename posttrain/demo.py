@@ -59,6 +59,7 @@ def run_demo(out: str, steps: int | None, seed: int, as_json: bool) -> None:
         ("posttrain grpo --tasks countdown", "another task"),
         ("posttrain grpo --reward my_rewards.py:score --tasks my_tasks.jsonl", "your reward, your tasks"),
         ("posttrain config demo", "every setting, explained"),
+        (f"posttrain lab {folder.parent}", "this run, five explorers and a course, in the browser"),
     ):
         screen.print(Text(f"  {command.ljust(66)} ") + Text(why, style="dim"), soft_wrap=True)
     if as_json:
