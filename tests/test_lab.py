@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,17 +14,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from playwright.sync_api import Page
+from playwright.sync_api import Page, expect
 
 import posttrain as pt
 from posttrain.lab import episodes, tokens
 from posttrain.lab.curves import Feed, thin
 from posttrain.lab.episodes import Query, search
 from posttrain.lab.folders import Place, list_runs
-from posttrain.store.run import Run
+from posttrain.store.run import Event, Run
 from posttrain.types import ConfigError, ResumeError
 from tests import tiny
-from tests.lab_server import HOSTILE, Opened, header, hostile_run, opened, write_step
+from tests.lab_server import HOSTILE, PATIENCE, Opened, header, hostile_run, opened, row, write_step
 
 PIPELINE = {
     "pipeline": "small", "about": "Two models.", "recipe": "", "results": {"a.safety": 0.5},
@@ -217,3 +218,68 @@ def test_markup_that_a_model_wrote_is_shown_as_text(page: Page, lab: Opened) -> 
         assert page.locator("main script, main img").count() == 0 and "owned" not in page.title()
         text = page.locator("main").inner_text()
         assert "\x1b" not in text and "\u202e" not in text and "\\u001b" in text and "\\u202e" in text
+
+
+def test_a_search_in_the_address_bar_and_in_the_form_is_the_same(page: Page, lab: Opened) -> None:
+    page.goto(f"{lab.address}/runs/hostile/episodes")
+    page.get_by_label("text in the prompt or the answer").fill("needle")
+    page.get_by_role("button", name="Search").click()
+    page.get_by_text("needle in the hay").wait_for()
+    assert "text=needle" in page.url and page.locator(".episodes li").count() == 1
+    page.reload()
+    page.get_by_text("needle in the hay").wait_for()
+    page.get_by_label("text in the prompt or the answer").fill("nobody wrote this")
+    page.keyboard.press("Enter")
+    page.get_by_text("episodes is like that").wait_for()
+
+
+def test_an_answer_shows_who_wrote_each_token_and_its_numbers_by_keyboard(page: Page, lab: Opened) -> None:
+    page.goto(f"{lab.address}/runs/real/episodes/train/2/0/1")
+    page.wait_for_selector(".span.model .t")
+    assert page.locator(".span").first.inner_text().startswith("prompt")
+    page.locator(".tokens").press("ArrowLeft")
+    assert "log-probability" in page.locator("p.read").inner_text()
+    page.get_by_label("the advantage").check()
+    page.get_by_text("likely; the same for every token").or_(page.get_by_text("neither: the answers")).first.wait_for()
+
+
+def test_runs_are_compared_in_one_chart(page: Page, lab: Opened) -> None:
+    page.goto(f"{lab.address}/runs")
+    for name in ("real", "hostile"):
+        page.get_by_label(f"Compare {name}", exact=True).check()
+    page.get_by_role("link", name="Compare 2 runs").click()
+    page.wait_for_selector(".chart canvas")
+    assert page.locator(".legend li").count() == 2 and page.url.endswith("/runs/real?with=hostile")
+    expect(page.locator(".chart .canvas").first).to_have_attribute(
+        "aria-label", re.compile("hostile: from"), timeout=PATIENCE
+    )
+
+
+def test_a_pipeline_shows_its_cards_and_leads_to_its_runs(page: Page, lab: Opened) -> None:
+    page.goto(f"{lab.address}/pipelines/small")
+    page.get_by_text("50.0 %").first.wait_for()
+    assert "✓ met" in page.locator("main").inner_text()
+    page.get_by_role("link", name="a", exact=True).click()
+    page.wait_for_selector(".chart canvas")
+
+
+def test_a_live_run_grows_without_reloading_and_a_lost_lab_is_said(page: Page, tmp_path: Path) -> None:
+    with Run.create(tmp_path / "live", header()) as run, opened(tmp_path) as lab:
+        page.goto(f"{lab.address}/runs/live")
+        page.get_by_text("Nothing is measured yet").wait_for()
+        for step in (1, 2, 3):
+            write_step(run, step, step / 10, [row(step, 0, 0, "x", 1.0)], [Event("info", "a", "b")])
+            expect(page.locator("#step")).to_have_text(str(step), timeout=PATIENCE)
+        expect(page.locator(".chart .read").first).to_have_text("step 3: 0.3", timeout=PATIENCE)
+        lab.process.kill()
+        page.get_by_text("The lab does not answer").wait_for()
+
+
+def test_an_empty_folder_says_which_command_makes_the_first_run(page: Page, tmp_path: Path) -> None:
+    with opened(tmp_path / "runs") as lab:
+        page.goto(lab.address)
+        page.get_by_text("posttrain demo").wait_for()
+        page.goto(f"{lab.address}/nothing")
+        page.get_by_role("heading", name="There is no such page").wait_for()
+        page.goto(f"{lab.address}/runs/nothing")
+        page.get_by_text("holds no run named 'nothing'").wait_for()
