@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "posttrain"
 # A module belongs to the longest prefix that names it and may import from lower layers and its own prefix only;
 # entries that share a layer do not import each other unless they are in ONE_LAYER.
 LAYERS: dict[str, float] = {
-    "types": 0, "config": 0, "rng": 0, "shapes": 0, "cache": 0, "intervals": 0,
+    "types": 0, "config": 0, "measures": 0, "rng": 0, "shapes": 0, "cache": 0, "intervals": 0,
     "objectives": 1, "planner": 1, "kernels": 1,
     "data": 2, "models": 2,
     "rollout": 3, "store": 3, "machine": 3, "overlap": 3,
@@ -37,7 +37,8 @@ FORBIDDEN = {
     "lab": {"train", "algos", "pipelines"},
 }
 OPTIONAL = {"datasets", "pyarrow", "vllm", "ray", "matplotlib", "rich", "reasoning_gym", "gymnasium", "verifiers", "z3"}
-LAZY = {"cli", "inspection", "arguments", "api", "__init__", "doctor", "lab.checkpoints"}  # when needed, so that start-up is quick
+LAZY = {"cli", "inspection", "arguments", "api", "__init__", "doctor", "lab.checkpoints"}
+"""Modules that import within functions what they need later, so that start-up is quick."""
 LONGEST_MODULE, LONGEST_FUNCTION, LONGEST_RUN = 400, 60, 150
 
 SOURCES = {".".join(p.relative_to(PACKAGE).with_suffix("").parts): p for p in sorted(PACKAGE.rglob("*.py"))}
