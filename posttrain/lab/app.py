@@ -22,6 +22,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from posttrain import __version__
 from posttrain.diagnose import diagnose_run
 from posttrain.lab import episodes, folders, tokens
+from posttrain.lab.course import routes as course
 from posttrain.lab.curves import Feed
 from posttrain.lab.folders import Place
 from posttrain.lab.routing import NO_STORE, Routes, get, named
@@ -34,6 +35,8 @@ POLL = 0.5  # seconds between two looks at a run that somebody watches
 EPISODE = "/runs/{run}/episodes/{kind}/{step:int}/{group:int}/{index:int}"
 PAGES = (
     "/",
+    "/learn",
+    "/learn/{chapter}",
     "/explore",
     "/runs",
     "/runs/{run}",
@@ -41,7 +44,7 @@ PAGES = (
     EPISODE,
     "/pipelines/{pipeline}",
 )
-PARTS: tuple[Routes, ...] = ()
+PARTS: tuple[Routes, ...] = (course.routes,)
 """What adds routes under /api to those below, one function of each part of the lab."""
 
 

@@ -6,6 +6,8 @@ import { Missing, Shell } from "./ui.js";
 
 const PAGES = [
   [/^\/$/, () => import("./home.js"), []],
+  [/^\/learn$/, () => import("./learn.js"), []],
+  [/^\/learn\/([^/]+)$/, () => import("./course.js"), ["chapter"]],
   [/^\/explore$/, () => import("./explore.js"), []],
   [/^\/runs$/, () => import("./runs.js"), []],
   [/^\/runs\/([^/]+)$/, () => import("./run.js"), ["run"]],

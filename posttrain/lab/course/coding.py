@@ -1,0 +1,308 @@
+"""The coding exercises' cases. What is expected is computed here, by the library's own functions, in float64.
+
+A reader's code never sees the expected values: it gets the arguments in the sandbox, and exercises.py compares what it
+returns. Each case may name typical wrong results, so that a wrong answer can be told what went wrong.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from posttrain.objectives.advantages import group_relative
+from posttrain.objectives.policy import clip as clipped_loss
+from posttrain.objectives.reward import bradley_terry
+from posttrain.objectives.tokens import kl_k1
+
+TOLERANCE = 1e-6
+STD_EPS = 1e-4
+CLIP = 0.2
+Floats = Sequence[float]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of the reader's function: `wrong` are typical wrong results, each with the sentence that explains it."""
+
+    name: str
+    entry: str
+    args: list[Any]
+    expected: Any
+    wrong: tuple[tuple[Any, str], ...] = ()
+
+
+def tensor(values: Any) -> torch.Tensor:
+    """Float64 numbers."""
+    return torch.tensor(values, dtype=torch.float64)
+
+
+# --- Bradley–Terry ---------------------------------------------------------------------------------------------------
+
+PAIRS = [([1.0, 0.5], [0.0, 1.0]), ([0.5, 2.0], [1.5, 0.0]), ([2.0, 1.0], [1.0, 3.0]), ([0.0, 0.0], [-1.0, 1.0])]
+FAR = [([500.0, 0.0], [-500.0, 0.0]), ([-500.0, 0.0], [500.0, 0.0])]
+
+
+def reward_loss(weights: torch.Tensor, pairs: Sequence[tuple[Floats, Floats]]) -> torch.Tensor:
+    """The mean Bradley–Terry loss of linear rewards."""
+    chosen, rejected = tensor([c for c, _ in pairs]) @ weights, tensor([r for _, r in pairs]) @ weights
+    return bradley_terry(chosen, rejected, torch.ones_like(chosen), torch.zeros_like(chosen)).mean()
+
+
+def reward_gradient(weights: Floats, pairs: Sequence[tuple[Floats, Floats]]) -> list[float]:
+    """Its gradient."""
+    at = tensor(weights).requires_grad_()
+    return torch.autograd.grad(reward_loss(at, pairs), at)[0].tolist()
+
+
+def reward_training(pairs: Sequence[tuple[Floats, Floats]], steps: int, lr: float) -> list[float]:
+    """Weights after gradient descent from 0."""
+    weights = [0.0] * len(pairs[0][0])
+    for _ in range(steps):
+        weights = [w - lr * g for w, g in zip(weights, reward_gradient(weights, pairs), strict=True)]
+    return weights
+
+
+def bradley_terry_cases() -> list[Case]:
+    """A reward model in plain Python."""
+    weights = [0.8, -0.4]
+    right = float(reward_loss(tensor(weights), PAIRS))
+    slope = reward_gradient(weights, PAIRS)
+    swapped = float(reward_loss(tensor([-w for w in weights]), PAIRS))
+    trained = reward_training(PAIRS, 50, 0.5)
+    return [
+        Case("the score is weight times feature, added up", "score", [[0.8, -0.4], [2.0, 3.0]], 0.8 * 2 - 0.4 * 3),
+        Case("the loss of weights that know nothing is log 2", "loss", [[0.0, 0.0], PAIRS], math.log(2)),
+        Case(
+            "the loss of some weights",
+            "loss",
+            [weights, PAIRS],
+            right,
+            (
+                (swapped, "that is the loss with chosen and rejected exchanged."),
+                (right * len(PAIRS), "that is the sum over the pairs; the mean is asked for."),
+                (-right, "the sign is turned round: a loss is -log, which is never negative."),
+            ),
+        ),
+        Case("scores that differ by 1,000 do not overflow", "loss", [[1.0, 0.0], FAR], 500.0),
+        Case(
+            "the gradient",
+            "gradient",
+            [weights, PAIRS],
+            slope,
+            (
+                ([-g for g in slope], "the sign is turned round: sigmoid(d) - 1 is negative."),
+                ([g * len(PAIRS) for g in slope], "that is the gradient of the sum; the mean is asked for."),
+            ),
+        ),
+        Case(
+            "fifty steps of training",
+            "train",
+            [PAIRS, 50, 0.5],
+            trained,
+            (
+                ([0.0, 0.0], "nothing was trained: the weights are still 0."),
+                (reward_training(PAIRS, 50, -0.5), "the weights climb the loss: subtract lr times the gradient."),
+                (reward_training(PAIRS, 51, 0.5), "that is one step too many."),
+            ),
+        ),
+    ]
+
+
+# --- GRPO ------------------------------------------------------------------------------------------------------------
+
+LOGITS = [0.2, -0.3, 0.5, 0.0]
+REWARDS = [1.0, 0.0, 0.0, 1.0, 0.0, 0.0]
+REWARD_OF = [0.0, 1.0, 0.0, 0.25]
+DRAWS = [[(0.137 + 0.311 * i + 0.073 * s) % 1.0 for i in range(8)] for s in range(30)]
+
+
+def sampled(logits: Floats, uniforms: Floats) -> list[int]:
+    """Inverse of the cumulative distribution."""
+    edges = torch.softmax(tensor(logits), 0).cumsum(0)
+    return torch.searchsorted(edges, tensor(uniforms), right=True).clamp_max(len(logits) - 1).tolist()
+
+
+def relative(rewards: Floats, std: str = "sample") -> list[float]:
+    """The library's advantages of one group."""
+    return group_relative(tensor([list(rewards)]), std, STD_EPS)[0].tolist()
+
+
+def updated(
+    logits: Floats, old: Floats, answers: Sequence[int], advantages: Floats, lr: float, bound: float
+) -> list[float]:
+    """A step down the mean of the library's clipped loss over one-token answers."""
+    at, chosen = tensor(logits).requires_grad_(), torch.tensor(answers)
+    logp, old_logp = torch.log_softmax(at, 0)[chosen], torch.log_softmax(tensor(old), 0)[chosen]
+    mask = torch.ones(len(answers), 1, dtype=torch.bool)
+    loss, _ = clipped_loss(logp[:, None], old_logp[:, None], tensor(advantages)[:, None], mask, bound, bound)
+    return (at - lr * torch.autograd.grad(loss.mean(), at)[0]).tolist()
+
+
+def grpo_training(logits: Floats, reward_of: Floats, draws: Sequence[Floats], lr: float) -> list[float]:
+    """Sample, reward, compare, update, once for each list of numbers."""
+    now = list(logits)
+    for uniforms in draws:
+        answers = sampled(now, uniforms)
+        now = updated(now, now, answers, relative([reward_of[a] for a in answers]), lr, CLIP)
+    return now
+
+
+def grpo_cases() -> list[Case]:
+    """GRPO on a policy over whole answers."""
+    uniforms = [0.05, 0.3, 0.41, 0.77, 0.93]
+    answers, advantages, old = [0, 2, 3, 2], [1.5, -0.5, -0.5, -0.5], [0.9, -0.3, 0.1, 0.0]
+    step = updated(LOGITS, LOGITS, answers, advantages, 0.5, CLIP)
+    far = [1.4, -0.3, -0.6, 0.0]
+    bounded = updated(far, old, answers, advantages, 0.5, CLIP)
+    return [
+        Case("drawing from the policy", "sample", [LOGITS, uniforms], sampled(LOGITS, uniforms)),
+        Case(
+            "advantages of a group with two right answers",
+            "advantages",
+            [REWARDS],
+            relative(REWARDS),
+            (
+                (relative(REWARDS, "none"), "the mean is subtracted, and the standard deviation is not divided by."),
+                (relative(REWARDS, "population"), "that is the standard deviation over n; n - 1 is asked for."),
+                (REWARDS, "these are the rewards themselves."),
+            ),
+        ),
+        Case("a group of equal rewards teaches nothing", "advantages", [[1.0, 1.0, 1.0]], [0.0, 0.0, 0.0]),
+        Case(
+            "an update of the policy that sampled",
+            "update",
+            [LOGITS, LOGITS, answers, advantages, 0.5, CLIP],
+            step,
+            (
+                (LOGITS, "nothing moved."),
+                ([2 * a - b for a, b in zip(LOGITS, step, strict=True)], "the step goes down the objective: add it."),
+                (
+                    updated(LOGITS, LOGITS, answers, advantages, 0.5 * len(answers), CLIP),
+                    "that is the sum over the answers; the mean is asked for.",
+                ),
+            ),
+        ),
+        Case(
+            "answers beyond the clip push no further",
+            "update",
+            [far, old, answers, advantages, 0.5, CLIP],
+            bounded,
+            (
+                (updated(far, old, answers, advantages, 0.5, 1e9), "nothing was clipped: see the hint."),
+                (updated(far, far, answers, advantages, 0.5, CLIP), "the ratio to the old policy is missing."),
+            ),
+        ),
+        Case(
+            "thirty steps of training",
+            "train",
+            [LOGITS, REWARD_OF, DRAWS, 0.3],
+            grpo_training(LOGITS, REWARD_OF, DRAWS, 0.3),
+            ((LOGITS, "nothing was trained."),),
+        ),
+    ]
+
+
+# --- reward hacking --------------------------------------------------------------------------------------------------
+
+START = [0.0, -0.2, -0.5, -1.0, -1.6, -2.3, -3.0, -3.8]
+PROXY = [0.0, 0.6, 1.1, 1.5, 1.8, 2.1, 2.3, 2.5]
+TRUTH = [0.2, 0.8, 1.0, 0.7, 0.2, -0.4, -1.1, -1.8]
+STEPS, RATE, BETA = 200, 0.5, 0.6
+
+
+def mean_value(logits: Floats, values: Floats) -> float:
+    """Of values under the softmax policy."""
+    return float(torch.softmax(tensor(logits), 0) @ tensor(values))
+
+
+def divergence(logits: torch.Tensor, start: Floats) -> torch.Tensor:
+    """KL(policy ‖ start), the mean of `kl_k1` under the policy."""
+    logp = torch.log_softmax(logits, 0)
+    return (logp.exp() * kl_k1(logp, torch.log_softmax(tensor(start), 0))).sum()
+
+
+def climbed(logits: Floats, start: Floats, proxy: Floats, beta: float, lr: float) -> list[float]:
+    """A step of gradient ascent on E[proxy] − beta · KL."""
+    at = tensor(logits).requires_grad_()
+    objective = torch.softmax(at, 0) @ tensor(proxy) - beta * divergence(at, start)
+    return (at + lr * torch.autograd.grad(objective, at)[0]).detach().tolist()
+
+
+def simulated(beta: float, steps: int = STEPS) -> list[list[float]]:
+    """Proxy, truth and KL before the first step and after each one."""
+    logits, curve = list(START), []
+    for number in range(steps + 1):
+        if number:
+            logits = climbed(logits, START, PROXY, beta, RATE)
+        distance = float(divergence(tensor(logits), START))
+        curve.append([mean_value(logits, PROXY), mean_value(logits, TRUTH), distance])
+    return curve
+
+
+def hacking_cases() -> list[Case]:
+    """A proxy that likes length, and a truth that does not."""
+    moved = climbed(START, START, PROXY, 0.0, RATE)
+    held = climbed(moved, START, PROXY, BETA, RATE)
+    free = simulated(0.0)
+    return [
+        Case("the mean of the proxy under the policy", "expected", [START, PROXY], mean_value(START, PROXY)),
+        Case("no divergence from itself", "kl", [START, START], 0.0),
+        Case(
+            "the divergence after a step",
+            "kl",
+            [moved, START],
+            float(divergence(tensor(moved), START)),
+            ((float(divergence(tensor(START), moved)), "that is KL(start || policy), the other way round."),),
+        ),
+        Case(
+            "a step without the penalty",
+            "step",
+            [START, START, PROXY, 0.0, RATE],
+            moved,
+            (
+                (list(START), "nothing moved."),
+                (climbed(START, START, PROXY, 0.0, -RATE), "the step goes down the proxy: add it."),
+            ),
+        ),
+        Case(
+            "a step with the penalty",
+            "step",
+            [moved, START, PROXY, BETA, RATE],
+            held,
+            (
+                (climbed(moved, START, PROXY, 0.0, RATE), "the KL penalty is not in it."),
+                (climbed(moved, START, PROXY, -BETA, RATE), "the penalty is added where it should be subtracted."),
+            ),
+        ),
+        Case("five steps", "simulate", [START, PROXY, TRUTH, 0.0, RATE, 5], simulated(0.0, 5)),
+        Case(
+            "without the penalty the proxy rises to the end and the truth ends below its start",
+            "simulate",
+            [START, PROXY, TRUTH, 0.0, RATE, STEPS],
+            free,
+        ),
+        Case(
+            "with the penalty the truth keeps what it has won",
+            "simulate",
+            [START, PROXY, TRUTH, BETA, RATE, STEPS],
+            simulated(BETA),
+        ),
+        Case(
+            "where to have stopped",
+            "best_step",
+            [free],
+            max(range(len(free)), key=lambda i: free[i][1]),
+            ((STEPS, "that is the last step, where the proxy is highest."),),
+        ),
+    ]
+
+
+CASES: dict[str, Callable[[], list[Case]]] = {
+    "bradley-terry": bradley_terry_cases,
+    "simple-grpo": grpo_cases,
+    "reward-hacking": hacking_cases,
+}

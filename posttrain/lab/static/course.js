@@ -1,0 +1,173 @@
+// A chapter of the course: its tree of nodes drawn one by one, in the layer that the reader chose.
+
+import { Command, Failed, Loaded, Table, html, printable, useData, useEffect, useRef, useState, useTitle } from "./ui.js";
+import { Choice, Formula, useAddress } from "./controls.js";
+import { EXPLORERS } from "./explore.js";
+
+export const LAYERS = [
+  ["intuition", "Intuition", "The idea in plain words, with pictures in mind and no formula that you need."],
+  ["mathematics", "Mathematics", "Definitions and derivations, each formula worked through with numbers."],
+  ["implementation", "Implementation", "The functions of this library that compute it, and commands that run it."],
+  ["all", "All three", "Everything, one after the other."],
+];
+const NAMES = Object.fromEntries(LAYERS.map(([key, name]) => [key, name]));
+const KEPT = "posttrain-layer"; // where the browser remembers the layer
+
+export function Page({ chapter }) {
+  const course = useData("/api/course");
+  const text = useData(`/api/course/${encodeURIComponent(chapter)}`);
+  return html`<${Loaded} from=${text} of="the chapter">${(found) => html`<${Chapter} ...${found} all=${course.data || []} />`}</${Loaded}>`;
+}
+
+// --- layers ----------------------------------------------------------------------------------------------------------
+
+// [layer, choose]: from the address, else what was read last, else the first. A link shows the same layer again.
+function useLayer() {
+  const [state, set] = useAddress({ layer: "" });
+  const known = (name) => (name in NAMES ? name : "");
+  const layer = known(state.layer) || known(localStorage.getItem(KEPT)) || "intuition";
+  const choose = (name) => {
+    const anchor = nearest();
+    localStorage.setItem(KEPT, name);
+    set({ layer: name });
+    if (anchor) requestAnimationFrame(() => requestAnimationFrame(() => scrollBy(0, anchor.node.getBoundingClientRect().top - anchor.top)));
+  };
+  return [layer, choose];
+}
+
+// The section that is being read, and where it stands in the window: there it stays when the layer changes.
+function nearest() {
+  const begun = [...document.querySelectorAll(".chapter section > h2")].filter((node) => node.getBoundingClientRect().top < innerHeight / 2);
+  const node = begun.at(-1);
+  return node && scrollY > 0 ? { node, top: Math.max(node.getBoundingClientRect().top, 120) } : null;
+}
+
+// Arrow keys move through the layers wherever nothing else takes them.
+function useArrows(layer, choose) {
+  useEffect(() => {
+    const pressed = (event) => {
+      const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+      if (!step || event.ctrlKey || event.altKey || event.metaKey || event.shiftKey) return;
+      if (event.target !== document.body && event.target.id !== "main") return;
+      event.preventDefault();
+      const at = LAYERS.findIndex(([key]) => key === layer);
+      choose(LAYERS[(at + step + LAYERS.length) % LAYERS.length][0]);
+    };
+    addEventListener("keydown", pressed);
+    return () => removeEventListener("keydown", pressed);
+  }, [layer]);
+}
+
+// --- a chapter -------------------------------------------------------------------------------------------------------
+
+function Chapter({ name, title, lead, sections, sources, words, all }) {
+  useTitle(title);
+  const [layer, choose] = useLayer();
+  useArrows(layer, choose);
+  useEffect(() => {
+    if (location.hash) document.getElementById(location.hash.slice(1))?.scrollIntoView();
+  }, []);
+  const at = all.findIndex((one) => one.name === name);
+  return html`<article class=${`chapter show-${layer}`}>
+    <p class="path"><a href="/learn">Learn</a> / chapter ${at < 0 ? "" : at + 1}</p>
+    <h1>${printable(title)}</h1>
+    <div class="lead"><${Nodes} of=${lead} /></div>
+    <div class="switch"><${Choice} legend="Layer (← →)" name="layer" value=${layer} onChange=${choose}
+      options=${LAYERS.map(([key, text]) => [key, text])} /></div>
+    <div class="columns">
+      <nav class="contents" aria-label="Sections"><details open=${innerWidth > 900}><summary>In this chapter</summary>
+        <ol>${sections.map((one) => html`<li><a href=${`#${one.id}`}>${printable(one.title)}</a></li>`)}
+          ${sources.length > 0 && html`<li><a href="#sources">Sources</a></li>`}</ol>
+        ${layer !== "all" && html`<p class="note">${words[layer]} words in this layer</p>`}</details></nav>
+      <div class="text">
+        ${sections.map((one) => html`<section id=${one.id} aria-labelledby=${`${one.id}-title`}><h2 id=${`${one.id}-title`}>${printable(one.title)}</h2>
+          ${one.parts.map((part) => html`<${Part} ...${part} />`)}</section>`)}
+        ${sources.length > 0 && html`<section id="sources"><h2>Sources</h2><ol class="sources">${sources.map((one) => html`
+          <li id=${`source-${one.name}`}><${Nodes} of=${one.children} /></li>`)}</ol></section>`}
+        <${Onward} all=${all} at=${at} />
+      </div>
+    </div>
+  </article>`;
+}
+
+function Part({ layer, children }) {
+  if (!layer) return html`<${Nodes} of=${children} />`;
+  return html`<div class=${`layer ${layer}`}><p class="which">${NAMES[layer]}</p><${Nodes} of=${children} /></div>`;
+}
+
+function Onward({ all, at }) {
+  const link = (one, sign) => one && html`<a class="button" href=${`/learn/${one.name}`}>${sign === "←" && "← "}${printable(one.title)}${sign === "→" && " →"}</a>`;
+  return at < 0 ? "" : html`<nav class="onward" aria-label="Chapters">${link(all[at - 1], "←")}${link(all[at + 1], "→")}</nav>`;
+}
+
+// --- nodes -----------------------------------------------------------------------------------------------------------
+
+const PLAIN = new Set(["p", "em", "strong", "ul", "ol", "li", "blockquote", "code", "thead", "tbody", "tr", "td", "hr", "br", "h3"]);
+const SPECIAL = {
+  formula: ({ tex, display }) => html`<${Formula} tex=${tex} display=${display} />`,
+  note: ({ name, number }) => html`<sup class="ref"><a href=${`#source-${name}`} aria-label=${`source ${number}`}>${number}</a></sup>`,
+  a: ({ href, children }) => html`<a href=${href} rel="noreferrer"><${Nodes} of=${children} /></a>`,
+  th: ({ children }) => html`<th scope="col"><${Nodes} of=${children} /></th>`,
+  table: ({ children }) => html`<div class="scroll" role="region" tabindex="0" aria-label="Table"><table><${Nodes} of=${children} /></table></div>`,
+  pre: ({ children }) => html`<pre class="code" tabindex="0"><${Nodes} of=${children} /></pre>`,
+  command: ({ children }) => html`<${Command}>${children.map(printable)}</${Command}>`,
+  source: (node) => html`<${Source} ...${node} />`,
+  worked: ({ name }) => html`<${Worked} name=${name} />`,
+  explore: ({ name }) => html`<${Explore} name=${name} />`,
+  exercise: ({ name }) => html`<${Ahead} name=${name} />`,
+};
+
+export function Nodes({ of }) {
+  return of.map((node) => {
+    if (typeof node === "string") return printable(node);
+    if (node.tag in SPECIAL) return SPECIAL[node.tag](node);
+    if (!PLAIN.has(node.tag)) return html`<code>${printable(node.tag)}</code>`;
+    return html`<${node.tag}>${node.children && node.children.length > 0 && html`<${Nodes} of=${node.children} />`}</${node.tag}>`;
+  });
+}
+
+// A function as it is installed, with its place.
+function Source({ name, file, line, code }) {
+  return html`<figure class="source" data-name=${name}><figcaption><code>${printable(file)}</code> <span class="soft">from line ${line}</span></figcaption>
+    <pre class="code" tabindex="0" role="region" aria-label=${`Source of ${name}`}><code>${printable(code)}</code></pre></figure>`;
+}
+
+// A worked example: its numbers were computed by the library when this page asked.
+function Worked({ name }) {
+  const worked = useData(`/api/worked/${encodeURIComponent(name)}`);
+  return html`<div class="worked box" data-name=${name}><${Loaded} from=${worked} of="the numbers">${(found) => html`
+    <h3><span class="soft">Worked: </span>${printable(found.title)}</h3>
+    <p>${printable(found.given)}</p>
+    ${found.steps.length > 0 && html`<ol class="steps">${found.steps.map((step) => html`<li>${step.says && html`<p>${printable(step.says)}</p>`}
+      <${Formula} display=${true} tex=${[step.tex, step.filled, step.result].filter(Boolean).join(" \\;=\\; ")} /></li>`)}</ol>`}
+    ${found.rows.length > 0 && html`<${Table} caption="Computed now" head=${found.head.map((text) => html`<${Mixed} text=${text} />`)}>
+      ${found.rows.map((row) => html`<tr>${row.map((text, i) => (i === 0 ? html`<th scope="row"><${Mixed} text=${text} /></th>` : html`<td class="number"><${Mixed} text=${text} /></td>`))}</tr>`)}</${Table}>`}
+    ${found.after && html`<p>${printable(found.after)}</p>`}
+    <p class="note">Computed by ${found.calls.map((call, i) => html`${i > 0 && ", "}<code>${printable(call)}</code>`)}</p>`}</${Loaded}></div>`;
+}
+
+// A cell: a formula where it stands between dollar signs, else text.
+function Mixed({ text }) {
+  return /^\$.*\$$/.test(text) ? html`<${Formula} tex=${text.slice(1, -1)} />` : printable(text);
+}
+
+function Explore({ name }) {
+  const [, title, question] = EXPLORERS.find(([key]) => key === name);
+  return html`<aside class="explorer box" aria-label=${`Explorer: ${title}`}><p><strong>Try it: ${title}</strong></p><p>${question}</p>
+    <p><a class="button" href=${`/explore/${name}`}>Open the explorer</a></p></aside>`;
+}
+
+// An exercise comes with its own module, loaded when a chapter has one.
+function Ahead({ name }) {
+  const [state, set] = useState({ Exercise: null, error: "" });
+  const here = useRef(true);
+  useEffect(() => {
+    import("./course-exercise.js").then(
+      ({ Exercise }) => here.current && set({ Exercise, error: "" }),
+      () => here.current && set({ Exercise: null, error: "The exercises could not be loaded. Reload the page." }),
+    );
+    return () => { here.current = false; };
+  }, []);
+  if (state.error) return html`<${Failed} error=${state.error} />`;
+  return state.Exercise ? html`<${state.Exercise} name=${name} />` : html`<p class="waiting" role="status">Reading the exercise …</p>`;
+}
