@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from posttrain.evaluation import Z95, wilson
+from posttrain.intervals import Z95, wilson
 from posttrain.pipelines.card import distinct
 from posttrain.pipelines.counting import Counts, add, count, thought
 from posttrain.pipelines.figure import MOST_POINTS, Drawn, Figure, Finished
