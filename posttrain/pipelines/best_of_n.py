@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from posttrain import api, config
 from posttrain.config.sections import require_positive
 from posttrain.pipelines.over_kl import SEARCH
+from posttrain.pipelines.rows import sampled
 from posttrain.search import expected_pick, measure, scores_of
 from posttrain.store import durable
 from posttrain.types import ConfigError, SamplingParams
@@ -53,14 +53,7 @@ def make(cfg: BestOfN, folder: Path) -> dict[str, Any]:
     best of n is expected to score, and how likely it passes. Raises RolloutError where more answers could not be scored
     than a run allows.
     """
-    settings: dict[str, dict[str, Any]] = {
-        "data": {"tasks": cfg.tasks, "count": cfg.count},
-        "reward": {"name": cfg.reward},
-        "rollout": {"max_tokens": cfg.max_tokens, "slots": cfg.slots},
-        "eval": {"problems": cfg.count, "samples": cfg.n, "temperature": cfg.temperature},
-        "run": {"seed": cfg.seed},
-    }
-    tasks, groups = api.sample_many(cfg.model, config.resolve("grpo", settings))
+    tasks, groups = sampled(cfg, cfg.n, cfg.reward, "held-out")
     found = measure(groups)
     scores = scores_of(groups)
     passed = np.array([[e.passed for e in group] for group in groups], float)

@@ -124,6 +124,11 @@ def series_of(name: str, x: Sequence[float], y: Sequence[float], most: int = MOS
     return Series(name, tuple(at.tolist()), tuple(mean.tolist()), *ends)
 
 
+def bounded(low: Sequence[float], high: Sequence[float]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The ends of a line's intervals, or none where a point has no interval: a band with holes is no band."""
+    return (tuple(low), tuple(high)) if all(math.isfinite(end) for end in (*low, *high)) else ((), ())
+
+
 def steps_label(longest: int, most: int = MOST_POINTS) -> str:
     """The x axis of curves of at most `longest` steps."""
     return "step" if longest <= most else f"step (points are means over up to {math.ceil(longest / most)} steps)"

@@ -20,7 +20,7 @@ from typing import Any, cast
 from posttrain import config
 from posttrain.pipelines.card import CAPABILITIES, LABELS
 from posttrain.pipelines.equal_kl import equal_kl
-from posttrain.pipelines.figure import Drawn, Figure, Finished, estimate_of, label, series_of, steps_label
+from posttrain.pipelines.figure import Drawn, Figure, Finished, bounded, estimate_of, label, series_of, steps_label
 from posttrain.pipelines.over_kl import frontier, overoptimisation
 from posttrain.pipelines.over_steps import diversity, thinking
 from posttrain.pipelines.plots import Panel, Series, save
@@ -36,8 +36,7 @@ def cards(figure: Figure, stages: Sequence[Finished]) -> Drawn:
     for name in figure.metrics or CAPABILITIES:
         known = [(stage.name, found) for stage in stages if (found := estimate_of(stage.card, name))]
         value, low, high = (tuple(found[i] for _, found in known) for i in range(3))
-        bounded = all(math.isfinite(end) for end in (*low, *high))
-        series = Series(name, value, value, low if bounded else (), high if bounded else ())
+        series = Series(name, value, value, *bounded(low, high))
         said, share = LABELS.get(name, (name, False))
         labels = tuple(stage for stage, _ in known)
         panels.append(Panel(name.replace("_", " "), said, "", (series,), share, labels))

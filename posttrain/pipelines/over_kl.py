@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from posttrain.pipelines.card import LABELS
-from posttrain.pipelines.figure import Drawn, Figure, Finished, estimate_of, label, series_of
+from posttrain.pipelines.figure import Drawn, Figure, Finished, bounded, estimate_of, label, series_of
 from posttrain.pipelines.overoptimisation import Fit, fit_points, fit_tasks
 from posttrain.pipelines.plots import Panel, Series
 from posttrain.store.run import Run
@@ -61,9 +60,7 @@ def _of_card(stage: Finished, metric: str) -> Series | None:
     kl, found = estimate_of(stage.card, "kl"), estimate_of(stage.card, metric.removeprefix("card/"))
     if kl is None or found is None:
         return None
-    bounded = math.isfinite(found[1]) and math.isfinite(found[2])
-    ends = ((found[1],), (found[2],)) if bounded else ((), ())
-    return Series(stage.name, (kl[0],), (found[0],), *ends, kind="points")
+    return Series(stage.name, (kl[0],), (found[0],), *bounded((found[1],), (found[2],)), kind="points")
 
 
 def _of_run(stage: Finished, metric: str) -> Series | None:

@@ -12,7 +12,7 @@ import numpy as np
 from posttrain.intervals import Z95, wilson
 from posttrain.pipelines.card import distinct
 from posttrain.pipelines.counting import Counts, add, count, thought
-from posttrain.pipelines.figure import MOST_POINTS, Drawn, Figure, Finished
+from posttrain.pipelines.figure import MOST_POINTS, Drawn, Figure, Finished, bounded
 from posttrain.pipelines.plots import Panel, Series
 from posttrain.prepare import final_answer
 from posttrain.store.run import EpisodeRow, Run
@@ -151,7 +151,6 @@ def _panels(
             rows = [(float(s), *points[title]) for s, points in steps.items() if math.isfinite(points[title][0])]
             if rows:
                 x, y, low, high = zip(*rows, strict=True)
-                bounded = all(math.isfinite(end) for end in (*low, *high))
-                lines.append(Series(stage, x, y, low if bounded else (), high if bounded else ()))
+                lines.append(Series(stage, x, y, *bounded(low, high)))
         panels.append(Panel(title, STEP, said, tuple(lines), share))
     return tuple(panels)

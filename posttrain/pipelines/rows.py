@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from posttrain import api, config
 from posttrain.config import DataConfig
@@ -41,8 +41,10 @@ def training_tasks(tasks: str, count: int, seed: int) -> tuple[list[Task], list[
     return sets.train, sets.notes
 
 
-def sampled(cfg: Sampling, samples: int, reward: str = "auto") -> tuple[list[Task], list[list[Episode]]]:
-    """`samples` answers of a model to each of the training tasks (P lists), scored by a reward."""
+def sampled(
+    cfg: Sampling, samples: int, reward: str = "auto", split: Literal["held-out", "train"] = "train"
+) -> tuple[list[Task], list[list[Episode]]]:
+    """`samples` answers of a model to each of the training or held-out tasks (P lists), scored by a reward."""
     settings = {
         "data.tasks": cfg.tasks,
         "data.count": cfg.count,
@@ -54,7 +56,7 @@ def sampled(cfg: Sampling, samples: int, reward: str = "auto") -> tuple[list[Tas
         "reward.name": reward,
         "run.seed": cfg.seed,
     }
-    return api.sample_many(cfg.model, config.resolve("grpo", {}, settings), "train")
+    return api.sample_many(cfg.model, config.resolve("grpo", {}, settings), split)
 
 
 def conversation(task: Task, answer: str, **columns: Any) -> dict[str, Any]:
