@@ -1,12 +1,15 @@
 // The first page: what is here, or how to make the first run.
 
 import { Command, Loaded, address, grouped, html, printable, useData, useTitle } from "./ui.js";
+import { Explorers } from "./explore.js";
 import { RunsTable } from "./runs.js";
 
 export function Page() {
   useTitle("Home");
   const home = useData("/api/home", 5000);
-  return html`<h1>What is here</h1>
+  return html`<h1>Post-training, looked at</h1>
+    <p class="lead">Runs of yours as they train, and five explorers that compute with the same functions.</p>
+    <section><h2>Explore</h2><${Explorers} /></section>
     <${Loaded} from=${home} of="the folder">${(found) => (found.count || found.pipelines.length
       ? html`<${Here} ...${found} />` : html`<${Empty} folder=${found.folder} />`)}</${Loaded}>`;
 }
@@ -22,11 +25,11 @@ export function Empty({ folder }) {
 }
 
 function Here({ folder, runs, count, running, pipelines }) {
-  return html`
-    <p class="lead">${grouped(count)} ${count === 1 ? "run" : "runs"} in <code>${printable(folder)}</code>${", "}
+  return html`<section><h2>Runs</h2>
+    <p>${grouped(count)} ${count === 1 ? "run" : "runs"} in <code>${printable(folder)}</code>${", "}
       ${running ? `${running} training now.` : "none training now."}</p>
-    ${runs.length > 0 && html`<section><h2>Newest runs</h2><${RunsTable} runs=${runs} />
-      ${count > runs.length && html`<p><a href="/runs">All ${grouped(count)} runs</a></p>`}</section>`}
+    ${runs.length > 0 && html`<${RunsTable} runs=${runs} />
+      ${count > runs.length && html`<p><a href="/runs">All ${grouped(count)} runs</a></p>`}`}</section>
     ${pipelines.length > 0 && html`<section><h2>Pipelines</h2><ul class="cards">${pipelines.map((one) => html`
       <li class="box"><h3><a href=${address("pipelines", one.name)}>${printable(one.name)}</a></h3>
         <p>${printable(one.about)}</p>
