@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,29 +78,34 @@ def chat(model: str, temperature: float, max_tokens: int, system: str) -> None:
     while line := _ask():
         history.append(Message("user", line))
         request = Request(form.prompt_tokens(tuple(history)), (attempt_seed(0, "chat", len(history), line, 0),))
-        ((reply,),) = engine.generate([request], params, on_token=Stream(policy).add)
+        ((reply,),) = engine.generate([request], params, on_token=Stream(policy, _print).add)
         print()
         history.append(Message("assistant", text_of(policy, reply)))
 
 
 class Stream:
-    """Prints text as its tokens arrive, holding back characters that are not complete yet."""
+    """Hands on text as its tokens arrive, holding back characters that are not complete yet."""
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, write: Callable[[str], None]) -> None:
         self.policy = policy
+        self.write = write
         self.tokens: list[int] = []
-        self.printed = ""
+        self.written = ""
 
     def add(self, request: int, index: int, token: int) -> None:
-        """Prints what this token adds (there is one request with one completion)."""
+        """Writes what this token adds (there is one request with one completion)."""
         if token in self.policy.stop_ids:
             return
         self.tokens.append(token)
         text = self.policy.tokenizer.decode(np.array(self.tokens), skip_special_tokens=True)
-        if not text.endswith("\ufffd") and text.startswith(self.printed):
-            sys.stdout.write(printable(text[len(self.printed) :]))
-            sys.stdout.flush()
-            self.printed = text
+        if not text.endswith("\ufffd") and text.startswith(self.written):
+            self.write(text[len(self.written) :])
+            self.written = text
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(printable(text))
+    sys.stdout.flush()
 
 
 def _ask() -> str:

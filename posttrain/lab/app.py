@@ -21,7 +21,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from posttrain import __version__
 from posttrain.diagnose import diagnose_run
-from posttrain.lab import episodes, folders, tokens
+from posttrain.lab import chat, episodes, folders, tokens
 from posttrain.lab.course import routes as course
 from posttrain.lab.curves import Feed
 from posttrain.lab.folders import Place
@@ -43,8 +43,9 @@ PAGES = (
     "/runs/{run}/episodes",
     EPISODE,
     "/pipelines/{pipeline}",
+    "/chat",
 )
-PARTS: tuple[Routes, ...] = (course.routes,)
+PARTS: tuple[Routes, ...] = (course.routes, chat.routes)
 """What adds routes under /api to those below, one function of each part of the lab."""
 
 

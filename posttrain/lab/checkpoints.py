@@ -10,17 +10,20 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from posttrain.lab.folders import RECORD, SEPARATOR, Place
 from posttrain.store.run import Run
-from posttrain.types import PosttrainError, ResumeError
+from posttrain.types import ConfigError, Message, PosttrainError, ResumeError, SamplingParams
 
 if TYPE_CHECKING:
+    from posttrain.data.chat import ChatFormat
     from posttrain.models.load import Policy
     from posttrain.rollout.generator import Generator
 
@@ -28,20 +31,39 @@ SHIPPED = "abacus"
 FOLDER = Path(__file__).parents[1] / "models" / SHIPPED
 SCORER = "scalar_head.safetensors"
 """In the folder of a model that gives scores and so cannot answer (models/heads.py)."""
+THOUGHT = "<think>"
 AT_ONCE = 4
 """Models that are kept open; one that was not used for longest makes room."""
 
 
+class _Stopped(Exception):
+    """Ends the writing of an answer."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """How an answer ended: at its `stop` token, at the most tokens it may have (`length`), or because it was
+    `stopped`. Tokens of what was read and of what was written, the stop token included."""
+
+    stop: str
+    read: int
+    written: int
+
+
 @dataclass
 class Opened:
-    """A model that is open. `policy` holds model and tokenizer, its chat format's stop tokens among `stop_ids`;
-    `format` is `chat`, or `plain` where the tokenizer has no chat template."""
+    """A model that is open. `policy` holds model and tokenizer; `chat` is `plain` where the tokenizer has no template,
+    and then a model reads a message alone and not the conversation."""
 
     name: str
     policy: Policy
-    format: str
+    chat: ChatFormat
     _idle: list[Generator] = field(default_factory=lambda: [])
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def format(self) -> str:
+        return self.chat.format
 
     @property
     def context(self) -> int:
@@ -63,6 +85,62 @@ class Opened:
         yield generator  # one that an error interrupted is not kept
         with self._lock:
             self._idle.append(generator)
+
+    def reply(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams,
+        seed: int,
+        write: Callable[[str, int], None],
+        stopped: Callable[[], bool],
+    ) -> Reply:
+        """Answers a conversation. `write` hears pieces of text and how many tokens made each; `stopped` is asked at
+        every token. With the same seed it is the answer of `posttrain chat`.
+
+        The answer ends where the context does. Raises ConfigError where the conversation alone is longer.
+        """
+        from posttrain.rollout.generator import Request, attempt_seed
+        from posttrain.talk import Stream, text_of
+
+        read = messages if self.chat.format == "chat" else messages[-1:]
+        prompt = self.chat.prompt_tokens(read)
+        room = self.context - len(prompt) if self.context else params.max_tokens
+        if room < 1:
+            raise ConfigError(
+                f"this conversation is {len(prompt)} tokens long, and {self.name} reads and writes {self.context} at "
+                "most. Begin a new conversation, or say less."
+            )
+        heard = 0  # tokens that `write` was told of
+
+        def tell(text: str) -> None:
+            nonlocal heard
+            write(text, len(stream.tokens) - heard)
+            heard = len(stream.tokens)
+
+        def add(request: int, index: int, token: int) -> None:
+            stream.add(request, index, token)
+            if stopped():
+                raise _Stopped
+
+        stream = Stream(self.policy, tell)
+        if self._begins_in_thought(prompt):
+            write(THOUGHT, 0)
+        own = attempt_seed(seed, "chat", len(messages), messages[-1].content, 0)
+        with self.generator() as generator:
+            try:
+                request = Request(prompt, (own,))
+                shortened = replace(params, max_tokens=min(params.max_tokens, room))
+                ((done,),) = generator.generate([request], shortened, on_token=add)
+            except _Stopped:
+                return Reply("stopped", len(prompt), len(stream.tokens))
+        text = text_of(self.policy, done)
+        rest = text[len(stream.written) :] if text.startswith(stream.written) else ""
+        write(rest, len(stream.tokens) - heard)
+        return Reply(done.stop, len(prompt), len(done.tokens))
+
+    def _begins_in_thought(self, prompt: np.ndarray) -> bool:
+        """Whether the template itself opened the thought that the model goes on with."""
+        return self.policy.tokenizer.decode(prompt[-8:]).rstrip().endswith(THOUGHT)
 
 
 @dataclass
@@ -139,8 +217,7 @@ def _open(folder: Path, name: str) -> Opened:
 
     policy = load_policy(ModelConfig(path=str(folder)), machine.device("auto"))
     form = "chat" if policy.tokenizer.chat_template else "plain"
-    speak(policy, form)
-    return Opened(name, policy, form)
+    return Opened(name, policy, speak(policy, form))
 
 
 def _can_answer(folder: Path) -> bool:
