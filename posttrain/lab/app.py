@@ -21,10 +21,11 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from posttrain import __version__
 from posttrain.diagnose import diagnose_run
-from posttrain.lab import chat, episodes, folders, tokens
+from posttrain.lab import chat, episodes, folders, inspector
 from posttrain.lab.course import routes as course
 from posttrain.lab.curves import Feed
 from posttrain.lab.folders import Place
+from posttrain.lab.inspector import EPISODE
 from posttrain.lab.routing import NO_STORE, Routes, get, named
 from posttrain.lab.safety import Guard
 from posttrain.store.run import Run
@@ -32,7 +33,6 @@ from posttrain.types import PosttrainError
 
 STATIC = Path(__file__).parent / "static"
 POLL = 0.5  # seconds between two looks at a run that somebody watches
-EPISODE = "/runs/{run}/episodes/{kind}/{step:int}/{group:int}/{index:int}"
 PAGES = (
     "/",
     "/learn",
@@ -45,7 +45,7 @@ PAGES = (
     "/pipelines/{pipeline}",
     "/chat",
 )
-PARTS: tuple[Routes, ...] = (course.routes, chat.routes)
+PARTS: tuple[Routes, ...] = (inspector.routes, course.routes, chat.routes)
 """What adds routes under /api to those below, one function of each part of the lab."""
 
 
@@ -67,7 +67,6 @@ class Lab:
             get("/api/runs/{run}", self.run),
             get("/api/runs/{run}/verdicts", self.verdicts),
             get("/api/runs/{run}/episodes", self.episodes),
-            get(f"/api{EPISODE}", self.episode),
             get("/api/pipelines/{pipeline}", lambda asked: folders.read_pipeline(self.place, named(asked, "pipeline"))),
             WebSocketRoute("/live/{run}", self.live),
             *(route for part in PARTS for route in part(self.place)),
@@ -114,11 +113,6 @@ class Lab:
         """A page of a search."""
         query = episodes.Query.of(dict(request.query_params))
         return episodes.search(self.folder(request), query).as_dict()
-
-    def episode(self, request: Request) -> dict[str, Any]:
-        """One episode with its tokens."""
-        at = request.path_params
-        return tokens.read_episode(self.folder(request), at["kind"], at["step"], at["group"], at["index"])
 
     def folder(self, request: Request | WebSocket) -> Path:
         """The run's folder that the address names."""

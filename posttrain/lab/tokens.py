@@ -25,10 +25,7 @@ _lock = threading.Lock()
 
 def read_episode(folder: Path, kind: str, step: int, group: int, index: int) -> dict[str, Any]:
     """One episode for its page, with the other answers to the same task. Raises ResumeError where it is not there."""
-    values = read_values(folder, kind, step, group, index)
-    if values is None:
-        raise ResumeError(f"{folder} stores no {kind} episode {group}.{index} of step {step}.")
-    row = EpisodeRow.from_values(values)
+    row = read_row(folder, kind, step, group, index)
     source = find_tokenizer(folder)
     texts = pieces(source, row.tokens) if source else [f"⟨{token}⟩" for token in row.tokens]
     tokens = [
@@ -43,6 +40,14 @@ def read_episode(folder: Path, kind: str, step: int, group: int, index: int) -> 
         "tokenizer": source is not None,
         "answers": read_group(folder, kind, step, group),
     }
+
+
+def read_row(folder: Path, kind: str, step: int, group: int, index: int) -> EpisodeRow:
+    """A stored answer. Raises ResumeError where it is not there."""
+    values = read_values(folder, kind, step, group, index)
+    if values is None:
+        raise ResumeError(f"{folder} stores no {kind} episode {group}.{index} of step {step}.")
+    return EpisodeRow.from_values(values)
 
 
 def find_tokenizer(folder: Path) -> Path | None:

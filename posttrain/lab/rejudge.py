@@ -1,0 +1,75 @@
+"""Why an answer earned what it did: the verifier's own words, which a run does not store, asked for again.
+
+Only what reads is asked. A reward that runs programs, opens models or talks to somebody is not set off by a page.
+torch is imported when the first answer is judged.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from posttrain import config
+from posttrain.store.run import EpisodeRow, Run
+from posttrain.types import ConfigError, Task
+
+EXECUTES = ("code", "z3", "lean")
+"""Verifiers that run programs."""
+
+
+def judge_again(folder: Path, row: EpisodeRow) -> dict[str, Any]:
+    """What the run's verifier says of a stored answer now: `detail`, `score`, `passed`, the task's `answer`, `error`.
+
+    Raises ConfigError where it cannot be asked, and why.
+    """
+    from posttrain.envs.tasks import verifier_for
+    from posttrain.rewards.combine import leaves_of
+    from posttrain.rewards.functions import reward_from, score_safely
+    from posttrain.rewards.verifiers import VERIFIERS
+
+    with Run.read(folder) as run:
+        header = run.header
+    name = str(header.get("recipe", {}).get("reward", {}).get("name", ""))
+    if not name:
+        raise _refused("its run has no reward")
+    if "reward" in header.get("given", []):
+        raise _refused("its reward was a Python function, which the run does not keep")
+    if header["recipe"].get("env", {}).get("name"):
+        raise _refused("it was played in a world, which its text does not repeat")
+    used = {leaf.name for leaf in leaves_of(name)}
+    if not used <= {"auto", *VERIFIERS}:
+        raise _refused(f"the reward {name!r} runs code, opens a model or asks a judge")
+    task = _tasks(folder, (folder / "run.json").stat().st_mtime_ns).get(row.task_id)
+    if task is None:
+        raise _refused(f"the run's tasks hold no {row.task_id!r} any more")
+    if used & {*EXECUTES} or ("auto" in used and verifier_for(task) is VERIFIERS["code"]):
+        raise _refused("its verifier runs programs, and opening a page does not")
+    verdict, error = score_safely(reward_from(name, verifier_for), task, row.text)
+    if verdict is None:
+        return {"detail": "", "score": None, "passed": False, "answer": _shown(task), "error": error}
+    found = {"detail": verdict.detail, "score": verdict.score, "passed": verdict.passed}
+    return {**found, "answer": _shown(task), "error": None}
+
+
+def _refused(why: str) -> ConfigError:
+    return ConfigError(f"This answer cannot be judged again here: {why}.")
+
+
+def _shown(task: Task) -> str:
+    return "" if task.answer is None else str(task.answer)
+
+
+@lru_cache(maxsize=2)
+def _tasks(folder: Path, stamp: int) -> dict[str, Task]:
+    """A run's tasks by their ids; `stamp` changes when another run takes the folder."""
+    from posttrain.envs.tasks import is_hub_id, load_tasks, read_tasks
+
+    with Run.read(folder) as run:
+        header = run.header
+    recipe = config.resolve(header["algorithm"], header["recipe"])
+    if is_hub_id(recipe.data.tasks) or is_hub_id(recipe.data.eval_tasks):
+        raise _refused(f"its tasks, {recipe.data.tasks!r}, are not on this machine")
+    given = read_tasks(folder / "tasks.jsonl") if "tasks" in header.get("given", []) else None
+    sets = load_tasks(recipe.data, recipe.run.seed, given, needs_answer=False)
+    return {task.id: task for task in (*sets.test, *sets.train)}

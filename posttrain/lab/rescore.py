@@ -1,0 +1,113 @@
+"""What a run does not store of an answer and its models can still tell: the KL and the entropy of each token.
+
+A run keeps the log-probability that each token was sampled with. How likely the starting model finds it, and how open
+each choice was, is computed here with models that are on this machine; nothing is downloaded. torch is imported when
+the first model is opened.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from posttrain import config
+from posttrain.store.run import EpisodeRow, Run
+from posttrain.types import ConfigError
+
+if TYPE_CHECKING:
+    from posttrain.models.load import Policy
+
+LARGEST = 4 << 30  # bytes of weights that are opened to colour a text
+LOGITS_AT_ONCE = 1 << 24
+SHIPPED = Path(__file__).parents[1] / "models"
+_lock = threading.Lock()
+
+
+def score_tokens(folder: Path, row: EpisodeRow) -> dict[str, Any]:
+    """KL and entropy, in nats, of each of an answer's L tokens; None where the model did not write.
+
+    `kl` is log π − log π_ref with the stored π and the starting model as reference, the estimator k1; its `total` is
+    the answer's. `entropy` is that of the weights of step `weights` (0 is the starting model), of those on this machine
+    the nearest to step `wanted`, whose weights wrote the answer; `apart` is how far their log-probabilities are from
+    the stored ones on average. Either is None where no model is here. Raises ConfigError for one that does not fit.
+    """
+    with Run.read(folder) as run:
+        header, last = run.header, run.last_step() or 0
+    recipe: dict[str, Any] = header.get("recipe", {})
+    heat = float(recipe.get("eval" if row.kind == "eval" else "rollout", {}).get("temperature") or 1.0)
+    dtype = str(recipe.get("model", {}).get("dtype", "float32"))
+    own, wanted = row.loss_mask.astype(bool), row.step if row.kind == "eval" else row.step - 1
+    here = _weights(folder, header, last)
+    found: dict[str, Any] = {"kl": None, "entropy": None, "start": str(recipe.get("model", {}).get("path", ""))}
+    with _lock:
+        if 0 in here:
+            reference, _ = _stats(_open(here[0], dtype, _stamp(here[0])), row, heat)
+            kl = row.logprobs[own] - reference  # objectives.kl_k1, of numbers
+            found["kl"] = {"values": _placed(kl, own), "total": float(f"{kl.sum():.5g}")}
+        if here:
+            nearest = min(here, key=lambda step: abs(step - wanted))
+            logp, entropy = _stats(_open(here[nearest], dtype, _stamp(here[nearest])), row, heat)
+            apart = float(np.abs(logp - row.logprobs[own]).mean()) if own.any() else 0.0
+            about = {"weights": nearest, "wanted": wanted, "apart": float(f"{apart:.3g}")}
+            found["entropy"] = {"values": _placed(entropy, own), **about}
+    return found
+
+
+def _weights(folder: Path, header: Mapping[str, Any], last: int) -> dict[int, Path]:
+    """Step → folder of the language models of a run that are on this machine: where it started, what it made."""
+    start = str(header.get("recipe", {}).get("model", {}).get("path", ""))
+    places = [Path(start), SHIPPED / start] if start else []
+    found = {0: next((path for path in places if (path / "config.json").is_file()), None)}
+    if (folder / "model" / "tokenizer.json").is_file() and header.get("algorithm") not in ("reward", "prm"):
+        found[last] = folder / "model"
+    return {step: path for step, path in found.items() if path is not None}
+
+
+def _stamp(folder: Path) -> int:
+    return (folder / "config.json").stat().st_mtime_ns
+
+
+@lru_cache(maxsize=3)
+def _open(folder: Path, dtype: Literal["float32", "bfloat16"], stamp: int) -> Policy:
+    """A model, kept open; `stamp` changes when its files do."""
+    from posttrain.models.load import load_policy
+
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    if size > LARGEST:
+        raise ConfigError(f"{folder} has {size / (1 << 30):.1f} GiB of weights; at most 4 are opened to colour a text.")
+    return load_policy(config.ModelConfig(path=str(folder), dtype=dtype))
+
+
+def _stats(policy: Policy, row: EpisodeRow, heat: float) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probabilities and entropies (K,) of the K tokens that the model wrote, each given all before it."""
+    import torch
+
+    from posttrain.models.load import hidden_states
+    from posttrain.models.packing import Packed
+    from posttrain.objectives.tokens import select
+
+    ids = torch.from_numpy(row.tokens.astype(np.int64))
+    if not len(ids) or int(ids.max()) >= policy.vocab:
+        raise ConfigError(
+            f"{policy.source} has {policy.vocab} tokens, and the answer has others: it is no model of it."
+        )
+    where = torch.from_numpy(np.flatnonzero(row.loss_mask))
+    with torch.inference_mode():
+        policy.model.eval()
+        layout = Packed(torch.tensor([len(ids)]))
+        hidden = hidden_states(policy, ids.unsqueeze(0), layout.positions, layout)[0][where - 1]
+        size = max(1, LOGITS_AT_ONCE // policy.vocab)
+        parts = zip(hidden.split(size), ids[where].split(size), strict=True)
+        stats = [select(policy.head(states), targets, heat) for states, targets in parts]
+        return (torch.cat([logp for logp, _ in stats]).numpy(), torch.cat([open_ for _, open_ in stats]).numpy())
+
+
+def _placed(values: np.ndarray, own: np.ndarray) -> list[float | None]:
+    """values (K,) at the K tokens of own (L,) for JSON, None elsewhere."""
+    rest = iter(values.tolist())
+    return [float(f"{next(rest):.5g}") if mine else None for mine in own]
