@@ -22,6 +22,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from posttrain import __version__
 from posttrain.diagnose import diagnose_run
 from posttrain.lab import chat, episodes, folders, inspector
+from posttrain.lab.course import exercises
 from posttrain.lab.course import routes as course
 from posttrain.lab.curves import Feed
 from posttrain.lab.folders import Place
@@ -45,7 +46,7 @@ PAGES = (
     "/pipelines/{pipeline}",
     "/chat",
 )
-PARTS: tuple[Routes, ...] = (inspector.routes, course.routes, chat.routes)
+PARTS: tuple[Routes, ...] = (inspector.routes, course.routes, exercises.routes, chat.routes)
 """What adds routes under /api to those below, one function of each part of the lab."""
 
 

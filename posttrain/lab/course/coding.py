@@ -208,10 +208,10 @@ def grpo_cases() -> list[Case]:
 
 # --- reward hacking --------------------------------------------------------------------------------------------------
 
-START = [0.0, -0.2, -0.5, -1.0, -1.6, -2.3, -3.0, -3.8]
-PROXY = [0.0, 0.6, 1.1, 1.5, 1.8, 2.1, 2.3, 2.5]
-TRUTH = [0.2, 0.8, 1.0, 0.7, 0.2, -0.4, -1.1, -1.8]
-STEPS, RATE, BETA = 200, 0.5, 0.6
+START = [0.0, -0.8, -1.3, -1.9, -2.5, -3.0, -3.5, -4.0]
+PROXY = [0.0, 0.8, 1.4, 1.8, 2.1, 2.3, 2.45, 2.55]
+TRUTH = [0.0, 0.8, 1.0, 0.9, 0.5, -0.2, -1.0, -1.8]
+STEPS, RATE, BETA = 200, 0.5, 1.3
 
 
 def mean_value(logits: Floats, values: Floats) -> float:
@@ -286,7 +286,7 @@ def hacking_cases() -> list[Case]:
             free,
         ),
         Case(
-            "with the penalty the truth keeps what it has won",
+            "with the penalty the truth ends above its start",
             "simulate",
             [START, PROXY, TRUTH, BETA, RATE, STEPS],
             simulated(BETA),

@@ -142,6 +142,11 @@ def _blocks(text: str, numbers: dict[str, int]) -> list[Node]:
     return [_node(child, numbers) for child in SyntaxTreeNode(MARKDOWN.parse(text)).children]
 
 
+def nodes(text: str) -> list[Node]:
+    """A text that points to no sources, as an exercise's is."""
+    return _blocks(text, {})
+
+
 def _inline(text: str) -> list[Node]:
     return _children(SyntaxTreeNode(MARKDOWN.parseInline(text)).children[0], {})
 

@@ -1,0 +1,269 @@
+"""The course's exercises: questions, tasks to explore, and code that is checked in the package's own sandbox.
+
+`questions.toml` and `coding.toml` hold the texts, coding.py the cases. A reader's code gets arguments and nothing else;
+what it returns is compared here. What it does wrong, endless loops included, becomes a line beside its case.
+"""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from starlette.requests import Request
+from starlette.routing import BaseRoute
+
+from posttrain.lab.course.coding import CASES, TOLERANCE, Case
+from posttrain.lab.course.pages import nodes
+from posttrain.lab.folders import Place
+from posttrain.lab.routing import get, named, post
+from posttrain.rewards import code as sandboxes
+from posttrain.rewards.sandbox import encode
+from posttrain.rewards.sandbox.pool import Sandbox, Slot, Wrecked
+from posttrain.types import ConfigError, ResumeError
+
+FOLDER = Path(__file__).parent
+SECONDS = 5.0
+LONGEST = 20_000  # characters of code
+SHOWN = 120  # characters of a value in a sentence, and of a line in the output
+PRINTED = 4_000
+
+DRIVER = '''
+import sys
+import traceback
+
+FILE = "your code"
+names = {"__name__": "exercise"}
+
+
+def told(error):
+    """An error as a learner reads it: what, and the last line of the exercise's own file that it passed through."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == FILE]
+    line = error.lineno if isinstance(error, SyntaxError) and error.filename == FILE else (lines or [None])[-1]
+    said = error.msg if isinstance(error, SyntaxError) else str(error)
+    return f"{type(error).__name__}: {said}" + (f" (line {line})" if line else "")
+
+
+def attempt(source, entry, args):
+    try:
+        if source is not None:
+            exec(compile(source, FILE, "exec"), names)
+            return ["value", None]
+        if not callable(names.get(entry)):
+            return ["error", f"there is no function {entry} any more"]
+        return ["value", names[entry](*args)]
+    except BaseException as error:
+        return ["error", told(error)]
+    finally:
+        sys.stdout.flush()
+'''
+"""What the sandbox loads; the reader's code is the first thing that it is asked to attempt."""
+
+PYTEST = """
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The tests. Run them with: pytest {file}
+# What is expected was computed by posttrain's own functions.
+
+CASES = [
+{cases}
+]
+
+
+def near(got, expected):
+    if isinstance(expected, (list, tuple)):
+        return isinstance(got, (list, tuple)) and len(got) == len(expected) and all(map(near, got, expected))
+    return abs(got - expected) <= {tolerance} * max(1, abs(expected))
+
+
+def pytest_generate_tests(metafunc):
+    metafunc.parametrize("case", CASES, ids=[case[0] for case in CASES])
+
+
+def test_case(case):
+    name, entry, args, expected = case
+    got = globals()[entry](*args)
+    assert near(got, expected), f"{{entry}} returned {{got}}, expected {{expected}}"
+"""
+
+
+def routes(place: Place) -> list[BaseRoute]:
+    """The exercises' part of the lab; nothing in it depends on the folder."""
+    return [
+        get("/api/exercises", lambda request: sorted(texts())),
+        get("/api/exercises/{name}", lambda request: shown(named(request, "name"))),
+        post("/api/exercises/{name}", lambda request, body: checked(named(request, "name"), body)),
+    ]
+
+
+@cache
+def texts() -> dict[str, dict[str, Any]]:
+    """Every exercise as its file has it, by name, with its kind."""
+    coding = tomllib.loads((FOLDER / "coding.toml").read_text(encoding="utf-8"))
+    questions = tomllib.loads((FOLDER / "questions.toml").read_text(encoding="utf-8"))
+    return {**questions, **{name: {"kind": "coding", **given} for name, given in coding.items()}}
+
+
+def found(name: str) -> dict[str, Any]:
+    """An exercise by its name. Raises ResumeError where there is none."""
+    if name not in texts():
+        raise ResumeError(f"there is no exercise {name!r}; there are {', '.join(sorted(texts()))}.")
+    return texts()[name]
+
+
+def shown(name: str) -> dict[str, Any]:
+    """What a page shows: texts as the nodes that chapters are made of; which choice is right stays here."""
+    exercise = found(name)
+    page: dict[str, Any] = {"name": name, "kind": exercise["kind"], "title": exercise["title"]}
+    page |= {key: nodes(exercise[key]) for key in ("text", "hint", "answer") if key in exercise}
+    if "choices" in exercise:
+        page["choices"] = [_line(choice["text"]) for choice in exercise["choices"]]
+    if exercise["kind"] == "coding":
+        page |= {"template": exercise["template"].lstrip(), "file": exercise["file"], "tests": tests_of(name)}
+        page["command"] = f"pytest {exercise['file']}"
+    return page
+
+
+def tests_of(name: str) -> str:
+    """Tests that stand below a reader's functions in a file of their own and need nothing but pytest."""
+    rows = "\n".join(f"    {(case.name, case.entry, case.args, case.expected)!r}," for case in CASES[name]())
+    return PYTEST.format(file=found(name)["file"], cases=rows, tolerance=TOLERANCE)
+
+
+def checked(name: str, body: dict[str, Any]) -> dict[str, Any]:
+    """The verdict on {"choice": number} or {"code": text}: {passed, checks: [{name, passed, detail}], output}."""
+    exercise = found(name)
+    if exercise["kind"] == "coding":
+        code = body.get("code")
+        if not isinstance(code, str) or len(code) > LONGEST:
+            raise ConfigError(f"this exercise is answered with code of at most {LONGEST} characters.")
+        return judged(CASES[name](), code, found(name)["file"])
+    if "choices" not in exercise:
+        raise ConfigError(f"{name!r} has no answer that can be checked; compare yours with the one that is given.")
+    choice, count = body.get("choice"), len(exercise["choices"])
+    if not isinstance(choice, int) or not 0 <= choice < count:
+        raise ConfigError(f"the choice is {choice!r}; expected a number from 0 to {count - 1}.")
+    chosen = exercise["choices"][choice]
+    right = bool(chosen.get("right"))
+    checks = [_check(f"choice {choice + 1}", right, chosen["why"])]
+    return {"passed": right, "checks": checks, "output": "", "why": _line(chosen["why"])}
+
+
+# --- code -----------------------------------------------------------------------------------------------------------
+
+
+def judged(cases: Sequence[Case], code: str, file: str) -> dict[str, Any]:
+    """Runs code against the cases. Without isolation nothing is run, and `unavailable` says so."""
+    try:
+        sandbox = sandboxes.use()
+    except ConfigError as error:
+        why = str(error).partition(" (")[0]
+        return {"passed": False, "checks": [], "output": "", "unavailable": f"{why[:1].upper()}{why[1:]}."}
+    checks, output = examined(sandbox, cases, code)
+    return {"passed": all(check["passed"] for check in checks), "checks": checks, "output": output}
+
+
+def examined(sandbox: Sandbox, cases: Sequence[Case], code: str) -> tuple[list[dict[str, Any]], str]:
+    """A line for each case, and what the code printed."""
+    try:
+        return sandbox.attempt(lambda slot: _run(slot, cases, code))
+    except Wrecked as wrecked:
+        return [_check(case.name, False, str(wrecked)) for case in cases], ""
+
+
+def _run(slot: Slot, cases: Sequence[Case], code: str) -> tuple[list[dict[str, Any]], str]:
+    order = {"mode": "serve", "source": DRIVER, "canonical": False}
+    execution = slot.candidate.start(order, b"", SECONDS, False)
+    execution.frame()  # the driver is loaded
+
+    def ask(source: str | None, case: Case | None) -> list[Any] | None:
+        args = [source, *([case.entry, case.args] if case else ["", []])]
+        reply = (
+            execution.frame() if execution.send(encode.dumps(["call", encode.Reference("attempt"), args, {}])) else None
+        )
+        if reply is None:
+            return None
+        try:
+            said = encode.loads(reply[1:])
+            return said if reply[:1] == b"v" and isinstance(said, list) and len(said) == 2 else ["error", "no answer"]
+        except encode.Unsendable:
+            return ["error", "it returned something else than numbers, texts and lists of them"]
+
+    loaded = ask(code, None)
+    checks: list[dict[str, Any]] = []
+    ended = False
+    for case in cases:
+        said = ask(None, case) if loaded == ["value", None] else loaded
+        if said is None:
+            why = "this was not reached." if ended else ENDED[execution.wait().how].format(seconds=SECONDS)
+            checks.append(_check(case.name, False, why))
+            ended = True
+        elif said[0] != "value":
+            checks.append(_check(case.name, False, _short(said[1])))
+        else:
+            checks.append(verdict(case, said[1]))
+    report = execution.kill()
+    printed = report.stdout.decode("utf-8", "replace")
+    return checks, printed[:PRINTED] + ("\n…" if len(printed) > PRINTED else "")
+
+
+ENDED = {
+    "timeout": "it was ended after {seconds:g} seconds: is there a loop that never ends?",
+    "oom": "it was ended for the memory that it took.",
+    "flood": "it was ended because it printed more than is read.",
+    "crashed": "the Python that ran it crashed.",
+    "exited": "it ended the program before it had answered.",
+}
+
+
+def verdict(case: Case, got: Any) -> dict[str, Any]:
+    """Whether a value is what is expected; if not, the first difference and the mistake that leads to just this."""
+    apart = difference(case.expected, got)
+    if not apart:
+        return _check(case.name, True, "")
+    for value, why in case.wrong:
+        if not difference(value, got):
+            return _check(case.name, False, f"{apart} {why[:1].upper()}{why[1:]}")
+    return _check(case.name, False, apart)
+
+
+def difference(expected: Any, got: Any, where: str = "") -> str:
+    """The first place where two values differ, as a sentence; nothing where they are equal within TOLERANCE."""
+    place = f"item {where} of the result" if where else "the result"
+    if isinstance(expected, list):
+        if not isinstance(got, list | tuple):
+            return f"{place} is {_short(got)}; a list is expected."
+        if len(got) != len(expected):
+            return f"{place} has {len(got)} items; {len(expected)} are expected."
+        parts = (difference(e, g, f"{where}[{i}]") for i, (e, g) in enumerate(zip(expected, got, strict=True)))
+        return next((part for part in parts if part), "")
+    if isinstance(got, bool) or not isinstance(got, int | float):
+        return f"{place} is {_short(got)}; a number is expected."
+    try:
+        number = float(got)
+    except OverflowError:  # an integer beyond every float
+        number = math.inf
+    if math.isfinite(number) and abs(number - expected) <= TOLERANCE * max(1, abs(expected)):
+        return ""
+    return f"{place} is {number:.6g}; {expected:.6g} is expected."
+
+
+def _line(text: str) -> list[Any]:
+    """The nodes of a text of one paragraph, without it."""
+    paragraph = nodes(text)[0]
+    return [paragraph] if isinstance(paragraph, str) else paragraph["children"]
+
+
+def _short(value: Any) -> str:
+    try:
+        text = value if isinstance(value, str) else repr(value)
+    except ValueError:  # an integer with more digits than Python writes
+        text = "a number of thousands of digits"
+    return text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"
+
+
+def _check(name: str, passed: bool, detail: str) -> dict[str, Any]:
+    return {"name": name, "passed": passed, "detail": detail[:1].upper() + detail[1:]}
