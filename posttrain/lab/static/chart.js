@@ -6,9 +6,12 @@ export const DASHES = [[], [8, 4], [2, 3], [10, 3, 2, 3]];
 const HEIGHT = 190;
 const dark = matchMedia("(prefers-color-scheme: dark)");
 
-// `series`: [{name, steps, values}], in the order that gives them colour and dash.
-export function Chart({ title, series }) {
+// `series`: [{name, steps, values}], in the order that gives them colour and dash. Where they are given, the axes are
+// fixed to `span` and `limits`, [low, high] each, and a line stands at step `at`.
+export function Chart({ title, series, span = null, limits = null, at = null }) {
   const place = useRef(null);
+  const look = useRef({});
+  look.current = { span, limits, at };
   const chart = useRef(null);
   const [read, setRead] = useState("");
   const names = series.map((one) => one.name).join("\n");
@@ -17,7 +20,7 @@ export function Chart({ title, series }) {
     let width = place.current.clientWidth;
     const build = () => {
       chart.current?.destroy();
-      chart.current = new uPlot(options(series, width, (text) => setRead(text)), joined(series), place.current);
+      chart.current = new uPlot(options(series, width, (text) => setRead(text), look), joined(series), place.current);
     };
     build();
     const resized = new ResizeObserver(() => {
@@ -29,7 +32,7 @@ export function Chart({ title, series }) {
     return () => { resized.disconnect(); dark.removeEventListener("change", build); chart.current.destroy(); };
   }, [names]);
 
-  useEffect(() => { chart.current?.setData(joined(series)); }, [series]);
+  useEffect(() => { chart.current?.setData(joined(series)); }, [series, at, limits?.[0], limits?.[1]]);
 
   const move = (event) => {
     const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
@@ -51,20 +54,28 @@ function joined(series) {
   return uPlot.join(series.map((one) => [one.steps, one.values]));
 }
 
-function options(series, width, tell) {
+function options(series, width, tell, look) {
   const style = getComputedStyle(document.documentElement);
   const colour = (name) => style.getPropertyValue(name).trim();
   const axis = { stroke: colour("--soft"), grid: { stroke: colour("--line"), width: 1 }, ticks: { show: false }, font: "12px system-ui, sans-serif" };
   return {
     width, height: HEIGHT, legend: { show: false }, padding: [8, 8, 0, 0],
     cursor: { y: false, drag: { x: true, y: false }, points: { size: 7 } },
-    scales: { x: { time: false } },
+    scales: {
+      x: { time: false, range: (_, low, high) => look.current.span || [low, high] },
+      y: look.current.limits ? { range: (_, low, high) => look.current.limits || [low, high] } : {},
+    },
     axes: [{ ...axis, size: 28 }, { ...axis, size: 52, values: (_, ticks) => ticks.map((tick) => number(tick, 4)) }],
     series: [{}, ...series.map((one, i) => ({
       label: one.name, stroke: colour(`--series-${i}`), width: 1.75, dash: DASHES[i],
       points: { show: one.steps.length < 25, size: 5 },
     }))],
-    hooks: { setCursor: [(u) => {
+    hooks: { draw: [(u) => {
+      if (look.current.at === null) return;
+      const x = Math.round(u.valToPos(look.current.at, "x", true));
+      u.ctx.fillStyle = colour("--soft");
+      u.ctx.fillRect(x, u.bbox.top, devicePixelRatio, u.bbox.height);
+    }], setCursor: [(u) => {
       const at = u.cursor.idx;
       if (at === null || at === undefined) { tell(""); return; }
       const values = u.series.slice(1).map((one, i) => [one.label, u.data[i + 1][at]]).filter(([, v]) => v !== null && v !== undefined);
@@ -75,8 +86,9 @@ function options(series, width, tell) {
 
 function last(series) {
   const ends = series.filter((one) => one.steps.length).map((one) => {
-    const step = one.steps[one.steps.length - 1];
-    const value = number(one.values[one.values.length - 1], 4);
+    const end = Math.max(0, one.values.findLastIndex((v) => v !== null));
+    const step = one.steps[end];
+    const value = number(one.values[end], 4);
     return series.length > 1 ? `${printable(one.name)} ${value} at ${step}` : `step ${step}: ${value}`;
   });
   return ends.join(" · ") || "nothing measured yet";
@@ -88,7 +100,7 @@ function summary(title, series) {
     if (!finite.length) return `${one.name}: nothing measured`;
     const low = finite.reduce((a, b) => Math.min(a, b));
     const high = finite.reduce((a, b) => Math.max(a, b));
-    return `${one.name}: from ${number(finite[0])} to ${number(finite[finite.length - 1])} at step ${one.steps[one.steps.length - 1]}, lowest ${number(low)}, highest ${number(high)}`;
+    return `${one.name}: from ${number(finite[0])} to ${number(finite[finite.length - 1])} at step ${one.steps[one.values.findLastIndex((v) => v !== null)]}, lowest ${number(low)}, highest ${number(high)}`;
   });
   return printable(`Chart of ${title} over steps. ${told.join(". ")}. Arrow keys read values.`);
 }
