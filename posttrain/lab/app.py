@@ -21,7 +21,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from posttrain import __version__
 from posttrain.diagnose import diagnose_run
-from posttrain.lab import chat, episodes, folders, inspector
+from posttrain.lab import cards, chat, episodes, folders, inspector
 from posttrain.lab.course import exercises
 from posttrain.lab.course import routes as course
 from posttrain.lab.curves import Feed
@@ -46,7 +46,7 @@ PAGES = (
     "/pipelines/{pipeline}",
     "/chat",
 )
-PARTS: tuple[Routes, ...] = (inspector.routes, course.routes, exercises.routes, chat.routes)
+PARTS: tuple[Routes, ...] = (inspector.routes, cards.routes, course.routes, exercises.routes, chat.routes)
 """What adds routes under /api to those below, one function of each part of the lab."""
 
 
@@ -103,6 +103,7 @@ class Lab:
             about = {"status": run.status(), "step": run.last_step(), **folders.facts(run)}
             recipe = run.header.get("recipe", {})
         kinds = episodes.kinds(folder)
+        about["parts"] = episodes.part_names(folder)
         name = named(request, "run")
         return {"name": name, "folder": str(folder), **about, "events": noted, "episodes": kinds, "recipe": recipe}
 

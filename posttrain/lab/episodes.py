@@ -6,6 +6,8 @@ how far it came, so that the page goes on from there and a rare word costs many 
 
 from __future__ import annotations
 
+import json
+import math
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -32,6 +34,7 @@ RESULTS = {
     "failed": "passed = 0 AND reward IS NOT NULL",
     "unscored": "reward IS NULL",
 }
+KNOWN = {"kind": ("train", "eval"), "order": (*ORDERS,), "result": (*RESULTS,), "bound": ("most", "least")}
 PAGE, SECONDS, LOOK = 40, 0.15, 256
 SHORT = 280  # characters of an answer in a list
 
@@ -44,6 +47,10 @@ class Query:
     order: str = "newest"
     result: str = "any"
     text: str = ""
+    part: str = ""
+    """A part of the reward, which then is at most (`bound` "most") or at least ("least") `limit`."""
+    bound: str = "most"
+    limit: float = 0.0
     first: int | None = None
     last: int | None = None
     start: int = 0
@@ -57,11 +64,14 @@ class Query:
             given.get("order", "newest"),
             given.get("result", "any"),
             given.get("text", ""),
+            given.get("part", ""),
+            given.get("bound", "most"),
+            _number("limit", given.get("limit", "")),
             numbers["first"],
             numbers["last"],
             numbers["start"] or 0,
         )
-        for name, known in (("kind", ("train", "eval")), ("order", tuple(ORDERS)), ("result", tuple(RESULTS))):
+        for name, known in KNOWN.items():
             if getattr(query, name) not in known:
                 raise ConfigError(f"{name}={getattr(query, name)!r} is unknown; use one of {', '.join(known)}.")
         return query
@@ -73,6 +83,16 @@ def _whole(name: str, text: str) -> int | None:
     if not (text.isascii() and text.isdigit() and len(text) < 16):
         raise ConfigError(f"{name}={text!r} is no number of a step or row; write a whole number from 0 on.")
     return int(text)
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        value = float(text or 0)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ConfigError(f"{name}={text!r} is no number to compare a reward's part with; write one like 0 or -0.5.")
+    return value
 
 
 @dataclass(frozen=True)
@@ -126,6 +146,9 @@ def _candidates(database: sqlite3.Connection, query: Query) -> Iterator[tuple[An
     wanted = RESULTS[query.result]
     if query.text:
         wanted += " AND (text LIKE :like ESCAPE '\\' OR prompt LIKE :like ESCAPE '\\')"
+    if query.part:  # a part's name is quoted, so that it is a name whatever is in it
+        values["path"] = f"$.{json.dumps(query.part)}"
+        wanted += f" AND json_extract(parts, :path) {'<=' if query.bound == 'most' else '>='} :limit"
     if query.order == "flat":
         flat = "count(*) > 1 AND count(reward) = count(*) AND min(reward) = max(reward)"
         rows = database.execute(
@@ -163,6 +186,23 @@ def _total(database: sqlite3.Connection, query: Query) -> int:
     return database.execute(f"SELECT {what} FROM episodes WHERE {where}", values).fetchone()[0]
 
 
+def part_names(folder: Path, looked: int = 200) -> list[str]:
+    """The parts that the reward of a run has, by the `looked` newest answers of each kind."""
+    database = connect(folder, "ro")
+    try:
+        rows = database.execute(
+            "SELECT DISTINCT key FROM (SELECT parts FROM (SELECT parts FROM episodes WHERE kind = 'train' "
+            "ORDER BY step DESC, grp DESC, idx DESC LIMIT :n) UNION ALL SELECT parts FROM (SELECT parts FROM episodes "
+            "WHERE kind = 'eval' ORDER BY step DESC, grp DESC, idx DESC LIMIT :n)), json_each(parts) ORDER BY key",
+            {"n": looked},
+        ).fetchall()
+    except sqlite3.Error as error:
+        raise explained(folder, error) from error
+    finally:
+        database.close()
+    return [name for (name,) in rows]
+
+
 def kinds(folder: Path) -> dict[str, int]:
     """How many episodes of each kind a run has stored."""
     database = connect(folder, "ro")
@@ -173,17 +213,35 @@ def kinds(folder: Path) -> dict[str, int]:
 
 
 def read_group(folder: Path, kind: str, step: int, group: int) -> list[dict[str, Any]]:
-    """The answers to one task at one step: index, reward, whether it passed and its length."""
+    """The answers to one task at one step, in short."""
+    names = ("index", "reward", "passed", "length", "advantage", "text")
     database = connect(folder, "ro")
     try:
         rows = database.execute(
-            "SELECT idx, reward, passed, length FROM episodes WHERE kind = ? AND step = ? AND grp = ? ORDER BY idx",
-            (kind, step, group),
+            "SELECT idx, reward, passed, length, advantage, substr(text, 1, ?) FROM episodes "
+            "WHERE kind = ? AND step = ? AND grp = ? ORDER BY idx",
+            (SHORT, kind, step, group),
         ).fetchall()
     finally:
         database.close()
-    names = ("index", "reward", "passed", "length")
     return [dict(zip(names, row, strict=True)) | {"passed": bool(row[2])} for row in rows]
+
+
+def read_neighbours(folder: Path, kind: str, step: int, group: int, index: int) -> dict[str, list[int] | None]:
+    """[step, group, index] of the answers stored before and after one, None at either end."""
+    found: dict[str, list[int] | None] = {}
+    database = connect(folder, "ro")
+    try:
+        for name, sign, order in (("before", "<", " DESC"), ("after", ">", "")):
+            row = database.execute(
+                f"SELECT step, grp, idx FROM episodes WHERE kind = ? AND (step, grp, idx) {sign} (?, ?, ?) "
+                f"ORDER BY step{order}, grp{order}, idx{order} LIMIT 1",
+                (kind, step, group, index),
+            ).fetchone()
+            found[name] = list(row) if row else None
+    finally:
+        database.close()
+    return found
 
 
 def read_values(folder: Path, kind: str, step: int, group: int, index: int) -> tuple[Any, ...] | None:

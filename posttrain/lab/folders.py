@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from posttrain.measures import LABELS
 from posttrain.store.database import connect
 from posttrain.store.run import Run
 from posttrain.types import PosttrainError, ResumeError
@@ -20,8 +21,6 @@ RECORD = "pipeline.json"
 SEPARATOR = "~"
 LISTED = ("reward", "accuracy", "eval/accuracy", "length", "kl_episode", "nll", "loss")
 """Metrics of a list of runs, of those that a run's newest steps have."""
-AMOUNTS = ("kl", "length")
-"""Figures of an evaluation card that are no shares."""
 
 
 @dataclass(frozen=True)
@@ -163,6 +162,10 @@ def _card(card: Mapping[str, Any] | None) -> dict[str, dict[str, float]] | None:
 
 
 def _figures(cards: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of a table of cards: every figure that any of them has, in their order."""
+    """Every figure that any card has, in their order: what it measures, which way is better, whether it is a share."""
     names = dict.fromkeys(name for card in cards for name in card)
-    return [{"name": name, "share": name not in AMOUNTS} for name in names]
+    said = {name: LABELS.get(name, (name.replace("_", " "), False)) for name in names}
+    return [
+        {"name": name, "label": text.partition(", ")[0], "note": text.partition(", ")[2], "share": share}
+        for name, (text, share) in said.items()
+    ]

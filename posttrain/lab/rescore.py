@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from posttrain import config
+from posttrain.lab.tokens import start_folders
 from posttrain.store.run import EpisodeRow, Run
 from posttrain.types import ConfigError
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 LARGEST = 4 << 30  # bytes of weights that are opened to colour a text
 LOGITS_AT_ONCE = 1 << 24
-SHIPPED = Path(__file__).parents[1] / "models"
 _lock = threading.Lock()
 
 
@@ -60,9 +60,8 @@ def score_tokens(folder: Path, row: EpisodeRow) -> dict[str, Any]:
 
 def _weights(folder: Path, header: Mapping[str, Any], last: int) -> dict[int, Path]:
     """Step → folder of the language models of a run that are on this machine: where it started, what it made."""
-    start = str(header.get("recipe", {}).get("model", {}).get("path", ""))
-    places = [Path(start), SHIPPED / start] if start else []
-    found = {0: next((path for path in places if (path / "config.json").is_file()), None)}
+    starts = (path for path in start_folders(folder, header) if (path / "config.json").is_file())
+    found = {0: next(starts, None)}
     if (folder / "model" / "tokenizer.json").is_file() and header.get("algorithm") not in ("reward", "prm"):
         found[last] = folder / "model"
     return {step: path for step, path in found.items() if path is not None}

@@ -7,6 +7,7 @@ loaded. Where there is no tokenizer the pieces are the tokens' numbers.
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from posttrain.lab.episodes import read_group, read_values
+from posttrain.lab.episodes import read_group, read_neighbours, read_values
 from posttrain.store.run import EpisodeRow, Run
 from posttrain.types import ResumeError
 
@@ -39,6 +40,7 @@ def read_episode(folder: Path, kind: str, step: int, group: int, index: int) -> 
         "tokens": tokens,
         "tokenizer": source is not None,
         "answers": read_group(folder, kind, step, group),
+        **read_neighbours(folder, kind, step, group, index),
     }
 
 
@@ -53,9 +55,18 @@ def read_row(folder: Path, kind: str, step: int, group: int, index: int) -> Epis
 def find_tokenizer(folder: Path) -> Path | None:
     """The tokenizer.json of a run's own model, or of the model it started from if that is on this machine."""
     with Run.read(folder) as run:
-        start = str(run.header.get("recipe", {}).get("model", {}).get("path", ""))
-    places = [folder / "model", *((Path(start), Path(start) / "model", SHIPPED / start) if start else ())]
+        places = [folder / "model", *start_folders(folder, run.header)]
     return next((path for place in places if (path := place / "tokenizer.json").is_file()), None)
+
+
+def start_folders(folder: Path, header: Mapping[str, Any]) -> list[Path]:
+    """Where the model that a run started from may be: as its recipe says, in the package, or, where a pipeline's folder
+    was moved or copied, in that of the stage beside it."""
+    start = str(header.get("recipe", {}).get("model", {}).get("path", ""))
+    if not start:
+        return []
+    beside = folder.parent / Path(start).parent.name / "model"
+    return [Path(start), Path(start) / "model", SHIPPED / start, *([beside] if Path(start).name == "model" else ())]
 
 
 @lru_cache(maxsize=8)

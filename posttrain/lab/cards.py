@@ -1,0 +1,59 @@
+"""What the models of a pipeline answered when they were examined: the same prompts for each, side by side."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from starlette.requests import Request
+from starlette.routing import BaseRoute
+
+from posttrain.lab.folders import RECORD, Place
+from posttrain.lab.routing import get, named
+from posttrain.types import ResumeError
+
+ANSWERS = "answers.jsonl"
+
+
+def routes(place: Place) -> list[BaseRoute]:
+    """The route of a pipeline's recorded answers."""
+
+    def answers(request: Request) -> dict[str, Any]:
+        return read_answers(place.pipeline(named(request, "pipeline")))
+
+    return [get("/api/pipelines/{pipeline}/answers", answers)]
+
+
+def read_answers(folder: Path) -> dict[str, Any]:
+    """`stages` that kept answers, and `prompts`: each with its capability and an answer a stage, None where it has none.
+
+    Raises ResumeError for a record or a file of answers that cannot be read.
+    """
+    file = folder / RECORD
+    try:
+        stages = json.loads(file.read_text(encoding="utf-8"))["stages"]
+        kept: dict[str, list[dict[str, Any]]] = {}
+        for stage in stages:
+            file = (folder / str(stage.get("card_folder") or ".") / ANSWERS).resolve()
+            if file.is_relative_to(folder.resolve()) and file.is_file():
+                kept[str(stage["name"])] = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        asked = dict.fromkeys((row["capability"], row["prompt"]) for rows in kept.values() for row in rows)
+        found = {
+            name: {(row["capability"], row["prompt"]): _answer(row) for row in rows} for name, rows in kept.items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ResumeError(f"{file} is damaged ({error!r}). Run the pipeline again to rewrite it.") from None
+    prompts = [
+        {
+            "capability": capability,
+            "prompt": prompt,
+            "answers": [rows.get((capability, prompt)) for rows in found.values()],
+        }
+        for capability, prompt in asked
+    ]
+    return {"stages": list(kept), "prompts": prompts}
+
+
+def _answer(row: dict[str, Any]) -> dict[str, Any]:
+    return {"text": str(row["answer"]), "passed": bool(row["passed"]), "detail": str(row.get("detail", ""))}
