@@ -25,8 +25,10 @@ from posttrain.lab import cards, chat, episodes, folders, inspector
 from posttrain.lab.course import exercises
 from posttrain.lab.course import routes as course
 from posttrain.lab.curves import Feed
+from posttrain.lab.explore import grpo, hacking
 from posttrain.lab.folders import Place
 from posttrain.lab.inspector import EPISODE
+from posttrain.lab.label import routes as label
 from posttrain.lab.routing import NO_STORE, Routes, get, named
 from posttrain.lab.safety import Guard
 from posttrain.store.run import Run
@@ -39,14 +41,27 @@ PAGES = (
     "/learn",
     "/learn/{chapter}",
     "/explore",
+    "/explore/hacking",
+    "/explore/grpo",
     "/runs",
     "/runs/{run}",
     "/runs/{run}/episodes",
     EPISODE,
     "/pipelines/{pipeline}",
+    "/label",
+    "/label/{queue}",
     "/chat",
 )
-PARTS: tuple[Routes, ...] = (inspector.routes, cards.routes, course.routes, exercises.routes, chat.routes)
+PARTS: tuple[Routes, ...] = (
+    inspector.routes,
+    cards.routes,
+    course.routes,
+    exercises.routes,
+    chat.routes,
+    grpo.routes,
+    hacking.routes,
+    label.routes,
+)
 """What adds routes under /api to those below, one function of each part of the lab."""
 
 

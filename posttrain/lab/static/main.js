@@ -9,12 +9,17 @@ const PAGES = [
   [/^\/learn$/, () => import("./learn.js"), []],
   [/^\/learn\/([^/]+)$/, () => import("./course.js"), ["chapter"]],
   [/^\/explore$/, () => import("./explore.js"), []],
+  [/^\/explore\/hacking$/, () => import("./explore-hacking.js"), []],
+  [/^\/explore\/grpo$/, () => import("./explore-grpo.js"), []],
   [/^\/runs$/, () => import("./runs.js"), []],
   [/^\/runs\/([^/]+)$/, () => import("./run.js"), ["run"]],
   [/^\/runs\/([^/]+)\/episodes$/, () => import("./episodes.js"), ["run"]],
   [/^\/runs\/([^/]+)\/episodes\/([^/]+)\/(\d+)\/(\d+)\/(\d+)$/, () => import("./episode.js"),
     ["run", "kind", "step", "group", "index"]],
   [/^\/pipelines\/([^/]+)$/, () => import("./pipeline.js"), ["pipeline"]],
+  [/^\/label$/, () => import("./label.js"), []],
+  [/^\/label\/([^/]+)$/, () => import("./label.js"), ["queue"]],
+  [/^\/chat$/, () => import("./chat.js"), []],
 ];
 
 async function show() {

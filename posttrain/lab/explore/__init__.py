@@ -1,0 +1,1 @@
+"""The five explorers, each on real computation."""

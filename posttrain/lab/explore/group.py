@@ -1,0 +1,158 @@
+"""A group of answers to one problem, and what each is worth beside the others.
+
+The model that ships writes the answers, the verifier that trains it grades them, and the estimators that train it
+compare them. An answer depends on the problem, the seed and its number alone, so a larger group begins like a smaller.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from posttrain.data.chat import ChatFormat
+from posttrain.envs.tasks import verifier_for
+from posttrain.lab import checkpoints
+from posttrain.lab.explore.problems import task_of
+from posttrain.lab.folders import Place
+from posttrain.lab.tokens import pieces
+from posttrain.models.load import Policy
+from posttrain.objectives.advantages import flat_groups, group_relative, leave_one_out, max_rl
+from posttrain.rewards.functions import score_safely
+from posttrain.rewards.skills import CLOSE, OPEN
+from posttrain.rollout.engine import EmbeddedGenerator
+from posttrain.rollout.generator import Request, attempt_seed
+from posttrain.talk import text_of
+from posttrain.types import Completion, RolloutError, SamplingParams, Task, Verdict
+
+PARAMS = SamplingParams(temperature=1.0, max_tokens=96)
+SLOTS = 32
+COMPARE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "grpo": lambda rewards: group_relative(rewards, "sample"),
+    "dr-grpo": lambda rewards: group_relative(rewards, "none"),
+    "rloo": leave_one_out,
+    "maxrl": max_rl,
+}
+"""Variant → what turns rewards (1, G) into advantages (1, G)."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer of a group, graded."""
+
+    completion: Completion
+    text: str
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Group:
+    """G answers to one task, and the prompt [n] that they continue."""
+
+    task: Task
+    prompt: np.ndarray
+    answers: tuple[Answer, ...]
+
+    @property
+    def right(self) -> int:
+        """How many the verifier passed."""
+        return sum(answer.verdict.passed for answer in self.answers)
+
+
+class Writer:
+    """The model that ships, as the explorer uses it. `lock` is held while it writes or a copy of it learns."""
+
+    def __init__(self, place: Place) -> None:
+        self.policy: Policy = checkpoints.open_model(place, checkpoints.SHIPPED).policy
+        self.lock = threading.Lock()
+
+    @cached_property
+    def _engine(self) -> EmbeddedGenerator:
+        return EmbeddedGenerator(self.policy, SLOTS)
+
+    @lru_cache(maxsize=128)  # noqa: B019 - there is one writer, for as long as the lab is open
+    def group(self, problem: str, seed: int, size: int, purpose: str = "group") -> Group:
+        """`size` answers to a problem at temperature 1; the same arguments always give the same group."""
+        task = task_of(problem)
+        prompt = ChatFormat(self.policy.tokenizer).prompt_tokens(task.messages)
+        with self.lock:
+            return write(self._engine, task, prompt, seed, size, purpose)
+
+
+@lru_cache(maxsize=1)
+def open_writer(place: Place) -> Writer:
+    """The writer of this lab; the first call takes seconds."""
+    return Writer(place)
+
+
+def write(
+    engine: EmbeddedGenerator, task: Task, prompt: np.ndarray, seed: int, size: int, purpose: str = "group"
+) -> Group:
+    """`size` graded answers from an engine's weights."""
+    seeds = tuple(attempt_seed(seed, purpose, 0, task.id, i) for i in range(size))
+    (completions,) = engine.generate([Request(prompt, seeds)], PARAMS)
+    answers: list[Answer] = []
+    for completion in completions:
+        text = text_of(engine.policy, completion)
+        verdict, error = score_safely(verifier_for(task), task, text)
+        if verdict is None:
+            raise RolloutError(f"an answer to {task.prompt!r} could not be graded: {error}", boundary="reward")
+        answers.append(Answer(completion, text, verdict))
+    return Group(task, prompt, tuple(answers))
+
+
+def describe(group: Group) -> dict[str, Any]:
+    """A group for the page: each answer's thought and what it then says, its reward, and the verifier's reason."""
+    return {
+        "question": group.task.prompt,
+        "wanted": group.task.answer,
+        "right": group.right,
+        "answers": [_describe(answer) for answer in group.answers],
+    }
+
+
+def _describe(answer: Answer) -> dict[str, Any]:
+    thought, closed, said = answer.text.rpartition(CLOSE)
+    verdict, completion = answer.verdict, answer.completion
+    return {
+        "thought": thought.removeprefix(OPEN) if closed else "",
+        "said": said.strip(),
+        "reward": verdict.score,
+        "passed": verdict.passed,
+        "why": verdict.detail,
+        "length": len(completion.tokens),
+        "cut": completion.stop == "length",
+        "tokens": pieces(checkpoints.FOLDER / "tokenizer.json", completion.tokens),
+    }
+
+
+def compare(rewards: Sequence[float], how: str, watched: int) -> dict[str, Any]:
+    """The advantages of one group's rewards, step by step, and those of the watched answer beside other companions.
+
+    An answer's advantage is (reward − `baseline`) / `divisor`. `others` are the advantages that the watched answer
+    would have with the same reward if all others had earned 0, and if all had earned 1.
+    """
+    row = torch.tensor([rewards], dtype=torch.float64)
+    advantages = COMPARE[how](row)
+    difference = leave_one_out(row) if how == "rloo" else group_relative(row, "none")
+    return {
+        "flat": bool(flat_groups(row)),
+        "mean": float(row.mean()),
+        "std": float(row.std(correction=1)),
+        "divisor": {"grpo": float(row.std(correction=1)), "maxrl": float(row.mean())}.get(how, 1.0),
+        "baselines": (row - difference)[0].tolist(),
+        "differences": difference[0].tolist(),
+        "advantages": advantages[0].tolist(),
+        "others": [_beside(row, how, watched, companions) for companions in (0.0, 1.0)],
+    }
+
+
+def _beside(row: torch.Tensor, how: str, watched: int, companions: float) -> float:
+    group = torch.full_like(row, companions)
+    group[0, watched] = row[0, watched]
+    return float(COMPARE[how](group)[0, watched])

@@ -1,0 +1,119 @@
+"""What /explore/grpo asks for: problems, a sampled group, its advantages, and real updates on it.
+
+Everything is a function of the address, so the page's link shows the same again. torch and the model are loaded when
+the first group is asked for, which the page does as it opens.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any
+
+from starlette.requests import Request
+from starlette.routing import BaseRoute
+
+from posttrain.lab.explore.problems import listed, task_of
+from posttrain.lab.folders import Place
+from posttrain.lab.routing import get
+from posttrain.types import ConfigError
+
+SIZES = (4, 8, 16, 32)
+VARIANTS = ("grpo", "dr-grpo", "rloo", "maxrl")
+UPDATES = 4
+"""Most updates on one group."""
+
+
+def routes(place: Place) -> list[BaseRoute]:
+    """The GRPO explorer's part of the lab."""
+    return [
+        get("/api/explore/grpo", lambda request: {"problems": listed(), "sizes": SIZES}),
+        get("/api/explore/grpo/group", lambda request: read_group(place, request)),
+        get("/api/explore/grpo/advantages", read_advantages),
+        get("/api/explore/grpo/update", lambda request: read_update(place, request)),
+    ]
+
+
+def read_group(place: Place, request: Request) -> dict[str, Any]:
+    """A sampled group, with what was asked for."""
+    from posttrain.lab.explore.group import describe, open_writer
+
+    problem, seed, size = _asked(request)
+    return {**describe(open_writer(place).group(problem, seed, size)), "problem": problem, "seed": seed, "size": size}
+
+
+def read_advantages(request: Request) -> dict[str, Any]:
+    """The advantages of the rewards given."""
+    from posttrain.lab.explore.group import compare
+
+    rewards = _rewards(request)
+    watched = _whole(request, "watch", 0, len(rewards) - 1)
+    return {"rewards": rewards, **compare(rewards, _variant(request), watched)}
+
+
+def read_update(place: Place, request: Request) -> dict[str, Any]:
+    """What updates on a group with the rewards given would do."""
+    problem, seed, size = _asked(request)
+    rewards = _rewards(request)
+    if len(rewards) != size:
+        raise ConfigError(f"{len(rewards)} rewards were given for {size} answers; give one for each.")
+    lr, clip = _number(request, "lr", 1e-6, 1e-2), _number(request, "clip", 0.0, 1.0)
+    updates = _whole(request, "updates", 1, UPDATES)
+    return _update(place, problem, seed, tuple(rewards), _variant(request), lr, updates, clip)
+
+
+@lru_cache(maxsize=64)
+def _update(
+    place: Place, problem: str, seed: int, rewards: tuple[float, ...], how: str, lr: float, updates: int, clip: float
+) -> dict[str, Any]:
+    from posttrain.lab.explore.group import open_writer
+    from posttrain.lab.explore.update import AGAIN, update
+
+    writer = open_writer(place)
+    group = writer.group(problem, seed, len(rewards))
+    before = writer.group(problem, 0, AGAIN, "again").right
+    return {"before": before, **update(writer, group, rewards, how, lr, updates, clip, clip)}
+
+
+def _asked(request: Request) -> tuple[str, int, int]:
+    problem = request.query_params.get("problem", "")
+    task_of(problem)  # refuses what is no problem before a model is opened
+    size = _whole(request, "size", SIZES[0], SIZES[-1])
+    if size not in SIZES:
+        raise ConfigError(f"size={size} is none of {', '.join(map(str, SIZES))}. Choose one of those.")
+    return problem, _whole(request, "seed", 0, 999_999), size
+
+
+def _variant(request: Request) -> str:
+    how = request.query_params.get("how", "")
+    if how not in VARIANTS:
+        raise ConfigError(f"how={how[:40]!r} is none of {', '.join(VARIANTS)}. Choose one of those.")
+    return how
+
+
+def _rewards(request: Request) -> list[float]:
+    given = request.query_params.get("rewards", "").split(",")
+    if not 2 <= len(given) <= SIZES[-1]:
+        raise ConfigError(f"{len(given)} rewards were given; a group has 2 to {SIZES[-1]}.")
+    return [_in_range("a reward", text, 0.0, 1.0) for text in given]
+
+
+def _number(request: Request, name: str, low: float, high: float) -> float:
+    return _in_range(name, request.query_params.get(name, ""), low, high)
+
+
+def _in_range(what: str, text: str, low: float, high: float) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not low <= value <= high:
+        raise ConfigError(f"{what} is {text[:40]!r}; give a number from {low:g} to {high:g}.")
+    return value
+
+
+def _whole(request: Request, name: str, low: int, high: int) -> int:
+    value = _number(request, name, low, high)
+    if value != int(value):
+        raise ConfigError(f"{name} is {value:g}; give a whole number from {low} to {high}.")
+    return int(value)
