@@ -13,7 +13,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from starlette.requests import Request
 from starlette.routing import BaseRoute
 
 from posttrain.lab.course.coding import CASES, TOLERANCE, Case
