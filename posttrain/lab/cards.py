@@ -26,7 +26,7 @@ def routes(place: Place) -> list[BaseRoute]:
 
 
 def read_answers(folder: Path) -> dict[str, Any]:
-    """`stages` that kept answers, and `prompts`: each with its capability and an answer a stage, None where it has none.
+    """`stages` that kept answers, and `prompts`: each with its capability and one answer a stage, or None.
 
     Raises ResumeError for a record or a file of answers that cannot be read.
     """

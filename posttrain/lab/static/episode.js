@@ -1,81 +1,168 @@
 // One episode: its tokens, who wrote them and how likely they were, and what the answer earned and why.
 
-import { Loaded, Table, address, html, number, printable, useData, useMemo, useState, useTitle } from "./ui.js";
+import { useAddress } from "./controls.js";
+import { Failed, Loaded, Table, Waiting, address, ask, html, number, printable, useData, useEffect, useMemo, useState, useTitle } from "./ui.js";
 
-const LEVELS = [["above 90 %", -0.105], ["above 50 %", -0.693], ["above 10 %", -2.303], ["above 1 %", -4.605], ["1 % or less", -Infinity]];
-const MODES = { logp: "how likely each token was", advantage: "the advantage", who: "who wrote it" };
+// Each colouring: what it is called, and its levels as [text, least value], the first that a value exceeds.
+const MODES = {
+  logp: ["how likely each token was", [["above 90 %", -0.105], ["above 50 %", -0.693], ["above 10 %", -2.303], ["above 1 %", -4.605], ["1 % or less", -Infinity]]],
+  advantage: ["the advantage", []],
+  kl: ["the KL from the start", [["far likelier now", 1], ["likelier", 0.1], ["as before", -0.1], ["less likely", -1], ["far less likely", -Infinity]]],
+  entropy: ["the entropy", [["under 0.1 nats", 0.1], ["under 0.7", 0.7], ["under 1.4", 1.4], ["under 2.3", 2.3], ["2.3 or more", Infinity]]],
+  who: ["who wrote it", []],
+};
 
 export function Page({ run, kind, step, group, index }) {
   useTitle(`Answer ${group}.${index} of step ${step}`);
-  const found = useData(`/api${address("runs", run, "episodes", kind, step, group, index)}`);
-  return html`<p class="path"><a href="/runs">Runs</a> / <a href=${address("runs", run)}>${printable(run)}</a> /
-      <a href=${`${address("runs", run, "episodes")}?kind=${encodeURIComponent(kind)}`}>Episodes</a></p>
+  const here = address("runs", run, "episodes", kind, step, group, index);
+  const found = useData(`/api${here}`);
+  return html`<p class="path"><a href="/runs">Runs</a> / <a href=${address("runs", run)}>${printable(run)}</a>${" / "}<a href=${`${address("runs", run, "episodes")}?kind=${encodeURIComponent(kind)}`}>Episodes</a></p>
     <h1>Answer ${index} to task ${group}, step ${step}</h1>
-    <${Loaded} from=${found} of="the episode">${(episode) => html`<${Episode} run=${run} episode=${episode} />`}</${Loaded}>`;
+    <${Loaded} from=${found} of="the episode">${(episode) => html`<${Episode} run=${run} here=${here} episode=${episode} />`}</${Loaded}>`;
 }
 
-function Episode({ run, episode }) {
-  const result = episode.reward === null ? "! not scored" : episode.passed ? "✓ passed" : "✗ not passed";
-  return html`
-    <p class="lead">${result}${episode.reward === null ? "" : `, reward ${number(episode.reward, 4)}`}${episode.advantage === null ? "" : `, advantage ${number(episode.advantage, 4)}`},
+const result = (one) => (one.reward === null ? "! not scored" : one.passed ? "✓ passed" : "✗ not passed");
+
+function Episode({ run, here, episode }) {
+  return html`<${Neighbours} run=${run} episode=${episode} />
+    <p class="lead">${result(episode)}${episode.reward === null ? "" : `, reward ${number(episode.reward, 4)}`}${episode.advantage === null ? "" : `, advantage ${number(episode.advantage, 4)}`},
       ${` ${episode.length} tokens written`}${episode.stop === "length" ? ", cut at the limit" : ""}.</p>
-    ${episode.error && html`<p class="box"><strong>Why:</strong> ${printable(episode.error)}</p>`}
-    <section><h2>Tokens</h2><${Tokens} episode=${episode} /></section>
-    <section class="two">
-      <div><h2>What it earned</h2>${episode.parts.length
-        ? html`<${Table} caption="Parts of the reward" head=${["part", "value"]}>${episode.parts.map((part) => html`
-            <tr><th scope="row">${printable(part.name)}</th><td class="number">${number(part.value, 4)}</td></tr>`)}</${Table}>`
-        : html`<p class="soft">The reward has one part only.</p>`}</div>
-      <div><h2>Answers to the same task</h2><${Others} run=${run} episode=${episode} /></div>
-    </section>
-    <section><h2>Task</h2><p class="soft">${printable(episode.task_id)}</p><p class="said">${printable(episode.prompt)}</p></section>
-    <section><h2>Answer as text</h2><p class="said" id="answer">${episode.text ? printable(episode.text) : "(nothing)"}</p></section>`;
+    <div class="beside">
+      <div>
+        <section><h2>Task</h2><p class="soft">${printable(episode.task_id)}</p><p class="said">${printable(episode.prompt)}</p></section>
+        <section><h2>Tokens</h2><${Tokens} here=${here} episode=${episode} /></section>
+        <section><h2>What it earned</h2><${Earned} here=${here} episode=${episode} /></section>
+        <section><h2>Answer as text</h2><p class="said" id="answer">${episode.text ? printable(episode.text) : "(nothing)"}</p></section>
+      </div>
+      <section aria-labelledby="others"><h2 id="others">All ${episode.answers.length} answers to this task</h2><${Others} run=${run} episode=${episode} /></section>
+    </div>`;
+}
+
+// --- the answers around it -------------------------------------------------------------------------------------------
+
+const to = (run, kind, at) => `${address("runs", run, "episodes", kind, ...at)}${location.search}`;
+
+function Neighbours({ run, episode }) {
+  const { before, after, kind } = episode;
+  useEffect(() => {
+    const move = (event) => {
+      const there = { ArrowLeft: before, ArrowRight: after }[event.key];
+      if (!event.shiftKey || event.altKey || event.ctrlKey || event.metaKey || !there) return;
+      event.preventDefault();
+      location.assign(to(run, kind, there));
+    };
+    addEventListener("keydown", move);
+    return () => removeEventListener("keydown", move);
+  }, [episode]);
+  return html`<nav class="inside" aria-label="Answers in the order they were stored">
+    ${before ? html`<a href=${to(run, kind, before)} rel="prev">← previous answer</a>` : html`<span class="soft">This is the first answer.</span>`}
+    ${after ? html`<a href=${to(run, kind, after)} rel="next">next answer →</a>` : html`<span class="soft">This is the last answer.</span>`}
+    <span class="soft">by keys: <kbd>Shift</kbd> + <kbd>←</kbd> and <kbd>→</kbd></span></nav>`;
 }
 
 function Others({ run, episode }) {
-  return html`<${Table} caption="Each is compared with the others" head=${["answer", "result", "reward", "tokens"]}>${episode.answers.map((one) => html`<tr>
-    <th scope="row">${one.index === episode.index ? html`<span aria-current="true">${one.index} (this one)</span>`
-      : html`<a href=${address("runs", run, "episodes", episode.kind, episode.step, episode.group, one.index)}>${one.index}</a>`}</th>
-    <td>${one.reward === null ? "! not scored" : one.passed ? "✓ passed" : "✗ not passed"}</td><td class="number">${number(one.reward)}</td><td class="number">${one.length}</td></tr>`)}</${Table}>`;
+  return html`<ol class="group">${episode.answers.map((one) => html`<li class=${one.index === episode.index ? "box this" : "box"}>
+    <p>${one.index === episode.index ? html`<strong aria-current="true">answer ${one.index}, this one</strong>`
+      : html`<a href=${to(run, episode.kind, [episode.step, episode.group, one.index])}>answer ${one.index}</a>`}</p>
+    <p class="soft">${result(one)}${one.reward === null ? "" : ` · reward ${number(one.reward)}`}${one.advantage === null ? "" : ` · advantage ${number(one.advantage)}`} · ${one.length} tokens</p>
+    <p class="said short">${one.text ? printable(one.text) : "(nothing)"}</p></li>`)}</ol>`;
 }
 
-const level = (logp) => LEVELS.findIndex(([, least]) => logp > least || least === -Infinity);
-const sign = (value) => (value > 0 ? "plus" : value < 0 ? "minus" : "zero");
+// --- why ---------------------------------------------------------------------------------------------------------------
 
-function Tokens({ episode }) {
-  const [mode, setMode] = useState("logp");
+function Earned({ here, episode }) {
+  return html`${episode.error && html`<p class="box"><strong>It could not be scored:</strong> ${printable(episode.error)}</p>`}
+    ${episode.parts.length
+      ? html`<${Table} caption="Parts of the reward" head=${["part", "value"]}>${episode.parts.map((part) => html`
+          <tr><th scope="row">${printable(part.name)}</th><td class="number">${number(part.value, 4)}</td></tr>`)}</${Table}>`
+      : html`<p class="soft">The reward has one part only.</p>`}
+    <${Reason} here=${here} episode=${episode} />`;
+}
+
+// A run keeps the number, not the verifier's words; they are asked for again when somebody wants them.
+function Reason({ here, episode }) {
+  const [found, set] = useState({ state: "unasked" });
+  const load = () => { set({ state: "asked" }); ask(`/api${here}/reason`).then((data) => set({ state: "told", data }), (error) => set({ state: "failed", error: error.message })); };
+  if (found.state === "unasked") return html`<p><button type="button" onClick=${load}>Ask the verifier for its reason</button> <span class="soft">The run kept its score only.</span></p>`;
+  if (found.state === "asked") return html`<${Waiting} of="the task, to judge the answer again" />`;
+  if (found.state === "failed") return html`<p class="box">${printable(found.error)}</p>`;
+  const { detail, passed, answer, error } = found.data;
+  return html`<div class="box reason" role="status"><p><strong>The verifier says:</strong> ${printable(error || detail || "nothing beside its score")}</p>
+    ${answer && html`<p>The task's own answer: <code>${printable(answer)}</code></p>`}
+    ${passed !== episode.passed && html`<p>! It judges differently than when the run scored this answer: ${passed ? "passed" : "not passed"}.</p>`}</div>`;
+}
+
+// --- tokens ------------------------------------------------------------------------------------------------------------
+
+// KL and entropy are computed by the lab, once somebody wants to see them.
+function useScores(here, wanted) {
+  const [found, set] = useState({ data: null, error: "" });
+  useEffect(() => {
+    if (wanted && !found.data) ask(`/api${here}/scores`).then((data) => set({ data, error: "" }), (error) => set({ data: null, error: error.message }));
+  }, [here, wanted]);
+  return found;
+}
+
+const sign = (value) => (value > 0 ? "plus" : value < 0 ? "minus" : "zero");
+const level = (mode, value) => MODES[mode][1].findIndex(([, bound]) => (mode === "entropy" ? value < bound || bound === Infinity : value > bound || bound === -Infinity));
+
+function Tokens({ here, episode }) {
+  const [{ colour }, setAddress] = useAddress({ colour: "logp" });
+  const mode = colour in MODES ? colour : "logp";
   const [at, setAt] = useState(null);
+  const computed = mode === "kl" || mode === "entropy";
+  const { data: scores, error } = useScores(here, computed);
   const { tokens } = episode;
   const spans = useMemo(() => spansOf(tokens), [tokens]);
-  const look = (token) => (mode === "logp" ? `logp-${level(token.logp)}` : mode === "advantage" ? sign(episode.advantage) : "");
+  const look = (i) => {
+    if (!tokens[i].model || mode === "who") return "";
+    if (mode === "advantage") return sign(episode.advantage);
+    const value = mode === "logp" ? tokens[i].logp : scores?.[mode]?.values[i];
+    return value === null || value === undefined ? "" : `${mode}-${level(mode, value)}`;
+  };
   const move = (event) => {
     const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-    if (!by) return;
+    if (!by || event.shiftKey) return;
     event.preventDefault();
     setAt(Math.min(tokens.length - 1, Math.max(0, (at ?? (by > 0 ? -1 : tokens.length)) + by)));
   };
   const pick = (event) => { const i = event.target.dataset?.i; if (i !== undefined) setAt(Number(i)); };
   return html`
-    <fieldset class="modes"><legend>Colour shows</legend>${Object.entries(MODES).map(([name, text]) => html`
+    <fieldset class="modes"><legend>Colour shows</legend>${Object.entries(MODES).map(([name, [text]]) => html`
       <label><input type="radio" name="mode" checked=${mode === name} disabled=${name === "advantage" && episode.advantage === null}
-        onChange=${() => setMode(name)} /> ${text}</label>`)}</fieldset>
-    <${Key} mode=${mode} advantage=${episode.advantage} />
+        onChange=${() => setAddress({ colour: name })} /> ${text}</label>`)}</fieldset>
+    ${computed && error ? html`<${Failed} error=${error} />` : computed && !scores ? html`<${Waiting} of="the models, to compute it" />`
+      : html`<${Key} mode=${mode} advantage=${episode.advantage} scores=${scores} />`}
     ${!episode.tokenizer && html`<p class="note">This run's tokenizer is not on this machine, so tokens are shown as numbers.</p>`}
     <div class="tokens" tabindex="0" role="group" aria-label="Tokens; arrow keys go from one to the next" onKeyDown=${move} onMouseOver=${pick} onClick=${pick}>
       ${spans.map(([who, first, end]) => html`<div class=${`span ${who}`}><span class="who">${who}</span>
         <div class="run">${tokens.slice(first, end).map((token, i) => html`<span data-i=${first + i}
-          class=${`t ${token.model ? look(token) : ""}${at === first + i ? " at" : ""}`}>${shown(token.text)}</span>`)}</div></div>`)}
+          class=${`t ${look(first + i)}${at === first + i ? " at" : ""}`}>${shown(token.text)}</span>`)}</div></div>`)}
     </div>
-    <p class="read" role="status">${at === null ? "Point at a token, or use the arrow keys, to read its numbers." : told(tokens[at], at)}</p>`;
+    <p class="read" role="status">${at === null ? "Point at a token, or use the arrow keys, to read its numbers." : told(tokens[at], at, scores)}</p>`;
 }
 
-function Key({ mode, advantage }) {
+function Key({ mode, advantage, scores }) {
   if (mode === "who") return html`<p class="key soft">What the model wrote has a solid bar beside it, everything else a dotted one.</p>`;
   if (mode === "advantage") {
     return html`<p class="key"><span class=${`t ${sign(advantage)}`}>${advantage > 0 ? "+" : ""}${number(advantage, 4)}</span>
       ${advantage > 0 ? "made more likely" : advantage < 0 ? "made less likely" : "neither: the answers of the group earned the same"}; the same for every token of the answer</p>`;
   }
-  return html`<p class="key">probability: ${LEVELS.map(([text], i) => html`<span class=${`t logp-${i}`}>${text}</span> `)}<span class="soft">the less likely, the thicker the line below</span></p>`;
+  const levels = MODES[mode][1].map(([text], i) => html`<span class=${`t ${mode}-${i}`}>${text}</span> `);
+  if (mode === "logp") return html`<p class="key">probability: ${levels}<span class="soft">the less likely, the thicker the line below</span></p>`;
+  const found = scores[mode];
+  if (!found) {
+    return html`<p class="box">The run did not store this, and ${mode === "kl" ? html`the model that it started from, <code>${printable(scores.start)}</code>, is` : "its models are"}
+      not on this machine to compute it.</p>`;
+  }
+  if (mode === "kl") {
+    return html`<p class="key">log π − log π<sub>start</sub>: ${levels}<span class="soft">a solid line below: likelier than in the model it started from; a dotted one: less likely</span></p>
+      <p class="soft">Over the answer it adds up to ${number(found.total, 4)} nats, an estimate of the KL from <code>${printable(scores.start)}</code>. The run stored log π; the starting model's
+      was computed now.</p>`;
+  }
+  return html`<p class="key">entropy: ${levels}<span class="soft">the more open the choice was, the thicker the line below</span></p>
+    <p class="soft">The run did not store it. Computed now with the weights of step ${found.weights}; ${found.weights === found.wanted ? "those wrote this answer" : `those of step ${found.wanted} wrote this answer`}.
+      Their log-probabilities are ${number(found.apart)} nats from the stored ones on average.</p>`;
 }
 
 function spansOf(tokens) {
@@ -90,7 +177,9 @@ function spansOf(tokens) {
 
 const shown = (text) => printable(text).replaceAll("\n", "⏎\n");
 
-function told(token, at) {
+function told(token, at, scores) {
   const text = `token ${at}, number ${token.id}: “${printable(token.text)}”`;
-  return token.model ? `${text}, log-probability ${number(token.logp, 4)}, probability ${(100 * Math.exp(token.logp)).toPrecision(3)} %` : `${text}, not written by the model`;
+  if (!token.model) return `${text}, not written by the model`;
+  const more = [["kl", "KL"], ["entropy", "entropy"]].map(([name, word]) => { const value = scores?.[name]?.values[at]; return value === null || value === undefined ? "" : `, ${word} ${number(value, 3)}`; }).join("");
+  return `${text}, log-probability ${number(token.logp, 4)}, probability ${(100 * Math.exp(token.logp)).toPrecision(3)} %${more}`;
 }

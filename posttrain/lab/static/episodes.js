@@ -1,6 +1,6 @@
 // Episodes of a run: searched on the server, a page at a time; the address holds what was asked.
 
-import { Failed, address, ask, grouped, html, number, printable, useEffect, useRef, useState, useTitle } from "./ui.js";
+import { Failed, address, ask, grouped, html, number, printable, useData, useEffect, useRef, useState, useTitle } from "./ui.js";
 
 const PAGE = 40;
 const ORDERS = {
@@ -12,6 +12,7 @@ const KINDS = { train: "training", eval: "held-out" };
 
 export function Page({ run }) {
   useTitle(`Episodes of ${run}`);
+  const about = useData(`/api${address("runs", run)}`);
   const [query, setQuery] = useState(location.search);
   useEffect(() => {
     const back = () => setQuery(location.search);
@@ -27,13 +28,17 @@ export function Page({ run }) {
   const fields = Object.fromEntries(new URLSearchParams(query));
   return html`<p class="path"><a href="/runs">Runs</a> / <a href=${address("runs", run)}>${printable(run)}</a></p>
     <h1>Episodes</h1>
-    <${Filters} key=${query} fields=${fields} go=${go} />
+    <${Filters} key=${query} parts=${about.data?.parts || []} fields=${fields} go=${go} />
     <${Results} run=${run} fields=${fields} go=${go} />`;
 }
 
-function Filters({ fields, go }) {
+function Filters({ parts, fields, go }) {
   const form = useRef(null);
-  const send = (event) => { event?.preventDefault(); go(Object.fromEntries(new FormData(form.current))); };
+  const send = (event) => {
+    event?.preventDefault();
+    const asked = Object.fromEntries(new FormData(form.current));
+    go(asked.part ? asked : { ...asked, part: "", bound: "", limit: "" });
+  };
   const choice = (name, label, known, usual) => html`<label>${label}<select name=${name} onChange=${send}>
     ${Object.entries(known).map(([value, text]) => html`<option value=${value} selected=${value === (fields[name] || usual)}>${text}</option>`)}</select></label>`;
   return html`<form class="filters" ref=${form} onSubmit=${send} role="search" aria-label="Episodes">
@@ -41,7 +46,17 @@ function Filters({ fields, go }) {
     <label class="long">text in the prompt or the answer<input type="search" name="text" value=${fields.text || ""} /></label>
     <label class="short">from step<input name="first" inputmode="numeric" pattern="[0-9]*" value=${fields.first || ""} /></label>
     <label class="short">to step<input name="last" inputmode="numeric" pattern="[0-9]*" value=${fields.last || ""} /></label>
+    ${parts.length > 0 && html`<${Part} parts=${parts} fields=${fields} />`}
     <button>Search</button></form>`;
+}
+
+// A part of the reward and what it is compared with; all of it goes with the form's other fields.
+function Part({ parts, fields }) {
+  const known = Object.fromEntries([["", "any part of the reward"], ...parts.map((name) => [name, printable(name)])]);
+  const options = (all, chosen) => Object.entries(all).map(([value, text]) => html`<option value=${value} selected=${value === chosen}>${text}</option>`);
+  return html`<label>part of the reward<select name="part">${options(known, fields.part || "")}</select></label>
+    <label>is<select name="bound">${options({ most: "at most", least: "at least" }, fields.bound || "most")}</select></label>
+    <label class="short">value<input name="limit" inputmode="decimal" pattern="-?[0-9]*[.]?[0-9]*" value=${fields.limit || "0"} /></label>`;
 }
 
 // Goes on asking until a page is full or the rows are at an end; what is found is shown at once.

@@ -1,6 +1,6 @@
-// A pipeline: its models' evaluation cards side by side, its stages with the runs behind them, what was expected.
+// A pipeline: its models' evaluation cards as bars, what they said, its stages with the runs behind them, what was expected.
 
-import { Loaded, Table, address, html, number, percent, printable, useData, useTitle } from "./ui.js";
+import { Loaded, Table, address, grouped, html, number, percent, printable, useData, useState, useTitle } from "./ui.js";
 
 export function Page({ pipeline }) {
   useTitle(pipeline);
@@ -9,27 +9,61 @@ export function Page({ pipeline }) {
     <${Loaded} from=${found} of="the pipeline">${(record) => html`<${Pipeline} ...${record} />`}</${Loaded}>`;
 }
 
-function Pipeline({ about, finished, stages, figures, expected }) {
+function Pipeline({ name, about, finished, stages, figures, expected }) {
   const examined = stages.filter((stage) => stage.card);
   return html`<p class="lead">${printable(about)}</p>
     <p class="soft">${stages.length} stages have ended; ${finished ? "the pipeline is finished." : "more are to come."}</p>
-    <section><h2>Models</h2>${figures.length
-      ? html`<${Table} caption="The same held-out tasks for every model, with 95 % intervals" head=${["", ...examined.map((stage) => printable(stage.name))]}>
-          ${figures.map(({ name, share }) => html`<tr><th scope="row">${printable(name.replaceAll("_", " "))}</th>
-            ${examined.map((stage) => html`<td class="number">${estimate(stage.card[name], share ? percent : number)}</td>`)}</tr>`)}</${Table}>`
-      : html`<p class="soft">No model has been examined yet.</p>`}</section>
-    <section><h2>Stages</h2>${stages.length
+    <nav class="inside" aria-label="Parts of this page"><a href="#stages">Stages</a><a href="#models">What the models can do</a><a href="#answers">In their own words</a>
+      ${expected.length > 0 && html`<a href="#expected">Expected results</a>`}</nav>
+    <section id="stages"><h2>Stages</h2>${stages.length
       ? html`<${Table} caption="In the order they ran" head=${["stage", "what ran", "seconds", "what it made"]}>${stages.map((stage) => html`<tr>
-          <th scope="row">${stage.address ? html`<a href=${address("runs", stage.address)}>${printable(stage.name)}</a>` : printable(stage.name)}</th>
+          <th scope="row"><${Stage} of=${stage} /></th>
           <td>${printable(stage.run)}</td><td class="number">${number(stage.seconds)}</td>
-          <td>${Object.entries(stage.made).map(([name, value]) => `${printable(name.replaceAll("_", " "))} ${typeof value === "number" ? number(value) : printable(value)}`).join(", ")}</td></tr>`)}</${Table}>`
+          <td>${stage.card && html`<a href="#models">a model, with its card</a>`}
+            ${Object.entries(stage.made).map(([what, value]) => `${printable(what.replaceAll("_", " "))} ${typeof value === "number" ? number(value) : printable(value)}`).join(", ")}</td></tr>`)}</${Table}>`
       : html`<p class="soft">No stage has ended yet.</p>`}</section>
-    ${expected.length > 0 && html`<section><h2>Expected results</h2><${Table} caption="Results with the bounds that the recipe states" head=${["result", "expected", "found", ""]}>
+    <section id="models"><h2>What the models can do</h2>${figures.length
+      ? html`<p>Each model answered the same held-out tasks. A bar is the mean; the line over its end is where the mean lies with 95 % confidence. Where two lines
+          overlap, the difference may be chance.</p>
+          <div class="figures">${figures.map((figure) => html`<${Figure} key=${figure.name} figure=${figure} stages=${examined} />`)}</div>`
+      : html`<p class="soft">No model has been examined yet.</p>`}</section>
+    <section id="answers"><h2>In their own words</h2><${Answers} pipeline=${name} count=${examined.length} /></section>
+    ${expected.length > 0 && html`<section id="expected"><h2>Expected results</h2><${Table} caption="Results with the bounds that the recipe states" head=${["result", "expected", "found", "verdict"]}>
       ${expected.map((one) => html`<tr><th scope="row">${printable(one.name)}</th><td class="number">${number(one.low)} to ${number(one.high)}</td>
         <td class="number">${number(one.found, 4)}</td><td>${one.found === null ? "not measured yet" : one.low <= one.found && one.found <= one.high ? "✓ met" : "✗ missed"}</td></tr>`)}</${Table}></section>`}`;
 }
 
-function estimate(one, form) {
-  if (!one) return "–";
-  return html`${form(one.value)} <span class="soft">[${form(one.low)}, ${form(one.high)}]</span>`;
+function Stage({ of }) {
+  return of.address ? html`<a href=${address("runs", of.address)}>${printable(of.name)}</a>` : printable(of.name);
+}
+
+// One measure of every model: bars from zero, each with its interval, and the same in numbers.
+function Figure({ figure, stages }) {
+  const cards = stages.filter((stage) => stage.card[figure.name]);
+  const form = figure.share ? percent : number;
+  const most = figure.share ? 1 : Math.max(...cards.map((stage) => stage.card[figure.name].high), 0) || 1;
+  const place = (value) => `${100 * Math.min(1, Math.max(0, value / most))}%`;
+  const tasks = Math.max(...cards.map((stage) => stage.card[figure.name].n || 0), 0);
+  return html`<table class="figure"><caption><strong>${printable(figure.label)}</strong><span class="soft">${[figure.note, tasks && `${grouped(tasks)} tasks`].filter(Boolean).map((text) => `, ${printable(text)}`)}</span></caption>
+    <tbody>${cards.map((stage) => { const { value, low, high } = stage.card[figure.name]; return html`<tr>
+      <th scope="row"><${Stage} of=${stage} /></th>
+      <td><div class="value"><span class="measure" aria-hidden="true"><span class="mean" style=${{ width: place(value) }}></span>
+        <span class="interval" style=${{ left: place(low), width: `calc(${place(high)} - ${place(low)})` }}></span></span>
+        <span class="number">${form(value)} <span class="soft">[${form(low)}, ${form(high)}]</span></span></div></td></tr>`; })}</tbody></table>`;
+}
+
+// The same prompts, answered by each model when it was examined; one prompt at a time.
+function Answers({ pipeline, count }) {
+  const found = useData(`/api${address("pipelines", pipeline)}/answers`);
+  const [at, setAt] = useState(0);
+  return html`<${Loaded} from=${found} of="the recorded answers">${({ stages, prompts }) => {
+    if (!prompts.length) return html`<p class="soft">${count ? "The cards kept no answers." : "No model has been examined yet."}</p>`;
+    const shown = prompts[Math.min(at, prompts.length - 1)];
+    return html`<label class="pick">Prompt<select value=${at} onChange=${(event) => setAt(Number(event.target.value))}>
+        ${prompts.map((one, i) => html`<option value=${i}>${printable(one.capability.replaceAll("_", " "))}: ${printable(one.prompt).slice(0, 70)}</option>`)}</select></label>
+      <p class="said">${printable(shown.prompt)}</p>
+      <ol class="cards group">${shown.answers.map((answer, i) => answer && html`<li class="box"><h3>${printable(stages[i])}</h3>
+        <p class="said">${answer.text ? printable(answer.text) : "(nothing)"}</p>
+        <p class="soft">${answer.passed ? "✓ passed" : "✗ not passed"}${answer.detail && `: ${printable(answer.detail)}`}</p></li>`)}</ol>`;
+  }}</${Loaded}>`;
 }

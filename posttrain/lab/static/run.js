@@ -85,7 +85,7 @@ function Changes({ changes }) {
   if (!changes.length) return html`<p class="soft">No held-out measurement is stored.</p>`;
   const { from, to } = changes[0];
   const caption = "Held-out numbers, with 95 % intervals where they are known";
-  return html`<${Table} caption=${caption} head=${["", `step ${from}`, `step ${to}`]}>${changes.map((row) => html`<tr>
+  return html`<${Table} caption=${caption} head=${["measure", `step ${from}`, `step ${to}`]}>${changes.map((row) => html`<tr>
     <th scope="row">${printable(row.label)}</th><td class="number">${row.before}</td><td class="number">${row.after || "–"}</td></tr>`)}</${Table}>`;
 }
 

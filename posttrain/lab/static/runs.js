@@ -26,7 +26,7 @@ function Chooser({ runs }) {
 
 export function RunsTable({ runs, chosen, toggle }) {
   const head = ["run", "status", "step", "reward", "accuracy", "held-out accuracy", "algorithm", "tasks", "model", "started"];
-  return html`<${Table} caption="Runs, the newest first" head=${toggle ? ["", ...head] : head}>
+  return html`<${Table} caption="Runs, the newest first" head=${toggle ? ["compare", ...head] : head}>
     ${runs.map((run) => html`<tr key=${run.name}>
       ${toggle && html`<td><label class="tick"><input type="checkbox" aria-label=${`Compare ${printable(run.name)}`}
         disabled=${run.status === "damaged"} checked=${chosen.includes(run.name)} onChange=${() => toggle(run.name)} /></label></td>`}
