@@ -1,1 +1,1 @@
-"""The course: six chapters in Markdown, each in three layers, with numbers that the library computes when it is read."""
+"""The course: six chapters in Markdown, in three layers each, with numbers that are computed while they are read."""

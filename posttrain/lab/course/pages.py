@@ -51,7 +51,7 @@ def chapters() -> list[dict[str, Any]]:
 
 
 def read_chapter(name: str) -> dict[str, Any]:
-    """One chapter as JSON wants it. Raises ResumeError where there is none of that name, DataError where it is wrong."""
+    """One chapter as JSON wants it. Raises ResumeError for an unknown name, DataError where its text is wrong."""
     if name not in CHAPTERS:
         raise ResumeError(f"the course has no chapter {name!r}; it has {', '.join(CHAPTERS)}.")
     return {"name": name, **parse((FOLDER / f"{name}.md").read_text(encoding="utf-8"))}

@@ -7,13 +7,19 @@ from typing import Any
 from starlette.requests import Request
 from starlette.routing import BaseRoute
 
-from posttrain.lab.course import pages, worked
+from posttrain.lab.course import pages, worked, worked_algorithms, worked_challenges, worked_measured, worked_reasoning
 from posttrain.lab.course.working import Example
 from posttrain.lab.folders import Place
 from posttrain.lab.routing import get, named
 from posttrain.types import ResumeError
 
-EXAMPLES: dict[str, Example] = {**worked.EXAMPLES}
+EXAMPLES: dict[str, Example] = {
+    **worked.EXAMPLES,
+    **worked_algorithms.EXAMPLES,
+    **worked_measured.EXAMPLES,
+    **worked_reasoning.EXAMPLES,
+    **worked_challenges.EXAMPLES,
+}
 """Worked examples by the name that a chapter gives them."""
 
 

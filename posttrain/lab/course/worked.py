@@ -1,9 +1,136 @@
-"""The worked examples of chapters 1 to 3. Each calls the functions that train and writes down what they return."""
+"""The worked examples of chapters 1 and 2. Each calls the functions that train and writes down what they return."""
 
 from __future__ import annotations
 
-from posttrain.lab.course.working import Example, Step, Worked, one, tensor
-from posttrain.objectives.reward import bradley_terry
+import torch
+from torch.autograd.functional import hessian, jacobian
+
+from posttrain.evaluation import pass_at_k
+from posttrain.lab.course.working import Example, Step, Worked, many, one, tensor
+from posttrain.objectives.policy import reinforce
+from posttrain.objectives.preference import kto, sequence_logp
+from posttrain.objectives.reward import (
+    aggregate_steps,
+    binary,
+    bradley_terry,
+    centring,
+    ensemble,
+    expected_calibration_error,
+)
+from posttrain.objectives.tokens import token_logprobs
+
+ANSWERS = ("391", "381", "400")  # to "What is 23 × 17?"
+LOGITS = (0.2, 0.5, 0.0)
+
+
+# --- chapter 1 ------------------------------------------------------------------------------------------------------
+
+
+def log_probability() -> Worked:
+    """The probability of an answer is a product over its tokens; its logarithm is a sum."""
+    words = ("1", "3", "9", "stop")
+    tokens = torch.tensor([[0, 1, 2, 0, 3]])  # the first stands for the prompt
+    logits = torch.zeros(1, 5, 4, dtype=torch.float64)
+    logits[0, :4] = torch.tensor([[0.5, 2.0, 0.0, -1], [0.0, 0.5, 1.5, 0.0], [2.5, 0.5, 0.0, 1.0], [0, 0, 0, 3.0]])
+    logp = token_logprobs(logits, tokens)
+    whole = sequence_logp(logp, torch.tensor([[False, True, True, True, True]]))[0]
+    rows = [
+        (words[int(token)], *many((value.exp(), value)))
+        for token, value in zip(tokens[0, 1:], logp[0, 1:], strict=True)
+    ]
+    terms = " ".join(one(value) for value in logp[0, 1:])
+    return Worked(
+        title="The log-probability of “391”",
+        given="A model of four tokens writes 3, 9, 1 and the stop token; its logits were made up for this example.",
+        calls=("objectives.tokens.token_logprobs", "objectives.preference.sequence_logp"),
+        steps=(
+            Step(r"\log \pi(y \mid x) = \sum_t \log \pi(a_t \mid s_t)", terms, one(whole)),
+            Step(r"\pi(y \mid x)", rf"e^{{{one(whole)}}}", one(whole.exp())),
+        ),
+        head=("token", r"$\pi(a_t \mid s_t)$", r"$\log \pi$"),
+        rows=tuple(rows),
+    )
+
+
+def gradients(rewards: torch.Tensor, baseline: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """π (A,), and what REINFORCE estimates from each sampled answer, (A answers, A logits): value and probability."""
+    logits = tensor(*LOGITS).requires_grad_()
+    each: list[torch.Tensor] = []
+    for action, reward in enumerate(rewards):
+        logp = logits.log_softmax(0)[action].view(1, 1)
+        advantage = (reward - baseline).view(1, 1)
+        loss, _ = reinforce(logp, logp, advantage, torch.ones(1, 1, dtype=torch.bool), 0.2, 0.2)
+        each.append(-torch.autograd.grad(loss.sum(), logits)[0])
+    return logits.detach().softmax(0), torch.stack(each), logits.detach()
+
+
+def policy_gradient() -> Worked:
+    """The expectation of REINFORCE's estimate is the gradient of the expected reward, number for number."""
+    rewards = tensor(1, 0, 0)
+    pi, each, logits = gradients(rewards, 0.0)
+    logits.requires_grad_()
+    value = (logits.softmax(0) * rewards).sum()
+    exact = torch.autograd.grad(value, logits)[0]
+    mean = (pi.unsqueeze(1) * each).sum(0)
+    rows = [
+        (f"“{answer}”", one(r, 0), *many((p, e, m), 4))
+        for answer, r, p, e, m in zip(ANSWERS, rewards, pi, exact, mean, strict=True)
+    ]
+    return Worked(
+        title="The policy-gradient theorem on three answers",
+        given="“What is 23 × 17?” has three possible answers here, with logits θ = 0.2, 0.5 and 0. Only 391 is right.",
+        calls=("objectives.policy.reinforce",),
+        steps=(Step(r"J = \sum_y \pi_\theta(y) R(y)", rf"{one(pi[0], 4)} \cdot 1", one(value.detach(), 4)),),
+        head=(
+            "answer",
+            r"$R$",
+            r"$\pi_\theta$",
+            r"$\partial J / \partial \theta$",
+            r"$\mathbb{E}[R\, \nabla \log \pi]$",
+        ),
+        rows=tuple(rows),
+        after="The fourth column differentiates J itself. The fifth averages what REINFORCE estimates from each single "
+        "answer, weighted by how often that answer is sampled.",
+    )
+
+
+def baseline() -> Worked:
+    """A constant taken off the reward leaves the mean of the estimate and shrinks its spread."""
+    rows: list[tuple[str, ...]] = []
+    for name, shift, subtract in (("1 or 0", 0.0, False), ("11 or 10", 10.0, False), ("11 or 10", 10.0, True)):
+        rewards = tensor(1, 0, 0) + shift
+        pi = tensor(*LOGITS).softmax(0)
+        off = float((pi * rewards).sum()) if subtract else 0.0
+        pi, each, _ = gradients(rewards, off)
+        mean = (pi * each[:, 0]).sum()
+        spread = (pi * (each[:, 0] - mean).square()).sum().sqrt()
+        rows.append((name, one(off), one(mean, 4), one(spread, 4)))
+    return Worked(
+        title="What a baseline changes and what it does not",
+        given="The same three answers. The last two columns are of one sampled answer's estimate for the logit of 391.",
+        calls=("objectives.policy.reinforce",),
+        head=("rewards", r"$b$", "mean", "standard deviation"),
+        rows=tuple(rows),
+        after="The mean never moves. Ten points added to every reward make the estimate many times noisier, and the "
+        "baseline takes that noise away again.",
+    )
+
+
+def best_of() -> Worked:
+    """If somebody can tell which answer is right, sampling more is enough to have a right one."""
+    rows = [(str(k), f"{100 * pass_at_k(100, 17, k):.1f} %") for k in (1, 2, 4, 8, 16, 32)]
+    return Worked(
+        title="What choosing is worth",
+        given="A model writes 100 answers to a question and 17 are right. Somebody who recognises a right answer may "
+        "choose from k of them. How often is there one to choose?",
+        calls=("evaluation.pass_at_k",),
+        steps=(Step(r"1 - \binom{83}{k} \big/ \binom{100}{k}"),),
+        head=("k", "at least one right"),
+        rows=tuple(rows),
+    )
+
+
+# --- chapter 2 ------------------------------------------------------------------------------------------------------
 
 
 def bradley_terry_pair() -> Worked:
@@ -33,4 +160,221 @@ def bradley_terry_pair() -> Worked:
     )
 
 
-EXAMPLES: dict[str, Example] = {"bradley-terry": bradley_terry_pair}
+def likelihood() -> Worked:
+    """Seven wins out of ten: where the likelihood is largest."""
+    best = torch.tensor(7 / 3, dtype=torch.float64).log()
+    gaps = tensor(0.0, 0.5, float(best), 1.5)
+    zero = torch.zeros_like(gaps)
+    loss = 10 * bradley_terry(gaps, zero, torch.full_like(gaps, 0.7), zero)
+    slope = 7 - 10 * gaps.sigmoid()
+    rows = [many(row) for row in zip(gaps, gaps.sigmoid(), loss, slope, strict=True)]
+    return Worked(
+        title="The score difference that makes seven wins in ten most likely",
+        given="Answer w was preferred to l by 7 of 10 people. d is the difference of their scores.",
+        calls=("objectives.reward.bradley_terry",),
+        steps=(
+            Step(r"\hat d = \log \frac{n_w}{n_l}", r"\log \frac{7}{3}", one(best)),
+            Step(r"\sigma(\hat d)", rf"\sigma({one(best)})", one(best.sigmoid())),
+        ),
+        head=("$d$", r"$\sigma(d)$", r"$-\log L(d)$", r"$7 - 10\,\sigma(d)$"),
+        rows=tuple(rows),
+        after="The negative log-likelihood is lowest where its slope, the last column, is 0.",
+    )
+
+
+def fit(differences: torch.Tensor, labels: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Weights (F,) that minimise the Bradley–Terry loss of score differences `differences @ weights` (N, F)."""
+
+    def loss(weights: torch.Tensor) -> torch.Tensor:
+        gap = differences @ weights
+        return (counts * bradley_terry(gap, torch.zeros_like(gap), labels, torch.zeros_like(gap))).sum()
+
+    weights = torch.zeros(differences.shape[1], dtype=torch.float64)
+    for _ in range(12):  # Newton's method; the loss is convex
+        slope, curvature = jacobian(loss, weights), hessian(loss, weights)
+        assert isinstance(slope, torch.Tensor) and isinstance(curvature, torch.Tensor)
+        weights = weights - torch.linalg.solve(curvature, slope)
+    return weights
+
+
+def three_answers() -> Worked:
+    """Scores of three answers from thirty comparisons, and what the model cannot say."""
+    pairs = torch.tensor([[1.0, -1, 0], [0, 1, -1], [1, 0, -1]], dtype=torch.float64)
+    won = tensor(0.7, 0.8, 0.9)
+    scores = fit(pairs[:, :2], won, torch.full_like(won, 10))  # the third answer's score is held at 0
+    said = (pairs[:, :2] @ scores).sigmoid()
+    names = ("A over B", "B over C", "A over C")
+    rows = [(name, f"{10 * w:.0f} of 10", one(p)) for name, w, p in zip(names, won, said, strict=True)]
+    return Worked(
+        title="Scores of three answers from thirty comparisons",
+        given="Ten people compared each pair of the answers A, B and C. The score of C is held at 0.",
+        calls=("objectives.reward.bradley_terry",),
+        steps=(Step(r"\hat r_A", "", one(scores[0])), Step(r"\hat r_B", "", one(scores[1]))),
+        head=("comparison", "people", "model"),
+        rows=tuple(rows),
+        after="One number an answer cannot match every share exactly: the three shares would need to fit together.",
+    )
+
+
+def cross_entropy() -> Worked:
+    """The loss of a pair is binary cross-entropy with the score difference as logit."""
+    gap = tensor(0.8)
+    zero, sure = tensor(0.0), tensor(1.0)
+    pair, soft = bradley_terry(gap, zero, sure, zero)[0], bradley_terry(gap, zero, tensor(0.75), zero)[0]
+    rows = [
+        ("certain, label 1", one(pair), one(binary(gap, sure)[0])),
+        ("three of four people, label 0.75", one(soft), one(binary(gap, tensor(0.75))[0])),
+        ("a tie, label 0.5", *many((bradley_terry(gap, zero, tensor(0.5), zero)[0], binary(gap, tensor(0.5))[0]))),
+        ("better by a margin of 1", one(bradley_terry(gap, zero, sure, sure)[0]), one(binary(gap - 1, sure)[0])),
+    ]
+    return Worked(
+        title="A pair is one example of a two-class problem",
+        given="Scores differ by 0.8. The loss of the pair, and the cross-entropy of a classifier with logit 0.8 (less "
+        "the margin, where there is one).",
+        calls=("objectives.reward.bradley_terry", "objectives.reward.binary"),
+        head=("what people said", "Bradley–Terry", "cross-entropy"),
+        rows=tuple(rows),
+    )
+
+
+def shift() -> Worked:
+    """Scores have no zero of their own; centring gives them one."""
+    zero, sure = tensor(0.0), tensor(1.0)
+    rows: list[tuple[str, ...]] = []
+    for add in (0.0, 5.0, -0.8):
+        c, r = tensor(1.2 + add), tensor(0.4 + add)
+        rows.append((one(c[0], 1), one(r[0], 1), one(bradley_terry(c, r, sure, zero)[0]), one(centring(c, r)[0], 2)))
+    return Worked(
+        title="Only differences count",
+        given="The same number is added to both scores of a pair.",
+        calls=("objectives.reward.bradley_terry", "objectives.reward.centring"),
+        head=("$r_w$", "$r_l$", "loss", "$(r_w + r_l)^2$"),
+        rows=tuple(rows),
+        after="The loss stays; the centring term is 0 only where the two scores lie around 0.",
+    )
+
+
+def length_bias() -> Worked:
+    """A model that sees correctness and length learns to pay for both."""
+    differences = torch.tensor([[1.0, 1], [1, -1], [0, 1], [0, -1], [-1, 1]], dtype=torch.float64)
+    counts = tensor(30, 14, 12, 4, 6)
+    weights = fit(differences, torch.ones_like(counts), counts)
+    what = ("right and longer", "right and shorter", "equally right, longer", "equally right, shorter", "wrong, longer")
+    rows = [
+        (name, f"{int(n)}", one(s)) for name, n, s in zip(what, counts, (differences @ weights).sigmoid(), strict=True)
+    ]
+    padded = weights[1]
+    return Worked(
+        title="How a reward model comes to like length",
+        given="66 comparisons. The model scores an answer by whether it is right and by its length in units of twenty "
+        "words: r = w₁ · right + w₂ · length.",
+        calls=("objectives.reward.bradley_terry",),
+        steps=(
+            Step(r"\hat w_1", "", one(weights[0]), "The most likely weights are"),
+            Step(r"\hat w_2", "", one(weights[1])),
+            Step(
+                r"P(\text{padded} \succ \text{plain}) = \sigma(\hat w_2)",
+                rf"\sigma({one(padded)})",
+                one(padded.sigmoid()),
+                "Twenty words that say nothing, added to a right answer, would be preferred with probability",
+            ),
+        ),
+        head=("the preferred answer was", "times", r"$P$ of the model"),
+        rows=tuple(rows),
+    )
+
+
+def judges() -> Worked:
+    """Three reward models agree on one answer and not on the other."""
+    scores = torch.tensor([[1.0, 2.6], [0.9, -0.4], [1.1, 2.3]], dtype=torch.float64)  # (models, answers)
+    joined = [(how, *many(ensemble(scores, how, 1.0), 2)) for how in ("mean", "min", "penalised")]
+    rows = [(f"model {i + 1}", *many(row, 2)) for i, row in enumerate(scores)] + joined
+    return Worked(
+        title="Three judges and their quarrel",
+        given="Three reward models score two answers. The last row takes off the variance between them, λ = 1.",
+        calls=("objectives.reward.ensemble",),
+        head=("judge", "plain answer", "odd answer"),
+        rows=tuple(rows),
+        after="The mean prefers the odd answer. Both cautious rules prefer the one on which the models agree.",
+    )
+
+
+def calibrated() -> Worked:
+    """Confidence against frequency, in bins."""
+    probability = tensor(0.55, 0.58, 0.65, 0.72, 0.78, 0.85, 0.88, 0.93, 0.96, 0.98)
+    outcome = tensor(1, 0, 0, 1, 1, 0, 1, 1, 1, 0)
+    error, counts, confidence, frequency = expected_calibration_error(probability, outcome, 10)
+    rows = [
+        (f"{b / 10:.1f} to {(b + 1) / 10:.1f}", str(int(counts[b])), *many((confidence[b], frequency[b]), 2))
+        for b in range(5, 10)
+        if counts[b]
+    ]
+    return Worked(
+        title="Is a model that says 90 % right nine times in ten?",
+        given="Ten held-out pairs: how sure the model was of the answer it scored higher, and whether people agreed.",
+        calls=("objectives.reward.expected_calibration_error",),
+        steps=(
+            Step(r"\mathrm{ECE} = \sum_b \frac{n_b}{N}\, |\text{frequency}_b - \text{confidence}_b|", "", one(error)),
+        ),
+        head=("confidence", "pairs", "mean confidence", "people agreed"),
+        rows=tuple(rows),
+    )
+
+
+def steps() -> Worked:
+    """One solution of four steps, the third of them doubtful, and what an outcome model would see."""
+    right = tensor(0.98, 0.95, 0.40, 0.97)
+    mask = torch.ones(1, 4, dtype=torch.bool)
+    rows = [(how, one(aggregate_steps(right.unsqueeze(0), mask, how)[0])) for how in ("min", "product", "last", "mean")]
+    logit = torch.logit(tensor(0.40))
+    return Worked(
+        title="Four steps, one of them doubtful",
+        given="A process model thinks that the steps of a solution are right with probability 0.98, 0.95, 0.40, 0.97.",
+        calls=("objectives.reward.aggregate_steps", "objectives.reward.binary"),
+        steps=(
+            Step(
+                r"-\log(1 - \sigma(z_3))",
+                r"-\log(1 - 0.40)",
+                one(binary(logit, tensor(0.0))[0]),
+                "If the third step was labelled wrong, its share of the loss is",
+            ),
+        ),
+        head=("rule", "score of the solution"),
+        rows=tuple(rows),
+    )
+
+
+def unpaired() -> Worked:
+    """KTO's loss of single answers, by how far the policy has moved."""
+    moved = tensor(-4, -1, 0, 1, 4)
+    zero, base = torch.zeros_like(moved), torch.tensor(0.0)
+    good = kto(moved, zero, torch.ones(5, dtype=torch.bool), base, 0.5, 1.0, 1.0)
+    bad = kto(moved, zero, torch.zeros(5, dtype=torch.bool), base, 0.5, 1.0, 1.0)
+    rows = [(one(m, 0), *many((g, b))) for m, g, b in zip(moved, good, bad, strict=True)]
+    return Worked(
+        title="One answer, one thumb",
+        given="Answers judged alone, with β = 0.5 and a reference point of 0. The first column is by how many nats the "
+        "policy has made the answer more likely.",
+        calls=("objectives.preference.kto",),
+        head=(r"$\log \pi / \pi_{\text{ref}}$", "loss if good", "loss if bad"),
+        rows=tuple(rows),
+        after="At both ends the loss is flat: an answer that is already settled, or hopeless, teaches little.",
+    )
+
+
+EXAMPLES: dict[str, Example] = {
+    "log-probability": log_probability,
+    "policy-gradient": policy_gradient,
+    "baseline": baseline,
+    "best-of": best_of,
+    "bradley-terry": bradley_terry_pair,
+    "likelihood": likelihood,
+    "three-answers": three_answers,
+    "cross-entropy": cross_entropy,
+    "shift": shift,
+    "length-bias": length_bias,
+    "ensemble": judges,
+    "calibration": calibrated,
+    "steps": steps,
+    "unpaired": unpaired,
+}

@@ -1,0 +1,476 @@
+"""The worked examples of chapter 3. Each calls the functions that train and writes down what they return."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import torch
+
+from posttrain.lab.course.working import Example, Step, Worked, many, one, tensor
+from posttrain.objectives.advantages import group_relative, leave_one_out
+from posttrain.objectives.policy import clip, ratio
+from posttrain.objectives.preference import PAIR_LOSSES, implicit_rewards, kto, kto_baseline, log_odds, log_ratio_gap
+from posttrain.objectives.tokens import kl_k3
+from posttrain.objectives.values import adaptive_kl, gae, token_rewards, value_loss
+
+HERE = torch.ones(1, 4, dtype=torch.bool)
+
+
+def signed(value: torch.Tensor | float, digits: int = 2) -> str:
+    """A number as it stands after an operator: in brackets where it is negative."""
+    text = one(value, digits)
+    return f"({text})" if text.startswith("-") else text
+
+
+# --- the objective --------------------------------------------------------------------------------------------------
+
+
+def optimum() -> Worked:
+    """The best policy under a KL penalty, and what others earn."""
+    reference, rewards, beta = tensor(0.6, 0.3, 0.1), tensor(0.0, 1.0, 2.0), 1.0
+    weights = reference * (rewards / beta).exp()
+    best = weights / weights.sum()
+
+    def earns(policy: torch.Tensor) -> tuple[str, ...]:
+        apart = torch.xlogy(policy, policy / reference).sum()
+        return many((reward := (policy * rewards).sum(), apart, reward - beta * apart))
+
+    rows = [
+        (name, *many(policy, 3), *earns(policy))
+        for name, policy in (
+            ("reference", reference),
+            ("only the best answer", tensor(0, 0, 1)),
+            ("between the two", tensor(0.3, 0.3, 0.4)),
+            ("the optimum", best),
+        )
+    ]
+    z = weights.sum()
+    return Worked(
+        title="The best policy that pays for leaving",
+        given="Three answers with reference probabilities 0.6, 0.3, 0.1 and rewards 0, 1, 2; β = 1.",
+        calls=("torch.xlogy",),
+        steps=(
+            Step(
+                r"Z = \sum_y \pi_{\text{ref}}(y)\, e^{r(y)/\beta}",
+                r"0.6\,e^0 + 0.3\,e^1 + 0.1\,e^2",
+                one(z),
+            ),
+            Step(
+                r"\pi^*(y_3) = \tfrac{1}{Z} \pi_{\text{ref}}(y_3)\, e^{r(y_3)/\beta}",
+                rf"0.1\,e^2 / {one(z)}",
+                one(best[2]),
+            ),
+            Step(r"\beta \log Z", "", one(beta * z.log()), "The optimum earns exactly"),
+        ),
+        head=(
+            "policy",
+            r"$\pi(y_1)$",
+            r"$\pi(y_2)$",
+            r"$\pi(y_3)$",
+            r"$\mathbb{E}[r]$",
+            "KL",
+            r"$\mathbb{E}[r] - \beta\,$KL",
+        ),
+        rows=tuple(rows),
+    )
+
+
+def per_token() -> Worked:
+    """A score at the end and a price for every token."""
+    logp, ref = tensor(-0.4, -1.0, -0.2, -0.1).unsqueeze(0), tensor(-0.5, -2.0, -0.3, -0.1).unsqueeze(0)
+    apart = logp - ref
+    rewards = token_rewards(tensor(1.0), apart, HERE, 0.1)[0]
+    rows = [(str(t + 1), *many((logp[0, t], ref[0, t], apart[0, t], rewards[t]), 2)) for t in range(4)]
+    return Worked(
+        title="The reward of each token",
+        given="An answer of four tokens scored 1. The penalty's coefficient is 0.1.",
+        calls=("objectives.values.token_rewards",),
+        steps=(
+            Step(r"r_4 = R - \beta\,(\log\pi - \log\pi_{\text{ref}})", r"1 - 0.1 \cdot 0.00", one(rewards[3], 2)),
+            Step(
+                r"\sum_t r_t", "", one(rewards.sum(), 2), "All tokens together earn the score less the whole penalty:"
+            ),
+        ),
+        head=("t", r"$\log \pi$", r"$\log \pi_{\text{ref}}$", "difference", "$r_t$"),
+        rows=tuple(rows),
+    )
+
+
+def advantages() -> Worked:
+    """Generalised advantage estimation on four tokens, for three values of λ."""
+    rewards = tensor(-0.01, -0.10, -0.01, 1.0).unsqueeze(0)
+    values = tensor(0.5, 0.4, 0.7, 0.9).unsqueeze(0)
+    (td, _), (some, back), (whole, _) = (gae(rewards, values, HERE, 1.0, lam) for lam in (0.0, 0.95, 1.0))
+    rows = [
+        (str(t + 1), *many((rewards[0, t], values[0, t], td[0, t], some[0, t], whole[0, t], back[0, t])))
+        for t in range(4)
+    ]
+    return Worked(
+        title="GAE, from the last token to the first",
+        given="The rewards of four tokens and what a critic expected before each; γ = 1, λ = 0.95.",
+        calls=("objectives.values.gae",),
+        steps=(
+            Step(r"A_4 = \delta_4 = r_4 - V_4", r"1 - 0.9", one(some[0, 3])),
+            Step(r"\delta_3 = r_3 + V_4 - V_3", r"-0.01 + 0.9 - 0.7", one(td[0, 2])),
+            Step(r"A_3 = \delta_3 + \lambda A_4", rf"{one(td[0, 2])} + 0.95 \cdot {one(some[0, 3])}", one(some[0, 2])),
+            Step(r"\delta_2 = r_2 + V_3 - V_2", r"-0.10 + 0.7 - 0.4", one(td[0, 1])),
+            Step(r"A_2 = \delta_2 + \lambda A_3", rf"{one(td[0, 1])} + 0.95 \cdot {one(some[0, 2])}", one(some[0, 1])),
+        ),
+        head=(
+            "t",
+            "$r_t$",
+            "$V_t$",
+            r"$A_t,\ \lambda = 0$",
+            r"$A_t,\ \lambda = 0.95$",
+            r"$A_t,\ \lambda = 1$",
+            "return",
+        ),
+        rows=tuple(rows),
+    )
+
+
+def clipping() -> Worked:
+    """PPO's surrogate for four ratios and both signs of the advantage."""
+    rows: list[tuple[str, ...]] = []
+    for advantage in (1.0, -1.0):
+        for r in (0.7, 0.9, 1.1, 1.5):
+            logp = tensor(r).log().unsqueeze(0).requires_grad_()
+            here = torch.ones(1, 1, dtype=torch.bool)
+            loss, clipped = clip(logp, torch.zeros_like(logp), torch.full_like(logp, advantage), here, 0.2, 0.2)
+            slope = -torch.autograd.grad(loss.sum(), logp)[0]
+            rows.append((f"{advantage:+.0f}", *many((r, -loss.detach()), 2), one(slope, 2), "yes" if clipped else "no"))
+    return Worked(
+        title="Where the clip takes the gradient away",
+        given="One token, ε = 0.2. The gradient is of the surrogate by log π: above 0 the token becomes more likely.",
+        calls=("objectives.policy.clip",),
+        head=("$A$", r"$\rho$", "surrogate", "gradient", "clipped"),
+        rows=tuple(rows),
+        after="Only two of the eight are clipped: a good token that is already much likelier, and a bad one that is "
+        "already much less likely. A mistake in the other direction keeps its gradient.",
+    )
+
+
+def critic_loss() -> Worked:
+    """The clipped value loss."""
+    value, old, back = tensor(0.9).unsqueeze(0), tensor(0.5).unsqueeze(0), tensor(1.0).unsqueeze(0)
+    here = torch.ones(1, 1, dtype=torch.bool)
+    loss, clipped = value_loss(value, old, back, here, 0.2)
+    free, _ = value_loss(value, old, back, here, 0.0)
+    return Worked(
+        title="A critic's loss",
+        given="The critic said 0.5 when the answer was sampled and says 0.9 now; the return was 1.",
+        calls=("objectives.values.value_loss",),
+        steps=(
+            Step(r"\tfrac12 (V - R)^2", r"\tfrac12 (0.9 - 1)^2", one(free)),
+            Step(
+                r"\tfrac12 \max\big((V - R)^2, (V_{\text{clip}} - R)^2\big)",
+                r"\tfrac12 \max\big((0.9 - 1)^2, (0.7 - 1)^2\big)",
+                one(loss),
+                f"With a clip range of 0.2, {'its gradient is gone' if clipped else 'nothing is clipped'}:",
+            ),
+        ),
+    )
+
+
+def controller() -> Worked:
+    """A coefficient that follows the KL it should hold."""
+    rows = [(one(k, 1), one(adaptive_kl(0.1, k, 6.0, 10000, 512), 5)) for k in (2.0, 5.0, 6.0, 9.0)]
+    return Worked(
+        title="A coefficient that steers",
+        given="β is 0.1, the target is 6 nats an answer, the horizon 10,000 answers; 512 answers were sampled.",
+        calls=("objectives.values.adaptive_kl",),
+        steps=(
+            Step(
+                r"\beta \leftarrow \beta\,\Big(1 + \mathrm{clip}\big(\tfrac{\mathrm{KL}}{6} - 1, \pm 0.2\big)"
+                r" \tfrac{n}{10000}\Big)"
+            ),
+        ),
+        head=("measured KL", r"new $\beta$"),
+        rows=tuple((a, b) for a, b in rows),
+    )
+
+
+# --- from preferences -----------------------------------------------------------------------------------------------
+
+CHOSEN, REJECTED, REF_CHOSEN, REF_REJECTED = -12.0, -14.0, -13.0, -13.5  # summed log-probabilities
+
+
+def pair_loss(name: str, *logps: float, beta: float, margin: float = 0.0) -> float:
+    """One pair's loss under its name in PAIR_LOSSES."""
+    given = [tensor(value) for value in logps]
+    return float(PAIR_LOSSES[name](*given, beta, tensor(1.0), tensor(margin))[0])
+
+
+def direct() -> Worked:
+    """DPO's loss of one pair, step by step."""
+    given = [tensor(value) for value in (CHOSEN, REJECTED, REF_CHOSEN, REF_REJECTED)]
+    better, worse = implicit_rewards(*given, 0.1)
+    gap = log_ratio_gap(*given)[0]
+    loss = pair_loss("sigmoid", CHOSEN, REJECTED, REF_CHOSEN, REF_REJECTED, beta=0.1)
+    pull = 0.1 * float((-0.1 * gap).sigmoid())
+    return Worked(
+        title="DPO on one pair",
+        given="Log-probabilities of whole answers: the policy gives the better −12.0 and the worse −14.0, the "
+        "reference −13.0 and −13.5. β = 0.1.",
+        calls=("objectives.preference.implicit_rewards", "objectives.preference.sigmoid"),
+        steps=(
+            Step(
+                r"\hat r_w = \beta \log \frac{\pi(y_w)}{\pi_{\text{ref}}(y_w)}", r"0.1\,(-12.0 + 13.0)", one(better[0])
+            ),
+            Step(
+                r"\hat r_l = \beta \log \frac{\pi(y_l)}{\pi_{\text{ref}}(y_l)}", r"0.1\,(-14.0 + 13.5)", one(worse[0])
+            ),
+            Step(r"L = -\log \sigma(\hat r_w - \hat r_l)", rf"-\log \sigma({one(0.1 * gap)})", one(loss)),
+            Step(
+                r"\beta\,\sigma(\hat r_l - \hat r_w)",
+                rf"0.1 \cdot \sigma({one(-0.1 * gap)})",
+                one(pull, 4),
+                "The weight with which its gradient raises the better answer and lowers the worse:",
+            ),
+        ),
+    )
+
+
+def cancels() -> Worked:
+    """The implicit reward of the optimal policy is the reward, up to one number a prompt."""
+    reference, rewards, beta = tensor(0.6, 0.3, 0.1), tensor(0.0, 1.0, 2.0), 0.5
+    best = torch.log_softmax(reference.log() + rewards / beta, 0)
+    implied, _ = implicit_rewards(best, best, reference.log(), reference.log(), beta)
+    z = torch.logsumexp(reference.log() + rewards / beta, 0)
+    rows = [(f"$y_{i + 1}$", *many((rewards[i], best[i].exp(), implied[i], implied[i] + beta * z))) for i in range(3)]
+    return Worked(
+        title="The partition function cancels",
+        given="Rewards 0, 1, 2, reference probabilities 0.6, 0.3, 0.1, β = 0.5, and the optimal policy for them.",
+        calls=("objectives.preference.implicit_rewards",),
+        steps=(
+            Step(r"\beta \log Z", "", one(beta * z)),
+            Step(
+                r"\hat r(y_3) - \hat r(y_2)",
+                rf"{one(implied[2])} - {signed(implied[1], 3)}",
+                one(implied[2] - implied[1]),
+                "Differences of implicit rewards are differences of rewards:",
+            ),
+        ),
+        head=("answer", "$r$", r"$\pi^*$", r"$\beta \log \pi^* / \pi_{\text{ref}}$", r"$+ \beta \log Z$"),
+        rows=tuple(rows),
+    )
+
+
+def squared() -> Worked:
+    """IPO beside DPO: a target instead of a push without end."""
+    rows = [
+        (one(h, 0), *many((pair_loss("sigmoid", h, 0, 0, 0, beta=0.1), pair_loss("ipo", h, 0, 0, 0, beta=0.1)), 2))
+        for h in (0.0, 2.0, 5.0, 8.0, 40.0)
+    ]
+    return Worked(
+        title="IPO has somewhere to stop",
+        given="The gap h = log-ratio of the better answer less that of the worse, in nats; β = τ = 0.1.",
+        calls=("objectives.preference.ipo", "objectives.preference.sigmoid"),
+        steps=(Step(r"\Big(h - \frac{1}{2\tau}\Big)^2", r"\Big(2 - \frac{1}{0.2}\Big)^2", rows[1][2], "At h = 2:"),),
+        head=("$h$", "DPO", "IPO"),
+        rows=tuple(rows),
+        after="DPO’s loss falls for ever. IPO’s is 0 at h = 5 and rises again beyond it.",
+    )
+
+
+def unpaired() -> Worked:
+    """KTO: a reference point, then one answer at a time."""
+    base = kto_baseline(tensor(0.5, 1.5, -0.2, 0.6), tensor(0.0, 0.0, 0.0, 0.0))
+    good = kto(tensor(-11.0), tensor(-13.0), torch.tensor([True]), base, 0.5, 1.0, 1.0)[0]
+    bad = kto(tensor(-11.0), tensor(-13.0), torch.tensor([False]), base, 0.5, 1.0, 1.0)[0]
+    return Worked(
+        title="KTO on one answer",
+        given="The policy gives an answer −11.0 nats, the reference −13.0. Four answers that belong to other prompts "
+        "have log-ratios 0.5, 1.5, −0.2 and 0.6. β = 0.5, both weights 1.",
+        calls=("objectives.preference.kto_baseline", "objectives.preference.kto"),
+        steps=(
+            Step(
+                r"z_0 = \text{mean}\big(\log \tfrac{\pi}{\pi_{\text{ref}}}\big)",
+                r"\tfrac14 (0.5 + 1.5 - 0.2 + 0.6)",
+                one(base),
+            ),
+            Step(
+                r"L_{\text{good}} = 1 - \sigma(\beta (r - z_0))",
+                rf"1 - \sigma\big(0.5\,(2.0 - {one(base, 2)})\big)",
+                one(good),
+                "If people called the answer good:",
+            ),
+            Step(
+                r"L_{\text{bad}} = 1 - \sigma(\beta (z_0 - r))",
+                rf"1 - \sigma\big(0.5\,({one(base, 2)} - 2.0)\big)",
+                one(bad),
+                "If they called it bad:",
+            ),
+        ),
+    )
+
+
+def odds() -> Worked:
+    """ORPO: likelihood and odds in one loss."""
+    better, worse = tensor(-0.5), tensor(-0.9)
+    gap = (log_odds(better) - log_odds(worse))[0]
+    term = pair_loss("orpo", -0.5, -0.9, 0, 0, beta=0.25)
+    return Worked(
+        title="ORPO on one pair",
+        given="Mean log-probability per token: the better answer −0.5, the worse −0.9. λ = 0.25.",
+        calls=("objectives.preference.log_odds", "objectives.preference.orpo"),
+        steps=(
+            Step(
+                r"\log \text{odds}_w = \log \frac{p}{1 - p}",
+                r"\log \frac{e^{-0.5}}{1 - e^{-0.5}}",
+                one(log_odds(better)[0]),
+            ),
+            Step(r"\log \text{odds}_l", r"\log \frac{e^{-0.9}}{1 - e^{-0.9}}", one(log_odds(worse)[0])),
+            Step(
+                r"L_{\text{OR}} = -\lambda \log \sigma(\text{difference})", rf"-0.25 \log \sigma({one(gap)})", one(term)
+            ),
+            Step(r"L = -\log p_w + L_{\text{OR}}", rf"0.5 + {one(term)}", one(0.5 + term)),
+        ),
+    )
+
+
+def simple() -> Worked:
+    """SimPO: the mean per token, and a margin."""
+    loss = pair_loss("simpo", -0.5, -0.9, 0, 0, beta=2.0, margin=1.0)
+    plain = pair_loss("simpo", -0.5, -0.9, 0, 0, beta=2.0)
+    return Worked(
+        title="SimPO on the same pair",
+        given="Mean log-probability per token: the better answer −0.5, the worse −0.9. β = 2, γ = 1.",
+        calls=("objectives.preference.simpo",),
+        steps=(
+            Step(r"\beta (\bar c - \bar r) - \gamma", r"2\,(-0.5 + 0.9) - 1", one(2 * 0.4 - 1)),
+            Step(r"L = -\log \sigma(\cdot)", rf"-\log \sigma({one(2 * 0.4 - 1)})", one(loss)),
+            Step(r"-\log \sigma(0.8)", "", one(plain), "Without the margin the pair would already be nearly settled:"),
+        ),
+    )
+
+
+# --- without a critic -----------------------------------------------------------------------------------------------
+
+
+def others() -> Worked:
+    """RLOO and the group mean on four answers."""
+    rewards = tensor(1, 0, 0, 1).unsqueeze(0)
+    mean, without = group_relative(rewards)[0], leave_one_out(rewards)[0]
+    scaled = group_relative(rewards, "sample")[0]
+    rows = [(str(i + 1), one(rewards[0, i], 0), *many((without[i], mean[i], scaled[i]))) for i in range(4)]
+    return Worked(
+        title="Four answers to one question",
+        given="Rewards 1, 0, 0, 1.",
+        calls=("objectives.advantages.leave_one_out", "objectives.advantages.group_relative"),
+        steps=(
+            Step(r"A_1^{\text{RLOO}} = r_1 - \tfrac13 (r_2 + r_3 + r_4)", r"1 - \tfrac13 (0 + 0 + 1)", one(without[0])),
+            Step(
+                r"\frac{G}{G - 1}\,(r_1 - \bar r)",
+                r"\tfrac43\,(1 - 0.5)",
+                one(4 / 3 * mean[0]),
+                "The same by the group mean:",
+            ),
+            Step(
+                r"\hat A_1 = \frac{r_1 - \mu_G}{\sigma_G}",
+                rf"\frac{{1 - 0.5}}{{{one(rewards.std())}}}",
+                one(scaled[0]),
+                "GRPO divides by the group’s standard deviation:",
+            ),
+        ),
+        head=("i", "$r_i$", "RLOO", r"$r_i - \mu_G$", r"$(r_i - \mu_G) / \sigma_G$"),
+        rows=tuple(rows),
+    )
+
+
+def unbiased() -> Worked:
+    """Every group that can be drawn, enumerated: the expectation of both estimators is the gradient."""
+    pi, rewards = tensor(0.3, 0.7), tensor(1.0, 0.0)
+    score = tensor(1.0, 0.0) - pi[0]  # d log π(answer) / d logit of the right one
+    exact = (pi * rewards * score).sum()
+    found: list[tuple[str, ...]] = []
+    for size in (2, 4, 8):
+        drawn = torch.tensor(list(product((0, 1), repeat=size)))  # (groups, G)
+        chance, scores = pi[drawn].prod(1), score[drawn]
+        mean, others = (
+            (chance * (estimator(rewards[drawn]) * scores).mean(1)).sum()
+            for estimator in (group_relative, leave_one_out)
+        )
+        found.append((str(size), *many((exact, mean, (1 - 1 / size) * exact, others), 5)))
+    return Worked(
+        title="All groups that could have been drawn",
+        given="A question that is answered rightly with probability 0.3. Each group of G answers is weighed with its "
+        "probability; the numbers are the expected estimate of the gradient of J by the right answer’s logit.",
+        calls=("objectives.advantages.group_relative", "objectives.advantages.leave_one_out"),
+        head=("$G$", r"$\nabla J$", "group mean", r"$(1 - 1/G)\, \nabla J$", "leave one out"),
+        rows=tuple(found),
+    )
+
+
+def group_as_critic() -> Worked:
+    """How well the mean of a group knows the value of a prompt."""
+    p = torch.tensor(0.3, dtype=torch.float64)
+    rows: list[tuple[str, ...]] = []
+    for size in (2, 4, 8, 16):
+        counts = torch.arange(size + 1, dtype=torch.float64)
+        log_choose = torch.lgamma(torch.tensor(size + 1.0)) - torch.lgamma(counts + 1) - torch.lgamma(size - counts + 1)
+        chance = (log_choose + counts * p.log() + (size - counts) * (1 - p).log()).exp()
+        spread = (chance * (counts / size - p).square()).sum().sqrt()
+        flat = chance[0] + chance[-1]
+        rows.append((str(size), one(spread), one((p * (1 - p) / size).sqrt()), one(flat)))
+    return Worked(
+        title="A group’s mean as a critic",
+        given="A question that is answered rightly with probability V = 0.3. How far is the mean of G rewards from V?",
+        calls=("torch.lgamma",),
+        steps=(Step(r"\text{standard error} = \sqrt{V (1 - V) / G}"),),
+        head=("$G$", "spread, enumerated", "by the formula", "all rewards equal"),
+        rows=tuple(rows),
+        after="The last column is the share of groups that teach nothing, because every answer earned the same.",
+    )
+
+
+def objective() -> Worked:
+    """GRPO's objective on four answers of one token each."""
+    rewards = tensor(1, 0, 0, 1).unsqueeze(0)
+    advantage = group_relative(rewards, "sample", 1e-4)
+    old = tensor(-1.0, -0.5, -1.2, -2.0).unsqueeze(0)
+    new = tensor(-0.7, -0.6, -1.6, -1.95).unsqueeze(0)
+    reference = tensor(-1.0, -0.5, -1.3, -2.0).unsqueeze(0)
+    rho = ratio(new, old, HERE)[0]
+    loss, clipped = clip(new, old, advantage, HERE, 0.2, 0.2)
+    apart = kl_k3(new, reference)[0]
+    rows = [
+        (str(i + 1), *many((advantage[0, i], rho[i], -loss[0, i], apart[i])), "yes" if clipped[0, i] else "no")
+        for i in range(4)
+    ]
+    total = loss.mean() + 0.04 * apart.mean()
+    return Worked(
+        title="GRPO’s loss of one group",
+        given="Four answers of one token each, with rewards 1, 0, 0, 1, after one update; ε = 0.2, β = 0.04.",
+        calls=("objectives.advantages.group_relative", "objectives.policy.clip", "objectives.tokens.kl_k3"),
+        steps=(
+            Step(r"L = -\tfrac14 \sum_i \min(\cdot)", "", one(loss.mean())),
+            Step(
+                r"+\, \beta\, \overline{\mathrm{KL}}",
+                rf"{one(loss.mean())} + 0.04 \cdot {one(apart.mean())}",
+                one(total),
+            ),
+        ),
+        head=("i", r"$\hat A_i$", r"$\rho_i$", r"$\min(\rho \hat A, \text{clip}(\rho) \hat A)$", "KL", "clipped"),
+        rows=tuple(rows),
+    )
+
+
+EXAMPLES: dict[str, Example] = {
+    "optimum": optimum,
+    "token-rewards": per_token,
+    "gae": advantages,
+    "clip": clipping,
+    "value-loss": critic_loss,
+    "adaptive-kl": controller,
+    "dpo": direct,
+    "cancels": cancels,
+    "ipo": squared,
+    "kto": unpaired,
+    "orpo": odds,
+    "simpo": simple,
+    "rloo": others,
+    "unbiased": unbiased,
+    "group-as-critic": group_as_critic,
+    "grpo-loss": objective,
+}
