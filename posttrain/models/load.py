@@ -7,6 +7,7 @@ held against transformers' own on a few tokens, so an architecture this package 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from posttrain.types import ConfigError, TemplateError
 
 ABACUS = Path(__file__).parent / "abacus"
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.25}  # on logits; a wrong mask or position is off by whole units
+_loading = threading.Lock()  # transformers builds a model under settings of the whole process, so one at a time
 
 
 @dataclass
@@ -82,9 +84,10 @@ def load_policy(cfg: ModelConfig, device: torch.device | str = "cpu") -> Policy:
     dtype = torch.float32 if cfg.dtype == "float32" else torch.bfloat16
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, use_safetensors=True, attn_implementation="sdpa"
-        )
+        with _loading:
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, use_safetensors=True, attn_implementation="sdpa"
+            )
     except (OSError, ValueError) as error:
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ConfigError(f"model {cfg.path!r} cannot be loaded: {first}") from None
