@@ -1,0 +1,252 @@
+"""A reward model that is right where it was trained, and a policy small enough to be optimised against it in seconds.
+
+A shop is asked one question. The true reward is a rule that anybody can read. The starting policy imitates clerks of
+mixed care; a judge, who knows the rule and slips now and then, compares pairs of its answers; a reward model learns a
+weight for each word from those pairs. Near the starting policy hardly a word is said twice, so that a weight a word is
+about right. Further out it is not: nothing taught the model that the ninth "station" is worth less than the first.
+
+B answers of at most LONGEST words, W words. Answers are (B, LONGEST) int64, filled up with STOP. Everything is a
+function of its arguments and of a generator that the caller owns.
+"""
+
+from __future__ import annotations
+
+import random
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch.nn.functional import one_hot
+
+from posttrain.objectives.advantages import leave_one_out
+from posttrain.objectives.policy import POLICY_LOSSES
+from posttrain.objectives.reward import bradley_terry
+from posttrain.objectives.tokens import kl, select
+
+QUESTION = "When are you open, and where do I find you?"
+FACTS, WRONG, POLITE = ("nine", "six", "station"), ("ten", "harbour"), ("welcome", "please", "thanks")
+OTHERS = tuple("we are open from to near the come visit us see you soon really lovely shop".split())
+WORDS = (*FACTS, *WRONG, *POLITE, *OTHERS)
+STOP, START = len(WORDS), len(WORDS) + 1
+LONGEST, SHORT = 12, 10
+HIDDEN = 24
+FACT, FALSE, COURTESY, REPEAT, EXTRA = 1.0, -1.0, 0.5, -0.5, -0.25
+"""Points: a fact that was asked for, a wrong one, being polite exactly once, saying a word again, a word past SHORT."""
+CLERKS: tuple[dict[str, float], ...] = (
+    {"welcome": 0.35},
+    {"we are open": 0.7, "lovely shop": 0.15, "open": 0.15},
+    {"from nine": 0.5, "from ten": 0.2},
+    {"to six": 0.45},
+    {"near the station": 0.4, "near the harbour": 0.2},
+    {"come visit us": 0.15, "see you soon": 0.15, "really lovely": 0.1},
+    {"thanks": 0.18, "please": 0.12},
+)
+"""How the clerks answer: of each row one phrase at the share beside it, or nothing."""
+STUTTER = 0.2  # share of the clerks' answers in which one word is said twice
+SLIP = 0.5  # points that make the judge's choice certain by one unit of log-odds
+PAIRS, ANSWERS, IMITATION, FITTING = 800, 64, 400, 200
+
+
+class Policy(NamedTuple):
+    """What the next word depends on: the one before, which words have been said, and how many."""
+
+    before: torch.Tensor  # (W + 2, HIDDEN)
+    said: torch.Tensor  # (W, HIDDEN)
+    place: torch.Tensor  # (LONGEST, HIDDEN)
+    out: torch.Tensor  # (HIDDEN, W + 1)
+    bias: torch.Tensor  # (W + 1,)
+
+    def learning(self) -> Policy:
+        """A copy with gradients."""
+        return Policy._make(numbers.detach().clone().requires_grad_() for numbers in self)
+
+
+class World(NamedTuple):
+    """Where optimisation starts, what it optimises, and how right the reward model is on held-out pairs there."""
+
+    start: Policy
+    weights: torch.Tensor  # (W,) points for each time that a word stands in an answer
+    bias: float  # makes the mean at the start the true one; Bradley–Terry leaves it free
+    agreement: float
+
+
+class Step(NamedTuple):
+    """A policy's answers (B, LONGEST) at one step with what both rewards say of them (B,), and log π / π_start (B,)."""
+
+    answers: torch.Tensor
+    proxy: torch.Tensor
+    true: torch.Tensor
+    distance: torch.Tensor
+
+
+# --- answers and what they are worth --------------------------------------------------------------------------------
+
+
+def counts(answers: torch.Tensor) -> torch.Tensor:
+    """How often each word stands in each answer, (B, W) float32."""
+    return one_hot(answers, STOP + 1).sum(1)[:, :STOP].float()
+
+
+def points(answers: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The true reward by part, (B,) each; their sum is the reward."""
+    said = counts(answers)
+    facts, wrong, polite = said[:, :3], said[:, 3:5], said[:, 5:8]
+    return {
+        "facts": FACT * (facts > 0).sum(1),
+        "wrong facts": FALSE * (wrong > 0).sum(1),
+        "polite once": COURTESY * (polite.sum(1) == 1),
+        "words said again": REPEAT * (said - 1).clamp_min(0).sum(1),
+        f"words past {SHORT}": EXTRA * (said.sum(1) - SHORT).clamp_min(0),
+    }
+
+
+def true_reward(answers: torch.Tensor) -> torch.Tensor:
+    """(B,) points."""
+    return torch.stack(list(points(answers).values())).sum(0)
+
+
+def written(answer: torch.Tensor) -> str:
+    """One answer (LONGEST,) as text."""
+    return " ".join(WORDS[word] for word in answer.tolist() if word != STOP)
+
+
+def read(text: str) -> torch.Tensor:
+    """The answer (LONGEST,) of a text, cut after LONGEST words. Raises ValueError for a word that is not known."""
+    words = [WORDS.index(word) for word in text.split()][:LONGEST]
+    return torch.tensor(words + [STOP] * (LONGEST - len(words)))
+
+
+# --- the policy -----------------------------------------------------------------------------------------------------
+
+
+def logits(policy: Policy, before: torch.Tensor, said: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    """Of the next word, (…, W + 1): `before` (…) int64, `said` (…, W) zeros and ones, `place` (…, HIDDEN)."""
+    return torch.tanh(policy.before[before] + said @ policy.said + place) @ policy.out + policy.bias
+
+
+def log_probabilities(policy: Policy, answers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each word given those before it (B, LONGEST), and where the policy chose: up to the first STOP."""
+    before = torch.cat([torch.full_like(answers[:, :1], START), answers[:, :-1]], 1)
+    said = one_hot(before, START + 1)[..., :STOP].cumsum(1).clamp(max=1).float()
+    given = logits(policy, before, said, policy.place)
+    logp, _ = select(given.flatten(0, 1), answers.flatten())
+    return logp.view_as(answers), before != STOP
+
+
+@torch.no_grad()
+def sample(policy: Policy, count: int, generator: torch.Generator) -> torch.Tensor:
+    """`count` answers, drawn exactly from the policy."""
+    before, said = torch.full((count,), START), torch.zeros(count, STOP + 1)
+    answers: list[torch.Tensor] = []
+    for place in policy.place:
+        chances = torch.softmax(logits(policy, before, said[:, :STOP], place), -1)
+        word = torch.multinomial(chances, 1, generator=generator)[:, 0]
+        before = torch.where(before == STOP, STOP, word)
+        said[torch.arange(count), before] = 1
+        answers.append(before)
+    return torch.stack(answers, 1)
+
+
+def demonstrations(count: int, seed: int) -> torch.Tensor:
+    """Answers of clerks, some of whom forget a fact, name a wrong one or stutter."""
+    draw = random.Random(seed)
+    rows: list[torch.Tensor] = []
+    for _ in range(count):
+        phrases = [draw.choices([*row, ""], [*row.values(), 1 - sum(row.values())])[0] for row in CLERKS]
+        words = " ".join(phrases).split()
+        if draw.random() < STUTTER:
+            at = draw.randrange(len(words))
+            words.insert(at, words[at])
+        rows.append(read(" ".join(words)))
+    return torch.stack(rows)
+
+
+def imitate(answers: torch.Tensor, steps: int, generator: torch.Generator) -> Policy:
+    """A policy trained to give such answers: the mean negative log-probability of a word, with Adam."""
+    shapes = ((STOP + 2, HIDDEN), (STOP, HIDDEN), (LONGEST, HIDDEN), (HIDDEN, STOP + 1))
+    drawn = [0.2 * torch.randn(*shape, generator=generator) for shape in shapes]
+    policy = Policy._make([*drawn, torch.zeros(STOP + 1)]).learning()
+    optimizer = torch.optim.Adam(policy, lr=0.02)
+    for _ in range(steps):
+        rows = answers[torch.randint(len(answers), (ANSWERS,), generator=generator)]
+        logp, mask = log_probabilities(policy, rows)
+        optimizer.zero_grad()
+        (-logp[mask].mean()).backward()
+        optimizer.step()
+    return Policy._make(numbers.detach() for numbers in policy)
+
+
+# --- the reward model -----------------------------------------------------------------------------------------------
+
+
+def compare(first: torch.Tensor, second: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """(B,) bool: whether the judge prefers the first. Two answers a point apart are told right 88 times of 100."""
+    chances = torch.sigmoid((true_reward(first) - true_reward(second)) / SLIP)
+    return torch.rand(len(first), generator=generator) < chances
+
+
+def fit(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+    """A weight a word (W,), in points, by maximum likelihood of the judge's choices, drawn a little towards 0."""
+    weights = torch.zeros(STOP, requires_grad=True)
+    optimizer = torch.optim.Adam([weights], lr=0.05)
+    good, bad, sure = counts(chosen), counts(rejected), torch.ones(len(chosen))
+    for _ in range(FITTING):
+        loss = bradley_terry(good @ weights / SLIP, bad @ weights / SLIP, sure, 0 * sure).mean()
+        optimizer.zero_grad()
+        (loss + 1e-3 * weights.square().sum()).backward()
+        optimizer.step()
+    return weights.detach()
+
+
+def agreement(proxy: torch.Tensor, true: torch.Tensor) -> float | None:
+    """Of all pairs of answers that differ in true reward, the share that the proxy puts in the same order."""
+    proxies, truths = proxy[:, None] - proxy, true[:, None] - true
+    differ = truths > 0
+    return float((proxies[differ] > 0).float().mean()) if bool(differ.any()) else None
+
+
+@lru_cache(maxsize=8)
+def make_world(seed: int) -> World:
+    """The starting policy and its reward model, a function of the seed alone; takes about a second."""
+    generator = torch.Generator().manual_seed(seed)
+    start = imitate(demonstrations(PAIRS, seed), IMITATION, generator)
+    first, second = sample(start, PAIRS, generator), sample(start, PAIRS, generator)
+    better = compare(first, second, generator)[:, None]
+    weights = fit(torch.where(better, first, second), torch.where(better, second, first))
+    both = torch.cat([first, second])
+    bias = float((true_reward(both) - counts(both) @ weights).mean())
+    unseen = sample(start, PAIRS, generator)
+    right = agreement(counts(unseen) @ weights, true_reward(unseen))
+    return World(start, weights, bias, right if right is not None else 0.0)
+
+
+# --- optimisation ---------------------------------------------------------------------------------------------------
+
+
+class Optimisation:
+    """One run: REINFORCE with the others of the group as baseline (RLOO) on proxy − β · KL, one update a step.
+
+    The KL is part of the reward, its k1 estimate summed over an answer, so that the expected gradient is that of the
+    objective with the penalty. β = 0 is no penalty. The numbers of a run depend on (world, beta, seed) alone.
+    """
+
+    def __init__(self, world: World, beta: float, seed: int, rate: float = 0.004) -> None:
+        self.world, self.beta = world, beta
+        self.policy = world.start.learning()
+        self._optimizer = torch.optim.Adam(self.policy, lr=rate)
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def step(self) -> Step:
+        """What the policy answers now; then it is updated."""
+        answers = sample(self.policy, ANSWERS, self._generator)
+        logp, mask = log_probabilities(self.policy, answers)
+        with torch.no_grad():
+            reference, _ = log_probabilities(self.world.start, answers)
+        distance = torch.where(mask, kl(logp.detach(), reference, "k1"), 0).sum(1)
+        proxy = counts(answers) @ self.world.weights + self.world.bias
+        advantages = leave_one_out((proxy - self.beta * distance)[None])[0][:, None].expand_as(logp)
+        loss, _ = POLICY_LOSSES["reinforce"](logp, logp.detach(), advantages, mask, 0, 0)
+        self._optimizer.zero_grad()
+        (loss.sum() / ANSWERS).backward()
+        self._optimizer.step()
+        return Step(answers, proxy, true_reward(answers), distance)
