@@ -116,11 +116,16 @@ function loadKatex() {
 // A formula in TeX, which is the lab's own text; drawn with MathML beside it, which screen readers read.
 export function Formula({ tex, display = false }) {
   const place = useRef(null);
+  const [drawn, setDrawn] = useState(false);
   useEffect(() => {
     let open = true;
-    loadKatex().then((library) => open && library.render(tex, place.current, { displayMode: display, throwOnError: false }));
+    loadKatex().then((library) => {
+      if (!open) return;
+      library.render(tex, place.current, { displayMode: display, throwOnError: false });
+      setDrawn(true);
+    });
     return () => { open = false; };
   }, [tex, display]);
-  const label = { class: display ? "formula display" : "formula", ref: place };
-  return display ? html`<div ...${label} tabindex="0" role="group" aria-label="Formula"><code>${printable(tex)}</code></div>` : html`<span ...${label}><code>${printable(tex)}</code></span>`;
+  const inside = html`<span ref=${place}></span>${!drawn && html`<code>${printable(tex)}</code>`}`;
+  return display ? html`<div class="formula display" tabindex="0" role="group" aria-label="Formula">${inside}</div>` : html`<span class="formula">${inside}</span>`;
 }
