@@ -151,6 +151,14 @@ class _Entry:
 
 _entries: OrderedDict[tuple[Path, int], _Entry] = OrderedDict()
 _lock = threading.Lock()
+_warming = threading.Lock()
+
+
+def warm() -> None:
+    """Imports what a model needs, which takes seconds the first time. Two threads that import the same modules from
+    both ends can see unfinished ones, so one does it and the others wait."""
+    with _warming:
+        from posttrain import talk  # noqa: F401  (it needs all of them)
 
 
 def models(place: Place) -> dict[str, Path]:
@@ -190,6 +198,7 @@ def open_model(place: Place, name: str) -> Opened:
     Raises ResumeError for an unknown name, ConfigError and TemplateError for files that make no model.
     """
     folder = find_model(place, name)
+    warm()
     key = (folder.resolve(), (folder / "config.json").stat().st_mtime_ns)
     with _lock:
         entry = _entries.setdefault(key, _Entry())
