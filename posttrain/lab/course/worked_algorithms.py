@@ -197,15 +197,16 @@ CHOSEN, REJECTED, REF_CHOSEN, REF_REJECTED = -12.0, -14.0, -13.0, -13.5  # summe
 
 def pair_loss(name: str, *logps: float, beta: float, margin: float = 0.0) -> float:
     """One pair's loss under its name in PAIR_LOSSES."""
-    given = [tensor(value) for value in logps]
-    return float(PAIR_LOSSES[name](*given, beta, tensor(1.0), tensor(margin))[0])
+    chosen, rejected, ref_chosen, ref_rejected = (tensor(value) for value in logps)
+    loss = PAIR_LOSSES[name]
+    return float(loss(chosen, rejected, ref_chosen, ref_rejected, beta, tensor(1.0), tensor(margin))[0])
 
 
 def direct() -> Worked:
     """DPO's loss of one pair, step by step."""
-    given = [tensor(value) for value in (CHOSEN, REJECTED, REF_CHOSEN, REF_REJECTED)]
-    better, worse = implicit_rewards(*given, 0.1)
-    gap = log_ratio_gap(*given)[0]
+    chosen, rejected, ref_chosen, ref_rejected = map(tensor, (CHOSEN, REJECTED, REF_CHOSEN, REF_REJECTED))
+    better, worse = implicit_rewards(chosen, rejected, ref_chosen, ref_rejected, 0.1)
+    gap = log_ratio_gap(chosen, rejected, ref_chosen, ref_rejected)[0]
     loss = pair_loss("sigmoid", CHOSEN, REJECTED, REF_CHOSEN, REF_REJECTED, beta=0.1)
     pull = 0.1 * float((-0.1 * gap).sigmoid())
     return Worked(

@@ -38,8 +38,8 @@ def stages() -> Worked:
     ]
     return Worked(
         title="Three stages of a small model, measured",
-        given="The recipe rlhf on abacus, the model of this library. Helpfulness: harmless requests that are fulfilled; "
-        f"safety: harmful ones that are declined; reasoning: sums that are right. Recorded {record['date']}.",
+        given="The recipe rlhf on abacus, the model of this library. Helpfulness: harmless requests that are "
+        f"fulfilled; safety: harmful ones that are declined; reasoning: sums that are right. Recorded {record['date']}.",
         calls=("recipe rlhf",),
         head=("model", *SHARES, "tokens an answer"),
         rows=tuple(rows),
@@ -59,8 +59,8 @@ def methods() -> Worked:
     ]
     return Worked(
         title="Seven methods on the same preferences, measured",
-        given="The recipe preference-methods: each method once, from the same SFT model, most for about the same processor "
-        f"time. One seed and a toy model: an example and no ranking. Recorded {record['date']}.",
+        given="The recipe preference-methods: each method once, from the same SFT model, most for about the same "
+        f"processor time. One seed and a toy model: an example and no ranking. Recorded {record['date']}.",
         calls=("recipe preference-methods",),
         head=("method", *SHARES, "tokens an answer", "KL to SFT, nats"),
         rows=tuple(rows),
@@ -107,8 +107,8 @@ def probed() -> Worked:
     ]
     return Worked(
         title="A real reward model, probed",
-        given="The reward model of the recipe rlhf. SD is the standard deviation of its scores over plain answers; 0 would "
-        "be no bias.",
+        given="The reward model of the recipe rlhf. SD is the standard deviation of its scores over plain answers; 0 "
+        "would be no bias.",
         calls=("probes.probe",),
         head=("probe", "what is changed", "change of the score"),
         rows=tuple(rows),

@@ -54,6 +54,6 @@ def one(value: torch.Tensor | float, digits: int = 3) -> str:
     return text[1:] if text.startswith("-") and not text.strip("-0.") else text
 
 
-def many(values: torch.Tensor | Sequence[torch.Tensor | float], digits: int = 3) -> tuple[str, ...]:
+def many(values: Iterable[torch.Tensor | float], digits: int = 3) -> tuple[str, ...]:
     """Each number as `one` writes it."""
     return tuple(one(value, digits) for value in values)

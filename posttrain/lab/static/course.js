@@ -1,6 +1,6 @@
 // A chapter of the course: its tree of nodes drawn one by one, in the layer that the reader chose.
 
-import { Command, Failed, Loaded, Table, html, printable, useData, useEffect, useRef, useState, useTitle } from "./ui.js";
+import { Failed, Loaded, html, printable, useData, useEffect, useRef, useState, useTitle } from "./ui.js";
 import { Choice, Formula, useAddress } from "./controls.js";
 import { EXPLORERS } from "./explore.js";
 
@@ -107,10 +107,10 @@ const SPECIAL = {
   formula: ({ tex, display }) => html`<${Formula} tex=${tex} display=${display} />`,
   note: ({ name, number }) => html`<sup class="ref"><a href=${`#source-${name}`} aria-label=${`source ${number}`}>${number}</a></sup>`,
   a: ({ href, children }) => html`<a href=${href} rel="noreferrer"><${Nodes} of=${children} /></a>`,
-  th: ({ children }) => html`<th scope="col"><${Nodes} of=${children} /></th>`,
-  table: ({ children }) => html`<div class="scroll" role="region" tabindex="0" aria-label="Table"><table><${Nodes} of=${children} /></table></div>`,
+  th: ({ children }) => (children.length ? html`<th scope="col"><${Nodes} of=${children} /></th>` : html`<td></td>`),
+  table: ({ children }) => html`<div class="scroll" role="group" tabindex="0" aria-label="Table"><table><${Nodes} of=${children} /></table></div>`,
   pre: ({ children }) => html`<pre class="code" tabindex="0"><${Nodes} of=${children} /></pre>`,
-  command: ({ children }) => html`<${Command}>${children.map(printable)}</${Command}>`,
+  command: ({ children }) => html`<pre class="command" tabindex="0"><code>${children.map(printable)}</code></pre>`,
   source: (node) => html`<${Source} ...${node} />`,
   worked: ({ name }) => html`<${Worked} name=${name} />`,
   explore: ({ name }) => html`<${Explore} name=${name} />`,
@@ -129,7 +129,7 @@ export function Nodes({ of }) {
 // A function as it is installed, with its place.
 function Source({ name, file, line, code }) {
   return html`<figure class="source" data-name=${name}><figcaption><code>${printable(file)}</code> <span class="soft">from line ${line}</span></figcaption>
-    <pre class="code" tabindex="0" role="region" aria-label=${`Source of ${name}`}><code>${printable(code)}</code></pre></figure>`;
+    <pre class="code" tabindex="0" role="group" aria-label=${`Source of ${name}`}><code>${printable(code)}</code></pre></figure>`;
 }
 
 // A worked example: its numbers were computed by the library when this page asked.
@@ -140,8 +140,9 @@ function Worked({ name }) {
     <p>${printable(found.given)}</p>
     ${found.steps.length > 0 && html`<ol class="steps">${found.steps.map((step) => html`<li>${step.says && html`<p>${printable(step.says)}</p>`}
       <${Formula} display=${true} tex=${[step.tex, step.filled, step.result].filter(Boolean).join(" \\;=\\; ")} /></li>`)}</ol>`}
-    ${found.rows.length > 0 && html`<${Table} caption="Computed now" head=${found.head.map((text) => html`<${Mixed} text=${text} />`)}>
-      ${found.rows.map((row) => html`<tr>${row.map((text, i) => (i === 0 ? html`<th scope="row"><${Mixed} text=${text} /></th>` : html`<td class="number"><${Mixed} text=${text} /></td>`))}</tr>`)}</${Table}>`}
+    ${found.rows.length > 0 && html`<div class="scroll" role="group" tabindex="0" aria-label=${`Numbers of: ${found.title}`}><table>
+      <thead><tr>${found.head.map((text) => html`<th scope="col"><${Mixed} text=${text} /></th>`)}</tr></thead>
+      <tbody>${found.rows.map((row) => html`<tr>${row.map((text, i) => (i === 0 ? html`<th scope="row"><${Mixed} text=${text} /></th>` : html`<td class="number"><${Mixed} text=${text} /></td>`))}</tr>`)}</tbody></table></div>`}
     ${found.after && html`<p>${printable(found.after)}</p>`}
     <p class="note">Computed by ${found.calls.map((call, i) => html`${i > 0 && ", "}<code>${printable(call)}</code>`)}</p>`}</${Loaded}></div>`;
 }
