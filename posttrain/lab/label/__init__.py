@@ -1,0 +1,1 @@
+"""Labelling: people say which of two answers is better, and a reward model learns from what they said."""

@@ -1,0 +1,93 @@
+"""Labels as preferences that `posttrain reward` and `posttrain dpo` read: JSON Lines, one file for each content.
+
+A file's name ends in a digest of what it holds, so that a run which learned from it names exactly its data, and what
+is labelled later becomes another file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from posttrain.lab.label.store import FOLDER, Label, Pair, Queue, prompt_rows
+from posttrain.store.durable import publish_file
+from posttrain.types import ConfigError, DataError
+
+Who = Literal["each", "majority", "share"]
+"""`each`: every annotator's label is a row. `majority`: a row a pair, what most said, a tie where no choice has most.
+`share`: a row a pair whose label is the share of annotators that prefer it, a tie counting half."""
+Ties = Literal["keep", "drop"]
+"""`keep` writes a tie as a row with label 0.5, which Bradley–Terry and DPO learn from; `drop` leaves it out."""
+
+
+def rows(pairs: Sequence[Pair], labels: Sequence[Label], who: str = "each", ties: str = "keep") -> list[dict[str, Any]]:
+    """The rows of an export, by pair and then by annotator. Raises ConfigError for an unknown way."""
+    for name, value, known in (("who", who, get_args(Who)), ("ties", ties, get_args(Ties))):
+        if value not in known:
+            raise ConfigError(f"{name}={value!r} is unknown; use one of {', '.join(known)}.")
+    said: dict[str, list[Label]] = {}
+    for label in labels:
+        said.setdefault(label.pair, []).append(label)
+    found: list[dict[str, Any]] = []
+    for pair in pairs:
+        own = sorted(said.get(pair.id, []), key=lambda label: label.annotator)
+        if who == "each":
+            found += [_row(pair, _worth(label.preferred), [label.annotator]) for label in own]
+        elif own:
+            worth = _worth(_most([x.preferred for x in own])) if who == "majority" else _mean(own)
+            found.append(_row(pair, worth, [label.annotator for label in own]))
+    return [row for row in found if ties == "keep" or row["label"] != 0.5]
+
+
+def text_of(queue: Queue, who: str = "each", ties: str = "keep") -> str:
+    """The file's text. Raises DataError where there is no label to write."""
+    found = rows(queue.pairs(), queue.labels(), who, ties)
+    if not found:
+        raise DataError(f"queue {queue.name} has no label to export yet. Label a pair, or keep the ties.")
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found)
+
+
+def write(queue: Queue, who: str = "each", ties: str = "keep") -> tuple[Path, int]:
+    """Writes the file beside the database, whole or not at all: (its path, its rows)."""
+    text = text_of(queue, who, ties)
+    path = queue.path.with_name(f"{queue.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.jsonl")
+    publish_file(path, text)
+    return path, text.count("\n")
+
+
+def written(root: Path, queue: str) -> dict[str, Path]:
+    """File name → path of what was exported of a queue."""
+    mine = re.compile(rf"{re.escape(queue)}-[0-9a-f]{{8}}\.jsonl")
+    return {path.name: path for path in sorted((root / FOLDER).glob("*.jsonl")) if mine.fullmatch(path.name)}
+
+
+def _worth(preferred: str) -> float:
+    return {"a": 1.0, "b": 0.0, "tie": 0.5}[preferred]
+
+
+def _most(said: Sequence[str]) -> str:
+    """What most said; a tie where two choices are level."""
+    ranked = Counter(said).most_common(2)
+    return "tie" if len(ranked) > 1 and ranked[0][1] == ranked[1][1] else ranked[0][0]
+
+
+def _mean(labels: Sequence[Label]) -> float:
+    return sum(_worth(label.preferred) for label in labels) / len(labels)
+
+
+def _row(pair: Pair, worth: float, annotators: Sequence[str]) -> dict[str, Any]:
+    """`worth` is the probability that a is the better one; the row's own is of its `chosen`, and so 1/2 or more."""
+    chosen, rejected = (pair.a, pair.b) if worth >= 0.5 else (pair.b, pair.a)
+    return {
+        "id": pair.id,
+        "prompt": prompt_rows(pair.prompt),
+        "chosen": chosen,
+        "rejected": rejected,
+        "label": max(worth, 1 - worth),
+        "annotator": ", ".join(annotators),
+    }

@@ -1,0 +1,133 @@
+"""What a reward model that learned from a queue's labels says of its pairs, and how often people say the same."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from posttrain.config import DataConfig
+from posttrain.data.files import Row, read_rows
+from posttrain.data.preferences import row_to_preference
+from posttrain.data.sources import content_key, split_holdout, usable
+from posttrain.intervals import wilson
+from posttrain.lab.label.agreement import share
+from posttrain.lab.label.store import Label, Pair, Queue, prompt_rows
+from posttrain.store.run import Run
+from posttrain.types import ConfigError, PosttrainError, RolloutError, Task
+
+if TYPE_CHECKING:
+    from posttrain.rewards.models import RewardModel
+
+Scores = dict[str, tuple[float, float] | None]
+"""Pair → scores of a and b; None where an answer is too long for the model to read."""
+EVERYONE = "everyone"
+_known: dict[tuple[Path, Path], Scores] = {}
+_lock = threading.Lock()
+
+
+def compare(queue: Queue, run: Path, data: Path) -> dict[str, Any]:
+    """`agreement` with each annotator on prompts the model was not trained on and on those it was, and `pairs`.
+
+    `run` is a finished reward model that learned from the export `data`. Loads it, the first time, and scores
+    every pair of the queue. Raises ConfigError for a run without a model.
+    """
+    pairs, labels = queue.pairs(), queue.labels()
+    cfg, seed = _asked(run)
+    trained = trained_on(data, cfg, seed)
+    known = {pair.id for pair in pairs if _key(pair, cfg) in trained}
+    scores = score(queue, run, pairs)
+    said: dict[str, list[list[str]]] = {}
+    for label in labels:
+        said.setdefault(label.pair, []).append([label.annotator, label.preferred])
+    rows = [_judged(pair, scores[pair.id], pair.id in known, said.get(pair.id, [])) for pair in pairs]
+    return {"agreement": agreement(labels, scores, known), "pairs": rows}
+
+
+def agreement(labels: Sequence[Label], scores: Scores, known: set[str]) -> list[dict[str, Any]]:
+    """How often the higher-scored answer is the one an annotator preferred, of labels that are no tie.
+
+    `known` are the pairs whose prompts the model was trained on; `held_out` counts the others. The intervals take
+    labels as independent, which several of one pair are not: read those of single annotators.
+    """
+    rows: list[dict[str, Any]] = []
+    for name in [*sorted({label.annotator for label in labels}), EVERYONE]:
+        own = [x for x in labels if name in (x.annotator, EVERYONE) and x.preferred != "tie" and scores.get(x.pair)]
+        line: dict[str, Any] = {"name": name}
+        for part, wanted in (("held_out", False), ("trained", True)):
+            some = [x for x in own if (x.pair in known) == wanted]
+            line[part] = share(wilson(sum(_agrees(x, scores) for x in some), len(some)))
+        rows.append(line)
+    return rows
+
+
+def trained_on(data: Path, cfg: DataConfig, seed: int) -> set[str]:
+    """What was asked in the pairs of a file that a run with these settings trains on: the keys of their prompts."""
+    rows = read_rows(str(data), cfg.count)
+    parsed = usable(rows, lambda row: row_to_preference(row, cfg.system, cfg.instruction), cfg, [])
+    train = parsed if cfg.eval_tasks else split_holdout(parsed, cfg.holdout, seed)[0]
+    return {content_key(pair) for pair in train}
+
+
+def score(queue: Queue, run: Path, pairs: Sequence[Pair]) -> Scores:
+    """The scores of all pairs, computed once for each run while the lab is open."""
+    with _lock:
+        if (run, queue.path) not in _known:
+            _known[run, queue.path] = _scored(_loaded(run), pairs)
+        return _known[run, queue.path]
+
+
+def _judged(pair: Pair, found: tuple[float, float] | None, known: bool, said: list[list[str]]) -> dict[str, Any]:
+    """A pair with both scores and σ of their difference, the probability that a is preferred to b."""
+    shown = {"id": pair.id, "prompt": pair.prompt[-1].content, "answers": [pair.a, pair.b]}
+    gap = None if found is None else max(-700.0, min(700.0, found[0] - found[1]))
+    odds = None if gap is None else 1 / (1 + math.exp(-gap))
+    return {**shown, "scores": found, "probability": odds, "held_out": not known, "said": said}
+
+
+def _agrees(label: Label, scores: Scores) -> bool:
+    found = scores[label.pair]
+    assert found is not None
+    return found[0] > found[1] if label.preferred == "a" else found[1] > found[0]
+
+
+def _asked(run: Path) -> tuple[DataConfig, int]:
+    """The data section and the seed of a run."""
+    with Run.read(run) as store:
+        recipe = store.header.get("recipe", {})
+    try:
+        return DataConfig(**recipe["data"]), int(recipe["run"]["seed"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"the recipe of {run} cannot be read ({error}). It is from another version.") from None
+
+
+def _key(pair: Pair, cfg: DataConfig) -> str:
+    """The key of a pair's prompt as a run shows it to its model."""
+    row = Row(pair.id, {"prompt": prompt_rows(pair.prompt), "chosen": pair.a, "rejected": pair.b})
+    return content_key(row_to_preference(row, cfg.system, cfg.instruction))
+
+
+def _loaded(run: Path) -> RewardModel:
+    from posttrain.config import RewardConfig
+    from posttrain.rewards.models import load_reward_model
+
+    return load_reward_model(f"model:{run}", RewardConfig())
+
+
+def _scored(model: RewardModel, pairs: Sequence[Pair]) -> Scores:
+    asked = [(Task(pair.id, "label", pair.prompt, None), text) for pair in pairs for text in (pair.a, pair.b)]
+    try:
+        flat = [float(score) for score in model.scores(asked)]
+        return {pair.id: (flat[2 * i], flat[2 * i + 1]) for i, pair in enumerate(pairs)}
+    except RolloutError:  # one is too long: find out which
+        return {pair.id: _scored_alone(model, asked[2 * i : 2 * i + 2]) for i, pair in enumerate(pairs)}
+
+
+def _scored_alone(model: RewardModel, two: Sequence[tuple[Task, str]]) -> tuple[float, float] | None:
+    try:
+        first, second = model.scores(two)
+        return float(first), float(second)
+    except PosttrainError:
+        return None

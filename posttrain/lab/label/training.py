@@ -1,0 +1,125 @@
+"""A reward model from labels: the lab writes the export and starts `posttrain reward` on it as a process of its own.
+
+The process is detached: it goes on when the lab is closed, and its run is shown like any other. A run is named after
+what it learns from and how, so that asking twice for the same starts it once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from posttrain.lab.checkpoints import SHIPPED, find_model
+from posttrain.lab.folders import Place
+from posttrain.lab.label import export
+from posttrain.lab.label.store import FOLDER, Queue
+from posttrain.store.run import Run
+from posttrain.types import ConfigError, PosttrainError
+
+SETTINGS = {"train.lr": "3e-4", "train.schedule": "cosine", "algo.batch_pairs": "16", "data.holdout": "0.25"}
+"""For a few dozen labels: small batches, and a quarter of the prompts kept to judge the model by."""
+STEPS, MOST_STEPS = 40, 10_000
+
+
+def arguments(place: Place, data: Path, model: str, steps: int, run: str) -> list[str]:
+    """The words after `posttrain` of the command that trains on an export."""
+    name = SHIPPED if model == SHIPPED else str(find_model(place, model))
+    words = ["reward", "--model", name, "--data", str(data), "--out", str(place.root / run)]
+    for setting, value in {"train.steps": str(steps), **SETTINGS}.items():
+        words += [f"--{setting}", value]
+    return words
+
+
+def commands(place: Place, queue: Queue, data: Path, model: str, steps: int) -> dict[str, str]:
+    """What to type to train on an export: a reward model, or a policy by DPO without one."""
+    run = run_name(queue, data, model, steps)
+    dpo = ["dpo", "--model", arguments(place, data, model, steps, run)[2], "--data", str(data)]
+    dpo += ["--out", str(place.root / run.replace("-reward-", "-dpo-"))]
+    return {
+        "reward": shlex.join(["posttrain", *arguments(place, data, model, steps, run)]),
+        "dpo": shlex.join(["posttrain", *dpo]),
+    }
+
+
+def run_name(queue: Queue, data: Path, model: str, steps: int) -> str:
+    """QUEUE-reward-DIGEST of everything that decides what is learned."""
+    digest = hashlib.sha256(f"{data.name} {model} {steps}".encode()).hexdigest()[:8]
+    return f"{queue.name}-reward-{digest}"
+
+
+def steps_of(given: Any) -> int:
+    """A number of updates. Raises ConfigError for anything else."""
+    if not isinstance(given, int) or isinstance(given, bool) or not 1 <= given <= MOST_STEPS:
+        raise ConfigError(f"steps={given!r}, expected a whole number from 1 to {MOST_STEPS}.")
+    return given
+
+
+class Trainings:
+    """The processes that this lab started."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self._started: dict[str, subprocess.Popen[bytes]] = {}
+        self._lock = threading.Lock()
+
+    def start(self, queue: Queue, who: str, ties: str, model: str, steps: int) -> dict[str, Any]:
+        """Exports and trains; where that run is there already or starting, nothing. Returns the run's name."""
+        if (self.place.root / "run.json").exists():
+            raise ConfigError(
+                "this lab shows a single run, and a new one cannot be put inside it. Open the folder above."
+            )
+        data, count = export.write(queue, who, ties)
+        run = run_name(queue, data, model, steps)
+        words = arguments(self.place, data, model, steps, run)
+        with self._lock:
+            known = self._started.get(run)
+            busy = known is not None and known.poll() is None
+            if not busy and not (self.place.root / run / "run.json").exists():
+                with self._log(run).open("wb") as log:
+                    self._started[run] = subprocess.Popen(
+                        [sys.executable, "-m", "posttrain", *words],
+                        stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                    )  # fmt: skip
+        return {"run": run, "rows": count, "file": data.name}
+
+    def of(self, queue: Queue) -> list[dict[str, Any]]:
+        """The reward models of a queue, newest first: `run`, `status`, `step`, `file`, `said` where it failed."""
+        exported = export.written(self.place.root, queue.name)
+        found = [_line(name, path, exported) for name, path in self.place.runs().items()]
+        lines = [line for line in found if line]
+        shown = {line["run"] for line in lines}
+        with self._lock:
+            for run, process in self._started.items():
+                if run.startswith(f"{queue.name}-reward-") and run not in shown:
+                    status = "starting" if process.poll() is None else "failed"
+                    said = self._said(run) if status == "failed" else ""
+                    line = {"run": run, "status": status, "step": None, "steps": None, "file": ""}
+                    lines.append({**line, "created": "~", "said": said})  # "~" sorts after every date
+        return sorted(lines, key=lambda line: line["created"], reverse=True)
+
+    def _log(self, run: str) -> Path:
+        return self.place.root / FOLDER / f"{run}.log"
+
+    def _said(self, run: str) -> str:
+        """The last lines of what a process wrote."""
+        return "\n".join(self._log(run).read_text(encoding="utf-8", errors="replace").split("\n")[-8:]).strip()
+
+
+def _line(name: str, folder: Path, exported: dict[str, Path]) -> dict[str, Any] | None:
+    """A run that learned from one of these files, in short."""
+    try:
+        with Run.read(folder) as run:
+            recipe = run.header.get("recipe", {})
+            file = Path(str(recipe.get("data", {}).get("tasks", ""))).name
+            if run.header.get("algorithm") != "reward" or file not in exported:
+                return None
+            steps = recipe.get("train", {}).get("steps")
+            line = {"run": name, "status": run.status(), "step": run.last_step(), "steps": steps, "file": file}
+            return {**line, "created": str(run.header.get("created", "")), "said": ""}
+    except (PosttrainError, OSError, ValueError):
+        return None

@@ -1,0 +1,98 @@
+// Labels on their way to the lab. Each lies in this browser's storage under a key of its own until the lab has said
+// that it is on the disk, so that neither a closed tab, a stopped lab nor a second tab loses or doubles one.
+
+import { TOKEN, useEffect, useRef, useState } from "./ui.js";
+
+const PREFIX = "posttrain-label";
+const WAITS = [500, 1000, 2000, 3000];
+let token = TOKEN;
+let turn = 0;
+
+export function newId() {
+  return Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
+}
+
+// What waits for a queue, in the order it was said: [[key, body]].
+export function unsent(queue) {
+  const mine = `${PREFIX}/${queue}/`;
+  const keys = Object.keys(localStorage).filter((key) => key.startsWith(mine)).sort();
+  return keys.map((key) => [key, JSON.parse(localStorage.getItem(key))]);
+}
+
+// {waiting, trouble, put}: how many labels the lab has not stored yet, why not, and how to add one. `onStored` is
+// called whenever everything is stored.
+export function useOutbox(queue, onStored) {
+  const [state, set] = useState({ waiting: unsent(queue).length, trouble: "" });
+  const busy = useRef(false);
+  const timer = useRef(0);
+  const tries = useRef(0);
+  const stored = useRef(onStored);
+  stored.current = onStored;
+
+  const drain = async () => {
+    if (busy.current) return;
+    busy.current = true;
+    clearTimeout(timer.current);
+    let trouble = "";
+    const refused = new Set();
+    for (let first; (first = unsent(queue).find(([key]) => !refused.has(key))); ) {
+      const [key, body] = first;
+      const answer = await deliver(queue, body);
+      if (answer.stored) localStorage.removeItem(key);
+      else if (answer.refused) refused.add(key);
+      trouble = answer.trouble || trouble;
+      set({ waiting: unsent(queue).length, trouble });
+      if (answer.trouble && !answer.refused) break;
+    }
+    busy.current = false;
+    const waiting = unsent(queue).length;
+    set({ waiting, trouble: waiting ? trouble : "" });
+    if (waiting) timer.current = setTimeout(drain, WAITS[Math.min(tries.current++, WAITS.length - 1)]);
+    else { tries.current = 0; stored.current(); }
+  };
+
+  useEffect(() => {
+    drain();
+    const now = () => { tries.current = 0; drain(); };
+    addEventListener("online", now);
+    return () => { clearTimeout(timer.current); removeEventListener("online", now); };
+  }, [queue]);
+
+  const put = (body) => {
+    localStorage.setItem(`${PREFIX}/${queue}/${Date.now()}-${String(turn++).padStart(6, "0")}-${body.id || body.undo}`, JSON.stringify(body));
+    set((old) => ({ ...old, waiting: unsent(queue).length }));
+    drain();
+  };
+  return { ...state, put };
+}
+
+// One attempt: {stored} when the lab has answered that it is on the disk, {refused, trouble} for what it will never
+// take, {trouble} for what is worth another try.
+async function deliver(queue, body, renewed = false) {
+  const headers = { "x-lab-token": token, "content-type": "application/json" };
+  let answer;
+  try {
+    answer = await fetch(`/api/label/${encodeURIComponent(queue)}/labels`, { method: "POST", body: JSON.stringify(body), headers });
+  } catch {
+    return { trouble: "The lab does not answer. If it was closed, start it again with `posttrain lab`." };
+  }
+  if (answer.ok) return { stored: true };
+  if (answer.status === 403 && !renewed && (await renew())) return deliver(queue, body, true);
+  const said = await answer.json().catch(() => ({}));
+  return { refused: answer.status === 400, trouble: said.error || `The lab answered with ${answer.status}.` };
+}
+
+// A lab that was started again has a new token; its own page, which only this origin can read, says which.
+async function renew() {
+  try {
+    const text = await (await fetch(location.pathname)).text();
+    const found = new DOMParser().parseFromString(text, "text/html").querySelector("meta[name=lab-token]");
+    if (!found || found.content === token) return false;
+    token = found.content;
+    return true;
+  } catch {
+    return false;
+  }
+}
+
+export const currentToken = () => token;
