@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from starlette.convertors import IntegerConvertor
+from starlette.routing import Mount, Route, WebSocketRoute
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
 from posttrain import cli
+from posttrain.lab.app import make_app
 from posttrain.lab.serve import hosts, is_loopback
 from tests.lab_server import Opened, hostile_run, opened
 
@@ -92,6 +95,23 @@ SOCKETS: dict[str, tuple[str, str | None, str]] = {
 """name → query, origin and Host of a WebSocket that must not open."""
 
 
+INJECTIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "script as a run": ("/runs/%3Cscript%3Ealert(1)%3C%2Fscript%3E", {}),
+    "script as a run that is asked about": ("/api/runs/%3Cscript%3Ealert(1)%3C%2Fscript%3E", {}),
+    "script as a page": ("/%3Cscript%3Ealert(1)%3C%2Fscript%3E", {}),
+    "script in a search": ("/runs/hostile/episodes?text=%3Cscript%3Ealert(1)%3C%2Fscript%3E", {}),
+    "script in a search that fails": ("/api/runs/hostile/episodes?order=%3Cscript%3Ealert(1)%3C%2Fscript%3E", {}),
+    "end of an attribute": ("/runs/x%22onload=%22alert(1)", {}),
+    "script as the token": ("/?token=%22%3E%3Cscript%3Ealert(1)%3C/script%3E", {}),
+    "script as a file": ("/static/%3Cscript%3Ealert(1)%3C%2Fscript%3E.js", {}),
+    "script as a host": ("/", {"Host": "<script>alert(1)</script>"}),
+    "script as an origin": ("/", {"Origin": "<script>alert(1)</script>"}),
+    "second header": ("/runs/x%0d%0aSet-Cookie:%20a=b", {}),
+    "another site to go to": ("//evil.example/..%2f", {}),
+}
+"""name → path and headers that would be markup, a header or another site, if they were put into an answer."""
+
+
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Opened]:
     folder = tmp_path_factory.mktemp("lab")
@@ -155,6 +175,75 @@ def test_every_answer_forbids_what_the_lab_does_not_need(lab: Opened, path: str)
     assert "unsafe" not in policy and "http" not in policy and "*" not in policy
     assert "x-content-type-options: nosniff" in head and "referrer-policy: no-referrer" in head
     assert "server:" not in head and "access-control-" not in head
+
+
+@pytest.mark.parametrize("name", INJECTIONS)
+def test_what_an_address_holds_is_never_put_into_a_document(lab: Opened, name: str) -> None:
+    path, headers = INJECTIONS[name]
+    _, head, body = send(lab, "GET", path, headers)
+    if "text/html" in head:
+        assert "alert(1)" not in body and "evil.example" not in body
+    else:
+        assert "content-type: application/json" in head or "content-type: text/plain" in head or not body
+    assert "x-content-type-options: nosniff" in head and "\nset-cookie" not in head and "evil.example" not in head
+
+
+@pytest.fixture(scope="module")
+def writing(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """Every route of the application that writes or that is a WebSocket, with an example for each part of its path."""
+    found: dict[str, list[str]] = {}
+    for route in make_app(tmp_path_factory.mktemp("routes"), frozenset(), "token").routes:
+        if isinstance(route, Route | WebSocketRoute):
+            values = {
+                name: 1 if isinstance(kind, IntegerConvertor) else "hostile"
+                for name, kind in route.param_convertors.items()
+            }
+            methods = sorted({*(route.methods or ())} - {"GET", "HEAD"}) if isinstance(route, Route) else ["WEBSOCKET"]
+            if methods:
+                found[route.path_format.format(**values)] = methods
+        else:
+            assert isinstance(route, Mount) and route.path == "/static", (
+                f"{route} is a kind that this law does not look into"
+            )
+    return found
+
+
+REFUSED: dict[str, dict[str, Any]] = {
+    "without the token": {"Origin": HERE},
+    "with a wrong token": {"Origin": HERE, "X-Lab-Token": "x" * 43},
+    "with the token as a cookie": {"Origin": HERE, "Cookie": "lab_token={token}"},
+    "without an origin": {"X-Lab-Token": "{token}"},
+    "from another site": {**WRITE, "Origin": ELSEWHERE},
+    "from a sandboxed frame": {**WRITE, "Origin": "null"},
+    "that the browser calls cross-site": {**WRITE, "Sec-Fetch-Site": "cross-site"},
+    "to another host": {**WRITE, "Host": "example.com:{port}", "Origin": "http://example.com:{port}"},
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_no_route_takes_a_write_that_is_not_from_the_labs_own_page(
+    lab: Opened, writing: dict[str, list[str]], name: str
+) -> None:
+    asked = {path: methods for path, methods in writing.items() if methods != ["WEBSOCKET"]}
+    assert asked, "there are routes that write"
+    for path, methods in asked.items():
+        for method in methods:
+            status, _, body = send(lab, method, path, {"Content-Length": "0", **REFUSED[name]})
+            assert status == 403 and lab.token not in body, f"{method} {path} {name}"
+
+
+def test_no_websocket_opens_for_a_page_that_is_not_the_labs_own(lab: Opened, writing: dict[str, list[str]]) -> None:
+    paths = [path for path, methods in writing.items() if methods == ["WEBSOCKET"]]
+    assert "/live/hostile" in paths
+    for path in paths:
+        for query, origin, host in SOCKETS.values():
+            made = socket.create_connection(("127.0.0.1", lab.port), timeout=60)
+            address = f"ws://{filled(host, lab)}{path}{filled(query, lab)}"
+            with (
+                pytest.raises(InvalidStatus, match="403"),
+                connect(address, origin=origin and filled(origin, lab), sock=made),
+            ):  # type: ignore[arg-type]
+                pass
 
 
 def test_what_a_model_wrote_is_only_ever_json(lab: Opened) -> None:
