@@ -80,9 +80,10 @@ export function Choice({ legend, name, options, value, onChange }) {
       onChange=${() => onChange(key)} />${text}</label>`)}</fieldset>`;
 }
 
+// (The input is named by itself: a label names its first control, and that is the output.)
 export function Slider({ label, name, min, max, step, value, onChange, text = String(value) }) {
   return html`<label class="slider"><span>${label} <output>${text}</output></span>
-    <input type="range" name=${name} min=${min} max=${max} step=${step} value=${value} aria-valuetext=${text}
+    <input type="range" name=${name} min=${min} max=${max} step=${step} value=${value} aria-label=${label} aria-valuetext=${text}
       onInput=${(event) => onChange(Number(event.target.value))} /></label>`;
 }
 
