@@ -6,6 +6,7 @@ import { TOKEN, useEffect, useRef, useState } from "./ui.js";
 const PREFIX = "posttrain-label";
 const WAITS = [500, 1000, 2000, 3000];
 let token = TOKEN;
+let gone = false; // the last attempt reached nobody
 let turn = 0;
 
 export function newId() {
@@ -69,30 +70,29 @@ export function useOutbox(queue, onStored) {
 // One attempt: {stored} when the lab has answered that it is on the disk, {refused, trouble} for what it will never
 // take, {trouble} for what is worth another try.
 async function deliver(queue, body, renewed = false) {
-  const headers = { "x-lab-token": token, "content-type": "application/json" };
   let answer;
   try {
+    if (gone) await renew();
+    gone = false;
+    const headers = { "x-lab-token": token, "content-type": "application/json" };
     answer = await fetch(`/api/label/${encodeURIComponent(queue)}/labels`, { method: "POST", body: JSON.stringify(body), headers });
   } catch {
+    gone = true;
     return { trouble: "The lab does not answer. If it was closed, start it again with `posttrain lab`." };
   }
   if (answer.ok) return { stored: true };
-  if (answer.status === 403 && !renewed && (await renew())) return deliver(queue, body, true);
+  if (answer.status === 403 && !renewed && (await renew().catch(() => false))) return deliver(queue, body, true);
   const said = await answer.json().catch(() => ({}));
   return { refused: answer.status === 400, trouble: said.error || `The lab answered with ${answer.status}.` };
 }
 
 // A lab that was started again has a new token; its own page, which only this origin can read, says which.
 async function renew() {
-  try {
-    const text = await (await fetch(location.pathname)).text();
-    const found = new DOMParser().parseFromString(text, "text/html").querySelector("meta[name=lab-token]");
-    if (!found || found.content === token) return false;
-    token = found.content;
-    return true;
-  } catch {
-    return false;
-  }
+  const text = await (await fetch(location.pathname)).text();
+  const found = new DOMParser().parseFromString(text, "text/html").querySelector("meta[name=lab-token]");
+  if (!found || found.content === token) return false;
+  token = found.content;
+  return true;
 }
 
 export const currentToken = () => token;

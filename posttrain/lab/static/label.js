@@ -71,15 +71,19 @@ function Desk({ first, queue, who, leave }) {
   const [done, setDone] = useState(first.done[who] || 0);
   const [heard, setHeard] = useState(0);
   const given = useRef([]); // what can be undone: [{id, pair}], newest last
-  const said = useRef(new Set(unsent(queue).map(([, body]) => body.pair))); // pairs that the lab may not know as labelled yet
+  const said = useRef(new Set(unsent(queue).map(([, body]) => body.pair))); // pairs labelled on this page, whatever an older answer of the lab says
   const shownAt = useRef(performance.now());
   useEffect(() => { if (first.last) given.current = [first.last]; }, []);
 
-  const refresh = () => ask(`/api${address("label", queue)}?as=${encodeURIComponent(who)}`).then((state) => {
-    if (unsent(queue).length === 0) { said.current.clear(); setDone(state.done[who] || 0); }
-    setPairs((old) => merged(old, state.next.filter((pair) => !said.current.has(pair.id))));
-    setHeard((count) => count + 1);
-  }, () => {}); // the outbox says that the lab is gone
+  const acts = useRef(0);
+  const refresh = () => {
+    const before = acts.current;
+    return ask(`/api${address("label", queue)}?as=${encodeURIComponent(who)}`).then((state) => {
+      if (acts.current === before && !unsent(queue).length) setDone(state.done[who] || 0); // else the answer is old
+      setPairs((old) => merged(old, state.next.filter((pair) => !said.current.has(pair.id))));
+      setHeard((count) => count + 1);
+    }, () => {}); // the outbox says that the lab is gone
+  };
   const outbox = useOutbox(queue, refresh);
   const current = pairs.find((pair) => !said.current.has(pair.id));
   useEffect(() => { shownAt.current = performance.now(); }, [current?.id]);
@@ -87,6 +91,7 @@ function Desk({ first, queue, who, leave }) {
   const choose = (choice) => {
     if (!current || said.current.has(current.id)) return; // a second press before the next pair is shown
     const id = newId();
+    acts.current += 1;
     said.current.add(current.id);
     given.current.push({ id, pair: current });
     setPairs((old) => old.filter((pair) => pair.id !== current.id));
@@ -96,6 +101,7 @@ function Desk({ first, queue, who, leave }) {
   const undo = () => {
     const last = given.current.pop();
     if (!last) return;
+    acts.current += 1;
     said.current.delete(last.pair.id);
     setPairs((old) => [last.pair, ...old.filter((pair) => pair.id !== last.pair.id)]);
     setDone((count) => Math.max(0, count - 1));
