@@ -107,7 +107,7 @@ const SPECIAL = {
   formula: ({ tex, display }) => html`<${Formula} tex=${tex} display=${display} />`,
   note: ({ name, number }) => html`<sup class="ref"><a href=${`#source-${name}`} aria-label=${`source ${number}`}>${number}</a></sup>`,
   a: ({ href, children }) => html`<a href=${href} rel="noreferrer"><${Nodes} of=${children} /></a>`,
-  th: ({ children }) => (children.length ? html`<th scope="col"><${Nodes} of=${children} /></th>` : html`<td></td>`),
+  th: ({ children }) => (children.length ? html`<th scope="col"><${Named} as=${spoken(children)}><${Nodes} of=${children} /></${Named}></th>` : html`<td></td>`),
   table: ({ children }) => html`<div class="scroll" role="group" tabindex="0" aria-label="Table"><table><${Nodes} of=${children} /></table></div>`,
   pre: ({ children }) => html`<pre class="code" tabindex="0"><${Nodes} of=${children} /></pre>`,
   command: ({ children }) => html`<pre class="command" tabindex="0"><code>${children.map(printable)}</code></pre>`,
@@ -141,11 +141,23 @@ function Worked({ name }) {
     ${found.steps.length > 0 && html`<ol class="steps">${found.steps.map((step) => html`<li>${step.says && html`<p>${printable(step.says)}</p>`}
       <${Formula} display=${true} tex=${[step.tex, step.filled, step.result].filter(Boolean).join(" \\;=\\; ")} /></li>`)}</ol>`}
     ${found.rows.length > 0 && html`<div class="scroll" role="group" tabindex="0" aria-label=${`Numbers of: ${found.title}`}><table>
-      <thead><tr>${found.head.map((text) => html`<th scope="col"><${Mixed} text=${text} /></th>`)}</tr></thead>
-      <tbody>${found.rows.map((row) => html`<tr>${row.map((text, i) => (i === 0 ? html`<th scope="row"><${Mixed} text=${text} /></th>` : html`<td class="number"><${Mixed} text=${text} /></td>`))}</tr>`)}</tbody></table></div>`}
+      <thead><tr>${found.head.map((text) => html`<th scope="col"><${Named} as=${plain(text)}><${Mixed} text=${text} /></${Named}></th>`)}</tr></thead>
+      <tbody>${found.rows.map((row) => html`<tr>${row.map((text, i) => (i === 0 ? html`<th scope="row"><${Named} as=${plain(text)}><${Mixed} text=${text} /></${Named}></th>` : html`<td class="number"><${Mixed} text=${text} /></td>`))}</tr>`)}</tbody></table></div>`}
     ${found.after && html`<p>${printable(found.after)}</p>`}
     <p class="note">Computed by ${found.calls.map((call, i) => html`${i > 0 && ", "}<code>${printable(call)}</code>`)}</p>`}</${Loaded}></div>`;
 }
+
+// What names a row or column, drawn as it is written; readers of screens hear plain text in place of a formula.
+function Named({ as, children }) {
+  return html`<span class="unseen">${printable(as)}</span><span aria-hidden="true">${children}</span>`;
+}
+
+// TeX as it may be read aloud.
+function plain(tex) {
+  return tex.replace(/\\(text|mathrm|mathbb|hat|bar|frac|tfrac|,|;|\s)/g, " ").replace(/[\\{}$]/g, "").replace(/\s+/g, " ").trim();
+}
+
+const spoken = (children) => children.map((one) => (typeof one === "string" ? one : one.tex ? plain(one.tex) : spoken(one.children || []))).join("");
 
 // A cell: a formula where it stands between dollar signs, else text.
 function Mixed({ text }) {
