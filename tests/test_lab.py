@@ -7,6 +7,7 @@ import math
 import re
 import sqlite3
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,15 @@ from hypothesis import strategies as st
 from playwright.sync_api import Page, expect
 
 import posttrain as pt
+from posttrain.config import DataConfig
+from posttrain.envs.tasks import load_tasks
 from posttrain.lab import episodes, tokens
+from posttrain.lab.cards import read_answers
 from posttrain.lab.curves import Feed, thin
 from posttrain.lab.episodes import Query, search
 from posttrain.lab.folders import Place, list_runs
+from posttrain.lab.rejudge import judge_again
+from posttrain.lab.rescore import score_tokens
 from posttrain.store.run import Event, Run
 from posttrain.types import ConfigError, ResumeError
 from tests import tiny
@@ -125,6 +131,9 @@ def test_a_search_that_runs_out_of_time_says_where_to_go_on(place: Path, monkeyp
         (Query(text="_"), []),
         (Query(result="unscored"), ["late answer"]),
         (Query(result="failed", first=6, last=6), ["needle in the hay"]),
+        (Query(part="correct", bound="most", limit=0.25, first=6), ["needle in the hay", "late answer"]),
+        (Query(part="correct", bound="least", limit=0.5, first=6), []),
+        (Query(part="x\"' OR 1", bound="least", limit=-9), []),
         (Query(order="flat", last=1), [f"{HOSTILE} 1.0.0"]),
         (Query(kind="eval"), []),
     ],
@@ -134,10 +143,11 @@ def test_filters_keep_what_they_say(place: Path, query: Query, texts: list[str])
 
 
 @pytest.mark.parametrize(
-    "given", [{"order": "random"}, {"kind": "x"}, {"result": "1 OR 1"}, {"first": "-1"}, {"start": "9" * 20}]
+    "given",
+    [{"order": "random"}, {"kind": "x"}, {"result": "1 OR 1"}, {"first": "-1"}, {"start": "9" * 20}, {"limit": "nan"}],
 )
 def test_a_search_for_what_cannot_be_asked_is_an_error(given: dict[str, str]) -> None:
-    with pytest.raises(ConfigError, match="use one of|whole number"):
+    with pytest.raises(ConfigError, match="use one of|whole number|no number"):
         Query.of(given)
 
 
@@ -259,7 +269,7 @@ def test_a_pipeline_shows_its_cards_and_leads_to_its_runs(page: Page, lab: Opene
     page.goto(f"{lab.address}/pipelines/small")
     page.get_by_text("50.0 %").first.wait_for()
     assert "✓ met" in page.locator("main").inner_text()
-    page.get_by_role("link", name="a", exact=True).click()
+    page.get_by_role("region", name="In the order they ran").get_by_role("link", name="a", exact=True).click()
     page.wait_for_selector(".chart canvas")
 
 
@@ -283,3 +293,103 @@ def test_an_empty_folder_says_which_command_makes_the_first_run(page: Page, tmp_
         page.get_by_role("heading", name="There is no such page").wait_for()
         page.goto(f"{lab.address}/runs/nothing")
         page.get_by_text("holds no run named 'nothing'").wait_for()
+
+
+# --- the inspector of one answer ------------------------------------------------------------------------------------
+
+
+def test_the_kl_of_tokens_is_their_stored_log_probability_less_the_starting_models(place: Path) -> None:
+    from posttrain import api
+    from posttrain.train.forward import sample_logprobs
+    from posttrain.types import Sample
+
+    row = tokens.read_row(place / "real", "train", 2, 0, 1)
+    found = score_tokens(place / "real", row)
+    sample = Sample(row.tokens.astype(np.int64), row.loss_mask.copy(), row.logprobs.copy(), np.zeros(len(row.tokens)))
+    (reference,) = sample_logprobs(api.open_policy(str(place.parent / "tiny")), [sample], 4096)
+    wanted = (row.logprobs - reference)[row.loss_mask]
+    assert [v for v in found["kl"]["values"] if v is not None] == pytest.approx(wanted.tolist(), abs=1e-5)
+    assert [v is None for v in found["kl"]["values"]] == [not own for own in row.loss_mask]
+    assert found["kl"]["total"] == pytest.approx(wanted.sum(), abs=1e-4)
+
+
+def test_entropy_is_computed_with_the_nearest_weights_and_says_how_near_they_are(place: Path) -> None:
+    first, last = (tokens.read_row(place / "real", "eval", step, 0, 0) for step in (0, 2))
+    start, end = (score_tokens(place / "real", row)["entropy"] for row in (first, last))
+    assert (start["weights"], start["wanted"], end["weights"], end["wanted"]) == (0, 0, 2, 2)
+    assert start["apart"] < 1e-5 and end["apart"] < 1e-5, "the very weights that wrote the answers"
+    assert all(0 <= v <= math.log(600) for v in end["values"] if v is not None)
+
+
+def test_a_run_whose_models_are_elsewhere_has_neither_and_says_where_it_started(place: Path) -> None:
+    row = tokens.read_row(place / "hostile", "train", 1, 0, 0)
+    assert score_tokens(place / "hostile", row) == {"kl": None, "entropy": None, "start": "nowhere/model"}
+
+
+def test_a_reason_is_asked_for_again_only_where_that_runs_nothing(place: Path, tmp_path: Path) -> None:
+    def asked(reward: str, **more: Any) -> dict[str, Any]:
+        folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        recipe = {"model": {"path": "abacus"}, "data": {"tasks": "sums", "count": 8}, "reward": {"name": reward}}
+        task = load_tasks(DataConfig(tasks="sums", count=8), 0).test[0]
+        stored = replace(row(1, 0, 0, f"It is {task.answer}.", 1.0), task_id=task.id)
+        with Run.create(folder, {"algorithm": "grpo", "recipe": {**recipe, **more}}) as run:
+            write_step(run, 1, 1.0, [stored])
+        return judge_again(folder, tokens.read_row(folder, "train", 1, 0, 0))
+
+    found = asked("numeric")
+    assert (found["score"], found["passed"], found["error"]) == (1.0, True, None) and found["answer"] in found["detail"]
+    for reward, why in (("code", "runs programs"), ("mine.py:judge", "runs code"), ("model:there", "opens a model")):
+        with pytest.raises(ConfigError, match=why):
+            asked(reward)
+    with pytest.raises(ConfigError, match="played in a world"):
+        asked("numeric", env={"name": "calculator"})
+    with pytest.raises(ConfigError, match="was a Python function"):
+        judge_again(place / "real", tokens.read_row(place / "real", "train", 2, 0, 1))
+
+
+def test_an_answer_leads_to_those_stored_before_and_after_it(place: Path) -> None:
+    at, seen = [1, 0, 0], [[1, 0, 0]]
+    while (after := episodes.read_neighbours(place / "hostile", "train", *at)["after"]) is not None:
+        assert episodes.read_neighbours(place / "hostile", "train", *after)["before"] == at
+        at = after
+        seen.append(at)
+    with Run.read(place / "hostile") as run:
+        assert seen == [[e.step, e.group, e.index] for e in run.episodes("train")]
+
+
+def test_recorded_answers_stand_side_by_side_and_no_path_leads_out_of_the_pipeline(tmp_path: Path) -> None:
+    rows = {"a": ["helpful", "safe"], "b": ["helpful"]}
+    for name, asked in rows.items():
+        (tmp_path / name).mkdir()
+        lines = [
+            {"capability": c, "prompt": "P?", "answer": f"{name} {c}", "passed": True, "detail": "d"} for c in asked
+        ]
+        (tmp_path / name / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    stages = [
+        {"name": name, "card_folder": folder} for name, folder in (("A", "a"), ("B", "b"), ("C", "../"), ("D", ""))
+    ]
+    (tmp_path / "pipeline.json").write_text(json.dumps({"stages": stages}))
+    (tmp_path.parent / "answers.jsonl").write_text('{"capability": "x", "prompt": "secret", "answer": ""}\n')
+    found = read_answers(tmp_path)
+    assert found["stages"] == ["A", "B"] and [p["capability"] for p in found["prompts"]] == ["helpful", "safe"]
+    assert [[a and a["text"] for a in p["answers"]] for p in found["prompts"]] == [
+        ["a helpful", "b helpful"],
+        ["a safe", None],
+    ]
+
+
+def test_colours_of_an_answer_come_from_models_here_and_keys_lead_to_the_next_answer(page: Page, lab: Opened) -> None:
+    page.goto(f"{lab.address}/runs/real/episodes/train/2/0/1")
+    page.get_by_label("the KL from the start").check()
+    page.get_by_text("Over the answer it adds up to").wait_for()
+    assert page.url.endswith("?colour=kl") and page.locator(".span.model .t[class*=kl-]").count() > 0
+    page.get_by_label("the entropy").check()
+    page.get_by_text("Computed now with the weights of step").wait_for()
+    assert page.locator(".group li").count() == 4
+    page.keyboard.press("Shift+ArrowRight")
+    page.get_by_role("heading", name="Answer 2 to task 0, step 2").wait_for()
+    page.get_by_text("Computed now with the weights of step").wait_for()
+    page.keyboard.press("Shift+ArrowLeft")
+    page.get_by_role("heading", name="Answer 1 to task 0, step 2").wait_for()
+    page.get_by_role("button", name="Ask the verifier for its reason").click()
+    page.get_by_text("its reward was a Python function, which the run does not keep").wait_for()

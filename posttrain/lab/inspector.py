@@ -13,6 +13,7 @@ from posttrain.lab.folders import Place
 from posttrain.lab.rejudge import judge_again
 from posttrain.lab.rescore import score_tokens
 from posttrain.lab.routing import get, named
+from posttrain.types import ConfigError
 
 EPISODE = "/runs/{run}/episodes/{kind}/{step:int}/{group:int}/{index:int}"
 
@@ -28,7 +29,10 @@ def routes(place: Place) -> list[BaseRoute]:
         return score_tokens(at(request)[0], tokens.read_row(*at(request)))
 
     def reason(request: Request) -> dict[str, Any]:
-        return judge_again(at(request)[0], tokens.read_row(*at(request)))
+        try:
+            return judge_again(at(request)[0], tokens.read_row(*at(request)))
+        except ConfigError as error:  # nobody's mistake, but what the page has to say
+            return {"refused": str(error)}
 
     return [
         get(f"/api{EPISODE}", lambda request: tokens.read_episode(*at(request))),

@@ -85,7 +85,8 @@ function Reason({ here, episode }) {
   const load = () => { set({ state: "asked" }); ask(`/api${here}/reason`).then((data) => set({ state: "told", data }), (error) => set({ state: "failed", error: error.message })); };
   if (found.state === "unasked") return html`<p><button type="button" onClick=${load}>Ask the verifier for its reason</button> <span class="soft">The run kept its score only.</span></p>`;
   if (found.state === "asked") return html`<${Waiting} of="the task, to judge the answer again" />`;
-  if (found.state === "failed") return html`<p class="box">${printable(found.error)}</p>`;
+  if (found.state === "failed") return html`<${Failed} error=${found.error} again=${load} />`;
+  if (found.data.refused) return html`<p class="box" role="status">${printable(found.data.refused)}</p>`;
   const { detail, passed, answer, error } = found.data;
   return html`<div class="box reason" role="status"><p><strong>The verifier says:</strong> ${printable(error || detail || "nothing beside its score")}</p>
     ${answer && html`<p>The task's own answer: <code>${printable(answer)}</code></p>`}
