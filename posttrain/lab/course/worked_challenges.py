@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from functools import cache
@@ -10,10 +11,13 @@ from typing import Any
 
 import torch
 
+from posttrain.intervals import wilson
 from posttrain.lab.course import coding
 from posttrain.lab.course.working import Example, Step, Worked, many, one, tensor
-from posttrain.objectives.advantages import group_relative
-from posttrain.objectives.tokens import select, token_weights
+from posttrain.objectives.advantages import flat_groups, group_relative
+from posttrain.objectives.policy import reinforce
+from posttrain.objectives.reward import bradley_terry
+from posttrain.objectives.tokens import kl_k1, select, token_weights
 from posttrain.search import bon_kl
 
 RESULTS = Path(__file__).parents[2] / "recipes" / "results"
@@ -138,8 +142,161 @@ def entropies() -> Worked:
     )
 
 
+def flat_share() -> Worked:
+    """The chance that a group is flat, over all outcomes of a task and of a mixture of tasks."""
+    rows = []
+    for size in (2, 4, 8):
+        outcomes = torch.tensor(list(itertools.product((1.0, 0.0), repeat=size)), dtype=torch.float64)
+        flat = flat_groups(outcomes)
+
+        def chance(p: float, outcomes: torch.Tensor = outcomes, flat: torch.Tensor = flat) -> float:
+            return float(torch.where(outcomes > 0, p, 1 - p).prod(1)[flat].sum())
+
+        rows.append((f"{size}", *many((chance(0.17), 0.8 * chance(0.01) + 0.2 * chance(0.81)))))
+    return Worked(
+        title="How many groups teach nothing",
+        given="Left, every task is solved with probability 0.17. Right, four tasks in five are solved with 0.01 and "
+        "one in five with 0.81, which is 0.17 on average.",
+        calls=("objectives.advantages.flat_groups",),
+        steps=(Step("p^G + (1 - p)^G", "0.17^4 + 0.83^4", rows[1][1], "For G = 4 on the left:"),),
+        head=("G", "equal tasks", "unequal tasks"),
+        rows=tuple(rows),
+        after="With the same accuracy, unequal tasks leave many more groups flat.",
+    )
+
+
+def interval() -> Worked:
+    """Wilson's interval of two accuracies on GSM8K's test set."""
+    rows = []
+    for name, right in (("before, 4.6 %", 60), ("after, 7.6 %", 100)):
+        found = wilson(right, 1319)
+        rows.append((name, f"{right}", one(100 * found.low, 1), one(100 * found.high, 1)))
+    p = 100 / 1319
+    return Worked(
+        title="What 1,319 problems can tell",
+        given="60 and 100 problems of 1,319 are solved. The interval is Wilson's, for 95 %.",
+        calls=("intervals.wilson",),
+        steps=(
+            Step(
+                r"\sqrt{p (1 - p) / n}",
+                rf"\sqrt{{{one(p)} \cdot {one(1 - p)} / 1319}}",
+                one(math.sqrt(p * (1 - p) / 1319), 4),
+            ),
+        ),
+        head=("", "right", "from, %", "to, %"),
+        rows=tuple(rows),
+        after="The two do not overlap.",
+    )
+
+
+def thinking() -> Worked:
+    """The gradient of the accuracy by the logit of thinking, by REINFORCE over the two ways to answer."""
+    right = tensor(0.9, 0.15)
+    rows = []
+    for q in (0.05, 0.25, 0.5, 0.75, 0.95):
+        logit = tensor(math.log(q / (1 - q))).requires_grad_()
+        logp = torch.cat([torch.nn.functional.logsigmoid(logit), torch.nn.functional.logsigmoid(-logit)]).unsqueeze(0)
+        loss, _ = reinforce(logp, logp, right.unsqueeze(0), torch.ones(1, 2, dtype=torch.bool), 0.0, 0.0)
+        slope = -torch.autograd.grad((loss * logp.exp().detach()).sum(), logit)[0]
+        rows.append((one(q, 2), *many((q * 0.9 + (1 - q) * 0.15, slope[0], q * (1 - q) * 0.75), 4)))
+    return Worked(
+        title="How fast thinking spreads",
+        given="With a thought 90 % are right, without one 15 %.",
+        calls=("objectives.policy.reinforce",),
+        head=("$q$", "accuracy", "gradient, by REINFORCE", "$q (1 - q)(a - b)$"),
+        rows=tuple(rows),
+        after="Slow, fast, slow: rare thoughts are seldom sampled, and where all think nothing can be compared.",
+    )
+
+
+def covariance() -> Worked:
+    """The first step's effect on the truth, and the same later, when proxy and truth have parted."""
+    proxy, truth, start = tensor(*coding.PROXY), tensor(*coding.TRUTH), tensor(*coding.START)
+    rows = []
+    for push in (0.0, 0.5, 1.0, 2.0):
+        at = (start + push * proxy).softmax(0)
+        together = float(at @ (proxy * truth) - (at @ proxy) * (at @ truth))
+        little = (start + (push + 1e-4) * proxy).softmax(0)
+        logp = at.log()
+        rows.append((one(push, 1), *many((at @ proxy, at @ truth, together, float((little - at) @ truth) / 1e-4)),
+                     one((at * kl_k1(logp, start.log_softmax(0))).sum(), 2)))  # fmt: skip
+    return Worked(
+        title="When pushing the proxy stops helping",
+        given="The toy below. The policy is its start tilted by η times the proxy.",
+        calls=("objectives.tokens.kl_k1",),
+        head=(r"$\eta$", "proxy", "truth", r"$\mathrm{Cov}(r, r^*)$", "change of the truth", "KL"),
+        rows=tuple(rows),
+        after="The covariance is the rate at which the truth changes. It has turned negative while the proxy still has "
+        "far to climb.",
+    )
+
+
+def soft_label() -> Worked:
+    """A judge with a taste for what stands first, asked both ways round."""
+    logit, bias, zero = 0.8, 0.5, tensor(0.0)
+    ways = tensor(logit + bias, logit - bias)
+    label = ways.mean().sigmoid().unsqueeze(0)
+    rows = [
+        (name, one(value), one(bradley_terry(tensor(0.8), zero, value.reshape(1), zero)[0]))
+        for name, value in (
+            ("first shown first", ways[0].sigmoid()),
+            ("second shown first", ways[1].sigmoid()),
+            ("mean of the logits", label[0]),
+        )
+    ]
+    return Worked(
+        title="One judgement from two orders",
+        given="The judge truly prefers answer 1 with logit 0.8 and adds 0.5 to whichever stands first. The reward "
+        "model gives answer 1 0.8 more.",
+        calls=("objectives.reward.bradley_terry",),
+        steps=(
+            Step(r"\ell = \sigma\Bigl(\tfrac{(0.8 + 0.5) + (0.8 - 0.5)}{2}\Bigr)", r"\sigma(0.8)", one(label[0])),
+            Step(
+                r"-\ell \log \sigma(r_1 - r_2) - (1 - \ell) \log \sigma(r_2 - r_1)",
+                rf"-{one(label[0])} \log {one(label[0])} - {one(1 - label[0])} \log {one(1 - label[0])}",
+                rows[2][2],
+            ),
+        ),
+        head=("asked", r"label $\ell$", "loss"),
+        rows=tuple(rows),
+    )
+
+
+def pinsker() -> Worked:
+    """The bound on what a bounded error can do, and what it does in the toy."""
+    wrong = tensor(*coding.PROXY) - tensor(*coding.TRUTH)
+    start = tensor(*coding.START).log_softmax(0)
+    most, rows = float(wrong.abs().max()), []
+    for push in (0.25, 0.5, 1.0, 2.0):
+        logp = (tensor(*coding.START) + push * tensor(*coding.PROXY)).log_softmax(0)
+        distance = float((logp.exp() * kl_k1(logp, start)).sum())
+        moved = float((logp.exp() - start.exp()) @ wrong)
+        rows.append((one(push, 2), *many((distance, abs(moved), 2 * most * math.sqrt(distance / 2)))))
+    return Worked(
+        title="A bound, and how loose it is",
+        given=f"The toy's proxy is wrong by at most B = {one(most, 2)}. The policy is its start, tilted.",
+        calls=("objectives.tokens.kl_k1",),
+        steps=(
+            Step(
+                r"2 B \sqrt{\tfrac{1}{2} D}",
+                rf"2 \cdot {one(most, 2)} \sqrt{{\tfrac{{1}}{{2}} \cdot {rows[0][1]}}}",
+                rows[0][3],
+                "For the first row:",
+            ),
+        ),
+        head=(r"$\eta$", "KL", "change of the error", "bound"),
+        rows=tuple(rows),
+    )
+
+
 EXAMPLES: dict[str, Example] = {
     "nanochat-step": nanochat_step,
+    "flat-share": flat_share,
+    "interval": interval,
+    "thinking": thinking,
+    "covariance": covariance,
+    "soft-label": soft_label,
+    "pinsker": pinsker,
     "proxy-and-truth": proxy_and_truth,
     "gao-fit": gao_fit,
     "entropies": entropies,
