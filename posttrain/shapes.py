@@ -60,6 +60,8 @@ SHAPES = {
     "qwen3-0.6b": ModelShape(28, 1024, 16, 8, 128, 3072, 151936, True),
     "llama-3.2-1b": ModelShape(16, 2048, 32, 8, 64, 8192, 128256, True),
     "llama-3.1-8b": ModelShape(32, 4096, 32, 8, 128, 14336, 128256, False),
+    "llama-2-13b": ModelShape(40, 5120, 40, 40, 128, 13824, 32000, False),
+    "llama-3.1-70b": ModelShape(80, 8192, 64, 8, 128, 28672, 128256, False),
 }
 """Well-known shapes, for models that are not on this machine; a hub id's last part finds them."""
 

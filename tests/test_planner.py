@@ -70,7 +70,14 @@ def test_a_llama_made_of_a_shape_has_its_weights_and_is_read_as_that_shape(tied:
 
 
 @pytest.mark.parametrize(
-    ("name", "millions"), [("smollm2-135m", 134.5), ("llama-3.2-1b", 1235.8), ("llama-3.1-8b", 8030.3)]
+    ("name", "millions"),
+    [
+        ("smollm2-135m", 134.5),
+        ("llama-3.2-1b", 1235.8),
+        ("llama-3.1-8b", 8030.3),
+        ("llama-2-13b", 13015.9),
+        ("llama-3.1-70b", 70553.7),
+    ],
 )
 def test_well_known_shapes_have_the_weights_their_makers_state(name: str, millions: float) -> None:
     assert round(SHAPES[name].parameters / 1e6, 1) == millions
