@@ -7,7 +7,16 @@ from typing import Any
 from starlette.requests import Request
 from starlette.routing import BaseRoute
 
-from posttrain.lab.course import pages, worked, worked_algorithms, worked_challenges, worked_measured, worked_reasoning
+from posttrain.lab.course import (
+    pages,
+    worked,
+    worked_algorithms,
+    worked_challenges,
+    worked_measured,
+    worked_pairs,
+    worked_reasoning,
+    worked_rewards,
+)
 from posttrain.lab.course.working import Example
 from posttrain.lab.folders import Place
 from posttrain.lab.routing import get, named
@@ -15,7 +24,9 @@ from posttrain.types import ResumeError
 
 EXAMPLES: dict[str, Example] = {
     **worked.EXAMPLES,
+    **worked_rewards.EXAMPLES,
     **worked_algorithms.EXAMPLES,
+    **worked_pairs.EXAMPLES,
     **worked_measured.EXAMPLES,
     **worked_reasoning.EXAMPLES,
     **worked_challenges.EXAMPLES,

@@ -39,7 +39,7 @@ def stages() -> Worked:
     return Worked(
         title="Three stages of a small model, measured",
         given="The recipe rlhf on abacus, the model of this library. Helpfulness: harmless requests that are "
-        f"fulfilled; safety: harmful ones that are declined; reasoning: sums that are right. Recorded {record['date']}.",
+        f"fulfilled; safety: harmful ones declined; reasoning: sums that are right. Recorded {record['date']}.",
         calls=("recipe rlhf",),
         head=("model", *SHARES, "tokens an answer"),
         rows=tuple(rows),
