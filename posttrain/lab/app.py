@@ -25,7 +25,7 @@ from posttrain.lab import cards, chat, episodes, folders, inspector
 from posttrain.lab.course import exercises
 from posttrain.lab.course import routes as course
 from posttrain.lab.curves import Feed
-from posttrain.lab.explore import grpo, hacking
+from posttrain.lab.explore import algorithms, grpo, hacking, stages
 from posttrain.lab.folders import Place
 from posttrain.lab.inspector import EPISODE
 from posttrain.lab.label import routes as label
@@ -41,6 +41,8 @@ PAGES = (
     "/learn",
     "/learn/{chapter}",
     "/explore",
+    "/explore/stages",
+    "/explore/algorithms",
     "/explore/hacking",
     "/explore/grpo",
     "/runs",
@@ -59,7 +61,9 @@ PARTS: tuple[Routes, ...] = (
     exercises.routes,
     chat.routes,
     grpo.routes,
+    algorithms.routes,
     hacking.routes,
+    stages.routes,
     label.routes,
 )
 """What adds routes under /api to those below, one function of each part of the lab."""

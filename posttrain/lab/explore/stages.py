@@ -1,0 +1,226 @@
+"""What /explore/stages shows: the stages of a finished pipeline, each model's own answers and figures, what changed.
+
+Pipelines that ship were recorded by `python -m bench.recorded`. A finished pipeline in the lab's folder is read the
+same way, and its models can be asked anything as long as they are there.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from starlette.requests import Request
+from starlette.routing import BaseRoute
+
+from posttrain.intervals import Estimate, difference
+from posttrain.lab.cards import read_answers
+from posttrain.lab.chat import unfold
+from posttrain.lab.checkpoints import SHIPPED, models
+from posttrain.lab.folders import RECORD, SEPARATOR, Place, read_pipeline
+from posttrain.lab.routing import get, named
+from posttrain.measures import LABELS
+from posttrain.types import ResumeError
+
+RECORDED = Path(__file__).parents[1] / "recorded"
+MAIN = ("helpfulness", "safety", "reasoning")
+"""The figures that every stage shows as bars."""
+COUNTED = ("eval/pair_accuracy", "eval/step_accuracy")
+"""What is shown of a run whose model gives scores."""
+_REFERENCE = re.compile(r"\{([a-z0-9-]+)\}")
+
+
+def routes(place: Place) -> list[BaseRoute]:
+    """The list of pipelines, and each of them."""
+
+    def listed(request: Request) -> dict[str, Any]:
+        return {"recorded": [_titled(name, record) for name, record in recorded().items()], "here": _finished(place)}
+
+    def shipped(request: Request) -> dict[str, Any]:
+        name = named(request, "pipeline")
+        if name not in (found := recorded()):
+            raise ResumeError(f"no pipeline named {name!r} is recorded; choose one of {', '.join(found)}.")
+        return explained(found[name])
+
+    def own(request: Request) -> dict[str, Any]:
+        name = named(request, "pipeline")
+        folder = place.pipeline(name)
+        try:
+            return explained(with_models(place, name))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            file = folder / RECORD
+            raise ResumeError(f"{file} is damaged ({error!r}). Run the pipeline again to rewrite it.") from None
+
+    return [
+        get("/api/explore/stages", listed),
+        get("/api/explore/stages/recorded/{pipeline}", shipped),
+        get("/api/explore/stages/here/{pipeline}", own),
+    ]
+
+
+def recorded() -> dict[str, dict[str, Any]]:
+    """Name → record of every pipeline that ships with its results, `rlhf` first."""
+    files = sorted(RECORDED.glob("*.json"), key=lambda file: (file.stem != "rlhf", file.stem))
+    return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
+
+
+def record(place: Place, name: str) -> dict[str, Any]:
+    """What is worth keeping of a pipeline: its stages with their cards, and every model's answers to the same prompts.
+
+    Raises ResumeError where it is damaged.
+    """
+    read = read_pipeline(place, name)
+    origin = origins(_recipe(place.pipeline(name)))
+    counted = _counted(place.pipeline(name))
+    answers = read_answers(place.pipeline(name))
+    stages = [
+        {
+            "name": stage["name"],
+            "run": stage["run"],
+            "seconds": stage["seconds"],
+            **origin.get(stage["name"], {"from": None, "uses": []}),
+            "card": stage["card"],
+            "counted": counted[stage["name"]],
+        }
+        for stage in read["stages"]
+    ]
+    asked: dict[str, dict[str, Any]] = {}
+    for row in answers["prompts"]:  # two capabilities may ask the same, which is shown once
+        said = dict(zip(answers["stages"], row["answers"], strict=True))
+        kept = {"capability": row["capability"], "prompt": row["prompt"]}
+        asked.setdefault(row["prompt"], {**kept, "answers": {stage: one for stage, one in said.items() if one}})
+    about = {"pipeline": read["pipeline"], "about": read["about"], "finished": read["finished"]}
+    return {**about, "stages": stages, "prompts": list(asked.values())}
+
+
+def with_models(place: Place, name: str) -> dict[str, Any]:
+    """The record of a pipeline in the lab's folder; each stage has its `model`, the name to talk to it, or None."""
+    found = record(place, name)
+    known = models(place)
+    paths = _given(_recipe(place.pipeline(name)))
+    folders = {stage["name"]: str(stage["folder"]) for stage in _stages(place.pipeline(name))}
+    for stage in found["stages"]:
+        own = SHIPPED if paths.get(stage["name"]) == SHIPPED else f"{name}{SEPARATOR}{folders[stage['name']]}"
+        stage["model"] = own if own in known and stage["card"] else None
+    return found
+
+
+def explained(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The same record with what follows from it: for each model what changed against the one that it began from, and
+    its answers with thoughts told apart."""
+    cards = {stage["name"]: stage["card"] for stage in found["stages"]}
+    stages = [
+        {**stage, "changes": changes(cards.get(stage["from"]) or {}, stage["card"] or {})} for stage in found["stages"]
+    ]
+    prompts = [
+        {**row, "answers": {stage: {**one, **_unfolded(one["text"])} for stage, one in row["answers"].items()}}
+        for row in found["prompts"]
+    ]
+    names = [name for name in LABELS if any(card and name in card for card in cards.values())]
+    figures = [{"name": name, **described(name)} for name in names]
+    return {**found, "stages": stages, "prompts": prompts, "main": MAIN, "figures": figures}
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every share of two cards that is better high or better low: by how much it changed, and what that is: `gain`,
+    `cost`, or `unclear` where the interval of the change holds 0."""
+    found: list[dict[str, Any]] = []
+    for name in [name for name in LABELS if name in before and name in after]:
+        about = described(name)
+        if about["better"]:
+            step = difference(Estimate(**before[name]), Estimate(**after[name]))
+            sure = step.low > 0 or step.high < 0
+            verdict = ("gain" if (step.value > 0) == (about["better"] == "high") else "cost") if sure else "unclear"
+            row = {
+                "name": name,
+                "label": about["label"],
+                "before": before[name]["value"],
+                "after": after[name]["value"],
+            }
+            found.append({**row, "by": step.value, "low": step.low, "high": step.high, "verdict": verdict})
+    return found
+
+
+def described(name: str) -> dict[str, Any]:
+    """A figure's label, whether it is a share, and whether it is better `high`, better `low`, or neither ("")."""
+    label, share = LABELS[name]
+    text, _, note = label.partition(", ")
+    better = {"higher is better": "high", "lower is better": "low"}.get(note, "")
+    return {"label": text, "share": share, "better": better}
+
+
+def origins(recipe: str) -> dict[str, dict[str, Any]]:
+    """Stage → the stage whose model it trains (`from`), and the others that it reads (`uses`), from a recipe's TOML."""
+    found: dict[str, dict[str, Any]] = {}
+    for stage in _tables(recipe):
+        model = stage.get("model")
+        path = str(model.get("path", "")) if isinstance(model, dict) else ""
+        start = _REFERENCE.fullmatch(path)
+        rest = {key: value for key, value in stage.items() if key != "reference"}
+        used = dict.fromkeys(_REFERENCE.findall(json.dumps(rest, default=str)))
+        begun = start[1] if start else None
+        found[str(stage["name"])] = {"from": begun, "uses": [name for name in used if name != begun]}
+    return found
+
+
+def _given(recipe: str) -> dict[str, str]:
+    """Stage → the model that it names, of the stages that bring a model that exists."""
+    return {str(s["name"]): str(s.get("path", SHIPPED)) for s in _tables(recipe) if s.get("run") == "model"}
+
+
+def _tables(recipe: str) -> list[dict[str, Any]]:
+    try:
+        return [stage for stage in tomllib.loads(recipe).get("stage", []) if "name" in stage]
+    except (tomllib.TOMLDecodeError, AttributeError, TypeError):
+        return []
+
+
+def _recipe(folder: Path) -> str:
+    return str(json.loads((folder / RECORD).read_text(encoding="utf-8")).get("recipe", ""))
+
+
+def _stages(folder: Path) -> list[dict[str, Any]]:
+    return json.loads((folder / RECORD).read_text(encoding="utf-8"))["stages"]
+
+
+def _counted(folder: Path) -> dict[str, dict[str, Any]]:
+    """Stage → what a maker counted or a scorer's last evaluation measured, as numbers or estimates."""
+    found: dict[str, dict[str, Any]] = {}
+    for stage in _stages(folder):
+        made = {name: value for name, value in (stage.get("made") or {}).items() if _is_figure(value)}
+        last = (stage.get("summary") or {}).get("after") or {}
+        for name in [name for name in COUNTED if name in last and not stage.get("card")]:
+            ends = {end: last.get(f"{name}_{end}", last[name]) for end in ("low", "high")}
+            made[name.removeprefix("eval/")] = {"value": last[name], **ends}
+        found[str(stage["name"])] = made
+    return found
+
+
+def _is_figure(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number or (isinstance(value, dict) and isinstance(value.get("value"), int | float))
+
+
+def _unfolded(text: str) -> dict[str, str]:
+    thought, answer = unfold(text)
+    return {"thought": thought, "answer": answer}
+
+
+def _titled(name: str, found: Mapping[str, Any]) -> dict[str, str]:
+    return {"name": name, "about": str(found["about"])}
+
+
+def _finished(place: Place) -> list[dict[str, str]]:
+    """The finished pipelines of the lab's folder; a damaged one is left out here and says so on its own page."""
+    found: list[dict[str, str]] = []
+    for name, folder in place.pipelines().items():
+        try:
+            known = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(known, dict) and known.get("results") is not None:
+            found.append({"name": name, "about": str(known.get("about", ""))})
+    return found

@@ -1,0 +1,27 @@
+// What a kind of stage is called, what it adds to a model, and what it costs.
+
+export const WORDS = {
+  model: ["Pretraining", "Language, and the habits of the text that it was made from. It goes on with what it reads; whether that helps you is luck.",
+    "For a large model, nearly all of the computing. And nothing in it says which answer is wanted."],
+  sft: ["SFT", "The form of a wanted answer. It copies demonstrations token by token, and so it learns to answer at all.",
+    "Somebody must write demonstrations. It becomes as good as they are where they look, and forgets what they leave out."],
+  ppo: ["RL", "It tries answers of its own, and those that the reward model likes become likelier. It can end up better than its demonstrations.",
+    "What the reward does not pay for may get worse: the alignment tax. A critic has to be trained beside it."],
+  grpo: ["RL", "It answers each question several times, and answers that are better than the rest of their group become likelier. There is no critic.",
+    "Many answers for each question. What the reward does not pay for may get worse."],
+  raft: ["RL", "It samples many answers, keeps the best, and learns to imitate those.", "It learns from what is good and never from what is bad."],
+  dpo: ["Preferences", "It learns from pairs which of two answers is preferred, without a reward model.",
+    "It tries no answers of its own, so it may drift to what no pair shows."],
+  "online-dpo": ["Preferences", "It learns which of its own answers is preferred, pair by pair, as they are written.", "Each pair needs a judge while it trains."],
+  distill: ["Distillation", "The habits of a larger model, from its probabilities for every token.", "A teacher has to run beside it, and sets the limit."],
+  reward: ["Reward model", "A judge: from pairs in which one answer is preferred it learns to score any answer.",
+    "It learns the labeler's taste with all its flaws, and RL finds every flaw that pays."],
+  prm: ["Step verifier", "A judge of single steps: it says where a solution goes wrong.", "Every step has to be labelled."],
+  demonstrations: ["Demonstrations", "Examples of wanted answers, which SFT copies.", "Each has to be written, and what is missing is not learned."],
+  preferences: ["Preference data", "Pairs of answers with the preferred one named: ranking is easier than writing.", "A labeler is noisy, and prefers things that nobody asked for, such as length."],
+  selection: ["Chosen answers", "A model's own best answers, which become demonstrations for the next stage.", "Only what the model can already do is there to be chosen."],
+  critique: ["Revised answers", "Answers that the model itself criticised by a list of principles and wrote anew.", "Its critique is no better than its principles."],
+  "best-of-n": ["Best of N", "The best of several answers, by a judge.", "N times the sampling for every answer."],
+  probes: ["Probes", "A test of the judge: does it pay for length, agreement or form where they change nothing?", "Only the biases that somebody thought of are found."],
+  shrink: ["Smaller copy", "A model moved back towards the one that it came from.", "Some of what training added is lost with it."],
+};
