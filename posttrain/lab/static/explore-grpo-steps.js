@@ -26,21 +26,24 @@ export function Steps({ found, how, watch, set, reward, rewards }) {
 function Worked({ found, how, watch }) {
   const i = watch + 1;
   const [own, advantage] = [tex(found.rewards[watch]), tex(found.advantages[watch])];
-  const mean = html`<li>The group's mean.<${Formula} display tex=${`\\mu=\\frac{${sum(found.rewards.map((r) => tex(r)))}}{${found.rewards.length}}=${tex(found.mean)}`} /></li>`;
+  const mean = html`<li>The group's mean.<${Formula} display tex=${lines(`\\mu&=\\frac{${sum(found.rewards.map((r) => tex(r)))}}{${found.rewards.length}}`, `&=${tex(found.mean)}`)} /></li>`;
   if (found.flat) {
     return html`<ol class="grpo-worked">${mean}<li>No reward differs from it.<${Formula} display tex=${`\\hat A_i=r_i-\\mu=0`} /></li></ol>`;
   }
   const steps = {
     grpo: [mean, html`<li>How far rewards lie from it, the standard deviation.<${Formula} display tex=${spread(found)} /></li>`,
-      html`<li>Answer ${i} compared, in standard deviations.<${Formula} display tex=${`\\hat A_{${i}}=\\frac{r_{${i}}-\\mu}{\\sigma+\\epsilon}=\\frac{${own}-${tex(found.mean)}}{${tex(found.std)}+0}=${advantage}`} />
+      html`<li>Answer ${i} compared, in standard deviations.<${Formula} display tex=${lines(`\\hat A_{${i}}&=\\frac{r_{${i}}-\\mu}{\\sigma+\\epsilon}=\\frac{${own}-${tex(found.mean)}}{${tex(found.std)}+0}`, `&=${advantage}`)} />
         <span class="note">ε only guards against dividing by 0. posttrain sets flat groups to 0 by itself and leaves ε at 0.</span></li>`],
     "dr-grpo": [mean, html`<li>Answer ${i} compared.<${Formula} display tex=${`\\hat A_{${i}}=r_{${i}}-\\mu=${own}-${tex(found.mean)}=${advantage}`} /></li>`],
-    rloo: [html`<li>The mean of the others.<${Formula} display tex=${`b_{${i}}=\\frac{${sum(found.rewards.filter((_, k) => k !== watch).map((r) => tex(r)))}}{${found.rewards.length - 1}}=${tex(found.baselines[watch])}`} /></li>`,
+    rloo: [html`<li>The mean of the others.<${Formula} display tex=${lines(`b_{${i}}&=\\frac{${sum(found.rewards.filter((_, k) => k !== watch).map((r) => tex(r)))}}{${found.rewards.length - 1}}`, `&=${tex(found.baselines[watch])}`)} /></li>`,
       html`<li>Answer ${i} compared.<${Formula} display tex=${`\\hat A_{${i}}=r_{${i}}-b_{${i}}=${own}-${tex(found.baselines[watch])}=${advantage}`} /></li>`],
     maxrl: [mean, html`<li>Answer ${i} compared, in units of the mean.<${Formula} display tex=${`\\hat A_{${i}}=\\frac{r_{${i}}-\\mu}{\\mu}=\\frac{${own}-${tex(found.mean)}}{${tex(found.mean)}}=${advantage}`} /></li>`],
   }[how];
   return html`<ol class="grpo-worked" key=${how}>${steps}</ol>`;
 }
+
+// The result below what it comes from, so that a narrow page shows both.
+const lines = (...parts) => `\\begin{aligned}${parts.join("\\\\")}\\end{aligned}`;
 
 // A sum of many terms shows its first ones and its last.
 function sum(terms, most = 8, first = 4) {
@@ -49,7 +52,7 @@ function sum(terms, most = 8, first = 4) {
 
 function spread({ rewards, mean, std }) {
   const squares = rewards.map((r) => `(${tex(r)}-${tex(mean)})^2`);
-  return `\\sigma=\\sqrt{\\frac{${sum(squares, 2, 1)}}{${rewards.length}-1}}=${tex(std)}`;
+  return lines(`\\sigma&=\\sqrt{\\frac{${sum(squares, 2, 1)}}{${rewards.length}-1}}`, `&=${tex(std)}`);
 }
 
 function Elsewhere({ found, watch, reward, rewards }) {

@@ -60,7 +60,7 @@ function Result({ path, group, watch, found, clip, updates, set }) {
       <p class="note">The mean probability of its tokens (geometric), before and after. On the right: how many times as likely the whole answer is now.</p>
       <ol class="grpo-shifts" aria-label="Probability before and after">${data.answers.map((one, i) => html`<${Shift} key=${i} i=${i} one=${one} answer=${group.answers[i]} advantage=${found?.advantages[i]} watched=${i === watch} />`)}</ol></div>
     <div><${Tokens} key=${`${watch}/${settled}`} group=${group} watch=${watch} set=${set} answer=${data.answers[watch]} advantage=${found?.advantages[watch] ?? 0} clip=${clip} />
-      <h3>The steps</h3><${Table} caption="What each update met" head=${["update", "loss", "gradient norm", "clipped tokens"]}>
+      <h3>The steps</h3><${Table} caption="What each update met, and the share of tokens that the clip left without gradient" head=${["update", "loss", "gradient norm", "clipped"]}>
         ${data.steps.map((step, k) => html`<tr><th scope="row">${k + 1}</th><td class="number">${step.loss.toFixed(4)}</td><td class="number">${number(step.norm)}</td><td class="number">${percent(step.clipped)}</td></tr>`)}
       </${Table}></div></div>`;
 }
@@ -78,7 +78,7 @@ function Shift({ i, one, answer, advantage, watched }) {
       <span class="note">advantage ${advantage === undefined ? "…" : signed(advantage)}</span></p>
     <div class="grpo-pair"><span class="note">before</span><${Bar} share=${one.before} text=${percent(one.before)} series="3" />
       <span class="note">after</span><${Bar} share=${one.after} text=${percent(one.after)} series="2" />
-      <span class="grpo-factor">${way}<br /><span class="number">× ${number(one.factor)}</span></span></div></li>`;
+      <span class="grpo-factor">${way}<br /> <span class="number">× ${number(one.factor)}</span></span></div></li>`;
 }
 
 function Tokens({ group, watch, set, answer, advantage, clip }) {
@@ -101,14 +101,14 @@ function Tokens({ group, watch, set, answer, advantage, clip }) {
     <p class="read" role="status">Token ${at + 1}, “${printable(texts[at])}”: probability ${percent(before[at])} before, ${percent(after[at])} after.
       ${clipped[at] ? " Its ratio has left the clip's range in the direction of its advantage: another step gets no gradient from it." : ""}</p>
     <${Formula} display tex=${`\\rho=\\frac{${short(after[at])}}{${short(before[at])}}=${short(ratio[at])}`} />
-    <${Formula} display tex=${`\\min(\\rho\\hat A,\\,\\mathrm{clip}(\\rho)\\hat A)=\\min(${short(ratio[at])}\\cdot ${short(advantage)},\\,${short(Math.min(1 + clip, Math.max(1 - clip, ratio[at])))}\\cdot ${short(advantage)})=${short(answer.tokens.earned[at])}`} />`;
+    <${Formula} display tex=${`\\begin{aligned}&\\min(\\rho\\hat A,\\,\\mathrm{clip}(\\rho)\\hat A)\\\\&=\\min(${short(ratio[at])}\\cdot ${short(advantage)},\\,${short(Math.min(1 + clip, Math.max(1 - clip, ratio[at])))}\\cdot ${short(advantage)})\\\\&=${short(answer.tokens.earned[at], false)}\\end{aligned}`} />`;
 }
 
-function short(value) {
+function short(value, apart = true) {
   if (value !== 0 && Math.abs(value) < 0.001) {
     const [digits, power] = value.toExponential(1).split("e");
     return `${digits}\\cdot 10^{${Number(power)}}`;
   }
   const text = String(Number(value.toPrecision(3)));
-  return value < 0 ? `(${text})` : text;
+  return value < 0 && apart ? `(${text})` : text;
 }
