@@ -25,7 +25,7 @@ from posttrain.lab import cards, chat, episodes, folders, inspector
 from posttrain.lab.course import exercises
 from posttrain.lab.course import routes as course
 from posttrain.lab.curves import Feed
-from posttrain.lab.explore import algorithms, grpo, hacking, stages
+from posttrain.lab.explore import algorithms, grpo, hacking, preferences, stages
 from posttrain.lab.folders import Place
 from posttrain.lab.inspector import EPISODE
 from posttrain.lab.label import routes as label
@@ -45,6 +45,7 @@ PAGES = (
     "/explore/algorithms",
     "/explore/hacking",
     "/explore/grpo",
+    "/explore/preferences",
     "/runs",
     "/runs/{run}",
     "/runs/{run}/episodes",
@@ -65,6 +66,7 @@ PARTS: tuple[Routes, ...] = (
     hacking.routes,
     stages.routes,
     label.routes,
+    preferences.routes,
 )
 """What adds routes under /api to those below, one function of each part of the lab."""
 

@@ -12,6 +12,7 @@ const PAGES = [
   [/^\/explore\/stages$/, () => import("./explore-stages.js"), []],
   [/^\/explore\/algorithms$/, () => import("./explore-algorithms.js"), []],
   [/^\/explore\/hacking$/, () => import("./explore-hacking.js"), []],
+  [/^\/explore\/preferences$/, () => import("./explore-preferences.js"), []],
   [/^\/explore\/grpo$/, () => import("./explore-grpo.js"), []],
   [/^\/runs$/, () => import("./runs.js"), []],
   [/^\/runs\/([^/]+)$/, () => import("./run.js"), ["run"]],

@@ -6,7 +6,7 @@ import { html, useState, useEffect } from "./vendor/preact-htm.js";
 
 export const TOKEN = document.querySelector("meta[name=lab-token]").content;
 
-const SECTIONS = [["/learn", "Learn"], ["/explore", "Explore"], ["/runs", "Runs"]];
+const SECTIONS = [["/learn", "Learn"], ["/explore", "Explore"], ["/runs", "Runs"], ["/label", "Label"], ["/chat", "Chat"]];
 
 export function Shell({ children }) {
   const here = location.pathname;
