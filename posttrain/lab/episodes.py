@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import sqlite3
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,6 +38,9 @@ RESULTS = {
 KNOWN = {"kind": ("train", "eval"), "order": (*ORDERS,), "result": (*RESULTS,), "bound": ("most", "least")}
 PAGE, SECONDS, LOOK = 40, 0.15, 256
 SHORT = 280  # characters of an answer in a list
+REMEMBERED = 64  # counts of rows, of searches that were made lately
+_totals: dict[tuple[Any, ...], int] = {}
+_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,7 @@ def search(folder: Path, query: Query, page: int = PAGE, seconds: float = SECOND
                 over = False
                 break
         rows = [_row(database, query, key) for key in keys]
-        return Found(rows, None if over else position, position, _total(database, query))
+        return Found(rows, None if over else position, position, _total(folder, database, query))
     except sqlite3.Error as error:
         raise explained(folder, error) from error
     finally:
@@ -180,10 +184,19 @@ def _row(database: sqlite3.Connection, query: Query, key: Any) -> dict[str, Any]
     return row | {"text": row["text"][:SHORT], "prompt": row["prompt"][:SHORT], "passed": bool(row["passed"])}
 
 
-def _total(database: sqlite3.Connection, query: Query) -> int:
+def _total(folder: Path, database: sqlite3.Connection, query: Query) -> int:
+    """How many rows, or groups, a search goes through; counted once for a run that does not grow."""
+    newest = database.execute("SELECT max(rowid) FROM episodes").fetchone()[0]
     where, values = _where(query)
-    what = "count(DISTINCT step * 1000000 + grp)" if query.order == "flat" else "count(*)"
-    return database.execute(f"SELECT {what} FROM episodes WHERE {where}", values).fetchone()[0]
+    key = (folder, newest, query.kind, query.first, query.last, query.order == "flat", where)
+    with _lock:
+        if key not in _totals:
+            what = f"(SELECT 1 FROM episodes WHERE {where} GROUP BY step, grp)"
+            what = what if query.order == "flat" else f"episodes WHERE {where}"
+            while len(_totals) >= REMEMBERED:
+                _totals.pop(next(iter(_totals)))
+            _totals[key] = database.execute(f"SELECT count(*) FROM {what}", values).fetchone()[0]
+        return _totals[key]
 
 
 def part_names(folder: Path, looked: int = 200) -> list[str]:
@@ -206,10 +219,12 @@ def part_names(folder: Path, looked: int = 200) -> list[str]:
 def kinds(folder: Path) -> dict[str, int]:
     """How many episodes of each kind a run has stored."""
     database = connect(folder, "ro")
-    try:
-        return dict(database.execute("SELECT kind, count(*) FROM episodes GROUP BY kind"))
+    try:  # all rows are counted without looking at any, and one kind in an index
+        (whole,) = database.execute("SELECT count(*) FROM episodes").fetchone()
+        (held_out,) = database.execute("SELECT count(*) FROM episodes WHERE kind = 'eval'").fetchone()
     finally:
         database.close()
+    return {kind: count for kind, count in (("eval", held_out), ("train", whole - held_out)) if count}
 
 
 def read_group(folder: Path, kind: str, step: int, group: int) -> list[dict[str, Any]]:

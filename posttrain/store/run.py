@@ -254,9 +254,9 @@ class Run:
             raise DataError(f"episodes cannot be ordered by {order!r}; use step, reward or length, or one after a -.")
         direction = "DESC" if order.startswith("-") else "ASC"
         rows = self._query(
-            "SELECT * FROM episodes WHERE kind = ? AND (? IS NULL OR step = ?) "
+            f"SELECT * FROM episodes WHERE kind = ? AND {'step = ?' if step is not None else '? IS NULL'} "
             f"ORDER BY {order.removeprefix('-')} {direction} NULLS LAST, step, grp, idx LIMIT ? OFFSET ?",
-            (kind, step, step, -1 if limit is None else limit, offset),
+            (kind, step, -1 if limit is None else limit, offset),
         )
         return [EpisodeRow.from_values(row) for row in rows]
 
