@@ -1,0 +1,206 @@
+"""The algorithm explorer: what each way of training holds in memory, by the planner, and what it learns from.
+
+Every number is `planner.memory` of a real recipe on a well-known shape; nothing is loaded. Sizes are bytes on each
+device. Where this package needs less than the textbook (DPO's reference is read once), the page has a switch for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
+from typing import Any
+
+from starlette.requests import Request
+from starlette.routing import BaseRoute
+
+from posttrain import config, planner
+from posttrain.lab.folders import Place
+from posttrain.lab.routing import get
+from posttrain.planner import Memory, Rows, Where
+from posttrain.shapes import SHAPES, ModelShape
+from posttrain.types import ConfigError
+
+SIZES = {
+    "1b": ("llama-3.2-1b", "Llama 3.2 1B"),
+    "7b": ("qwen2.5-7b", "Qwen2.5 7B"),
+    "13b": ("llama-2-13b", "Llama 2 13B"),
+    "70b": ("llama-3.1-70b", "Llama 3.1 70B"),
+}
+CARDS = (12, 24, 40, 80)
+"""GiB of graphics cards that are common."""
+DEVICES = (1, 2, 4, 8)
+LENGTHS = (512, 1024, 2048, 4096, 8192)
+RANK = 16  # of the adapters, where they are on
+PROMPT = 4  # one part of so many of a sequence is its prompt
+AT_ONCE = 32  # answers that are sampled together
+PROCESS = 1 << 30  # of a process on a GPU, as `posttrain plan` takes it
+PARTS = {
+    "weights": ("weights", "float32 masters"),
+    "gradients": ("gradients", "the output layer's gradient"),
+    "optimizer": ("optimizer",),
+    "reference": ("reference model",),
+    "critic": ("critic",),
+    "reward model": ("reward model",),
+    "KV cache": ("KV cache",),
+}
+"""Part of a bar → the planner's parts in it; what is left is activations and the pass's working space."""
+REST = "activations"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A way of training: its settings here, what it learns from and what it does with that."""
+
+    title: str
+    algorithm: str
+    settings: Mapping[str, Mapping[str, Any]]
+    roles: tuple[str, ...]
+    data: str
+    about: str
+    explores: str
+
+
+_PAIRS = {"data": {"tasks": "pairs.jsonl"}}
+KINDS: dict[str, Kind] = {
+    "ppo": Kind("PPO", "ppo", {"algo": {"kl_coef": 0.02}}, ("policy", "reference", "critic", "reward model"),
+                "prompts, and a reward model learned from comparisons",
+                "The critic says what to expect at every token; what comes better than that is made likelier.",
+                "yes: it samples answers and hears their reward"),
+    "dpo": Kind("DPO", "dpo", _PAIRS, ("policy", "reference"), "pairs of answers, one preferred",
+                "No sampling and no reward model: the preferred answer is made likelier, relative to the reference.",
+                "no: it only sees the answers in the data"),
+    "grpo": Kind("GRPO", "grpo", {"algo": {"kl_coef": 0.04}}, ("policy", "reference"),
+                 "prompts whose answers a program can check",
+                 "Several answers to one prompt are compared with each other: their mean replaces the critic.",
+                 "yes: several answers to each prompt"),
+    "rloo": Kind("RLOO", "grpo", {"algo": {"kl_coef": 0.04, "baseline": "leave-one-out"}}, ("policy", "reference"),
+                 "prompts, and any reward", "Like GRPO, with the mean of the other answers as the baseline.",
+                 "yes: several answers to each prompt"),
+    "kto": Kind("KTO", "dpo", {**_PAIRS, "algo": {"loss": "kto"}}, ("policy", "reference"),
+                "single answers, each with a thumb up or down", "Like DPO, but nothing has to come in pairs.",
+                "no: it only sees the answers in the data"),
+    "sft": Kind("SFT", "sft", {}, ("policy",), "demonstrations: prompts with a good answer",
+                "Each token of the demonstration is made likelier.", "no: it imitates"),
+    "reward": Kind("Reward model", "reward", _PAIRS, ("reward model",), "pairs of answers, one preferred",
+                   "Not a policy: it learns the scores that PPO maximises.", "no: it only judges"),
+}  # fmt: skip
+"""In the order of the table; the first three have a card."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What an address asks for. `length` is tokens of a sequence; `cached` reads DPO's reference once."""
+
+    size: str = "7b"
+    dtype: str = "bfloat16"
+    lora: bool = False
+    devices: int = 1
+    length: int = 1024
+    recompute: bool = True
+    cached: bool = False
+
+    @classmethod
+    def of(cls, query: Mapping[str, str]) -> Asked:
+        """Raises ConfigError for what is not among the choices."""
+        choices: dict[str, tuple[Any, ...]] = {
+            "size": tuple(SIZES), "dtype": ("bfloat16", "float32"), "devices": DEVICES, "length": LENGTHS,
+        }  # fmt: skip
+        found: dict[str, Any] = {}
+        for field in fields(cls):
+            options = {str(choice).lower(): choice for choice in choices.get(field.name, (True, False))}
+            given = query.get(field.name, str(field.default).lower())
+            if given not in options:
+                raise ConfigError(f"{field.name}={given!r} is not one of {', '.join(options)}.")
+            found[field.name] = options[given]
+        return cls(**found)
+
+
+@lru_cache(maxsize=512)
+def recipe_of(name: str, size: str, dtype: str, lora: bool, length: int, recompute: bool) -> Any:
+    """The resolved recipe of a kind; one row, or one pair, is computed at a time."""
+    kind = KINDS[name]
+    settings: dict[str, Any] = {section: dict(values) for section, values in kind.settings.items()}
+    settings["model"] = {"dtype": dtype, "lora_rank": RANK if lora else 0, "gradient_checkpointing": recompute}
+    settings["train"] = {"tokens_per_pass": 2 * length}
+    if "reward model" in kind.roles and kind.algorithm != "reward":
+        settings["reward"] = {"name": f"model:{SIZES[size][0]}"}  # of the same size as the policy
+    if kind.algorithm in ("ppo", "grpo"):
+        settings["rollout"] = {"max_tokens": rows_of(length).answer, "slots": AT_ONCE}
+    return config.resolve(kind.algorithm, settings)
+
+
+def rows_of(length: int) -> Rows:
+    """A sequence's prompt and answer."""
+    return Rows(length // PROMPT, length - length // PROMPT)
+
+
+def planned(name: str, asked: Asked, devices: int) -> tuple[Any, Memory]:
+    """The recipe, and what the planner says of it on so many devices."""
+    recipe = recipe_of(name, asked.size, asked.dtype, asked.lora, asked.length, asked.recompute)
+    shape, where = shape_of_size(asked.size), Where(devices, True, False, PROCESS)
+    return recipe, planner.memory(KINDS[name].algorithm, recipe, shape, rows_of(asked.length), where)
+
+
+def shape_of_size(size: str) -> ModelShape:
+    """The shape behind a choice of size."""
+    return SHAPES[SIZES[size][0]]
+
+
+def parts_of(name: str, asked: Asked, devices: int) -> dict[str, int]:
+    """Bytes on each device by part of the bar, in the phase that needs most; they add up to the planner's peak.
+
+    DPO's reference comes on top unless it is `cached`: as large as the one that online DPO holds.
+    """
+    recipe, memory = planned(name, asked, devices)
+    pieces = {**memory.held}
+    for part, count in memory.phases[memory.peak_phase].items():
+        pieces[part] = pieces.get(part, 0) + count
+    process = pieces.pop("process")
+    found = {part: sum(pieces.pop(piece, 0) for piece in inside) for part, inside in PARTS.items()}
+    if KINDS[name].algorithm == "dpo" and not asked.cached:
+        where = Where(devices, True, False, PROCESS)
+        held = planner.states("online-dpo", recipe, shape_of_size(asked.size), where)
+        found["reference"] += held.get("reference model", 0)
+    return {**found, REST: sum(pieces.values()), "process": process}
+
+
+def copies(name: str, asked: Asked, parts: Mapping[str, int]) -> dict[str, str]:
+    """What becomes of each model that a kind needs: of its own, shared with the policy, or read once."""
+    found: dict[str, str] = {}
+    for role in KINDS[name].roles:
+        held = role == KINDS[name].roles[0] or parts[role] > 0
+        found[role] = "held" if held else "shared" if asked.lora else "read once"
+    return found
+
+
+def compute(asked: Asked) -> dict[str, Any]:
+    """Everything that the page shows, as JSON wants it."""
+    rows: list[dict[str, Any]] = []
+    for name, kind in KINDS.items():
+        parts = parts_of(name, asked, asked.devices)
+        total = sum(parts.values())
+        peaks = {devices: sum(parts_of(name, asked, devices).values()) for devices in DEVICES}
+        fewest = {card: next((n for n, peak in peaks.items() if peak <= card << 30), None) for card in CARDS}
+        recipe, memory = planned(name, asked, asked.devices)
+        models = copies(name, asked, parts)
+        rows.append({
+            "name": name, "title": kind.title, "about": kind.about, "data": kind.data, "explores": kind.explores,
+            "models": models, "held": sum(how == "held" for how in models.values()),
+            "online": planner.samples(kind.algorithm, recipe), "phase": memory.peak_phase,
+            "parts": parts, "total": total, "fits": [card for card in CARDS if total <= card << 30],
+            "fewest": [[card, count] for card, count in fewest.items()],
+        })  # fmt: skip
+    shape, rows_asked = shape_of_size(asked.size), rows_of(asked.length)
+    model = {"title": SIZES[asked.size][1], "parameters": shape.parameters, "adapters": shape.adapters(RANK)}
+    sequence = {"prompt": rows_asked.prompt, "answer": rows_asked.answer, "at_once": AT_ONCE}
+    return {"asked": asdict(asked), "model": model, "cards": CARDS, "sequence": sequence, "kinds": rows}
+
+
+def routes(place: Place) -> list[BaseRoute]:
+    """One route, which needs nothing of the folder."""
+    return [get("/api/explore/algorithms", _read)]
+
+
+def _read(request: Request) -> dict[str, Any]:
+    return compute(Asked.of(request.query_params))
