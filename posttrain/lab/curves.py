@@ -27,6 +27,9 @@ MAIN = (
 )  # fmt: skip
 """Metrics that a run's page draws at once, of those that the run has; the others on request."""
 MOST_AT_ONCE = 9
+AT_ONCE = {*MAIN, *(f"{name}{end}" for name, _, _ in CHANGES for end in ("", "_low", "_high"))}
+"""Metrics that are read with a run; the others when somebody asks for them."""
+_NAN = float("nan")
 
 
 def thin(steps: np.ndarray, values: np.ndarray, buckets: int = BUCKETS) -> tuple[np.ndarray, np.ndarray]:
@@ -67,8 +70,8 @@ class Feed:
         """The newest step that was read; -1 before any."""
         self.version = 0
         """How often what was read before has turned out to be replaced: the run was resumed from an earlier step."""
-        self._steps: dict[str, array[int]] = {}
-        self._values: dict[str, array[float]] = {}
+        self._known: dict[str, None] = {}
+        self._curves: dict[str, tuple[array[int], array[float]]] = {}  # of those that somebody has asked for
         self._newest: dict[str, float | None] = {}
         self._looked = -AT_LEAST
         self._lock = threading.Lock()
@@ -76,13 +79,13 @@ class Feed:
     @property
     def names(self) -> list[str]:
         """The metrics there are: the main ones first, the others by name."""
-        main = [name for name in MAIN if name in self._steps]
-        return main + sorted(set(self._steps) - set(main))
+        main = [name for name in MAIN if name in self._known]
+        return main + sorted(self._known.keys() - set(main))
 
     @property
     def shown(self) -> list[str]:
         """Metrics that are drawn without being asked for."""
-        return ([name for name in MAIN if name in self._steps] or self.names)[:MOST_AT_ONCE]
+        return ([name for name in MAIN if name in self._known] or self.names)[:MOST_AT_ONCE]
 
     def refresh(self) -> None:
         """Reads the steps that are new, or everything where the run was wound back. Raises ResumeError."""
@@ -92,21 +95,39 @@ class Feed:
             database = connect(self.folder, "ro")
             try:
                 if not self._still_there(database):
-                    self._steps, self._values, self.step = {}, {}, -1
+                    self._known, self._curves, self.step = {}, {}, -1
                     self.version += 1
-                rows = database.execute(
-                    "SELECT step, name, value FROM metrics WHERE step > ? ORDER BY step", (self.step,)
-                )
-                for step, name, value in rows:
-                    if name not in self._steps:
-                        self._steps[name], self._values[name] = array("q"), array("d")
-                    self._steps[name].append(step)
-                    self._values[name].append(float("nan") if value is None else value)
-                    self.step = step
+                newest = database.execute("SELECT max(step) FROM metrics").fetchone()[0]
+                if newest is not None and newest > self.step:
+                    self._read(database, newest)
                 self._newest = self._row(database, self.step)
             finally:
                 database.close()
             self._looked = time.monotonic()
+
+    def _read(self, database: Any, newest: int) -> None:
+        """The steps after the newest known one up to `newest`, of the metrics that are kept."""
+        names = database.execute("SELECT DISTINCT name FROM metrics WHERE step > ? AND step <= ?", (self.step, newest))
+        fresh = [name for (name,) in names if name not in self._known]
+        self._extend(database, [*self._curves], self.step, newest)
+        self._extend(database, [name for name in fresh if name in AT_ONCE], -1, newest)
+        self._known |= dict.fromkeys(fresh)
+        self.step = newest
+
+    def _extend(self, database: Any, names: Sequence[str], after: int, until: int) -> None:
+        fresh: dict[str, tuple[list[int], list[float]]] = {name: ([], []) for name in names}
+        wanted = f"step > ? AND step <= ? AND name IN ({', '.join('?' * len(names))})"
+        rows = database.execute(
+            f"SELECT step, name, value FROM metrics WHERE {wanted} ORDER BY step", (after, until, *names)
+        )
+        for step, name, value in rows if names else ():
+            steps, values = fresh[name]
+            steps.append(step)
+            values.append(_NAN if value is None else value)
+        for name, (steps, values) in fresh.items():
+            kept = self._curves.setdefault(name, (array("q"), array("d")))
+            kept[0].extend(steps)
+            kept[1].extend(values)
 
     def _still_there(self, database: Any) -> bool:
         """Whether the newest step that was read is unchanged; a step that a resume replays has equal numbers."""
@@ -119,12 +140,18 @@ class Feed:
     def arrays(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """(steps, values) of a metric, both (N,); empty where the run has none of that name."""
         with self._lock:
-            steps, values = self._steps.get(name, array("q")), self._values.get(name, array("d"))
+            if name in self._known and name not in self._curves:  # nobody has asked for it yet
+                database = connect(self.folder, "ro")
+                try:
+                    self._extend(database, [name], -1, self.step)
+                finally:
+                    database.close()
+            steps, values = self._curves.get(name, (array("q"), array("d")))
             return np.array(steps, np.int64), np.array(values, float)
 
     def curves(self, names: Sequence[str]) -> dict[str, list[list[Any]]]:
         """Whole curves, thinned out."""
-        return {name: as_json(*thin(*self.arrays(name))) for name in names if name in self._steps}
+        return {name: as_json(*thin(*self.arrays(name))) for name in names if name in self._known}
 
     def since(self, names: Sequence[str], step: int) -> dict[str, list[list[Any]]]:
         """The points after `step`, every one of them; metrics without any are left out."""

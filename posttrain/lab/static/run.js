@@ -43,7 +43,7 @@ function Watched({ run, others, metrics, about }) {
       <${More} metrics=${metrics} live=${own} />
     </section>
     <section id="changes"><h2>Before and after</h2><${Changes} changes=${own.changes} /></section>
-    <section id="verdicts"><h2>Verdicts</h2><${Verdicts} run=${run} /></section>
+    <section id="verdicts"><h2>Verdicts</h2>${own.state === "loading" ? html`<${Waiting} of="the curves first" />` : html`<${Verdicts} run=${run} />`}</section>
     <section id="notes"><h2>Notes of the run</h2><${Notes} events=${about.events} /></section>
     <section id="settings"><h2>Settings</h2><${Settings} recipe=${about.recipe} folder=${about.folder} /></section>`;
 }
