@@ -441,13 +441,13 @@ def test_a_coding_exercise_is_solved_by_keyboard(lab: Any, page: Page) -> None:
     field.focus()
     page.keyboard.press("Control+Enter")
     expect(box.get_by_text("Not yet.")).to_be_visible()
-    expect(box.locator(".checks .bad").first).to_contain_text("failed: drawing from the policy")
+    expect(box.locator(".cases .bad").first).to_contain_text("failed: drawing from the policy")
     page.keyboard.press("Control+a")
     page.keyboard.insert_text(SOLUTIONS["simple-grpo"])
     page.keyboard.press("Tab")  # leaves the field, to the button
     page.keyboard.press("Enter")
     expect(box.get_by_text("✓ Passed.")).to_be_visible()
-    assert box.locator(".checks .bad").count() == 0
+    assert box.locator(".cases .bad").count() == 0
     page.reload()
     expect(box.get_by_label("Your code")).to_have_value(SOLUTIONS["simple-grpo"])
 
@@ -489,5 +489,5 @@ def test_the_chapters_can_be_used_by_everybody(lab: Any, page: Page, chapter: st
         page.set_viewport_size({"width": width, "height": 900})
         page.goto(f"{lab.address}/learn/{chapter}?layer=all")
         expect(page.locator(".exercise h3").first).to_be_visible()
-        page.wait_for_function("!document.querySelector('.waiting')")
+        expect(page.locator(".waiting")).to_have_count(0)
         assert accessibility(page) == [] and not too_wide(page)

@@ -126,9 +126,15 @@ def shown(name: str) -> dict[str, Any]:
     return page
 
 
+@cache
+def cases_of(name: str) -> list[Case]:
+    """The cases of a coding exercise; what is expected in them is computed once."""
+    return CASES[name]()
+
+
 def tests_of(name: str) -> str:
     """Tests that stand below a reader's functions in a file of their own and need nothing but pytest."""
-    rows = "\n".join(f"    {(case.name, case.entry, case.args, case.expected)!r}," for case in CASES[name]())
+    rows = "\n".join(f"    {(case.name, case.entry, case.args, case.expected)!r}," for case in cases_of(name))
     return PYTEST.format(file=found(name)["file"], cases=rows, tolerance=TOLERANCE)
 
 
@@ -139,7 +145,7 @@ def checked(name: str, body: dict[str, Any]) -> dict[str, Any]:
         code = body.get("code")
         if not isinstance(code, str) or len(code) > LONGEST:
             raise ConfigError(f"this exercise is answered with code of at most {LONGEST} characters.")
-        return judged(CASES[name](), code, found(name)["file"])
+        return judged(cases_of(name), code)
     if "choices" not in exercise:
         raise ConfigError(f"{name!r} has no answer that can be checked; compare yours with the one that is given.")
     choice, count = body.get("choice"), len(exercise["choices"])
@@ -154,7 +160,7 @@ def checked(name: str, body: dict[str, Any]) -> dict[str, Any]:
 # --- code -----------------------------------------------------------------------------------------------------------
 
 
-def judged(cases: Sequence[Case], code: str, file: str) -> dict[str, Any]:
+def judged(cases: Sequence[Case], code: str) -> dict[str, Any]:
     """Runs code against the cases. Without isolation nothing is run, and `unavailable` says so."""
     try:
         sandbox = sandboxes.use()

@@ -183,7 +183,7 @@ def interval() -> Worked:
                 one(math.sqrt(p * (1 - p) / 1319), 4),
             ),
         ),
-        head=("", "right", "from, %", "to, %"),
+        head=("accuracy", "right", "from, %", "to, %"),
         rows=tuple(rows),
         after="The two do not overlap.",
     )

@@ -195,7 +195,7 @@ def shares() -> Worked:
         title="How much a token counts",
         given="A short answer of 2 tokens and a long one of 6; at most 8 are allowed.",
         calls=("objectives.tokens.token_weights",),
-        head=("", "a token of the short", "a token of the long", "the short answer", "the long answer"),
+        head=("method", "short: a token", "long: a token", "short: all", "long: all"),
         rows=tuple(rows),
         after="In the first row a token of a long wrong answer is punished a third as much as one of a short wrong "
         "answer.",

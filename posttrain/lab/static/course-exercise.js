@@ -38,11 +38,11 @@ function Question({ name, choices }) {
   const [state, check, forget] = useVerdict(name);
   const asked = (event) => { event.preventDefault(); if (chosen >= 0) check({ choice: chosen }); };
   return html`<form onSubmit=${asked}>
-    <fieldset class="choices"><legend>Choose one</legend>${choices.map((text, i) => html`
+    <fieldset class="options"><legend>Choose one</legend>${choices.map((text, i) => html`
       <label class=${i === chosen ? "chosen" : ""}><input type="radio" name=${name} value=${i} checked=${i === chosen} onChange=${() => { choose(i); forget(); }} />
         <span><${Nodes} of=${text} /></span></label>`)}</fieldset>
     <button type="submit" disabled=${chosen < 0 || state.busy}>Check</button>
-    <div class="verdict" role="status">${state.error && html`<p>✗ ${printable(state.error)}</p>`}
+    <div class="told" role="status">${state.error && html`<p>✗ ${printable(state.error)}</p>`}
       ${state.verdict && html`<p class=${state.verdict.passed ? "good" : "bad"}><strong>${state.verdict.passed ? "✓ Right." : "✗ Not this one."}</strong> <${Nodes} of=${state.verdict.why} /></p>`}</div>
   </form>`;
 }
@@ -65,10 +65,10 @@ function Coding({ name, template, file, tests, command }) {
     <label class="code-label" for=${`code-${name}`}>Your code <span class="soft">(Ctrl+Enter checks it; Tab leaves the field)</span></label>
     <textarea id=${`code-${name}`} ref=${field} class="editor" rows=${Math.min(30, code.split("\n").length + 1)} spellcheck="false" autocapitalize="off"
       autocomplete="off" wrap="off" value=${code} onInput=${(event) => write(event.target.value)} onKeyDown=${pressed}></textarea>
-    <p class="buttons"><button type="button" disabled=${state.busy} onClick=${() => check({ code })}>Check my code</button>
-      <button type="button" class="plain" onClick=${restart}>Begin again</button>
-      <button type="button" class="plain" onClick=${() => download(file, code + tests)}>Download with its tests</button></p>
-    <div class="verdict" role="status">
+    <p class="actions"><button type="button" disabled=${state.busy} onClick=${() => check({ code })}>Check my code</button>
+      <button type="button" class="quiet" onClick=${restart}>Begin again</button>
+      <button type="button" class="quiet" onClick=${() => download(file, code + tests)}>Download with its tests</button></p>
+    <div class="told" role="status">
       ${state.busy && html`<p class="waiting">Running your code in the sandbox …</p>`}
       ${state.error && html`<p class="bad">✗ ${printable(state.error)}</p>`}
       ${state.verdict && !state.busy && html`<${Checks} ...${state.verdict} command=${command} />`}
@@ -80,7 +80,7 @@ function Checks({ passed, checks, output, unavailable, command }) {
   if (unavailable) return html`<p><strong>This cannot run here.</strong> ${printable(unavailable)} Download the file and run <code>${command}</code>.</p>`;
   const right = checks.filter((check) => check.passed).length;
   return html`<p class=${passed ? "good" : "bad"}><strong>${passed ? "✓ Passed." : "✗ Not yet."}</strong> ${right} of ${checks.length} checks pass.</p>
-    <ul class="checks">${checks.map((check) => html`<li class=${check.passed ? "good" : "bad"}><span class="sign" aria-hidden="true">${check.passed ? "✓" : "✗"}</span>
+    <ul class="cases">${checks.map((check) => html`<li class=${check.passed ? "good" : "bad"}><span class="sign" aria-hidden="true">${check.passed ? "✓" : "✗"}</span>
       <span><strong>${check.passed ? "passed" : "failed"}:</strong> ${printable(check.name)}${check.detail && html`<br /><span class="soft">${printable(check.detail)}</span>`}</span></li>`)}</ul>
     ${output && html`<p class="soft">What your code printed:</p><pre class="code" tabindex="0">${output.split("\n").map(printable).join("\n")}</pre>`}`;
 }
