@@ -2,6 +2,7 @@
 // bars and formulas.
 
 import { TOKEN, ask, html, printable, useEffect, useRef, useState } from "./ui.js";
+import { useLayoutEffect } from "./vendor/preact-htm.js";
 
 // --- state -----------------------------------------------------------------------------------------------------------
 
@@ -54,7 +55,7 @@ export function useComputed(path) {
   const busy = useRef(false);
   const here = useRef(true);
   useEffect(() => () => { here.current = false; }, []);
-  useEffect(() => {
+  useLayoutEffect(() => { // asks before the page is painted, which would cost a frame
     wanted.current = path;
     const load = async () => {
       busy.current = true;
@@ -118,13 +119,15 @@ function loadKatex() {
 export function Formula({ tex, display = false }) {
   const place = useRef(null);
   const [drawn, setDrawn] = useState(false);
-  useEffect(() => {
+  useLayoutEffect(() => { // before the page is painted: a formula changes together with the numbers beside it
     let open = true;
-    loadKatex().then((library) => {
+    const draw = () => {
       if (!open) return;
-      library.render(tex, place.current, { displayMode: display, throwOnError: false });
+      self.katex.render(tex, place.current, { displayMode: display, throwOnError: false });
       setDrawn(true);
-    });
+    };
+    if (self.katex) draw();
+    else loadKatex().then(draw);
     return () => { open = false; };
   }, [tex, display]);
   const inside = html`<span ref=${place}></span>${!drawn && html`<code>${printable(tex)}</code>`}`;
