@@ -34,7 +34,7 @@ function Explorer({ at, set, pairs }) {
   const undo = () => set({ labels: at.labels.slice(0, -1) });
   useKeys({ 1: () => say("1"), 2: () => say("2"), 0: () => say("0"), u: undo });
 
-  return html`<div class="taste">
+  return html`<div><div class="taste">
     <div>
       ${count < pairs.length ? html`<${Two} pair=${pairs[count]} />` : html`<p class="box">You have compared all ${pairs.length} pairs.</p>`}
       <div class="choices" role="group" aria-label="Which answer do you like better?">
@@ -47,9 +47,10 @@ function Explorer({ at, set, pairs }) {
     </div>
     <section class="learned" aria-label="What the reward model has learned"><h2>What it has learned</h2>
       <${Loaded} from=${learned} of="what trains">${(found) => html`<${Learned} ...${found} who=${at.who} />`}</${Loaded}></section></div>
-    <${Loaded} from=${learned} of="scores">${(found) => html`<${Unseen} rows=${found.unseen} who=${at.who} labels=${found.labels} count=${found.count} />`}</${Loaded}>
+    <section><h2>Scores of pairs that nobody labelled</h2>
+      <${Loaded} from=${learned} of="scores">${(found) => html`<${Unseen} rows=${found.unseen} who=${at.who} labels=${found.labels} count=${found.count} />`}</${Loaded}></section>
     <${Rating} pairs=${pairs} labels=${at.labels} seconds=${seconds.current} />
-    <${How} />`;
+    <${How} /></div>`;
 }
 
 function Two({ pair }) {
@@ -85,8 +86,7 @@ const span = ({ value, low, high, n }) => (value === null ? "nothing to count ye
 
 function Learned({ labels, loss, milliseconds, weights, before, held_out, curve, said, correlation, who }) {
   if (!labels) {
-    return html`<p class="soft">Nothing yet: every answer scores 0, and every guess is a coin. Compare a few pairs, with the keys
-      <kbd>1</kbd>, <kbd>2</kbd> and <kbd>0</kbd>.</p>`;
+    return html`<p class="soft">Nothing yet: every answer scores 0, and every guess is a coin. Compare a few pairs, with the keys <kbd>1</kbd>, <kbd>2</kbd> and <kbd>0</kbd>.</p>`;
   }
   const largest = Math.max(1, ...weights.map(({ weight }) => Math.abs(weight)));
   const steps = curve.map((_, i) => i + 1);
@@ -102,8 +102,7 @@ function Learned({ labels, loss, milliseconds, weights, before, held_out, curve,
     <p class="note">Score per standard deviation. Right of the middle is paid for, left of it costs.</p>
     <h3>Length bias</h3>
     <p>${bias(weights[0].weight, correlation)} You preferred the longer answer in <span class="number" data-fact="longer">${span(said)}</span>.
-      ${correlation && html` Over unseen answers, score and length correlate by <span class="number" data-fact="correlation">${number(correlation.value, 2)}
-        <span class="soft">[${number(correlation.low, 2)}, ${number(correlation.high, 2)}]</span></span>.`}</p>`;
+      ${correlation && html` Over unseen answers, score and length correlate by <span class="number" data-fact="correlation">${number(correlation.value, 2)} <span class="soft">[${number(correlation.low, 2)}, ${number(correlation.high, 2)}]</span></span>.`}</p>`;
 }
 
 function verdict({ value, low, high, n }, known) {
@@ -121,21 +120,20 @@ function bias(weight, correlation) {
 
 function Unseen({ rows, who, labels, count }) {
   const better = (row) => (row.probability > 0.5 ? "A" : row.probability < 0.5 ? "B" : "a coin");
-  return html`<section><h2>Scores of pairs that nobody labelled</h2>
-    <${Table} caption=${`The first ${rows.length} of ${count} unseen pairs. P is σ of the difference of scores`} head=${["asked", "A", "score", "B", "score", "the model says", ...(who ? [`who likes ${NAMES[who]} says`] : [])]}>
+  return html`<${Table} caption=${`The first ${rows.length} of ${count} unseen pairs. P is σ of the difference of scores`} head=${["asked", "A", "score", "B", "score", "the model says", ...(who ? [`who likes ${NAMES[who]} says`] : [])]}>
       ${rows.map((row) => html`<tr><td>${printable(row.prompt)}</td><td>${printable(row.answers[0])}</td><td class="number">${number(row.scores[0], 2)}</td>
         <td>${printable(row.answers[1])}</td><td class="number">${number(row.scores[1], 2)}</td>
         <td>${labels ? html`${better(row)}, <span class="number">P = ${percent(Math.max(row.probability, 1 - row.probability))}</span>` : "nothing yet"}</td>
-        ${who && html`<td>${{ 0: "no difference", 1: "A", 2: "B" }[row.wanted]}${row.wanted && labels ? ((row.wanted === 1) === (row.probability > 0.5) ? " ✓" : " ✗") : ""}</td>`}</tr>`)}</${Table}></section>`;
+        ${who && html`<td>${{ 0: "no difference", 1: "A", 2: "B" }[row.wanted]}${row.wanted && labels ? ((row.wanted === 1) === (row.probability > 0.5) ? " ✓" : " ✗") : ""}</td>`}</tr>`)}</${Table}>`;
 }
 
 function How() {
   return html`<section><h2>How it learns</h2>
     <p>Bradley and Terry's model says how likely one answer beats another, from a score ${" "}<${Formula} tex="r" /> that is learned:</p>
     <${Formula} display tex="P(A \\succ B \\mid x) = \\sigma\\big(r(x, A) - r(x, B)\\big), \\qquad L = -\\log \\sigma\\big(r(x, y_w) - r(x, y_l)\\big)" />
-    <p>Here the score is a weighted sum of the six things listed above, and the weights are fitted from scratch at every label with
-      <code>posttrain.objectives.reward.bradley_terry</code>, a tie counting as half a win for each. A real reward model learns what to look at, too: a language model reads
-      the answer and a linear layer turns its last hidden state into the score (<code>posttrain reward</code>). Both share the weakness that you see
+    <p>Here the score is a weighted sum of the six things listed above. The weights are fitted from scratch at every label
+      with <code>posttrain.objectives.reward.bradley_terry</code>, a tie counting as half a win for each. A real reward model learns what to look at, too: a language
+      model reads the answer and a linear layer turns its last hidden state into the score (<code>posttrain reward</code>). Both share the weakness that you see
       in the length bias: the model learns what goes along with your choices, not why you made them.</p>
     <p>The answers are abacus' own, the little model that ships here, sampled before it learned any manners. To label your own data, go to <a href="/label">Label</a>.</p></section>`;
 }

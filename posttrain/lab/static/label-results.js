@@ -11,10 +11,10 @@ export function Results({ queue, heard }) {
   const api = `/api${address("label", queue)}`;
   const found = useData(`${api}/results`, 5000);
   useEffect(() => { if (heard) found.again(); }, [heard]);
-  return html`<${Loaded} from=${found} of="the labels">${(results) => html`
+  return html`<div><${Loaded} from=${found} of="the labels">${(results) => html`<div>
     <section><h2>Who labelled what</h2>${results.labels ? html`<${Habits} rows=${results.habits} /><${Agreement} rows=${results.agreements} />`
       : html`<p class="soft">No label is stored yet. After the first, this shows how often the left answer wins and how far people agree.</p>`}</section>
-    ${results.labels > 0 && html`<${Learn} queue=${queue} api=${api} labels=${results.labels} />`}`}</${Loaded}>`;
+    ${results.labels > 0 && html`<${Learn} queue=${queue} api=${api} labels=${results.labels} />`}</div>`}</${Loaded}></div>`;
 }
 
 const span = ({ value, low, high, n }) => (value === null ? "–" : html`${percent(value)} <span class="soft">[${percent(low)}, ${percent(high)}] of ${n}</span>`);
@@ -71,14 +71,14 @@ function Learn({ queue, api }) {
       <h3>Train a reward model on it</h3><${Command}>${printable(made.commands.reward)}</${Command}>
       <h3>Or a policy, without a reward model</h3><${Command}>${printable(made.commands.dpo)}</${Command}>`}
     ${error && html`<${Failed} error=${error} />`}
-    <${Loaded} from=${models} of="models">${({ bases, runs }) => html`
+    <${Loaded} from=${models} of="models">${({ bases, runs }) => html`<div>
       <h3>Train here</h3>
       <p>This starts <code>posttrain reward</code> as a process of its own: it goes on when the lab is closed.</p>
       <div class="filters"><label>start from<select name="base" value=${how.model} onChange=${(event) => change({ model: event.target.value })}>
           ${bases.map(({ name, label }) => html`<option value=${name}>${printable(label)}</option>`)}</select></label>
         <label>updates<input type="number" name="steps" min="1" max="10000" value=${how.steps} onChange=${(event) => change({ steps: Math.round(Number(event.target.value)) || 1 })} /></label>
         <button type="button" disabled=${busy} onClick=${() => act("train")}>Train a reward model</button></div>
-      <${Models} runs=${runs} api=${api} />`}</${Loaded}></section>`;
+      <${Models} runs=${runs} api=${api} /></div>`}</${Loaded}></section>`;
 }
 
 function Models({ runs, api }) {
@@ -86,21 +86,21 @@ function Models({ runs, api }) {
   const [chosen, setChosen] = useState("");
   const shown = finished.some(({ run }) => run === chosen) ? chosen : finished[0]?.run;
   if (!runs.length) return html`<p class="soft">No reward model has learned from these labels yet.</p>`;
-  return html`<${Table} caption="Reward models that learned from these labels" head=${["run", "status", "step", "learned from"]}>${runs.map(({ run, status, step, steps, file, said }) => html`<tr>
+  return html`<div><${Table} caption="Reward models that learned from these labels" head=${["run", "status", "step", "learned from"]}>${runs.map(({ run, status, step, steps, file, said }) => html`<tr>
       <th scope="row">${status === "starting" || status === "failed" ? printable(run) : html`<a href=${address("runs", run)}>${printable(run)}</a>`}</th>
       <td>${status === "starting" ? "… starting" : status === "failed" ? html`✗ failed<pre class="note">${printable(said)}</pre>` : html`<${Mark} of=${status} />`}</td>
       <td class="number">${step === null ? "–" : `${step}${steps ? ` of ${steps}` : ""}`}</td><td>${printable(file)}</td></tr>`)}</${Table}>
     ${finished.length > 1 && html`<${Choice} legend="Scores of" name="run" options=${finished.map(({ run }) => [run, run])} value=${shown} onChange=${setChosen} />`}
-    ${shown && html`<${Scores} key=${shown} api=${api} run=${shown} />`}`;
+    ${shown && html`<${Scores} key=${shown} api=${api} run=${shown} />`}</div>`;
 }
 
 function Scores({ api, run }) {
   const found = useData(`${api}/scores${address(run)}`);
-  return html`<h3>What ${printable(run)} says</h3><${Loaded} from=${found} of="the model's scores; a big model takes a while">${({ agreement, pairs, count }) => html`
+  return html`<div><h3>What ${printable(run)} says</h3><${Loaded} from=${found} of="the model's scores; a big model takes a while">${({ agreement, pairs, count }) => html`<div>
     <${Table} caption="How often the higher-scored answer is the one that was preferred, ties left out. Only prompts that the model was not trained on say how good it is" head=${["annotator", "prompts held out", "prompts trained on"]}>
       ${agreement.map(({ name, held_out, trained }) => html`<tr><th scope="row">${printable(name)}</th><td class="number">${span(held_out)}</td><td class="number">${span(trained)}</td></tr>`)}</${Table}>
     <ol class="scored">${pairs.map((pair) => html`<li key=${pair.id}><${Scored} ...${pair} /></li>`)}</ol>
-    ${count > pairs.length && html`<p class="soft">These are the first ${pairs.length} of ${count} pairs; all count above.</p>`}`}</${Loaded}>`;
+    ${count > pairs.length && html`<p class="soft">These are the first ${pairs.length} of ${count} pairs; all count above.</p>`}</div>`}</${Loaded}></div>`;
 }
 
 function Scored({ prompt, answers, scores, probability, said, held_out }) {

@@ -110,21 +110,21 @@ function Desk({ first, queue, who, leave }) {
   useKeys({ 1: () => choose("left"), 2: () => choose("right"), 0: () => choose("tie"), u: undo });
   useEffect(() => { if (pairs.length < LOW && !outbox.waiting && done + pairs.length < first.pairs) refresh(); }, [pairs.length]);
 
-  return html`
+  return html`<div>
     <p class="soft">Labelling as <strong>${printable(who)}</strong>. <button type="button" class="plain" onClick=${leave}>Somebody else</button></p>
     <div class="progress"><progress max=${first.pairs} value=${done} aria-label="Pairs labelled"></progress>
       <span class="number">${done} of ${first.pairs} labelled</span></div>
     <${Delivery} ...${outbox} />
-    ${current ? html`<${Two} pair=${current} />
+    ${current ? html`<div><${Two} pair=${current} />
       <div class="choices" role="group" aria-label="Which answer is better?">
         <button type="button" onClick=${() => choose("left")}>A is better <kbd>1</kbd></button>
         <button type="button" onClick=${() => choose("tie")}>Tie <kbd>0</kbd></button>
         <button type="button" onClick=${() => choose("right")}>B is better <kbd>2</kbd></button>
-        <button type="button" class="second" onClick=${undo} disabled=${!given.current.length}>Undo <kbd>u</kbd></button></div>`
+        <button type="button" class="second" onClick=${undo} disabled=${!given.current.length}>Undo <kbd>u</kbd></button></div></div>`
     : html`<div class="box empty"><h2>${done >= first.pairs ? "Every pair has your label" : "Waiting for more pairs"}</h2>
         <p>${done >= first.pairs ? "Below is how far you agree with others, and what a reward model makes of it." : "The lab has not sent the next ones yet."}</p>
         <button type="button" class="second" onClick=${undo} disabled=${!given.current.length}>Undo <kbd>u</kbd></button></div>`}
-    <${Results} queue=${queue} heard=${heard} />`;
+    <${Results} queue=${queue} heard=${heard} /></div>`;
 }
 
 function merged(old, more) {
