@@ -41,7 +41,7 @@ function Explorer({ at, set, pairs }) {
         <button type="button" disabled=${count >= pairs.length} onClick=${() => say("1")}>A is better <kbd>1</kbd></button>
         <button type="button" disabled=${count >= pairs.length} onClick=${() => say("0")}>Tie <kbd>0</kbd></button>
         <button type="button" disabled=${count >= pairs.length} onClick=${() => say("2")}>B is better <kbd>2</kbd></button>
-        <button type="button" class="second" disabled=${!count} onClick=${undo}>Undo <kbd>u</kbd></button></div>
+        <button type="button" class="outline" disabled=${!count} onClick=${undo}>Undo <kbd>u</kbd></button></div>
       <${ForMe} at=${at} set=${set} left=${pairs.length - count} />
       <${Collected} labels=${at.labels} pairs=${pairs} clear=${() => set({ labels: "", who: "" })} />
     </div>
@@ -68,7 +68,7 @@ function ForMe({ at, set, left }) {
     ask(`/api/explore/preferences/say?${new URLSearchParams({ ...at, who })}`).then(({ labels }) => set({ labels, who }), () => {}).finally(() => setBusy(false));
   };
   return html`<div class="for-me"><${Choice} legend="No patience? Let someone label who likes" name="who" options=${PEOPLE} value=${who} onChange=${setWho} />
-    <button type="button" class="second" disabled=${busy || !left} onClick=${add}>Label ${Math.min(30, left)} for me</button></div>`;
+    <button type="button" class="outline" disabled=${busy || !left} onClick=${add}>Label ${Math.min(30, left)} for me</button></div>`;
 }
 
 function Collected({ labels, pairs, clear }) {
@@ -79,7 +79,7 @@ function Collected({ labels, pairs, clear }) {
       ${said === "0" ? html`${printable(pair.left)} <strong>=</strong> ${printable(pair.right)}`
         : html`<strong>${printable(said === "1" ? pair.left : pair.right)}</strong> ${"≻"} <span class="soft">${printable(said === "1" ? pair.right : pair.left)}</span>`}
       <span class="note"> (${SAID[said]})</span></li>`)}</ol></div>
-    <p><button type="button" class="second" onClick=${clear}>Start again</button> <span class="note">The address of this page holds your choices; nothing else does.</span></p>`;
+    <p><button type="button" class="outline" onClick=${clear}>Start again</button> <span class="note">The address of this page holds your choices; nothing else does.</span></p>`;
 }
 
 const span = ({ value, low, high, n }) => (value === null ? "nothing to count yet" : html`${percent(value)} <span class="soft">[${percent(low)}, ${percent(high)}] of ${n}</span>`);
@@ -120,11 +120,12 @@ function bias(weight, correlation) {
 
 function Unseen({ rows, who, labels, count }) {
   const better = (row) => (row.probability > 0.5 ? "A" : row.probability < 0.5 ? "B" : "a coin");
-  return html`<${Table} caption=${`The first ${rows.length} of ${count} unseen pairs. P is σ of the difference of scores`} head=${["asked", "A", "score", "B", "score", "the model says", ...(who ? [`who likes ${NAMES[who]} says`] : [])]}>
+  return html`<div><p class="soft">The first ${rows.length} of ${count} unseen pairs. P is σ of the difference of their scores.</p>
+    <${Table} caption="Scores of unseen pairs" head=${["asked", "A", "score", "B", "score", "the model says", ...(who ? [`who likes ${NAMES[who]} says`] : [])]}>
       ${rows.map((row) => html`<tr><td>${printable(row.prompt)}</td><td>${printable(row.answers[0])}</td><td class="number">${number(row.scores[0], 2)}</td>
         <td>${printable(row.answers[1])}</td><td class="number">${number(row.scores[1], 2)}</td>
         <td>${labels ? html`${better(row)}, <span class="number">P = ${percent(Math.max(row.probability, 1 - row.probability))}</span>` : "nothing yet"}</td>
-        ${who && html`<td>${{ 0: "no difference", 1: "A", 2: "B" }[row.wanted]}${row.wanted && labels ? ((row.wanted === 1) === (row.probability > 0.5) ? " ✓" : " ✗") : ""}</td>`}</tr>`)}</${Table}>`;
+        ${who && html`<td>${{ 0: "no difference", 1: "A", 2: "B" }[row.wanted]}${row.wanted && labels ? ((row.wanted === 1) === (row.probability > 0.5) ? " ✓" : " ✗") : ""}</td>`}</tr>`)}</${Table}></div>`;
 }
 
 function How() {

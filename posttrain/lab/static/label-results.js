@@ -5,6 +5,7 @@ import { Choice } from "./controls.js";
 import { currentToken } from "./label-outbox.js";
 
 const WHO = [["each", "every label a row"], ["majority", "majority of annotators"], ["share", "share of annotators"]];
+const FEW = 8; // pairs with their scores, until all are asked for
 const TIES = [["keep", "keep ties"], ["drop", "leave ties out"]];
 
 export function Results({ queue, heard }) {
@@ -12,7 +13,7 @@ export function Results({ queue, heard }) {
   const found = useData(`${api}/results`, 5000);
   useEffect(() => { if (heard) found.again(); }, [heard]);
   return html`<div><${Loaded} from=${found} of="the labels">${(results) => html`<div>
-    <section><h2>Who labelled what</h2>${results.labels ? html`<${Habits} rows=${results.habits} /><${Agreement} rows=${results.agreements} />`
+    <section><h2>Who labelled what</h2>${results.labels ? html`<div><${Habits} rows=${results.habits} /><${Agreement} rows=${results.agreements} /></div>`
       : html`<p class="soft">No label is stored yet. After the first, this shows how often the left answer wins and how far people agree.</p>`}</section>
     ${results.labels > 0 && html`<${Learn} queue=${queue} api=${api} labels=${results.labels} />`}</div>`}</${Loaded}></div>`;
 }
@@ -20,9 +21,10 @@ export function Results({ queue, heard }) {
 const span = ({ value, low, high, n }) => (value === null ? "–" : html`${percent(value)} <span class="soft">[${percent(low)}, ${percent(high)}] of ${n}</span>`);
 
 function Habits({ rows }) {
-  return html`<${Table} caption="Answers stand left or right by a coin, so a careful person takes the left one half of the time" head=${["annotator", "labels", "ties", "left answer won", "position bias", "seconds a label (median)"]}>
+  return html`<div><p class="soft">A coin decides which answer stands left, so a careful person takes the left one half of the time.</p>
+    <${Table} caption="Annotators and their habits" head=${["annotator", "labels", "ties", "left answer won", "position bias", "seconds a label (median)"]}>
     ${rows.map(({ name, labels, ties, left, seconds }) => html`<tr><th scope="row">${printable(name)}</th><td class="number">${labels}</td><td class="number">${ties}</td>
-      <td class="number">${span(left)}</td><td>${leaning(left)}</td><td class="number">${number(seconds, 2)}</td></tr>`)}</${Table}>`;
+      <td class="number">${span(left)}</td><td>${leaning(left)}</td><td class="number">${number(seconds, 2)}</td></tr>`)}</${Table}></div>`;
 }
 
 function leaning({ value, low, high }) {
@@ -32,9 +34,10 @@ function leaning({ value, low, high }) {
 
 function Agreement({ rows }) {
   if (!rows.length) return html`<p class="soft">Agreement is shown when two people have labelled the same pair.</p>`;
-  return html`<${Table} caption="Agreement on pairs that both labelled, with 95 % intervals. κ (Cohen's kappa) is 0 for what chance would give and 1 for perfect agreement" head=${["annotators", "same answer", "by chance", "κ"]}>
+  return html`<div><p class="soft">How often two people say the same of a pair. κ (Cohen's kappa) is 0 for what chance would give and 1 for perfect agreement.</p>
+    <${Table} caption="Agreement, with 95 % intervals" head=${["annotators", "same answer", "by chance", "κ"]}>
     ${rows.map(({ one, other, agreed, kappa }) => html`<tr><th scope="row">${printable(one)} and ${printable(other)}</th><td class="number">${span(agreed)}</td>
-      <td class="number">${percent(kappa.chance)}</td><td class="number">${kappa.value === null ? "–" : html`${number(kappa.value, 2)} <span class="soft">[${number(kappa.low, 2)}, ${number(kappa.high, 2)}]</span>`}</td></tr>`)}</${Table}>`;
+      <td class="number">${percent(kappa.chance)}</td><td class="number">${kappa.value === null ? "–" : html`${number(kappa.value, 2)} <span class="soft">[${number(kappa.low, 2)}, ${number(kappa.high, 2)}]</span>`}</td></tr>`)}</${Table}></div>`;
 }
 
 // --- export and training ---------------------------------------------------------------------------------------------
@@ -61,7 +64,7 @@ function Learn({ queue, api }) {
     setError("");
     post(`${api}/${what}`, how).then((said) => { if (what === "export") setMade(said); models.again(); }, (failed) => setError(failed.message)).finally(() => setBusy(false));
   };
-  return html`<section><h2>Export and train</h2>
+  return html`<section class="export"><h2>Export and train</h2>
     <p>The export is a file of preferences that <code>posttrain reward</code> and <code>posttrain dpo</code> read. A tie is a row with label 0.5.</p>
     <${Choice} legend="Rows" name="who" options=${WHO} value=${how.who} onChange=${(who) => change({ who })} />
     <${Choice} legend="Ties" name="ties" options=${TIES} value=${how.ties} onChange=${(ties) => change({ ties })} />
@@ -74,7 +77,7 @@ function Learn({ queue, api }) {
     <${Loaded} from=${models} of="models">${({ bases, runs }) => html`<div>
       <h3>Train here</h3>
       <p>This starts <code>posttrain reward</code> as a process of its own: it goes on when the lab is closed.</p>
-      <div class="filters"><label>start from<select name="base" value=${how.model} onChange=${(event) => change({ model: event.target.value })}>
+      <div class="train"><label>start from<select name="base" value=${how.model} onChange=${(event) => change({ model: event.target.value })}>
           ${bases.map(({ name, label }) => html`<option value=${name}>${printable(label)}</option>`)}</select></label>
         <label>updates<input type="number" name="steps" min="1" max="10000" value=${how.steps} onChange=${(event) => change({ steps: Math.round(Number(event.target.value)) || 1 })} /></label>
         <button type="button" disabled=${busy} onClick=${() => act("train")}>Train a reward model</button></div>
@@ -96,11 +99,14 @@ function Models({ runs, api }) {
 
 function Scores({ api, run }) {
   const found = useData(`${api}/scores${address(run)}`);
+  const [all, setAll] = useState(false);
   return html`<div><h3>What ${printable(run)} says</h3><${Loaded} from=${found} of="the model's scores; a big model takes a while">${({ agreement, pairs, count }) => html`<div>
-    <${Table} caption="How often the higher-scored answer is the one that was preferred, ties left out. Only prompts that the model was not trained on say how good it is" head=${["annotator", "prompts held out", "prompts trained on"]}>
+    <p class="soft">How often the higher-scored answer is the one that was preferred, ties left out. Only prompts that the model was not trained on say how good it is.</p>
+    <${Table} caption="Agreement of model and annotators" head=${["annotator", "prompts held out", "prompts trained on"]}>
       ${agreement.map(({ name, held_out, trained }) => html`<tr><th scope="row">${printable(name)}</th><td class="number">${span(held_out)}</td><td class="number">${span(trained)}</td></tr>`)}</${Table}>
-    <ol class="scored">${pairs.map((pair) => html`<li key=${pair.id}><${Scored} ...${pair} /></li>`)}</ol>
-    ${count > pairs.length && html`<p class="soft">These are the first ${pairs.length} of ${count} pairs; all count above.</p>`}</div>`}</${Loaded}></div>`;
+    <ol class="scored">${pairs.slice(0, all ? pairs.length : FEW).map((pair) => html`<li key=${pair.id}><${Scored} ...${pair} /></li>`)}</ol>
+    ${!all && pairs.length > FEW && html`<p><button type="button" class="outline" onClick=${() => setAll(true)}>Show ${pairs.length} pairs</button></p>`}
+    ${all && count > pairs.length && html`<p class="soft">These are the first ${pairs.length} of ${count} pairs; all count above.</p>`}</div>`}</${Loaded}></div>`;
 }
 
 function Scored({ prompt, answers, scores, probability, said, held_out }) {

@@ -111,7 +111,7 @@ function Desk({ first, queue, who, leave }) {
   useEffect(() => { if (pairs.length < LOW && !outbox.waiting && done + pairs.length < first.pairs) refresh(); }, [pairs.length]);
 
   return html`<div>
-    <p class="soft">Labelling as <strong>${printable(who)}</strong>. <button type="button" class="plain" onClick=${leave}>Somebody else</button></p>
+    <p class="soft">Labelling as <strong>${printable(who)}</strong>. <button type="button" class="as-link" onClick=${leave}>Somebody else</button></p>
     <div class="progress"><progress max=${first.pairs} value=${done} aria-label="Pairs labelled"></progress>
       <span class="number">${done} of ${first.pairs} labelled</span></div>
     <${Delivery} ...${outbox} />
@@ -120,10 +120,10 @@ function Desk({ first, queue, who, leave }) {
         <button type="button" onClick=${() => choose("left")}>A is better <kbd>1</kbd></button>
         <button type="button" onClick=${() => choose("tie")}>Tie <kbd>0</kbd></button>
         <button type="button" onClick=${() => choose("right")}>B is better <kbd>2</kbd></button>
-        <button type="button" class="second" onClick=${undo} disabled=${!given.current.length}>Undo <kbd>u</kbd></button></div></div>`
+        <button type="button" class="outline" onClick=${undo} disabled=${!given.current.length}>Undo <kbd>u</kbd></button></div></div>`
     : html`<div class="box empty"><h2>${done >= first.pairs ? "Every pair has your label" : "Waiting for more pairs"}</h2>
         <p>${done >= first.pairs ? "Below is how far you agree with others, and what a reward model makes of it." : "The lab has not sent the next ones yet."}</p>
-        <button type="button" class="second" onClick=${undo} disabled=${!given.current.length}>Undo <kbd>u</kbd></button></div>`}
+        <button type="button" class="outline" onClick=${undo} disabled=${!given.current.length}>Undo <kbd>u</kbd></button></div>`}
     <${Results} queue=${queue} heard=${heard} /></div>`;
 }
 
@@ -137,7 +137,7 @@ function Two({ pair }) {
   return html`<section class="pair" aria-label="The pair">
     ${before.length > 0 && html`<details><summary>What was said before (${before.length})</summary>
       ${before.reverse().map((turn) => html`<p class="who">${printable(turn.role)}</p><p class="said">${printable(turn.content)}</p>`)}</details>`}
-    <p class="who">${printable(last.role)}</p><p class="asked said">${printable(last.content)}</p>
+    <p class="who">${before.length ? printable(last.role) : "the prompt"}</p><p class="asked said">${printable(last.content)}</p>
     <div class="answers">
       <article aria-labelledby="answer-a"><h2 id="answer-a">A</h2><p class="said">${printable(pair.left)}</p></article>
       <article aria-labelledby="answer-b"><h2 id="answer-b">B</h2><p class="said">${printable(pair.right)}</p></article></div></section>`;
