@@ -122,6 +122,7 @@ def make(folder: Path, steps: int, episodes: int) -> None:
         for step in range(1, steps + 1):
             numbers = draw.random(METRICS) + step / steps
             rewards = draw.integers(0, 5, episodes) / 4
+            rewards[30:40] = rewards[30] if step % 2 else rewards[30:40]  # some groups are flat
             words = draw.integers(0, len(WORDS), (episodes, 12))
             right = rewards > 0.5
             rows = [
@@ -321,7 +322,7 @@ def keys(sheet: Sheet) -> None:
 
 def main() -> None:
     """Measures what was asked for."""
-    parser = argparse.ArgumentParser(prog="python -m bench.lab", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.lab", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", choices=("long", "live", "keys"), default=None)
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--episodes", type=int, default=100, help="of each step")

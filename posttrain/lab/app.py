@@ -15,8 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
-from starlette.routing import Mount, Route, WebSocketRoute
-from starlette.staticfiles import StaticFiles
+from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from posttrain import __version__
@@ -26,6 +25,7 @@ from posttrain.lab.course import exercises
 from posttrain.lab.course import routes as course
 from posttrain.lab.curves import Feed
 from posttrain.lab.explore import algorithms, grpo, hacking, preferences, stages
+from posttrain.lab.files import static
 from posttrain.lab.folders import Place
 from posttrain.lab.inspector import EPISODE
 from posttrain.lab.label import routes as label
@@ -92,7 +92,7 @@ class Lab:
             get("/api/pipelines/{pipeline}", lambda asked: folders.read_pipeline(self.place, named(asked, "pipeline"))),
             WebSocketRoute("/live/{run}", self.live),
             *(route for part in PARTS for route in part(self.place)),
-            Mount("/static", StaticFiles(directory=STATIC)),
+            static(STATIC),
         ]
 
     async def page(self, request: Request) -> Response:
