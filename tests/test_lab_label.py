@@ -421,8 +421,10 @@ def test_labels_become_a_reward_model_whose_scores_come_back_to_the_page(page: P
     page.get_by_role("button", name="Train a reward model").click()
     page.get_by_role("heading", name="says").wait_for(timeout=4 * PATIENCE)
     run = next(path for path in place.iterdir() if path.name.startswith("loop-reward-"))
-    page.get_by_role("cell", name="✓ finished").wait_for()
-    row = page.get_by_role("row", name="ada").last.inner_text()
+    page.get_by_role("cell", name="finished").wait_for()
+    judged = page.get_by_role("region", name="Agreement of model and annotators")
+    judged.wait_for(timeout=4 * PATIENCE)
+    row = judged.get_by_role("row", name="ada").inner_text()
     assert "of 6" in row and "of 18" in row  # a quarter of the prompts was held out
     shown = page.locator(".scored li").first
     assert shown.inner_text().count("score ") == 2 and "preferred by ada" in shown.inner_text()

@@ -81,10 +81,10 @@ function Learn({ queue, api }) {
           ${bases.map(({ name, label }) => html`<option value=${name}>${printable(label)}</option>`)}</select></label>
         <label>updates<input type="number" name="steps" min="1" max="10000" value=${how.steps} onChange=${(event) => change({ steps: Math.round(Number(event.target.value)) || 1 })} /></label>
         <button type="button" disabled=${busy} onClick=${() => act("train")}>Train a reward model</button></div>
-      <${Models} runs=${runs} api=${api} /></div>`}</${Loaded}></section>`;
+      <${Models} runs=${runs} api=${api} labels=${labels} /></div>`}</${Loaded}></section>`;
 }
 
-function Models({ runs, api }) {
+function Models({ runs, api, labels }) {
   const finished = runs.filter((run) => run.status === "finished");
   const [chosen, setChosen] = useState("");
   const shown = finished.some(({ run }) => run === chosen) ? chosen : finished[0]?.run;
@@ -94,11 +94,11 @@ function Models({ runs, api }) {
       <td>${status === "starting" ? "… starting" : status === "failed" ? html`✗ failed<pre class="note">${printable(said)}</pre>` : html`<${Mark} of=${status} />`}</td>
       <td class="number">${step === null ? "–" : `${step}${steps ? ` of ${steps}` : ""}`}</td><td>${printable(file)}</td></tr>`)}</${Table}>
     ${finished.length > 1 && html`<${Choice} legend="Scores of" name="run" options=${finished.map(({ run }) => [run, run])} value=${shown} onChange=${setChosen} />`}
-    ${shown && html`<${Scores} key=${shown} api=${api} run=${shown} />`}</div>`;
+    ${shown && html`<${Scores} key=${shown} api=${api} run=${shown} labels=${labels} />`}</div>`;
 }
 
-function Scores({ api, run }) {
-  const found = useData(`${api}/scores${address(run)}`);
+function Scores({ api, run, labels }) {
+  const found = useData(`${api}/scores${address(run)}?labels=${labels}`); // asked anew after each label
   const [all, setAll] = useState(false);
   return html`<div><h3>What ${printable(run)} says</h3><${Loaded} from=${found} of="the model's scores; a big model takes a while">${({ agreement, pairs, count }) => html`<div>
     <p class="soft">How often the higher-scored answer is the one that was preferred, ties left out. Only prompts that the model was not trained on say how good it is.</p>
