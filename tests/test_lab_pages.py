@@ -8,22 +8,33 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from playwright.sync_api import Page, expect
 
 from posttrain.lab.app import PAGES
+from posttrain.lab.folders import Place
+from posttrain.lab.label import sources
 from tests.lab_server import PATIENCE, Opened, accessibility, hostile_run, opened, too_wide
 
 EXAMPLES: dict[str, str] = {
     "/": "/",
+    "/learn": "/learn",
+    "/learn/{chapter}": "/learn/why",
     "/explore": "/explore",
+    "/explore/stages": "/explore/stages",
+    "/explore/algorithms": "/explore/algorithms",
+    "/explore/hacking": "/explore/hacking",
+    "/explore/grpo": "/explore/grpo",
+    "/explore/preferences": "/explore/preferences",
     "/runs": "/runs",
     "/runs/{run}": "/runs/one?with=two",
     "/runs/{run}/episodes": "/runs/one/episodes",
     "/runs/{run}/episodes/{kind}/{step:int}/{group:int}/{index:int}": "/runs/one/episodes/train/1/0/1",
     "/pipelines/{pipeline}": "/pipelines/small",
+    "/label": "/label",
+    "/label/{queue}": "/label/pairs",
+    "/chat": "/chat",
 }
 """Address in PAGES → one that exists in the folder of these tests."""
 
@@ -45,11 +56,14 @@ PIPELINE = {
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Opened]:
-    """Two runs and a pipeline, all of whose texts try to be markup."""
+    """Two runs and a pipeline, all of whose texts try to be markup, and a queue of pairs to label."""
     runs = tmp_path_factory.mktemp("pages") / "runs"
     for name in ("one", "two", "small/a-1"):
         hostile_run(runs / name)
     (runs / "small" / "pipeline.json").write_text(json.dumps(PIPELINE))
+    pair = {"prompt": "Which?", "chosen": "<b>this</b>", "rejected": "that"}
+    (runs / "pairs.jsonl").write_text("".join(json.dumps({**pair, "id": f"p{i}"}) + "\n" for i in range(4)))
+    assert sources.start(Place(runs), "file:pairs.jsonl")["queue"] == "pairs"
     with opened(runs) as lab:
         yield lab
 

@@ -10,12 +10,12 @@ export const EXPLORERS = [
   ["hacking", "Reward hacking", "What happens to quality when a proxy is optimised too hard?"],
 ];
 
-export function Explorers() {
+export function Explorers({ heading = "h3" }) {
   return html`<ul class="cards">${EXPLORERS.map(([name, title, question]) => html`
-    <li class="box"><h3><a href=${`/explore/${name}`}>${title}</a></h3><p>${question}</p></li>`)}</ul>`;
+    <li class="box"><${heading}><a href=${`/explore/${name}`}>${title}</a></${heading}><p>${question}</p></li>`)}</ul>`;
 }
 
 export function Page() {
   useTitle("Explore");
-  return html`<h1>Explore</h1><p class="lead">Each page computes while you move things, with the functions that train.</p><${Explorers} />`;
+  return html`<h1>Explore</h1><p class="lead">Each page computes while you move things, with the functions that train.</p><${Explorers} heading="h2" />`;
 }

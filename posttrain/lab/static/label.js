@@ -29,7 +29,7 @@ function Queues() {
           <th scope="row"><a href=${address("label", one.name)}>${printable(one.name)}</a></th><td>${printable(one.source)}</td>
           <td class="number">${one.pairs}</td><td>${Object.entries(one.done).map(([who, n]) => `${printable(who)} ${n}`).join(", ") || "nobody yet"}</td></tr>`)}</${Table}></section>`}
       ${sources.length > 0 && html`<section><h2>Start a queue</h2>
-        <${Table} caption="Files of pairs, and runs that stored several answers to a task" head=${["source", "what it is", ""]}>${sources.map(({ source, kind, name }) => html`<tr>
+        <${Table} caption="Files of pairs, and runs that stored several answers to a task" head=${["source", "what it is", "start"]}>${sources.map(({ source, kind, name }) => html`<tr>
           <th scope="row">${printable(name)}</th><td>${kind === "run" ? "answers of a run" : "pairs in a file"}</td>
           <td><button type="button" onClick=${() => start(source)} aria-label=${`Label ${printable(name)}`}>Label</button></td></tr>`)}</${Table}></section>`}
       ${!queues.length && !sources.length && html`<div class="box empty"><h2>There is nothing to label yet</h2>
