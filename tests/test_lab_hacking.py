@@ -116,6 +116,19 @@ def play(pair: Pair, steps: int) -> list[dict[str, Any]]:
     return [pair.step() for _ in range(steps + 1)]
 
 
+def test_a_run_is_the_same_however_many_threads_there_are_and_leaves_them_as_they_were() -> None:
+    threads, told = torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            goodhart.make_world.cache_clear()
+            told.append(play(Pair(goodhart.make_world(7), Asked(0.2, 7, 5)), 5))
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+    assert told[0] == told[1]
+
+
 def test_both_runs_begin_as_the_start_with_no_distance(world: World) -> None:
     first = Pair(world, Asked(0.3, 0, STEPS)).step()
     assert first["off"] == first["on"] and first["off"]["kl"] == 0 and first["step"] == 0

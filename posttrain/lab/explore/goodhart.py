@@ -12,6 +12,8 @@ function of its arguments and of a generator that the caller owns.
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -77,6 +79,19 @@ class Step(NamedTuple):
     proxy: torch.Tensor
     true: torch.Tensor
     distance: torch.Tensor
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Products as small as these lose more by waiting for a second thread than they gain; torch counts per caller."""
+    before = torch.get_num_threads()
+    if before > 1:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if before > 1:
+            torch.set_num_threads(before)
 
 
 # --- answers and what they are worth --------------------------------------------------------------------------------
@@ -206,6 +221,7 @@ def agreement(proxy: torch.Tensor, true: torch.Tensor) -> float | None:
 
 
 @lru_cache(maxsize=8)
+@one_thread()
 def make_world(seed: int) -> World:
     """The starting policy and its reward model, a function of the seed alone; takes about a second."""
     generator = torch.Generator().manual_seed(seed)
@@ -236,6 +252,7 @@ class Optimisation:
         self._optimizer = torch.optim.Adam(self.policy, lr=rate)
         self._generator = torch.Generator().manual_seed(seed)
 
+    @one_thread()
     def step(self) -> Step:
         """What the policy answers now; then it is updated."""
         answers = sample(self.policy, ANSWERS, self._generator)

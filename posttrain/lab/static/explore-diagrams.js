@@ -32,8 +32,8 @@ export const DIAGRAMS = {
   },
   grpo: {
     boxes: {
-      prompt: ["prompt", 1, 0, "data"], policy: ["policy", 1, 1, "learns"], answers: ["a group of answers", 1, 2, "data"],
-      reference: ["reference", 0, 3, "stays"], checked: ["a program checks", 1, 3, "data"], advantage: ["reward − mean", 1, 4, "data"],
+      prompt: ["prompt", 1, 0, "data"], policy: ["policy", 1, 1, "learns"], answers: ["group of answers", 1, 2, "data"],
+      reference: ["reference", 0, 3, "stays"], checked: ["program checks", 1, 3, "data"], advantage: ["reward − mean", 1, 4, "data"],
     },
     arrows: [["prompt", "policy"], ["policy", "answers"], ["answers", "reference"], ["answers", "checked"], ["checked", "advantage"], ["reference", "advantage"]],
     back: ["advantage", "policy"],
