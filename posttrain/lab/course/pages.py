@@ -11,6 +11,7 @@ A node is text, or {"tag": …, "children": [nodes], …}.
 from __future__ import annotations
 
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ Node = str | dict[str, Any]
 
 def chapters() -> list[dict[str, Any]]:
     """Every chapter in order: its name, title, lead, sections and how many words each layer has."""
-    found = [read_chapter(name) for name in CHAPTERS if (FOLDER / f"{name}.md").is_file()]
+    found = [read_chapter(name) for name in CHAPTERS]
     return [
         {
             "name": chapter["name"],
@@ -50,8 +51,12 @@ def chapters() -> list[dict[str, Any]]:
     ]
 
 
+@cache
 def read_chapter(name: str) -> dict[str, Any]:
-    """One chapter as JSON wants it. Raises ResumeError for an unknown name, DataError where its text is wrong."""
+    """One chapter as JSON wants it, read once: chapters ship with the package, and so does the source that they show.
+
+    Raises ResumeError for an unknown name, DataError where its text is wrong.
+    """
     if name not in CHAPTERS:
         raise ResumeError(f"the course has no chapter {name!r}; it has {', '.join(CHAPTERS)}.")
     return {"name": name, **parse((FOLDER / f"{name}.md").read_text(encoding="utf-8"))}
@@ -92,7 +97,7 @@ def _split(text: str, mark: str) -> list[str]:
     """What precedes the first line that begins with `mark`, then a piece for each such line outside of fences."""
     pieces: list[list[str]] = [[]]
     fenced = False
-    for line in text.splitlines():
+    for line in text.split("\n"):
         fenced ^= line.startswith("```")
         if line.startswith(mark) and not fenced:
             pieces.append([])

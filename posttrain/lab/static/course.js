@@ -8,7 +8,7 @@ export const LAYERS = [
   ["intuition", "Intuition", "The idea in plain words, with pictures in mind and no formula that you need."],
   ["mathematics", "Mathematics", "Definitions and derivations, each formula worked through with numbers."],
   ["implementation", "Implementation", "The functions of this library that compute it, and commands that run it."],
-  ["all", "All three", "Everything, one after the other."],
+  ["all", "All", "Everything, one after the other."],
 ];
 const NAMES = Object.fromEntries(LAYERS.map(([key, name]) => [key, name]));
 const KEPT = "posttrain-layer"; // where the browser remembers the layer
@@ -44,18 +44,21 @@ function nearest() {
 
 // Arrow keys move through the layers wherever nothing else takes them.
 function useArrows(layer, choose) {
+  const now = useRef(layer); // keys may come faster than pages are painted
+  now.current = layer;
   useEffect(() => {
     const pressed = (event) => {
       const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
       if (!step || event.ctrlKey || event.altKey || event.metaKey || event.shiftKey) return;
       if (event.target !== document.body && event.target.id !== "main") return;
       event.preventDefault();
-      const at = LAYERS.findIndex(([key]) => key === layer);
-      choose(LAYERS[(at + step + LAYERS.length) % LAYERS.length][0]);
+      const at = LAYERS.findIndex(([key]) => key === now.current);
+      now.current = LAYERS[(at + step + LAYERS.length) % LAYERS.length][0];
+      choose(now.current);
     };
     addEventListener("keydown", pressed);
     return () => removeEventListener("keydown", pressed);
-  }, [layer]);
+  }, []);
 }
 
 // --- a chapter -------------------------------------------------------------------------------------------------------
@@ -161,7 +164,7 @@ const spoken = (children) => children.map((one) => (typeof one === "string" ? on
 
 // A cell: a formula where it stands between dollar signs, else text.
 function Mixed({ text }) {
-  return /^\$.*\$$/.test(text) ? html`<${Formula} tex=${text.slice(1, -1)} />` : printable(text);
+  return /^\$.*\$$/.test(text) ? html`<${Formula} tex=${text.slice(1, -1)} />` : printable(text).replace(/^-(?=\d)/, "−");
 }
 
 function Explore({ name }) {
