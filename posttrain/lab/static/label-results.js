@@ -52,7 +52,7 @@ async function post(path, body) {
   return said;
 }
 
-function Learn({ queue, api }) {
+function Learn({ queue, api, labels }) {
   const models = useData(`${api}/models`, 3000);
   const [how, setHow] = useState({ who: "each", ties: "keep", model: "abacus", steps: 40 });
   const [made, setMade] = useState(null);
