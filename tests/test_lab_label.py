@@ -451,7 +451,6 @@ def test_the_labeler_is_accessible_and_fits_a_phone(page: Page, lab: Opened, pla
             page.goto(lab.address + path)
             page.get_by_text(ready).first.wait_for()
             assert accessibility(page) == [] and not too_wide(page), (path, width)
-            page.screenshot(path=f"/tmp/shots/label-{ready.split()[0]}-{width}-{scheme}.png", full_page=True)
     assert page.locator("main script, main img").count() == 0 and "owned" not in page.title()
 
 

@@ -208,7 +208,6 @@ def test_the_explorer_is_accessible_and_fits_a_phone(page: Page, lab: Opened, sc
             page.get_by_text("trained on").wait_for()
             page.wait_for_selector(".katex")
             assert accessibility(page) == [] and not too_wide(page), (query, width)
-            page.screenshot(path=f"/tmp/shots/preferences-{'who' in query}-{width}-{scheme}.png", full_page=True)
 
 
 @pytest.mark.parametrize("query", ["labels=1x", "seed=-1", "who=nobody", f"labels={'1' * 500}"])
