@@ -285,6 +285,15 @@ def test_the_frontier_arrives_run_by_run(page: Page, lab: Opened) -> None:
     assert far == sorted(far) and float(rows[0][0]) == 2 and "frontier=true" in page.url
 
 
+def test_a_page_whose_lab_was_closed_says_so(page: Page, tmp_path: Path) -> None:
+    with opened(tmp_path) as lab:
+        page.goto(f"{lab.address}/explore/hacking?steps=40")
+        page.get_by_role("heading", name="What is answered at step 0").wait_for()
+        lab.process.terminate()
+        page.get_by_text("The connection to the lab is lost, and these runs with it.").wait_for()
+        page.get_by_role("button", name="Try again").wait_for()
+
+
 def test_the_page_is_accessible_and_fits(page: Page, lab: Opened) -> None:
     page.goto(f"{lab.address}/explore/hacking?steps=40&at=20")
     page.get_by_role("heading", name="What is answered at step 20").wait_for()

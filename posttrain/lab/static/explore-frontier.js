@@ -2,7 +2,7 @@
 
 import { Failed, TOKEN, Table, html, number, useEffect, useState } from "./ui.js";
 
-const WIDE = 640;
+const WIDE = matchMedia("(max-width: 600px)").matches ? 380 : 640; // so that its text stays as large as the page’s
 const HIGH = 300;
 const EDGE = { left: 44, right: 16, top: 16, bottom: 44 };
 const NATS = [0, 1, 2, 5, 10, 20, 40, 60, 80];
@@ -62,7 +62,7 @@ function Plot({ points, own }) {
       aria-label=${`Both rewards against distance, for ${points.length} penalties. The true reward is highest, ${number(best.true)}, with β ${number(best.beta)} at ${number(best.kl)} nats. The table below has every number.`}>
     ${ticks.map((tick) => html`<line class="rule" x1=${EDGE.left} x2=${WIDE - EDGE.right} y1=${y(tick)} y2=${y(tick)} /><text x=${EDGE.left - 8} y=${y(tick) + 4} text-anchor="end">${tick < 0 ? `−${-tick}` : tick}</text>`)}
     ${NATS.filter((nats) => nats <= most).map((nats) => html`<text x=${x(nats)} y=${HIGH - 24} text-anchor="middle">${nats}</text>`)}
-    <text x=${WIDE / 2} y=${HIGH - 4} text-anchor="middle">KL from the start, nats (drawn by square root)</text>
+    <text x=${WIDE / 2} y=${HIGH - 4} text-anchor="middle">KL from the start, nats (by square root)</text>
     ${KINDS.map(([kind], i) => html`<polyline class=${`line-${i}`} stroke-dasharray=${i ? "8 4" : ""} points=${points.map((point) => `${x(point.kl)},${y(point[kind])}`).join(" ")} />
       ${points.map((point) => (i
         ? html`<rect class=${`dot-${i}`} x=${x(point.kl) - 4} y=${y(point[kind]) - 4} width="8" height="8" />`

@@ -3,7 +3,7 @@
 import { Chart, DASHES } from "./chart.js";
 import { Choice, Formula, Slider, useAddress } from "./controls.js";
 import { Frontier } from "./explore-frontier.js";
-import { Failed, TOKEN, Table, Waiting, html, number, percent, printable, useEffect, useMemo, useRef, useState, useTitle } from "./ui.js";
+import { Failed, TOKEN, Table, html, number, percent, printable, useEffect, useMemo, useRef, useState, useTitle } from "./ui.js";
 
 const DEFAULTS = { beta: 0.3, seed: 0, steps: 120, at: -1, show: "both", frontier: false };
 const SPEEDS = [["slow", "slow"], ["steady", "steady"], ["fast", "as fast as it computes"]];
@@ -92,7 +92,7 @@ function Watched({ pair, state, set, again }) {
   const { phase, about, history } = pair;
   if (phase === "failed") return html`<div><${Failed} error=${pair.error} again=${again} /></div>`;
   if (phase === "lost") return html`<div><${Failed} error="The connection to the lab is lost, and these runs with it." again=${again} /></div>`;
-  if (!history.length || !about) return html`<div class="coming"><${Waiting} of="800 comparisons: the first policy and its reward model are being trained" /></div>`;
+  if (!history.length || !about) return html`<div class="coming"><p class="waiting" role="status">The first policy and its reward model are being trained …</p></div>`;
   const newest = history.length - 1;
   const at = state.at >= 0 ? Math.min(state.at, newest) : newest;
   const shown = ["off", "on"].filter((name) => state.show === "both" || state.show === name);
@@ -162,13 +162,13 @@ function Words({ first, now, shown, titles, about }) {
   return html`<h2>What the policy found</h2>
     <p>The reward model gives each word its points <em>every time</em> it is said; the rule takes ${number(-about.repeat)} away for each time
       after the first. Among the first answers that hardly matters. Words whose use has changed the most:</p>
-    <${Table} caption="Times a word stands in an answer, mean" head=${["Word", "Points by the model", "At the start", ...shown.map((name) => titles[name])]}>
+    <${Table} caption="Times that a word stands in an answer, mean; points are the model’s for each time" head=${["Word", "Points", "At the start", ...shown.map((name) => titles[name])]}>
       ${rows.map(({ word, i }) => html`<tr><th scope="row">${word}</th><td class="number">${signed(about.weights[i])}</td>
         <td class="number">${first.off.words[i].toFixed(2)}</td>${shown.map((name) => html`<td class="number">${now[name].words[i].toFixed(2)}</td>`)}</tr>`)}</${Table}>`;
 }
 
 function Rules({ about, beta }) {
-  return html`<h2>How this works</h2><div class="two"><div>
+  return html`<h2>How this works</h2><div class="two rules"><div>
       <h3>The true reward is a rule</h3>
       <table><caption>Points of an answer of up to ${about.longest} words</caption><tbody>${about.rule.map(([text, value]) => html`
         <tr><td class="number">${signed(value)}</td><td>${text}</td></tr>`)}</tbody></table>
@@ -179,8 +179,8 @@ function Rules({ about, beta }) {
         as the rule does. Nobody told it about ten times the same word, because nobody said that.</p>
       <h3>The policy is optimised against it</h3>
       <p>A network of ${about.parameters} numbers writes ${about.answers} answers a step; the score of each is compared with that of the others
-        (RLOO), and Adam makes the better ones likelier. With the penalty it maximises</p>
-      <${Formula} display tex=${`\\mathbb{E}_{y \\sim \\pi_\\theta}\\left[ r_\\phi(y) \\right] - \\beta\\, D_{\\mathrm{KL}}(\\pi_\\theta \\,\\|\\, \\pi_{\\mathrm{start}}), \\qquad \\beta = ${number(beta)}`} />
+        (RLOO), and Adam makes the better ones likelier. With the penalty, here β = ${number(beta)}, it maximises</p>
+      <${Formula} display tex=${`\\mathbb{E}_{y \\sim \\pi_\\theta}\\left[ r_\\phi(y) \\right] - \\beta\\, D_{\\mathrm{KL}}(\\pi_\\theta \\,\\|\\, \\pi_{\\mathrm{start}})`} />
       <p>The penalty keeps answers where the model has seen comparisons. Too little lets the policy run away, too much lets it learn nothing.</p>
     </div></div>`;
 }
