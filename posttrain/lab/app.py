@@ -6,6 +6,7 @@ import asyncio
 import json
 import threading
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,7 @@ class Lab:
         self.token = token
         self._feeds: dict[Path, Feed] = {}
         self._lock = threading.Lock()
+        self._judging = threading.Lock()
 
     def routes(self) -> list[Any]:
         """In the order they are tried."""
@@ -129,8 +131,12 @@ class Lab:
         return {"name": name, "folder": str(folder), **about, "events": noted, "episodes": kinds, "recipe": recipe}
 
     def verdicts(self, request: Request) -> list[dict[str, Any]]:
-        """What `posttrain doctor` says of a run; this reads answers and takes seconds."""
-        return [verdict.as_dict() for verdict in diagnose_run(self.folder(request))]
+        """What `posttrain doctor` says of a run; this reads answers and takes seconds, so it is done once a step."""
+        folder = self.folder(request)
+        with Run.read(folder) as run:
+            step, status = run.last_step(), run.status()
+        with self._judging:
+            return _judged(folder, step, status)
 
     def episodes(self, request: Request) -> dict[str, Any]:
         """A page of a search."""
@@ -171,6 +177,11 @@ class Lab:
         except (PosttrainError, OSError) as error:
             await socket.send_text(json.dumps({"error": str(error)}))
             await socket.close(1011)
+
+
+@lru_cache(maxsize=32)
+def _judged(folder: Path, step: int | None, status: str) -> list[dict[str, Any]]:
+    return [verdict.as_dict() for verdict in diagnose_run(folder)]
 
 
 def _news(folder: Path, feed: Feed, asked: list[str], sent: dict[str, Any]) -> str:
