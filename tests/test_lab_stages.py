@@ -228,15 +228,14 @@ def test_choosing_a_stage_shows_its_own_answers_to_the_same_prompts_and_those_be
     for at, name in enumerate(("sft", "ppo")):
         assert unfold(rows[0]["answers"][name]["text"])[1].strip() in first.nth(at).inner_text()
     assert page.locator(".tax").inner_text().startswith("The alignment tax")
-    page.get_by_label("Every model").check()
+    page.get_by_role("radio", name="Every model").check()
     assert page.locator(".asking").first.locator(".reply").count() == 4
 
 
 def test_the_address_holds_what_is_seen_and_keys_reach_every_stage(lab: Opened, page: Page) -> None:
     visit(lab, page)
     page.get_by_label("Pipeline").select_option("r1")
-    page.get_by_role("link", name="cold-start").wait_for()
-    page.get_by_role("link", name="cold-start").focus()
+    page.get_by_role("link", name="SFT cold-start").focus()
     page.keyboard.press("Enter")
     page.get_by_text("One figure is not enough").wait_for()  # 100 % helpful, 0 % safe
     page.get_by_label("This stage alone").check()

@@ -211,7 +211,7 @@ function Elsewhere({ name, here, set }) {
 function Figures({ record, models }) {
   const form = (figure) => (figure.share ? percent : number);
   return html`<section aria-label="All figures"><details><summary>All figures of all models</summary>
-    <${Table} caption="The same held-out tasks for every model, with 95 % intervals" head=${["", ...models.map((stage) => printable(stage.name))]}>
+    <${Table} caption="The same held-out tasks for every model, with 95 % intervals" head=${["figure", ...models.map((stage) => printable(stage.name))]}>
       ${record.figures.map((figure) => html`<tr><th scope="row">${printable(figure.label)}${figure.better && html` <span class="soft">(${figure.better === "high" ? "higher" : "lower"} is better)</span>`}</th>
         ${models.map(({ card }) => html`<td class="number">${card[figure.name] ? html`${form(figure)(card[figure.name].value)} <span class="soft">[${form(figure)(card[figure.name].low)}, ${form(figure)(card[figure.name].high)}]</span>` : "–"}</td>`)}</tr>`)}</${Table}></details></section>`;
 }
