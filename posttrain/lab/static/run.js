@@ -98,7 +98,7 @@ function Verdicts({ run }) {
       ${known.length > 0 && html`<${Table} caption="What posttrain doctor says of this run, the worst first" head=${["check", "verdict", "since step", "evidence and what to do"]}>
         ${known.map((one) => html`<tr><th scope="row">${one.name}</th><td><${Mark} of=${one.level} /></td><td class="number">${one.since ?? ""}</td>
           <td class="text">${printable(one.evidence)}${one.advice && html`<div><strong>→ ${printable(one.advice)}</strong></div>`}</td></tr>`)}</${Table}>`}
-      ${silent.length > 0 && html`<details><summary>${silent.length} checks had nothing to judge</summary><ul>${silent.map((one) => html`
+      ${silent.length > 0 && html`<details><summary>${silent.length} ${silent.length === 1 ? "check" : "checks"} had nothing to judge</summary><ul>${silent.map((one) => html`
         <li>${one.name}: ${printable(one.evidence)}</li>`)}</ul></details>`}`;
   }}</${Loaded}>`;
 }

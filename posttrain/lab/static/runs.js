@@ -30,7 +30,7 @@ export function RunsTable({ runs, chosen, toggle }) {
     ${runs.map((run) => html`<tr key=${run.name}>
       ${toggle && html`<td><label class="tick"><input type="checkbox" aria-label=${`Compare ${printable(run.name)}`}
         disabled=${run.status === "damaged"} checked=${chosen.includes(run.name)} onChange=${() => toggle(run.name)} /></label></td>`}
-      <th scope="row">${run.status === "damaged" ? printable(run.name)
+      <th scope="row" class="run-name">${run.status === "damaged" ? printable(run.name)
         : html`<a href=${address("runs", run.name)}>${printable(run.name)}</a>`}</th>
       <td><${Mark} of=${run.status} />${run.note && html`<div class="note">${printable(run.note)}</div>`}</td>
       <td class="number">${run.step ?? "–"}${run.steps ? html`<span class="soft"> of ${run.steps}</span>` : ""}</td>
