@@ -280,4 +280,6 @@ def test_the_page_is_accessible_and_fits(page: Page, lab: Opened, scheme: Any, w
     go(page, lab, "?updates=2&watch=1&thinking=true")
     page.get_by_text("asked 64 more times").wait_for()
     page.locator(".grpo-worked .katex").first.wait_for()
+    heads = [head.partition(" ")[0] for head in page.locator("main h1, main h2").all_inner_texts()]
+    assert heads == ["GRPO:", "1.", "2.", "3.", "Why"]  # whichever answer of the server came first
     assert accessibility(page) == [] and not too_wide(page)

@@ -118,7 +118,7 @@ function loadKatex() {
 // A formula in TeX, which is the lab's own text; drawn with MathML beside it, which screen readers read.
 export function Formula({ tex, display = false }) {
   const place = useRef(null);
-  const [drawn, setDrawn] = useState(false);
+  const [drawn, setDrawn] = useState(Boolean(self.katex)); // so that no state is set while the page is put together
   useLayoutEffect(() => { // before the page is painted: a formula changes together with the numbers beside it
     let open = true;
     const draw = () => {

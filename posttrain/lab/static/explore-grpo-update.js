@@ -25,8 +25,8 @@ export function Update({ api, group, rewards, how, watch, found, state, set }) {
     <p class="grpo-buttons">
       <button type="button" disabled=${updates === MOST} onClick=${() => set({ updates: updates + 1 })}>${updates ? "Take another step on the same answers" : "Take one real gradient step"}</button>
       <button type="button" disabled=${updates === 0} onClick=${() => set({ updates: 0 })}>Back to before</button></p>
-    ${updates === 0 ? html`<p class="soft">No step has been taken yet.</p>`
-      : html`<${Result} path=${`${api}/update?${asked}`} group=${group} watch=${watch} found=${found} clip=${clip} updates=${updates} set=${set} />`}
+    <div>${updates === 0 ? html`<p class="soft">No step has been taken yet.</p>`
+      : html`<${Result} path=${`${api}/update?${asked}`} group=${group} watch=${watch} found=${found} clip=${clip} updates=${updates} set=${set} />`}</div>
   </section>`;
 }
 
