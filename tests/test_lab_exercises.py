@@ -22,8 +22,9 @@ from posttrain.cli import main
 from posttrain.config import RECIPES
 from posttrain.lab.course import coding, exercises, pages, worked_challenges, worked_reasoning
 from posttrain.types import ConfigError, ResumeError
-from tests.lab_server import accessibility, opened, too_wide
+from tests.lab_server import PATIENCE, accessibility, opened, too_wide
 
+expect.set_options(timeout=PATIENCE)  # the machine may be busy
 CODING = [name for name, given in exercises.texts().items() if given["kind"] == "coding"]
 CHAPTERS = ("reasoning", "hands-on", "challenges")
 
