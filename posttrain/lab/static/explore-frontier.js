@@ -67,8 +67,9 @@ function Plot({ points, own }) {
       ${points.map((point) => (i
         ? html`<rect class=${`dot-${i}`} x=${x(point.kl) - 4} y=${y(point[kind]) - 4} width="8" height="8" />`
         : html`<circle class=${`dot-${i}`} cx=${x(point.kl)} cy=${y(point[kind])} r="4.5" />`))}`)}
-    ${points.filter((point) => point === best || point.beta === own || point.beta === 0).map((point) => html`
-      <text class="beta" x=${Math.min(x(point.kl), WIDE - 40)} y=${y(point.true) + 22} text-anchor="middle">β ${number(point.beta)}</text>`)}
+    <text class="beta" x=${x(best.kl)} y=${y(best.true) + 24} text-anchor="middle">β ${number(best.beta)}</text>
+    ${points.filter((point) => point !== best && (point.beta === own || point.beta === 0)).map((point) => html`
+      <text class="beta" x=${x(point.kl) - 8} y=${y(point.proxy) - 6} text-anchor="end">β ${number(point.beta)}</text>`)}
   </svg><figcaption class="note">${KINDS.map(([, name], i) => html`<span><svg width="36" height="12" aria-hidden="true"><line x1="0" y1="6" x2="36" y2="6" class=${`line-${i}`} stroke-width="2" stroke-dasharray=${i ? "8 4" : ""} />
       ${i ? html`<rect class="dot-1" x="14" y="2" width="8" height="8" />` : html`<circle class="dot-0" cx="18" cy="6" r="4.5" />`}</svg> ${name}</span> `)}</figcaption></figure>`;
 }
