@@ -26,6 +26,7 @@ from posttrain.lab.folders import Place
 from posttrain.lab.label import agreement, export, sources, store
 from posttrain.lab.label.scores import agreement as agreement_with_model
 from posttrain.lab.label.store import Label, Pair, Queue
+from posttrain.lab.label.training import Trainings, steps_of
 from posttrain.types import ConfigError, DataError, Message, Preference, ResumeError
 from tests import tiny
 from tests.lab_server import PATIENCE, Opened, accessibility, hostile_run, opened, too_wide
@@ -237,6 +238,18 @@ def test_exports_are_named_by_what_they_hold_and_kept(tmp_path: Path) -> None:
         export.write(queue, "loudest")
 
 
+def test_training_is_refused_where_a_new_run_would_lie_inside_another_and_for_what_is_no_number(tmp_path: Path) -> None:
+    folder = hostile_run(tmp_path / "alone")
+    made = sources.start(Place(folder), "run:alone")
+    queue = Queue.find(folder, made["queue"])
+    queue.add({**body(1, "ada"), "pair": queue.pairs()[0].id})
+    with pytest.raises(ConfigError, match="Open the folder above"):
+        Trainings(Place(folder)).start(queue, "each", "keep", "abacus", 1)
+    for steps in (0, "4", True, 10_001):
+        with pytest.raises(ConfigError, match="whole number from 1"):
+            steps_of(steps)
+
+
 def test_a_model_is_judged_on_prompts_it_did_not_see_and_ties_and_unread_pairs_are_left_out() -> None:
     scores = {"p0": (2.0, 1.0), "p1": (0.0, 1.0), "p2": (1.0, 0.0), "p3": None}
     rows = {row["name"]: row for row in agreement_with_model([*LABELS, said("p3", "ada", "a")], scores, {"p1"})}
@@ -426,6 +439,8 @@ def test_labels_become_a_reward_model_whose_scores_come_back_to_the_page(page: P
     judged.wait_for(timeout=4 * PATIENCE)
     row = judged.get_by_role("row", name="ada").inner_text()
     assert "of 6" in row and "of 18" in row  # a quarter of the prompts was held out
+    again = call(lab, "/api/label/loop/train", {"model": "base", "steps": 6})  # the same once more starts nothing
+    assert again["run"] == run.name and len(list(place.glob("loop-reward-*"))) == 1
     shown = page.locator(".scored li").first
     assert shown.inner_text().count("score ") == 2 and "preferred by ada" in shown.inner_text()
     assert "▲" in shown.inner_text()
