@@ -101,12 +101,15 @@ def _number(name: str, text: str) -> float:
 
 @dataclass(frozen=True)
 class Found:
-    """A page of a search. `next` is where to go on, None at the end; `looked` rows of `total` are behind it."""
+    """A page of a search. `next` is where to go on, None at the end; `looked` rows of `total` are behind it.
+
+    `total` is None for groups, which nobody counts: that alone would take longer than finding a page of them.
+    """
 
     rows: list[dict[str, Any]]
     next: int | None
     looked: int
-    total: int
+    total: int | None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -184,18 +187,18 @@ def _row(database: sqlite3.Connection, query: Query, key: Any) -> dict[str, Any]
     return row | {"text": row["text"][:SHORT], "prompt": row["prompt"][:SHORT], "passed": bool(row["passed"])}
 
 
-def _total(folder: Path, database: sqlite3.Connection, query: Query) -> int:
-    """How many rows, or groups, a search goes through; counted once for a run that does not grow."""
+def _total(folder: Path, database: sqlite3.Connection, query: Query) -> int | None:
+    """How many rows a search goes through; counted once for a run that does not grow."""
+    if query.order == "flat":
+        return None
     newest = database.execute("SELECT max(rowid) FROM episodes").fetchone()[0]
     where, values = _where(query)
-    key = (folder, newest, query.kind, query.first, query.last, query.order == "flat", where)
+    key = (folder, newest, query.kind, query.first, query.last, where)
     with _lock:
         if key not in _totals:
-            what = f"(SELECT 1 FROM episodes WHERE {where} GROUP BY step, grp)"
-            what = what if query.order == "flat" else f"episodes WHERE {where}"
             while len(_totals) >= REMEMBERED:
                 _totals.pop(next(iter(_totals)))
-            _totals[key] = database.execute(f"SELECT count(*) FROM {what}", values).fetchone()[0]
+            _totals[key] = database.execute(f"SELECT count(*) FROM episodes WHERE {where}", values).fetchone()[0]
         return _totals[key]
 
 

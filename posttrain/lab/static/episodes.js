@@ -90,11 +90,11 @@ function Results({ run, fields, go }) {
   const what = fields.order === "flat" ? "groups" : "episodes";
   const { rows, busy, next, looked, total, error } = found;
   return html`
-    <p class="soft" role="status" id="looked">${busy && !total ? "Searching …"
-      : `${rows.length} shown; looked through ${grouped(looked)} of ${grouped(total)} ${what}${busy ? " …" : "."}`}
-      ${busy && total > 0 && html` <button type="button" onClick=${stop}>Stop</button>`}</p>
+    <p class="soft" role="status" id="looked">${busy && !looked ? "Searching …"
+      : `${rows.length} shown; looked through ${grouped(looked)}${total === null ? "" : ` of ${grouped(total)}`} ${what}${busy ? " …" : "."}`}
+      ${busy && looked > 0 && html` <button type="button" onClick=${stop}>Stop</button>`}</p>
     ${error && html`<${Failed} error=${error} />`}
-    ${!busy && !rows.length && !error && html`<p class="box">${total ? `None of the ${grouped(looked)} ${what} is like that. Ask for less, or for another kind.` : `This run stored no ${what} of this kind.`}</p>`}
+    ${!busy && !rows.length && !error && html`<p class="box">${looked ? `None of the ${grouped(looked)} ${what} is like that. Ask for less, or for another kind.` : `This run stored no ${what} of this kind.`}</p>`}
     <ol class="episodes">${rows.map((row) => html`<${Row} key=${`${row.step}.${row.group}.${row.index}`} run=${run} row=${row} />`)}</ol>
     ${!busy && next !== null && html`<p><button type="button" onClick=${() => { go({ ...fields, start: next }); scrollTo(0, 0); }}>Go on from here</button></p>`}`;
 }
