@@ -8,7 +8,7 @@ export function Page() {
   useTitle("Home");
   const home = useData("/api/home", 5000);
   return html`<h1>Post-training, looked at</h1>
-    <p class="lead">Runs of yours as they train, and five explorers that compute with the same functions.</p>
+    <p class="lead">Your runs as they train, <a href="/learn">a course in six chapters</a>, and five explorers. All of them call the functions that train.</p>
     <section><h2>Explore</h2><${Explorers} /></section>
     <${Loaded} from=${home} of="the folder">${(found) => (found.count || found.pipelines.length
       ? html`<${Here} ...${found} />` : html`<${Empty} folder=${found.folder} />`)}</${Loaded}>`;
