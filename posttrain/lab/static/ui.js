@@ -70,10 +70,12 @@ export function Failed({ error, again }) {
     ${again && html`<button type="button" onClick=${again}>Try again</button>`}</div>`;
 }
 
-// The content when it is there; until then what is waited for, or what went wrong.
+// The content when it is there; until then what is waited for, or what went wrong. One element in all cases: Preact
+// may put what follows a component before it when the number of the component's elements changes.
 export function Loaded({ from, of, children }) {
-  if (from.data === null) return from.error ? html`<${Failed} ...${from} />` : html`<${Waiting} of=${of} />`;
-  return html`${from.error && html`<${Failed} ...${from} />`}${children(from.data)}`;
+  const missing = from.data === null;
+  return html`<div>${from.error && html`<${Failed} ...${from} />`}
+    ${missing && !from.error && html`<${Waiting} of=${of} />`}${!missing && children(from.data)}</div>`;
 }
 
 // --- how things are written ----------------------------------------------------------------------------------------
