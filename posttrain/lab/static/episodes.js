@@ -12,7 +12,6 @@ const KINDS = { train: "training", eval: "held-out" };
 
 export function Page({ run }) {
   useTitle(`Episodes of ${run}`);
-  const about = useData(`/api${address("runs", run)}`);
   const [query, setQuery] = useState(location.search);
   useEffect(() => {
     const back = () => setQuery(location.search);
@@ -28,11 +27,11 @@ export function Page({ run }) {
   const fields = Object.fromEntries(new URLSearchParams(query));
   return html`<p class="path"><a href="/runs">Runs</a> / <a href=${address("runs", run)}>${printable(run)}</a></p>
     <h1>Episodes</h1>
-    <${Filters} key=${query} parts=${about.data?.parts || []} fields=${fields} go=${go} />
+    <${Filters} key=${query} run=${run} fields=${fields} go=${go} />
     <${Results} run=${run} fields=${fields} go=${go} />`;
 }
 
-function Filters({ parts, fields, go }) {
+function Filters({ run, fields, go }) {
   const form = useRef(null);
   const send = (event) => {
     event?.preventDefault();
@@ -46,12 +45,15 @@ function Filters({ parts, fields, go }) {
     <label class="long">text in the prompt or the answer<input type="search" name="text" value=${fields.text || ""} /></label>
     <label class="short">from step<input name="first" inputmode="numeric" pattern="[0-9]*" value=${fields.first || ""} /></label>
     <label class="short">to step<input name="last" inputmode="numeric" pattern="[0-9]*" value=${fields.last || ""} /></label>
-    ${parts.length > 0 && html`<${Part} parts=${parts} fields=${fields} />`}
+    <${Part} run=${run} fields=${fields} />
     <button>Search</button></form>`;
 }
 
-// A part of the reward and what it is compared with; all of it goes with the form's other fields.
-function Part({ parts, fields }) {
+// A part of the reward and what it is compared with; all of it goes with the form's other fields. It asks by itself
+// which parts there are, so that what is typed into the others stays when it is told.
+function Part({ run, fields }) {
+  const parts = useData(`/api${address("runs", run)}`).data?.parts || [];
+  if (!parts.length) return null;
   const known = Object.fromEntries([["", "any part of the reward"], ...parts.map((name) => [name, printable(name)])]);
   const options = (all, chosen) => Object.entries(all).map(([value, text]) => html`<option value=${value} selected=${value === chosen}>${text}</option>`);
   return html`<label>part of the reward<select name="part">${options(known, fields.part || "")}</select></label>
