@@ -37,8 +37,10 @@ FORBIDDEN = {
     "lab": {"train", "algos", "pipelines"},
 }
 OPTIONAL = {"datasets", "pyarrow", "vllm", "ray", "matplotlib", "rich", "reasoning_gym", "gymnasium", "verifiers", "z3"}
-LAZY = {"cli", "inspection", "arguments", "api", "__init__", "doctor", "lab.checkpoints", "lab.explore.grpo", "lab.rescore", "lab.rejudge",
-        "lab.label.scores", "lab.explore.preferences"}  # fmt: skip
+LAZY = {
+    "cli", "inspection", "arguments", "api", "__init__", "doctor", "lab.checkpoints", "lab.explore.grpo", "lab.rescore",
+    "lab.rejudge", "lab.label.scores", "lab.explore.preferences",
+}  # fmt: skip
 """Modules that import within functions what they need later, so that start-up is quick."""
 LONGEST_MODULE, LONGEST_FUNCTION, LONGEST_RUN = 400, 60, 150
 
