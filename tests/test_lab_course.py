@@ -23,7 +23,8 @@ from posttrain.arguments import read_recipe
 from posttrain.cli import main
 from posttrain.config import RECIPES
 from posttrain.lab.app import PAGES
-from posttrain.lab.course import pages, routes, source
+from posttrain.lab.course import pages, source
+from posttrain.lab.course.examples import EXAMPLES
 from posttrain.lab.course.working import Worked, one
 from posttrain.types import DataError, ResumeError
 from tests.lab_server import PATIENCE, Opened, accessibility, opened, too_wide
@@ -194,8 +195,8 @@ def test_the_source_that_is_shown_is_the_source_that_runs() -> None:
 
 
 def test_every_worked_example_that_a_chapter_names_is_computed_and_none_is_left_over() -> None:
-    assert named("worked") == set(routes.EXAMPLES)
-    for name, example in routes.EXAMPLES.items():
+    assert named("worked") == set(EXAMPLES)
+    for name, example in EXAMPLES.items():
         found = example()
         assert found.steps or found.rows, name
         assert all(len(row) == len(found.head) for row in found.rows), name
@@ -256,7 +257,7 @@ def test_every_command_exists_and_so_do_its_settings() -> None:
 
 
 def results(name: str) -> list[str]:
-    return [step.result for step in routes.EXAMPLES[name]().steps]
+    return [step.result for step in EXAMPLES[name]().steps]
 
 
 def sigmoid(x: float) -> float:
@@ -280,7 +281,7 @@ def test_worked_numbers_are_those_worked_by_hand() -> None:
 
 
 def test_what_the_chapters_prove_is_seen_in_their_numbers() -> None:
-    rows: dict[str, list[tuple[str, ...]]] = {name: list(routes.EXAMPLES[name]().rows) for name in routes.EXAMPLES}
+    rows: dict[str, list[tuple[str, ...]]] = {name: list(EXAMPLES[name]().rows) for name in EXAMPLES}
     assert all(row[3] == row[4] for row in rows["policy-gradient"])  # the theorem
     assert len({row[2] for row in rows["baseline"]}) == 1  # a baseline leaves the mean
     assert all(row[1] == row[2] for row in rows["cross-entropy"])
@@ -382,7 +383,7 @@ def test_numbers_on_the_page_are_the_library_s(page: Page, lab: Opened) -> None:
     shown(page, f"{lab.address}/learn/algorithms?layer=mathematics")
     for name in ("clip", "gae", "four-models"):
         cells = page.locator(f".worked[data-name='{name}'] td").all_inner_texts()
-        rows = routes.EXAMPLES[name]().rows
+        rows = EXAMPLES[name]().rows
         assert [text.replace("−", "-") for text in cells] == [cell for row in rows for cell in row[1:]]
 
 

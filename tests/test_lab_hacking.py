@@ -20,9 +20,10 @@ from starlette.datastructures import QueryParams
 from websockets.exceptions import ConnectionClosedError
 from websockets.sync.client import ClientConnection, connect
 
-from posttrain.lab.explore import goodhart, hacking
+from posttrain.lab.explore import goodhart, hacking, pair
 from posttrain.lab.explore.goodhart import LONGEST, STOP, WORDS, Optimisation, World
-from posttrain.lab.explore.hacking import Asked, Pair
+from posttrain.lab.explore.hacking import Asked
+from posttrain.lab.explore.pair import Pair
 from posttrain.types import ConfigError
 from tests.lab_server import Opened, accessibility, opened, too_wide
 
@@ -102,13 +103,13 @@ def test_agreement_is_the_share_of_ordered_pairs() -> None:
 
 def test_a_run_is_a_function_of_its_seed_and_leaves_the_global_generator_alone(world: World) -> None:
     before = torch.get_rng_state()
-    alone = [told["on"] for told in play(Pair(world, Asked(0.2, 5, 10)), 10)]
-    pairs = [Pair(world, Asked(0.2, 5, 10)) for _ in range(3)]
+    alone = [told["on"] for told in play(Pair(world, 0.2, 5), 10)]
+    pairs = [Pair(world, 0.2, 5) for _ in range(3)]
     with ThreadPoolExecutor(3) as pool:  # three viewers at once
         together = list(pool.map(lambda pair: [told["on"] for told in play(pair, 10)], pairs))
     assert together == [alone] * 3
     assert torch.equal(before, torch.get_rng_state())
-    other = play(Pair(world, Asked(0.2, 6, 10)), 2)
+    other = play(Pair(world, 0.2, 6), 2)
     assert other[1]["on"]["samples"] != alone[1]["samples"]
 
 
@@ -122,7 +123,7 @@ def test_a_run_is_the_same_however_many_threads_there_are_and_leaves_them_as_the
         for count in (1, 2):
             torch.set_num_threads(count)
             goodhart.make_world.cache_clear()
-            told.append(play(Pair(goodhart.make_world(7), Asked(0.2, 7, 5)), 5))
+            told.append(play(Pair(goodhart.make_world(7), 0.2, 7), 5))
             assert torch.get_num_threads() == count
     finally:
         torch.set_num_threads(threads)
@@ -130,7 +131,7 @@ def test_a_run_is_the_same_however_many_threads_there_are_and_leaves_them_as_the
 
 
 def test_both_runs_begin_as_the_start_with_no_distance(world: World) -> None:
-    first = Pair(world, Asked(0.3, 0, STEPS)).step()
+    first = Pair(world, 0.3, 0).step()
     assert first["off"] == first["on"] and first["off"]["kl"] == 0 and first["step"] == 0
 
 
@@ -139,7 +140,7 @@ def test_both_runs_begin_as_the_start_with_no_distance(world: World) -> None:
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_without_a_penalty_the_proxy_rises_and_the_truth_falls_and_the_penalty_holds_both(seed: int) -> None:
-    told = play(Pair(goodhart.make_world(seed), Asked(0.3, seed, STEPS)), STEPS)
+    told = play(Pair(goodhart.make_world(seed), 0.3, seed), STEPS)
     off, on, start = told[-1]["off"], told[-1]["on"], told[0]["off"]
     assert off["proxy"] > start["proxy"] + 2
     assert off["true"] < off["best"][1] - 2 and off["true"] < start["true"]
@@ -153,7 +154,7 @@ def test_without_a_penalty_the_proxy_rises_and_the_truth_falls_and_the_penalty_h
 
 def test_a_strong_penalty_ends_nearer_and_a_stop_ends_a_run_at_once(world: World) -> None:
     go = threading.Event()
-    strong, weak = (hacking.ending(world, beta, 0, 60, go) for beta in (1.0, 0.2))
+    strong, weak = (pair.ending(world, beta, 0, 60, go) for beta in (1.0, 0.2))
     assert strong["kl"] < weak["kl"] and strong["proxy"] < weak["proxy"]
     run = Optimisation(world, 1.0, 0)
     steps = [run.step() for _ in range(61)]
@@ -266,7 +267,7 @@ def test_a_reader_sees_the_proxy_run_away_and_the_penalty_hold_it(page: Page, la
 def test_a_link_reproduces_what_was_seen_and_another_penalty_starts_anew(page: Page, lab: Opened) -> None:
     page.goto(f"{lab.address}/explore/hacking?beta=0.5&steps=40&at=30")
     page.get_by_role("heading", name="What is answered at step 30").wait_for()
-    told = play(Pair(goodhart.make_world(0), Asked(0.5, 0, 40)), 30)[-1]
+    told = play(Pair(goodhart.make_world(0), 0.5, 0), 30)[-1]
     shown = figures(page, "Penalty on")
     assert shown["True reward"] == pytest.approx(told["on"]["true"], abs=0.01)
     assert told["on"]["samples"][0]["text"] in page.locator(".samples").nth(1).inner_text()

@@ -39,7 +39,8 @@ FORBIDDEN = {
 OPTIONAL = {"datasets", "pyarrow", "vllm", "ray", "matplotlib", "rich", "reasoning_gym", "gymnasium", "verifiers", "z3"}
 LAZY = {
     "cli", "inspection", "arguments", "api", "__init__", "doctor", "lab.checkpoints", "lab.explore.grpo", "lab.rescore",
-    "lab.rejudge", "lab.label.scores", "lab.explore.preferences",
+    "lab.rejudge", "lab.label.scores", "lab.explore.preferences", "lab.explore.hacking", "lab.course.routes",
+    "lab.course.exercises",
 }  # fmt: skip
 """Modules that import within functions what they need later, so that start-up is quick."""
 LONGEST_MODULE, LONGEST_FUNCTION, LONGEST_RUN = 400, 60, 150
@@ -135,6 +136,7 @@ def test_modules_and_functions_are_short_enough_to_read(module: str) -> None:
         ("posttrain", ["torch", "transformers"]),
         ("posttrain.config", ["torch", "transformers"]),
         ("posttrain.cli", ["torch", "transformers"]),
+        ("posttrain.lab.app", ["torch", "transformers"]),
     ],
 )
 def test_importing_one_module_does_not_load_what_it_does_not_need(module: str, absent: list[str]) -> None:

@@ -8,31 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from posttrain.lab.course.case import Case
 from posttrain.objectives.advantages import group_relative
 from posttrain.objectives.policy import clip as clipped_loss
 from posttrain.objectives.reward import bradley_terry
 from posttrain.objectives.tokens import kl_k1
 
-TOLERANCE = 1e-6
 STD_EPS = 1e-4
 CLIP = 0.2
 Floats = Sequence[float]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One call of the reader's function: `wrong` are typical wrong results, each with the sentence that explains it."""
-
-    name: str
-    entry: str
-    args: list[Any]
-    expected: Any
-    wrong: tuple[tuple[Any, str], ...] = ()
 
 
 def tensor(values: Any) -> torch.Tensor:

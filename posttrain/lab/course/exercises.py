@@ -15,7 +15,7 @@ from typing import Any
 
 from starlette.routing import BaseRoute
 
-from posttrain.lab.course.coding import CASES, TOLERANCE, Case
+from posttrain.lab.course.case import TOLERANCE, Case
 from posttrain.lab.course.pages import nodes
 from posttrain.lab.folders import Place
 from posttrain.lab.routing import get, named, post
@@ -129,6 +129,8 @@ def shown(name: str) -> dict[str, Any]:
 @cache
 def cases_of(name: str) -> list[Case]:
     """The cases of a coding exercise; what is expected in them is computed once."""
+    from posttrain.lab.course.coding import CASES
+
     return CASES[name]()
 
 

@@ -7,31 +7,10 @@ from typing import Any
 from starlette.requests import Request
 from starlette.routing import BaseRoute
 
-from posttrain.lab.course import (
-    pages,
-    worked,
-    worked_algorithms,
-    worked_challenges,
-    worked_measured,
-    worked_pairs,
-    worked_reasoning,
-    worked_rewards,
-)
-from posttrain.lab.course.working import Example
+from posttrain.lab.course import pages
 from posttrain.lab.folders import Place
 from posttrain.lab.routing import get, named
 from posttrain.types import ResumeError
-
-EXAMPLES: dict[str, Example] = {
-    **worked.EXAMPLES,
-    **worked_rewards.EXAMPLES,
-    **worked_algorithms.EXAMPLES,
-    **worked_pairs.EXAMPLES,
-    **worked_measured.EXAMPLES,
-    **worked_reasoning.EXAMPLES,
-    **worked_challenges.EXAMPLES,
-}
-"""Worked examples by the name that a chapter gives them."""
 
 
 def routes(place: Place) -> list[BaseRoute]:
@@ -45,6 +24,8 @@ def routes(place: Place) -> list[BaseRoute]:
 
 def work(request: Request) -> dict[str, Any]:
     """Computes a worked example, now."""
+    from posttrain.lab.course.examples import EXAMPLES
+
     name = named(request, "name")
     if name not in EXAMPLES:
         raise ResumeError(f"there is no worked example {name!r}; there are {', '.join(EXAMPLES)}.")
