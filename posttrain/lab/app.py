@@ -21,7 +21,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from posttrain import __version__
 from posttrain.diagnose import diagnose_run
-from posttrain.lab import cards, chat, episodes, folders, inspector
+from posttrain.lab import asking, cards, chat, episodes, folders, inspector
 from posttrain.lab.course import exercises
 from posttrain.lab.course import routes as course
 from posttrain.lab.curves import Feed
@@ -84,8 +84,7 @@ class Lab:
 
     def routes(self) -> list[Any]:
         """In the order they are tried."""
-        return [
-            *(Route(path, self.page) for path in PAGES),
+        asked = [
             get("/api/home", self.home),
             get("/api/runs", lambda request: folders.list_runs(self.place)),
             get("/api/runs/{run}", self.run),
@@ -94,8 +93,8 @@ class Lab:
             get("/api/pipelines/{pipeline}", lambda asked: folders.read_pipeline(self.place, named(asked, "pipeline"))),
             WebSocketRoute("/live/{run}", self.live),
             *(route for part in PARTS for route in part(self.place)),
-            static(STATIC),
         ]
+        return [*(Route(path, self.page) for path in PAGES), *asked, asking.socket(asked), static(STATIC)]
 
     async def page(self, request: Request) -> Response:
         """The one document of all pages; its script reads the address and shows what belongs there."""

@@ -27,9 +27,17 @@ Routes = Callable[[Place], list[BaseRoute]]
 """What a part of the lab adds: given the folder that is shown, its routes under /api."""
 
 
+class Reading(Route):
+    """A route that only reads; `outcome` answers without a request of its own, for the socket that explorers ask."""
+
+    def __init__(self, path: str, read: Read) -> None:
+        super().__init__(path, partial(_answer, read))
+        self.outcome = partial(outcome, read)
+
+
 def get(path: str, read: Read) -> Route:
     """A route that only reads."""
-    return Route(path, partial(_answer, read))
+    return Reading(path, read)
 
 
 def post(path: str, write: Write) -> Route:
@@ -41,7 +49,8 @@ def post(path: str, write: Write) -> Route:
         except ValueError:  # not UTF-8, or not JSON
             body = None
         if not isinstance(body, dict):
-            return _json(400, {"error": "The body of this request is not a JSON object."})
+            text = _text({"error": "The body of this request is not a JSON object."})
+            return Response(text, 400, NO_STORE, "application/json")
         return await _answer(partial(_swapped, write, body), request)
 
     return Route(path, endpoint, methods=["POST"])
@@ -56,17 +65,22 @@ def _swapped(write: Write, body: dict[str, Any], request: Request) -> Any:
     return write(request, body)
 
 
-async def _answer(read: Read, request: Request) -> Response:
+async def outcome(read: Read, request: Request) -> tuple[int, str]:
+    """Status and JSON of what `read` returns, or of why it cannot."""
     try:
-        return _json(200, await to_thread.run_sync(read, request))
+        return 200, _text(await to_thread.run_sync(read, request))
     except ConfigError as error:
-        return _json(400, {"error": str(error)})
+        return 400, _text({"error": str(error)})
     except ResumeError as error:
-        return _json(404, {"error": str(error)})
+        return 404, _text({"error": str(error)})
     except (PosttrainError, OSError) as error:
-        return _json(500, {"error": str(error)})
+        return 500, _text({"error": str(error)})
 
 
-def _json(status: int, body: Any) -> Response:
-    text = json.dumps(body, allow_nan=False, ensure_ascii=True, default=str)
+async def _answer(read: Read, request: Request) -> Response:
+    status, text = await outcome(read, request)
     return Response(text, status, NO_STORE, "application/json")
+
+
+def _text(body: Any) -> str:
+    return json.dumps(body, allow_nan=False, ensure_ascii=True, default=str)

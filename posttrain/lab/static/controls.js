@@ -1,7 +1,8 @@
 // What explorers share: a state that lives in the address, controls that keys reach, numbers that the server computes,
 // bars and formulas.
 
-import { TOKEN, ask, html, printable, useEffect, useRef, useState } from "./ui.js";
+import { askQuickly } from "./asking.js";
+import { TOKEN, html, printable, useEffect, useRef, useState } from "./ui.js";
 import { useLayoutEffect } from "./vendor/preact-htm.js";
 
 // --- state -----------------------------------------------------------------------------------------------------------
@@ -60,7 +61,7 @@ export function useComputed(path) {
     const load = async () => {
       busy.current = true;
       const asked = wanted.current;
-      const news = await ask(asked).then((data) => ({ data, error: "" }), (error) => ({ error: error.message }));
+      const news = await askQuickly(asked).then((data) => ({ data, error: "" }), (error) => ({ error: error.message }));
       busy.current = false;
       if (!here.current) return;
       const stale = wanted.current !== asked;
