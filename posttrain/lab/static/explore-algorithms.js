@@ -16,7 +16,7 @@ export function Page() {
   const [state, set] = useAddress(DEFAULTS);
   const { data, error } = useComputed(`/api/explore/algorithms?${new URLSearchParams(state)}`);
   const choose = (key, number = false) => (value) => set({ [key]: number ? Number(value) : value });
-  return html`<h1>Algorithms</h1>
+  return html`<p class="path"><a href="/explore">Explore</a></p><h1>Algorithms</h1>
     <p class="lead">What do PPO, DPO and GRPO need in memory, and what do they need as data?</p>
     ${!data && (error ? html`<${Failed} error=${error} />` : html`<${Waiting} of="the planner" />`)}
     ${data && error && html`<${Failed} error=${error} />`}

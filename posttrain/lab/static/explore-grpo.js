@@ -17,7 +17,7 @@ export function Page() {
   const { problem, seed, size } = state;
   const found = useComputed(`${API}/group?${new URLSearchParams({ problem, seed, size })}`);
   const fresh = (change) => set({ rewards: [], updates: 0, watch: 0, ...change });
-  return html`<h1>GRPO: an answer is judged by its group</h1>
+  return html`<p class="path"><a href="/explore">Explore</a></p><h1>GRPO: an answer is judged by its group</h1>
     <p class="lead">abacus, the small model that ships with posttrain, answers one question several times. A program checks each answer.
       Nobody says how good an answer is in itself: what counts is how it compares with the others.</p>
     <div><${Loaded} from=${offered} of="the problems">${({ problems, sizes }) => html`

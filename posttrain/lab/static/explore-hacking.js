@@ -64,7 +64,7 @@ export function Page() {
   const play = (on) => { setPlaying(on); pair.say(on ? "play" : "pause"); };
   const change = (what) => { set({ ...what, at: -1 }); };
   const again = () => { setPlaying(false); set({ at: -1 }); setRound(round + 1); };
-  return html`<h1>Reward hacking</h1>
+  return html`<p class="path"><a href="/explore">Explore</a></p><h1>Reward hacking</h1>
     <p class="lead">What happens to quality when a proxy is optimised too hard?</p>
     <p>Nobody can write down what a good answer is, so a <em>reward model</em> learns it from comparisons, and the policy is trained to
       please that model. Here the answers are so simple that we do know the truth. Press Start and watch both: what the model
