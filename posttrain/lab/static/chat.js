@@ -112,7 +112,7 @@ function conversation(turns, column, system, text) {
 
 function Empty({ say }) {
   return html`<section class="box empty" aria-label="How to begin"><p>Write a message below, or try one of these, which the model that ships has an idea of:</p>
-    <ul class="tags">${EXAMPLES.map((text) => html`<li><button type="button" class="second" onClick=${() => say(text)}>${text}</button></li>`)}</ul></section>`;
+    <ul class="tags">${EXAMPLES.map((text) => html`<li><button type="button" class="quiet" onClick=${() => say(text)}>${text}</button></li>`)}</ul></section>`;
 }
 
 function Turn({ text, replies, labels }) {
@@ -139,7 +139,7 @@ function Composer({ say, stop, writing, anew }) {
     <label><span class="soft">Message <span class="hint">(Enter sends, Shift+Enter begins a line, Esc stops)</span></span>
       <textarea name="message" rows="2" ref=${field} onKeyDown=${onKeyDown}></textarea></label>
     <div class="buttons">${writing ? html`<button type="button" key="stop" onClick=${stop}>■ Stop</button>` : html`<button type="submit" key="send">Send</button>`}
-      ${anew && html`<button type="button" class="second" key="anew" onClick=${anew}>New conversation</button>`}</div>
+      ${anew && html`<button type="button" class="quiet" key="anew" onClick=${anew}>New conversation</button>`}</div>
   </form>`;
 }
 

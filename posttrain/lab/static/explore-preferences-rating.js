@@ -17,16 +17,16 @@ export function Rating({ pairs, labels, seconds }) {
     <p>A mark from 1 to 10 seems to say more than a choice. But a mark needs a scale, and yours drifts from answer to answer and differs from
       everybody else's; a choice needs none, because both answers are in front of you. Try it.</p>
     ${labels.length < PAIRS ? html`<p class="soft">First compare ${PAIRS} pairs above; then rate the same ${2 * PAIRS} answers one by one.</p>`
-    : !open ? html`<p><button type="button" class="outline" onClick=${again}>Rate the answers of your first ${PAIRS} pairs</button></p>`
+    : !open ? html`<p><button type="button" class="quiet" onClick=${again}>Rate the answers of your first ${PAIRS} pairs</button></p>`
     : given.length < ORDER.length ? html`<${Rate} pairs=${pairs} at=${given.length} rate=${rate} />`
-    : html`<${Compared} pairs=${pairs} labels=${labels} seconds=${seconds} given=${given} /><p><button type="button" class="outline" onClick=${again}>Rate them again</button></p>`}</section>`;
+    : html`<${Compared} pairs=${pairs} labels=${labels} seconds=${seconds} given=${given} /><p><button type="button" class="quiet" onClick=${again}>Rate them again</button></p>`}</section>`;
 }
 
 function Rate({ pairs, at, rate }) {
   const [pair, side] = ORDER[at];
   return html`<div class="box" data-keys><p class="note">Answer ${at + 1} of ${ORDER.length}, to: ${printable(pairs[pair].prompt)}</p>
     <p class="said">${printable(pairs[pair][side])}</p>
-    <div class="marks" role="group" aria-label="Your mark, 10 is best">${MARKS.map((mark) => html`<button type="button" class="outline" onClick=${() => rate(mark)}>${mark}</button>`)}</div></div>`;
+    <div class="marks" role="group" aria-label="Your mark, 10 is best">${MARKS.map((mark) => html`<button type="button" class="quiet" onClick=${() => rate(mark)}>${mark}</button>`)}</div></div>`;
 }
 
 function Compared({ pairs, labels, seconds, given }) {

@@ -41,7 +41,7 @@ function Explorer({ at, set, pairs }) {
         <button type="button" disabled=${count >= pairs.length} onClick=${() => say("1")}>A is better <kbd>1</kbd></button>
         <button type="button" disabled=${count >= pairs.length} onClick=${() => say("0")}>Tie <kbd>0</kbd></button>
         <button type="button" disabled=${count >= pairs.length} onClick=${() => say("2")}>B is better <kbd>2</kbd></button>
-        <button type="button" class="outline" disabled=${!count} onClick=${undo}>Undo <kbd>u</kbd></button></div>
+        <button type="button" class="quiet" disabled=${!count} onClick=${undo}>Undo <kbd>u</kbd></button></div>
       <${ForMe} at=${at} set=${set} left=${pairs.length - count} />
       <${Collected} labels=${at.labels} pairs=${pairs} clear=${() => set({ labels: "", who: "" })} />
     </div>
@@ -68,7 +68,7 @@ function ForMe({ at, set, left }) {
     ask(`/api/explore/preferences/say?${new URLSearchParams({ ...at, who })}`).then(({ labels }) => set({ labels, who }), () => {}).finally(() => setBusy(false));
   };
   return html`<div class="for-me"><${Choice} legend="No patience? Let someone label who likes" name="who" options=${PEOPLE} value=${who} onChange=${setWho} />
-    <button type="button" class="outline" disabled=${busy || !left} onClick=${add}>Label ${Math.min(30, left)} for me</button></div>`;
+    <button type="button" class="quiet" disabled=${busy || !left} onClick=${add}>Label ${Math.min(30, left)} for me</button></div>`;
 }
 
 function Collected({ labels, pairs, clear }) {
@@ -79,7 +79,7 @@ function Collected({ labels, pairs, clear }) {
       ${said === "0" ? html`${printable(pair.left)} <strong>=</strong> ${printable(pair.right)}`
         : html`<strong>${printable(said === "1" ? pair.left : pair.right)}</strong> ${"≻"} <span class="soft">${printable(said === "1" ? pair.right : pair.left)}</span>`}
       <span class="note"> (${SAID[said]})</span></li>`)}</ol></div>
-    <p><button type="button" class="outline" onClick=${clear}>Start again</button> <span class="note">The address of this page holds your choices; nothing else does.</span></p>`;
+    <p><button type="button" class="quiet" onClick=${clear}>Start again</button> <span class="note">The address of this page holds your choices; nothing else does.</span></p>`;
 }
 
 const span = ({ value, low, high, n }) => (value === null ? "nothing to count yet" : html`${percent(value)} <span class="soft">[${percent(low)}, ${percent(high)}] of ${n}</span>`);

@@ -193,7 +193,7 @@ function Ask({ models, own, name, here, state, set }) {
       <label class="field"><span class="soft">What every model of this pipeline is asked</span><textarea name="ask" rows="2" ref=${field} defaultValue=${state.ask}></textarea></label>
       <${Slider} label="Temperature" name="temperature" min="0" max="2" step="0.05" value=${state.temperature} onChange=${(temperature) => set({ temperature })} />
       <div class="buttons">${writing ? html`<button type="button" key="stop" onClick=${stop}>■ Stop</button>` : html`<button type="submit" key="ask">Ask</button>`}
-        ${asked && !writing && state.temperature > 0 && html`<button type="button" key="again" class="second" onClick=${() => ask(state.seed + 1)}>Another draw</button>`}</div>
+        ${asked && !writing && state.temperature > 0 && html`<button type="button" key="again" class="quiet" onClick=${() => ask(state.seed + 1)}>Another draw</button>`}</div>
     </form>
     ${asked && html`<p class="note">Seed ${state.seed}, at most 256 tokens.</p><div class="replies">${models.map((one) => html`<section class="reply box" key=${one.name}><h3 class="who">${printable(one.name)}</h3><${Answer} reply=${replies[one.name] || FRESH} /></section>`)}</div>`}
     <p><a href=${`/chat?${new URLSearchParams({ model: models[models.length - 1].model })}`}>Chat with the last of them</a></p></section>`;
@@ -201,7 +201,7 @@ function Ask({ models, own, name, here, state, set }) {
 
 function Elsewhere({ name, here, set }) {
   if (here.some((one) => one.name === name)) {
-    return html`<p>This folder holds its models. <button type="button" class="second" onClick=${() => set({ pipeline: HERE + name, stage: "", ask: "" })}>Open ${printable(name)} of this folder</button></p>`;
+    return html`<p>This folder holds its models. <button type="button" class="quiet" onClick=${() => set({ pipeline: HERE + name, stage: "", ask: "" })}>Open ${printable(name)} of this folder</button></p>`;
   }
   return html`<p>What you see was recorded. This makes the same models in minutes; open the lab again afterwards and ask them whatever you like:</p><${Command}>${`posttrain pipeline ${name}\nposttrain lab`}</${Command}>`;
 }

@@ -105,7 +105,7 @@ function Scores({ api, run, labels }) {
     <${Table} caption="Agreement of model and annotators" head=${["annotator", "prompts held out", "prompts trained on"]}>
       ${agreement.map(({ name, held_out, trained }) => html`<tr><th scope="row">${printable(name)}</th><td class="number">${span(held_out)}</td><td class="number">${span(trained)}</td></tr>`)}</${Table}>
     <ol class="scored">${pairs.slice(0, all ? pairs.length : FEW).map((pair) => html`<li key=${pair.id}><${Scored} ...${pair} /></li>`)}</ol>
-    ${!all && pairs.length > FEW && html`<p><button type="button" class="outline" onClick=${() => setAll(true)}>Show ${pairs.length} pairs</button></p>`}
+    ${!all && pairs.length > FEW && html`<p><button type="button" class="quiet" onClick=${() => setAll(true)}>Show ${pairs.length} pairs</button></p>`}
     ${all && count > pairs.length && html`<p class="soft">These are the first ${pairs.length} of ${count} pairs; all count above.</p>`}</div>`}</${Loaded}></div>`;
 }
 

@@ -120,10 +120,10 @@ function Desk({ first, queue, who, leave }) {
         <button type="button" onClick=${() => choose("left")}>A is better <kbd>1</kbd></button>
         <button type="button" onClick=${() => choose("tie")}>Tie <kbd>0</kbd></button>
         <button type="button" onClick=${() => choose("right")}>B is better <kbd>2</kbd></button>
-        <button type="button" class="outline" onClick=${undo} disabled=${!given.current.length}>Undo <kbd>u</kbd></button></div></div>`
+        <button type="button" class="quiet" onClick=${undo} disabled=${!given.current.length}>Undo <kbd>u</kbd></button></div></div>`
     : html`<div class="box empty"><h2>${done >= first.pairs ? "Every pair has your label" : "Waiting for more pairs"}</h2>
         <p>${done >= first.pairs ? "Below is how far you agree with others, and what a reward model makes of it." : "The lab has not sent the next ones yet."}</p>
-        <button type="button" class="outline" onClick=${undo} disabled=${!given.current.length}>Undo <kbd>u</kbd></button></div>`}
+        <button type="button" class="quiet" onClick=${undo} disabled=${!given.current.length}>Undo <kbd>u</kbd></button></div>`}
     <${Results} queue=${queue} heard=${heard} /></div>`;
 }
 
