@@ -22,7 +22,7 @@ from posttrain.cli import main
 from posttrain.config import RECIPES
 from posttrain.lab.course import coding, exercises, pages, worked_challenges, worked_reasoning
 from posttrain.types import ConfigError, ResumeError
-from tests.lab_server import PATIENCE, accessibility, opened, too_wide
+from tests.lab_server import PATIENCE, opened
 
 expect.set_options(timeout=PATIENCE)  # the machine may be busy
 CODING = [name for name, given in exercises.texts().items() if given["kind"] == "coding"]
@@ -481,14 +481,3 @@ def test_the_file_with_its_tests_can_be_downloaded(lab: Any, page: Page) -> None
         box.get_by_role("button", name="Download with its tests").click()
     assert waiting.value.suggested_filename == "reward_hacking.py"
     assert "def test_case" in Path(waiting.value.path()).read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize("chapter", CHAPTERS)
-def test_the_chapters_can_be_used_by_everybody(lab: Any, page: Page, chapter: str) -> None:
-    for width, scheme in ((1280, "light"), (390, "dark")):
-        page.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
-        page.set_viewport_size({"width": width, "height": 900})
-        page.goto(f"{lab.address}/learn/{chapter}?layer=all")
-        expect(page.locator(".exercise h3").first).to_be_visible()
-        expect(page.locator(".waiting")).to_have_count(0)
-        assert accessibility(page) == [] and not too_wide(page)

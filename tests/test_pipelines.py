@@ -374,10 +374,8 @@ MOMENTS = (
     "pipeline.json:4",  # between a stage and its examination
     "answers.jsonl:1",  # in an examination
     "card.json:1",
-    "made.json:1",  # in the second maker
     "run.json:1",  # a training's folder begun
     "write:2",  # in a step of it
-    "finish:1",
 )
 
 

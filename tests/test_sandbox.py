@@ -338,6 +338,8 @@ def test_a_sandbox_that_is_lost_before_the_candidate_runs_is_tried_twice_more_an
 def test_a_set_up_that_takes_too_long_is_no_verdict(sandbox: Sandbox) -> None:
     def work(slot: Slot) -> Report:
         slot.candidate.limits = limits
+        assert slot.candidate.process is not None
+        slot.candidate.process.send_signal(signal.SIGSTOP)  # so that it cannot be quicker than the host's first look
         return slot.candidate.start({"mode": "program", "source": ""}, b"", PATIENT, False).wait()
 
     limits = Limits(seconds_to_start=-100.0)  # also what the host waits for

@@ -277,6 +277,7 @@ class Execution:
         except OSError:
             piece = b""
         self.inbox += piece
+        self.began |= bool(piece)  # only a candidate that runs sends frames; the zygote's word may come after them
         full = len(self.inbox) > MESSAGE + 4
         if full or not piece:
             self.listening = False
