@@ -249,6 +249,31 @@ def test_tests_run_apart_from_the_candidate(sandbox: Sandbox, code: str, how: st
     assert graded(sandbox, code, CHECK, QUICK if how == "timeout" else PATIENT).how == how
 
 
+def test_a_candidate_whose_time_is_up_before_it_is_asked_is_late(sandbox: Sandbox) -> None:
+    """Its channel is closed when it is asked, and the word of why has not been read yet."""
+    slow = {**CHECK, "setup": f"import time; time.sleep({1.5 * QUICK})"}
+    found = graded(sandbox, "def f(x): return 2 * x", slow, QUICK)
+    assert (found.how, found.detail) == ("timeout", f"it was ended after {QUICK} s")
+
+
+def test_a_candidate_that_takes_no_more_is_ended_when_it_is_asked(sandbox: Sandbox) -> None:
+    code = (
+        "import os, socket, time\nos.write(3, b'\\0\\0\\0\\1v')\n"
+        "socket.socket(fileno=3).shutdown(socket.SHUT_RDWR)\ntime.sleep(99)"
+    )
+
+    def work(slot: Slot) -> Report | None:
+        execution = slot.candidate.start({"mode": "serve", "source": code, "canonical": True}, b"", PATIENT, False)
+        assert execution.frame() == b"v"
+        while execution.listening:
+            execution._pump()
+        assert execution.ask(b"anything") is None
+        return execution.report
+
+    report = sandbox.attempt(work)
+    assert report is not None and report.how == "killed" and report.seconds < PATIENT
+
+
 def test_tests_may_make_and_use_objects_of_the_candidate(sandbox: Sandbox) -> None:
     tests = "n = Node(1)\nn.next = Node(2)\nassert total(n) == 3 and n.value == 1 and list(Node(3)) == [3, 4]"
     spec = {"kind": "check", "names": ["Node", "total"], "tests": tests}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import select
 import shutil
+import signal
 import socket
 import struct
 import subprocess
@@ -23,7 +24,8 @@ from typing import Any, Literal
 
 from posttrain.rewards.sandbox import cgroups, encode, jail
 
-How = Literal["exited", "timeout", "flood", "oom", "crashed"]
+How = Literal["exited", "timeout", "flood", "oom", "crashed", "killed"]
+"""`killed`: it was running when this side ended it."""
 Tier = Literal["namespaces", "landlock", "none"]
 PACKAGES = str(Path(__file__).resolve().parents[3])
 BOOT = (
@@ -170,7 +172,7 @@ class Execution:
     """One execution under way: frames to and from it, and at the end its Report."""
 
     def __init__(self, zygote: Zygote, order: Mapping[str, Any], stdin: bytes, seconds: float, processes: bool) -> None:
-        self.zygote, self.began, self.flooded = zygote, False, False
+        self.zygote, self.began, self.flooded, self.asked_to_end = zygote, False, False, False
         self.report: Report | None = None
         self.inbox = bytearray()
         self.killed_before = zygote.group.killed() if zygote.group else 0
@@ -227,6 +229,13 @@ class Execution:
                 return False
         return not rest
 
+    def ask(self, content: bytes) -> bytes | None:
+        """Sends a frame and reads the next one. None where it has ended, or takes no more; its report is then in."""
+        if self.send(content):
+            return self.frame()
+        self.kill()  # what did not listen has mostly ended, and the word of it is on the way
+        return None
+
     def kill(self, flooded: bool = False) -> Report:
         """Ends the execution, if it has not ended, and waits for its report."""
         if self.report is None:
@@ -236,6 +245,7 @@ class Execution:
     def _end(self, flooded: bool) -> None:
         """Asks the zygote to end it; its report is still to come."""
         self.flooded |= flooded
+        self.asked_to_end = True
         with suppress(OSError):
             self.zygote.control.send(b"K")
 
@@ -301,6 +311,8 @@ class Execution:
         if not ready:
             raise Lost(reason or ("it was not sealed in time" if late else f"it ended early with code {code}"))
         how: How = "crashed" if code < 0 else "exited"
+        if self.asked_to_end and code == -signal.SIGKILL:
+            how = "killed"
         if self.zygote.group and self.zygote.group.killed() > self.killed_before:
             how = "oom"
         how = "flood" if self.flooded else "timeout" if late else how

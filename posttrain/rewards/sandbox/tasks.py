@@ -72,7 +72,7 @@ def _grade_call(slot: Slot, spec: Mapping[str, Any], code: str) -> Grade:
         return _unloaded(execution, loaded)
     for number, (args, kwargs, expected) in enumerate(cases, 1):
         request = encode.dumps(["call", encode.Reference(spec["entry"]), args, kwargs])
-        reply = execution.frame() if execution.send(request) else None
+        reply = execution.ask(request)
         if reply is None:
             break
         good = reply[:1] == b"v" and _same(expected, reply[1:], tolerance)
@@ -90,7 +90,7 @@ def _of_cases(execution: Execution, right: int, count: int, fault: str) -> Grade
         return Grade("flood", 0.0, "it wrote more than is read")
     if right == count:
         return Grade("passed", 1.0)
-    if ended is not None:
+    if ended is not None and ended.how != "killed":
         return _ended(ended, right / count)
     how: How = "wrong" if "another value" in fault or not fault else "error"
     return Grade(how, right / count, fault or "it stopped listening")
@@ -108,6 +108,8 @@ def _ended(report: Report, share: float = 0.0) -> Grade:
     """The grade of a program that ended when it should not have."""
     if report.how == "exited":
         return Grade("wrong", share, f"it ended with code {report.code} before it had answered")
+    if report.how == "killed":
+        return Grade("error", share, "it stopped listening")
     details = {
         "timeout": f"it was ended after {report.seconds:.1f} s",
         "oom": "it was ended for the memory it took",
@@ -146,6 +148,7 @@ def _lines(output: bytes) -> list[bytes]:
 
 
 def _grade_check(slot: Slot, spec: Mapping[str, Any], code: str) -> Grade:
+    zygote = slot.tests  # which may take long to start, and from here on the candidate's time runs
     candidate = _start(slot, {"mode": "serve", "source": code, "canonical": False}, b"", spec)
     loaded = candidate.frame()
     if loaded is None or loaded[:1] != b"v":
@@ -154,13 +157,11 @@ def _grade_check(slot: Slot, spec: Mapping[str, Any], code: str) -> Grade:
     order = {"mode": "examine", "setup": spec.get("setup", ""), "source": spec["tests"]}
     order |= {"names": list(spec.get("names", [entry])), "entry": entry}
     seconds = 2 * _seconds(slot, spec)  # of which the candidate has half
-    tests = slot.tests.start(order, b"", seconds, False)
+    tests = zygote.start(order, b"", seconds, False)
     asked = tests.frame()
     while asked is not None and asked[:1] == b"c":
-        reply = candidate.frame() if candidate.send(asked[1:]) else None
-        if reply is None or not tests.send(reply):
-            break
-        asked = tests.frame()
+        reply = candidate.ask(asked[1:])
+        asked = None if reply is None else tests.ask(reply)
     ended, told = candidate.report, tests.report
     candidate.kill()
     tests.kill()
@@ -171,8 +172,7 @@ def _grade_check(slot: Slot, spec: Mapping[str, Any], code: str) -> Grade:
     if asked is not None and asked[:1] == b"e":
         name = _clean(asked[1:])
         return Grade("wrong" if name == "AssertionError" else "error", 0.0, f"the tests ended with {name}")
-    over = ended or told
-    return _ended(over) if over else Grade("error", 0.0, "it stopped listening")
+    return _ended(ended or told or tests.kill())
 
 
 def _start(slot: Slot, order: Mapping[str, Any], stdin: bytes, spec: Mapping[str, Any]) -> Execution:
