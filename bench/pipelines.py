@@ -31,7 +31,8 @@ from posttrain.pipeline import cards_table
 from posttrain.pipelines.card import LABELS
 from posttrain.pipelines.recipe import Pipeline, Stage, read_pipeline
 from posttrain.pipelines.runner import Record, Screen, read_records, run_pipeline, stage_keys
-from posttrain.report import read_record, write_report
+from posttrain.report import write_report
+from posttrain.store.pipeline import read_record
 from posttrain.types import ConfigError
 
 RESULTS = ROOT / "posttrain" / "recipes" / "results"
@@ -58,8 +59,7 @@ def missed(pipeline: Pipeline, results: Mapping[str, float]) -> list[str]:
     """What each expectation says that the results do not meet."""
     return [
         f"{name} is {results.get(name)}, expected {low:g} to {high:g}"
-        for name, (low, high) in pipeline.expect.items()
-        if not low <= results.get(name, float("nan")) <= high
+        for name, (low, high) in pipeline.missed(results).items()
     ]
 
 

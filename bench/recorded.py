@@ -22,7 +22,7 @@ from posttrain.arguments import find_recipe
 from posttrain.lab.explore.stages import record
 from posttrain.lab.folders import Place
 from posttrain.pipelines.recipe import read_pipeline
-from posttrain.report import read_record
+from posttrain.store.pipeline import read_record
 from posttrain.types import ConfigError
 
 RECORDED = ROOT / "posttrain" / "lab" / "recorded"

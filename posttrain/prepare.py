@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -188,12 +187,8 @@ def _file_hash(name: str) -> str:
     if name.startswith(judge.PREFIX):
         return "+" + judge.read_judge(name).identity
     if ".py:" in name:
-        return _content(name.rpartition(":")[0])
+        return "+" + machine.file_hash(name.rpartition(":")[0])
     return ""
-
-
-def _content(file: str) -> str:
-    return "+" + hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 def env_hash(name: str) -> str:
@@ -201,7 +196,7 @@ def env_hash(name: str) -> str:
     adapter = name.partition(":")[0] + ":"
     spec = name.removeprefix(adapter) if adapter in ENVS else name
     file = spec if spec.endswith(".toml") else spec.rpartition(":")[0]
-    return _content(file) if file.endswith((".py", ".toml")) else ""
+    return "+" + machine.file_hash(file) if file.endswith((".py", ".toml")) else ""
 
 
 def make_generator(policy: Policy, rollout: RolloutConfig) -> Generator:

@@ -20,10 +20,11 @@ from posttrain.pipelines.card import LABELS
 from posttrain.pipelines.figure import Figure, Finished, label
 from posttrain.pipelines.figures import draw, read_figure
 from posttrain.store import durable
+from posttrain.store.pipeline import is_pipeline, read_record
 from posttrain.store.run import EpisodeRow, Run
-from posttrain.types import ConfigError, ResumeError
+from posttrain.types import ConfigError
 
-PIPELINE, PAGE = "pipeline.json", "report.html"
+PAGE = "report.html"
 MAIN = (
     "reward", "accuracy", "eval/accuracy", "think_share", "length", "kl_episode", "kl", "entropy", "truncated", "nll",
     "eval/nll", "divergence", "preference_accuracy", "eval/preference_accuracy", "pair_accuracy", "eval/pair_accuracy",
@@ -42,7 +43,7 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
     path = out or folder / PAGE
     if not path.parent.is_dir():
         raise ConfigError(f"the report cannot be written to {path}: the folder {path.parent} does not exist.")
-    made = pipeline_page(folder) if (folder / PIPELINE).exists() else run_page(folder)
+    made = pipeline_page(folder) if is_pipeline(folder) else run_page(folder)
     try:
         durable.publish_file(path, made)
     except OSError as error:
@@ -219,18 +220,6 @@ def pipeline_page(folder: Path) -> str:
     about = f"{state} · {len(stages)} stages have ended" + (" · miniature" if record.get("mini") else "")
     title = f"Pipeline {record.get('pipeline', folder.resolve().name)}"
     return page(title, join(tag("p", record.get("about", "")), tag("p", about)), sections)
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """What a pipeline's folder says of itself. Raises ResumeError where that is damaged."""
-    try:
-        record = json.loads((folder / PIPELINE).read_text(encoding="utf-8"))
-        assert isinstance(record["stages"], list)
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
-        raise ResumeError(
-            f"{folder / PIPELINE} is damaged ({error!r}). Run the pipeline again to rewrite it."
-        ) from None
-    return record
 
 
 def cards(stages: Sequence[Mapping[str, Any]]) -> Html:

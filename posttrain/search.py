@@ -5,7 +5,6 @@ P tasks, N answers each. Scores come from a verifier or a reward model; NaN is a
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from posttrain.data.files import writable
+from posttrain.data.files import json_lines, writable
 from posttrain.data.preferences import write_preferences
 from posttrain.evaluation import Estimate, bootstrap
 from posttrain.types import Episode, Preference, Task
@@ -82,23 +81,29 @@ class Search:
         return asdict(self)
 
 
-def measure(groups: Sequence[Sequence[Episode]]) -> Search:
-    """Best-of-n for every power of two up to N and for N, from N scored answers to each of P tasks."""
+def picks(groups: Sequence[Sequence[Episode]]) -> tuple[list[int], np.ndarray, np.ndarray]:
+    """Every power of two up to N, and N; the best of so many's expected score and chance to pass, (tasks, sizes) each.
+
+    From N answers to each of P tasks; those with an unscored answer are left out.
+    """
     scores = scores_of(groups)
     passed = np.array([[e.passed for e in group] for group in groups], float)
     whole = ~np.isnan(scores).any(1)
     count = scores.shape[1]
     sizes = sorted({2**i for i in range(count.bit_length()) if 2**i <= count} | {count})
-    rows = [
-        BestOf(
-            n,
-            bootstrap([expected_pick(s, s, n) for s in scores[whole]]),
-            bootstrap([expected_pick(s, p, n) for s, p in zip(scores[whole], passed[whole], strict=True)]),
-            bon_kl(n),
-        )
-        for n in sizes
-    ]
-    return Search(tuple(rows), int(whole.sum()), int((~whole).sum()))
+
+    def best(values: np.ndarray) -> np.ndarray:
+        rows = zip(scores[whole], values[whole], strict=True)
+        return np.array([[expected_pick(s, v, n) for n in sizes] for s, v in rows]).reshape(-1, len(sizes))
+
+    return sizes, best(scores), best(passed)
+
+
+def measure(groups: Sequence[Sequence[Episode]]) -> Search:
+    """Best-of-n for every power of two up to N and for N, from N scored answers to each of P tasks."""
+    sizes, scores, passing = picks(groups)
+    rows = [BestOf(n, bootstrap(scores[:, i]), bootstrap(passing[:, i]), bon_kl(n)) for i, n in enumerate(sizes)]
+    return Search(tuple(rows), len(scores), len(groups) - len(scores))
 
 
 def scores_of(groups: Sequence[Sequence[Episode]]) -> np.ndarray:
@@ -145,8 +150,7 @@ def write(
     written: dict[str, int] = {}
     if out:
         rows = chosen_rows(tasks, groups, least)
-        text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-        Path(out).write_text(text, encoding="utf-8", newline="\n")
+        Path(out).write_text(json_lines(rows), encoding="utf-8", newline="\n")
         written[out] = len(rows)
     if pairs:
         found = pairs_of(tasks, groups)

@@ -17,7 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from playwright.sync_api import Page, expect
 
-import posttrain as pt
 from posttrain.config import DataConfig
 from posttrain.envs.tasks import load_tasks
 from posttrain.lab import episodes, tokens
@@ -47,15 +46,8 @@ PIPELINE = {
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a real run of two steps, one whose texts try to be markup, a damaged one and a pipeline."""
     root = tmp_path_factory.mktemp("lab")
-    small: dict[str, Any] = {
-        "rollout__max_tokens": 6, "rollout__slots": 32, "prompts": 3, "group_size": 4, "problems": 4, "count": 32,
-    }  # fmt: skip
-
-    def reward(completion: str, answer: str, **task: Any) -> float:
-        return len(completion) % 3 / 2
-
     runs = root / "runs"
-    pt.grpo(str(tiny.chatty(root / "tiny")), "sums", reward, runs / "real", steps=2, threads=1, **small)
+    tiny.two_steps(root / "tiny", runs / "real")
     hostile_run(runs / "hostile")
     hostile_run(runs / "broken")
     (runs / "broken" / "run.json").write_text("{")

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-import posttrain as pt
 from posttrain.page import put, table, tag
 from posttrain.report import write_report
 from posttrain.store.run import EpisodeRow, Event, Run
@@ -60,14 +59,7 @@ def checked(path: Path) -> Reader:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A real run of two steps on a tiny model."""
     root = tmp_path_factory.mktemp("report")
-    small: dict[str, Any] = {
-        "rollout__max_tokens": 6, "rollout__slots": 32, "prompts": 3, "group_size": 4, "problems": 4, "count": 32,
-    }  # fmt: skip
-
-    def reward(completion: str, answer: str, **task: Any) -> float:
-        return len(completion) % 3 / 2
-
-    return pt.grpo(str(tiny.chatty(root / "tiny")), "sums", reward, root / "run", steps=2, threads=1, **small).folder
+    return tiny.two_steps(root / "tiny", root / "run")
 
 
 def test_the_page_of_a_run_shows_settings_curves_verdicts_and_samples(run: Path, tmp_path: Path) -> None:

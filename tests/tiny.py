@@ -13,6 +13,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import posttrain as pt
 from posttrain.config import ModelConfig
 from posttrain.models.load import Policy, load_policy
 
@@ -68,6 +69,18 @@ def chatty(folder: Path) -> Path:
     torch.manual_seed(0)
     LlamaForCausalLM(_config(len(vocab), 2, pad_token_id=0)).save_pretrained(folder)
     return folder
+
+
+def two_steps(models: Path, folder: Path) -> Path:
+    """A finished GRPO run of two steps of a `chatty` model, written to `models`, whose answers score 0, 0.5 or 1."""
+    small: dict[str, Any] = {
+        "rollout__max_tokens": 6, "rollout__slots": 32, "prompts": 3, "group_size": 4, "problems": 4, "count": 32,
+    }  # fmt: skip
+
+    def reward(completion: str, answer: str, **task: Any) -> float:
+        return len(completion) % 3 / 2
+
+    return pt.grpo(str(chatty(models)), "sums", reward, folder, steps=2, threads=1, **small).folder
 
 
 def stopping(folder: Path) -> Path:

@@ -57,6 +57,11 @@ def read_rows(source: str, limit: int = 0) -> list[Row]:
     return rows
 
 
+def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    """The text of a file of rows, a line each. Raises ValueError for a number that JSON does not have."""
+    return "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+
+
 def data_hash(rows: Iterable[Row]) -> str:
     """SHA-256 over the rows' values in order; the same rows hash alike wherever the file lies."""
     digest = hashlib.sha256()

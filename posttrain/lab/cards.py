@@ -9,9 +9,9 @@ from typing import Any
 from starlette.requests import Request
 from starlette.routing import BaseRoute
 
-from posttrain.lab.folders import RECORD, Place
+from posttrain.lab.folders import Place
 from posttrain.lab.routing import get, named
-from posttrain.types import ResumeError
+from posttrain.store.pipeline import RECORD, damaged, read_record
 
 ANSWERS = "answers.jsonl"
 
@@ -30,9 +30,8 @@ def read_answers(folder: Path) -> dict[str, Any]:
 
     Raises ResumeError for a record or a file of answers that cannot be read.
     """
-    file = folder / RECORD
+    stages, file = read_record(folder)["stages"], folder / RECORD
     try:
-        stages = json.loads(file.read_text(encoding="utf-8"))["stages"]
         kept: dict[str, list[dict[str, Any]]] = {}
         for stage in stages:
             file = (folder / str(stage.get("card_folder") or ".") / ANSWERS).resolve()
@@ -43,7 +42,7 @@ def read_answers(folder: Path) -> dict[str, Any]:
             name: {(row["capability"], row["prompt"]): _answer(row) for row in rows} for name, rows in kept.items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ResumeError(f"{file} is damaged ({error!r}). Run the pipeline again to rewrite it.") from None
+        raise damaged(file, error) from None
     prompts = [
         {
             "capability": capability,

@@ -7,7 +7,6 @@ Nothing here imports torch before the first model is opened.
 
 from __future__ import annotations
 
-import json
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from posttrain.lab.folders import RECORD, SEPARATOR, Place
+from posttrain.lab.folders import SEPARATOR, Place
+from posttrain.store.pipeline import read_record
 from posttrain.store.run import Run
 from posttrain.types import ConfigError, Message, PosttrainError, ResumeError, SamplingParams
 
@@ -241,9 +241,9 @@ def _stages(place: Place) -> list[tuple[str, str, str]]:
     found: list[tuple[str, str, str]] = []
     for name, folder in place.pipelines().items():
         try:
-            record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-            found += [(name, str(stage["folder"]), str(stage["name"])) for stage in record["stages"]]
-        except (OSError, ValueError, KeyError, TypeError):
+            stages = read_record(folder)["stages"]
+            found += [(name, str(stage["folder"]), str(stage["name"])) for stage in stages]
+        except (ResumeError, KeyError, TypeError):
             continue
     return found
 

@@ -6,18 +6,17 @@ the names that are there and is never joined to a path before, so that no addres
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from posttrain.measures import LABELS
-from posttrain.store.database import connect
+from posttrain.store.database import connect, is_run, run_folders
+from posttrain.store.pipeline import RECORD, damaged, is_pipeline, read_record
 from posttrain.store.run import Run
 from posttrain.types import PosttrainError, ResumeError
 
-RECORD = "pipeline.json"
 SEPARATOR = "~"
 LISTED = ("reward", "accuracy", "eval/accuracy", "length", "kl_episode", "nll", "loss")
 """Metrics of a list of runs, of those that a run's newest steps have."""
@@ -31,18 +30,19 @@ class Place:
 
     def runs(self) -> dict[str, Path]:
         """Address → folder of every run, those of pipelines' stages too."""
-        if _is_run(self.root):
+        if is_run(self.root):
             return {self.root.name: self.root}
-        found = {path.name: path for path in _folders(self.root) if _is_run(path)}
+        found = {path.name: path for path in run_folders(self.root)}
         for name, pipeline in self.pipelines().items():
-            found |= {f"{name}{SEPARATOR}{path.name}": path for path in _folders(pipeline) if _is_run(path)}
+            found |= {f"{name}{SEPARATOR}{path.name}": path for path in run_folders(pipeline)}
         return found
 
     def pipelines(self) -> dict[str, Path]:
         """Address → folder of every pipeline."""
-        if (self.root / RECORD).exists():
+        if is_pipeline(self.root):
             return {self.root.name: self.root}
-        return {path.name: path for path in _folders(self.root) if (path / RECORD).exists()}
+        inside = sorted(self.root.iterdir()) if self.root.is_dir() else []
+        return {path.name: path for path in inside if is_pipeline(path)}
 
     def run(self, name: str) -> Path:
         """The folder of a run. Raises ResumeError where there is none of that name."""
@@ -51,14 +51,6 @@ class Place:
     def pipeline(self, name: str) -> Path:
         """The folder of a pipeline. Raises ResumeError where there is none of that name."""
         return _look_up(self.pipelines(), name, "pipeline", self.root)
-
-
-def _folders(root: Path) -> list[Path]:
-    return sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
-
-
-def _is_run(path: Path) -> bool:
-    return (path / "run.json").exists() or (path / "run.db").exists()
 
 
 def _look_up(found: Mapping[str, Path], name: str, what: str, root: Path) -> Path:
@@ -120,11 +112,11 @@ def newest(path: Path) -> dict[str, float]:
 def read_pipeline(place: Place, name: str) -> dict[str, Any]:
     """A pipeline's record for the page: its stages with the addresses of their runs, its cards and expectations."""
     folder = place.pipeline(name)
+    record = read_record(folder)
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         stages = [_stage(name, folder, stage) for stage in record["stages"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ResumeError(f"{folder / RECORD} is damaged ({error!r}). Run the pipeline again to rewrite it.") from None
+    except (KeyError, TypeError) as error:
+        raise damaged(folder / RECORD, error) from None
     results = record.get("results")
     return {
         "name": name,
@@ -142,7 +134,7 @@ def read_pipeline(place: Place, name: str) -> dict[str, Any]:
 
 def _stage(pipeline: str, folder: Path, stage: Mapping[str, Any]) -> dict[str, Any]:
     own = folder / stage["folder"]
-    has_run = own.parent == folder and _is_run(own)
+    has_run = own.parent == folder and is_run(own)
     made = {k: v for k, v in (stage.get("made") or {}).items() if isinstance(v, int | float | str)}
     return {
         "name": str(stage["name"]),

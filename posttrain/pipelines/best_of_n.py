@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from posttrain.config.sections import require_positive
 from posttrain.pipelines.over_kl import SEARCH
 from posttrain.pipelines.rows import sampled
-from posttrain.search import expected_pick, measure, scores_of
+from posttrain.search import measure, picks
 from posttrain.store import durable
 from posttrain.types import ConfigError, SamplingParams
 
@@ -55,15 +52,8 @@ def make(cfg: BestOfN, folder: Path) -> dict[str, Any]:
     """
     tasks, groups = sampled(cfg, cfg.n, cfg.reward, "held-out")
     found = measure(groups)
-    scores = scores_of(groups)
-    passed = np.array([[e.passed for e in group] for group in groups], float)
-    whole = [i for i in range(len(groups)) if not any(map(math.isnan, scores[i]))]
-    sizes = [row.n for row in found.rows]
-    kept = {
-        **found.as_dict(),
-        "proxy_by_task": [[expected_pick(scores[i], scores[i], n) for n in sizes] for i in whole],
-        "gold_by_task": [[expected_pick(scores[i], passed[i], n) for n in sizes] for i in whole],
-    }
+    _, scores, passing = picks(groups)
+    kept = {**found.as_dict(), "proxy_by_task": scores.tolist(), "gold_by_task": passing.tolist()}
     durable.publish_file(folder / SEARCH, json.dumps(kept, allow_nan=False) + "\n")
     by_n = {str(row.n): {"score": asdict(row.score), "accuracy": asdict(row.accuracy)} for row in found.rows}
     return {"tasks": found.tasks, "left_out": found.left_out, "answers": len(tasks) * cfg.n, "best_of": by_n}

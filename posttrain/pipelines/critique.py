@@ -6,7 +6,6 @@ finds nothing wrong with becomes a demonstration: first answers as they are, rev
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.config.sections import require_positive
-from posttrain.data.files import writable
+from posttrain.data.files import json_lines, writable
 from posttrain.pipelines.constitution import Principle, load_constitution
 from posttrain.pipelines.critics import PROGRAM, Critique, load_critic
 from posttrain.pipelines.rows import DATA, conversation, sampled, write_rows
@@ -85,7 +84,7 @@ def revised(cfg: Critiques, asked: Sequence[tuple[Task, str]], folder: Path) -> 
     """Writes rows for `posttrain sft` and, to be read, all that was said; counts violations before and after."""
     principles = load_constitution(cfg.constitution)
     cases, failed = _cases(cfg, principles, asked)
-    (folder / CRITIQUES).write_text("".join(_line(case) for case in cases), encoding="utf-8", newline="\n")
+    (folder / CRITIQUES).write_text(json_lines(map(_row, cases)), encoding="utf-8", newline="\n")
     wanted = [case for case in cases if case.kept and (case.before.violated or cfg.keep_good)]
     write_rows(folder / DATA, [conversation(c.task, c.kept, revised=bool(c.before.violated)) for c in wanted])
     before = Counter(name for case in cases for name in case.before.violated)
@@ -124,8 +123,8 @@ def _cases(
     return [rewritten.get(id(case), case) for case in cases], len(failures)
 
 
-def _line(case: Case) -> str:
-    values = {
+def _row(case: Case) -> dict[str, Any]:
+    return {
         "id": case.task.id,
         "prompt": case.task.prompt,
         "answer": case.answer,
@@ -135,4 +134,3 @@ def _line(case: Case) -> str:
         "still_violated": case.after.violated if case.after else (),
         "kept": case.kept,
     }
-    return json.dumps(values, ensure_ascii=False) + "\n"

@@ -12,7 +12,6 @@ agreement and position are its biases: the first two are what `length` and `syco
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.config.sections import require_positive
-from posttrain.data.files import writable
+from posttrain.data.files import json_lines, writable
 from posttrain.data.preferences import write_preferences
 from posttrain.envs.tasks import verifier_for
 from posttrain.pipelines.constitution import Principle, load_constitution, violations
@@ -134,8 +133,7 @@ def labelled(cfg: Preferences, pairs: Sequence[Pair], folder: Path) -> dict[str,
         raise DataError(f"none of {len(pairs)} pairs has a label. Give more tasks, samples or a higher temperature.")
     write_preferences(folder / DATA, [_preference(pair, label) for pair, label in judged])
     records = [_record(pair, label) for pair, label in judged]
-    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    (folder / LABELS).write_text(text, encoding="utf-8", newline="\n")
+    (folder / LABELS).write_text(json_lines(records), encoding="utf-8", newline="\n")
     return {"pairs": len(judged), "unjudged": len(pairs) - len(judged), **_counts(records)}
 
 

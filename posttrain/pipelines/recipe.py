@@ -108,6 +108,15 @@ class Pipeline:
     text: str
     mini: bool = False
 
+    def missed(self, results: Mapping[str, float]) -> dict[str, tuple[float, float]]:
+        """The expectations that results do not meet, also where a result is not there at all."""
+        nothing = float("nan")
+        return {
+            name: (low, high)
+            for name, (low, high) in self.expect.items()
+            if not low <= results.get(name, nothing) <= high
+        }
+
 
 def read_pipeline(path: Path, settings: Mapping[str, Any] | None = None, mini: bool = False) -> Pipeline:
     """A pipeline from its file. `settings` are `stage.section.key`, `card.key` or `defaults.section.key`; `mini` puts

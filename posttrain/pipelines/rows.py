@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from posttrain import api, config
 from posttrain.config import DataConfig
+from posttrain.data.files import json_lines
 from posttrain.envs.tasks import load_tasks
 from posttrain.types import DataError, Episode, Task
 
@@ -69,8 +69,7 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Writes JSON Lines. Raises DataError where there is no row."""
     if not rows:
         raise DataError(f"no row is left to write to {path}. Give more tasks or samples, or a model that does better.")
-    text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-    path.write_text(text, encoding="utf-8", newline="\n")
+    path.write_text(json_lines(rows), encoding="utf-8", newline="\n")
 
 
 def share(part: int, whole: int) -> float | None:

@@ -25,10 +25,10 @@ from posttrain.pipelines.makers import MAKERS
 from posttrain.pipelines.recipe import GIVEN, Pipeline, Stage, filled
 from posttrain.prepare import OnStep
 from posttrain.store import durable
+from posttrain.store.pipeline import RECORD, is_pipeline, read_record
 from posttrain.store.run import Run
 from posttrain.types import ConfigError
 
-RECORD = "pipeline.json"
 Outcome = tuple[dict[str, Any] | None, dict[str, Any] | None]
 _SEPARATORS = re.compile(r"[\s*+,()&]+")
 
@@ -188,17 +188,17 @@ def _close(pipeline: Pipeline, folder: Path, records: list[Record], screen: Scre
     if unknown:
         close = config.nearest(unknown[0], list(results))
         raise ConfigError(f"pipeline {pipeline.name}: expect.{unknown[0]} is no result of it{close}")
-    missed = {name: (low, high) for name, (low, high) in pipeline.expect.items() if not low <= results[name] <= high}
+    missed = pipeline.missed(results)
     _write(pipeline, folder, records, results, missed)
     return Ended(folder, records, results, missed)
 
 
 def read_records(folder: Path) -> list[Record]:
     """The stages that `pipeline.json` knows, also of an earlier version of the recipe."""
-    if not (folder / RECORD).exists():
+    if not is_pipeline(folder):
         return []
     known = {f.name for f in fields(Record)}
-    rows = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    rows = read_record(folder)
     found = [*rows.get("earlier", []), *rows["stages"]]
     return [Record(**{name: value for name, value in row.items() if name in known}) for row in found]
 
@@ -280,9 +280,7 @@ def _contents(settings: Any) -> dict[str, str]:
 
 
 def _content(name: str) -> str:
-    if Path(name).is_file():
-        return hashlib.sha256(Path(name).read_bytes()).hexdigest()
-    return machine.model_hash(name)
+    return machine.file_hash(name) if Path(name).is_file() else machine.model_hash(name)
 
 
 def _digest(value: Any) -> str:

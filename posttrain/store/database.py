@@ -31,6 +31,16 @@ A reader can do without an index that is missing, but not without anything else.
 """
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds a run, be it a damaged one."""
+    return (folder / "run.json").exists() or (folder / "run.db").exists()
+
+
+def run_folders(root: Path) -> list[Path]:
+    """The folders of runs directly below `root`, by name; none where `root` is no folder."""
+    return sorted(path for path in root.iterdir() if path.is_dir() and is_run(path)) if root.is_dir() else []
+
+
 def connect(folder: Path, mode: Literal["rwc", "rw", "ro"], query: str = "") -> sqlite3.Connection:
     """Opens run.db; a writer also checks it, turns on the write-ahead log and applies missing migrations."""
     path = folder / "run.db"

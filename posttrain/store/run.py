@@ -22,7 +22,7 @@ from typing import Any, Literal, cast
 import numpy as np
 
 from posttrain.store import durable
-from posttrain.store.database import connect, explained
+from posttrain.store.database import connect, explained, run_folders
 from posttrain.store.durable import DiskError, FolderLock
 from posttrain.store.failpoints import failpoint
 from posttrain.types import DataError, Episode, PosttrainError, ResumeError
@@ -318,8 +318,7 @@ class Run:
 
 def list_runs(root: Path) -> list[RunInfo]:
     """Every run below `root`, by name. Other folders are passed over; a damaged run is listed as damaged."""
-    folders = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
-    return [_info(path) for path in folders if (path / "run.json").exists() or (path / "run.db").exists()]
+    return [_info(path) for path in run_folders(root)]
 
 
 def next_folder(root: Path, algorithm: str) -> Path:

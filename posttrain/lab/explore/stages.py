@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ from posttrain.intervals import Estimate, difference
 from posttrain.lab.cards import read_answers
 from posttrain.lab.chat import unfold
 from posttrain.lab.checkpoints import SHIPPED, models
-from posttrain.lab.folders import RECORD, SEPARATOR, Place, read_pipeline
+from posttrain.lab.folders import SEPARATOR, Place, read_pipeline
 from posttrain.lab.routing import get, named
 from posttrain.measures import LABELS
+from posttrain.store.pipeline import RECORD, damaged, read_record
 from posttrain.types import ResumeError
 
 RECORDED = Path(__file__).parents[1] / "recorded"
@@ -51,8 +52,7 @@ def routes(place: Place) -> list[BaseRoute]:
         try:
             return explained(with_models(place, name))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            file = folder / RECORD
-            raise ResumeError(f"{file} is damaged ({error!r}). Run the pipeline again to rewrite it.") from None
+            raise damaged(folder / RECORD, error) from None
 
     return [
         get("/api/explore/stages", listed),
@@ -72,10 +72,10 @@ def record(place: Place, name: str) -> dict[str, Any]:
 
     Raises ResumeError where it is damaged.
     """
-    read = read_pipeline(place, name)
-    origin = origins(_recipe(place.pipeline(name)))
-    counted = _counted(place.pipeline(name))
-    answers = read_answers(place.pipeline(name))
+    folder = place.pipeline(name)
+    read, kept = read_pipeline(place, name), read_record(folder)
+    origin, counted = origins(_recipe(kept)), _counted(kept["stages"])
+    answers = read_answers(folder)
     stages = [
         {
             "name": stage["name"],
@@ -90,8 +90,8 @@ def record(place: Place, name: str) -> dict[str, Any]:
     asked: dict[str, dict[str, Any]] = {}
     for row in answers["prompts"]:  # two capabilities may ask the same, which is shown once
         said = dict(zip(answers["stages"], row["answers"], strict=True))
-        kept = {"capability": row["capability"], "prompt": row["prompt"]}
-        asked.setdefault(row["prompt"], {**kept, "answers": {stage: one for stage, one in said.items() if one}})
+        about = {"capability": row["capability"], "prompt": row["prompt"]}
+        asked.setdefault(row["prompt"], {**about, "answers": {stage: one for stage, one in said.items() if one}})
     about = {"pipeline": read["pipeline"], "about": read["about"], "finished": read["finished"]}
     return {**about, "stages": stages, "prompts": list(asked.values())}
 
@@ -100,8 +100,9 @@ def with_models(place: Place, name: str) -> dict[str, Any]:
     """The record of a pipeline in the lab's folder; each stage has its `model`, the name to talk to it, or None."""
     found = record(place, name)
     known = models(place)
-    paths = _given(_recipe(place.pipeline(name)))
-    folders = {stage["name"]: str(stage["folder"]) for stage in _stages(place.pipeline(name))}
+    kept = read_record(place.pipeline(name))
+    paths = _given(_recipe(kept))
+    folders = {stage["name"]: str(stage["folder"]) for stage in kept["stages"]}
     for stage in found["stages"]:
         own = SHIPPED if paths.get(stage["name"]) == SHIPPED else f"{name}{SEPARATOR}{folders[stage['name']]}"
         stage["model"] = own if own in known and stage["card"] else None
@@ -178,18 +179,14 @@ def _tables(recipe: str) -> list[dict[str, Any]]:
         return []
 
 
-def _recipe(folder: Path) -> str:
-    return str(json.loads((folder / RECORD).read_text(encoding="utf-8")).get("recipe", ""))
+def _recipe(kept: Mapping[str, Any]) -> str:
+    return str(kept.get("recipe", ""))
 
 
-def _stages(folder: Path) -> list[dict[str, Any]]:
-    return json.loads((folder / RECORD).read_text(encoding="utf-8"))["stages"]
-
-
-def _counted(folder: Path) -> dict[str, dict[str, Any]]:
+def _counted(stages: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Stage → what a maker counted or a scorer's last evaluation measured, as numbers or estimates."""
     found: dict[str, dict[str, Any]] = {}
-    for stage in _stages(folder):
+    for stage in stages:
         made = {name: value for name, value in (stage.get("made") or {}).items() if _is_figure(value)}
         last = (stage.get("summary") or {}).get("after") or {}
         for name in [name for name in COUNTED if name in last and not stage.get("card")]:
@@ -218,9 +215,9 @@ def _finished(place: Place) -> list[dict[str, str]]:
     found: list[dict[str, str]] = []
     for name, folder in place.pipelines().items():
         try:
-            known = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            known = read_record(folder)
+        except ResumeError:
             continue
-        if isinstance(known, dict) and known.get("results") is not None:
+        if known.get("results") is not None:
             found.append({"name": name, "about": str(known.get("about", ""))})
     return found

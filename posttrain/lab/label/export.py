@@ -7,13 +7,13 @@ is labelled later becomes another file.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from posttrain.data.files import json_lines
 from posttrain.lab.label.store import FOLDER, Label, Pair, Queue, prompt_rows
 from posttrain.store.durable import publish_file
 from posttrain.types import ConfigError, DataError
@@ -49,7 +49,7 @@ def text_of(queue: Queue, who: str = "each", ties: str = "keep") -> str:
     found = rows(queue.pairs(), queue.labels(), who, ties)
     if not found:
         raise DataError(f"queue {queue.name} has no label to export yet. Label a pair, or keep the ties.")
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found)
+    return json_lines(found)
 
 
 def write(queue: Queue, who: str = "each", ties: str = "keep") -> tuple[Path, int]:
