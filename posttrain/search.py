@@ -102,7 +102,10 @@ def picks(groups: Sequence[Sequence[Episode]]) -> tuple[list[int], np.ndarray, n
 def measure(groups: Sequence[Sequence[Episode]]) -> Search:
     """Best-of-n for every power of two up to N and for N, from N scored answers to each of P tasks."""
     sizes, scores, passing = picks(groups)
-    rows = [BestOf(n, bootstrap(scores[:, i]), bootstrap(passing[:, i]), bon_kl(n)) for i, n in enumerate(sizes)]
+    rows = [
+        BestOf(n, bootstrap(scores[:, i].tolist()), bootstrap(passing[:, i].tolist()), bon_kl(n))
+        for i, n in enumerate(sizes)
+    ]
     return Search(tuple(rows), len(scores), len(groups) - len(scores))
 
 
