@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -273,6 +274,12 @@ def _built_in(name: str, count: int, seed: int, split: Split) -> list[Task]:
     if name in (*NUMBERS, *PROGRAMS):
         made = {LARGE: large_products, CALLS: calculator_calls, ONE_LINERS: one_liners}.get(name, _addition)
         return made(count, seed, split)
+    return [*_of_abacus(name, count, seed, split)]
+
+
+@lru_cache(maxsize=16)
+def _of_abacus(name: str, count: int, seed: int, split: Split) -> tuple[Task, ...]:
+    """Kept, because every model that a pipeline trains or examines is asked the same ones."""
     found: dict[str, Problem] = {}
     stale = 0
     for problem in stream(name, random.Random(f"{name}/{split}/{seed}"), split):
@@ -280,7 +287,7 @@ def _built_in(name: str, count: int, seed: int, split: Split) -> list[Task]:
             break
         stale = stale + 1 if problem.id in found else 0
         found.setdefault(problem.id, problem)
-    return [Task(p.id, name, (Message("user", p.prompt),), p.answer, p.meta) for p in found.values()]
+    return tuple(Task(p.id, name, (Message("user", p.prompt),), p.answer, p.meta) for p in found.values())
 
 
 def _addition(count: int, seed: int, split: Split) -> list[Task]:

@@ -84,6 +84,7 @@ def save(title: str, panels: Sequence[Panel], folder: Path, name: str) -> None:
                 else:
                     _curves(axis, panel, marks)
             figure.savefig(folder / f"{name}.png", dpi=160, metadata={"Software": None})
+            figure.set_layout_engine("none")  # it is laid out
             figure.savefig(folder / f"{name}.svg", metadata={"Date": None, "Creator": None})
         finally:
             plt.close(figure)
