@@ -6,6 +6,7 @@ the first group is asked for, which the page does as it opens.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Any
 
@@ -14,7 +15,6 @@ from starlette.routing import BaseRoute
 
 from posttrain.lab.explore.problems import listed, task_of
 from posttrain.lab.folders import Place
-from posttrain.lab.numbers import in_range, number, whole
 from posttrain.lab.routing import get
 from posttrain.types import ConfigError
 
@@ -47,7 +47,7 @@ def read_advantages(request: Request) -> dict[str, Any]:
     from posttrain.lab.explore.group import compare
 
     rewards = _rewards(request)
-    watched = whole(request.query_params, "watch", 0, len(rewards) - 1)
+    watched = _whole(request, "watch", 0, len(rewards) - 1)
     return {"rewards": rewards, **compare(rewards, _variant(request), watched)}
 
 
@@ -57,8 +57,8 @@ def read_update(place: Place, request: Request) -> dict[str, Any]:
     rewards = _rewards(request)
     if len(rewards) != size:
         raise ConfigError(f"{len(rewards)} rewards were given for {size} answers; give one for each.")
-    lr, clip = number(request.query_params, "lr", 1e-6, 1e-2), number(request.query_params, "clip", 0.0, 1.0)
-    updates = whole(request.query_params, "updates", 1, UPDATES)
+    lr, clip = _number(request, "lr", 1e-6, 1e-2), _number(request, "clip", 0.0, 1.0)
+    updates = _whole(request, "updates", 1, UPDATES)
     return _update(place, problem, seed, tuple(rewards), _variant(request), lr, updates, clip)
 
 
@@ -78,10 +78,10 @@ def _update(
 def _asked(request: Request) -> tuple[str, int, int]:
     problem = request.query_params.get("problem", "")
     task_of(problem)  # refuses what is no problem before a model is opened
-    size = whole(request.query_params, "size", SIZES[0], SIZES[-1])
+    size = _whole(request, "size", SIZES[0], SIZES[-1])
     if size not in SIZES:
         raise ConfigError(f"size={size} is none of {', '.join(map(str, SIZES))}. Choose one of those.")
-    return problem, whole(request.query_params, "seed", 0, 999_999), size
+    return problem, _whole(request, "seed", 0, 999_999), size
 
 
 def _variant(request: Request) -> str:
@@ -95,4 +95,25 @@ def _rewards(request: Request) -> list[float]:
     given = request.query_params.get("rewards", "").split(",")
     if not 2 <= len(given) <= SIZES[-1]:
         raise ConfigError(f"{len(given)} rewards were given; a group has 2 to {SIZES[-1]}.")
-    return [in_range("a reward", text, 0.0, 1.0) for text in given]
+    return [_in_range("a reward", text, 0.0, 1.0) for text in given]
+
+
+def _number(request: Request, name: str, low: float, high: float) -> float:
+    return _in_range(name, request.query_params.get(name, ""), low, high)
+
+
+def _in_range(what: str, text: str, low: float, high: float) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not low <= value <= high:
+        raise ConfigError(f"{what} is {text[:40]!r}; give a number from {low:g} to {high:g}.")
+    return value
+
+
+def _whole(request: Request, name: str, low: int, high: int) -> int:
+    value = _number(request, name, low, high)
+    if value != int(value):
+        raise ConfigError(f"{name} is {value:g}; give a whole number from {low} to {high}.")
+    return int(value)

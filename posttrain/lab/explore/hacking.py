@@ -21,12 +21,12 @@ from starlette.routing import BaseRoute, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from posttrain.lab.folders import Place
-from posttrain.lab.numbers import number, whole
 from posttrain.types import ConfigError
 
 SPEEDS = {"slow": 0.25, "steady": 0.04, "fast": 0.0}
 """Seconds between two steps."""
 BETAS = (0.0, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0)
+LIMITS: dict[str, tuple[float, float]] = {"beta": (0, 2), "seed": (0, 9999), "steps": (20, 300)}
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,17 @@ class Asked:
 
     @classmethod
     def of(cls, query: QueryParams) -> Asked:
-        """Raises ConfigError for what is no number or beyond the limits."""
-        return cls(number(query, "beta", 0, 2), whole(query, "seed", 0, 9999), whole(query, "steps", 20, 300))
+        """Raises ConfigError for what is no number or beyond LIMITS."""
+        found: dict[str, float] = {}
+        for name, (low, high) in LIMITS.items():
+            given = query.get(name, "")
+            try:
+                found[name] = float(given)
+            except ValueError:
+                raise ConfigError(f"{name}={given!r} is not a number; give {low:g} to {high:g}.") from None
+            if not low <= found[name] <= high:
+                raise ConfigError(f"{name}={given} is not between {low:g} and {high:g}.")
+        return cls(found["beta"], int(found["seed"]), int(found["steps"]))
 
 
 class Player:
