@@ -13,7 +13,7 @@ demo: .venv/installed  ## train the shipped model to think, and show what change
 	$(BIN)/posttrain demo
 
 test: .venv/browser  ## the whole suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: .venv/installed  ## style and types
 	$(BIN)/ruff check --no-cache .

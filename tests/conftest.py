@@ -14,6 +14,12 @@ from tests.lab_server import CHROMIUM, FLAGS, PATIENCE
 settings.register_profile("posttrain", deadline=None)  # a busy machine must not fail a test
 settings.load_profile("posttrain")
 
+LONGEST = (
+    "test_resume", "test_shipped_pipelines", "test_pipelines", "test_lab_course", "test_lab_hacking", "test_lab_pages",
+    "test_learning", "test_cli", "test_lab_label", "test_lab_preferences", "test_lab_grpo",
+)  # fmt: skip
+"""The files that take longest begin first, so that a run in several processes does not end with one of them alone."""
+
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 
 
@@ -23,6 +29,12 @@ def shared(*parts: str) -> Path:
     if not path.exists():
         pytest.skip(f"needs shared/{'/'.join(parts)}, which is not here")
     return path
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the files of LONGEST in front, the others in their order behind them."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
 
 
 @pytest.fixture(autouse=True, scope="session")
