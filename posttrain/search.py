@@ -81,7 +81,10 @@ class Search:
         return asdict(self)
 
 
-def picks(groups: Sequence[Sequence[Episode]]) -> tuple[list[int], np.ndarray, np.ndarray]:
+Picks = tuple[list[int], np.ndarray, np.ndarray]
+
+
+def picks(groups: Sequence[Sequence[Episode]]) -> Picks:
     """Every power of two up to N, and N; the best of so many's expected score and chance to pass, (tasks, sizes) each.
 
     From N answers to each of P tasks; those with an unscored answer are left out.
@@ -101,12 +104,17 @@ def picks(groups: Sequence[Sequence[Episode]]) -> tuple[list[int], np.ndarray, n
 
 def measure(groups: Sequence[Sequence[Episode]]) -> Search:
     """Best-of-n for every power of two up to N and for N, from N scored answers to each of P tasks."""
-    sizes, scores, passing = picks(groups)
+    return summary(picks(groups), len(groups))
+
+
+def summary(found: Picks, tasks: int) -> Search:
+    """What `picks` of so many tasks say, with intervals."""
+    sizes, scores, passing = found
     rows = [
         BestOf(n, bootstrap(scores[:, i].tolist()), bootstrap(passing[:, i].tolist()), bon_kl(n))
         for i, n in enumerate(sizes)
     ]
-    return Search(tuple(rows), len(scores), len(groups) - len(scores))
+    return Search(tuple(rows), len(scores), tasks - len(scores))
 
 
 def scores_of(groups: Sequence[Sequence[Episode]]) -> np.ndarray:

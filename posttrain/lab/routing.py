@@ -49,8 +49,7 @@ def post(path: str, write: Write) -> Route:
         except ValueError:  # not UTF-8, or not JSON
             body = None
         if not isinstance(body, dict):
-            text = _text({"error": "The body of this request is not a JSON object."})
-            return Response(text, 400, NO_STORE, "application/json")
+            return _response(400, _text({"error": "The body of this request is not a JSON object."}))
         return await _answer(partial(_swapped, write, body), request)
 
     return Route(path, endpoint, methods=["POST"])
@@ -78,7 +77,10 @@ async def outcome(read: Read, request: Request) -> tuple[int, str]:
 
 
 async def _answer(read: Read, request: Request) -> Response:
-    status, text = await outcome(read, request)
+    return _response(*await outcome(read, request))
+
+
+def _response(status: int, text: str) -> Response:
     return Response(text, status, NO_STORE, "application/json")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from posttrain.config.sections import require_positive
 from posttrain.pipelines.over_kl import SEARCH
 from posttrain.pipelines.rows import sampled
-from posttrain.search import measure, picks
+from posttrain.search import picks, summary
 from posttrain.store import durable
 from posttrain.types import ConfigError, SamplingParams
 
@@ -51,8 +51,9 @@ def make(cfg: BestOfN, folder: Path) -> dict[str, Any]:
     than a run allows.
     """
     tasks, groups = sampled(cfg, cfg.n, cfg.reward, "held-out")
-    found = measure(groups)
-    _, scores, passing = picks(groups)
+    best = picks(groups)
+    found = summary(best, len(groups))
+    _, scores, passing = best
     kept = {**found.as_dict(), "proxy_by_task": scores.tolist(), "gold_by_task": passing.tolist()}
     durable.publish_file(folder / SEARCH, json.dumps(kept, allow_nan=False) + "\n")
     by_n = {str(row.n): {"score": asdict(row.score), "accuracy": asdict(row.accuracy)} for row in found.rows}

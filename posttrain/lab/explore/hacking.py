@@ -85,8 +85,7 @@ async def live(socket: WebSocket) -> None:
 
     async def work() -> None:
         asked = Asked.of(socket.query_params)
-        module = await to_thread.run_sync(_pair)
-        world = await to_thread.run_sync(module.prepare, asked.seed)
+        module, world = await to_thread.run_sync(_prepared, asked.seed)
         pair = module.Pair(world, asked.beta, asked.seed)
         await _say(socket, {"kind": "ready", **module.about(world)})
         await _say(socket, await to_thread.run_sync(pair.step))
@@ -104,8 +103,7 @@ async def frontier(socket: WebSocket) -> None:
     async def work() -> None:
         try:
             asked = Asked.of(socket.query_params)
-            module = await to_thread.run_sync(_pair)
-            world = await to_thread.run_sync(module.prepare, asked.seed)
+            module, world = await to_thread.run_sync(_prepared, asked.seed)
             betas = sorted({*BETAS, asked.beta}, reverse=True)
             await _say(socket, {"kind": "betas", "betas": betas})
             for beta in betas:
@@ -118,11 +116,11 @@ async def frontier(socket: WebSocket) -> None:
     await _serve(socket, work, lambda said: None)
 
 
-def _pair() -> ModuleType:
-    """The module that computes, with torch; loaded when the first page asks, not when the lab starts."""
+def _prepared(seed: int) -> tuple[ModuleType, Any]:
+    """The module that computes, with torch, and a world; loaded when the first page asks, not when the lab starts."""
     from posttrain.lab.explore import pair
 
-    return pair
+    return pair, pair.prepare(seed)
 
 
 async def _say(socket: WebSocket, news: dict[str, Any]) -> None:

@@ -90,8 +90,8 @@ def record(place: Place, name: str) -> dict[str, Any]:
     asked: dict[str, dict[str, Any]] = {}
     for row in answers["prompts"]:  # two capabilities may ask the same, which is shown once
         said = dict(zip(answers["stages"], row["answers"], strict=True))
-        about = {"capability": row["capability"], "prompt": row["prompt"]}
-        asked.setdefault(row["prompt"], {**about, "answers": {stage: one for stage, one in said.items() if one}})
+        question = {"capability": row["capability"], "prompt": row["prompt"]}
+        asked.setdefault(row["prompt"], {**question, "answers": {stage: one for stage, one in said.items() if one}})
     about = {"pipeline": read["pipeline"], "about": read["about"], "finished": read["finished"]}
     return {**about, "stages": stages, "prompts": list(asked.values())}
 

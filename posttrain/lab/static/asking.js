@@ -1,6 +1,6 @@
 // Questions on one open socket, which is quicker than a request for each. Where there is no socket, a request is made.
 
-import { TOKEN, ask } from "./ui.js";
+import { TOKEN, ask, understood } from "./ui.js";
 
 const waiting = new Map();
 let count = 0;
@@ -36,6 +36,5 @@ export async function askQuickly(path) {
   });
   if (!answer) return ask(path);
   const [status, body] = answer;
-  if (status !== 200) throw new Error(body.error || `The lab answered with ${status}.`);
-  return body;
+  return understood(status === 200, status, body);
 }

@@ -2,7 +2,7 @@
 // bars and formulas.
 
 import { askQuickly } from "./asking.js";
-import { TOKEN, html, printable, useEffect, useRef, useState } from "./ui.js";
+import { ask, html, printable, useEffect, useRef, useState } from "./ui.js";
 import { useLayoutEffect } from "./vendor/preact-htm.js";
 
 // --- state -----------------------------------------------------------------------------------------------------------
@@ -36,17 +36,7 @@ function read(defaults) {
 // --- the server ------------------------------------------------------------------------------------------------------
 
 // Writes: a POST of one object with this launch's token.
-export async function send(path, body = {}) {
-  let answer;
-  try {
-    answer = await fetch(path, { method: "POST", body: JSON.stringify(body), headers: { "x-lab-token": TOKEN, "content-type": "application/json" } });
-  } catch {
-    throw new Error("The lab does not answer. If it was closed, start it again with `posttrain lab`.");
-  }
-  const said = await answer.json().catch(() => ({}));
-  if (!answer.ok) throw new Error(said.error || `The lab answered with ${answer.status}.`);
-  return said;
-}
+export const send = (path, body = {}) => ask(path, { method: "POST", body: JSON.stringify(body), headers: { "content-type": "application/json" } });
 
 // {data, error, stale}: what `path` computes. While a newer answer is awaited the old one stays, and of many changes in
 // a row only the newest is asked for: one request is under way at a time.

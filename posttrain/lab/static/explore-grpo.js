@@ -20,8 +20,8 @@ export function Page() {
   return html`<p class="path"><a href="/explore">Explore</a></p><h1>GRPO: an answer is judged by its group</h1>
     <p class="lead">abacus, the small model that ships with posttrain, answers one question several times. A program checks each answer.
       Nobody says how good an answer is in itself: what counts is how it compares with the others.</p>
-    <div><${Loaded} from=${offered} of="the problems">${({ problems, sizes }) => html`
-      <${Asking} problems=${problems} sizes=${sizes} state=${state} fresh=${fresh} set=${set} />`}</${Loaded}></div>
+    <${Loaded} from=${offered} of="the problems">${({ problems, sizes }) => html`
+      <${Asking} problems=${problems} sizes=${sizes} state=${state} fresh=${fresh} set=${set} />`}</${Loaded}>
     <div>${found.error && html`<${Failed} error=${found.error} />`}</div>
     <div>${found.data ? html`<${Explorer} group=${found.data} state=${state} set=${set} />`
       : !found.error && html`<${Waiting} of="abacus, which takes some seconds the first time" />`}</div>

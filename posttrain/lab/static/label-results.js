@@ -12,10 +12,10 @@ export function Results({ queue, heard }) {
   const api = `/api${address("label", queue)}`;
   const found = useData(`${api}/results`, 5000);
   useEffect(() => { if (heard) found.again(); }, [heard]);
-  return html`<div><${Loaded} from=${found} of="the labels">${(results) => html`<div>
+  return html`<${Loaded} from=${found} of="the labels">${(results) => html`<div>
     <section><h2>Who labelled what</h2>${results.labels ? html`<div><${Habits} rows=${results.habits} /><${Agreement} rows=${results.agreements} /></div>`
       : html`<p class="soft">No label is stored yet. After the first, this shows how often the left answer wins and how far people agree.</p>`}</section>
-    ${results.labels > 0 && html`<${Learn} queue=${queue} api=${api} labels=${results.labels} />`}</div>`}</${Loaded}></div>`;
+    ${results.labels > 0 && html`<${Learn} queue=${queue} api=${api} labels=${results.labels} />`}</div>`}</${Loaded}>`;
 }
 
 const span = ({ value, low, high, n }) => (value === null ? "–" : html`${percent(value)} <span class="soft">[${percent(low)}, ${percent(high)}] of ${n}</span>`);

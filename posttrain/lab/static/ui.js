@@ -32,15 +32,19 @@ export function useTitle(title) {
 
 // --- asking the server ---------------------------------------------------------------------------------------------
 
-export async function ask(path) {
+export async function ask(path, { headers, ...more } = {}) {
   let answer;
   try {
-    answer = await fetch(path, { headers: { "x-lab-token": TOKEN } });
+    answer = await fetch(path, { ...more, headers: { "x-lab-token": TOKEN, ...headers } });
   } catch {
     throw new Error("The lab does not answer. If it was closed, start it again with `posttrain lab`.");
   }
-  const body = await answer.json().catch(() => ({}));
-  if (!answer.ok) throw new Error(body.error || `The lab answered with ${answer.status}.`);
+  return understood(answer.ok, answer.status, await answer.json().catch(() => ({})));
+}
+
+// What the lab answered; an error in its own words where it could not.
+export function understood(ok, status, body) {
+  if (!ok) throw new Error(body.error || `The lab answered with ${status}.`);
   return body;
 }
 
