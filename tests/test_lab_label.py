@@ -431,6 +431,10 @@ def test_labels_become_a_reward_model_whose_scores_come_back_to_the_page(page: P
     assert command.startswith("posttrain reward --model abacus --data ") and str(place / "labels" / "loop-") in command
     page.get_by_label("start from").select_option("base")
     page.get_by_label("updates").fill("6")
+    with page.expect_response(lambda answer: answer.url.endswith("/models")):  # asked every few seconds
+        pass
+    page.evaluate("() => new Promise((drawn) => requestAnimationFrame(() => setTimeout(drawn)))")
+    expect(page.get_by_label("updates")).to_have_value("6")
     page.get_by_role("button", name="Train a reward model").click()
     page.get_by_role("heading", name="says").wait_for(timeout=4 * PATIENCE)
     run = next(path for path in place.iterdir() if path.name.startswith("loop-reward-"))

@@ -54,7 +54,7 @@ async function post(path, body) {
 
 function Learn({ queue, api, labels }) {
   const models = useData(`${api}/models`, 3000);
-  const [how, setHow] = useState({ who: "each", ties: "keep", model: "abacus", steps: 40 });
+  const [how, setHow] = useState({ who: "each", ties: "keep", model: "abacus", steps: "40" }); // as typed: the page is drawn anew every few seconds
   const [made, setMade] = useState(null);
   const [error, setError] = useState("");
   const [busy, setBusy] = useState(false);
@@ -62,7 +62,7 @@ function Learn({ queue, api, labels }) {
   const act = (what) => {
     setBusy(true);
     setError("");
-    post(`${api}/${what}`, how).then((said) => { if (what === "export") setMade(said); models.again(); }, (failed) => setError(failed.message)).finally(() => setBusy(false));
+    post(`${api}/${what}`, { ...how, steps: Math.round(Number(how.steps)) || 1 }).then((said) => { if (what === "export") setMade(said); models.again(); }, (failed) => setError(failed.message)).finally(() => setBusy(false));
   };
   return html`<section class="export"><h2>Export and train</h2>
     <p>The export is a file of preferences that <code>posttrain reward</code> and <code>posttrain dpo</code> read. A tie is a row with label 0.5.</p>
@@ -79,7 +79,7 @@ function Learn({ queue, api, labels }) {
       <p>This starts <code>posttrain reward</code> as a process of its own: it goes on when the lab is closed.</p>
       <div class="train"><label>start from<select name="base" value=${how.model} onChange=${(event) => change({ model: event.target.value })}>
           ${bases.map(({ name, label }) => html`<option value=${name}>${printable(label)}</option>`)}</select></label>
-        <label>updates<input type="number" name="steps" min="1" max="10000" value=${how.steps} onChange=${(event) => change({ steps: Math.round(Number(event.target.value)) || 1 })} /></label>
+        <label>updates<input type="number" name="steps" min="1" max="10000" value=${how.steps} onInput=${(event) => change({ steps: event.target.value })} /></label>
         <button type="button" disabled=${busy} onClick=${() => act("train")}>Train a reward model</button></div>
       <${Models} runs=${runs} api=${api} labels=${labels} /></div>`}</${Loaded}></section>`;
 }
