@@ -109,7 +109,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="one round of a quarter of the work, first settings")
     parser.add_argument("--smollm", type=Path, help="folder with SmolLM2-135M (default: random weights of its shape)")
     parser.add_argument("--venv", type=Path, default=FOLDER, help="where TRL is installed")
-    parser.add_argument("--write", action="store_true", help="write docs/performance.md and its picture")
+    parser.add_argument("--write", action="store_true", help="write docs/concepts/performance.md and its picture")
     return parser
 
 

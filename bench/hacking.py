@@ -23,9 +23,9 @@ import numpy as np
 from bench.marks import between
 from posttrain import api
 from posttrain.data.answers import final_part
-from posttrain.diagnose import at_least, diagnose
-from posttrain.envs.tasks import verifier_for
-from posttrain.evidence import Evidence, read_evidence
+from posttrain.data.tasks.load import verifier_for
+from posttrain.evaluation.diagnose import at_least, diagnose
+from posttrain.evaluation.run_evidence import Evidence, read_evidence
 from posttrain.types import Task, Verdict
 
 ROOT = Path(__file__).parents[1]
@@ -212,7 +212,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=20, help="steps of each run")
     parser.add_argument("--out", type=Path, default=OUT, help="where the run folders go; old ones there are replaced")
     parser.add_argument("--reuse", action="store_true", help="read run folders that are there instead of training anew")
-    parser.add_argument("--write", action="store_true", help="write the tables into docs/reward-hacking.md")
+    parser.add_argument("--write", action="store_true", help="write the tables into docs/guides/reward-hacking.md")
     options = parser.parse_args(argv)
     beds = [bed for bed in (*PLANTED, *CLEAN) if options.only in bed.name]
     if not beds or options.seeds < 1 or options.steps < 1:

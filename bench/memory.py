@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.turns import MIB, memory
-from posttrain import shapes
-from posttrain.shapes import ModelShape
+from posttrain.models import shapes
+from posttrain.models.shapes import ModelShape
 
 SHAPES = {
     "20M": ModelShape(layers=12, width=384, heads=6, kv_heads=2, head_dim=64, ffn=1024, vocab=512, tied=True),
@@ -204,8 +204,10 @@ def child(*arguments: str) -> str:
 
 def compare(name: str, threads: int, probe: bool = False) -> dict[str, Any]:
     """One configuration: planned in this process, then run in its own. Bytes, and seconds of the second step."""
-    from posttrain import config, estimate, planner, speed
-    from posttrain.kernels.build import library
+    from posttrain import config
+    from posttrain.models.kernels.build import library
+    from posttrain.planner import estimate, speed
+    from posttrain.planner import memory as planner
 
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)

@@ -17,9 +17,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from posttrain import shapes
+from posttrain.models import shapes
 from posttrain.models.load import llama_config
-from posttrain.shapes import ModelShape
+from posttrain.models.shapes import ModelShape
 
 SPECIAL = ("<unk>", "<pad>", "</s>")
 

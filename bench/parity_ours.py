@@ -19,18 +19,18 @@ from posttrain.algos import dpo as dpo_algorithm
 from posttrain.algos import grpo as grpo_algorithm
 from posttrain.algos import reward as reward_algorithm
 from posttrain.algos import sft as sft_algorithm
-from posttrain.collect import to_sample, with_logp
 from posttrain.config.dpo import DPOConfig
 from posttrain.config.grpo import GRPOConfig, GRPORecipe
 from posttrain.config.reward import RewardModelConfig
 from posttrain.config.sections import RolloutConfig, TrainConfig
 from posttrain.data import batching
-from posttrain.gather import shaped_rewards
 from posttrain.models.load import Policy
 from posttrain.objectives import advantages as estimators
 from posttrain.objectives import policy as policies
 from posttrain.objectives import preference
 from posttrain.objectives.tokens import token_weights
+from posttrain.rollout.collector import to_sample, with_logp
+from posttrain.rollout.dynamic_sampling import shaped_rewards
 from posttrain.train.forward import row_scores, sample_logprobs, token_stats
 from posttrain.train.learner import Learner
 from posttrain.types import Batch, Episode, Sample, Span

@@ -3,8 +3,8 @@
     python -m bench.pipelines [NAME ...] [--write] [--out FOLDER] [--from FOLDER]
 
 prints the cards and the seconds of every stage, and ends with exit code 1 if a result is outside its bounds. With
-`--write` the results go to posttrain/recipes/results/NAME.json, with a hash of what was run: a recipe that has changed
-since needs a new run; and the cards go as a table into docs/pipelines.md. `--from` takes a finished pipeline folder as
+`--write` the results go to posttrain/config/recipes/results/NAME.json, with a hash of what was run: a recipe that has changed
+since needs a new run; and the cards go as a table into docs/guides/pipelines.md. `--from` takes a finished pipeline folder as
 it is.
 """
 
@@ -26,16 +26,16 @@ from rich.console import Console
 from bench.environment import ROOT
 from bench.marks import between
 from posttrain import __version__
-from posttrain.arguments import find_recipe, shipped_recipes
-from posttrain.pipeline import cards_table
+from posttrain.cli.arguments import find_recipe, shipped_recipes
+from posttrain.cli.pipeline import cards_table
+from posttrain.cli.report import write_report
 from posttrain.pipelines.card import LABELS
 from posttrain.pipelines.recipe import Pipeline, Stage, read_pipeline
 from posttrain.pipelines.runner import Record, Screen, read_records, run_pipeline, stage_keys
-from posttrain.report import write_report
 from posttrain.store.pipeline import read_record
 from posttrain.types import ConfigError
 
-RESULTS = ROOT / "posttrain" / "recipes" / "results"
+RESULTS = ROOT / "posttrain" / "config" / "recipes" / "results"
 PAGE = ROOT / "docs" / "pipelines.md"
 DIGITS = 6
 SHOWN = (

@@ -18,7 +18,7 @@ from typing import Any
 from bench.environment import ROOT
 from bench.pipelines import DIGITS, recipe_sha256, require_run_of
 from posttrain import __version__
-from posttrain.arguments import find_recipe
+from posttrain.cli.arguments import find_recipe
 from posttrain.lab.explore.stages import record
 from posttrain.lab.folders import Place
 from posttrain.pipelines.recipe import read_pipeline

@@ -12,7 +12,7 @@ import torch
 
 from bench.duel import Sides
 from bench.rows import LR
-from posttrain.shapes import ModelShape
+from posttrain.models.shapes import ModelShape
 
 PRODUCTS = ((2048, 2048, 2048), (2048, 576, 1536), (2048, 1536, 576), (4096, 1024, 4096), (1024, 576, 49_152))
 BAR = 0.5

@@ -11,7 +11,7 @@ from typing import Any
 from bench.duel import Sides
 from bench.models import SHAPES, model_folder, texts
 from bench.rows import LR
-from posttrain.shapes import ModelShape
+from posttrain.models.shapes import ModelShape
 
 BAR = 1.05  # of the slope: linear is 1, and the rest is for noise
 GROUPS = (4, 8, 16, 32, 64)

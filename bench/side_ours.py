@@ -24,9 +24,9 @@ from posttrain import config
 from posttrain.algos import dpo, grpo, sft
 from posttrain.data.mixing import Mixture
 from posttrain.models.load import Policy, load_policy
-from posttrain.overlap import Ahead
-from posttrain.prepare import make_collector, speak
+from posttrain.rollout.build import make_collector, speak
 from posttrain.rollout.generator import Generator, OnDone, OnToken, Request
+from posttrain.rollout.prefetch import Ahead
 from posttrain.store.run import Run
 from posttrain.train.interrupt import Interrupt
 from posttrain.types import Completion, Message, Sample, SamplingParams, Task, Verdict

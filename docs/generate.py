@@ -19,18 +19,19 @@ from typing import Any, Literal
 
 import click
 
-from posttrain import cli, config
-from posttrain.cache import VARIABLE as CACHE
-from posttrain.kernels.build import SWITCH
+from posttrain import config
+from posttrain.cli import main as cli
+from posttrain.models.kernels.build import SWITCH
 from posttrain.pipelines.card import CardConfig
 from posttrain.pipelines.figure import Figure
 from posttrain.pipelines.makers import MAKERS
 from posttrain.pipelines.recipe import GIVEN, STAGE, TABLES, GivenModel
+from posttrain.store.cache import VARIABLE as CACHE
 from posttrain.store.durable import DiskError
 from posttrain.store.failpoints import FAILPOINTS, VARIABLE
 from posttrain.types import PosttrainError
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent / "reference"
 MADE = "<!-- Made by docs/generate.py from the code. Edit the code, then run `make docs`. -->"
 
 ENVIRONMENT = (
@@ -238,10 +239,10 @@ def exit_codes() -> list[tuple[str, str, str]]:
     rows: list[tuple[str, str, str]] = []
     for entry in listed.split(" · "):
         found = re.fullmatch(r"(\d+) (.+)", entry)
-        assert found, f"posttrain/cli.py: exit code entry {entry!r} is not NUMBER meaning"
+        assert found, f"posttrain/cli/main.py: exit code entry {entry!r} is not NUMBER meaning"
         code, meaning = found.groups()
         rows.append((code, re.sub(r" \(both resumable\)$", "", meaning), ", ".join(owners.pop(int(code), []))))
-    assert not owners, f"posttrain/cli.py does not list the exit codes of {owners}"
+    assert not owners, f"posttrain/cli/main.py does not list the exit codes of {owners}"
     return rows
 
 

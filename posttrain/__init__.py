@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from posttrain.api import Result, evaluate, grpo, resume, sft, train
-    from posttrain.estimate import plan
+    from posttrain.planner.estimate import plan
     from posttrain.types import Message, Task, Verdict
 
 __version__ = "0.1.0"
@@ -25,7 +25,7 @@ _HOME = {
     "Result": "posttrain.api",
     "evaluate": "posttrain.api",
     "grpo": "posttrain.api",
-    "plan": "posttrain.estimate",
+    "plan": "posttrain.planner.estimate",
     "resume": "posttrain.api",
     "sft": "posttrain.api",
     "train": "posttrain.api",

@@ -26,20 +26,23 @@ import posttrain.algos.prm
 import posttrain.algos.raft
 import posttrain.algos.reward
 import posttrain.algos.sft
-from posttrain import __version__, config, estimate, machine, probes, rng
-from posttrain.collect import Collector, check_failures
+from posttrain import __version__, config, rng
 from posttrain.config import GRPORecipe
-from posttrain.envs import tasks as task_sets
-from posttrain.evaluation import Report
-from posttrain.evaluation import evaluate as evaluate_tasks
+from posttrain.data.tasks import load as task_sets
+from posttrain.evaluation import bias_probes as probes
+from posttrain.evaluation.accuracy import Report
+from posttrain.evaluation.accuracy import evaluate as evaluate_tasks
+from posttrain.evaluation.bias_probes import Finding
 from posttrain.models import heads
 from posttrain.models.load import Policy, load_policy, load_weights, save_pretrained
-from posttrain.prepare import Job, OnStep, Setup, final_answer, make_collector, speak, world_tasks
-from posttrain.probes import Finding
+from posttrain.planner import estimate
 from posttrain.rewards.models import load_reward_model
 from posttrain.rollout import vllm
+from posttrain.rollout.build import Job, OnStep, Setup, final_answer, make_collector, speak, world_tasks
+from posttrain.rollout.collector import Collector, check_failures
 from posttrain.store import checkpoint
 from posttrain.store.run import Event, Run, next_folder
+from posttrain.train import device as machine
 from posttrain.train.interrupt import Interrupt
 from posttrain.types import ConfigError, Episode, ResumeError, Task
 
@@ -272,7 +275,7 @@ def evaluate_recipe(
 def sample_many(
     model: str, recipe: GRPORecipe, split: Literal["held-out", "train"] = "held-out"
 ) -> tuple[list[Task], list[list[Episode]]]:
-    """`eval.samples` scored answers to each of `eval.problems` tasks, for posttrain.search to choose among.
+    """`eval.samples` scored answers to each of `eval.problems` tasks, for posttrain.search.best_of_n to choose among.
 
     Raises RolloutError where more than `reward.max_failure_rate` of them could not be scored.
     """

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from posttrain import cli, pipeline
-from posttrain.kernels.build import library
+from posttrain.cli import main as cli
+from posttrain.cli import pipeline
+from posttrain.models.kernels.build import library
 from posttrain.store import durable
 from posttrain.store.run import Run
 

@@ -19,8 +19,8 @@ import torch
 
 from posttrain import api, config
 from posttrain.config import DataConfig
-from posttrain.envs.tasks import load_tasks
-from posttrain.kernels.build import library
+from posttrain.data.tasks.load import load_tasks
+from posttrain.models.kernels.build import library
 from posttrain.store import failpoints
 from posttrain.store.run import Run
 from posttrain.types import ResumeError, Task

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from posttrain.data.tasks.abacus import GENERATORS, held_out, problems
 from posttrain.models.abacus import PATH, build
 from posttrain.models.abacus.corpus import documents, render, work
-from posttrain.models.abacus.problems import GENERATORS, held_out, problems
 
 FACTS = json.loads((PATH / "build.json").read_text())
 

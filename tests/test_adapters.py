@@ -16,7 +16,7 @@ from posttrain.envs import ENVS
 from posttrain.envs.env import load_env, own_tasks
 from posttrain.envs.gymnasium import Gymnasium
 from posttrain.envs.scripted import played
-from posttrain.prepare import env_hash
+from posttrain.rollout.build import env_hash
 from posttrain.types import ConfigError, Message, RolloutError
 from tests import tiny
 

@@ -22,7 +22,7 @@ from bench.scaling import Curve
 from bench.side_peer import force_generate
 from bench.table import Result
 from bench.turns import Turns, reward
-from posttrain.shapes import ModelShape
+from posttrain.models.shapes import ModelShape
 from posttrain.types import SamplingParams
 
 SMALL = ModelShape(layers=1, width=32, heads=2, kv_heads=2, head_dim=16, ffn=48, vocab=64, tied=True)

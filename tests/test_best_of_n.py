@@ -15,12 +15,12 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from posttrain import cli
+from posttrain.cli import main as cli
 from posttrain.data.files import read_rows
 from posttrain.data.preferences import row_to_preference
 from posttrain.data.sources import row_to_conversation
-from posttrain.evaluation import pass_at_k
-from posttrain.search import best_of_n, bon_kl, chosen_rows, expected_pick, measure, pairs_of
+from posttrain.evaluation.accuracy import pass_at_k
+from posttrain.search.best_of_n import best_of_n, bon_kl, chosen_rows, expected_pick, measure, pairs_of
 from posttrain.types import Episode, Message, Span, Task
 from tests import tiny
 

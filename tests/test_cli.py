@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from posttrain import cli, config
+from posttrain import config
+from posttrain.cli import main as cli
 from posttrain.store.run import Run
 from tests import tiny
 
@@ -49,7 +50,7 @@ def run(place: Path) -> dict[str, Any]:
 
 
 def test_help_names_every_command_and_answers_without_torch() -> None:
-    code = "import sys; from posttrain.cli import main; main(['--help'], standalone_mode=False);"
+    code = "import sys; from posttrain.cli.main import main; main(['--help'], standalone_mode=False);"
     code += "print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     for name in ("demo", "sft", "grpo", "eval", "sample", "chat", "runs", "resume", "config", "doctor"):
@@ -60,7 +61,7 @@ def test_help_names_every_command_and_answers_without_torch() -> None:
 def test_a_run_that_may_not_fit_says_so_before_its_first_step_and_keeps_it(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("posttrain.estimate.machine_memory", lambda cuda: 1 << 20)
+    monkeypatch.setattr("posttrain.planner.estimate.machine_memory", lambda cuda: 1 << 20)
     result = call(f"grpo --model tiny {TINY} --steps 1 --out {tmp_path}/run")
     assert result.exit_code == 0, result.output
     said = [line for line in result.stdout.splitlines() if line.startswith(("warning:", "step 0"))]

@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from posttrain import api, config, show
+from posttrain import api, config
+from posttrain.cli import tables as show
 from posttrain.config import DataConfig
-from posttrain.envs.tasks import load_tasks
-from posttrain.prepare import check_gold
+from posttrain.data.tasks.load import load_tasks
 from posttrain.rewards import code as code_reward
 from posttrain.rewards.code import code, extract_code, humaneval_task, mbpp_task, program_of
 from posttrain.rewards.verifiers import VERIFIERS
+from posttrain.rollout.build import check_gold
 from posttrain.store.run import Run
 from posttrain.types import Message, Task
 from tests import tiny

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import posttrain as pt
-from posttrain.prepare import check_gold
 from posttrain.rewards.combine import Gate, Leaf, Sum, joined, labels, leaves, parse
 from posttrain.rewards.functions import reward_from, score_all, score_safely
 from posttrain.rewards.verifiers import exact, format, math, numeric
+from posttrain.rollout.build import check_gold
 from posttrain.store.run import Run
 from posttrain.types import ConfigError, DataError, Message, RolloutError, Task, Verdict
 

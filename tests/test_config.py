@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from posttrain import config
-from posttrain.arguments import find_recipe, shipped_recipes
+from posttrain.cli.arguments import find_recipe, shipped_recipes
 from posttrain.types import ConfigError
 
 RECIPES = [find_recipe(name) for name in shipped_recipes()]

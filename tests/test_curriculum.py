@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from posttrain import rng
-from posttrain.curriculum import FLOOR, Curriculum
+from posttrain.rollout.curriculum import FLOOR, Curriculum
 from posttrain.types import Episode, Message, Span, Task
 
 

@@ -17,9 +17,22 @@ from hypothesis import strategies as st
 
 import posttrain as pt
 from bench import hacking
-from posttrain import cli, diagnose, evidence, exploits
-from posttrain.diagnose import CHECKS
-from posttrain.evidence import Answers, Correlation, Diagnosis, Evidence, change, ends, ranks, since, span
+from posttrain.cli import main as cli
+from posttrain.evaluation import diagnose
+from posttrain.evaluation import reward_hacking as exploits
+from posttrain.evaluation import run_evidence as evidence
+from posttrain.evaluation.diagnose import CHECKS
+from posttrain.evaluation.run_evidence import (
+    Answers,
+    Correlation,
+    Diagnosis,
+    Evidence,
+    change,
+    ends,
+    ranks,
+    since,
+    span,
+)
 from posttrain.store.run import EpisodeRow, Run
 from posttrain.types import Task, Verdict
 from tests import tiny
@@ -416,4 +429,4 @@ def test_the_table_says_when_a_quarter_was_lost_and_what_was_seen_first() -> Non
 def test_every_check_has_its_rule_in_the_documentation() -> None:
     page = (Path(__file__).parents[1] / "docs" / "reward-hacking.md").read_text(encoding="utf-8")
     for name in CHECKS:
-        assert f"| `{name}` |" in page, f"docs/reward-hacking.md says nothing about {name}"
+        assert f"| `{name}` |" in page, f"docs/guides/reward-hacking.md says nothing about {name}"

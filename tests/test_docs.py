@@ -18,16 +18,18 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import posttrain as pt
-from posttrain import api, arguments, cli, config
-from posttrain.envs.tasks import BUILT_IN
-from posttrain.evaluation import Estimate, Report
+from posttrain import api, config
+from posttrain.cli import arguments
+from posttrain.cli import main as cli
+from posttrain.cli.tables import CHANGES, FIELDS
+from posttrain.data.tasks.load import BUILT_IN
+from posttrain.evaluation.accuracy import Estimate, Report
 from posttrain.pipelines.card import CardConfig
 from posttrain.pipelines.figure import Figure
 from posttrain.pipelines.figures import FIGURES
 from posttrain.pipelines.makers import MAKERS
 from posttrain.pipelines.recipe import GIVEN, STAGE, TABLES, GivenModel, read_pipeline
 from posttrain.rewards.verifiers import VERIFIERS
-from posttrain.show import CHANGES, FIELDS
 from posttrain.store.run import Run
 from posttrain.types import PosttrainError, Verdict
 
@@ -89,7 +91,7 @@ def test_a_stale_generated_page_is_named(
     (tmp_path / "cli.md").write_text("old", encoding="utf-8")
     capsys.readouterr()
     assert generator().main(["--check"]) == 1
-    assert capsys.readouterr().out == "docs/cli.md is not what the code says; run `make docs`.\n"
+    assert capsys.readouterr().out == "docs/reference/cli.md is not what the code says; run `make docs`.\n"
 
 
 # --- nothing is undocumented ----------------------------------------------------------------------------------------
@@ -99,10 +101,10 @@ def test_every_command_and_option_is_documented() -> None:
     page = text("cli.md")
     for name, command in cli.main.commands.items():
         section = page.partition(f"## `posttrain {name}`\n")[2].partition("\n## ")[0]
-        assert section, f"command {name} is not in docs/cli.md"
+        assert section, f"command {name} is not in docs/reference/cli.md"
         for option in (p for p in command.params if isinstance(p, click.Option)):
             for spelling in (*option.opts, *option.secondary_opts):
-                assert f"`{spelling}`" in section, f"{name} {spelling} is not in docs/cli.md"
+                assert f"`{spelling}`" in section, f"{name} {spelling} is not in docs/reference/cli.md"
 
 
 def test_every_setting_is_documented() -> None:
@@ -131,7 +133,7 @@ def test_every_setting_of_a_pipeline_is_documented() -> None:
 def test_the_page_of_pipelines_names_every_maker_figure_and_shipped_pipeline() -> None:
     page = text("pipelines.md")
     for name in (*MAKERS, *FIGURES, *arguments.shipped_recipes("pipeline")):
-        assert f"`{name}`" in page, f"{name} is not in docs/pipelines.md"
+        assert f"`{name}`" in page, f"{name} is not in docs/guides/pipelines.md"
 
 
 def test_every_exit_code_is_documented() -> None:
@@ -149,9 +151,9 @@ def test_every_exit_code_is_documented() -> None:
 
 def test_every_built_in_task_and_verifier_is_documented() -> None:
     for name in BUILT_IN:
-        assert f"`{name}`" in text("data.md"), f"built-in task {name} is not in docs/data.md"
+        assert f"`{name}`" in text("data.md"), f"built-in task {name} is not in docs/guides/data.md"
     for name in VERIFIERS:
-        assert f"`{name}`" in text("rewards.md"), f"verifier {name} is not in docs/rewards.md"
+        assert f"`{name}`" in text("rewards.md"), f"verifier {name} is not in docs/guides/rewards.md"
 
 
 def test_every_environment_variable_the_code_names_is_documented() -> None:
@@ -159,7 +161,7 @@ def test_every_environment_variable_the_code_names_is_documented() -> None:
     named = {name for source in sources for name in re.findall(r"POSTTRAIN_[A-Z_]+", source)}
     assert named, "none was found: the pattern no longer fits"
     for name in named:
-        assert f"`{name}`" in text("cli.md"), f"environment variable {name} is not in docs/cli.md"
+        assert f"`{name}`" in text("cli.md"), f"environment variable {name} is not in docs/reference/cli.md"
 
 
 # --- metrics, from runs and not from reading the code ---------------------------------------------------------------
@@ -259,8 +261,8 @@ def written(model: Path, tmp_path_factory: pytest.TempPathFactory) -> set[str]:
 
 def test_every_metric_and_timing_is_documented_and_none_that_is_not_written(written: set[str]) -> None:
     listed = set(re.findall(r"^\| `([\w/]+)` \|", text("metrics.md"), re.MULTILINE))
-    assert written - listed == set(), "written by a run, but not in docs/metrics.md"
-    assert listed - written == set(), "in docs/metrics.md, but no run writes it"
+    assert written - listed == set(), "written by a run, but not in docs/reference/metrics.md"
+    assert listed - written == set(), "in docs/reference/metrics.md, but no run writes it"
 
 
 def test_the_progress_line_and_the_before_after_table_show_only_names_that_are_written(written: set[str]) -> None:
@@ -309,7 +311,7 @@ def test_the_pages_that_promise_runnable_examples_have_some() -> None:
 
 def test_an_example_of_a_pipeline_is_one(tmp_path: Path) -> None:
     examples = [code for path in PROSE for info, _, code in fences(path) if info == "toml" and "[[stage]]" in code]
-    assert examples, "docs/pipelines.md has no whole pipeline"
+    assert examples, "docs/guides/pipelines.md has no whole pipeline"
     for code in examples:
         (tmp_path / "example.toml").write_text(code, encoding="utf-8")
         assert len(read_pipeline(tmp_path / "example.toml").stages) > 1

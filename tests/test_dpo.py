@@ -20,7 +20,7 @@ from posttrain.config.presets import PRESETS
 from posttrain.data import batching
 from posttrain.models.load import trainable
 from posttrain.objectives.preference import LENGTH_NORMALISED, PAIR_LOSSES, REFERENCE_FREE, WITH_NLL
-from posttrain.prepare import speak
+from posttrain.rollout.build import speak
 from posttrain.store.run import Run
 from posttrain.train.learner import Learner
 from posttrain.train.reference import reference_logprobs
@@ -299,7 +299,7 @@ def test_a_run_on_sampled_pairs_that_crashed_resumes_to_the_same_bits_without_sa
     whole = api.start("dpo", of(tmp_path / "whole"))
     with pytest.raises(RuntimeError, match="the power is gone"):
         api.start("dpo", of(tmp_path / "crashed"), crash)
-    monkeypatch.setattr("posttrain.pairs.pairs_of", None)  # whoever samples again fails
+    monkeypatch.setattr("posttrain.rollout.sample_pairs.pairs_of", None)  # whoever samples again fails
     monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / "another cache"))
     resumed = api.resume(tmp_path / "crashed")
     digests = []

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from posttrain import rng
-from posttrain.kernels.build import library, why_not
+from posttrain.models.kernels.build import library, why_not
 from posttrain.models.load import Policy
 from posttrain.rollout.engine import EmbeddedGenerator
 from posttrain.rollout.fused import FusedDecoder

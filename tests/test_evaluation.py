@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from posttrain.collect import episode_stats
-from posttrain.evaluation import Estimate, bootstrap, majority, pass_at_k, summarise, wilson
+from posttrain.evaluation.accuracy import Estimate, bootstrap, majority, pass_at_k, summarise, wilson
+from posttrain.rollout.collector import episode_stats
 from posttrain.types import Episode, Span, StopReason
 
 

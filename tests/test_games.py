@@ -18,13 +18,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from posttrain import api, config
+from posttrain.data.tasks.load import held_out, read_tasks, write_tasks
 from posttrain.envs import ENVS
 from posttrain.envs.adventure import Adventure, Place, after, described, drawn_map, solution
 from posttrain.envs.dialogue import Dialogue, load_user, ordered
 from posttrain.envs.env import load_env, own_tasks
 from posttrain.envs.games import Countdown, Word, marks, value_of
 from posttrain.envs.scripted import PlayedBy, played
-from posttrain.envs.tasks import held_out, read_tasks, write_tasks
 from posttrain.envs.words import WORDS
 from posttrain.store.run import Run
 from posttrain.types import ConfigError, Message, Task

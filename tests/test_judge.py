@@ -19,11 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import posttrain as pt
-from posttrain.prepare import reward_hash
 from posttrain.rewards import judge as judging
 from posttrain.rewards.endpoint import Endpoint, Limits, Question, Replies, Unreadable, key_from
 from posttrain.rewards.functions import reward_from, score_all
 from posttrain.rewards.judge import Criterion, JudgeConfig, load_judge, read_judge, sealed, verdict_of
+from posttrain.rollout.build import reward_hash
 from posttrain.store.run import Run
 from posttrain.types import ConfigError, Message, ResumeError, RolloutError, Task, Verdict
 from tests import tiny

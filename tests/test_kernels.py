@@ -14,10 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import posttrain as pt
-from posttrain import kernels
-from posttrain.kernels.build import library, why_not
-from posttrain.models import decoder, lora
+from posttrain.models import decoder, kernels, lora
 from posttrain.models.attention import NAME
+from posttrain.models.kernels.build import library, why_not
 from posttrain.models.load import Policy, check_forward
 from posttrain.models.packing import Packed
 from posttrain.rollout.engine import EmbeddedGenerator
@@ -310,7 +309,7 @@ def test_what_the_fused_pass_does_not_compute_is_left_to_transformers(monkeypatc
         "gpt_neox", vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
     )
     assert not decoder.fits(transformers.AutoModelForCausalLM.from_config(other).get_decoder())
-    monkeypatch.setattr("posttrain.kernels.library", lambda: None)
+    monkeypatch.setattr("posttrain.models.kernels.library", lambda: None)
     assert not decoder.fits(model_of("llama").body)
 
 

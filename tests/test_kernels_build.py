@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from posttrain import cache
-from posttrain.kernels import build
-from posttrain.kernels.build import library, why_not
+from posttrain.models.kernels import build
+from posttrain.models.kernels.build import library, why_not
+from posttrain.store import cache
 
 pytestmark = pytest.mark.skipif(library() is None, reason=f"no kernels here: {why_not()}")
 

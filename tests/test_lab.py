@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from playwright.sync_api import Page, expect
 
 from posttrain.config import DataConfig
-from posttrain.envs.tasks import load_tasks
+from posttrain.data.tasks.load import load_tasks
 from posttrain.lab import episodes, tokens
 from posttrain.lab.cards import read_answers
 from posttrain.lab.curves import Feed, thin

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from playwright.sync_api import Page
 
-from posttrain import planner
 from posttrain.lab.explore import algorithms
 from posttrain.lab.explore.algorithms import CARDS, DEVICES, KINDS, LENGTHS, SIZES, Asked
+from posttrain.planner import memory as planner
 from posttrain.types import ConfigError
 from tests.lab_server import Opened, accessibility, opened, too_wide
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from playwright.sync_api import Page
 from websockets.sync.client import connect
 
-from posttrain import talk
+from posttrain.cli import chat as talk
 from posttrain.data.answers import final_part
 from posttrain.lab import checkpoints
 from posttrain.lab.chat import Asked, Draft, Unfolder, unfold, write_reply

@@ -19,8 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from playwright.sync_api import Page, expect
 
-from posttrain.arguments import read_recipe
-from posttrain.cli import main
+from posttrain.cli.arguments import read_recipe
+from posttrain.cli.main import main
 from posttrain.config import RECIPES
 from posttrain.lab.app import PAGES
 from posttrain.lab.course import pages, source

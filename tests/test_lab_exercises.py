@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from playwright.sync_api import Page, expect
 
-from posttrain.arguments import read_recipe
-from posttrain.cli import main
+from posttrain.cli.arguments import read_recipe
+from posttrain.cli.main import main
 from posttrain.config import RECIPES
 from posttrain.lab.course import coding, exercises, pages, worked_challenges, worked_reasoning
 from posttrain.types import ConfigError, ResumeError

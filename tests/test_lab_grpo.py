@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from playwright.sync_api import Browser, Locator, Page, expect
 from starlette.requests import Request
 
+from posttrain.data.tasks.abacus import Problem, held_out
 from posttrain.lab.explore import grpo
 from posttrain.lab.explore.group import COMPARE, Writer, compare, describe
 from posttrain.lab.explore.problems import BEYOND, listed, task_of
 from posttrain.lab.explore.update import update
 from posttrain.lab.folders import Place
-from posttrain.models.abacus.problems import Problem, held_out
 from posttrain.models.load import trainable
 from posttrain.objectives.advantages import group_relative, leave_one_out
 from posttrain.rewards.skills import judge

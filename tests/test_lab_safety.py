@@ -15,7 +15,7 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 from websockets.typing import Origin
 
-from posttrain import cli
+from posttrain.cli import main as cli
 from posttrain.lab.app import make_app
 from posttrain.lab.serve import hosts, is_loopback
 from tests.lab_server import Opened, hostile_run, opened

@@ -16,8 +16,8 @@ from playwright.sync_api import Page
 
 from bench import pipelines as full
 from bench import recorded as bench
-from posttrain.arguments import find_recipe
-from posttrain.intervals import Estimate, difference, wilson
+from posttrain.cli.arguments import find_recipe
+from posttrain.evaluation.intervals import Estimate, difference, wilson
 from posttrain.lab.chat import unfold
 from posttrain.lab.checkpoints import FOLDER
 from posttrain.lab.explore import stages

@@ -135,7 +135,7 @@ def test_modules_and_functions_are_short_enough_to_read(module: str) -> None:
         ("posttrain.objectives.policy", ["transformers", "vllm", "ray"]),
         ("posttrain", ["torch", "transformers"]),
         ("posttrain.config", ["torch", "transformers"]),
-        ("posttrain.cli", ["torch", "transformers"]),
+        ("posttrain.cli.main", ["torch", "transformers"]),
         ("posttrain.lab.app", ["torch", "transformers"]),
     ],
 )

@@ -20,8 +20,8 @@ from posttrain.data.files import read_rows
 from posttrain.data.mixing import parse_mixture
 from posttrain.data.preferences import row_to_preference
 from posttrain.data.sources import row_to_conversation
-from posttrain.envs.tasks import load_tasks, verifier_for
-from posttrain.models.abacus.problems import evaluate
+from posttrain.data.tasks.abacus import evaluate
+from posttrain.data.tasks.load import load_tasks, verifier_for
 from posttrain.models.load import load_policy
 from posttrain.pipelines import constitution, critics, critique, demonstrations, labeler, selection
 from posttrain.pipelines.constitution import load_constitution, violations

@@ -15,15 +15,15 @@ from hypothesis import strategies as st
 
 from posttrain import config
 from posttrain.data.chat import ChatFormat
-from posttrain.envs.oneliners import CASES, NAMES, ONE_LINERS, STEPS, one_liners
-from posttrain.envs.tasks import gold_reply, load_tasks, verifier_for
+from posttrain.data.tasks.load import gold_reply, load_tasks, verifier_for
+from posttrain.data.tasks.one_liners import CASES, NAMES, ONE_LINERS, STEPS, one_liners
 from posttrain.models.load import load_policy
 from posttrain.rewards import code as code_reward
 from posttrain.rewards.code import code
 from posttrain.types import Task
 from tests.test_sandbox import REFUSING
 
-RECIPES = Path(config.__file__).parents[1] / "recipes"
+RECIPES = Path(config.__file__).parent / "recipes"
 DEMONSTRATIONS, REWARDS = RECIPES / "code-demonstrations.toml", RECIPES / "code-arithmetic.toml"
 TASKS = one_liners(400, 0, "train")
 

@@ -12,10 +12,10 @@ import torch
 
 from posttrain import api, config
 from posttrain.algos.online_dpo import make_loss, pair_roles, pair_samples, pairs_of, policy_kl
-from posttrain.collect import with_logp
 from posttrain.config.online_dpo import OnlineDPOConfig
 from posttrain.data import batching
 from posttrain.objectives.preference import PAIR_LOSSES
+from posttrain.rollout.collector import with_logp
 from posttrain.store.run import Run
 from posttrain.types import ConfigError, Episode, Message, Sample, Span, Task, TrainingDiverged
 from tests import tiny

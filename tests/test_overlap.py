@@ -18,13 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import posttrain as pt
-from posttrain import config, overlap
-from posttrain.collect import Collector
-from posttrain.overlap import Abandoned, Ahead, Threads
+from posttrain import config
 from posttrain.rewards import verifiers
 from posttrain.rewards.functions import reward_from, score_safely
+from posttrain.rollout import prefetch as overlap
+from posttrain.rollout.collector import Collector
 from posttrain.rollout.engine import EmbeddedGenerator
 from posttrain.rollout.generator import OnDone, OnToken, Request
+from posttrain.rollout.prefetch import Abandoned, Ahead, Threads
 from posttrain.store.run import Run
 from posttrain.types import Completion, ConfigError, Message, RolloutError, SamplingParams, Task, Verdict
 from tests import tiny

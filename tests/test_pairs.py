@@ -13,7 +13,8 @@ import pytest
 from posttrain.config import DataConfig, EvalConfig, RewardConfig, RolloutConfig, RunConfig
 from posttrain.config.pairs import PairsConfig
 from posttrain.models.load import Policy
-from posttrain.pairs import (
+from posttrain.rollout.build import Setup, speak
+from posttrain.rollout.sample_pairs import (
     TEST_FILE,
     TRAIN_FILE,
     judgement_rows,
@@ -22,7 +23,6 @@ from posttrain.pairs import (
     pair_rows,
     pairs_of,
 )
-from posttrain.prepare import Setup, speak
 from posttrain.types import DataError, Episode, Judgement, Message, Preference, Span, Task, TemplateError
 from tests import tiny
 

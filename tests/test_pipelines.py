@@ -18,7 +18,7 @@ import pytest
 from click.testing import CliRunner
 
 from bench import pipelines as full
-from posttrain import cli
+from posttrain.cli import main as cli
 from posttrain.pipelines.recipe import read_pipeline
 from posttrain.pipelines.runner import Ended, Screen, read_records, run_pipeline, stage_keys
 from posttrain.store import durable

@@ -16,10 +16,12 @@ from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
 from bench import memory
-from posttrain import cli, config, planner
+from posttrain import config
+from posttrain.cli import main as cli
 from posttrain.models.load import llama_config
-from posttrain.planner import Rows, Where
-from posttrain.shapes import SHAPES, ModelShape, shape_of
+from posttrain.models.shapes import SHAPES, ModelShape, shape_of
+from posttrain.planner import memory as planner
+from posttrain.planner.memory import Rows, Where
 from posttrain.types import ConfigError
 from tests import tiny
 
@@ -46,7 +48,7 @@ def update(algorithm: str, rows: Rows) -> int:
 
 
 def test_the_planner_needs_nothing_but_the_standard_library_and_types() -> None:
-    code = "import sys, posttrain.planner; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    code = "import sys, posttrain.planner.memory; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
 
@@ -228,7 +230,7 @@ def test_the_command_refuses_in_one_sentence(args: list[str], said: str) -> None
 
 
 def test_a_run_that_cannot_fit_is_warned_of_with_the_settings_to_change(monkeypatch: pytest.MonkeyPatch) -> None:
-    from posttrain import estimate
+    from posttrain.planner import estimate
 
     assert estimate.warning("grpo", config.resolve("grpo", {})) == ""
     monkeypatch.setattr(estimate, "machine_memory", lambda cuda: 1 << 30)

@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from posttrain.collect import Collector, episode_stats, to_samples, turn_returns, turns_of
 from posttrain.config import EnvConfig, GRPOConfig
 from posttrain.data.chat import ChatFormat
 from posttrain.envs import ENVS
-from posttrain.envs.calls import Calls
 from posttrain.envs.env import Env, Turn, World, load_env
+from posttrain.envs.timeouts import Calls
 from posttrain.models.load import Policy
-from posttrain.play import Player
-from posttrain.prepare import speak
+from posttrain.rollout.build import speak
+from posttrain.rollout.collector import Collector, episode_stats, to_samples, turn_returns, turns_of
 from posttrain.rollout.engine import EmbeddedGenerator
+from posttrain.rollout.multi_turn import Player
 from posttrain.train.forward import sample_logprobs
 from posttrain.types import ConfigError, Episode, Message, RolloutError, SamplingParams, Span, Task, Verdict
 from tests import tiny

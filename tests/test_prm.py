@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 
 from posttrain import api, config
 from posttrain.algos.prm import auc, held_out, labelled_rows, loss, resampled
-from posttrain.collect import Collector
 from posttrain.config import ModelConfig, RewardConfig
 from posttrain.config.prm import PRMConfig
 from posttrain.data import batching
@@ -27,11 +26,12 @@ from posttrain.data.sources import Row, read_rows
 from posttrain.data.steps import split_steps, step_ends, step_row
 from posttrain.models import heads
 from posttrain.models.load import load_policy
-from posttrain.prepare import opened
 from posttrain.rewards.models import joined_steps, load_reward_model
 from posttrain.rewards.verifiers import exact
+from posttrain.rollout.build import opened
+from posttrain.rollout.collector import Collector
 from posttrain.rollout.generator import OnDone, OnToken, Request
-from posttrain.stepwise import graded, sample_solutions, step_values
+from posttrain.rollout.sample_solutions import graded, sample_solutions, step_values
 from posttrain.store.run import Run
 from posttrain.types import Completion, ConfigError, DataError, Message, SamplingParams, Task
 from tests import tiny

@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from posttrain import probes, rng
+from posttrain import rng
 from posttrain.config import DataConfig
-from posttrain.envs.tasks import verifier_for
-from posttrain.probes import Finding, Item
+from posttrain.data.tasks.load import verifier_for
+from posttrain.evaluation import bias_probes as probes
+from posttrain.evaluation.bias_probes import Finding, Item
 from posttrain.types import DataError, Message, Task
 
 

@@ -21,7 +21,7 @@ def test_values_and_gradients_are_those_of_all_logits_at_once(
     monkeypatch: pytest.MonkeyPatch, compiled: bool, dtype: torch.dtype, rows: int, bias: bool, with_entropy: bool
 ) -> None:
     if not compiled:
-        monkeypatch.setattr("posttrain.kernels.takes", lambda logits: False)
+        monkeypatch.setattr("posttrain.models.kernels.takes", lambda logits: False)
     torch.manual_seed(0)
     head = nn.Linear(16, 50, bias=bias).to(dtype)
     hidden = torch.randn(40, 16).to(dtype).requires_grad_()

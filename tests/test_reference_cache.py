@@ -14,10 +14,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from posttrain import cache
 from posttrain.models.load import Policy, trainable
-from posttrain.pairs import pair_rows
-from posttrain.prepare import speak
+from posttrain.rollout.build import speak
+from posttrain.rollout.sample_pairs import pair_rows
+from posttrain.store import cache
 from posttrain.train import reference
 from posttrain.train.forward import sample_logprobs
 from posttrain.train.reference import content_key, reference_logprobs

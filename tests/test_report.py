@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from posttrain.page import put, table, tag
-from posttrain.report import write_report
+from posttrain.cli.html import put, table, tag
+from posttrain.cli.report import write_report
 from posttrain.store.run import EpisodeRow, Event, Run
 from posttrain.types import ConfigError, ResumeError
 from tests import tiny

@@ -14,19 +14,20 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from posttrain import api, cli, config
+from posttrain import api, config
 from posttrain.algos.reward import bootstrap_counts, make_loss, whole_pairs
-from posttrain.calibration import calibration
+from posttrain.cli import main as cli
+from posttrain.cli.tables import calibration_picture, calibration_table
 from posttrain.config import ModelConfig, RewardConfig
 from posttrain.config.reward import RewardModelConfig
 from posttrain.data.chat import ChatFormat
+from posttrain.evaluation.calibration import calibration
 from posttrain.models import heads
 from posttrain.models.load import load_policy, save_pretrained
-from posttrain.pairs import pair_rows
 from posttrain.rewards.functions import score_all
 from posttrain.rewards.models import RewardModel, load_reward_model
 from posttrain.rewards.verifiers import exact
-from posttrain.show import calibration_picture, calibration_table
+from posttrain.rollout.sample_pairs import pair_rows
 from posttrain.store.run import Run
 from posttrain.train.forward import sample_scores
 from posttrain.types import Batch, ConfigError, DataError, Message, Preference, RolloutError, Task

@@ -19,13 +19,14 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import posttrain as pt
-from posttrain import config, rng, show
+from posttrain import config, rng
 from posttrain.algos import sft
+from posttrain.cli import tables as show
 from posttrain.config import DataConfig, SFTConfig
 from posttrain.data import batching
 from posttrain.data.chat import ChatFormat
+from posttrain.data.conversations import Source, load_conversations, prompt_of
 from posttrain.data.mixing import Mixture
-from posttrain.envs.prepare import Source, load_conversations, prompt_of
 from posttrain.models.load import Policy
 from posttrain.store.run import Run
 from posttrain.train.forward import sample_logprobs, token_stats

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from bench import pipelines as full
-from posttrain.arguments import find_recipe, shipped_recipes
+from posttrain.cli.arguments import find_recipe, shipped_recipes
+from posttrain.cli.report import write_report
 from posttrain.pipelines.card import CAPABILITIES
 from posttrain.pipelines.recipe import Pipeline, read_pipeline
 from posttrain.pipelines.runner import run_pipeline
-from posttrain.report import write_report
 from tests.test_report import checked
 
 SHIPPED = ("rlhf", "preference-methods", "overoptimisation", "diversity", "r1-zero", "r1", "constitution")

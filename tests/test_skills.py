@@ -4,8 +4,8 @@ import random
 
 import pytest
 
+from posttrain.data.tasks.abacus import GENERATORS, HARMLESS, Problem, evaluate, problems
 from posttrain.models.abacus.corpus import COMPLIANCES, DECLINES, RUDE
-from posttrain.models.abacus.problems import GENERATORS, HARMLESS, Problem, evaluate, problems
 from posttrain.rewards.skills import declines, dismisses, final_answer, judge, thinks
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from posttrain.config import DataConfig
 from posttrain.data.sources import content_key
-from posttrain.envs.tasks import (
+from posttrain.data.tasks.load import (
     BUILT_IN,
     gold_reply,
     load_tasks,

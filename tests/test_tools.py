@@ -16,22 +16,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posttrain import config
-from posttrain.collect import Collector
 from posttrain.config import DataConfig, EnvConfig
 from posttrain.data.chat import ChatFormat
-from posttrain.envs import ENVS, bfcl
+from posttrain.data.tasks import bfcl
+from posttrain.data.tasks.calculator import calculator, evaluate, show
+from posttrain.data.tasks.load import load_tasks, validate, verifier_for
+from posttrain.data.tasks.products import CALLS, LARGE, calculator_calls, large_products
+from posttrain.data.tool_calls import Call, call_arguments, describe, parse_calls, with_system_text
+from posttrain.data.tool_schema import ToolError, arguments, fit, fits, schema_of, tool_from
+from posttrain.envs import ENVS
 from posttrain.envs.bm25 import Index, Passage, cut, read_passages
-from posttrain.envs.calculator import calculator, evaluate, show
 from posttrain.envs.env import Env, load_env
-from posttrain.envs.products import CALLS, LARGE, calculator_calls, large_products
-from posttrain.envs.schema import ToolError, arguments, fit, fits, schema_of, tool_from
-from posttrain.envs.tasks import load_tasks, validate, verifier_for
 from posttrain.envs.toolbox import MOST_CHARACTERS, load_tools, run_call, tools_hash
-from posttrain.envs.toolcalls import Call, call_arguments, describe, parse_calls, with_system_text
 from posttrain.envs.tools import MOST_CALLS
 from posttrain.models.load import Policy
-from posttrain.prepare import make_collector, speak, world_tasks
 from posttrain.rewards.verifiers import numeric
+from posttrain.rollout.build import make_collector, speak, world_tasks
+from posttrain.rollout.collector import Collector
 from posttrain.rollout.generator import Request
 from posttrain.types import Completion, ConfigError, DataError, Message, RolloutError, Task
 from tests import tiny

@@ -22,15 +22,23 @@ import torch
 from torch.utils.checkpoint import checkpoint as recompute
 
 from posttrain import rng
-from posttrain.collect import Collector, check_failures, episode_rows, episode_stats, rewards_tensor, timings, to_sample
 from posttrain.config import ModelConfig
 from posttrain.config.distill import DistillConfig, DistillRecipe
 from posttrain.data import batching
-from posttrain.evaluation import Examiner
+from posttrain.evaluation.accuracy import Examiner
 from posttrain.models.load import Policy, load_policy
 from posttrain.objectives.advantages import flat_groups
 from posttrain.objectives.distill import DIVERGENCES, reverse_kl, sampled_reverse_kl
-from posttrain.prepare import Job, OnStep, Setup, final_answer, judged_tasks, make_collector
+from posttrain.rollout.build import Job, OnStep, Setup, final_answer, judged_tasks, make_collector
+from posttrain.rollout.collector import (
+    Collector,
+    check_failures,
+    episode_rows,
+    episode_stats,
+    rewards_tensor,
+    timings,
+    to_sample,
+)
 from posttrain.store import checkpoint
 from posttrain.store.failpoints import failpoint
 from posttrain.store.run import Event, Run

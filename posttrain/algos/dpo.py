@@ -24,19 +24,27 @@ from typing import Any
 import numpy as np
 import torch
 
-from posttrain import machine, rng
-from posttrain.collect import with_logp
+from posttrain import rng
 from posttrain.config.dpo import DPOConfig, DPORecipe
 from posttrain.data import batching
-from posttrain.evaluation import Examiner, bootstrap
+from posttrain.evaluation.accuracy import Examiner, bootstrap
 from posttrain.models.load import Policy, load_policy
 from posttrain.objectives.preference import PAIR_LOSSES, implicit_rewards, kto, kto_baseline, sequence_logp
 from posttrain.objectives.tokens import kl_k2
-from posttrain.pairs import JudgementSets, PairSets, judgement_rows, load_judgements, load_pairs, pair_rows
-from posttrain.prepare import Job, OnStep, Setup, final_answer, make_collector
+from posttrain.rollout.build import Job, OnStep, Setup, final_answer, make_collector
+from posttrain.rollout.collector import with_logp
+from posttrain.rollout.sample_pairs import (
+    JudgementSets,
+    PairSets,
+    judgement_rows,
+    load_judgements,
+    load_pairs,
+    pair_rows,
+)
 from posttrain.store import checkpoint
 from posttrain.store.failpoints import failpoint
 from posttrain.store.run import EpisodeRow, Run
+from posttrain.train import device as machine
 from posttrain.train.interrupt import Interrupt
 from posttrain.train.learner import Learner, Loss
 from posttrain.train.reference import reference_logprobs

@@ -25,22 +25,9 @@ import numpy as np
 import torch
 
 from posttrain import rng
-from posttrain.collect import (
-    Collector,
-    check_failures,
-    episode_rows,
-    episode_stats,
-    timings,
-    to_samples,
-    turn_returns,
-    turns_of,
-    with_logp,
-)
 from posttrain.config import GRPOConfig, GRPORecipe
-from posttrain.curriculum import Curriculum
 from posttrain.data import batching
-from posttrain.evaluation import Examiner
-from posttrain.gather import Sampled, gather, shaped_rewards
+from posttrain.evaluation.accuracy import Examiner
 from posttrain.models.load import Policy
 from posttrain.objectives.advantages import (
     batch_relative,
@@ -53,8 +40,21 @@ from posttrain.objectives.advantages import (
 )
 from posttrain.objectives.policy import POLICY_LOSSES, is_correction
 from posttrain.objectives.tokens import KL_ESTIMATORS, whiten
-from posttrain.overlap import Ahead
-from posttrain.prepare import Job, OnStep, Setup, final_answer, make_collector, world_tasks
+from posttrain.rollout.build import Job, OnStep, Setup, final_answer, make_collector, world_tasks
+from posttrain.rollout.collector import (
+    Collector,
+    check_failures,
+    episode_rows,
+    episode_stats,
+    timings,
+    to_samples,
+    turn_returns,
+    turns_of,
+    with_logp,
+)
+from posttrain.rollout.curriculum import Curriculum
+from posttrain.rollout.dynamic_sampling import Sampled, gather, shaped_rewards
+from posttrain.rollout.prefetch import Ahead
 from posttrain.store import checkpoint
 from posttrain.store.failpoints import failpoint
 from posttrain.store.run import Event, Run

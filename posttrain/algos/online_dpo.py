@@ -20,7 +20,14 @@ from typing import Any
 import torch
 
 from posttrain import rng
-from posttrain.collect import (
+from posttrain.config.online_dpo import OnlineDPOConfig, OnlineDPORecipe
+from posttrain.data import batching
+from posttrain.evaluation.accuracy import Examiner
+from posttrain.models.load import Policy
+from posttrain.objectives.preference import PAIR_LOSSES, implicit_rewards, sequence_logp
+from posttrain.objectives.tokens import kl_k1
+from posttrain.rollout.build import Job, OnStep, Setup, final_answer, judged_tasks, make_collector
+from posttrain.rollout.collector import (
     Collector,
     check_failures,
     episode_rows,
@@ -29,13 +36,6 @@ from posttrain.collect import (
     to_sample,
     with_logp,
 )
-from posttrain.config.online_dpo import OnlineDPOConfig, OnlineDPORecipe
-from posttrain.data import batching
-from posttrain.evaluation import Examiner
-from posttrain.models.load import Policy
-from posttrain.objectives.preference import PAIR_LOSSES, implicit_rewards, sequence_logp
-from posttrain.objectives.tokens import kl_k1
-from posttrain.prepare import Job, OnStep, Setup, final_answer, judged_tasks, make_collector
 from posttrain.store import checkpoint
 from posttrain.store.failpoints import failpoint
 from posttrain.store.run import Event, Run

@@ -29,18 +29,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from posttrain import collect, rng
-from posttrain.collect import Collector
+from posttrain import rng
 from posttrain.config.ppo import PPOConfig, PPORecipe
 from posttrain.data import batching
+from posttrain.data.conversations import load_conversations
 from posttrain.data.demonstrations import demonstration_rows
-from posttrain.envs.prepare import load_conversations
-from posttrain.evaluation import Examiner
+from posttrain.evaluation.accuracy import Examiner
 from posttrain.models.load import Policy
 from posttrain.objectives.policy import clip
 from posttrain.objectives.tokens import kl, kl_k3, masked_mean, masked_var, whiten
 from posttrain.objectives.values import adaptive_kl, gae, token_rewards, value_loss
-from posttrain.prepare import Job, OnStep, Setup, final_answer, judged_tasks, make_collector
+from posttrain.rollout import collector as collect
+from posttrain.rollout.build import Job, OnStep, Setup, final_answer, judged_tasks, make_collector
+from posttrain.rollout.collector import Collector
 from posttrain.store import checkpoint
 from posttrain.store.failpoints import failpoint
 from posttrain.store.run import Event, Run

@@ -21,18 +21,18 @@ import numpy as np
 import torch
 
 from posttrain import rng
-from posttrain.calibration import Bin, calibration
 from posttrain.config.prm import PRMConfig, PRMRecipe
 from posttrain.data import batching
 from posttrain.data.chat import ChatFormat
 from posttrain.data.steps import step_ends, step_row
-from posttrain.evaluation import Estimate, wilson
+from posttrain.evaluation.accuracy import Estimate, wilson
+from posttrain.evaluation.calibration import Bin, calibration
 from posttrain.models.heads import as_critic, attach_scalar
 from posttrain.models.load import Policy
 from posttrain.objectives.reward import binary
-from posttrain.prepare import Job, OnStep, Setup
 from posttrain.rewards.models import joined_steps
-from posttrain.stepwise import Graded, load_solutions
+from posttrain.rollout.build import Job, OnStep, Setup
+from posttrain.rollout.sample_solutions import Graded, load_solutions
 from posttrain.store import checkpoint
 from posttrain.store.failpoints import failpoint
 from posttrain.store.run import Run

@@ -24,14 +24,22 @@ import numpy as np
 import torch
 
 from posttrain import rng
-from posttrain.collect import Collector, check_failures, episode_rows, episode_stats, rewards_tensor, timings, to_sample
 from posttrain.config.raft import RaftConfig, RaftRecipe
 from posttrain.data import batching
-from posttrain.evaluation import Examiner
+from posttrain.evaluation.accuracy import Examiner
 from posttrain.models.load import Policy, load_weights, trainable
 from posttrain.objectives.advantages import flat_groups
-from posttrain.prepare import Job, OnStep, Setup, final_answer, judged_tasks, make_collector
-from posttrain.search import bon_kl
+from posttrain.rollout.build import Job, OnStep, Setup, final_answer, judged_tasks, make_collector
+from posttrain.rollout.collector import (
+    Collector,
+    check_failures,
+    episode_rows,
+    episode_stats,
+    rewards_tensor,
+    timings,
+    to_sample,
+)
+from posttrain.search.best_of_n import bon_kl
 from posttrain.store import checkpoint
 from posttrain.store.failpoints import failpoint
 from posttrain.store.run import Event, Run

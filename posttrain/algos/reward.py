@@ -23,16 +23,16 @@ import numpy as np
 import torch
 
 from posttrain import rng
-from posttrain.calibration import Bin, calibration
 from posttrain.config.reward import RewardModelConfig, RewardModelRecipe
 from posttrain.data import batching
 from posttrain.data.chat import ChatFormat
-from posttrain.evaluation import wilson
+from posttrain.evaluation.accuracy import wilson
+from posttrain.evaluation.calibration import Bin, calibration
 from posttrain.models.heads import as_critic, attach_scalar
 from posttrain.models.load import Policy
 from posttrain.objectives.reward import bradley_terry, centring
-from posttrain.pairs import load_pairs, pair_rows
-from posttrain.prepare import Job, OnStep, Setup
+from posttrain.rollout.build import Job, OnStep, Setup
+from posttrain.rollout.sample_pairs import load_pairs, pair_rows
 from posttrain.store import checkpoint
 from posttrain.store.failpoints import failpoint
 from posttrain.store.run import Run

@@ -24,11 +24,11 @@ from posttrain import rng
 from posttrain.config import SFTConfig, SFTRecipe
 from posttrain.data import batching
 from posttrain.data.chat import ChatFormat
+from posttrain.data.conversations import Conversation, Source, load_conversations
 from posttrain.data.mixing import Mixture
-from posttrain.envs.prepare import Conversation, Source, load_conversations
 from posttrain.models import lora
 from posttrain.models.load import Policy
-from posttrain.prepare import Job, OnStep, Setup
+from posttrain.rollout.build import Job, OnStep, Setup
 from posttrain.store import checkpoint
 from posttrain.store.failpoints import failpoint
 from posttrain.store.run import Run

@@ -13,6 +13,8 @@ from posttrain.config.resolve import coerce, nearest
 from posttrain.types import ConfigError
 
 T = TypeVar("T")
+SHIPPED_RECIPES = Path(__file__).parent / "recipes"
+"""The folder of the recipes in the package."""
 
 
 def read_settings(cls: type[T], path: Path, what: str, usage: str) -> T:

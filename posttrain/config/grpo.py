@@ -46,7 +46,7 @@ class GRPOConfig:
     whiten: Literal["none", "sample", "population"] = "none"
     """Shift and scale the advantages of all tokens of a step to mean 0 and variance 1 (REINFORCE++)."""
     policy_loss: Literal["clip", "dual-clip", "gspo", "gspo-token", "cispo", "sapo", "importance", "reinforce"] = "clip"
-    """`clip` is PPO's pessimistic ratio, `reinforce` the plain policy gradient; docs/grpo.md has the formulas."""
+    """`clip` is PPO's pessimistic ratio, `reinforce` the plain policy gradient; docs/guides/grpo.md has the formulas."""
     clip_low: float = 0.2
     """Ratios below 1 − clip_low earn nothing more."""
     clip_high: float = 0.2

@@ -1,4 +1,4 @@
-"""Settings of posttrain/pairs.py, for every algorithm that learns from preferences."""
+"""Settings of posttrain/rollout/sample_pairs.py, for every algorithm that learns from preferences."""
 
 from __future__ import annotations
 

@@ -19,8 +19,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+from posttrain.config.algorithms import RECIPES
 from posttrain.config.presets import PRESETS
-from posttrain.config.recipes import RECIPES
 from posttrain.types import ConfigError
 
 

@@ -83,7 +83,7 @@ class EnvConfig:
 @dataclass(frozen=True)
 class RolloutConfig:
     engine: Literal["embedded", "vllm"] = "embedded"
-    """What samples completions: this package's own generator, or vLLM in the same process (docs/vllm.md)."""
+    """What samples completions: this package's own generator, or vLLM in the same process (docs/guides/vllm.md)."""
     slots: int = 128
     """Sequences decoded at once; a slot is refilled the moment its sequence ends."""
     max_tokens: int = 256

@@ -112,7 +112,7 @@ def mentions(text: str, fact: str) -> bool:
 
 @dataclass(frozen=True)
 class UserConfig:
-    """What a simulated user's file says. See docs/environments.md for each setting."""
+    """What a simulated user's file says. See docs/guides/environments.md for each setting."""
 
     endpoint: str = ""
     model: str = ""

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from posttrain.config import nearest
+from posttrain.data.tasks.calculator import calculator
+from posttrain.data.tool_calls import Call, call_arguments
+from posttrain.data.tool_schema import Tool, ToolError, tool_from
 from posttrain.envs.bm25 import Index, read_passages
-from posttrain.envs.calculator import calculator
-from posttrain.envs.schema import Tool, ToolError, tool_from
-from posttrain.envs.toolcalls import Call, call_arguments
 from posttrain.rewards.functions import load_function
 from posttrain.rewards.sandbox.pool import Sandbox
 from posttrain.rewards.sandbox.tasks import run_python

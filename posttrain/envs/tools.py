@@ -8,10 +8,10 @@ from functools import partial
 
 from posttrain.config import EnvConfig
 from posttrain.data.answers import final_part
+from posttrain.data.tool_calls import describe, parse_calls, with_system_text
+from posttrain.data.tool_schema import Tool
 from posttrain.envs.env import Env, Turn
-from posttrain.envs.schema import Tool
 from posttrain.envs.toolbox import Result, run_call
-from posttrain.envs.toolcalls import describe, parse_calls, with_system_text
 from posttrain.rewards.functions import score_safely
 from posttrain.rewards.verifiers import Verifier
 from posttrain.types import Message, RolloutError, Task

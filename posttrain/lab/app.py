@@ -20,7 +20,7 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from posttrain import __version__
-from posttrain.diagnose import diagnose_run
+from posttrain.evaluation.diagnose import diagnose_run
 from posttrain.lab import asking, cards, chat, episodes, folders, inspector
 from posttrain.lab.course import exercises
 from posttrain.lab.course import routes as course

@@ -99,8 +99,8 @@ class Opened:
 
         The answer ends where the context does. Raises ConfigError where the conversation alone is longer.
         """
+        from posttrain.cli.chat import Stream, text_of
         from posttrain.rollout.generator import Request, attempt_seed
-        from posttrain.talk import Stream, text_of
 
         read = messages if self.chat.format == "chat" else messages[-1:]
         prompt = self.chat.prompt_tokens(read)
@@ -158,7 +158,7 @@ def warm() -> None:
     """Imports what a model needs, which takes seconds the first time. Two threads that import the same modules from
     both ends can see unfinished ones, so one does it and the others wait."""
     with _warming:
-        from posttrain import talk  # noqa: F401  (it needs all of them)
+        pass
 
 
 def models(place: Place) -> dict[str, Path]:
@@ -219,10 +219,10 @@ def describe_model(place: Place, name: str) -> dict[str, Any]:
 
 
 def _open(folder: Path, name: str) -> Opened:
-    from posttrain import machine
     from posttrain.config import ModelConfig
     from posttrain.models.load import load_policy
-    from posttrain.prepare import speak
+    from posttrain.rollout.build import speak
+    from posttrain.train import device as machine
 
     policy = load_policy(ModelConfig(path=str(folder)), machine.device("auto"))
     form = "chat" if policy.tokenizer.chat_template else "plain"

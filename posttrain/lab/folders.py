@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from posttrain.measures import LABELS
+from posttrain.evaluation.labels import LABELS
 from posttrain.store.database import connect, is_run, run_folders
 from posttrain.store.pipeline import RECORD, damaged, is_pipeline, read_record
 from posttrain.store.run import Run

@@ -23,7 +23,7 @@ def judge_again(folder: Path, row: EpisodeRow) -> dict[str, Any]:
 
     Raises ConfigError where it cannot be asked, and why.
     """
-    from posttrain.envs.tasks import verifier_for
+    from posttrain.data.tasks.load import verifier_for
     from posttrain.rewards.combine import leaves_of
     from posttrain.rewards.functions import reward_from, score_safely
     from posttrain.rewards.verifiers import VERIFIERS
@@ -63,7 +63,7 @@ def _shown(task: Task) -> str:
 @lru_cache(maxsize=2)
 def _tasks(folder: Path, stamp: int) -> dict[str, Task]:
     """A run's tasks by their ids; `stamp` changes when another run takes the folder."""
-    from posttrain.envs.tasks import is_hub_id, load_tasks, read_tasks
+    from posttrain.data.tasks.load import is_hub_id, load_tasks, read_tasks
 
     with Run.read(folder) as run:
         header = run.header

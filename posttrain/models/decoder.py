@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from posttrain import kernels
+from posttrain.models import kernels
 from posttrain.models.attention import Layout
 
 FAMILY = ("llama", "mistral", "qwen2", "qwen3")  # norm, rotary attention, norm, silu-gated unit, nothing else

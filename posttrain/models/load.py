@@ -22,7 +22,7 @@ from posttrain.config import ModelConfig
 from posttrain.models import decoder, lora
 from posttrain.models.attention import NAME, Layout
 from posttrain.models.packing import Packed
-from posttrain.shapes import ModelShape
+from posttrain.models.shapes import ModelShape
 from posttrain.types import ConfigError, TemplateError
 
 ABACUS = Path(__file__).parent / "abacus"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from posttrain import kernels
+from posttrain.models import kernels
 
 QUERIES = 256  # longer rows are computed in pieces of this many tokens, so keys that come later cost nothing
 TILE = 1 << 20  # scores computed at once: 4 MiB in fp32, so that they are still in the cache when they are used

@@ -10,7 +10,7 @@ from typing import Any
 from posttrain.config.sections import require_positive
 from posttrain.pipelines.over_kl import SEARCH
 from posttrain.pipelines.rows import sampled
-from posttrain.search import picks, summary
+from posttrain.search.best_of_n import picks, summary
 from posttrain.store import durable
 from posttrain.types import ConfigError, SamplingParams
 
@@ -46,7 +46,7 @@ class BestOfN:
 def make(cfg: BestOfN, folder: Path) -> dict[str, Any]:
     """Writes `search.json` for the figure `overoptimisation`, and no data: the tasks are held out.
 
-    It has the rows of `posttrain.search.measure`, and `proxy_by_task` and `gold_by_task`, (P, rows): what the
+    It has the rows of `posttrain.search.best_of_n.measure`, and `proxy_by_task` and `gold_by_task`, (P, rows): what the
     best of n is expected to score, and how likely it passes. Raises RolloutError where more answers could not be scored
     than a run allows.
     """

@@ -1,6 +1,6 @@
 """The evaluation card: what a model can do, what it refuses, and how far it has moved, each with a 95 % interval.
 
-Every figure is a mean over tasks with a bootstrap over tasks (posttrain.evaluation), and a function of the model, the
+Every figure is a mean over tasks with a bootstrap over tasks (posttrain.evaluation.accuracy), and a function of the model, the
 reference and the settings alone. P tasks of all sets together, S answers each.
 """
 
@@ -16,17 +16,18 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from posttrain import api, machine
-from posttrain.collect import Verifier, check_failures, to_sample
+from posttrain import api
 from posttrain.config import DataConfig, EvalConfig, GRPORecipe, RewardConfig, RolloutConfig, RunConfig
 from posttrain.config.sections import require_positive
-from posttrain.evaluation import Estimate, bootstrap
-from posttrain.measures import LABELS
+from posttrain.evaluation.accuracy import Estimate, bootstrap
+from posttrain.evaluation.labels import LABELS
 from posttrain.models.load import Policy
-from posttrain.prepare import make_collector, speak, world_tasks
 from posttrain.rewards import language, shaping, skills, verifiers
 from posttrain.rewards.functions import score_safely
+from posttrain.rollout.build import make_collector, speak, world_tasks
+from posttrain.rollout.collector import Verifier, check_failures, to_sample
 from posttrain.store import durable
+from posttrain.train import device as machine
 from posttrain.train.forward import sample_logprobs
 from posttrain.types import ConfigError, Episode, Task
 

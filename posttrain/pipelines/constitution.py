@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from posttrain.config import nearest, read_settings
-from posttrain.envs.tasks import verifier_for
-from posttrain.models.abacus.problems import HARMLESS
+from posttrain.data.tasks.abacus import HARMLESS
+from posttrain.data.tasks.load import verifier_for
 from posttrain.pipelines.demonstrations import direct
 from posttrain.rewards.functions import score_safely
 from posttrain.rewards.skills import declines, dismisses, final_answer

@@ -40,7 +40,7 @@ Revise = Callable[[Sequence[tuple[Task, str, Critique]]], list[str | RolloutErro
 
 @dataclass(frozen=True)
 class CriticConfig:
-    """What a critic's file says; the settings are a judge's of the same names (docs/judges.md)."""
+    """What a critic's file says; the settings are a judge's of the same names (docs/guides/judges.md)."""
 
     endpoint: str = ""
     model: str = ""

@@ -17,9 +17,9 @@ from typing import Any, Literal
 from posttrain.config import nearest
 from posttrain.config.sections import require_positive
 from posttrain.data.mixing import parse_mixture
-from posttrain.envs.tasks import BUILT_IN, gold_reply
+from posttrain.data.tasks.abacus import SHAPES, Problem, evaluate
+from posttrain.data.tasks.load import BUILT_IN, gold_reply
 from posttrain.models.abacus.corpus import END_THINK, THINK, work
-from posttrain.models.abacus.problems import SHAPES, Problem, evaluate
 from posttrain.pipelines.phrases import OPENINGS, REFUSALS, THOUGHTS
 from posttrain.pipelines.rows import DATA, conversation, training_tasks, write_rows
 from posttrain.types import ConfigError, Task

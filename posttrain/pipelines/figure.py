@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from posttrain.intervals import Z95
+from posttrain.evaluation.intervals import Z95
 from posttrain.pipelines.plots import Panel, Series
 from posttrain.types import ConfigError
 

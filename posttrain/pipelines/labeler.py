@@ -7,7 +7,7 @@ The simulated labeler shows what reward models take over from people. Its utilit
               + length·min(characters of y, length_cap) + agreement·[y says what the user said they expect]
 
 and of two answers it prefers the first shown with probability σ((U_first − U_second + position) / noise). Length,
-agreement and position are its biases: the first two are what `length` and `sycophancy` of posttrain/probes.py look for.
+agreement and position are its biases: the first two are what `length` and `sycophancy` of posttrain/evaluation/bias_probes.py look for.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from typing import Any
 from posttrain.config.sections import require_positive
 from posttrain.data.files import json_lines, writable
 from posttrain.data.preferences import write_preferences
-from posttrain.envs.tasks import verifier_for
+from posttrain.data.tasks.load import verifier_for
+from posttrain.evaluation.bias_probes import OPINION
 from posttrain.pipelines.constitution import Principle, load_constitution, violations
 from posttrain.pipelines.rows import DATA, sampled, share
-from posttrain.probes import OPINION
 from posttrain.rewards import skills
 from posttrain.rewards.functions import score_safely
 from posttrain.rewards.judge import PREFIX, load_judge

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from posttrain.intervals import Z95, wilson
+from posttrain.evaluation.intervals import Z95, wilson
 from posttrain.pipelines.card import distinct
 from posttrain.pipelines.counting import Counts, add, count, thought
 from posttrain.pipelines.figure import MOST_POINTS, Drawn, Figure, Finished, bounded
 from posttrain.pipelines.plots import Panel, Series
-from posttrain.prepare import final_answer
+from posttrain.rollout.build import final_answer
 from posttrain.store.run import EpisodeRow, Run
 
 Point = tuple[float, float, float]

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from posttrain import rng
-from posttrain.evaluation import Estimate
+from posttrain.evaluation.accuracy import Estimate
 
 Form = Literal["best-of-n", "rl"]
 RESAMPLES = 1000

@@ -28,7 +28,7 @@ class Probes:
 
 
 def make(cfg: Probes, folder: Path) -> dict[str, Any]:
-    """Asks every probe of posttrain/probes.py; returns each finding's value with its interval, and keeps examples."""
+    """Asks every probe of posttrain/evaluation/bias_probes.py; returns each finding's value with its interval, and keeps examples."""
     found = [finding.as_dict() for finding in api.probe(cfg.model, cfg.tasks, cfg.count, cfg.seed)]
     lines = "".join(json.dumps(finding, ensure_ascii=False) + "\n" for finding in found)
     (folder / DATA).write_text(lines, encoding="utf-8", newline="\n")

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 from posttrain import api, config
 from posttrain.config import DataConfig
 from posttrain.data.files import json_lines
-from posttrain.envs.tasks import load_tasks
+from posttrain.data.tasks.load import load_tasks
 from posttrain.types import DataError, Episode, Task
 
 DATA = "data.jsonl"

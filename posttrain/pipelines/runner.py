@@ -18,15 +18,16 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from posttrain import __version__, api, config, machine
+from posttrain import __version__, api, config
 from posttrain.pipelines.card import CardConfig, examine
 from posttrain.pipelines.figures import Finished, draw
 from posttrain.pipelines.makers import MAKERS
 from posttrain.pipelines.recipe import GIVEN, Pipeline, Stage, filled
-from posttrain.prepare import OnStep
+from posttrain.rollout.build import OnStep
 from posttrain.store import durable
 from posttrain.store.pipeline import RECORD, is_pipeline, read_record
 from posttrain.store.run import Run
+from posttrain.train import device as machine
 from posttrain.types import ConfigError
 
 Outcome = tuple[dict[str, Any] | None, dict[str, Any] | None]

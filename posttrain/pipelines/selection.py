@@ -13,7 +13,7 @@ from posttrain.data.answers import final_part
 from posttrain.pipelines.rows import DATA, sampled, share, write_rows
 from posttrain.rewards.language import language
 from posttrain.rewards.skills import CLOSE, OPEN, thinks
-from posttrain.search import chosen_rows
+from posttrain.search.best_of_n import chosen_rows
 from posttrain.types import ConfigError, Episode, RolloutError, Task
 
 

@@ -1,6 +1,6 @@
 """The reward `code`: a program that a model wrote, executed in the sandbox and graded by its task's own tests.
 
-A task's columns say how: see posttrain/rewards/sandbox/tasks.py for the three kinds, and docs/rewards.md. Besides them
+A task's columns say how: see posttrain/rewards/sandbox/tasks.py for the three kinds, and docs/guides/rewards.md. Besides them
 `prefix` is what a program is put behind: a reply that begins indented continues it, any other follows it.
 """
 

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import SplitResult, urlsplit
 
-from posttrain import cache
-from posttrain.overlap import Threads
+from posttrain.rollout.prefetch import Threads
+from posttrain.store import cache
 from posttrain.types import ConfigError, RolloutError
 
 T = TypeVar("T")

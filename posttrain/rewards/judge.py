@@ -44,7 +44,7 @@ class Criterion:
 
 @dataclass(frozen=True)
 class JudgeConfig:
-    """What a judge's file says. See docs/judges.md for each setting."""
+    """What a judge's file says. See docs/guides/judges.md for each setting."""
 
     endpoint: str = ""
     model: str = ""

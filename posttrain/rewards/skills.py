@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from posttrain.data.answers import final_part
-from posttrain.models.abacus.problems import evaluate
+from posttrain.data.tasks.abacus import evaluate
 from posttrain.types import Verdict
 
 OPEN, CLOSE = "<think>", "</think>"

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from posttrain import kernels, rng
-from posttrain.models import decoder
+from posttrain import rng
+from posttrain.models import decoder, kernels
 from posttrain.models.invariance import TILE
 from posttrain.models.load import Policy, take_weights, weight_views
 from posttrain.rollout.fused import FusedDecoder

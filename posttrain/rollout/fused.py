@@ -17,8 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from posttrain import kernels
-from posttrain.models import decoder
+from posttrain.models import decoder, kernels
 from posttrain.models.load import Policy
 from posttrain.models.packing import Packed
 from posttrain.rollout.products import Product, product_of, times

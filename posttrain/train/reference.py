@@ -23,10 +23,9 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.numpy import save
 
-from posttrain import cache
 from posttrain.models import lora
 from posttrain.models.load import Policy
-from posttrain.store import durable
+from posttrain.store import cache, durable
 from posttrain.store.checkpoint import weights_digest
 from posttrain.train.forward import sample_logprobs
 from posttrain.types import Sample

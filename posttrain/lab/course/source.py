@@ -19,7 +19,7 @@ def read_source(name: str) -> dict[str, Any]:
     """
     module, _, wanted = name.partition(":")
     if module == "recipe":
-        path = PACKAGE / "recipes" / f"{wanted}.toml"
+        path = PACKAGE / "config" / "recipes" / f"{wanted}.toml"
     else:
         path = PACKAGE.joinpath(*module.split(".")).with_suffix(".py")
     if not path.is_file():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from posttrain.evaluation import pass_at_k
+from posttrain.evaluation.accuracy import pass_at_k
 from posttrain.lab.course.working import Example, Step, Worked, many, one, tensor
 from posttrain.objectives.policy import reinforce
 from posttrain.objectives.preference import sequence_logp

@@ -11,16 +11,16 @@ from typing import Any
 
 import torch
 
-from posttrain.intervals import wilson
+from posttrain.evaluation.intervals import wilson
 from posttrain.lab.course import coding
 from posttrain.lab.course.working import Example, Step, Worked, many, one, tensor
 from posttrain.objectives.advantages import flat_groups, group_relative
 from posttrain.objectives.policy import reinforce
 from posttrain.objectives.reward import bradley_terry
 from posttrain.objectives.tokens import kl_k1, select, token_weights
-from posttrain.search import bon_kl
+from posttrain.search.best_of_n import bon_kl
 
-RESULTS = Path(__file__).parents[2] / "recipes" / "results"
+RESULTS = Path(__file__).parents[2] / "config" / "recipes" / "results"
 
 
 @cache

@@ -9,8 +9,8 @@ from typing import Any
 from posttrain.config.resolve import resolve
 from posttrain.lab.course.source import PACKAGE
 from posttrain.lab.course.working import Example, Worked, one
-from posttrain.planner import Where, states
-from posttrain.shapes import shape_of
+from posttrain.models.shapes import shape_of
+from posttrain.planner.memory import Where, states
 
 SHARES = ("helpfulness", "safety", "reasoning")
 METHODS = ("sft", "dpo", "ipo", "kto", "orpo", "simpo", "grpo", "ppo")
@@ -19,8 +19,8 @@ SIZE = "qwen2.5-7b"
 
 @cache
 def results(recipe: str) -> dict[str, Any]:
-    """What posttrain/recipes/results/RECIPE.json recorded: {date, results}."""
-    return json.loads((PACKAGE / "recipes" / "results" / f"{recipe}.json").read_text(encoding="utf-8"))
+    """What posttrain/config/recipes/results/RECIPE.json recorded: {date, results}."""
+    return json.loads((PACKAGE / "config" / "recipes" / "results" / f"{recipe}.json").read_text(encoding="utf-8"))
 
 
 def card_row(found: dict[str, float], name: str, shown: str) -> tuple[str, ...]:

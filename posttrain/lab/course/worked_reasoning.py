@@ -8,13 +8,13 @@ import math
 import numpy as np
 import torch
 
-from posttrain.evaluation import majority, pass_at_k
+from posttrain.evaluation.accuracy import majority, pass_at_k
 from posttrain.lab.course.working import Example, Step, Worked, many, one, tensor
 from posttrain.objectives.advantages import group_relative, leave_one_out
 from posttrain.objectives.policy import cispo, clip, gspo, ratio, reinforce, sequence_ratio
 from posttrain.objectives.reward import aggregate_steps
 from posttrain.objectives.tokens import kl, token_weights
-from posttrain.search import bon_kl, expected_pick
+from posttrain.search.best_of_n import bon_kl, expected_pick
 
 GROUP = (1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0)
 

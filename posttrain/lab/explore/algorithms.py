@@ -14,11 +14,12 @@ from typing import Any
 from starlette.requests import Request
 from starlette.routing import BaseRoute
 
-from posttrain import config, planner
+from posttrain import config
 from posttrain.lab.folders import Place
 from posttrain.lab.routing import get
-from posttrain.planner import Memory, Rows, Where
-from posttrain.shapes import SHAPES, ModelShape
+from posttrain.models.shapes import SHAPES, ModelShape
+from posttrain.planner import memory as planner
+from posttrain.planner.memory import Memory, Rows, Where
 from posttrain.types import ConfigError
 
 SIZES = {

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from posttrain.cli.chat import text_of
 from posttrain.data.chat import ChatFormat
-from posttrain.envs.tasks import verifier_for
+from posttrain.data.tasks.load import verifier_for
 from posttrain.lab import checkpoints
 from posttrain.lab.explore.problems import task_of
 from posttrain.lab.folders import Place
@@ -27,7 +28,6 @@ from posttrain.rewards.functions import score_safely
 from posttrain.rewards.skills import CLOSE, OPEN
 from posttrain.rollout.engine import EmbeddedGenerator
 from posttrain.rollout.generator import Request, attempt_seed
-from posttrain.talk import text_of
 from posttrain.types import Completion, RolloutError, SamplingParams, Task, Verdict
 
 PARAMS = SamplingParams(temperature=1.0, max_tokens=96)

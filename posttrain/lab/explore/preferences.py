@@ -14,7 +14,7 @@ import numpy as np
 from starlette.requests import Request
 from starlette.routing import BaseRoute
 
-from posttrain.intervals import Z95, Estimate, wilson
+from posttrain.evaluation.intervals import Z95, Estimate, wilson
 from posttrain.lab.explore.people import FEATURES, PEOPLE, lengths, order, pairs, prefers, says, unseen
 from posttrain.lab.folders import Place
 from posttrain.lab.routing import get

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from posttrain.models.abacus.problems import evaluate, problems
+from posttrain.data.tasks.abacus import evaluate, problems
 from posttrain.types import ConfigError, Message, Task
 
 FIRST = "98*8"

@@ -16,13 +16,13 @@ from typing import Any
 from starlette.requests import Request
 from starlette.routing import BaseRoute
 
-from posttrain.intervals import Estimate, difference
+from posttrain.evaluation.intervals import Estimate, difference
+from posttrain.evaluation.labels import LABELS
 from posttrain.lab.cards import read_answers
 from posttrain.lab.chat import unfold
 from posttrain.lab.checkpoints import SHIPPED, models
 from posttrain.lab.folders import SEPARATOR, Place, read_pipeline
 from posttrain.lab.routing import get, named
-from posttrain.measures import LABELS
 from posttrain.store.pipeline import RECORD, damaged, read_record
 from posttrain.types import ResumeError
 

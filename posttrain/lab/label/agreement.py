@@ -8,7 +8,7 @@ from itertools import combinations
 from statistics import median
 from typing import Any, NamedTuple
 
-from posttrain.intervals import Estimate, wilson
+from posttrain.evaluation.intervals import Estimate, wilson
 from posttrain.lab.label.store import Label
 
 

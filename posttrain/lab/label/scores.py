@@ -12,7 +12,7 @@ from posttrain.config import DataConfig
 from posttrain.data.files import Row, read_rows
 from posttrain.data.preferences import row_to_preference
 from posttrain.data.sources import content_key, split_holdout, usable
-from posttrain.intervals import wilson
+from posttrain.evaluation.intervals import wilson
 from posttrain.lab.label.agreement import share
 from posttrain.lab.label.store import Label, Pair, Queue, prompt_rows
 from posttrain.store.run import Run

@@ -9,7 +9,7 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 
-from posttrain.models.abacus.problems import (
+from posttrain.data.tasks.abacus import (
     ADJECTIVES,
     CATEGORIES,
     HARMLESS,

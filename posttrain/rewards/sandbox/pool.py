@@ -138,7 +138,7 @@ class Sandbox:
             return tier
         raise ConfigError(
             f"the code sandbox cannot start, so code that a model wrote is not executed ({'; '.join(reasons)}). Allow "
-            "user namespaces, use Linux 6.2 or newer for Landlock, or see docs/sandbox.md for running without."
+            "user namespaces, use Linux 6.2 or newer for Landlock, or see docs/guides/sandbox.md for running without."
         )
 
     def _begin(self, slots: list[Slot]) -> None:

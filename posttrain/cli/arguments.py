@@ -1,0 +1,86 @@
+"""What the words after a command mean: a recipe, the settings of a run, and `--section.key value` settings."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from posttrain import config
+from posttrain.config.files import SHIPPED_RECIPES
+from posttrain.types import ConfigError
+
+FREE = {"ignore_unknown_options": True, "allow_extra_args": True}
+"""Context settings of a command that takes free `--section.key value` settings besides its own options."""
+RECIPE_HELP = "RECIPE is a TOML file or the name of a shipped recipe; any setting follows as `--section.key value`."
+
+
+def split_settings(args: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Separates positional arguments from `--key value` and `--key=value` settings."""
+    words: list[str] = []
+    settings: dict[str, str] = {}
+    rest = list(args)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            words.append(word)
+            continue
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise ConfigError(f"setting --{key} has no value; write --{key} VALUE.")
+            value = rest.pop(0)
+        settings[key] = value
+    return words, settings
+
+
+def find_recipe(name: str) -> Path:
+    """A recipe file, or a shipped recipe by its name."""
+    shipped = SHIPPED_RECIPES
+    for path in (Path(name), shipped / name, shipped / f"{name}.toml"):
+        if path.is_file():
+            return path
+    known = shipped_recipes() + shipped_recipes("pipeline")
+    raise ConfigError(f"recipe {name!r} does not exist{config.nearest(name, known)}")
+
+
+def shipped_recipes(kind: str = "algorithm") -> list[str]:
+    """Names of the recipes in the package: of single runs, or of pipelines."""
+    found = sorted(SHIPPED_RECIPES.glob("*.toml"))
+    return [path.stem for path in found if kind in tomllib.loads(path.read_text(encoding="utf-8"))]
+
+
+def sections_of(model: str) -> dict[str, Any]:
+    """The settings a run was made with, as far as an evaluation has them; nothing for other models."""
+    if not (Path(model) / "run.json").exists():
+        return {}
+    from posttrain.store.run import Run
+
+    with Run.read(Path(model)) as store:
+        recipe = store.header["recipe"]
+    known = config.as_dict(config.GRPORecipe())
+    shared = {name: recipe[name] for name in known if name in recipe and name != "algo"}
+    return {name: {k: v for k, v in values.items() if k in known[name]} for name, values in shared.items()}
+
+
+def read_recipe(
+    algorithm: str | None,
+    args: Sequence[str],
+    given: Mapping[str, str | None] | None = None,
+    base: Mapping[str, Any] | None = None,
+) -> tuple[str, Any]:
+    """The algorithm and the resolved recipe of a command's arguments; options that were not given change nothing."""
+    words, settings = split_settings(args)
+    if len(words) > 1:
+        raise ConfigError(f"expected one recipe, got {len(words)}: {' '.join(words)}.")
+    overrides = {**{k: v for k, v in (given or {}).items() if v is not None}, **settings}
+    if not words:
+        assert algorithm is not None
+        return algorithm, config.resolve(algorithm, base or {}, overrides)
+    if words[0] in config.RECIPES and algorithm is None:
+        return words[0], config.resolve(words[0], {}, overrides)
+    found, sections, _ = config.read_toml(find_recipe(words[0]))
+    if algorithm is not None and found != algorithm:
+        raise ConfigError(f"recipe {words[0]!r} is for `posttrain {found}`, not `posttrain {algorithm}`.")
+    return found, config.resolve(found, sections, overrides)

@@ -1,0 +1,386 @@
+"""What a person sees: the learning curve in the terminal and as a picture, and tables of answers."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from posttrain import config
+from posttrain.store.run import EpisodeRow, Run, RunInfo
+from posttrain.types import Episode
+
+if TYPE_CHECKING:
+    from posttrain.evaluation.accuracy import Report
+    from posttrain.evaluation.bias_probes import Finding
+    from posttrain.evaluation.calibration import Bin
+    from posttrain.search.best_of_n import Search
+
+BLOCKS = " ▁▂▃▄▅▆▇█"
+
+
+def terminal_curve(
+    steps: Sequence[int], values: Sequence[float], title: str, width: int = 64, height: int = 8, top: float = 1.0
+) -> str:
+    """A filled curve of `values` in [0, top] drawn with block characters; NaN leaves a gap."""
+    if not steps:
+        return f"{title}: nothing measured yet"
+    columns = min(width, len(values))
+    edges = [round(i * len(values) / columns) for i in range(columns + 1)]
+    means: list[float] = []
+    for a, b in zip(edges, edges[1:], strict=False):
+        part = [v for v in values[a:b] if math.isfinite(v)]
+        means.append(sum(part) / len(part) if part else math.nan)
+    lines = [title]
+    for level in range(height - 1, -1, -1):
+        cells = ""
+        for mean in means:
+            filled = 0.0 if math.isnan(mean) else min(1.0, max(0.0, mean / top)) * height - level
+            cells += BLOCKS[round(8 * min(1.0, max(0.0, filled)))]
+        label = f"{top * (level + 1) / height:5.0%}" if level % 2 else "     "
+        lines.append(f"{label} │{cells}")
+    lines.append("      └" + "─" * columns)
+    lines.append(f"       step {steps[0]}" + f"{steps[-1]}".rjust(max(1, columns - len(f"step {steps[0]}"))))
+    return "\n".join(lines)
+
+
+def picture(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], path: Path, title: str) -> None:
+    """Writes one small panel per curve to a PNG, readable without colour."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(curves), figsize=(4.2 * len(curves), 3.2), squeeze=False)
+    for axis, (name, (steps, values)) in zip(axes[0], curves.items(), strict=True):
+        axis.plot(steps, values, color="#0072B2", linewidth=1.6, marker="o" if len(steps) < 4 else None)
+        axis.set_title(name, fontsize=10)
+        axis.set_xlabel("step")
+        axis.set_ylim(bottom=0, top=1.02 if max(values, default=0) <= 1 else None)
+        axis.grid(alpha=0.3)
+    figure.suptitle(title, fontsize=11)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def answers_table(rows: Sequence[tuple[str, str, bool, str, bool]], title: str) -> Table:
+    """Before/after answers side by side: (question, before, right before, after, right after)."""
+    table = Table(title=title, show_lines=True, title_justify="left")
+    for name in ("question", "before", "after"):
+        table.add_column(name, overflow="fold")
+    for question, before, before_ok, after, after_ok in rows:
+        table.add_row(Text(question), marked(before, before_ok), marked(after, after_ok))
+    return table
+
+
+def marked(answer: str, right: bool) -> Text:
+    """An answer with a tick or a cross; model text is never read as markup, and control characters are shown."""
+    mark = Text("✓ ", style="green") if right else Text("✗ ", style="red")
+    return mark + Text(printable(answer))
+
+
+def printable(text: str) -> str:
+    """Model text made safe for a terminal: control characters become visible escapes."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def console(json: bool = False) -> Console:
+    """Where people read; with --json everything human goes to stderr."""
+    return Console(stderr=json, highlight=False)
+
+
+def duration(seconds: float) -> str:
+    """`75` → `1m15s`."""
+    whole = int(round(seconds))
+    return f"{whole}s" if whole < 60 else f"{whole // 60}m{whole % 60:02d}s"
+
+
+class StepLine:
+    """The live line of a run: step, reward, accuracy, thinking, length, speed and time left; plain lines in a pipe."""
+
+    def __init__(self, out: Console, recipe: Any) -> None:
+        self.out, self.total = out, recipe.train.steps
+        self._began: tuple[int, float] | None = None
+        self._live = Live(Text("loading, then measuring before training …"), console=out, refresh_per_second=8)
+        self._every = max(1, self.total // 20) if self.total else 10  # 0: one pass of a length not known here
+
+    def __enter__(self) -> StepLine:
+        if self.out.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live.is_started:
+            self._live.stop()
+
+    def __call__(self, step: int, values: Mapping[str, float]) -> None:
+        """Shows a step's numbers."""
+        now = time.monotonic()
+        if self._began is None:
+            self._began = (step, now)
+        line = self.line(step, values, now)
+        if self.out.is_terminal:
+            self._live.update(Text(line))
+        elif step == 0 or step % self._every == 0 or step == self.total:
+            self.out.print(line, soft_wrap=True)
+
+    def line(self, step: int, values: Mapping[str, float], now: float) -> str:
+        """One line of text for a step."""
+        parts = [f"step {step}/{self.total}" if self.total else f"step {step}"]
+        for name, label, form in FIELDS:
+            if name in values and math.isfinite(values[name]):
+                parts.append(f"{label} {form.format(values[name])}")
+        assert self._began is not None
+        first, start = self._began
+        if self.total and step > first:
+            parts.append(f"left {duration((now - start) / (step - first) * (self.total - step))}")
+        return " · ".join(parts)
+
+
+FIELDS = (
+    ("reward", "reward", "{:.2f}"),
+    ("accuracy", "accuracy", "{:.0%}"),
+    ("think_share", "thinks", "{:.0%}"),
+    ("length", "length", "{:.0f}"),
+    ("kl_episode", "KL", "{:.2f}"),
+    ("reverse_kl", "KL to the teacher", "{:.3f}"),
+    ("nll", "loss", "{:.3f}"),
+    ("pair_accuracy", "pairs right", "{:.0%}"),
+    ("preference_accuracy", "preferred right", "{:.0%}"),
+    ("chosen_logp", "log π(chosen)", "{:.1f}"),
+    ("step_accuracy", "steps right", "{:.0%}"),
+    ("eval/accuracy", "held-out accuracy", "{:.1%}"),
+    ("eval/pair_accuracy", "held-out pairs right", "{:.1%}"),
+    ("eval/step_accuracy", "held-out steps right", "{:.1%}"),
+    ("eval/nll", "held-out loss", "{:.3f}"),
+    ("tokens_per_second", "tokens/s", "{:,.0f}"),
+)
+"""Metrics of the progress line: name, label, format."""
+
+
+def finished(out: Console, folder: Path) -> None:
+    """After a run: what changed on held-out tasks, answers before and after, the curve, and where things are."""
+    with Run.read(folder) as store:
+        summary = store.summary() or {}
+        before, after = summary.get("before", {}), summary.get("after", {})
+        first, last = store.episodes("eval", 0), store.episodes("eval", summary["steps"])
+        curves = {name: store.curve(name) for name in ("accuracy", "think_share", "length", "nll")}
+        mismatch = store.curve("mismatch")[1]
+        warnings = [e.message for e in store.events() if e.level != "info"]
+        data = [e.message for e in store.events() if e.level == "info" and e.kind == "data"]
+    out.print()
+    if first and last:
+        out.print(answers_table(side_by_side(first, last), "The same held-out questions, before and after"))
+        steps, values = curves["accuracy"]
+        if steps:  # offline algorithms train on answers that were there before
+            out.print(Text(terminal_curve(steps, values, "accuracy of the answers it trained on, sampled")))
+    out.print(change_table(before, after))
+    if gaps := [gap for gap in mismatch if math.isfinite(gap)]:
+        out.print(
+            f"sampler and learner: at most {max(gaps):.1g} apart in any token's log-probability\n", soft_wrap=True
+        )
+    for message in dict.fromkeys(data):
+        out.print(Text(f"data: {message}"), soft_wrap=True)
+    for message in dict.fromkeys(warnings[-5:]):
+        out.print(Text(f"note: {message}", style="yellow"))
+    if table := summary.get("calibration"):
+        out.print(calibration_table(table))
+        calibration_picture(table, folder / "calibration.png", folder.name)
+        out.print(f"calibration:    {folder / 'calibration.png'}", soft_wrap=True)
+    drawn = {name: curve for name, curve in curves.items() if curve[0]}
+    if drawn:
+        picture(drawn, folder / "curve.png", folder.name)
+        out.print(f"learning curve: {folder / 'curve.png'}", soft_wrap=True)
+    out.print(f"trained model:  {folder / 'model'}", soft_wrap=True)
+
+
+CHANGES = (
+    ("eval/accuracy", "held-out accuracy (sampled)", "{:.1%}"),
+    ("eval/think_share", "share of answers that think", "{:.0%}"),
+    ("eval/length", "mean answer length (tokens)", "{:.1f}"),
+    ("eval/truncated", "cut by max_tokens", "{:.1%}"),
+    ("eval/nll", "held-out loss (nats per token)", "{:.4f}"),
+    ("eval/preference_accuracy", "held-out preferences told apart", "{:.1%}"),
+    ("eval/chosen_logp", "log-probability of a held-out better answer", "{:.2f}"),
+    ("eval/pair_accuracy", "held-out pairs whose better answer scores higher", "{:.1%}"),
+    ("eval/score_gap", "mean score difference of a held-out pair", "{:.2f}"),
+    ("eval/step_accuracy", "held-out steps judged right", "{:.1%}"),
+    ("eval/step_auc", "a right step scores above a wrong one (AUC)", "{:.1%}"),
+    ("eval/outcome_auc", "a right answer scores above a wrong one (AUC)", "{:.1%}"),
+    ("eval/first_mistake", "first mistake found, or that there is none", "{:.1%}"),
+    ("eval/ece", "expected calibration error", "{:.3f}"),
+)
+"""Rows of the before/after table: metric, label, format."""
+
+
+def change_table(before: Mapping[str, float], after: Mapping[str, float]) -> Table:
+    """Before and after, with the 95 % intervals of shares."""
+    table = Table(title_justify="left")
+    table.add_column("")
+    table.add_column("before", justify="right")
+    table.add_column("after", justify="right")
+    for name, label, form in CHANGES:
+        if name in before and name in after:
+            table.add_row(label, form.format(before[name]), form.format(after[name]))
+            if f"{name}_low" in after:
+                spans = [f"{v[f'{name}_low']:.1%} – {v[f'{name}_high']:.1%}" for v in (before, after)]
+                table.add_row("  95 % interval", *spans)
+    return table
+
+
+def calibration_table(rows: Sequence[Bin]) -> Table:
+    """Predicted against observed, one line per bin that holds anything."""
+    table = Table(title="Calibration on held-out data", title_justify="left")
+    for name in ("predicted", "observed", "95 % interval", "number"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        span = f"{row['low']:.0%} – {row['high']:.0%}"
+        table.add_row(f"{row['predicted']:.1%}", f"{row['observed']:.1%}", span, f"{row['count']:.0f}")
+    return table
+
+
+def calibration_picture(rows: Sequence[Bin], path: Path, title: str) -> None:
+    """Observed share against predicted probability with intervals, as a PNG that is readable without colour."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    predicted, observed = ([row[name] for row in rows] for name in ("predicted", "observed"))
+    bars = [[max(0.0, r["observed"] - r["low"]) for r in rows], [max(0.0, r["high"] - r["observed"]) for r in rows]]
+    figure, axis = plt.subplots(figsize=(4.6, 4.4))
+    axis.plot([0, 1], [0, 1], color="0.6", linestyle="--", linewidth=1, label="perfect calibration")
+    axis.errorbar(predicted, observed, bars, color="#0072B2", marker="o", linestyle="", capsize=3, label="observed")
+    for row in rows:
+        axis.annotate(f"{row['count']:.0f}", (row["predicted"], row["observed"]), (5, -9), textcoords="offset points")
+    low = 0.0 if min(predicted) < 0.5 else 0.5
+    axis.set(xlim=(low - 0.02, 1.02), ylim=(-0.02, 1.02), xlabel="predicted probability", ylabel="observed share")
+    axis.grid(alpha=0.3)
+    axis.legend(loc="lower right", fontsize=8)
+    axis.set_title(f"{title}: held-out calibration (number of cases beside each point)", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def findings(out: Console, model: str, found: Sequence[Finding]) -> None:
+    """Bias probes of a reward model as a table, each with two replies and their scores."""
+    table = Table(title=f"{model}: {found[0].estimate.n} questions", title_justify="left", show_lines=True)
+    for name in ("probe", "bias", "95 % interval", "for example"):
+        table.add_column(name, overflow="fold")
+    for one in found:
+        form = "{:+.1%}" if one.unit == "share" else "{:+.2f} SD"
+        e, shown = one.estimate, one.example
+        lines = [f"{n} ({s:+.2f}): {t}" for n, s, t in zip(shown.names, shown.scores, shown.texts, strict=True)]
+        example = Text(printable("\n".join([shown.question, *lines])))
+        table.add_row(one.name, form.format(e.value), f"{form.format(e.low)} to {form.format(e.high)}", example)
+    out.print(table)
+
+
+def side_by_side(
+    first: Sequence[EpisodeRow], last: Sequence[EpisodeRow], count: int = 5
+) -> list[tuple[str, str, bool, str, bool]]:
+    """Answers to the same questions at two steps: the first `count`, one answer each, not chosen by result."""
+    after = {(e.group, e.index): e for e in last}
+    rows = [(e, after[e.group, 0]) for e in first if e.index == 0 and (e.group, 0) in after]
+    return [(a.prompt, a.text, a.passed, b.text, b.passed) for a, b in rows[:count]]
+
+
+def report(out: Console, model: str, found: Report, groups: Sequence[Sequence[Episode]]) -> None:
+    """An evaluation as a table."""
+    table = Table(title=f"{model}: {found.tasks} held-out tasks × {found.samples}", title_justify="left")
+    table.add_column("")
+    table.add_column("value", justify="right")
+    table.add_column("95 % interval", justify="right")
+    measured = {"accuracy": found.accuracy}
+    measured |= {f"pass@{k}": e for k, e in found.pass_at.items()} | {f"maj@{k}": e for k, e in found.maj_at.items()}
+    for name, estimate in measured.items():
+        table.add_row(name, f"{estimate.value:.1%}", f"{estimate.low:.1%} – {estimate.high:.1%}")
+    table.add_row("share that think", f"{found.think_share:.0%}", "")
+    table.add_row("mean length (tokens)", f"{found.length:.1f}", "")
+    table.add_row("cut by max_tokens", f"{found.truncated:.1%}", "")
+    for name, mean in found.parts.items():
+        table.add_row(Text(f"part {printable(name)}"), f"{mean:.3g}", "")
+    if found.unscored:
+        table.add_row("not scored", str(found.unscored), "")
+    out.print(table)
+    errors = {e.error for group in groups for e in group if e.error}
+    for error in sorted(errors)[:3]:
+        out.print(Text(error, style="red"))
+
+
+def best_of_n(out: Console, model: str, found: Search, written: Mapping[str, int]) -> None:
+    """What the best of n answers is worth, and which files were written."""
+    table = Table(title=f"{model}: the best of n answers, {found.tasks} tasks", title_justify="left")
+    for name in ("n", "score", "95 % interval", "accuracy", "95 % interval", "KL at most"):
+        table.add_column(name, justify="right")
+    for row in found.rows:
+        score, right = row.score, row.accuracy
+        spans = f"{score.low:.3g} – {score.high:.3g}", f"{right.low:.1%} – {right.high:.1%}"
+        table.add_row(str(row.n), f"{score.value:.3g}", spans[0], f"{right.value:.1%}", spans[1], f"{row.kl:.2f}")
+    out.print(table)
+    if found.left_out:
+        out.print(f"{found.left_out} tasks with an answer that could not be scored are left out")
+    for path, count in written.items():
+        out.print(f"{count} rows: {path}", soft_wrap=True)
+
+
+def runs_table(found: Sequence[RunInfo]) -> Table:
+    """One line a run."""
+    table = Table()
+    for name in ("run", "algorithm", "model", "tasks", "status", "step", "held-out accuracy"):
+        table.add_column(name)
+    for run in found:
+        recipe = run.header.get("recipe", {})
+        pair = [(run.summary or {}).get(at, {}).get("eval/accuracy") for at in ("before", "after")]
+        change = " → ".join(f"{v:.1%}" for v in pair if v is not None)
+        cells = (run.header.get("algorithm", ""), recipe.get("model", {}).get("path", ""))
+        step = "" if run.last_step is None else str(run.last_step)
+        table.add_row(
+            str(run.path), *cells, recipe.get("data", {}).get("tasks", ""), run.status, step, change or run.note
+        )
+    return table
+
+
+def presets(out: Console, algorithm: str) -> None:
+    """Each preset's settings, the ones in which it differs from the defaults, and where it is from."""
+    default = config.as_dict(config.resolve(algorithm, {}))
+    found = config.PRESETS[algorithm]
+    resolved = {name: config.as_dict(config.resolve(algorithm, {"algo": {"preset": name}})) for name in found}
+    keys = [
+        (section, key)
+        for section, values in default.items()
+        for key in values
+        if key != "preset" and len({str(r[section][key]) for r in (default, *resolved.values())}) > 1
+    ]
+    table = Table(title=f"posttrain {algorithm} --preset NAME", title_justify="left", show_lines=True)
+    table.add_column("preset")
+    table.add_column("settings that differ from the defaults", overflow="fold")
+    table.add_column("reproduces", overflow="fold")
+    shown = ", ".join(f"{key} {default[section][key]}" for section, key in keys)
+    table.add_row("(defaults)", shown, "")
+    for name, preset in found.items():
+        own = resolved[name]
+        changed = [f"{key} {own[s][key]}" for s, key in keys if own[s][key] != default[s][key]]
+        about = preset.source + (f". Not reproduced: {preset.differs}." if preset.differs else ".")
+        table.add_row(name, ", ".join(changed), about)
+    out.print(table)
+
+
+def doctor(out: Console, findings: Sequence[Mapping[str, Any]]) -> None:
+    """The machine's findings as a table."""
+    table = Table()
+    table.add_column("what")
+    table.add_column("found")
+    for finding in findings:
+        mark = {True: "✓ ", False: "✗ ", None: ""}[finding["ok"]]
+        table.add_row(str(finding["name"]), Text(mark + str(finding["value"])))
+    out.print(table)

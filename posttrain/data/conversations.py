@@ -1,0 +1,181 @@
+"""From a recipe's data section to what an algorithm trains on, with everything left out counted and said."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from posttrain.config import DataConfig, nearest
+from posttrain.data.chat import ChatFormat
+from posttrain.data.mixing import parse_mixture
+from posttrain.data.sources import (
+    Row,
+    data_hash,
+    is_file_name,
+    is_hub_id,
+    read_rows,
+    row_to_conversation,
+    split_by_key,
+    usable,
+)
+from posttrain.data.tasks.load import BUILT_IN, TaskSets, gold_reply, is_generated, load_tasks
+from posttrain.types import ConfigError, DataError, Message, Task
+
+Conversation = str | tuple[Message, ...]
+Shown = tuple[str, Conversation]
+"""A supervised row: where it came from, and its text or messages."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Supervised rows of one source, and its share of the draws up to a common factor."""
+
+    name: str
+    rows: Sequence[Shown]
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Conversations:
+    """What a recipe's `data.tasks` names to train on, source by source, and what is held out."""
+
+    sources: Sequence[Source]
+    held_out: Sequence[Source]
+    notes: list[str]
+    hash: str
+
+    @property
+    def train(self) -> list[Shown]:
+        """All training rows, source after source."""
+        return [row for source in self.sources for row in source.rows]
+
+    @property
+    def test(self) -> list[Shown]:
+        """All held-out rows, source after source."""
+        return [row for source in self.held_out for row in source.rows]
+
+
+def fit_prompts(
+    sets: TaskSets,
+    chat: ChatFormat,
+    cfg: DataConfig,
+    opening: Callable[[Task], Sequence[Message]] = lambda task: task.messages,
+) -> TaskSets:
+    """Refuses, or drops and counts, tasks whose prompt, the `opening`, is over `data.max_prompt_tokens`."""
+    kept: list[list[Task]] = []
+    notes = list(sets.notes)
+    for name, tasks in (("training", sets.train), ("evaluation", sets.test)):
+        lengths = [len(chat.prompt_tokens(opening(task))) for task in tasks]
+        over = [(n, task) for n, task in zip(lengths, tasks, strict=True) if n > cfg.max_prompt_tokens]
+        if over and cfg.overlong == "refuse":
+            n, task = max(over, key=lambda pair: pair[0])
+            raise DataError(
+                f"{len(over)} {name} prompts are longer than data.max_prompt_tokens={cfg.max_prompt_tokens} (longest: "
+                f'{n} tokens, task {task.id}). Raise it, or set data.overlong = "drop".'
+            )
+        if over:
+            notes.append(f"{len(over)} {name} prompts over {cfg.max_prompt_tokens} tokens were dropped.")
+        kept.append([task for n, task in zip(lengths, tasks, strict=True) if n <= cfg.max_prompt_tokens])
+    if not kept[0]:
+        raise DataError(f"no training prompt fits data.max_prompt_tokens={cfg.max_prompt_tokens}; raise it.")
+    return replace(sets, train=kept[0], test=kept[1], notes=notes)
+
+
+def load_conversations(cfg: DataConfig, seed: int) -> Conversations:
+    """Supervised rows of every source that `data.tasks` names, and those held out.
+
+    A source is a file, a hub id, or a task that a program makes (its questions with their gold answers); several are a
+    mixture, written `a.jsonl*3 + arithmetic*1`. Rows are held out by what is asked (`prompt_of`), and a training row
+    that asks what a held-out row of any source asks is dropped and counted. Raises ConfigError for an unknown source
+    and DataError for rows that cannot be used.
+    """
+    if not cfg.tasks:
+        raise DataError("nothing to train on: give a file of texts or conversations (--data FILE).")
+    notes: list[str] = []
+    sources: list[Source] = []
+    held_out: list[Source] = []
+    for name, weight in parse_mixture(cfg.tasks):
+        train, test = (
+            _demonstrations(name, cfg, seed, notes) if is_generated(name) else _conversations(name, cfg, seed, notes)
+        )
+        sources.append(Source(name, train, weight))
+        held_out.append(Source(name, test))
+    if cfg.eval_tasks:
+        held_out = [_evaluation(name, weight, cfg, seed, notes) for name, weight in parse_mixture(cfg.eval_tasks)]
+    sources, dropped = _without_leaks(sources, held_out)
+    notes += _counts(sources, held_out) + dropped
+    parts = [(part, i, value) for part in (sources, held_out) for i, s in enumerate(part) for _, value in s.rows]
+    content = data_hash(Row("", {"held": part is held_out, "source": i, "row": value}) for part, i, value in parts)
+    return Conversations(sources, held_out, notes, content)
+
+
+def prompt_of(value: Conversation) -> str:
+    """What a row asks: the messages before the first answer to a user. A text, or a row without one, is all its own.
+
+    Rows that ask the same are never on both sides of a split, however they are answered and continued.
+    """
+    if isinstance(value, str):
+        return value
+    roles = [m.role for m in value]
+    asked = roles.index("user") if "user" in roles else len(roles)
+    return repr(value[: roles.index("assistant", asked)] if "assistant" in roles[asked:] else value)
+
+
+def _demonstrations(name: str, cfg: DataConfig, seed: int, notes: list[str]) -> tuple[list[Shown], list[Shown]]:
+    """A generated task's training and test problems with their gold answers."""
+    sets = load_tasks(replace(cfg, tasks=name, eval_tasks=""), seed)
+    notes += sets.notes
+    train, test = ([(task.id, _answered(task)) for task in part] for part in (sets.train, sets.test))
+    return train, test
+
+
+def _answered(task: Task) -> Conversation:
+    return (*task.messages, Message("assistant", gold_reply(task)))
+
+
+def _conversations(name: str, cfg: DataConfig, seed: int, notes: list[str]) -> tuple[list[Shown], list[Shown]]:
+    """The rows of a file or hub id; `data.holdout` of its prompts are held out unless `data.eval_tasks` is given."""
+    if not is_file_name(name) and not is_hub_id(name):
+        raise ConfigError(f"unknown source {name!r}{nearest(name, [*BUILT_IN])} A file or owner/name works too.")
+    rows = read_rows(name, cfg.count)
+    found = usable(rows, lambda row: (row.where, row_to_conversation(row, cfg.system, cfg.instruction)), cfg, notes)
+    try:
+        return split_by_key(found, [prompt_of(v) for _, v in found], 0 if cfg.eval_tasks else cfg.holdout, seed)
+    except DataError as error:
+        raise DataError(f"{name}: {error} Or set data.holdout = 0 to hold nothing out.") from None
+
+
+def _evaluation(name: str, weight: float, cfg: DataConfig, seed: int, notes: list[str]) -> Source:
+    if weight != 1:
+        raise ConfigError(f"data.eval_tasks gives {name} the weight {weight}, but every held-out row counts. Drop it.")
+    if is_generated(name):
+        return Source(name, _demonstrations(name, cfg, seed, [])[1])
+    return Source(name, _conversations(name, replace(cfg, holdout=0.0), seed, notes)[0])
+
+
+def _without_leaks(sources: Sequence[Source], held_out: Sequence[Source]) -> tuple[list[Source], list[str]]:
+    """The sources without rows that ask what a held-out row asks, and notes on how many those were."""
+    asked = {prompt_of(value) for source in held_out for _, value in source.rows}
+    kept: list[Source] = []
+    notes: list[str] = []
+    for source in sources:
+        rows = [row for row in source.rows if prompt_of(row[1]) not in asked]
+        if not rows:
+            raise DataError(
+                f"{source.name}: all {len(source.rows)} training rows ask what a held-out row asks, so no row is left "
+                "to train on. Set data.eval_tasks to other data."
+            )
+        if dropped := len(source.rows) - len(rows):
+            notes.append(f"{source.name}: {dropped} training rows that ask what a held-out row asks were dropped.")
+        kept.append(replace(source, rows=rows))
+    return kept, notes
+
+
+def _counts(sources: Sequence[Source], held_out: Sequence[Source]) -> list[str]:
+    """A note on each source's rows and share, and on what is held out."""
+    held = sum(len(source.rows) for source in held_out)
+    if len(sources) == 1:
+        return [f"{len(sources[0].rows)} rows to train on, {held} held out."]
+    whole = sum(source.weight for source in sources)
+    shares = [f"{s.name}: {len(s.rows)} rows to train on, {s.weight / whole:.1%} of the draws." for s in sources]
+    return [*shares, f"{held} rows held out."]

@@ -1,0 +1,1 @@
+"""Measuring models and runs: accuracy, intervals, calibration, bias probes, diagnosis."""

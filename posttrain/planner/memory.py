@@ -1,0 +1,384 @@
+"""What a run will hold in memory, as arithmetic: a model's shape and settings → bytes by part.
+
+Nothing is loaded or measured here and only the standard library is imported, so the same functions answer for a machine
+that is not here. Each part is one small function that names the file whose tensors it counts. What has to be measured
+is added by `posttrain/planner/estimate.py`; `bench/memory.py` holds the result against real runs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from posttrain.models.shapes import ModelShape, shape_of
+
+BASELINE = 356 << 20
+"""Resident bytes of a process that has imported torch, transformers and posttrain.api and done nothing yet."""
+HEAP_BLOCK = 32 << 20
+"""Smaller blocks come from glibc's heap, the others are mapped one by one and given back when freed. In the heap a
+freed block leaves a gap: torch asks for aligned ones, and until glibc 2.38 one does not fit the next of its size."""
+HEAP_KEPT = 0.9
+"""Share of that heap which stays resident between passes."""
+LOGITS_PER_CHUNK = 1 << 24
+"""As in posttrain/train/forward.py."""
+DRAW_BYTES = 28
+"""Per logit while posttrain/rollout/generator.py:draw makes tokens of them: two in float64, three in float32."""
+TILE, CACHE_BLOCK, WORTH, PACKED_HEAD, PREFILL, PREFILL_ROWS = 32, 64, 16, 8192, 4096, 1024
+"""As in posttrain/models/invariance.py, rollout and data/batching.py. An output layer of more words is read in place;
+so many tokens of prompts go together, with kernels and without."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Tokens of one row of data: `prompt` and `answer` of the longest, and their means, which decide the time."""
+
+    prompt: int
+    answer: int
+    mean_prompt: float = 0.0
+    mean_answer: float = 0.0
+
+    @property
+    def longest(self) -> int:
+        return self.prompt + self.answer
+
+    @property
+    def mean(self) -> float:
+        return (self.mean_prompt or self.prompt) + (self.mean_answer or self.answer)
+
+
+@dataclass(frozen=True)
+class Where:
+    """What a run is on. `fused` says that posttrain/models/kernels are used: float32 on a CPU with a C compiler."""
+
+    gpus: int = 1
+    cuda: bool = False
+    fused: bool = True
+    baseline: int = BASELINE
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by part: `held` throughout, and what each phase adds to it."""
+
+    held: Mapping[str, int]
+    phases: Mapping[str, Mapping[str, int]]
+
+    @property
+    def peak_phase(self) -> str:
+        return max(self.phases, key=lambda name: sum(self.phases[name].values()))
+
+    @property
+    def peak(self) -> int:
+        """The most bytes held at once."""
+        return self.of(self.peak_phase)
+
+    def of(self, phase: str) -> int:
+        """The most bytes held in a phase."""
+        return sum(self.held.values()) + sum(self.phases[phase].values())
+
+
+def memory(algorithm: str, recipe: Any, shape: ModelShape, rows: Rows, where: Where | None = None) -> Memory:
+    """The memory of a resolved recipe on a model of `shape` whose rows of data are `rows` tokens long."""
+    where = where or Where()
+    held = {"process": where.baseline, **states(algorithm, recipe, shape, where)}
+    if samples(algorithm, recipe):
+        copies = 2 if lags(algorithm, recipe) else 1  # one generator samples, another examines
+        held |= {name: size * copies for name, size in generator(recipe, shape, rows, where).items()}
+    training = training_pass(algorithm, recipe, shape, largest_pass(algorithm, recipe, rows), where)
+    phases: dict[str, dict[str, int]] = {"training pass": training}
+    if scores(algorithm, recipe):
+        whole = largest_pass(algorithm, recipe, rows, all_rows=True)
+        phases["scoring"] = scoring_phase(algorithm, recipe, shape, whole, where)
+    if samples(algorithm, recipe):
+        phases["sampling"] = sampling_phase(recipe, shape, rows, where)
+    if not where.cuda:  # a later phase takes its blocks from what the passes have left in the heap
+        left = HEAP_KEPT * (training["activations"] + training["gaps in the heap"])
+        for parts in list(phases.values())[1:]:
+            parts["heap kept by the allocator"] = max(0, round(left) - sum(parts.values()))
+    return Memory(held, phases)
+
+
+# --- what is held throughout ----------------------------------------------------------------------------------------
+
+
+def width_of(recipe: Any) -> int:
+    """Bytes of one weight."""
+    return 4 if recipe.model.dtype == "float32" else 2
+
+
+def trainable(recipe: Any, shape: ModelShape) -> int:
+    """Weights that learn."""
+    return shape.adapters(recipe.model.lora_rank) if recipe.model.lora_rank else shape.parameters
+
+
+def samples(algorithm: str, recipe: Any) -> bool:
+    """Whether answers are sampled: for feedback only where data.tasks names a task."""
+    if algorithm in ("dpo", "reward", "prm"):
+        return not ("." in recipe.data.tasks or "/" in recipe.data.tasks)
+    return algorithm != "sft"
+
+
+def scores(algorithm: str, recipe: Any) -> bool:
+    """Whether there are passes without gradient: of a reference, old log-probabilities and values, held-out rows."""
+    if algorithm != "grpo":
+        return True
+    cfg = recipe.algo
+    return cfg.kl_coef > 0 or (cfg.epochs * cfg.minibatches > 1 and cfg.old_logp == "learner")
+
+
+def states(algorithm: str, recipe: Any, shape: ModelShape, where: Where) -> dict[str, int]:
+    """Weights of every model and the optimizers' numbers: posttrain/train/learner.py, frozen.py and critic.py.
+
+    Gradients live from a step's first pass to its update, so they belong to the training pass. On N devices each holds
+    one Nth of them.
+    """
+    size, learns, cfg = width_of(recipe), trainable(recipe, shape), recipe.algo
+    model = shape.parameters * size
+    adapters = learns * 4 if recipe.model.lora_rank else 0  # PEFT keeps adapters in float32
+    masters = learns * 4 if size == 2 and not recipe.model.lora_rank else 0
+    found = {"weights": model + adapters, "float32 masters": masters, "optimizer": learns * 8}
+    if keeps_reference(algorithm, recipe):
+        found["reference model"] = model
+    if algorithm == "ppo" and cfg.critic == "separate":
+        found["critic"] = model + adapters + masters + learns * 8
+    if lags(algorithm, recipe):
+        found["sampler's copy"] = model + adapters
+    if algorithm == "raft" and cfg.restart:
+        found["starting weights"] = learns * (4 if recipe.model.lora_rank else size)
+    if algorithm == "distill":
+        found["teacher"] = model
+    for folder in reward_folders(recipe):
+        found["reward model"] = found.get("reward model", 0) + shape_of(folder).parameters * 4
+    return {name: -(-count // where.gpus) for name, count in found.items() if count}
+
+
+def keeps_reference(algorithm: str, recipe: Any) -> bool:
+    """Whether a frozen copy stays (train/frozen.py); with LoRA it is the policy, and DPO's is read once and cached."""
+    if recipe.model.lora_rank:
+        return False
+    return algorithm == "online-dpo" or (algorithm in ("grpo", "ppo") and recipe.algo.kl_coef > 0)
+
+
+def reward_folders(recipe: Any) -> list[Path]:
+    """Model folders that `model:A+B` in `reward.name` names (posttrain/rewards/models.py)."""
+    name = getattr(getattr(recipe, "reward", None), "name", "")
+    said = re.findall(r"model:([^\s&*(),='\"]+)", name)
+    if name.startswith("model:") and " & " not in name and all(Path(f).is_dir() for f in name[6:].split("+")):
+        said = [name.removeprefix("model:")]  # folders may hold any sign
+    folders = [Path(part) for spec in said for part in spec.split("+")]
+    return [f / "model" if (f / "run.json").is_file() else f for f in folders]
+
+
+def lags(algorithm: str, recipe: Any) -> bool:
+    """Whether answers are sampled from a copy of the policy (posttrain/algos/grpo.py)."""
+    return algorithm == "grpo" and bool(recipe.algo.max_lag or recipe.algo.overlap)
+
+
+def by_kernels(recipe: Any, where: Where) -> bool:
+    """Whether posttrain/models/kernels do the work between products."""
+    return where.fused and not where.cuda and recipe.model.dtype == "float32"
+
+
+def generator(recipe: Any, shape: ModelShape, rows: Rows, where: Where) -> dict[str, int]:
+    """What a generator keeps between steps: posttrain/rollout/fused.py with kernels, else plain.py.
+
+    With kernels: weights once more in the order decoding reads them, slots for answers alone, and the newest logits.
+    """
+    prompts, answers = at_once(recipe)
+    kv = token_kv(shape, recipe)
+    if by_kernels(recipe, where):
+        cache = (answers * -(-recipe.rollout.max_tokens // CACHE_BLOCK) * CACHE_BLOCK + prompts * rows.prompt) * kv
+        head = shape.head * 4 if shape.vocab <= PACKED_HEAD else 0
+        packed = shape.matrices * (2 if recipe.rollout.dtype == "bfloat16" else 4) + head
+        return {"weights for decoding": packed, "KV cache": cache, "newest logits": answers * shape.vocab * 4}
+    capacity = -(-(rows.prompt + recipe.rollout.max_tokens) // CACHE_BLOCK) * CACHE_BLOCK
+    return {"KV cache": -(-answers // TILE) * TILE * capacity * kv}
+
+
+def at_once(recipe: Any) -> tuple[int, int]:
+    """The most prompts and the most answers that a generator works on at once: a step's, or an examination's."""
+    cfg, examined, slots = recipe.algo, getattr(recipe, "eval", None), recipe.rollout.slots
+    asked = [(getattr(cfg, "prompts", 1), getattr(cfg, "group_size", 1))]
+    asked += [(examined.problems, examined.samples)] if examined else []
+    prompts = max(min(count, -(-slots // each) + 1) for count, each in asked)
+    return prompts, min(slots, max(count * each for count, each in asked))
+
+
+def token_kv(shape: ModelShape, recipe: Any) -> int:
+    """Bytes of one token's keys and values in all layers."""
+    return 2 * shape.layers * shape.kv_heads * shape.head_dim * width_of(recipe)
+
+
+def batch_rows(algorithm: str, recipe: Any) -> int:
+    """Rows of data in one optimizer batch."""
+    cfg = recipe.algo
+    if algorithm in ("sft", "prm", "raft"):
+        return cfg.batch_rows
+    if algorithm in ("dpo", "reward"):
+        return cfg.batch_pairs * (1 if getattr(cfg, "loss", "") == "kto" else 2)
+    return (
+        2 * cfg.prompts
+        if algorithm == "online-dpo"
+        else max(1, cfg.prompts * cfg.group_size // getattr(cfg, "minibatches", 1))
+    )
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One call of the model: tokens it computes, how many of them are trained, and whether others follow it."""
+
+    tokens: int
+    trained: int
+    alone: bool = True
+
+
+def largest_pass(algorithm: str, recipe: Any, rows: Rows, all_rows: bool = False) -> Pass:
+    """The largest pass of an optimizer batch, or over any number of rows (posttrain/data/batching.py:plan).
+
+    Rows with one prompt are a unit whose prompt is computed once. As many units as fit make a pass, and the passes are
+    of equal size; a unit that does not fit is split, and each part computes the prompt again.
+    """
+    room, cfg = recipe.train.tokens_per_pass, recipe.algo
+    alike = sharing(algorithm, recipe, rows)
+    units = max(1, batch_rows(algorithm, recipe) // alike)
+    if all_rows:
+        units = units * getattr(cfg, "minibatches", 1) if samples(algorithm, recipe) else max(units, room)
+    unit = rows.prompt + alike * rows.answer
+    if unit <= room:
+        passes = -(-units // (room // unit))
+        count = -(-units // passes)
+        return Pass(count * unit, count * alike * rows.answer, passes == 1)
+    fits = 2 if planned_in_pairs(algorithm, recipe) else max(1, (room - rows.prompt) // rows.answer)  # pairs stay whole
+    count = -(-alike // -(-alike // fits))
+    return Pass(rows.prompt + count * rows.answer, count * rows.answer, False)
+
+
+def sharing(algorithm: str, recipe: Any, rows: Rows) -> int:
+    """Rows whose prompt is computed once for all of them."""
+    if algorithm == "raft" or rows.prompt < WORTH:
+        return 1
+    return 2 if planned_in_pairs(algorithm, recipe) else getattr(recipe.algo, "group_size", 1)
+
+
+def planned_in_pairs(algorithm: str, recipe: Any) -> bool:
+    """Whether rows 2i and 2i + 1 are two answers to one prompt."""
+    return algorithm in ("dpo", "online-dpo", "reward") and getattr(recipe.algo, "loss", "") != "kto"
+
+
+def layer_tensors(recipe: Any, shape: ModelShape, tokens: int, where: Where) -> list[tuple[float, float]]:
+    """(bytes, number) of the tensors that one layer keeps for its backward pass.
+
+    posttrain/models/decoder.py with kernels, else transformers' Llama. Attention (posttrain/models/packing.py) keeps
+    queries, keys and values, and its result is what the output projection keeps; probabilities are computed again.
+    """
+    size, keys = width_of(recipe), tokens * shape.kv_heads * shape.head_dim
+    attention, stream, unit = tokens * shape.attention, tokens * shape.width, tokens * shape.ffn
+    if by_kernels(recipe, where):
+        return [(attention * 4, 2), (keys * 4, 2), (stream * 4, 4), (unit * 4, 3)]
+    if size == 4:
+        return [(attention * 4, 4), (keys * 4, 2), (stream * 4, 6), (unit * 4, 4)]
+    if not recipe.model.lora_rank:  # norms are computed in float32
+        return [(attention * 2, 4), (keys * 2, 2), (stream * 2, 4), (stream * 4, 2), (unit * 2, 4)]
+    casts = [(attention * 4, 1), (stream * 4, 5), (unit * 4, 1)]  # PEFT keeps what each adapter saw, in float32
+    return [*casts, (attention * 2, 3), (keys * 2, 2), (stream * 4, 2), (unit * 2, 3)]
+
+
+def layer_gaps(recipe: Any, shape: ModelShape, tokens: int, where: Where) -> float:
+    """Bytes of what a layer makes and frees between tensors it keeps, as far as that lies in the heap.
+
+    Queries and keys before they are turned, and both parts' results before they join the residual stream; with an
+    adapter each product's result is made of several, and one gap of its size stays. Without kernels each norm leaves
+    one in float32, and attention one.
+    """
+    if where.cuda:
+        return 0.0
+    unit, keys = tokens * width_of(recipe), shape.kv_heads * shape.head_dim
+    freed: list[float] = [shape.attention, keys, shape.width, shape.width]
+    if not by_kernels(recipe, where):
+        freed += [shape.attention, *[shape.width * 4 / width_of(recipe)] * 2]
+    if recipe.model.lora_rank:
+        freed += [shape.attention, keys, keys, shape.width, shape.ffn, shape.ffn, shape.width]
+    return sum(unit * size * max(0.0, 1 - unit * size / HEAP_BLOCK) for size in freed)
+
+
+def activations(recipe: Any, shape: ModelShape, tokens: int, where: Where) -> tuple[int, int]:
+    """What the layers keep between the forward and the backward pass of `tokens` tokens, and the gaps among it."""
+    gaps = round(shape.layers * layer_gaps(recipe, shape, tokens, where))
+    if not recipe.model.gradient_checkpointing:
+        return shape.layers * one_layer(recipe, shape, tokens, where), gaps
+    inputs = tokens * shape.width * width_of(recipe) * (2 if by_kernels(recipe, where) else 1)
+    return shape.layers * inputs, gaps
+
+
+def one_layer(recipe: Any, shape: ModelShape, tokens: int, where: Where) -> int:
+    """Bytes that one layer keeps."""
+    return round(sum(each * count for each, count in layer_tensors(recipe, shape, tokens, where)))
+
+
+def projection(algorithm: str, recipe: Any, shape: ModelShape, trained: int, where: Where) -> int:
+    """Blocks of logits in posttrain/train/projection.py; scores of whole rows need none.
+
+    With kernels a block becomes its own gradient, and of several the last is alive while the next is made. Without,
+    log-probabilities, their exponentials and a product of both are blocks of their own.
+    """
+    if algorithm in ("reward", "prm"):
+        return 0
+    chunk = min(trained, max(1, LOGITS_PER_CHUNK // shape.vocab))
+    blocks = 2.0 if trained > chunk else 1.0
+    if where.cuda or not where.fused:
+        blocks = 4.0
+    elif width_of(recipe) == 2:
+        blocks *= 1.5  # each also in the weights' dtype
+    return round(chunk * shape.vocab * 4 * blocks)
+
+
+def training_pass(algorithm: str, recipe: Any, shape: ModelShape, update: Pass, where: Where) -> dict[str, int]:
+    """One forward and backward pass: posttrain/train/learner.py:forward_backward.
+
+    A pass that is alone makes its gradients where activations were; of several, all find the gradients there.
+    """
+    size, learns = width_of(recipe), trainable(recipe, shape)
+    whole = not recipe.model.lora_rank
+    head = shape.head * (4 if size == 4 else 6) if whole and algorithm not in ("reward", "prm") else 0
+    low = learns * 2 if size == 2 and whole else 0  # bf16 gradients before they join the masters'
+    kept, gaps = activations(recipe, shape, update.tokens, where)
+    accumulated = 0 if update.alone else learns * 4
+    if algorithm == "ppo" and recipe.algo.critic == "separate":
+        accumulated += learns * 4  # of the critic, whose passes alternate with the policy's
+    late = low + learns * 4 if update.alone else low
+    working = update.tokens * (3 * shape.ffn + 2 * shape.width) * size
+    if recipe.model.gradient_checkpointing:  # which is computed again
+        working += one_layer(recipe, shape, update.tokens, where)
+    logits = projection(algorithm, recipe, shape, update.trained, where)
+    return {
+        "gradients": -(-(accumulated + max(0, late - kept)) // where.gpus),
+        "activations": kept,
+        "gaps in the heap": gaps,
+        "logits, or gradients of activations": max(working, logits),
+        "the output layer's gradient": head,
+        "gathered weights": 2 * shape.parameters * size // shape.layers if where.gpus > 1 else 0,
+    }
+
+
+def sampling_phase(recipe: Any, shape: ModelShape, rows: Rows, where: Where) -> dict[str, int]:
+    """Prompts' passes and a decode step's logits: posttrain/rollout/engine.py, plain.py and fused.py.
+
+    A pass computes one layer at a time and keeps all layers' keys and values, which without kernels it stacks.
+    """
+    prompts, answers = at_once(recipe)
+    tokens, kv = prompts * rows.prompt, token_kv(shape, recipe)
+    layer = (3 * shape.ffn + 6 * shape.width) * width_of(recipe)
+    if by_kernels(recipe, where):
+        made = min(tokens, max(rows.prompt, PREFILL)) * (layer + kv)
+        return {"prompts' passes": made, "decode logits": answers * shape.vocab * 4}
+    found = {"prompts' passes": min(tokens, max(rows.prompt, PREFILL_ROWS)) * (layer + 2 * kv)}
+    return {**found, "prompts' keys and values": tokens * kv, "decode logits": answers * shape.vocab * DRAW_BYTES}
+
+
+def scoring_phase(algorithm: str, recipe: Any, shape: ModelShape, one: Pass, where: Where) -> dict[str, int]:
+    """A pass without gradient (posttrain/train/forward.py): one layer at a time, then a chunk of logits."""
+    layer = one_layer(recipe, shape, one.tokens, where)
+    return {"one layer": layer, "logits": projection(algorithm, recipe, shape, one.trained, where)}

@@ -1,0 +1,64 @@
+"""A step's groups: which tasks are asked, flat groups replaced, rewards shaped by length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from posttrain.config import GRPORecipe
+from posttrain.objectives.advantages import flat_groups, overlong_penalty
+from posttrain.rollout.collector import Collector, rewards_tensor
+from posttrain.rollout.curriculum import Curriculum
+from posttrain.types import Episode, Task
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A step's P groups in the order they were sampled, their tasks, and which of them are trained on."""
+
+    groups: list[list[Episode]]
+    tasks: list[Task]
+    kept: list[bool]
+    version: int  # of the weights they are from
+    greedy: torch.Tensor | None = None  # (P, 1) rewards of the greedy answers, with the baseline of that name
+
+
+def gather(
+    recipe: GRPORecipe, collector: Collector, tasks: Sequence[Task], curriculum: Curriculum, cursor: int, step: int
+) -> Sampled:
+    """`algo.prompts` groups from the tasks at `cursor` on; with dynamic sampling flat ones are replaced by fresh tasks.
+
+    Each round samples exactly as many groups as are missing (DAPO, arXiv 2503.14476, section 3.2), up to
+    `algo.max_refills` rounds; a step that is still short trains on fewer groups.
+    """
+    cfg = recipe.algo
+    out = Sampled([], [], [], collector.generator.version)
+    for attempt in range(cfg.max_refills + 1):
+        missing = cfg.prompts - sum(out.kept)
+        chosen = [tasks[i] for i in curriculum.order(cursor, len(out.groups), missing)]
+        purpose = f"train-{attempt}" if attempt else "train"  # a task drawn again within a step is answered anew
+        groups = collector.groups(chosen, cfg.group_size, step, purpose)
+        flat = flat_groups(shaped_rewards(recipe, groups)).tolist() if cfg.max_refills else [False] * len(groups)
+        out.groups.extend([replace(e, group=e.group + len(out.tasks)) for e in group] for group in groups)
+        out.tasks.extend(chosen)
+        out.kept.extend(not f for f in flat)
+        if not any(flat):
+            break
+    return replace(out, greedy=greedy_rewards(collector, out.tasks, step)) if cfg.baseline == "greedy" else out
+
+
+def shaped_rewards(recipe: GRPORecipe, groups: Sequence[Sequence[Episode]]) -> torch.Tensor:
+    """(P, G) rewards, NaN where unscored, minus DAPO's penalty for answers that come close to max_tokens."""
+    rewards, limit = rewards_tensor(groups), recipe.rollout.max_tokens
+    if not recipe.algo.overlong_share:
+        return rewards
+    lengths = torch.tensor([[e.length for e in group] for group in groups])
+    return rewards + overlong_penalty(lengths, limit, max(1, round(recipe.algo.overlong_share * limit)))
+
+
+def greedy_rewards(collector: Collector, tasks: Sequence[Task], step: int) -> torch.Tensor:
+    """(P, 1) reward of the greedy answer to each task: ReMax's baseline (arXiv 2310.10505)."""
+    greedy = replace(collector, params=replace(collector.params, temperature=0.0))
+    return rewards_tensor(greedy.groups(tasks, 1, step, "greedy"))

@@ -1,0 +1,1 @@
+"""Test-time compute: choosing among several completions."""
