@@ -23,8 +23,8 @@ from posttrain import config
 from posttrain.cli import main as cli
 from posttrain.models.kernels.build import SWITCH
 from posttrain.pipelines.card import CardConfig
+from posttrain.pipelines.data_stages import DATA_STAGES
 from posttrain.pipelines.figure import Figure
-from posttrain.pipelines.makers import MAKERS
 from posttrain.pipelines.recipe import GIVEN, STAGE, TABLES, GivenModel
 from posttrain.store.cache import VARIABLE as CACHE
 from posttrain.store.durable import DiskError
@@ -109,25 +109,25 @@ def config_page() -> str:
 
 
 def pipeline_lines() -> list[str]:
-    """What the file of a pipeline may hold: its tables, the settings of makers, of cards and of figures."""
+    """What a pipeline's file may hold: its tables, and the settings of data stages, cards and figures."""
     lines = [
         "",
         "## Pipelines",
         "",
         "A pipeline is one TOML file with several stages ([pipelines.md](pipelines.md)). On the command line a stage's "
-        "setting is `--STAGE.section.key value` where an algorithm runs and `--STAGE.key value` where a maker does. "
-        "`--card.key value` is for the cards, `--defaults.section.key value` for all stages that train.",
+        "setting is `--STAGE.section.key value` for a training stage and `--STAGE.key value` for a data stage. "
+        "`--card.key value` is for the cards, `--defaults.section.key value` for all training stages.",
         "",
         *table(("in the file", "meaning"), [(f"`{name}`", meaning) for name, meaning in TABLES.items()]),
         "",
         "### `[[stage]]`",
         "",
-        "Beside these a stage holds settings: by section, `train.lr = 1e-4`, where `run` is an algorithm, and without "
-        "sections where it is a maker.",
+        "A stage also holds the settings of what it runs: by section (`train.lr = 1e-4`) for an algorithm, without "
+        "sections for a data stage.",
         "",
         *table(("in a stage", "meaning"), [(f"`{name}`", meaning) for name, meaning in STAGE.items()]),
     ]
-    stages = {GIVEN: GivenModel} | {name: settings for name, (settings, _) in MAKERS.items()}
+    stages = {GIVEN: GivenModel} | {name: settings for name, (settings, _) in DATA_STAGES.items()}
     for name, settings in stages.items():
         lines += ["", f'### `run = "{name}"`', "", *section_table(settings)]
     lines += ["", "### `[card]`", "", *section_table(CardConfig)]

@@ -25,9 +25,9 @@ from posttrain.cli.tables import CHANGES, FIELDS
 from posttrain.data.tasks.load import BUILT_IN
 from posttrain.evaluation.accuracy import Estimate, Report
 from posttrain.pipelines.card import CardConfig
+from posttrain.pipelines.data_stages import DATA_STAGES
 from posttrain.pipelines.figure import Figure
 from posttrain.pipelines.figures import FIGURES
-from posttrain.pipelines.makers import MAKERS
 from posttrain.pipelines.recipe import GIVEN, STAGE, TABLES, GivenModel, read_pipeline
 from posttrain.rewards.verifiers import VERIFIERS
 from posttrain.store.run import Run
@@ -119,7 +119,7 @@ def test_every_setting_is_documented() -> None:
 
 def test_every_setting_of_a_pipeline_is_documented() -> None:
     page = text("config.md").partition("## Pipelines\n")[2]
-    stages = {GIVEN: GivenModel, **{name: settings for name, (settings, _) in MAKERS.items()}}
+    stages = {GIVEN: GivenModel, **{name: settings for name, (settings, _) in DATA_STAGES.items()}}
     parts = {f'`run = "{name}"`': fields(settings) for name, settings in stages.items()}
     for heading, settings in (parts | {"`[card]`": fields(CardConfig), "`[[figure]]`": fields(Figure)}).items():
         part = page.partition(f"### {heading}\n")[2].partition("\n#")[0]
@@ -130,9 +130,9 @@ def test_every_setting_of_a_pipeline_is_documented() -> None:
             assert f"| `{name}` |" in part, f"{name} of a pipeline's file"
 
 
-def test_the_page_of_pipelines_names_every_maker_figure_and_shipped_pipeline() -> None:
+def test_the_page_of_pipelines_names_every_data_stage_figure_and_shipped_pipeline() -> None:
     page = text("pipelines.md")
-    for name in (*MAKERS, *FIGURES, *arguments.shipped_recipes("pipeline")):
+    for name in (*DATA_STAGES, *FIGURES, *arguments.shipped_recipes("pipeline")):
         assert f"`{name}`" in page, f"{name} is not in docs/guides/pipelines.md"
 
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from posttrain import config
 from posttrain.pipelines.card import CardConfig
+from posttrain.pipelines.data_stages import DATA_STAGES
 from posttrain.pipelines.figures import Figure, read_figure
-from posttrain.pipelines.makers import MAKERS
 from posttrain.types import ConfigError
 
 GIVEN = "model"
@@ -41,7 +41,7 @@ TABLES = {
 """What a pipeline's file may hold."""
 STAGE = {
     "name": "What later stages call it: lower-case letters, digits and hyphens.",
-    "run": "An algorithm, a maker, or `model` for a model that exists already.",
+    "run": "An algorithm, a data stage, or `model` for an existing model.",
     "card": "Whether its model is examined; else true for a given model and for what an algorithm made to answer.",
     "reference": "Model from which the card's KL is taken; else the first stage's, where that is given, or abacus.",
 }
@@ -71,7 +71,7 @@ class Stage:
         settings, overrides = filled(self.settings, made), filled(self.overrides, made)
         if self.is_training:
             return config.resolve(self.run, settings, overrides)
-        cls = GivenModel if self.run == GIVEN else MAKERS[self.run][0]
+        cls = GivenModel if self.run == GIVEN else DATA_STAGES[self.run][0]
         return config.settings_from(cls, {**settings, **overrides}, "")
 
     def described(self, made: Mapping[str, str]) -> dict[str, Any]:
@@ -185,7 +185,7 @@ def _stage(table: Mapping[str, Any], defaults: Mapping[str, Any], overrides: Map
     name, run = str(rest.pop("name", "")), str(rest.pop("run", ""))
     if not _NAME.fullmatch(name):
         raise ConfigError(f"a stage has the name {name!r}; write `name = ` with lower-case letters, digits, hyphens.")
-    kinds = [*config.RECIPES, *MAKERS, GIVEN]
+    kinds = [*config.RECIPES, *DATA_STAGES, GIVEN]
     if run not in kinds:
         raise ConfigError(f"stage {name!r}: unknown run = {run!r}{config.nearest(run, kinds)}")
     examined = rest.pop("card", run == GIVEN or (run in config.RECIPES and run not in JUDGES))

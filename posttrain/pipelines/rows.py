@@ -1,4 +1,4 @@
-"""What makers of data share: training tasks, a model's answers to them, and files of rows."""
+"""Helpers shared by data stages: training tasks, sampled completions and JSON Lines files."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from posttrain.data.tasks.load import load_tasks
 from posttrain.types import DataError, Episode, Task
 
 DATA = "data.jsonl"
-"""The file in a maker's folder that later stages read."""
+"""The file in a data stage's folder that later stages read."""
 
 
 class Sampling(Protocol):
-    """The settings of a maker that asks a model."""
+    """Settings of a data stage that samples from a model."""
 
     @property
     def model(self) -> str: ...
@@ -36,7 +36,7 @@ class Sampling(Protocol):
 
 
 def training_tasks(tasks: str, count: int, seed: int) -> tuple[list[Task], list[str]]:
-    """Training tasks that `data.tasks` would give, none of which is held out, and notes on what is missing."""
+    """The training tasks that `data.tasks` would load (none held out), and notes on missing ones."""
     sets = load_tasks(DataConfig(tasks=tasks, count=count), seed)
     return sets.train, sets.notes
 
@@ -44,7 +44,7 @@ def training_tasks(tasks: str, count: int, seed: int) -> tuple[list[Task], list[
 def sampled(
     cfg: Sampling, samples: int, reward: str = "auto", split: Literal["held-out", "train"] = "train"
 ) -> tuple[list[Task], list[list[Episode]]]:
-    """`samples` answers of a model to each of the training or held-out tasks (P lists), scored by a reward."""
+    """`samples` scored completions for each training or held-out task: P tasks and P lists of episodes."""
     settings = {
         "data.tasks": cfg.tasks,
         "data.count": cfg.count,
@@ -60,18 +60,18 @@ def sampled(
 
 
 def conversation(task: Task, answer: str, **columns: Any) -> dict[str, Any]:
-    """A row that `posttrain sft` reads."""
+    """A row in the format that `posttrain sft` reads."""
     messages = [{"role": m.role, "content": m.content} for m in task.messages]
     return {"id": task.id, "messages": [*messages, {"role": "assistant", "content": answer}], **columns}
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes JSON Lines. Raises DataError where there is no row."""
+    """Writes JSON Lines. Raises DataError if there are no rows."""
     if not rows:
-        raise DataError(f"no row is left to write to {path}. Give more tasks or samples, or a model that does better.")
+        raise DataError(f"no rows left to write to {path}. Use more tasks or samples, or a better model.")
     path.write_text(json_lines(rows), encoding="utf-8", newline="\n")
 
 
 def share(part: int, whole: int) -> float | None:
-    """A share, to four places; None of nothing."""
+    """part / whole, rounded to four decimals; None if `whole` is 0."""
     return round(part / whole, 4) if whole else None

@@ -20,8 +20,8 @@ from typing import Any
 
 from posttrain import __version__, api, config
 from posttrain.pipelines.card import CardConfig, examine
+from posttrain.pipelines.data_stages import DATA_STAGES
 from posttrain.pipelines.figures import Finished, draw
-from posttrain.pipelines.makers import MAKERS
 from posttrain.pipelines.recipe import GIVEN, Pipeline, Stage, filled
 from posttrain.rollout.build import OnStep
 from posttrain.store import durable
@@ -157,7 +157,7 @@ def _make(stage: Stage, place: Path, products: Mapping[str, str]) -> dict[str, A
     if place.exists():
         durable.remove_folder(place)
     place.mkdir(parents=True)
-    counts = MAKERS[stage.run][1](stage.resolve(products), place)
+    counts = DATA_STAGES[stage.run][1](stage.resolve(products), place)
     durable.publish_file(place / "made.json", json.dumps(counts, indent=2) + "\n")
     return counts
 

@@ -1,4 +1,4 @@
-"""Makers of data: demonstrations that pass, labels that follow their utility, critiques and smaller models."""
+"""Data stages: demonstrations that pass, labels that follow their utility, critiques and smaller models."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from posttrain.models.load import load_policy
 from posttrain.pipelines import constitution, critics, critique, demonstrations, labeler, selection
 from posttrain.pipelines.constitution import load_constitution, violations
 from posttrain.pipelines.critique import Critiques
+from posttrain.pipelines.data_stages import DATA_STAGES
 from posttrain.pipelines.demonstrations import Demonstrations
 from posttrain.pipelines.labeler import Pair, Preferences, probability_of_first, utility
-from posttrain.pipelines.makers import MAKERS
 from posttrain.pipelines.phrases import REFUSALS, THOUGHTS
 from posttrain.rewards.language import detect, language
 from posttrain.rewards.skills import declines, dismisses, thinks
@@ -45,8 +45,8 @@ def rows_of(folder: Path, name: str = "data.jsonl") -> list[dict[str, Any]]:
 
 def make(name: str, folder: Path, **settings: Any) -> dict[str, Any]:
     folder.mkdir(exist_ok=True)
-    cls, maker = MAKERS[name]
-    return maker(cls(**settings), folder)
+    cls, build = DATA_STAGES[name]
+    return build(cls(**settings), folder)
 
 
 def training(spec: str, count: int = 60) -> list[Task]:
@@ -57,9 +57,9 @@ def problem(name: str, kind: str = "") -> Task:
     return next(task for task in training(name) if not kind or task.meta["kind"] == kind)
 
 
-@pytest.mark.parametrize("name", MAKERS)
-def test_every_setting_of_a_maker_is_explained_and_wrong_ones_are_refused(name: str) -> None:
-    cls, _ = MAKERS[name]
+@pytest.mark.parametrize("name", DATA_STAGES)
+def test_every_setting_of_a_data_stage_is_explained_and_wrong_ones_are_refused(name: str) -> None:
+    cls, _ = DATA_STAGES[name]
     assert set(config.field_docs(cls)) == {f.name for f in fields(cls)}
     with pytest.raises(ConfigError, match="1 or more"):
         cls(**{("layers" if name == "shrink" else "count"): 0})
@@ -287,7 +287,7 @@ def test_the_best_is_kept_whether_it_passes_or_not(tmp_path: Path) -> None:
 
 
 def test_where_no_answer_is_left_it_says_what_to_change(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no row is left to write to .* Give more tasks or samples"):
+    with pytest.raises(DataError, match="no rows left to write to .* Use more tasks or samples"):
         make("selection", tmp_path, tasks="countdown", longest=1, count=2, samples=1, max_tokens=8)
 
 
@@ -420,7 +420,7 @@ def test_a_mixture_of_what_stages_made_is_read_with_the_hyphens_and_slashes_of_t
     assert parse_mixture(f"{a}*3 + {b}*0.5 + {b[1:]}") == [(a, 3.0), (b, 0.5), (b[1:], 1.0)]
 
 
-def test_the_files_of_makers_are_json_lines(tmp_path: Path) -> None:
+def test_the_files_of_data_stages_are_json_lines(tmp_path: Path) -> None:
     make("demonstrations", tmp_path, count=3)
     lines = (tmp_path / "data.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["messages"][0]["role"] for line in lines] == ["user"] * 3

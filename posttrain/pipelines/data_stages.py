@@ -1,4 +1,4 @@
-"""What makes data between the training stages of a pipeline: name → settings and function."""
+"""Registry of data stages: pipeline stages that build a dataset, a measurement or a model without training."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 from posttrain.pipelines import best_of_n, critique, demonstrations, labeler, probing, selection, shrink
 
-Maker = Callable[[Any, Path], dict[str, Any]]
+Builder = Callable[[Any, Path], dict[str, Any]]
 """make(settings, folder) → counts for JSON. Writes `folder/data.jsonl`, or a model to `folder/model`."""
 
-MAKERS: dict[str, tuple[type, Maker]] = {
+DATA_STAGES: dict[str, tuple[type, Builder]] = {
     "demonstrations": (demonstrations.Demonstrations, demonstrations.make),
     "preferences": (labeler.Preferences, labeler.make),
     "selection": (selection.Selection, selection.make),
@@ -20,4 +20,4 @@ MAKERS: dict[str, tuple[type, Maker]] = {
     "probes": (probing.Probes, probing.make),
     "shrink": (shrink.Shrink, shrink.make),
 }
-"""Every random choice is a function of the settings, so the same settings make the same files."""
+"""Name → settings class and builder. All randomness is seeded by the settings: same settings, same files."""
