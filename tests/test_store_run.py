@@ -95,7 +95,7 @@ def test_a_metric_that_is_not_a_number_is_refused(run: Run) -> None:
 def test_rows_with_equal_keys_or_of_another_step_are_refused_and_nothing_is_stored(run: Run) -> None:
     with pytest.raises(DataError, match="the same key"):
         run.write(1, {"loss": 1.0}, {}, [row(0), row(0)])
-    with pytest.raises(DataError, match="is of step 2, but step 1 is written"):
+    with pytest.raises(DataError, match="has step 2, but the write is for step 1"):
         run.write(1, {"loss": 1.0}, {}, [row(0, step=2)])
     assert run.metrics() == [] and run.episodes("train") == []
 
@@ -151,7 +151,9 @@ def test_a_second_writer_is_refused_in_one_line_that_names_the_first(run: Run) -
     line = second.stderr.strip().splitlines()[-1]
     owner = (run.folder / "LOCK").read_text().strip()
     assert second.returncode == 1
-    assert line.endswith(f"run folder {run.folder} is in use by another process (pid {owner}); not started")
+    assert line.endswith(
+        f"run folder {run.folder} is in use by another process (pid {owner}). Wait for it to finish or stop it."
+    )
     run.write(1, {"loss": 1.0}, {})
 
 
@@ -222,7 +224,7 @@ def test_a_full_disk_keeps_every_earlier_step_and_the_run_goes_on_when_there_is_
 
 
 def test_a_file_system_without_a_write_ahead_log_is_refused_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ResumeError, match="without a write-ahead log .*Put it on a local disk"):
+    with pytest.raises(ResumeError, match="does not support SQLite's write-ahead log .*Put it on a local disk"):
         connect(tmp_path, "rwc", "&vfs=unix-none")  # an SQLite file layer without shared memory, like a network's
 
 
@@ -232,12 +234,12 @@ def test_a_newer_database_is_refused_and_an_older_one_is_upgraded(run: Run, monk
     run.close()
     with monkeypatch.context() as newer:
         newer.setattr(database, "MIGRATIONS", [*database.MIGRATIONS, ("CREATE TABLE extra(a)",)])
-        with pytest.raises(ResumeError, match="database version 2, 3 is needed. Resume it once"):
+        with pytest.raises(ResumeError, match="database version 2, but version 3 is needed. Resume the run once"):
             Run.read(folder)
         with Run.open(folder) as run:
             assert run.metrics() == [(1, "loss", 1.0)]
     for use in (Run.open, Run.read):
-        with pytest.raises(ResumeError, match=r"database version 3, this posttrain knows 2\. Upgrade posttrain"):
+        with pytest.raises(ResumeError, match=r"database version 3, but this posttrain supports up to 2\. Upgrade"):
             use(folder)
 
 

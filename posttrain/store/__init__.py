@@ -1,1 +1,1 @@
-"""Run folders and checkpoints that survive kill -9."""
+"""Crash-safe run folders and checkpoints."""

@@ -1,4 +1,4 @@
-"""Where things are kept that can be computed again: compiled kernels, reference log-probabilities."""
+"""Cache folder for data that can be recomputed: compiled kernels and reference log-probabilities."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ VARIABLE = "POSTTRAIN_CACHE"
 
 
 def folder(part: str) -> Path:
-    """$POSTTRAIN_CACHE/part, or ~/.cache/posttrain/part; it need not exist."""
+    """$POSTTRAIN_CACHE/part, or ~/.cache/posttrain/part; the folder may not exist yet."""
     return Path(os.environ.get(VARIABLE) or Path.home() / ".cache" / "posttrain") / part

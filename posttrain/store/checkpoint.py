@@ -1,10 +1,10 @@
-"""Checkpoints that are whole or absent, and say which.
+"""Atomic, verified checkpoints.
 
 `ckpt/step_0000020/` holds one safetensors file per group of tensors (model, optim, …), `state.json` and `MANIFEST.json`
-with the size and sha256 of each. A save writes a hidden folder, forces every file and name to disk, and becomes visible
-by one rename; only then are old checkpoints removed. So at any instant, on any power cut, the newest folder whose
-manifest verifies is either the previous checkpoint or the new one. Only safetensors and JSON are ever read: loading a
-checkpoint cannot run code.
+with the size and sha256 of each. A save writes a hidden folder, fsyncs every file and name, and publishes the folder
+with a single rename; only then are old checkpoints removed. So at any moment, even after power loss, the newest folder
+whose manifest verifies is either the previous checkpoint or the new one. Only safetensors and JSON are read, so loading
+a checkpoint cannot run code.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from posttrain.store.failpoints import failpoint
 from posttrain.types import DataError, ResumeError
 
 FORMAT = 1
-"""Version of the folder layout, in every manifest."""
+"""Version of the folder layout, recorded in every manifest."""
 
 _DTYPES = {
     torch.float64: "F64",
@@ -51,7 +51,7 @@ _GROUP = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose every byte was verified. `skipped` says, one line each, which newer ones were damaged."""
+    """A fully verified checkpoint. `skipped` has one line for each newer checkpoint that was damaged."""
 
     step: int
     path: Path
@@ -67,10 +67,11 @@ def save(
 ) -> Path:
     """Saves groups of named tensors and a JSON state as the checkpoint of `step`, then keeps the newest `keep`.
 
-    Returns the checkpoint's folder; when this returns, it survives a power cut. Saving a step again (a replay after a
-    kill) keeps the existing folder if its bytes are equal. Tensors may be on any device and of any layout; one at a
-    time is copied to memory. Raises DiskError (exit code 8), with every earlier checkpoint intact, when fewer than
-    twice the bytes are free or the disk fails midway, and DataError for a state that JSON would change.
+    Returns the checkpoint's folder, which survives power loss from then on. Saving a step again (a replay after a
+    kill) keeps the existing folder if its contents are identical. Tensors may be on any device and have any layout;
+    they are copied to memory one at a time. Raises DiskError (exit code 8), with every earlier checkpoint intact, if
+    less than twice the checkpoint's size is free or the disk fails midway, and DataError if JSON would change the
+    state.
     """
     text = _state_text(state)
     files = [(_file_name(group), _safetensors(tensors[group])) for group in sorted(tensors)]
@@ -80,7 +81,7 @@ def save(
     hidden = root / f".tmp-step_{step:07d}-{os.getpid()}"
     try:
         durable.make_folder(root)
-        _remove_leftovers(root)  # only the holder of the run's lock saves, so these are from a process that died
+        _remove_leftovers(root)  # only the process with the run's lock saves, so these are from one that died
         _check_space(run_folder, step, need)
         _write_hidden(hidden, step, files)
         final = _publish(hidden, root / f"step_{step:07d}")
@@ -89,20 +90,20 @@ def save(
             _remove_leftovers(root)
         raise DiskError(
             f"saving the checkpoint of step {step} in {run_folder} failed: {error.strerror or error}. "
-            "Earlier checkpoints are intact; make space or check the disk, then resume."
+            "Earlier checkpoints are intact. Free some space or check the disk, then resume."
         ) from error
     try:
         _retain(root, final, keep)
     except OSError as error:
         raise DiskError(
-            f"the checkpoint of step {step} in {run_folder} is saved, but removing older ones failed: "
+            f"the checkpoint of step {step} in {run_folder} was saved, but removing older ones failed: "
             f"{error.strerror or error}. Check the disk, then resume."
         ) from error
     return final
 
 
 def folders(run_folder: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of every checkpoint, newest first, not yet verified."""
+    """(step, folder) of every checkpoint, newest first, without verification."""
     found: list[tuple[int, bool, Path]] = []
     if (run_folder / "ckpt").is_dir():
         for path in (run_folder / "ckpt").iterdir():
@@ -113,10 +114,10 @@ def folders(run_folder: Path) -> list[tuple[int, Path]]:
 
 
 def latest(run_folder: Path) -> Checkpoint | None:
-    """The newest checkpoint whose sizes and hashes verify, or None when none was ever saved.
+    """The newest checkpoint whose sizes and hashes verify, or None if none was ever saved.
 
-    Damaged ones are passed over and listed in `skipped`. Raises ResumeError when there are only damaged ones: starting
-    again from step 0 is then a decision for a person.
+    Damaged checkpoints are skipped and listed in `skipped`. Raises ResumeError if all are damaged, because starting
+    again from step 0 is the user's decision.
     """
     skipped: list[str] = []
     for step, path in folders(run_folder):
@@ -129,7 +130,7 @@ def latest(run_folder: Path) -> Checkpoint | None:
     if skipped:
         raise ResumeError(
             f"{run_folder} has no usable checkpoint: {' '.join(skipped)} "
-            f"Restore one from a copy, or remove {run_folder / 'ckpt'} to start again from step 0."
+            f"Restore one from a backup, or remove {run_folder / 'ckpt'} to start again from step 0."
         )
     return None
 
@@ -137,9 +138,9 @@ def latest(run_folder: Path) -> Checkpoint | None:
 def load(
     checkpoint: Checkpoint | Path, only: Sequence[str] | None = None
 ) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
-    """(tensors by group on the CPU, state) of a checkpoint. A bare folder is verified first; `only` picks groups.
+    """Loads (tensors by group on the CPU, state). A folder given as a path is verified first; `only` selects groups.
 
-    Raises ResumeError when the folder is damaged or lacks a group that `only` names.
+    Raises ResumeError if the folder is damaged or lacks a group in `only`.
     """
     path = checkpoint.path if isinstance(checkpoint, Checkpoint) else checkpoint
     sizes = _verify(path, deep=isinstance(checkpoint, Path))
@@ -156,7 +157,7 @@ def load(
 
 
 def weights_digest(tensors: Mapping[str, torch.Tensor]) -> str:
-    """sha256 over names, dtypes, shapes and bytes, whatever the order, device or layout of the tensors."""
+    """sha256 over names, dtypes, shapes and bytes; independent of the tensors' order, device and layout."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name]
@@ -166,7 +167,7 @@ def weights_digest(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def _write_hidden(hidden: Path, step: int, files: list[tuple[str, Iterator[bytes | memoryview]]]) -> None:
-    """Writes all files and the manifest, and forces them and their names to disk."""
+    """Writes all files and the manifest, and fsyncs them and the folder."""
     durable.make_folder(hidden)
     manifest: dict[str, dict[str, int | str]] = {}
     for name, chunks in files:
@@ -180,12 +181,12 @@ def _write_hidden(hidden: Path, step: int, files: list[tuple[str, Iterator[bytes
 
 
 def _publish(hidden: Path, final: Path) -> Path:
-    """Gives the hidden folder its name. An existing folder of that step stays readable at every instant."""
+    """Renames the hidden folder to its final name. An existing checkpoint of that step stays readable throughout."""
     if final.exists():
         if _same(hidden, final):
-            durable.remove_folder(hidden)  # making it forced the name of `final` to disk, should a kill have left that
+            durable.remove_folder(hidden)  # creating it fsynced the parent, so the name of `final` is durable as well
             return final
-        old = final.with_name(final.name + ".old")  # `latest` reads this name too, so no instant is without it
+        old = final.with_name(final.name + ".old")  # `latest` reads this name too, so one of the two always exists
         if old.exists():
             durable.remove_folder(old)
         durable.rename(final, old)
@@ -195,7 +196,7 @@ def _publish(hidden: Path, final: Path) -> Path:
 
 
 def _same(hidden: Path, final: Path) -> bool:
-    """Whether the published folder is undamaged and equals the one just written."""
+    """Whether the published folder is intact and identical to the one just written."""
     try:
         _verify(final, deep=True)
     except ResumeError:
@@ -204,10 +205,10 @@ def _same(hidden: Path, final: Path) -> bool:
 
 
 def _retain(root: Path, final: Path, keep: int) -> None:
-    """Removes all but `final` and the newest others of `keep`.
+    """Removes all checkpoints but `final` and the newest others, up to `keep` in total.
 
-    `final` is known to be whole, so one good checkpoint always remains. The others count when their sizes agree with
-    their manifest; their hashes are checked where it matters, before loading, not by reading every byte at every save.
+    `final` is known to be intact, so one good checkpoint always remains. The others count if their sizes match their
+    manifest; their hashes are checked before loading, so that a save does not have to read every byte.
     """
     kept = {int(cast(re.Match[str], _NAME.fullmatch(final.name))[1])}
     for step, path in folders(root.parent):
@@ -229,20 +230,20 @@ def _is_whole(path: Path) -> bool:
 
 
 def _verify(path: Path, deep: bool) -> dict[str, int]:
-    """File name → size of a sound checkpoint; raises ResumeError naming what is wrong. `deep` compares hashes too."""
+    """File name → size of an intact checkpoint. Raises ResumeError naming the damage. `deep` also checks hashes."""
     try:
         manifest = json.loads((path / "MANIFEST.json").read_bytes())
         if manifest["format"] != FORMAT:
-            raise ResumeError(f"{path} has format {manifest['format']!r}, this version reads {FORMAT}.")
+            raise ResumeError(f"{path} has format {manifest['format']!r}, but this version reads {FORMAT}.")
         if manifest["step"] != int(path.name.removesuffix(".old").removeprefix("step_")):
-            raise ResumeError(f"{path} is damaged: its manifest is of step {manifest['step']!r}.")
+            raise ResumeError(f"{path} is damaged: its manifest says step {manifest['step']!r}.")
         sizes: dict[str, int] = {}
         for name, entry in manifest["files"].items():
             sizes[_plain(name, path)] = size = (path / name).stat().st_size
             if size != entry["size"]:
                 raise ResumeError(f"{path} is damaged: {name} has {size} bytes, expected {entry['size']}.")
             if deep and _file_digest(path / name) != entry["sha256"]:
-                raise ResumeError(f"{path} is damaged: {name} does not have the bytes that were saved.")
+                raise ResumeError(f"{path} is damaged: the sha256 of {name} does not match its manifest.")
         if "state.json" not in sizes:
             raise ResumeError(f"{path} is damaged: its manifest does not list state.json.")
         return sizes
@@ -254,7 +255,7 @@ def _verify(path: Path, deep: bool) -> dict[str, int]:
 
 def _plain(name: str, path: Path) -> str:
     if name != Path(name).name:
-        raise ResumeError(f"{path} is damaged: its manifest names {name!r}, which is not a file in it.")
+        raise ResumeError(f"{path} is damaged: its manifest lists {name!r}, which is not a plain file name.")
     return name
 
 
@@ -272,32 +273,35 @@ def _check_space(run_folder: Path, step: int, need: int) -> None:
     free = durable.free_bytes(run_folder)
     if free < 2 * need:
         raise DiskError(
-            f"the checkpoint of step {step} needs {2 * need / 1e6:.1f} MB free in {run_folder} (twice its size), "
-            f"{free / 1e6:.1f} MB are. Nothing was written and earlier checkpoints are intact; make space, then resume."
+            f"the checkpoint of step {step} needs {2 * need / 1e6:.1f} MB free in {run_folder} (twice its size), but "
+            f"only {free / 1e6:.1f} MB are. Nothing was written and earlier checkpoints are intact. Free some space, "
+            "then resume."
         )
 
 
 def _state_text(state: Mapping[str, Any]) -> str:
-    """The state as JSON, refused unless reading it back gives the same."""
+    """The state as JSON. Raises DataError unless it reads back unchanged."""
     try:
         text = json.dumps(dict(state), sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise DataError(f"checkpoint state is not JSON: {error}. Pass tensors as tensors, numbers finite.") from None
+        raise DataError(
+            f"checkpoint state is not JSON: {error}. Pass tensors as tensors and use finite numbers."
+        ) from None
     back = json.loads(text)
     for name, value in state.items():
         if name not in back or back[name] != value:
-            raise DataError(f"checkpoint state {name!r} would come back changed; use lists and text keys.")
+            raise DataError(f"checkpoint state {name!r} would change when read back. Use lists and string keys.")
     return text
 
 
 def _file_name(group: str) -> str:
     if not _GROUP.fullmatch(group):
-        raise DataError(f"checkpoint group {group!r} cannot be a file name; use letters, digits, - and _.")
+        raise DataError(f"checkpoint group {group!r} cannot be a file name. Use letters, digits, - and _.")
     return f"{group}.safetensors"
 
 
 def _safetensors(tensors: Mapping[str, torch.Tensor]) -> Iterator[bytes | memoryview]:
-    """A safetensors file in pieces: equal tensors give equal bytes, and only one tensor is copied at a time."""
+    """A safetensors file in chunks. Equal tensors give equal bytes, and only one tensor is copied at a time."""
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # keeps every tensor aligned
     header: dict[str, Any] = {}
     end = 0
@@ -312,7 +316,7 @@ def _safetensors(tensors: Mapping[str, torch.Tensor]) -> Iterator[bytes | memory
 
 def _dtype(name: str, tensor: torch.Tensor) -> str:
     if tensor.dtype not in _DTYPES or name == "__metadata__":
-        raise DataError(f"tensor {name!r} of {tensor.dtype} cannot be kept in a safetensors file.")
+        raise DataError(f"tensor {name!r} of dtype {tensor.dtype} cannot be stored in a safetensors file.")
     return _DTYPES[tensor.dtype]
 
 

@@ -1,4 +1,4 @@
-"""The SQLite file of a run: its tables, how it is opened, and its errors in one line."""
+"""The SQLite database of a run: tables, migrations, opening it, and one-line errors."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ MIGRATIONS: list[tuple[str, ...]] = [
         "CREATE INDEX episodes_by_length ON episodes(kind, length, step, grp, idx)",
     ),
 ]
-"""Statements that take the database from version i to i + 1; `PRAGMA user_version` is the number applied.
+"""Statements that migrate the database from version i to i + 1; `PRAGMA user_version` is the number applied.
 
-A reader can do without an index that is missing, but not without anything else.
+A reader works without a missing index, but needs everything else.
 """
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder holds a run, be it a damaged one."""
+    """Whether a folder holds a run, even a damaged one."""
     return (folder / "run.json").exists() or (folder / "run.db").exists()
 
 
 def run_folders(root: Path) -> list[Path]:
-    """The folders of runs directly below `root`, by name; none where `root` is no folder."""
+    """The run folders directly below `root`, sorted by name; empty if `root` is not a folder."""
     return sorted(path for path in root.iterdir() if path.is_dir() and is_run(path)) if root.is_dir() else []
 
 
 def connect(folder: Path, mode: Literal["rwc", "rw", "ro"], query: str = "") -> sqlite3.Connection:
-    """Opens run.db; a writer also checks it, turns on the write-ahead log and applies missing migrations."""
+    """Opens run.db; for a writer, also checks it, turns on the write-ahead log and applies missing migrations."""
     path = folder / "run.db"
     if mode != "rwc" and not path.exists():
         raise ResumeError(f"run {folder} is damaged: run.db is missing. Restore it from a copy.")
@@ -64,14 +64,16 @@ def _check_version(folder: Path, database: sqlite3.Connection, mode: str) -> Non
     version = database.execute("PRAGMA user_version").fetchone()[0]
     if version > len(MIGRATIONS):
         raise ResumeError(
-            f"run {folder} has database version {version}, this posttrain knows {len(MIGRATIONS)}. Upgrade posttrain."
+            f"run {folder} has database version {version}, but this posttrain supports up to {len(MIGRATIONS)}. "
+            "Upgrade posttrain."
         )
     if version == 0 and mode != "rwc":
         raise ResumeError(f"run {folder} is damaged: run.db is empty. Restore it from a copy.")
     missing = [statement for migration in MIGRATIONS[version:] for statement in migration]
     if mode == "ro" and not all(statement.startswith("CREATE INDEX") for statement in missing):
         raise ResumeError(
-            f"run {folder} has database version {version}, {len(MIGRATIONS)} is needed. Resume it once to upgrade it."
+            f"run {folder} has database version {version}, but version {len(MIGRATIONS)} is needed. "
+            "Resume the run once to upgrade it."
         )
 
 
@@ -79,8 +81,8 @@ def _prepare(folder: Path, database: sqlite3.Connection) -> None:
     journal = database.execute("PRAGMA journal_mode = WAL").fetchone()[0]
     if journal != "wal":
         raise ResumeError(
-            f"run folder {folder} is on a file system without a write-ahead log (SQLite offers {journal!r}). "
-            "Put it on a local disk."
+            f"run folder {folder} is on a file system that does not support SQLite's write-ahead log "
+            f"(journal mode {journal!r}). Put it on a local disk."
         )
     database.execute("PRAGMA synchronous = FULL")
     verdict = database.execute("PRAGMA quick_check(1)").fetchone()[0]
@@ -95,9 +97,12 @@ def _prepare(folder: Path, database: sqlite3.Connection) -> None:
 
 
 def explained(folder: Path, error: sqlite3.Error) -> PosttrainError:
+    """The posttrain error for an SQLite error."""
     name = getattr(error, "sqlite_errorname", "")
     if isinstance(error, sqlite3.IntegrityError):
-        return DataError(f"two rows for run {folder} have the same key ({error}); each episode needs its own index.")
+        return DataError(f"two rows of run {folder} have the same key ({error}). Give each episode its own index.")
     if name.startswith(("SQLITE_FULL", "SQLITE_IOERR")):
-        return DiskError(f"writing to run {folder} failed: {error}. What was stored before is intact; then resume.")
+        return DiskError(
+            f"writing to run {folder} failed: {error}. Data stored earlier is intact; make space, then resume."
+        )
     return ResumeError(f"run.db of {folder} cannot be used: {error}.")

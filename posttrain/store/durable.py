@@ -1,8 +1,8 @@
-"""Files, folders and locks that survive kill -9 and a power cut.
+"""Durable file operations: files, folders and locks that survive kill -9 and power loss.
 
-The rule everywhere: bytes are forced to disk before a name points at them, and the name is forced to disk before
-anything relies on it. `os` and `shutil` are only reached through this module, so a test that swaps them here sees
-every operation of a save and can fail or reorder any of them.
+File contents are fsynced before a name points at them, and the name is fsynced before anything relies on it. The store
+uses `os` and `shutil` only through this module, so a test that replaces them here sees every operation of a save and
+can make any of them fail or happen in another order.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from posttrain.types import ResumeError
 
 
 class DiskError(ResumeError):
-    """The disk is full or failing. What was saved before is intact; the run can be resumed once there is space."""
+    """The disk is full or failing. Data saved earlier is intact; the run can be resumed once there is space."""
 
     exit_code = 8
 
 
 def write_file(path: Path, chunks: Iterable[bytes | memoryview], written: Callable[[], None] | None = None) -> str:
-    """Writes a new file, forces it to disk and returns its sha256. `written` is called before the forcing."""
+    """Writes a new file, fsyncs it and returns its sha256. `written` is called just before the fsync."""
     digest = hashlib.sha256()
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     try:
         for chunk in chunks:
             digest.update(chunk)
             rest = memoryview(chunk)
-            while len(rest):  # one call writes at most 2 GiB, and less when a disk is nearly full
+            while len(rest):  # one call writes at most 2 GiB, and less if the disk is nearly full
                 rest = rest[os.write(descriptor, rest) :]
         if written is not None:
             written()
@@ -44,7 +44,7 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview], written: Callab
 
 
 def sync_file(path: Path) -> None:
-    """Forces a file's bytes to disk that something else wrote."""
+    """Fsyncs a file that was written elsewhere."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -53,7 +53,7 @@ def sync_file(path: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Forces the names in a folder to disk: creations, renames and removals."""
+    """Fsyncs a folder's entries: creations, renames and removals."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -62,20 +62,20 @@ def sync_folder(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Creates one folder whose parent exists, durably; an existing one is left, and made durable."""
+    """Creates a folder durably; its parent must exist. An existing folder is kept and made durable."""
     with suppress(FileExistsError):
         os.mkdir(path)
     sync_folder(path.parent)
 
 
 def rename(source: Path, target: Path) -> None:
-    """Renames within one folder, durably."""
+    """Renames durably within one folder."""
     os.rename(source, target)
     sync_folder(target.parent)
 
 
 def publish_file(path: Path, text: str) -> None:
-    """Writes a file that exists whole or not at all."""
+    """Writes a file atomically: it exists completely or not at all."""
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     temporary.unlink(missing_ok=True)
     write_file(temporary, [text.encode()])
@@ -83,7 +83,7 @@ def publish_file(path: Path, text: str) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Removes a folder in one visible step: it is renamed out of sight first, so nobody reads half of it."""
+    """Removes a folder atomically: it is renamed to a hidden name first, so no reader sees a partial folder."""
     if not path.name.startswith(".tmp-"):
         hidden = path.with_name(f".tmp-removed-{path.name}")
         if hidden.exists():
@@ -94,36 +94,38 @@ def remove_folder(path: Path) -> None:
 
 
 def free_bytes(path: Path) -> int:
-    """Bytes an ordinary user can still write on the file system that holds `path`."""
+    """Bytes an unprivileged user can still write on the file system of `path`."""
     return shutil.disk_usage(path).free
 
 
 class FolderLock:
-    """The right to write one run folder, held until `release` or the end of the process, however it ends.
+    """Exclusive write lock on a run folder, held until `release` or until the process ends for any reason.
 
-    An flock on `LOCK` is used because the kernel drops it with the process: there is no stale lock to clean up.
+    It is an flock on `LOCK`, which the kernel releases with the process, so there are no stale locks to clean up.
     """
 
     def __init__(self, folder: Path, patience: float = 0.5) -> None:
-        """Takes the lock, or raises ResumeError when another process keeps it for `patience` seconds."""
+        """Acquires the lock. Raises ResumeError if another process still holds it after `patience` seconds."""
         self._descriptor = os.open(folder / "LOCK", os.O_RDWR | os.O_CREAT, 0o644)
         deadline = time.monotonic() + patience
         while not _try_lock(self._descriptor, fcntl.LOCK_EX, folder):
-            if time.monotonic() > deadline:  # a reader's probe holds the lock for microseconds: outlast it
+            if time.monotonic() > deadline:  # `is_locked` in a reader holds the lock for microseconds, so wait a little
                 owner = os.read(self._descriptor, 32).decode(errors="replace").strip() or "unknown"
                 os.close(self._descriptor)
-                raise ResumeError(f"run folder {folder} is in use by another process (pid {owner}); not started")
+                raise ResumeError(
+                    f"run folder {folder} is in use by another process (pid {owner}). Wait for it to finish or stop it."
+                )
             time.sleep(0.02)
         os.ftruncate(self._descriptor, 0)
         os.write(self._descriptor, f"{os.getpid()}\n".encode())
 
     def release(self) -> None:
-        """Gives the folder back."""
+        """Releases the lock."""
         os.close(self._descriptor)
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether a live process holds the run folder; needs no right to write."""
+    """Whether a live process holds the lock of the run folder; needs no write permission."""
     try:
         descriptor = os.open(folder / "LOCK", os.O_RDONLY)
     except FileNotFoundError:

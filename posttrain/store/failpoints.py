@@ -1,7 +1,8 @@
-"""Places where a test can kill the process, so that "a killed run resumes exactly" is measured and not claimed.
+"""Failpoints: named places where tests kill the process to check that a killed run resumes exactly.
 
-`POSTTRAIN_FAILPOINT=checkpoint:manifest:2` ends the process with SIGKILL, as the kernel's out-of-memory killer or a
-pre-empted machine would, the second time `checkpoint:manifest` is passed. Without the variable a failpoint only counts.
+`POSTTRAIN_FAILPOINT=checkpoint:manifest:2` kills the process with SIGKILL the second time it reaches
+`checkpoint:manifest`, as the kernel's out-of-memory killer or a pre-empted machine would. Without the variable, a
+failpoint only counts how often it was reached.
 """
 
 from __future__ import annotations
@@ -32,16 +33,16 @@ FAILPOINTS: tuple[str, ...] = (
     "checkpoint:retention",
     "step:after-checkpoint",
 )
-"""Every name in the package, in the order one step passes them."""
+"""Every failpoint in the package, in the order in which a training step reaches them."""
 
 hits: Counter[str] = Counter()
-"""How often each failpoint was passed in this process."""
+"""How often this process reached each failpoint."""
 
 
 def failpoint(name: str) -> None:
-    """Ends the process by SIGKILL when `POSTTRAIN_FAILPOINT` is `name` or `name:hit` (hits count from 1).
+    """Kills the process with SIGKILL if `POSTTRAIN_FAILPOINT` is `name` or `name:hit` (hits count from 1).
 
-    Raises ConfigError when the variable, or `name` itself, is not in `FAILPOINTS`.
+    Raises ConfigError if `name`, or the name in the variable, is not in `FAILPOINTS`.
     """
     if name not in FAILPOINTS:
         raise ConfigError(f"failpoint {name!r} is not listed in FAILPOINTS; add it there so that tests cover it.")
@@ -53,9 +54,9 @@ def failpoint(name: str) -> None:
 
 @cache
 def _parse(setting: str) -> tuple[str, int]:
-    name, _, last = setting.rpartition(":")
-    if last.isdecimal() and name in FAILPOINTS and int(last) >= 1:
-        return name, int(last)
+    name, _, hit = setting.rpartition(":")
+    if hit.isdecimal() and name in FAILPOINTS and int(hit) >= 1:
+        return name, int(hit)
     if setting in FAILPOINTS:
         return setting, 1
-    raise ConfigError(f"{VARIABLE}={setting!r} is not NAME or NAME:HIT with a NAME from: {', '.join(FAILPOINTS)}.")
+    raise ConfigError(f"{VARIABLE}={setting!r} is not NAME or NAME:HIT, where NAME is one of {', '.join(FAILPOINTS)}.")

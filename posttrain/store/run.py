@@ -1,8 +1,8 @@
-"""A run folder: `run.json` written once, `LOCK` for the one writer, `run.db` for everything the run measured.
+"""Run folder: `run.json` written once, `LOCK` for the single writer, `run.db` for everything the run measured.
 
-One step is one transaction, so a reader, or a process that resumes after kill -9, sees a step whole or not at all. Rows
-are keyed by what they describe, so a replayed step overwrites itself with equal bytes and `digest` is the same for a
-run and its killed and resumed twin. torch is not imported: listing runs is quick.
+Each step is one transaction, so readers, and a process that resumes after kill -9, see a step completely or not at all.
+Rows have natural keys, so a replayed step overwrites itself with equal bytes, and a run that was killed and resumed has
+the same `digest` as one that was not. torch is not imported, so listing runs is fast.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ _DIGESTED = (
 
 @dataclass(frozen=True, eq=False)
 class EpisodeRow:
-    """One stored attempt of L tokens, prompt included; `length` counts those the model wrote.
+    """One stored episode of L tokens, prompt included; `length` counts the tokens the model generated.
 
-    `reward` is None when the attempt could not be scored. How long it took is not kept: that cannot be reproduced.
+    `reward` is None if the episode could not be scored. Durations are not stored, because they are not reproducible.
     """
 
     kind: Kind
@@ -62,12 +62,12 @@ class EpisodeRow:
     error: str | None
     tokens: np.ndarray  # [L] int32
     loss_mask: np.ndarray  # [L] bool
-    logprobs: np.ndarray  # [L] float32, the sampler's; 0 where the model did not choose
+    logprobs: np.ndarray  # [L] float32, from the sampler; 0 on tokens the model did not generate
     advantage: float | None
 
     @staticmethod
     def of(kind: Kind, step: int, episode: Episode, prompt: str, advantage: float | None) -> EpisodeRow:
-        """The row of an episode made at `step` for a task that showed the model `prompt`."""
+        """The row for an episode sampled at `step`, with the `prompt` the model saw."""
         e = episode
         sequence = (e.tokens.astype(np.int32), e.loss_mask, e.behaviour_logp)
         scored = (e.reward, e.passed, e.stop, e.length, e.parts, e.error)
@@ -87,7 +87,7 @@ class EpisodeRow:
 
     @staticmethod
     def from_values(values: Sequence[Any]) -> EpisodeRow:
-        """The row that `values` came from."""
+        """The inverse of `values`."""
         cells = dict(zip((f.name for f in fields(EpisodeRow)), values, strict=True))
         cells |= {"passed": bool(cells["passed"]), "parts": json.loads(cells["parts"])}
         cells |= {name: np.frombuffer(cells[name], dtype) for name, dtype in _ARRAYS}
@@ -96,7 +96,7 @@ class EpisodeRow:
 
 @dataclass(frozen=True)
 class Event:
-    """Something worth telling, once per (step, kind, message). The store sets `step` when it writes."""
+    """A log entry, unique per (step, kind, message). The store sets `step` when it writes the event."""
 
     level: Level
     kind: str
@@ -107,7 +107,7 @@ class Event:
 
 @dataclass(frozen=True)
 class RunInfo:
-    """One line of a list of runs. `note` says what is wrong with a damaged one."""
+    """Summary of a run for listings. `note` describes the damage of a damaged run."""
 
     path: Path
     status: Status
@@ -118,7 +118,7 @@ class RunInfo:
 
 
 class Run:
-    """One run folder, opened by the one process that writes it or by any number that read it."""
+    """A run folder, opened by its single writer or by any number of readers."""
 
     def __init__(self, folder: Path, lock: FolderLock | None, database: sqlite3.Connection, header: Any) -> None:
         """Use `create`, `open` or `read`."""
@@ -129,7 +129,7 @@ class Run:
 
     @staticmethod
     def create(folder: Path, header: Mapping[str, Any]) -> Run:
-        """Starts a run in a new or empty folder; `header` is JSON and never changes. Raises ResumeError if taken."""
+        """Creates a run with a fixed JSON `header` in a new folder. Raises ResumeError if the folder holds a run."""
         try:
             text = json.dumps(dict(header), indent=2, allow_nan=False) + "\n"
         except (TypeError, ValueError) as error:
@@ -140,10 +140,10 @@ class Run:
                 lock = FolderLock(folder)
                 undo.callback(lock.release)
                 if (folder / "run.json").exists():
-                    raise ResumeError(f"{folder} already holds a run. Resume it, or choose another with run.out.")
+                    raise ResumeError(f"{folder} already holds a run. Resume it, or set run.out to another folder.")
                 database = connect(folder, "rwc")
                 undo.callback(database.close)
-                durable.publish_file(folder / "run.json", text)  # last: what has a run.json is complete
+                durable.publish_file(folder / "run.json", text)  # last, so that a folder with run.json is complete
                 durable.sync_folder(folder.parent)
                 undo.pop_all()
         except OSError as error:
@@ -152,7 +152,7 @@ class Run:
 
     @staticmethod
     def open(folder: Path) -> Run:
-        """Takes the lock to continue a run. Raises ResumeError when it is locked, damaged or from a newer version."""
+        """Opens a run for writing. Raises ResumeError if it is locked, damaged or from a newer version."""
         header = _header(folder)
         lock = FolderLock(folder)
         try:
@@ -163,12 +163,12 @@ class Run:
 
     @staticmethod
     def read(folder: Path) -> Run:
-        """Reads a run, also while another process writes it. Nothing is locked and every write raises ResumeError."""
+        """Opens a run read-only, even while another process writes it. Takes no lock; writing raises ResumeError."""
         header = _header(folder)
         return Run(folder, None, connect(folder, "ro"), header)
 
     def close(self) -> None:
-        """Closes the database and gives up the lock; closing twice is fine."""
+        """Closes the database and releases the lock; safe to call twice."""
         self._db.close()
         if self._lock is not None:
             self._lock.release()
@@ -188,12 +188,12 @@ class Run:
         episodes: Sequence[EpisodeRow] = (),
         events: Sequence[Event] = (),
     ) -> None:
-        """Stores one step in one transaction; writing it again replaces it.
+        """Stores one step in one transaction; writing a step again replaces it.
 
-        Metrics and timings replace those of the same name, episodes all of that step and kind, events those of the
-        same kind and message. `timings` are wall-clock numbers, kept out of `digest`. A NaN metric is stored as NULL,
-        which is how SQLite spells it, and read back as NaN. Raises DataError for rows that do not fit, DiskError when
-        the disk is full or failing; then nothing of this call is stored.
+        Metrics and timings replace those of the same name, episodes replace all of that step and kind, and events
+        replace those of the same kind and message. `timings` are wall-clock values and not part of `digest`. SQLite
+        stores a NaN metric as NULL; it is read back as NaN. Raises DataError for invalid rows and DiskError if the disk
+        is full or failing; in either case nothing from this call is stored.
         """
         numbers = {
             "metrics": [(step, name, _number(name, value)) for name, value in metrics.items()],
@@ -202,7 +202,9 @@ class Run:
         rows = [row.values for row in episodes]
         for row in rows:
             if row[1] != step:
-                raise DataError(f"{row[0]} episode {row[2]}.{row[3]} is of step {row[1]}, but step {step} is written.")
+                raise DataError(
+                    f"{row[0]} episode {row[2]}.{row[3]} has step {row[1]}, but the write is for step {step}."
+                )
         with self._transaction() as db:
             for table, values in numbers.items():
                 db.executemany(f"INSERT OR REPLACE INTO {table} VALUES (?, ?, ?)", values)
@@ -213,32 +215,32 @@ class Run:
             db.execute("DELETE FROM meta WHERE key = 'finished'")
 
     def note(self, step: int, event: Event) -> None:
-        """Stores something about this process rather than the training (resumed, stopped): never in `digest`."""
+        """Stores an event about the process rather than the training (resumed, stopped); not part of `digest`."""
         with self._transaction() as db:
             _put_events(db, step, [event], exact=False)
 
     def rewind(self, step: int) -> None:
-        """Forgets every row of steps >= `step`, for a resume whose replay may differ (changed settings or machine)."""
+        """Deletes all rows of steps >= `step`, for a resume whose replay may differ (changed settings or machine)."""
         with self._transaction() as db:
             for table in ("metrics", "timings", "episodes"):
                 db.execute(f"DELETE FROM {table} WHERE step >= ?", (step,))
             db.execute("DELETE FROM events WHERE step >= ? AND exact", (step,))
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Marks the run finished, with a JSON summary. A later `write` makes it unfinished again."""
+        """Marks the run as finished, with a JSON summary. A later `write` marks it as unfinished again."""
         with self._transaction() as db:
             db.execute("INSERT OR REPLACE INTO meta VALUES ('finished', ?)", (_json(summary, "the summary"),))
 
     def metrics(self, name: str | None = None) -> list[tuple[int, str, float]]:
-        """(step, name, value) of one metric or of all, in order of step."""
+        """(step, name, value) of one metric or all metrics, in step order."""
         return self._numbers("metrics", name)
 
     def at(self, step: int) -> dict[str, float]:
-        """Every metric of one step."""
+        """All metrics of one step, by name."""
         return {name: value for when, name, value in self.metrics() if when == step}
 
     def timings(self, name: str | None = None) -> list[tuple[int, str, float]]:
-        """(step, name, value) of one wall-clock number or of all, in order of step."""
+        """(step, name, value) of one timing or all timings, in step order."""
         return self._numbers("timings", name)
 
     def curve(self, name: str) -> tuple[list[int], list[float]]:
@@ -249,9 +251,9 @@ class Run:
     def episodes(
         self, kind: Kind, step: int | None = None, limit: int | None = None, order: Order = "step", offset: int = 0
     ) -> list[EpisodeRow]:
-        """Stored attempts, those of one step or of all. `order` starts with - for descending; unscored ones go last."""
+        """Stored episodes of one step or of all. A leading - in `order` means descending; unscored ones come last."""
         if order not in ("step", "-step", "reward", "-reward", "length", "-length"):
-            raise DataError(f"episodes cannot be ordered by {order!r}; use step, reward or length, or one after a -.")
+            raise DataError(f"episodes cannot be ordered by {order!r}. Use step, reward or length, with - to reverse.")
         direction = "DESC" if order.startswith("-") else "ASC"
         rows = self._query(
             f"SELECT * FROM episodes WHERE kind = ? AND {'step = ?' if step is not None else '? IS NULL'} "
@@ -261,7 +263,7 @@ class Run:
         return [EpisodeRow.from_values(row) for row in rows]
 
     def events(self) -> list[Event]:
-        """Everything worth telling, in order of step and then of when it was first told."""
+        """All events, ordered by step and then by when they were first written."""
         rows = self._query("SELECT level, kind, message, detail, step FROM events ORDER BY step, id")
         return [Event(level, kind, message, json.loads(detail), step) for level, kind, message, detail, step in rows]
 
@@ -270,18 +272,18 @@ class Run:
         return next(iter(self._query("SELECT max(step) FROM metrics")))[0]
 
     def status(self) -> Status:
-        """`running` while a live process holds the run, then `finished` or `interrupted`."""
+        """`running` while a live process holds the lock, then `finished` or `interrupted`."""
         if self._lock is not None or durable.is_locked(self.folder):
             return "running"
         return "interrupted" if self.summary() is None else "finished"
 
     def summary(self) -> dict[str, Any] | None:
-        """What `finish` stored, or None."""
+        """The summary stored by `finish`, or None."""
         rows = list(self._query("SELECT value FROM meta WHERE key = 'finished'"))
         return json.loads(rows[0][0]) if rows else None
 
     def digest(self) -> str:
-        """sha256 over metrics, episodes and events in order of their keys: what was learned, not when or how fast."""
+        """sha256 over metrics, episodes and events in key order; timings and process events are not part of it."""
         digest = hashlib.sha256()
         for query in _DIGESTED:
             digest.update(query.encode())
@@ -317,12 +319,12 @@ class Run:
 
 
 def list_runs(root: Path) -> list[RunInfo]:
-    """Every run below `root`, by name. Other folders are passed over; a damaged run is listed as damaged."""
+    """All runs directly below `root`, sorted by name. Other folders are skipped; damaged runs are listed as damaged."""
     return [_info(path) for path in run_folders(root)]
 
 
 def next_folder(root: Path, algorithm: str) -> Path:
-    """Makes the next free folder, e.g. runs/grpo-0007; two processes that ask at once get two folders."""
+    """Creates the next free folder, e.g. runs/grpo-0007; concurrent calls get different folders."""
     root.mkdir(parents=True, exist_ok=True)
     while True:
         names = (re.fullmatch(rf"{re.escape(algorithm)}-(\d+)", path.name) for path in root.iterdir())
@@ -346,7 +348,7 @@ def _header(folder: Path) -> dict[str, Any]:
     try:
         header = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise ResumeError(f"{folder} holds no run: it has no run.json.") from None
+        raise ResumeError(f"{folder} is not a run folder: it has no run.json.") from None
     except ValueError as error:
         raise ResumeError(f"run {folder} is damaged: run.json is not JSON ({error}). Restore it from a copy.") from None
     if not isinstance(header, dict):
@@ -373,7 +375,7 @@ def _number(name: str, value: float) -> float:
 
 def _finite(value: float | None, what: str) -> float | None:
     if value is not None and not math.isfinite(value):
-        raise DataError(f"{what} is {value}, expected a finite number, or None where there is none.")
+        raise DataError(f"{what} is {value}, expected a finite number or None.")
     return None if value is None else float(value)
 
 
@@ -385,12 +387,12 @@ def _json(value: Mapping[str, Any], where: str) -> str:
 
 
 def _text(value: str) -> str:
-    """Text that UTF-8 can hold: half a surrogate pair, which it cannot, is written out as \\udxxx."""
+    """Makes text encodable as UTF-8: lone surrogates are written out as \\udxxx."""
     return value.encode("utf-8", "backslashreplace").decode()
 
 
 def _canonical(value: Any) -> bytes:
-    """A value with its type and length, so that no two different rows give the same bytes."""
+    """Encodes a value with its type and length, so that different rows never give the same bytes."""
     if isinstance(value, float):
         data = struct.pack("<d", value)
     else:

@@ -1,4 +1,4 @@
-"""What a run sampled to learn from, kept in its folder, so that a resumed run reads what it started with."""
+"""Sampled training data, saved in the run folder so that a resumed run trains on the same data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def read(folder: Path, names: tuple[str, str], read_one: Callable[[Path], list[T]]) -> tuple[list[T], list[T]] | None:
-    """(training, held out) from the files of these names, or None where no run that has started kept any."""
+    """(training, held-out) data from the files `names`, or None if no started run has saved any."""
     train, test = (folder / name for name in names)
     if not ((folder / "run.json").exists() and train.exists()):
         return None
@@ -23,7 +23,7 @@ def read(folder: Path, names: tuple[str, str], read_one: Callable[[Path], list[T
 def keep(
     folder: Path, names: tuple[str, str], train: list[T], test: list[T], write: Callable[[Path, Sequence[T]], None]
 ) -> None:
-    """Writes both files, each whole or not at all; the training file, which says that there are any, comes last."""
+    """Writes both files atomically; the training file comes last, because `read` takes it as the sign of completion."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / names[1]).unlink(missing_ok=True)
     for name, items in ((names[1], test), (names[0], train)):
