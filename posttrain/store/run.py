@@ -348,7 +348,7 @@ def _header(folder: Path) -> dict[str, Any]:
     try:
         header = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise ResumeError(f"{folder} is not a run folder: it has no run.json.") from None
+        raise ResumeError(f"{folder} holds no run: it has no run.json.") from None
     except ValueError as error:
         raise ResumeError(f"run {folder} is damaged: run.json is not JSON ({error}). Restore it from a copy.") from None
     if not isinstance(header, dict):
