@@ -1,1 +1,1 @@
-"""The mathematics: pure functions of tensors that import only torch."""
+"""Losses, advantage estimators and other pure functions of tensors; they import only torch."""

@@ -1,7 +1,7 @@
-"""Advantage estimators. P tasks, G attempts at each; a reward of NaN means the attempt could not be scored.
+"""Advantage estimators for P prompts with G completions each; a reward of NaN marks an unscored completion.
 
-Unscored attempts are left out of every statistic and get advantage 0. Where all the scored rewards that are compared
-with each other are equal, advantages are exactly 0. Arithmetic is in float64; results have the dtype of `rewards`.
+Unscored completions are excluded from every statistic and get advantage 0. When all scored rewards that are compared
+with each other are equal, advantages are exactly 0. Computed in float64 and returned in the dtype of `rewards`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ STDS = ("none", "sample", "population", "batch")
 
 
 def group_relative(rewards: torch.Tensor, std: bool | str = False, eps: float = 0.0) -> torch.Tensor:
-    """Each attempt's reward minus its group's mean, divided by `eps` plus the standard deviation that `std` names.
+    """Each completion's reward minus its group's mean, divided by the standard deviation named by `std` plus `eps`.
 
     rewards (P, G) float → advantages (P, G), same dtype.
 
@@ -32,17 +32,17 @@ def group_relative(rewards: torch.Tensor, std: bool | str = False, eps: float = 
     _check_groups(rewards)
     advantages, count = _centred(rewards, (1,))
     if how == "batch":
-        advantages = advantages / (_spread(*_centred(rewards, (0, 1)), (0, 1)) + eps)
+        advantages = advantages / (_std(*_centred(rewards, (0, 1)), (0, 1)) + eps)
     elif how != "none":
-        advantages = advantages / (_spread(advantages, count, (1,), bessel=how == "sample") + eps)
+        advantages = advantages / (_std(advantages, count, (1,), bessel=how == "sample") + eps)
     return _finish(advantages, rewards, (1,))
 
 
 def leave_one_out(rewards: torch.Tensor) -> torch.Tensor:
-    """Each attempt's reward minus the mean of the others in its group (RLOO, arXiv 2402.14740, section 3).
+    """Each completion's reward minus the mean of the others in its group (RLOO, arXiv 2402.14740, section 3).
 
-    (P, G) → (P, G). It is n / (n − 1) times `group_relative`, and unbiased because an attempt is not in its own
-    baseline. A group with one scored attempt has nothing to compare: 0. Raises ValueError for G < 2.
+    (P, G) → (P, G). This is n / (n − 1) times `group_relative`, and unbiased because a completion does not contribute
+    to its own baseline. A group with a single scored completion gets advantage 0. Raises ValueError for G < 2.
     """
     _check_groups(rewards)
     centred, count = _centred(rewards, (1,))
@@ -50,17 +50,17 @@ def leave_one_out(rewards: torch.Tensor) -> torch.Tensor:
 
 
 def max_rl(rewards: torch.Tensor) -> torch.Tensor:
-    """Each attempt's reward minus its group's mean, divided by that mean (MaxRL, arXiv 2602.02710).
+    """Each completion's reward minus its group's mean, divided by that mean (MaxRL, arXiv 2602.02710).
 
-    (P, G) of rewards ≥ 0 → (P, G). For rewards 0 and 1 a rare success weighs 1 / rate: in expectation the gradient is
-    that of pass@1 + pass@2 / 2 + … + pass@(G − 1) / (G − 1), which tends to log pass@1 as G grows. Raises ValueError
-    for G < 2 or a negative reward.
+    (P, G) of rewards ≥ 0 → (P, G). With rewards of 0 and 1, a success is weighted by 1 / success rate: the expected
+    gradient is that of pass@1 + pass@2 / 2 + … + pass@(G − 1) / (G − 1), which tends to log pass@1 as G grows. Raises
+    ValueError for G < 2 or a negative reward.
     """
     _check_groups(rewards)
     if (rewards < 0).any():
         raise ValueError(
-            f"max_rl divides by the group's mean, but a reward is {rewards[rewards < 0].min().item():.4g}. "
-            "Use rewards of 0 and more, or another estimator."
+            f"max_rl got a reward of {rewards[rewards < 0].min().item():.4g}, but it divides by the group's mean. "
+            "Use rewards of at least 0, or another estimator."
         )
     centred, count = _centred(rewards, (1,))
     mean = torch.where(rewards.isfinite(), rewards, 0).double().sum(1, keepdim=True) / count.clamp_min(1)
@@ -68,36 +68,36 @@ def max_rl(rewards: torch.Tensor) -> torch.Tensor:
 
 
 def batch_relative(rewards: torch.Tensor, std: str = "sample", eps: float = 1e-8) -> torch.Tensor:
-    """Rewards minus their mean over the whole batch, divided by its standard deviation plus `eps`.
+    """Rewards minus their mean over the whole batch, divided by the batch standard deviation plus `eps`.
 
     Any shape → the same shape; `std` is "sample" (n − 1: verl, TRL), "population" (n: OpenRLHF, NeMo-RL) or "none".
-    REINFORCE++ (arXiv 2501.03262) normalises so over all tokens (`tokens.whiten`); with one reward per answer and
-    answers of equal length this is the same. Raises ValueError for an unknown `std`.
+    REINFORCE++ (arXiv 2501.03262) normalises over all tokens instead (`tokens.whiten`); the two agree when there is one
+    reward per completion and all completions have the same length. Raises ValueError for an unknown `std`.
     """
     if std not in ("none", "sample", "population"):
         raise ValueError(f"unknown std {std!r}; expected 'none', 'sample' or 'population'.")
-    everything = tuple(range(rewards.dim()))
-    advantages, count = _centred(rewards, everything)
+    all_dims = tuple(range(rewards.dim()))
+    advantages, count = _centred(rewards, all_dims)
     if std != "none":
-        advantages = advantages / (_spread(advantages, count, everything, bessel=std == "sample") + eps)
-    return _finish(advantages, rewards, everything)
+        advantages = advantages / (_std(advantages, count, all_dims, bessel=std == "sample") + eps)
+    return _finish(advantages, rewards, all_dims)
 
 
 def minus_baseline(rewards: torch.Tensor, baseline: torch.Tensor) -> torch.Tensor:
-    """Reward minus a baseline that does not depend on the attempt, e.g. the greedy answer's (ReMax, arXiv 2310.10505).
+    """Reward minus a baseline independent of the completion, e.g. the greedy completion's reward (ReMax).
 
-    rewards (P, G), baseline (P, 1) → (P, G); 0 where either could not be scored. G may be 1.
+    rewards (P, G), baseline (P, 1) → (P, G); 0 where either is unscored. G may be 1. Source: arXiv 2310.10505.
     """
     known = rewards.isfinite() & baseline.isfinite()
     return torch.where(known, rewards - baseline, 0)
 
 
 def returns_to_go(rewards: torch.Tensor, mask: torch.Tensor, gamma: float) -> torch.Tensor:
-    """Discounted sum of the rewards from each trained token on (REINFORCE++, arXiv 2501.03262), 0 outside the mask.
+    """Discounted return from each trained token onwards (REINFORCE++, arXiv 2501.03262), 0 outside the mask.
 
-    rewards (B, T), mask (B, T) bool → (B, T). Only trained tokens count as time: a gap between a model's turns (a
-    tool's answer) neither discounts nor stops a return. A reward that sits on an untrained position belongs to the
-    last trained token before it; there a value that is not finite counts as 0.
+    rewards (B, T), mask (B, T) bool → (B, T). Only trained tokens count as time steps: a gap between the model's turns
+    (a tool result) neither discounts nor cuts the return. A reward on an untrained position is credited to the last
+    trained token before it; non-finite rewards on untrained positions count as 0.
     """
     earned = rewards_on_trained(rewards, mask)
     out, ahead = torch.zeros_like(earned), torch.zeros_like(earned[:, 0])
@@ -108,7 +108,7 @@ def returns_to_go(rewards: torch.Tensor, mask: torch.Tensor, gamma: float) -> to
 
 
 def rewards_on_trained(rewards: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Moves each reward (B, T) on an untrained position to the last trained token before it; none before: dropped."""
+    """Moves each reward (B, T) on an untrained position to the last trained token before it, or drops it if none."""
     pending = torch.zeros_like(rewards[:, 0])
     known = torch.where(mask | rewards.isfinite(), rewards, 0)
     columns: list[torch.Tensor] = []
@@ -120,49 +120,49 @@ def rewards_on_trained(rewards: torch.Tensor, mask: torch.Tensor) -> torch.Tenso
 
 
 def overlong_penalty(lengths: torch.Tensor, max_len: int, buffer: int) -> torch.Tensor:
-    """Soft overlong punishment (DAPO, arXiv 2503.14476, eq. 13), to be added to the reward.
+    """Soft overlong punishment (DAPO, arXiv 2503.14476, eq. 13), which the caller adds to the reward.
 
     lengths, any shape, in tokens → float32, the same shape: 0 up to max_len − buffer, then falling linearly to −1 at
     max_len and −1 beyond. Raises ValueError unless 0 < buffer ≤ max_len.
     """
     if not 0 < buffer <= max_len:
-        raise ValueError(f"the overlong buffer is {buffer} tokens; expected 1 to max_len = {max_len}.")
+        raise ValueError(f"the overlong buffer is {buffer} tokens; expected between 1 and max_len = {max_len}.")
     return ((max_len - buffer - lengths.float()) / buffer).clamp(-1, 0)
 
 
 def flat_groups(rewards: torch.Tensor) -> torch.Tensor:
-    """(P, G) → (P,) bool: groups whose scored rewards do not differ, so that nothing can be learned from them."""
-    return _flat(rewards, (1,)).squeeze(1)
+    """(P, G) → (P,) bool: groups whose scored rewards are all equal, which therefore carry no learning signal."""
+    return _all_equal(rewards, (1,)).squeeze(1)
 
 
 def _check_groups(rewards: torch.Tensor) -> None:
     if rewards.dim() != 2 or rewards.shape[1] < 2:
         raise ValueError(
-            f"rewards have shape {tuple(rewards.shape)}; expected (tasks, attempts) with 2 attempts or more."
+            f"rewards have shape {tuple(rewards.shape)}; expected (prompts, completions) with at least 2 completions."
         )
 
 
-def _centred(rewards: torch.Tensor, over: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rewards minus their mean in float64, 0 where unscored, and how many were scored."""
+def _centred(rewards: torch.Tensor, dims: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rewards minus their mean in float64, 0 where unscored, and the number of scored rewards."""
     scored = rewards.isfinite()
     wide = torch.where(scored, rewards, 0).double()
-    count = scored.sum(over, keepdim=True)
-    return torch.where(scored, wide - wide.sum(over, keepdim=True) / count.clamp_min(1), 0), count
+    count = scored.sum(dims, keepdim=True)
+    return torch.where(scored, wide - wide.sum(dims, keepdim=True) / count.clamp_min(1), 0), count
 
 
-def _spread(centred: torch.Tensor, count: torch.Tensor, over: tuple[int, ...], bessel: bool = True) -> torch.Tensor:
-    """The standard deviation of what `_centred` returned, and 1 in place of 0, which nothing can be divided by."""
-    variance = centred.square().sum(over, keepdim=True) / (count - int(bessel)).clamp_min(1)
+def _std(centred: torch.Tensor, count: torch.Tensor, dims: tuple[int, ...], bessel: bool = True) -> torch.Tensor:
+    """Standard deviation of what `_centred` returned, with 0 replaced by 1 so that it can be divided by."""
+    variance = centred.square().sum(dims, keepdim=True) / (count - int(bessel)).clamp_min(1)
     return torch.where(variance > 0, variance, 1).sqrt()
 
 
-def _flat(rewards: torch.Tensor, over: tuple[int, ...]) -> torch.Tensor:
+def _all_equal(rewards: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
     scored = rewards.isfinite()
-    top = torch.where(scored, rewards, -torch.inf).amax(over, keepdim=True)
-    bottom = torch.where(scored, rewards, torch.inf).amin(over, keepdim=True)
+    top = torch.where(scored, rewards, -torch.inf).amax(dims, keepdim=True)
+    bottom = torch.where(scored, rewards, torch.inf).amin(dims, keepdim=True)
     return top <= bottom
 
 
-def _finish(advantages: torch.Tensor, rewards: torch.Tensor, over: tuple[int, ...]) -> torch.Tensor:
+def _finish(advantages: torch.Tensor, rewards: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
     """Exactly 0 where the rewards are equal (rounding would leave 1e-17), in the dtype of `rewards`."""
-    return torch.where(_flat(rewards, over), 0, advantages).to(rewards.dtype)
+    return torch.where(_all_equal(rewards, dims), 0, advantages).to(rewards.dtype)

@@ -1,9 +1,9 @@
-"""Policy-gradient losses: pure functions of (B, T) tensors that return per-token losses, never reduced here.
+"""Policy-gradient losses: pure functions of (B, T) tensors that return per-token losses (no reduction).
 
-All share one signature, so that a recipe swaps them by name and the law tests cover every one:
-`loss(logp, old_logp, advantages, mask, low, high) -> (loss (B, T), clipped (B, T) bool)`. Both results are 0 / False
-where `mask` is, whatever the other tensors hold there, and no gradient flows to those entries. On-policy, where
-`old_logp` equals `logp`, every loss has REINFORCE's gradient and clips nothing.
+All share one signature, so a recipe selects them by name and the property tests cover them all:
+`loss(logp, old_logp, advantages, mask, low, high) -> (loss (B, T), clipped (B, T) bool)`. Where `mask` is False, the
+results are 0 and False whatever the other tensors hold, and no gradient flows. On-policy, where `old_logp` equals
+`logp`, every loss has the gradient of REINFORCE and nothing is clipped.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 import torch
 
-MAX_LOG_RATIO = 20.0  # exp(20) ≈ 5e8: beyond it the ratio says "broken", and exp would overflow in fp32
-DUAL_CLIP = 3.0  # the lower bound c that arXiv 1912.09729 uses
+MAX_LOG_RATIO = 20.0  # exp(20) ≈ 5e8: a larger ratio means something is broken, and exp would soon overflow in fp32
+DUAL_CLIP = 3.0  # the bound c of arXiv 1912.09729
 TAU_POSITIVE, TAU_NEGATIVE = 1.0, 1.05  # SAPO's gate temperatures (arXiv 2511.20347)
 
 
@@ -25,9 +25,10 @@ def ratio(logp: torch.Tensor, old_logp: torch.Tensor, mask: torch.Tensor) -> tor
 def sequence_ratio(
     logp: torch.Tensor, old_logp: torch.Tensor, mask: torch.Tensor, normalise: bool = True
 ) -> torch.Tensor:
-    """One ratio per row (B, 1): π(row) / π_old(row), with `normalise` to the power 1 / length.
+    """One ratio per row (B, 1): π(row) / π_old(row), raised to the power 1 / length if `normalise`.
 
-    Length counts the row's trained tokens; a row without any has ratio 1. The log of the result is clamped to ±20.
+    Length is the row's number of trained tokens; a row without any has ratio 1. The log of the result is clamped
+    to ±20.
     """
     log_ratio = torch.where(mask, logp - old_logp, 0).sum(1, keepdim=True)
     if normalise:
@@ -43,7 +44,7 @@ def reinforce(
     low: float,
     high: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """−A · log π (Williams, 1992). `old_logp`, `low` and `high` are not used; nothing is clipped."""
+    """REINFORCE: −A · log π (Williams, 1992). Ignores `old_logp`, `low` and `high`; nothing is clipped."""
     loss = -torch.where(mask, advantages, 0) * torch.where(mask, logp, 0)
     return loss, torch.zeros_like(mask)
 
@@ -56,9 +57,9 @@ def importance(
     low: float,
     high: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """−r A, the surrogate PPO starts from (arXiv 1707.06347, eq. 6). `low` and `high` are not used; nothing is clipped.
+    """−r A, the unclipped surrogate of PPO (arXiv 1707.06347, eq. 6). Ignores `low` and `high`; nothing is clipped.
 
-    Unbiased for the token's own factor of the off-policy gradient, and of unbounded variance.
+    Unbiased for the token's own factor of the off-policy gradient, but with unbounded variance.
     """
     loss = -ratio(logp, old_logp, mask) * torch.where(mask, advantages, 0)
     return loss, torch.zeros_like(mask)
@@ -72,9 +73,9 @@ def clip(
     low: float,
     high: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """PPO's pessimistic surrogate −min(r A, clip(r, 1 − low, 1 + high) A) (arXiv 1707.06347, eq. 7).
+    """PPO's clipped surrogate −min(r A, clip(r, 1 − low, 1 + high) A) (arXiv 1707.06347, eq. 7).
 
-    DAPO's clip-higher is `high > low`. `clipped` marks tokens whose gradient the clip removed.
+    DAPO's clip-higher sets `high > low`. `clipped` marks tokens whose gradient was removed by the clip.
     """
     return _pessimistic(ratio(logp, old_logp, mask), advantages, mask, low, high)
 
@@ -88,10 +89,10 @@ def dual_clip(
     high: float,
     bound: float = DUAL_CLIP,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """PPO's clip whose surrogate is never below `bound` · A where A < 0 (Ye et al., arXiv 1912.09729).
+    """PPO's clip with the surrogate bounded below by `bound` · A where A < 0 (Ye et al., arXiv 1912.09729).
 
-    PPO alone leaves r A unbounded for a negative advantage and a large ratio; here such a token stops learning once
-    r > bound. `clipped` marks tokens whose gradient either clip removed.
+    PPO leaves r A unbounded for a negative advantage and a large ratio; here such a token gets no gradient once
+    r > bound. `clipped` marks tokens whose gradient was removed by either clip.
     """
     loss, clipped = clip(logp, old_logp, advantages, mask, low, high)
     ceiling = -bound * torch.where(mask, advantages, 0)
@@ -107,10 +108,10 @@ def gspo(
     low: float,
     high: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """PPO's clip with one length-normalised ratio per row, spread over its tokens (GSPO, arXiv 2507.18071, eq. 5, 7).
+    """PPO's clip with one length-normalised ratio per row, shared by its tokens (GSPO, arXiv 2507.18071, eq. 5, 7).
 
-    All of a row's tokens clip together. A row's advantages must be equal: each token's gradient is that of their mean.
-    The paper's bounds are 3e-4 and 4e-4, far tighter than PPO's, and its aggregation is "seq-mean-token-mean".
+    All tokens of a row are clipped together. A row's advantages must be equal: each token's gradient is that of their
+    mean. The paper's bounds are 3e-4 and 4e-4, far tighter than PPO's, and its aggregation is "seq-mean-token-mean".
     """
     return _pessimistic(sequence_ratio(logp, old_logp, mask), advantages, mask, low, high)
 
@@ -123,10 +124,10 @@ def gspo_token(
     low: float,
     high: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """GSPO's value, but each token's gradient carries its own advantage (arXiv 2507.18071, eq. 13 and 14).
+    """GSPO's value, but each token's gradient uses its own advantage (arXiv 2507.18071, eq. 13 and 14).
 
-    The ratio is sg[s] · π / sg[π], where s is the row's and sg stops the gradient. With equal advantages in a row and
-    equal weights it is `gspo`, gradient included.
+    The ratio is sg[s] · π / sg[π], where s is the row's ratio and sg stops the gradient. With equal advantages and
+    equal weights within a row, value and gradient are those of `gspo`.
     """
     here = torch.where(mask, logp, 0)
     r = sequence_ratio(logp, old_logp, mask).detach() * (here - here.detach()).exp()
@@ -141,10 +142,10 @@ def cispo(
     low: float,
     high: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """−sg[clip(r, 1 − low, 1 + high)] A log π (CISPO, MiniMax-M1, arXiv 2506.13585, eq. 4 and 5).
+    """CISPO (MiniMax-M1, arXiv 2506.13585, eq. 4 and 5): −sg[clip(r, 1 − low, 1 + high)] A log π.
 
-    The weight is clipped and detached, so that no token ever loses its gradient; `clipped` marks tokens whose weight
-    was bounded. Bounds are relative to 1, as in the paper, verl and NeMo-RL; TRL's is the absolute maximum 1 + high.
+    The weight is clipped and detached, so no token loses its gradient; `clipped` marks tokens whose weight was
+    clipped. Bounds are relative to 1, as in the paper, verl and NeMo-RL; TRL takes the absolute maximum 1 + high.
     """
     r = ratio(logp, old_logp, mask).detach()
     weight = r.clamp(1 - low, 1 + high)
@@ -162,13 +163,13 @@ def sapo(
     tau_positive: float = TAU_POSITIVE,
     tau_negative: float = TAU_NEGATIVE,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """−(4 / τ) σ(τ (r − 1)) A with τ by the sign of A: a soft gate in place of the clip (SAPO, arXiv 2511.20347).
+    """SAPO (arXiv 2511.20347): −(4 / τ) σ(τ (r − 1)) A, a soft gate instead of a clip; τ depends on the sign of A.
 
-    The gradient's weight is 1 at r = 1 and fades smoothly on both sides, faster for negative advantages. `low` and
-    `high` are not used; nothing is clipped.
+    The gradient's weight is 1 at r = 1 and decays smoothly on both sides, faster for negative advantages. Ignores
+    `low` and `high`; nothing is clipped.
     """
     advantage = torch.where(mask, advantages, 0)
-    positive = torch.full_like(advantage, tau_positive)  # in the tensors' own precision: 1.05 is not 1.05 in fp32
+    positive = torch.full_like(advantage, tau_positive)  # keeps the tensors' dtype: 1.05 is not exactly 1.05 in fp32
     tau = torch.where(advantage > 0, positive, tau_negative)
     gate = torch.sigmoid(tau * (ratio(logp, old_logp, mask) - 1)) * 4 / tau
     return -gate * advantage, torch.zeros_like(mask)
@@ -177,10 +178,10 @@ def sapo(
 def _pessimistic(
     r: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, low: float, high: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """−min(r A, clip(r) A) for ratios (B, T) or (B, 1), and the tokens whose gradient the clip removed."""
+    """−min(r A, clip(r) A) for ratios (B, T) or (B, 1), and which tokens lost their gradient to the clip."""
     advantage = torch.where(mask, advantages, 0)
-    free, bound = r * advantage, r.clamp(1 - low, 1 + high) * advantage
-    return torch.where(mask, -torch.minimum(free, bound), 0), mask & (bound < free)
+    unclipped, clipped = r * advantage, r.clamp(1 - low, 1 + high) * advantage
+    return torch.where(mask, -torch.minimum(unclipped, clipped), 0), mask & (clipped < unclipped)
 
 
 IS_MODES = (
@@ -205,14 +206,14 @@ def is_correction(
 
     Corrects for a sampler whose numerics or weights differ from the learner's. With w = π_old / π_sampler:
 
-    | how            | w is                         | beyond [floor, cap] | known as                                   |
-    |----------------|------------------------------|---------------------|--------------------------------------------|
-    | token-truncate | the token's                  | the nearer bound    | IMPALA's c̄ (arXiv 1802.01561), "TIS"       |
-    | token-mask     | the token's                  | 0                   | IcePop                                     |
-    | sequence-…     | the row's, to the 1 / length | either of these     | geometric mean over the row                |
-    | sequence-sum-… | the row's, the exact product | either of these     | exact where nothing is beyond, but varies  |
+    | how            | w                            | outside [floor, cap] | known as                                |
+    |----------------|------------------------------|----------------------|-----------------------------------------|
+    | token-truncate | the token's                  | the nearer bound     | IMPALA's c̄ (arXiv 1802.01561), "TIS"    |
+    | token-mask     | the token's                  | 0                    | IcePop                                  |
+    | sequence-…     | the row's, to the 1 / length | either of these      | geometric mean over the row             |
+    | sequence-sum-… | the row's, the exact product | either of these      | exact within the bounds; high variance  |
 
-    Outside the mask the weight is that of w = 1. Log-ratios are clamped to ±20. Raises ValueError for an unknown `how`.
+    Outside the mask, w is 1. Log-ratios are clamped to ±20. Raises ValueError for an unknown `how`.
     """
     if how not in IS_MODES:
         raise ValueError(f"unknown importance correction {how!r}; expected one of {', '.join(IS_MODES)}.")

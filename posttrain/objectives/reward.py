@@ -1,4 +1,4 @@
-"""Reward modelling: losses of scores, and what is done with scores afterwards. Nothing is reduced over rows here."""
+"""Reward modelling: losses on scores, step aggregation, ensembles and calibration. Rows are never reduced here."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ ENSEMBLES = ("mean", "min", "penalised")
 def bradley_terry(
     chosen: torch.Tensor, rejected: torch.Tensor, label: torch.Tensor, margin: torch.Tensor
 ) -> torch.Tensor:
-    """−log σ(chosen − rejected − margin) of scores (N,), → (N,) (Llama 2, arXiv 2307.09288, eq. 2).
+    """Bradley–Terry loss −log σ(chosen − rejected − margin), scores (N,) → (N,) (Llama 2, arXiv 2307.09288, eq. 2).
 
-    `label` (N,) is the probability that `chosen` is the better, 0.5 a tie; the loss is the expectation over which of
-    the two is. `margin` (N,) is by how much the better should win; 0 for the plain loss.
+    `label` (N,) is the probability that `chosen` is better, 0.5 a tie; the loss is the expectation over which of the
+    two is better. `margin` (N,) is the amount by which the better one should win; 0 gives the plain loss.
     """
     gap = chosen - rejected
     return -label * logsigmoid(gap - margin) - (1 - label) * logsigmoid(-gap - margin)
 
 
 def centring(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
-    """(chosen + rejected)² (N,): Bradley–Terry leaves the zero of the scores free, this fixes it (arXiv 2312.09244)."""
+    """(chosen + rejected)² (N,), which centres the scores that Bradley–Terry leaves unanchored (arXiv 2312.09244)."""
     return (chosen + rejected).square()
 
 
 def binary(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of σ(logits) against targets in [0, 1], any shape, same shape back.
+    """Cross-entropy of σ(logits) against targets in [0, 1], any shape → the same shape.
 
-    One logit an answer makes an outcome verifier (ORM, arXiv 2110.14168), one a step a process model (PRM, arXiv
-    2305.20050). Soft targets are what Monte-Carlo labels are.
+    One logit per completion trains an outcome reward model (ORM, arXiv 2110.14168), one per step a process reward
+    model (PRM, arXiv 2305.20050). Monte-Carlo labels are soft targets.
     """
     return binary_cross_entropy_with_logits(logits, targets, reduction="none")
 
 
 def aggregate_steps(probabilities: torch.Tensor, mask: torch.Tensor, how: str) -> torch.Tensor:
-    """The score (B,) of each solution from its steps' probabilities (B, S) of being right, where `mask` (B, S).
+    """Score (B,) of each solution from its steps' probabilities of being correct (B, S), where `mask` (B, S) is True.
 
-    `product` is the chance that every step is right and `min` the weakest step (arXiv 2305.20050), `last` reads the
-    final step as a value (arXiv 2312.08935 compares them), `mean` forgets none. A row without steps is NaN: it has no
-    score. Raises ValueError for an unknown `how`.
+    `product` is the probability that every step is correct, `min` that of the weakest step (arXiv 2305.20050), `last`
+    reads the final step as a value (compared in arXiv 2312.08935), `mean` averages all steps. A row without steps is
+    NaN, i.e. unscored. Raises ValueError for an unknown `how`.
     """
     if how == "min":
         score = torch.where(mask, probabilities, torch.inf).amin(1)
@@ -60,10 +60,10 @@ def aggregate_steps(probabilities: torch.Tensor, mask: torch.Tensor, how: str) -
 
 
 def ensemble(scores: torch.Tensor, how: str, coef: float = 1.0) -> torch.Tensor:
-    """One score (N,) from those of K reward models (K, N), so that no single model's error is optimised for.
+    """One score (N,) from the scores of K reward models (K, N), so that no single model's errors are exploited.
 
-    `mean`; `min`, the worst case; `penalised`, the mean minus `coef` times the variance between members, taken over
-    the K there are (not K − 1), as in arXiv 2310.02743. Raises ValueError for an unknown `how`.
+    `mean`; `min`, the worst case; `penalised`, the mean minus `coef` times the variance across members, with divisor
+    K (not K − 1), as in arXiv 2310.02743. Raises ValueError for an unknown `how`.
     """
     if how == "mean":
         return scores.mean(0)
@@ -75,7 +75,7 @@ def ensemble(scores: torch.Tensor, how: str, coef: float = 1.0) -> torch.Tensor:
 
 
 class Calibration(NamedTuple):
-    """`error` is a scalar; the table has one entry a bin, with NaN means where `counts` is 0. All are float64."""
+    """Calibration error (a scalar) and its bins, whose means are NaN where `counts` is 0. All float64."""
 
     error: torch.Tensor
     counts: torch.Tensor  # (bins,) predictions that fell into the bin
@@ -84,16 +84,18 @@ class Calibration(NamedTuple):
 
 
 def expected_calibration_error(probability: torch.Tensor, outcome: torch.Tensor, bins: int = 10) -> Calibration:
-    """Σ_b (n_b / N) |frequency_b − confidence_b| over equal bins [b / bins, (b + 1) / bins), the last closed.
+    """Expected calibration error Σ_b (n_b / N) |frequency_b − confidence_b| (Guo et al., arXiv 1706.04599, eq. 3).
 
-    probability (N,) in [0, 1] as predicted, outcome (N,) what happened: 1, 0, or 0.5 for a tie (Guo et al., arXiv
-    1706.04599, eq. 3). A number always depends on `bins`; compare only equal ones. Raises ValueError for no
-    bins, no predictions, or one that is not a probability.
+    probability (N,): predictions in [0, 1]; outcome (N,): 1, 0, or 0.5 for a tie. Bins are of equal width,
+    [b / bins, (b + 1) / bins), the last one closed. The result depends on `bins`, so only compare values with the
+    same number. Raises ValueError for bins < 1, no predictions, or a prediction outside [0, 1].
     """
     if bins < 1:
-        raise ValueError(f"calibration got bins={bins}; expected 1 or more.")
+        raise ValueError(f"calibration got bins={bins}; expected at least 1.")
     if not probability.numel() or not bool(((probability >= 0) & (probability <= 1)).all()):
-        raise ValueError("calibration needs one probability in [0, 1] or more; pass σ(score difference), not scores.")
+        raise ValueError(
+            "calibration needs at least one prediction, all in [0, 1]; pass σ(score difference), not scores."
+        )
     edges = torch.arange(1, bins, dtype=probability.dtype, device=probability.device) / bins
     index = torch.bucketize(probability.detach(), edges, right=True)
 

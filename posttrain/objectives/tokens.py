@@ -1,6 +1,6 @@
-"""Per-token quantities: log-probabilities, entropy, KL estimators and the weights that normalise a loss.
+"""Per-token quantities: log-probabilities, entropy, KL estimators, and loss normalisation weights.
 
-B rows, T padded length, V vocabulary. Index t describes token t; logits at t − 1 predict token t, so entry 0 is 0.
+B rows, T padded length, V vocabulary. Index t refers to token t; logits at t − 1 predict token t, so entry 0 is 0.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def select(logits: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0
 
 
 def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """logits (B, T, V), tokens (B, T) → log-probability (B, T) of each token given those before it; [:, 0] is 0."""
+    """logits (B, T, V), tokens (B, T) → log-probability (B, T) of each token given its prefix; [:, 0] is 0."""
     rows, length, vocab = logits.shape
     logp, _ = select(logits[:, :-1].reshape(-1, vocab), tokens[:, 1:].reshape(-1), temperature)
     return torch.cat([logp.new_zeros(rows, 1), logp.view(rows, length - 1)], dim=1)
@@ -39,14 +39,14 @@ def kl_k2(logp: torch.Tensor, ref_logp: torch.Tensor) -> torch.Tensor:
 def kl_k3(logp: torch.Tensor, ref_logp: torch.Tensor) -> torch.Tensor:
     """r − 1 − log r with r = π_ref / π (Schulman, "Approximating KL divergence"): unbiased and never negative.
 
-    log r is clamped at +20: beyond it exp would soon overflow in fp32, and one such token already stops learning.
+    log r is clamped at +20, because exp would soon overflow in fp32; a clamped token has no gradient.
     """
     log_ratio = (ref_logp - logp).clamp(max=20.0)
     return torch.expm1(log_ratio) - log_ratio
 
 
 def kl_k3_plus(logp: torch.Tensor, ref_logp: torch.Tensor) -> torch.Tensor:
-    """The value of k3 with the gradient of k2: low variance to read, right to descend."""
+    """The value of k3 with the gradient of k2: a low-variance value and an unbiased gradient."""
     k2 = kl_k2(logp, ref_logp)
     return kl_k3(logp, ref_logp).detach() + (k2 - k2.detach())
 
@@ -55,20 +55,20 @@ KL_ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3, "k3+": kl_k3_plus}
 
 
 def kl(logp: torch.Tensor, ref_logp: torch.Tensor, how: str) -> torch.Tensor:
-    """Per-token estimate of KL(π ‖ π_ref) at tokens that π sampled; `how` is a key of KL_ESTIMATORS.
+    """Per-token estimate of KL(π ‖ π_ref) at tokens sampled from π; `how` is a key of KL_ESTIMATORS.
 
-    logp, ref_logp, any shape → the same shape. As part of the reward, where nothing is differentiated, each will do:
-    k1 and k3 are unbiased. As a term of the loss, what counts is the expected gradient, and a good value does not
-    make a good gradient, because the sampling itself is not differentiated. With score s = ∇ log π, E_π[s] = 0:
+    logp, ref_logp, any shape → the same shape. In the reward, where nothing is differentiated, any of them works:
+    k1 and k3 are unbiased. In the loss, what matters is the expected gradient, and an unbiased value does not imply an
+    unbiased gradient, because the sampling itself is not differentiated. With score s = ∇ log π, E_π[s] = 0:
 
-    | how | gradient per token          | expected under π                                              |
+    | how | gradient per token          | expected gradient under π                                     |
     |-----|-----------------------------|---------------------------------------------------------------|
-    | k1  | s                           | 0: no force at all, only noise                                |
-    | k2  | (log π − log π_ref) · s     | ∇ KL(π ‖ π_ref), the right one                                |
+    | k1  | s                           | 0: no penalty at all, only noise                              |
+    | k2  | (log π − log π_ref) · s     | ∇ KL(π ‖ π_ref), the correct one                              |
     | k3  | (1 − π_ref / π) · s         | ∇ KL(π_ref ‖ π), the forward KL's: weak where π_ref is small  |
     | k3+ | that of k2                  | ∇ KL(π ‖ π_ref), with k3's value                              |
 
-    "Right" is per visited state: that earlier tokens decide which states are visited is left out, by all four.
+    "Correct" means per visited state: all four ignore that earlier tokens determine which states are visited.
     Raises ValueError for an unknown `how`.
     """
     if how not in KL_ESTIMATORS:
@@ -77,15 +77,15 @@ def kl(logp: torch.Tensor, ref_logp: torch.Tensor, how: str) -> torch.Tensor:
 
 
 AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant")
-ORDERED_AGGREGATIONS = ("chunk-mean",)  # these depend on the order of the rows
+ORDERED_AGGREGATIONS = ("chunk-mean",)  # depend on the order of the rows
 CHUNK_ROWS = 8  # nanochat's device_batch_size
 
 
 def token_weights(loss_mask: torch.Tensor, how: str, max_len: int | None = None) -> torch.Tensor:
     """Weights (B, T) that turn per-token losses into the batch loss `(weights * loss).sum()`.
 
-    Computed once over the whole optimizer batch, all ranks included; micro-batches then only add, so no split can
-    change the gradient. Rows without a loss token count for nothing. For N rows with a loss token, length len_b:
+    Computed once over the whole optimizer batch, across all ranks; micro-batches then simply add up, so the gradient
+    does not depend on the split. Rows without loss tokens are ignored. For N rows with loss tokens, len_b each:
 
     | how                 | weight           | used by                              |
     |---------------------|------------------|--------------------------------------|
@@ -108,7 +108,7 @@ def token_weights(loss_mask: torch.Tensor, how: str, max_len: int | None = None)
         return mask / rows
     if how == "constant":
         if not max_len:
-            raise ValueError("aggregate 'constant' divides by max_len; pass the longest completion allowed.")
+            raise ValueError("aggregate 'constant' divides by max_len; pass the maximum completion length.")
         return mask / (rows * max_len)
     if how == "chunk-mean":
         chunk = torch.arange(len(mask), device=mask.device) // CHUNK_ROWS
@@ -118,12 +118,12 @@ def token_weights(loss_mask: torch.Tensor, how: str, max_len: int | None = None)
 
 
 def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean of `values` where `mask`, 0 when the mask is empty; unmasked entries may hold anything, even NaN."""
+    """Mean of `values` where `mask` is True, 0 for an empty mask; other entries may hold anything, even NaN."""
     return torch.where(mask, values, 0).sum() / mask.sum().clamp_min(1)
 
 
 def masked_var(values: torch.Tensor, mask: torch.Tensor, bessel: bool = True) -> torch.Tensor:
-    """Variance of `values` where `mask`, over n − 1 with `bessel`, else n; 0 with fewer than two entries."""
+    """Variance of `values` where `mask` is True, divided by n − 1 if `bessel`, else n; 0 for fewer than two entries."""
     centred = torch.where(mask, values - masked_mean(values, mask), 0)
     return centred.square().sum() / (mask.sum() - int(bessel)).clamp_min(1)
 
@@ -131,10 +131,10 @@ def masked_var(values: torch.Tensor, mask: torch.Tensor, bessel: bool = True) ->
 def whiten(
     values: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True, bessel: bool = True, eps: float = 1e-8
 ) -> torch.Tensor:
-    """(values − mean) / √(var + eps) over all of the mask, 0 elsewhere; without `shift_mean` the mean is added back.
+    """(values − mean) / √(var + eps) over the mask, 0 elsewhere; without `shift_mean` the mean is added back.
 
-    values (B, T), mask (B, T) bool → (B, T), same dtype; statistics are those of the tensors given, so whiten the
-    whole batch before it is split. verl and TRL use Bessel's n − 1, OpenRLHF and NeMo-RL n. Equal values give
+    values (B, T), mask (B, T) bool → (B, T), same dtype. Statistics cover only the tensors passed in, so whiten the
+    whole batch before splitting it. verl and TRL use Bessel's n − 1, OpenRLHF and NeMo-RL n. Equal values give
     exactly 0 (or their mean).
     """
     wide = torch.where(mask, values, 0).double()

@@ -1,7 +1,7 @@
-"""What a critic adds: per-token rewards, generalised advantage estimation, the value loss, and a KL controller's step.
+"""Actor-critic pieces: per-token rewards, generalised advantage estimation, the value loss and a KL controller.
 
-Only trained tokens count as time. A gap between a model's turns (a tool's answer, the next question) is skipped: it
-neither discounts nor carries a value, as if the turns were adjacent. Results are 0 outside the mask, whatever is there.
+Only trained tokens count as time steps. A gap between the model's turns (a tool result, the next user message) is
+skipped as if the turns were adjacent: it neither discounts nor has a value. Results are 0 outside the mask.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ MAX_KL_ERROR = 0.2  # the controller's proportional error is clipped to ±0.2 (a
 def token_rewards(scores: torch.Tensor, kl: torch.Tensor, mask: torch.Tensor, kl_coef: float) -> torch.Tensor:
     """−kl_coef · kl on each trained token, plus the row's score on its last trained token (arXiv 1909.08593, eq. 2).
 
-    scores (B,), kl (B, T), mask (B, T) bool → (B, T). A score that is not finite (unscored) adds nothing; give such a
-    row no weight. A row without a trained token has no reward.
+    scores (B,), kl (B, T), mask (B, T) bool → (B, T). A non-finite score (unscored) adds nothing; give such a row
+    weight 0 in the loss. A row without trained tokens has no reward.
     """
     last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)
     score = torch.where(scores.isfinite(), scores, 0).unsqueeze(1)
@@ -30,9 +30,9 @@ def gae(
     """Generalised advantage estimation (arXiv 1506.02438, eq. 16) over each row's trained tokens.
 
     rewards, values (B, T), mask (B, T) bool → advantages, returns = advantages + values, each (B, T). `values[:, t]`
-    is the critic's estimate before token t is written; after a row's last trained token the value is 0. A reward that
-    sits on an untrained position belongs to the last trained token before it; there a value that is not finite counts
-    as 0. `lam` = 1 gives return − V, `lam` = 0 the TD error.
+    is the critic's estimate before token t is generated; after a row's last trained token the value is 0. A reward on
+    an untrained position is credited to the last trained token before it; non-finite rewards on untrained positions
+    count as 0. `lam` = 1 gives return − V, `lam` = 0 the TD error.
     """
     earned = rewards_on_trained(rewards, mask)
     known = torch.where(mask, values, 0)
@@ -52,24 +52,24 @@ def value_loss(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """½ max((V − R)², (V_clip − R)²) with V_clip within ±clip_range of the value at sampling time, as in PPO2's code.
 
-    All (B, T) → loss (B, T), clipped (B, T) bool; `clipped` marks tokens whose gradient the clip removed. A
-    `clip_range` of 0 does not clip. OpenRLHF and NeMo-RL also have the factor ½; TRL multiplies it into `vf_coef`.
+    All (B, T) → loss (B, T), clipped (B, T) bool; `clipped` marks tokens whose gradient was removed by the clip. A
+    `clip_range` of 0 disables clipping. OpenRLHF and NeMo-RL also use the factor ½; TRL folds it into `vf_coef`.
     """
     value, target = torch.where(mask, values, 0), torch.where(mask, returns, 0)
-    free = 0.5 * (value - target).square()
+    unclipped = 0.5 * (value - target).square()
     if not clip_range:
-        return free, torch.zeros_like(mask)
+        return unclipped, torch.zeros_like(mask)
     old = torch.where(mask, old_values, 0)
-    near = value.clamp(old - clip_range, old + clip_range)  # exactly `value` inside the range, so ties are ties
-    bound = 0.5 * (near - target).square()
-    return torch.maximum(free, bound), mask & (bound > free)
+    near = value.clamp(old - clip_range, old + clip_range)  # exactly `value` inside the range, so ties stay ties
+    clipped = 0.5 * (near - target).square()
+    return torch.maximum(unclipped, clipped), mask & (clipped > unclipped)
 
 
 def adaptive_kl(coef: float, kl: float, target: float, horizon: float, episodes: float) -> float:
-    """The KL coefficient after `episodes` more episodes whose mean KL was `kl` (arXiv 1909.08593, section 2.2).
+    """Adaptive KL coefficient after `episodes` more episodes with mean KL `kl` (arXiv 1909.08593, section 2.2).
 
-    coef · (1 + clip((kl − target) / target, ±0.2) · episodes / horizon). `kl` and `target` are in the same unit, nats
-    per episode in the paper. Raises ValueError unless target and horizon are positive.
+    coef · (1 + clip((kl − target) / target, ±0.2) · episodes / horizon). `kl` and `target` share one unit: nats per
+    episode in the paper. Raises ValueError unless target and horizon are positive.
     """
     if target <= 0 or horizon <= 0:
         raise ValueError(f"the KL controller has target {target} and horizon {horizon}; both must be positive.")
