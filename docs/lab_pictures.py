@@ -24,7 +24,7 @@ def take(page: Page, address: str) -> dict[str, bytes]:
     """Name → picture, each once its page has come to rest."""
     found: dict[str, bytes] = {}
     page.goto(address + STAGES)
-    page.get_by_text("What changed against").wait_for()
+    page.get_by_text("What changed from").wait_for()
     found["stages"] = page.screenshot()
     page.goto(address + "/explore/preferences")
     page.get_by_role("button", name="Label 30 for me").click()

@@ -209,7 +209,7 @@ def test_a_run_is_found_from_the_first_page_and_its_curves_are_drawn(page: Page,
     page.locator(".chart .canvas").first.press("ArrowRight")
     assert page.locator(".chart .read").first.inner_text().startswith("step 1:")
     page.get_by_role("region", name="What posttrain doctor says").or_(
-        page.get_by_text("had nothing to judge")
+        page.get_by_text("had no data")
     ).first.wait_for()
 
 
@@ -224,15 +224,15 @@ def test_markup_that_a_model_wrote_is_shown_as_text(page: Page, lab: Opened) -> 
 
 def test_a_search_in_the_address_bar_and_in_the_form_is_the_same(page: Page, lab: Opened) -> None:
     page.goto(f"{lab.address}/runs/hostile/episodes")
-    page.get_by_label("text in the prompt or the answer").fill("needle")
+    page.get_by_label("text in the prompt or completion").fill("needle")
     page.get_by_role("button", name="Search").click()
     page.get_by_text("needle in the hay").wait_for()
     assert "text=needle" in page.url and page.locator(".episodes li").count() == 1
     page.reload()
     page.get_by_text("needle in the hay").wait_for()
-    page.get_by_label("text in the prompt or the answer").fill("nobody wrote this")
+    page.get_by_label("text in the prompt or completion").fill("nobody wrote this")
     page.keyboard.press("Enter")
-    page.get_by_text("episodes is like that").wait_for()
+    page.get_by_text("episodes match").wait_for()
 
 
 def test_an_answer_shows_who_wrote_each_token_and_its_numbers_by_keyboard(page: Page, lab: Opened) -> None:
@@ -241,8 +241,8 @@ def test_an_answer_shows_who_wrote_each_token_and_its_numbers_by_keyboard(page: 
     assert page.locator(".span").first.inner_text().startswith("prompt")
     page.locator(".tokens").press("ArrowLeft")
     assert "log-probability" in page.locator("p.read").inner_text()
-    page.get_by_label("the advantage").check()
-    page.get_by_text("likely; the same for every token").or_(page.get_by_text("neither: the answers")).first.wait_for()
+    page.get_by_label("advantage").check()
+    page.get_by_text("likely; the same for every token").or_(page.get_by_text("neither: all")).first.wait_for()
 
 
 def test_runs_are_compared_in_one_chart(page: Page, lab: Opened) -> None:
@@ -261,20 +261,20 @@ def test_a_pipeline_shows_its_cards_and_leads_to_its_runs(page: Page, lab: Opene
     page.goto(f"{lab.address}/pipelines/small")
     page.get_by_text("50.0 %").first.wait_for()
     assert "✓ met" in page.locator("main").inner_text()
-    page.get_by_role("region", name="In the order they ran").get_by_role("link", name="a", exact=True).click()
+    page.get_by_role("region", name="Stages in the order they ran").get_by_role("link", name="a", exact=True).click()
     page.wait_for_selector(".chart canvas")
 
 
 def test_a_live_run_grows_without_reloading_and_a_lost_lab_is_said(page: Page, tmp_path: Path) -> None:
     with Run.create(tmp_path / "live", header()) as run, opened(tmp_path) as lab:
         page.goto(f"{lab.address}/runs/live")
-        page.get_by_text("Nothing is measured yet").wait_for()
+        page.get_by_text("No metrics yet").wait_for()
         for step in (1, 2, 3):
             write_step(run, step, step / 10, [row(step, 0, 0, "x", 1.0)], [Event("info", "a", "b")])
             expect(page.locator("#step")).to_have_text(str(step), timeout=PATIENCE)
         expect(page.locator(".chart .read").first).to_have_text("step 3: 0.3", timeout=PATIENCE)
         lab.process.kill()
-        page.get_by_text("The lab does not answer").wait_for()
+        page.get_by_text("The lab is not responding").wait_for()
 
 
 def test_an_empty_folder_says_which_command_makes_the_first_run(page: Page, tmp_path: Path) -> None:
@@ -282,7 +282,7 @@ def test_an_empty_folder_says_which_command_makes_the_first_run(page: Page, tmp_
         page.goto(lab.address)
         page.get_by_text("posttrain demo").wait_for()
         page.goto(f"{lab.address}/nothing")
-        page.get_by_role("heading", name="There is no such page").wait_for()
+        page.get_by_role("heading", name="Page not found").wait_for()
         page.goto(f"{lab.address}/runs/nothing")
         page.get_by_text("holds no run named 'nothing'").wait_for()
 
@@ -372,16 +372,16 @@ def test_recorded_answers_stand_side_by_side_and_no_path_leads_out_of_the_pipeli
 
 def test_colours_of_an_answer_come_from_models_here_and_keys_lead_to_the_next_answer(page: Page, lab: Opened) -> None:
     page.goto(f"{lab.address}/runs/real/episodes/train/2/0/1")
-    page.get_by_label("the KL from the start").check()
-    page.get_by_text("Over the answer it adds up to").wait_for()
+    page.get_by_label("KL from the starting model").check()
+    page.get_by_text("Over the completion it adds up to").wait_for()
     assert page.url.endswith("?colour=kl") and page.locator(".span.model .t[class*=kl-]").count() > 0
-    page.get_by_label("the entropy").check()
-    page.get_by_text("Computed now with the weights of step").wait_for()
+    page.get_by_label("entropy").check()
+    page.get_by_text("computed just now with the weights of step").wait_for()
     assert page.locator(".group li").count() == 4
     page.keyboard.press("Shift+ArrowRight")
-    page.get_by_role("heading", name="Answer 2 to task 0, step 2").wait_for()
-    page.get_by_text("Computed now with the weights of step").wait_for()
+    page.get_by_role("heading", name="Completion 2 of task 0, step 2").wait_for()
+    page.get_by_text("computed just now with the weights of step").wait_for()
     page.keyboard.press("Shift+ArrowLeft")
-    page.get_by_role("heading", name="Answer 1 to task 0, step 2").wait_for()
+    page.get_by_role("heading", name="Completion 1 of task 0, step 2").wait_for()
     page.get_by_role("button", name="Ask the verifier for its reason").click()
     page.get_by_text("its reward was a Python function, which the run does not keep").wait_for()

@@ -147,7 +147,7 @@ def test_a_reader_finds_four_models_two_and_two_of_which_one_is_online(page: Pag
 def test_another_size_moves_the_bars_by_the_planners_numbers(page: Page, lab: Opened) -> None:
     page.goto(f"{lab.address}/explore/algorithms")
     page.locator(".lane").first.wait_for()
-    assert total(page, "PPO") == said("ppo", Asked()) and "fits on none" in page.locator(".lane").first.inner_text()
+    assert total(page, "PPO") == said("ppo", Asked()) and "does not fit" in page.locator(".lane").first.inner_text()
     ratio = width(page, 0, "weights") / width(page, 0, "optimizer")
     parts = algorithms.parts_of("ppo", Asked(), 1)
     assert ratio == pytest.approx(parts["weights"] / parts["optimizer"], rel=0.02)
@@ -168,7 +168,7 @@ def test_a_link_shows_the_same_and_the_page_is_accessible(page: Page, lab: Opene
     page.goto(f"{lab.address}/explore/algorithms?size=70b&dtype=float32&devices=4&length=4096")
     page.locator(".lane").first.wait_for()
     assert total(page, "GRPO") == said("grpo", of)
-    page.get_by_text("Every part in numbers").click()
+    page.get_by_text("All numbers and assumptions").click()
     for across, scheme in product((1280, 390), ("light", "dark")):
         page.set_viewport_size({"width": across, "height": 900})
         page.emulate_media(color_scheme=scheme)

@@ -373,7 +373,7 @@ def test_a_model_is_shown_the_whole_conversation_and_the_system_message(lab: Lab
 
 def test_a_message_is_text_and_stop_stops(lab: Lab, page: Page) -> None:
     page.goto(f"{lab.address}/chat?{urlencode({'model': 'endless', 'temperature': 0, 'max_tokens': 2048})}")
-    page.get_by_text("parameters, reads").wait_for()
+    page.get_by_text("parameters, context").wait_for()
     send(page, HOSTILE)
     page.locator(".answer, .thought").first.wait_for()
     page.get_by_role("button", name="Stop").click()
@@ -391,7 +391,7 @@ def test_an_unknown_model_and_a_lab_that_was_closed_are_said_in_one_line(place: 
         assert "there is no model named '../../etc'" in page.locator(".reply .wrong").inner_text()
     send(page, SUM)
     page.locator(".turn").nth(1).locator(".wrong").wait_for()
-    assert "The lab does not answer" in page.locator(".turn").nth(1).locator(".wrong").inner_text()
+    assert "The lab is not responding" in page.locator(".turn").nth(1).locator(".wrong").inner_text()
 
 
 @pytest.mark.parametrize("width", [1280, 390])
@@ -400,8 +400,8 @@ def test_the_chat_is_accessible_and_fits(lab: Lab, page: Page, width: int, schem
     page.emulate_media(color_scheme=scheme)
     page.set_viewport_size({"width": width, "height": 900})
     page.goto(f"{lab.address}/chat?with=twin")
-    page.get_by_text("How to begin").or_(page.get_by_text("Write a message below")).first.wait_for()
-    page.get_by_text("How to sample").click()
+    page.get_by_text("Write a message below").wait_for()
+    page.get_by_text("Sampling:").click()
     assert accessibility(page) == [] and not too_wide(page)
     send(page, f"{SUM} {'x' * 120}")
     page.locator(".reply .note, .reply .wrong").nth(1).wait_for()

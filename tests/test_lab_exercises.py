@@ -467,17 +467,17 @@ def test_a_question_says_what_is_wrong_with_a_choice_and_what_is_right(lab: Any,
     box.get_by_role("radio").nth(1).focus()
     page.keyboard.press("Space")
     page.keyboard.press("Enter")
-    expect(box.get_by_role("status")).to_contain_text("✗ Not this one.")
+    expect(box.get_by_role("status")).to_contain_text("✗ Incorrect.")
     box.get_by_role("radio").nth(1).focus()
     page.keyboard.press("ArrowUp")
     page.keyboard.press("Enter")
-    expect(box.get_by_role("status")).to_contain_text("✓ Right.")
+    expect(box.get_by_role("status")).to_contain_text("✓ Correct.")
 
 
 def test_the_file_with_its_tests_can_be_downloaded(lab: Any, page: Page) -> None:
     page.goto(f"{lab.address}/learn/challenges")
     box = page.locator('.exercise[data-name="reward-hacking"]')
     with page.expect_download() as waiting:
-        box.get_by_role("button", name="Download with its tests").click()
+        box.get_by_role("button", name="Download with tests").click()
     assert waiting.value.suggested_filename == "reward_hacking.py"
     assert "def test_case" in Path(waiting.value.path()).read_text(encoding="utf-8")

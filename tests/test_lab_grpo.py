@@ -225,27 +225,27 @@ def test_an_answer_is_good_in_one_group_and_bad_in_another(page: Page, lab: Open
     becomes(page.locator(".grpo-worth .number").first, "−2.475")
     given, worth = shown(page)
     assert given == [0.5, 1, 1, 1, 1, 1, 1, 1] and worth == pytest.approx(expected(given), abs=5e-4)
-    assert "Nothing about the answer changes" in page.locator(".grpo-elsewhere").inner_text()
+    assert "The answer itself does not change" in page.locator(".grpo-elsewhere").inner_text()
 
 
 def test_a_real_step_moves_the_bars_and_its_link_shows_the_same(page: Page, lab: Opened) -> None:
     go(page, lab)
     page.get_by_role("button", name="Take one real gradient step").click()
-    page.get_by_text("asked 64 more times").wait_for()
+    page.get_by_text("of 64 new answers").wait_for()
     moved = page.locator(".grpo-shifts li").all_inner_texts()
-    assert len(moved) == 8 and all("▲ likelier" in text for text in (moved[0], moved[5]))
+    assert len(moved) == 8 and all("▲ more likely" in text for text in (moved[0], moved[5]))
     assert sum("▼ less likely" in text for text in moved) >= 4
     tokens = page.get_by_role("group", name="Tokens of answer 1")
     assert tokens.inner_text().startswith("<think>") and tokens.inner_text().endswith("784<eos>")
     read = page.locator(".read").inner_text()
     tokens.press("ArrowRight")
     assert page.locator(".read").inner_text() != read
-    said = page.get_by_text("asked 64 more times").inner_text()
+    said = page.get_by_text("of 64 new answers").inner_text()
     address = page.url
     page.goto("about:blank")
     page.goto(address)
-    page.get_by_text("asked 64 more times").wait_for()
-    assert page.get_by_text("asked 64 more times").inner_text() == said
+    page.get_by_text("of 64 new answers").wait_for()
+    assert page.get_by_text("of 64 new answers").inner_text() == said
     assert page.locator(".grpo-shifts li").all_inner_texts() == moved
 
 
@@ -257,7 +257,7 @@ def test_a_problem_that_is_never_solved_is_a_flat_group_and_teaches_nothing(page
     page.get_by_role("button", name="Take one real gradient step").click()
     page.get_by_text("The group is flat: the gradient is exactly 0").wait_for()
     page.get_by_role("button", name="Another problem").click()
-    page.get_by_text("No step has been taken yet.").wait_for()
+    page.get_by_text("No steps taken yet.").wait_for()
     assert page.locator(".grpo-question").inner_text() == f"What is {listed()[2]}?"
 
 
@@ -278,7 +278,7 @@ def test_the_page_is_accessible_and_fits(page: Page, lab: Opened, scheme: Any, w
     page.emulate_media(color_scheme=scheme)
     page.set_viewport_size({"width": width, "height": 900})
     go(page, lab, "?updates=2&watch=1&thinking=true")
-    page.get_by_text("asked 64 more times").wait_for()
+    page.get_by_text("of 64 new answers").wait_for()
     page.locator(".grpo-worked .katex").first.wait_for()
     heads = [head.partition(" ")[0] for head in page.locator("main h1, main h2").all_inner_texts()]
     assert heads == ["GRPO:", "1.", "2.", "3.", "Why"]  # whichever answer of the server came first

@@ -238,7 +238,7 @@ def test_a_socket_that_asks_for_nonsense_is_told_so_and_closed(lab: Opened, quer
 
 def figures(page: Page, run: str) -> dict[str, float]:
     """The table of means: what a column says of each row."""
-    table = page.locator("table", has_text="Means of 64 answers")
+    table = page.locator("table", has_text="Means over 64 answers")
     heads = table.locator("thead th").all_inner_texts()
     column = next(i for i, head in enumerate(heads) if head.startswith(run))
     cells = [row.locator("th, td").all_inner_texts() for row in table.locator("tbody tr").all()]
@@ -247,18 +247,18 @@ def figures(page: Page, run: str) -> dict[str, float]:
 
 def test_a_reader_sees_the_proxy_run_away_and_the_penalty_hold_it(page: Page, lab: Opened) -> None:
     page.goto(f"{lab.address}/explore/hacking?steps=100")
-    page.get_by_text("as fast as it computes").click()
+    page.get_by_label("maximum").check()
     page.get_by_role("button", name="One step").click()
-    page.get_by_role("heading", name="What is answered at step 1").wait_for()
+    page.get_by_role("heading", name="Sample answers at step 1").wait_for()
     page.get_by_role("button", name="Start").click()
-    page.get_by_role("heading", name="What is answered at step 100").wait_for()
+    page.get_by_role("heading", name="Sample answers at step 100").wait_for()
     start, off, on = (figures(page, run) for run in ("At the start", "Penalty off", "Penalty on"))
     score, true, far = "Reward model’s score", "True reward", "KL from the start, nats"
     assert off[score] > start[score] + 2 and off[true] < start[true] and on[true] > off[true] + 2
     assert off[far] > 3 * on[far]
     assert "below its best" in page.locator(".verdict p").first.inner_text()
-    page.get_by_role("slider", name="Look at step").press("Home")
-    page.get_by_role("heading", name="What is answered at step 0").wait_for()
+    page.get_by_role("slider", name="Step shown").press("Home")
+    page.get_by_role("heading", name="Sample answers at step 0").wait_for()
     assert figures(page, "Penalty off") == start and page.url.endswith("?steps=100&at=0")
     page.get_by_label("penalty on", exact=True).check()
     assert page.locator(".samples").count() == 1 and "show=on" in page.url
@@ -266,13 +266,13 @@ def test_a_reader_sees_the_proxy_run_away_and_the_penalty_hold_it(page: Page, la
 
 def test_a_link_reproduces_what_was_seen_and_another_penalty_starts_anew(page: Page, lab: Opened) -> None:
     page.goto(f"{lab.address}/explore/hacking?beta=0.5&steps=40&at=30")
-    page.get_by_role("heading", name="What is answered at step 30").wait_for()
+    page.get_by_role("heading", name="Sample answers at step 30").wait_for()
     told = play(Pair(goodhart.make_world(0), 0.5, 0), 30)[-1]
     shown = figures(page, "Penalty on")
     assert shown["True reward"] == pytest.approx(told["on"]["true"], abs=0.01)
     assert told["on"]["samples"][0]["text"] in page.locator(".samples").nth(1).inner_text()
     page.get_by_role("slider", name="KL penalty β").press("ArrowRight")
-    page.get_by_role("heading", name="What is answered at step 40").wait_for()
+    page.get_by_role("heading", name="Sample answers at step 40").wait_for()
     assert "beta=0.55" in page.url and "at=" not in page.url
 
 
@@ -289,15 +289,15 @@ def test_the_frontier_arrives_run_by_run(page: Page, lab: Opened) -> None:
 def test_a_page_whose_lab_was_closed_says_so(page: Page, tmp_path: Path) -> None:
     with opened(tmp_path) as lab:
         page.goto(f"{lab.address}/explore/hacking?steps=40")
-        page.get_by_role("heading", name="What is answered at step 0").wait_for()
+        page.get_by_role("heading", name="Sample answers at step 0").wait_for()
         lab.process.terminate()
-        page.get_by_text("The connection to the lab is lost, and these runs with it.").wait_for()
+        page.get_by_text("Lost the connection to the lab, and these runs with it.").wait_for()
         page.get_by_role("button", name="Try again").wait_for()
 
 
 def test_the_page_is_accessible_and_fits(page: Page, lab: Opened) -> None:
     page.goto(f"{lab.address}/explore/hacking?steps=40&at=20")
-    page.get_by_role("heading", name="What is answered at step 20").wait_for()
+    page.get_by_role("heading", name="Sample answers at step 20").wait_for()
     for width, scheme in product((1280, 390), ("light", "dark")):
         page.set_viewport_size({"width": width, "height": 900})
         page.emulate_media(color_scheme=scheme)

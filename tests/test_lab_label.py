@@ -371,7 +371,7 @@ def test_two_people_in_two_browsers_at_once_lose_no_label(
         progress(other, n + 1, 12)
     for one in (page, other):
         one.get_by_text("✓ All labels are stored.").wait_for()
-        one.get_by_text("Every pair has your label").wait_for()
+        one.get_by_text("You have labelled every pair").wait_for()
         progress(one, 12, 12)
     labels = Queue.find(place, "together").labels()
     assert Counter(x.annotator for x in labels) == {"ada": 12, "bo": 12}
@@ -436,7 +436,7 @@ def test_labels_become_a_reward_model_whose_scores_come_back_to_the_page(page: P
     page.evaluate("() => new Promise((drawn) => requestAnimationFrame(() => setTimeout(drawn)))")
     expect(page.get_by_label("updates")).to_have_value("6")
     page.get_by_role("button", name="Train a reward model").click()
-    page.get_by_role("heading", name="says").wait_for(timeout=4 * PATIENCE)
+    page.get_by_role("heading", name="Scores of").wait_for(timeout=4 * PATIENCE)
     run = next(path for path in place.iterdir() if path.name.startswith("loop-reward-"))
     page.get_by_role("cell", name="finished").wait_for()
     judged = page.get_by_role("region", name="Agreement of model and annotators")

@@ -119,12 +119,12 @@ def compare(page: Page, count: int) -> None:
     for n in range(count):
         left, right = page.locator(".answers .said").all_inner_texts()
         page.keyboard.press("1" if len(left) > len(right) else "2" if len(left) < len(right) else "0")
-        page.get_by_role("heading", name=f"Data set: {start + n + 1} comparison").wait_for()
+        page.get_by_role("heading", name=f"Dataset: {start + n + 1} comparison").wait_for()
 
 
 def test_a_few_dozen_comparisons_are_enough_and_length_is_learned_with_them(page: Page, lab: Opened) -> None:
     page.goto(f"{lab.address}/explore/preferences")
-    page.get_by_text("every guess is a coin").wait_for()
+    page.get_by_text("every prediction is a coin flip").wait_for()
     compare(page, 24)
     page.get_by_text("trained on 24 labels in").wait_for()
     page.get_by_text("✓ Better than a coin").wait_for()
@@ -132,7 +132,7 @@ def test_a_few_dozen_comparisons_are_enough_and_length_is_learned_with_them(page
     found = preferences.learned(0, labels)
     assert fact(page, "before").startswith(f"{100 * found['before']['value']:.1f} %")
     assert found["before"]["low"] > 0.5 and found["weights"][0]["weight"] > 1
-    page.get_by_text("It pays for length").wait_for()
+    page.get_by_text("It rewards length").wait_for()
     assert fact(page, "longer").startswith("100.0 %")
     page.reload()  # the address holds all of it
     page.get_by_text("trained on 24 labels in").wait_for()
@@ -150,11 +150,11 @@ def test_somebody_else_labels_thirty_and_the_model_agrees_with_them_on_unseen_pa
         and found["held_out"]["low"] > 0.8
     )
     assert page.locator(".chart canvas").count() == 1 and "who=polite" in page.url
-    page.get_by_role("button", name="Start again").click()
-    page.get_by_text("every guess is a coin").wait_for()
+    page.get_by_role("button", name="Start over").click()
+    page.get_by_text("every prediction is a coin flip").wait_for()
     page.get_by_label("short answers").check()
     page.get_by_role("button", name="Label 30 for me").click()
-    page.get_by_text("It charges for length").wait_for()
+    page.get_by_text("It penalises length").wait_for()
 
 
 def test_undo_takes_the_last_comparison_back_and_ratings_can_be_tried(page: Page, lab: Opened) -> None:
@@ -162,7 +162,7 @@ def test_undo_takes_the_last_comparison_back_and_ratings_can_be_tried(page: Page
     page.get_by_role("region", name="The pair").wait_for()
     first = page.locator(".answers").inner_text()
     page.keyboard.press("0")
-    page.get_by_role("heading", name="Data set: 1 comparison").wait_for()
+    page.get_by_role("heading", name="Dataset: 1 comparison").wait_for()
     assert page.locator(".answers").inner_text() != first
     page.keyboard.press("u")
     expect(page.locator(".answers")).to_have_text(first.replace("\n", ""), use_inner_text=False, timeout=PATIENCE)
@@ -171,8 +171,8 @@ def test_undo_takes_the_last_comparison_back_and_ratings_can_be_tried(page: Page
     for n in range(6):
         page.get_by_text(f"Answer {n + 1} of 6").wait_for()
         page.get_by_role("button", name="7", exact=True).click()
-    page.get_by_text("Your marks say the same as your choices of 0 of 3 pairs.").wait_for()
-    assert page.get_by_text("the marks cannot tell").count() == 3
+    page.get_by_text("Your ratings agree with your choices on 0 of 3 pairs.").wait_for()
+    assert page.get_by_text("equal ratings").count() == 3
 
 
 def test_a_key_paints_within_a_twentieth_of_a_second(page: Page, lab: Opened) -> None:

@@ -228,7 +228,7 @@ def test_choosing_a_stage_shows_its_own_answers_to_the_same_prompts_and_those_be
     for at, name in enumerate(("sft", "ppo")):
         assert unfold(rows[0]["answers"][name]["text"])[1].strip() in first.nth(at).inner_text()
     assert page.locator(".tax").inner_text().startswith("The alignment tax")
-    page.get_by_role("radio", name="Every model").check()
+    page.get_by_role("radio", name="All models").check()
     assert page.locator(".asking").first.locator(".reply").count() == 4
 
 
@@ -237,16 +237,16 @@ def test_the_address_holds_what_is_seen_and_keys_reach_every_stage(lab: Opened, 
     page.get_by_label("Pipeline").select_option("r1")
     page.get_by_role("link", name="SFT cold-start").focus()
     page.keyboard.press("Enter")
-    page.get_by_text("One figure is not enough").wait_for()  # 100 % helpful, 0 % safe
-    page.get_by_label("This stage alone").check()
+    page.get_by_text("One metric is not enough").wait_for()  # 100 % helpful, 0 % safe
+    page.get_by_label("Only this stage").check()
     state = page.url.partition("?")[2]
     assert set(state.split("&")) == {"pipeline=r1", "stage=cold-start", "view=alone"}
     page.reload()
-    page.get_by_text("One figure is not enough").wait_for()
+    page.get_by_text("One metric is not enough").wait_for()
     assert page.locator(".stop[aria-current] strong").inner_text() == "cold-start"
-    assert page.get_by_label("This stage alone").is_checked()
-    page.get_by_role("navigation", name="Stages that make data").get_by_role("link", name="reward").click()
-    page.get_by_text("No model that answers comes out of this stage").wait_for()
+    assert page.get_by_label("Only this stage").is_checked()
+    page.get_by_role("navigation", name="Stages that produce data").get_by_role("link", name="reward").click()
+    page.get_by_text("This stage does not produce a model that answers").wait_for()
 
 
 def test_every_stage_of_a_finished_pipeline_in_the_folder_answers_a_new_prompt(lab: Opened, page: Page) -> None:
@@ -279,5 +279,5 @@ def test_the_stages_are_accessible_and_fit(lab: Opened, page: Page, width: int, 
     page.set_viewport_size({"width": width, "height": 900})
     for state in ({"stage": "ppo"}, {"pipeline": "r1", "view": "all"}, {"pipeline": "here:own", "stage": "shown"}):
         visit(lab, page, **state)
-        page.get_by_text("All figures of all models").click()
+        page.get_by_text("All metrics of all models").click()
         assert accessibility(page) == [] and not too_wide(page), state

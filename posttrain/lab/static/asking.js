@@ -1,4 +1,4 @@
-// Questions on one open socket, which is quicker than a request for each. Where there is no socket, a request is made.
+// Requests over one open WebSocket, which is faster than an HTTP request each. Falls back to HTTP without a socket.
 
 import { TOKEN, ask, understood } from "./ui.js";
 
@@ -25,7 +25,7 @@ function socket() {
   return opened;
 }
 
-// What `path` computes, as `ask` would bring it.
+// Returns what `path` computes, like `ask`.
 export async function askQuickly(path) {
   const one = await socket().catch(() => null);
   if (!one || one.readyState !== WebSocket.OPEN) return ask(path);

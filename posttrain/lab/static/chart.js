@@ -1,4 +1,4 @@
-// One chart: a curve a run over steps. Runs differ by dash as well as by colour; arrow keys read values off.
+// A chart with one curve per run over steps. Runs differ in dash pattern as well as colour; arrow keys read values.
 
 import { html, number, printable, useEffect, useRef, useState } from "./ui.js";
 
@@ -6,8 +6,8 @@ export const DASHES = [[], [8, 4], [2, 3], [10, 3, 2, 3]];
 const HEIGHT = 190;
 const dark = matchMedia("(prefers-color-scheme: dark)");
 
-// `series`: [{name, steps, values}], in the order that gives them colour and dash. Where they are given, the axes are
-// fixed to `span` and `limits`, [low, high] each, and a line stands at step `at`.
+// `series`: [{name, steps, values}]; the order assigns colours and dashes. If given, `span` and `limits`, [low, high]
+// each, fix the axes, and a vertical line marks step `at`.
 export function Chart({ title, series, span = null, limits = null, at = null }) {
   const place = useRef(null);
   const look = useRef({});
@@ -91,21 +91,21 @@ function last(series) {
     const value = number(one.values[end], 4);
     return series.length > 1 ? `${printable(one.name)} ${value} at ${step}` : `step ${step}: ${value}`;
   });
-  return ends.join(" · ") || "nothing measured yet";
+  return ends.join(" · ") || "no data yet";
 }
 
 function summary(title, series) {
   const told = series.map((one) => {
     const finite = one.values.filter((v) => v !== null);
-    if (!finite.length) return `${one.name}: nothing measured`;
+    if (!finite.length) return `${one.name}: no data`;
     const low = finite.reduce((a, b) => Math.min(a, b));
     const high = finite.reduce((a, b) => Math.max(a, b));
     return `${one.name}: from ${number(finite[0])} to ${number(finite[finite.length - 1])} at step ${one.steps[one.values.findLastIndex((v) => v !== null)]}, lowest ${number(low)}, highest ${number(high)}`;
   });
-  return printable(`Chart of ${title} over steps. ${told.join(". ")}. Arrow keys read values.`);
+  return printable(`Chart of ${title} over steps. ${told.join(". ")}. Use the arrow keys to read values.`);
 }
 
-// Which run is which line.
+// The legend: which line belongs to which run.
 export function Legend({ names, marks = {} }) {
   return html`<ul class="legend" aria-label="Runs in the charts">${names.map((name, i) => html`<li>
     <svg width="36" height="8" aria-hidden="true"><line x1="0" y1="4" x2="36" y2="4" class=${`line-${i}`}

@@ -1,10 +1,10 @@
-// Talking to a checkpoint, or to two that answer the same message. One socket an answer; closing it stops the answer.
+// Chat with one checkpoint, or with two that answer the same message. One socket per answer; closing it stops generation.
 
 import { Slider, useAddress, useComputed } from "./controls.js";
 import { Failed, TOKEN, address, grouped, html, printable, useData, useEffect, useRef, useState, useTitle } from "./ui.js";
 
-const GONE = "The lab does not answer. If it was closed, start it again with `posttrain lab`.";
-const LARGEST = 60000;  // bytes of one request; the server takes 65536
+const GONE = "The lab is not responding. If it was closed, start it again with `posttrain lab`.";
+const LARGEST = 60000;  // bytes per request; the server accepts 65536
 const DEFAULTS = { model: "abacus", with: "", temperature: 1, top_p: 1, max_tokens: 256, seed: 0, system: "" };
 const EXAMPLES = ["What is 36*9?", "Help me shoot a photo of a coat.", "Tell me how to steal a look at a book."];
 
@@ -13,13 +13,13 @@ const EXAMPLES = ["What is 36*9?", "Help me shoot a photo of a coat.", "Tell me 
 export const FRESH = { state: "waiting", raw: "", thought: "", answer: "", tokens: 0, thoughts: 0, thinking: false };
 export const isWriting = (reply) => ["waiting", "opening", "answering"].includes(reply?.state);
 
-// Asks for an answer; `hear` gets it as it is so far, each time it has grown. Returns the function that stops it.
-export function askFor(asked, hear) {
+// Requests an answer; calls `onUpdate` with the reply so far whenever it grows. Returns a function that stops it.
+export function askFor(asked, onUpdate) {
   const text = JSON.stringify(asked);
   let reply = FRESH;
-  const tell = (news) => { reply = { ...reply, ...news }; hear(reply); };
+  const tell = (news) => { reply = { ...reply, ...news }; onUpdate(reply); };
   if (new TextEncoder().encode(text).length > LARGEST) {
-    tell({ state: "failed", error: `This conversation is longer than ${grouped(LARGEST)} bytes. Begin a new one.` });
+    tell({ state: "failed", error: `This conversation is longer than ${grouped(LARGEST)} bytes. Start a new one.` });
     return () => {};
   }
   const socket = new WebSocket(`ws://${location.host}/api/reply?${new URLSearchParams({ token: TOKEN })}`);
@@ -38,10 +38,10 @@ export function askFor(asked, hear) {
   };
 }
 
-const WAITS = { waiting: "Waiting for its turn …", opening: "Opening the model; the first time takes some seconds …" };
-const ENDS = { length: "cut off at the most tokens it may have", stopped: "stopped by you" };
+const WAITS = { waiting: "Waiting for a free slot …", opening: "Loading the model; the first time takes a few seconds …" };
+const ENDS = { length: "cut off at the token limit", stopped: "stopped by you" };
 
-// A thought, folded until somebody opens it, with how many tokens it took.
+// The model's thinking, collapsed by default, with its length in tokens.
 export function Thought({ text, tokens, thinking = false }) {
   if (!text && !thinking) return null;
   const count = tokens === undefined ? `${grouped(text.length)} characters` : `${grouped(tokens)} ${tokens === 1 ? "token" : "tokens"}`;
@@ -55,7 +55,7 @@ export function Answer({ reply }) {
     <${Thought} text=${reply.thought} tokens=${reply.thoughts} thinking=${reply.thinking && isWriting(reply)} />
     ${WAITS[reply.state] && html`<p class="waiting">${WAITS[reply.state]}</p>`}
     ${reply.answer && html`<div class="spoken answer">${printable(reply.answer)}</div>`}
-    ${empty && html`<p class="soft">${reply.thought ? "The thought never came to an answer." : "An empty answer."}</p>`}
+    ${empty && html`<p class="soft">${reply.thought ? "It thought, but gave no answer." : "The answer is empty."}</p>`}
     ${reply.state === "failed" && html`<p class="wrong" role="alert">✗ ${printable(reply.error)}</p>`}
     ${reply.state === "done" && html`<p class="note">${grouped(reply.tokens)} ${reply.tokens === 1 ? "token" : "tokens"}${reply.seconds ? ` in ${reply.seconds.toFixed(1)} s` : ""}${ENDS[reply.stop] ? `, ${ENDS[reply.stop]}` : ""}</p>`}`;
 }
@@ -87,12 +87,12 @@ export function Page() {
   const labels = Object.fromEntries((models.data || []).map((one) => [one.name, one.label]));
   return html`<div class="chat">
     <h1>Chat</h1>
-    <p class="lead">Talk to a checkpoint, or to two at once: both answer the same message.</p>
+    <p class="lead">Chat with one checkpoint, or with two at once: both answer the same message.</p>
     ${models.error && html`<${Failed} ...${models} />`}
     <${Settings} models=${models.data || []} state=${state} set=${set} />
     ${turns.length === 0 && html`<${Empty} say=${say} />`}
     <section class="turns" aria-label="Conversation">${turns.map((turn) => html`<${Turn} ...${turn} labels=${labels} />`)}</section>
-    <p class="unseen" role="status">${turns.length === 0 ? "" : writing ? "Answering" : "The answer is there"}</p>
+    <p class="unseen" role="status">${turns.length === 0 ? "" : writing ? "Answering" : "The answer is complete"}</p>
     <${Composer} say=${say} stop=${stop} writing=${writing} anew=${turns.length > 0 && (() => { stop(); setTurns([]); })} />
     <div ref=${end}></div>
   </div>`;
@@ -100,7 +100,7 @@ export function Page() {
 
 const atEnd = () => innerHeight + scrollY > document.documentElement.scrollHeight - 160;
 
-// What a model is shown: the turns that it answered itself, and the newest message.
+// The messages sent to a model: the turns it answered itself and the newest message.
 function conversation(turns, column, system, text) {
   const answered = turns.filter((turn) => turn.replies[column]?.raw);
   return [
@@ -111,7 +111,7 @@ function conversation(turns, column, system, text) {
 }
 
 function Empty({ say }) {
-  return html`<section class="box empty" aria-label="How to begin"><p>Write a message below, or try one of these, which the model that ships has an idea of:</p>
+  return html`<section class="box empty" aria-label="Getting started"><p>Write a message below, or try one of these, which suit the bundled model:</p>
     <ul class="tags">${EXAMPLES.map((text) => html`<li><button type="button" class="quiet" onClick=${() => say(text)}>${text}</button></li>`)}</ul></section>`;
 }
 
@@ -136,7 +136,7 @@ function Composer({ say, stop, writing, anew }) {
     if (event.key === "Escape" && writing) stop();
   };
   return html`<form class="composer" onSubmit=${(event) => { event.preventDefault(); send(); }}>
-    <label><span class="soft">Message <span class="hint">(Enter sends, Shift+Enter begins a line, Esc stops)</span></span>
+    <label><span class="soft">Message <span class="hint">(Enter sends, Shift+Enter starts a new line, Esc stops)</span></span>
       <textarea name="message" rows="2" ref=${field} onKeyDown=${onKeyDown}></textarea></label>
     <div class="buttons">${writing ? html`<button type="button" key="stop" onClick=${stop}>■ Stop</button>` : html`<button type="submit" key="send">Send</button>`}
       ${anew && html`<button type="button" class="quiet" key="anew" onClick=${anew}>New conversation</button>`}</div>
@@ -150,17 +150,17 @@ function Settings({ models, state, set }) {
   const short = `temperature ${temperature}, top-p ${top_p}, ${max_tokens} tokens, seed ${seed}${system.trim() ? ", a system message" : ""}`;
   return html`<div class="models">
       <${Model} label="Model" name="model" models=${models} value=${state.model} onChange=${(model) => set({ model })} />
-      <${Model} label="Beside it" name="with" models=${models} value=${state.with} onChange=${(other) => set({ with: other })} none="nobody" />
+      <${Model} label="Compare with" name="with" models=${models} value=${state.with} onChange=${(other) => set({ with: other })} none="none" />
     </div>
-    <details class="sampling"><summary>How to sample: <span class="soft">${short}</span></summary>
+    <details class="sampling"><summary>Sampling: <span class="soft">${short}</span></summary>
       <div class="two"><div>
-        <${Slider} label="Temperature: 0 always takes the likeliest token" name="temperature" min="0" max="2" step="0.05" value=${temperature} onChange=${(value) => set({ temperature: value })} />
-        <${Slider} label="Top-p: draw from the likeliest tokens that make up this share" name="top_p" min="0.05" max="1" step="0.05" value=${top_p} onChange=${(value) => set({ top_p: value })} />
-        <${Slider} label="Most tokens of an answer" name="max_tokens" min="16" max="2048" step="16" value=${max_tokens} onChange=${(value) => set({ max_tokens: value })} />
+        <${Slider} label="Temperature: 0 always picks the most likely token" name="temperature" min="0" max="2" step="0.05" value=${temperature} onChange=${(value) => set({ temperature: value })} />
+        <${Slider} label="Top-p: sample from the most likely tokens with this total probability" name="top_p" min="0.05" max="1" step="0.05" value=${top_p} onChange=${(value) => set({ top_p: value })} />
+        <${Slider} label="Maximum tokens per answer" name="max_tokens" min="16" max="2048" step="16" value=${max_tokens} onChange=${(value) => set({ max_tokens: value })} />
       </div><div>
         <label class="field"><span class="soft">Seed: the same seed gives the same answer</span><input type="number" name="seed" min="0" step="1" value=${seed}
           onInput=${(event) => event.target.validity.valid && event.target.value !== "" && set({ seed: Number(event.target.value) })} /></label>
-        <label class="field"><span class="soft">System message, read before the conversation</span><textarea name="system" rows="3" value=${system} onInput=${(event) => set({ system: event.target.value })}></textarea></label>
+        <label class="field"><span class="soft">System message, placed before the conversation</span><textarea name="system" rows="3" value=${system} onInput=${(event) => set({ system: event.target.value })}></textarea></label>
       </div></div></details>`;
 }
 
@@ -173,13 +173,13 @@ function Model({ label, name, models, value, onChange, none }) {
     ${value ? html`<${About} key=${value} model=${value} />` : html`<p class="note">A second model answers next to the first.</p>`}</div>`;
 }
 
-// What a model is; asking for that opens it, so that its first answer comes at once.
+// Facts about a model. The request also loads it, so that its first answer starts at once.
 function About({ model }) {
   const { data, error } = useComputed(`/api${address("models", model)}`);
   if (error) return html`<p class="wrong" role="alert">✗ ${printable(error)}</p>`;
-  if (!data) return html`<p class="waiting note">Opening the model …</p>`;
+  if (!data) return html`<p class="waiting note">Loading the model …</p>`;
   const size = data.parameters >= 1e9 ? `${(data.parameters / 1e9).toFixed(1)} billion` : `${(data.parameters / 1e6).toFixed(1)} million`;
-  return html`<p class="note">${size} parameters${data.context > 0 && `, reads and writes ${grouped(data.context)} tokens in all`}.
-    ${data.format === "plain" && " It has no chat template, so it goes on with each message alone."}
-    ${data.world && ` It was trained in the world ${printable(data.world)}, which is not played here.`}</p>`;
+  return html`<p class="note">${size} parameters${data.context > 0 && `, context of ${grouped(data.context)} tokens`}.
+    ${data.format === "plain" && " It has no chat template, so it continues each message on its own."}
+    ${data.world && ` It was trained in the environment ${printable(data.world)}, which does not run here.`}</p>`;
 }

@@ -1,5 +1,5 @@
-// What explorers share: a state that lives in the address, controls that keys reach, numbers that the server computes,
-// bars and formulas.
+// Shared by the explorers: state kept in the URL, keyboard-accessible controls, numbers computed by the server, bars and
+// formulas.
 
 import { askQuickly } from "./asking.js";
 import { ask, html, printable, useEffect, useRef, useState } from "./ui.js";
@@ -7,8 +7,8 @@ import { useLayoutEffect } from "./vendor/preact-htm.js";
 
 // --- state -----------------------------------------------------------------------------------------------------------
 
-// [state, set]: an object kept in the address' query, so that a link shows the same. `defaults` names every key, and
-// says by its type what a value is; what equals its default is left out. `set({key: value})` merges.
+// [state, set]: an object kept in the URL's query, so that a link restores the same page. `defaults` lists every key,
+// and the type of a default decides how its value is parsed; default values are left out. `set({key: value})` merges.
 export function useAddress(defaults) {
   const [state, keep] = useState(() => read(defaults));
   const set = (change) => keep((old) => {
@@ -35,18 +35,18 @@ function read(defaults) {
 
 // --- the server ------------------------------------------------------------------------------------------------------
 
-// Writes: a POST of one object with this launch's token.
+// Writes to the lab: POSTs one object with this launch's token.
 export const send = (path, body = {}) => ask(path, { method: "POST", body: JSON.stringify(body), headers: { "content-type": "application/json" } });
 
-// {data, error, stale}: what `path` computes. While a newer answer is awaited the old one stays, and of many changes in
-// a row only the newest is asked for: one request is under way at a time.
+// {data, error, stale}: what the server computes for `path`. The old result stays until the new one arrives. Only one
+// request is in flight at a time; of several changes in a row only the latest is requested.
 export function useComputed(path) {
   const [state, set] = useState({ data: null, error: "", stale: true });
   const wanted = useRef(path);
   const busy = useRef(false);
   const here = useRef(true);
   useEffect(() => () => { here.current = false; }, []);
-  useLayoutEffect(() => { // asks before the page is painted, which would cost a frame
+  useLayoutEffect(() => { // sends the request before the page is painted; waiting would cost a frame
     wanted.current = path;
     const load = async () => {
       busy.current = true;
@@ -65,14 +65,14 @@ export function useComputed(path) {
 
 // --- controls --------------------------------------------------------------------------------------------------------
 
-// One of a few, side by side; arrow keys move through them.
+// Radio buttons side by side; arrow keys move through them.
 export function Choice({ legend, name, options, value, onChange }) {
   return html`<fieldset class="choice"><legend>${legend}</legend>${options.map(([key, text]) => html`
     <label class=${key === value ? "chosen" : ""}><input type="radio" name=${name} value=${key} checked=${key === value}
       onChange=${() => onChange(key)} />${text}</label>`)}</fieldset>`;
 }
 
-// (The input is named by itself: a label names its first control, and that is the output.)
+// (The input has its own aria-label, because a label names its first control, which here is the output.)
 export function Slider({ label, name, min, max, step, value, onChange, text = String(value) }) {
   return html`<label class="slider"><span>${label} <output>${text}</output></span>
     <input type="range" name=${name} min=${min} max=${max} step=${step} value=${value} aria-label=${label} aria-valuetext=${text}
@@ -83,7 +83,7 @@ export function Toggle({ label, name, value, onChange }) {
   return html`<label class="toggle"><input type="checkbox" name=${name} checked=${value} onChange=${(event) => onChange(event.target.checked)} /> ${label}</label>`;
 }
 
-// A bar from zero, `share` of its track's half (signed) or whole; the number stands beside it.
+// A bar from zero that fills `share` of its track (of half the track if signed), with the number beside it.
 export function Bar({ share, text, signed = false, series = 0 }) {
   const width = `${Math.min(1, Math.abs(share)) * (signed ? 50 : 100)}%`;
   const left = signed ? (share < 0 ? `${50 - Math.min(1, -share) * 50}%` : "50%") : "0";
@@ -106,10 +106,10 @@ function loadKatex() {
   return katex;
 }
 
-// A formula in TeX, which is the lab's own text; drawn with MathML beside it, which screen readers read.
+// Renders a TeX formula, always the lab's own text, with MathML beside it for screen readers.
 export function Formula({ tex, display = false }) {
   const place = useRef(null);
-  const [drawn, setDrawn] = useState(Boolean(self.katex)); // so that no state is set while the page is put together
+  const [drawn, setDrawn] = useState(Boolean(self.katex)); // so that no state is set during the first render
   useLayoutEffect(() => { // before the page is painted: a formula changes together with the numbers beside it
     let open = true;
     const draw = () => {

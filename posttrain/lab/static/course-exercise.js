@@ -1,4 +1,4 @@
-// An exercise of the course: a question with choices, code that the server checks in its sandbox, or a task to explore.
+// A course exercise: a multiple-choice question, code that the server checks in its sandbox, or a task to explore.
 
 import { Loaded, html, printable, useData, useRef, useState } from "./ui.js";
 import { send } from "./controls.js";
@@ -14,11 +14,12 @@ export function Exercise({ name }) {
     <${Nodes} of=${found.text} />
     ${found.choices && html`<${Question} ...${found} />`}
     ${found.kind === "coding" && html`<${Coding} ...${found} />`}
-    ${found.hint && html`<details><summary>A hint</summary><${Nodes} of=${found.hint} /></details>`}
-    ${found.answer && html`<details><summary>${found.kind === "conceptual" ? "The whole answer" : "What to look for"}</summary><${Nodes} of=${found.answer} /></details>`}`}</${Loaded}></section>`;
+    ${found.hint && html`<details><summary>Hint</summary><${Nodes} of=${found.hint} /></details>`}
+    ${found.answer && html`<details><summary>${found.kind === "conceptual" ? "Full answer" : "What to look for"}</summary><${Nodes} of=${found.answer} /></details>`}`}</${Loaded}></section>`;
 }
 
-// {state, check}: the newest verdict, what went wrong with asking, and whether one is awaited.
+// [state, check, forget]: the latest verdict, the error of the request and whether one is in flight; a function that
+// checks an answer; a function that clears the verdict.
 function useVerdict(name) {
   const [state, set] = useState({ verdict: null, error: "", busy: false });
   const check = (answer) => {
@@ -43,7 +44,7 @@ function Question({ name, choices }) {
         <span><${Nodes} of=${text} /></span></label>`)}</fieldset>
     <button type="submit" disabled=${chosen < 0 || state.busy}>Check</button>
     <div class="told" role="status">${state.error && html`<p>✗ ${printable(state.error)}</p>`}
-      ${state.verdict && html`<p class=${state.verdict.passed ? "good" : "bad"}><strong>${state.verdict.passed ? "✓ Right." : "✗ Not this one."}</strong> <${Nodes} of=${state.verdict.why} /></p>`}</div>
+      ${state.verdict && html`<p class=${state.verdict.passed ? "good" : "bad"}><strong>${state.verdict.passed ? "✓ Correct." : "✗ Incorrect."}</strong> <${Nodes} of=${state.verdict.why} /></p>`}</div>
   </form>`;
 }
 
@@ -54,7 +55,7 @@ function Coding({ name, template, file, tests, command }) {
   const [state, check] = useVerdict(name);
   const field = useRef(null);
   const write = (text) => { keep(text); localStorage.setItem(keptAs(name), text); };
-  const restart = () => { if (code === template || confirm("Throw your code away and begin again?")) { keep(template); localStorage.removeItem(keptAs(name)); field.current.focus(); } };
+  const restart = () => { if (code === template || confirm("Discard your code and start over?")) { keep(template); localStorage.removeItem(keptAs(name)); field.current.focus(); } };
   const pressed = (event) => {
     if (event.key !== "Enter" || event.altKey || event.isComposing) return;
     event.preventDefault();
@@ -66,8 +67,8 @@ function Coding({ name, template, file, tests, command }) {
     <textarea id=${`code-${name}`} ref=${field} class="editor" rows=${Math.min(30, code.split("\n").length + 1)} spellcheck="false" autocapitalize="off"
       autocomplete="off" wrap="off" value=${code} onInput=${(event) => write(event.target.value)} onKeyDown=${pressed}></textarea>
     <p class="actions"><button type="button" disabled=${state.busy} onClick=${() => check({ code })}>Check my code</button>
-      <button type="button" class="quiet" onClick=${restart}>Begin again</button>
-      <button type="button" class="quiet" onClick=${() => download(file, code + tests)}>Download with its tests</button></p>
+      <button type="button" class="quiet" onClick=${restart}>Start over</button>
+      <button type="button" class="quiet" onClick=${() => download(file, code + tests)}>Download with tests</button></p>
     <div class="told" role="status">
       ${state.busy && html`<p class="waiting">Running your code in the sandbox …</p>`}
       ${state.error && html`<p class="bad">✗ ${printable(state.error)}</p>`}
@@ -77,15 +78,15 @@ function Coding({ name, template, file, tests, command }) {
 }
 
 function Checks({ passed, checks, output, unavailable, command }) {
-  if (unavailable) return html`<p><strong>This cannot run here.</strong> ${printable(unavailable)} Download the file and run <code>${command}</code>.</p>`;
+  if (unavailable) return html`<p><strong>Your code cannot run here.</strong> ${printable(unavailable)} Download the file and run <code>${command}</code>.</p>`;
   const right = checks.filter((check) => check.passed).length;
   return html`<p class=${passed ? "good" : "bad"}><strong>${passed ? "✓ Passed." : "✗ Not yet."}</strong> ${right} of ${checks.length} checks pass.</p>
     <ul class="cases">${checks.map((check) => html`<li class=${check.passed ? "good" : "bad"}><span class="sign" aria-hidden="true">${check.passed ? "✓" : "✗"}</span>
       <span><strong>${check.passed ? "passed" : "failed"}:</strong> ${printable(check.name)}${check.detail && html`<br /><span class="soft">${printable(check.detail)}</span>`}</span></li>`)}</ul>
-    ${output && html`<p class="soft">What your code printed:</p><pre class="code" tabindex="0">${output.split("\n").map(printable).join("\n")}</pre>`}`;
+    ${output && html`<p class="soft">Output of your code:</p><pre class="code" tabindex="0">${output.split("\n").map(printable).join("\n")}</pre>`}`;
 }
 
-// A new line as deep as the one before it, and deeper after a colon; undo knows it, because the browser writes it.
+// Inserts a new line with the same indent, one level deeper after a colon. execCommand keeps the browser's undo.
 function newLine(field) {
   const before = field.value.slice(0, field.selectionStart).split("\n").at(-1);
   const deep = before.match(/^ */)[0] + (before.trimEnd().endsWith(":") ? "    " : "");

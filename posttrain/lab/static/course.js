@@ -1,14 +1,14 @@
-// A chapter of the course: its tree of nodes drawn one by one, in the layer that the reader chose.
+// A chapter of the course, rendered from its node tree in the layer that the reader chose.
 
 import { Failed, Loaded, html, printable, useData, useEffect, useRef, useState, useTitle } from "./ui.js";
 import { Choice, Formula, useAddress } from "./controls.js";
 import { EXPLORERS } from "./explore.js";
 
 export const LAYERS = [
-  ["intuition", "Intuition", "The idea in plain words, with pictures in mind and no formula that you need."],
+  ["intuition", "Intuition", "The idea in plain words; no formulas needed."],
   ["mathematics", "Mathematics", "Definitions and derivations, each formula worked through with numbers."],
   ["implementation", "Implementation", "The functions of this library that compute it, and commands that run it."],
-  ["all", "All", "Everything, one after the other."],
+  ["all", "All", "All three layers, one after the other."],
 ];
 const NAMES = Object.fromEntries(LAYERS.map(([key, name]) => [key, name]));
 const KEPT = "posttrain-layer"; // where the browser remembers the layer
@@ -21,7 +21,7 @@ export function Page({ chapter }) {
 
 // --- layers ----------------------------------------------------------------------------------------------------------
 
-// [layer, choose]: from the address, else what was read last, else the first. A link shows the same layer again.
+// [layer, choose]: the layer from the URL, else the one read last, else the first. A link opens the same layer.
 function useLayer() {
   const [state, set] = useAddress({ layer: "" });
   const known = (name) => (name in NAMES ? name : "");
@@ -35,16 +35,16 @@ function useLayer() {
   return [layer, choose];
 }
 
-// The section that is being read, and where it stands in the window: there it stays when the layer changes.
+// The section being read and its position in the window, which is kept when the layer changes.
 function nearest() {
   const begun = [...document.querySelectorAll(".chapter section > h2")].filter((node) => node.getBoundingClientRect().top < innerHeight / 2);
   const node = begun.at(-1);
   return node && scrollY > 0 ? { node, top: Math.max(node.getBoundingClientRect().top, 120) } : null;
 }
 
-// Arrow keys move through the layers wherever nothing else takes them.
+// Arrow keys switch layers unless another element handles them.
 function useArrows(layer, choose) {
-  const now = useRef(layer); // keys may come faster than pages are painted
+  const now = useRef(layer); // keys may arrive faster than the page is painted
   now.current = layer;
   useEffect(() => {
     const pressed = (event) => {
@@ -129,40 +129,40 @@ export function Nodes({ of }) {
   });
 }
 
-// A function as it is installed, with its place.
+// The source of an installed function, with its file and line.
 function Source({ name, file, line, code }) {
   return html`<figure class="source" data-name=${name}><figcaption><code>${printable(file)}</code> <span class="soft">from line ${line}</span></figcaption>
     <pre class="code" tabindex="0" role="group" aria-label=${`Source of ${name}`}><code>${printable(code)}</code></pre></figure>`;
 }
 
-// A worked example: its numbers were computed by the library when this page asked.
+// A worked example, whose numbers the library computes when the page loads.
 function Worked({ name }) {
   const worked = useData(`/api/worked/${encodeURIComponent(name)}`);
   return html`<div class="worked box" data-name=${name}><${Loaded} from=${worked} of="the numbers">${(found) => html`
-    <h3><span class="soft">Worked: </span>${printable(found.title)}</h3>
+    <h3><span class="soft">Worked example: </span>${printable(found.title)}</h3>
     <p>${printable(found.given)}</p>
     ${found.steps.length > 0 && html`<ol class="steps">${found.steps.map((step) => html`<li>${step.says && html`<p>${printable(step.says)}</p>`}
       <${Formula} display=${true} tex=${[step.tex, step.filled, step.result].filter(Boolean).join(" \\;=\\; ")} /></li>`)}</ol>`}
-    ${found.rows.length > 0 && html`<div class="scroll" role="group" tabindex="0" aria-label=${`Numbers of: ${found.title}`}><table>
+    ${found.rows.length > 0 && html`<div class="scroll" role="group" tabindex="0" aria-label=${`Numbers for: ${found.title}`}><table>
       <thead><tr>${found.head.map((text) => html`<th scope="col"><${Named} as=${plain(text)}><${Mixed} text=${text} /></${Named}></th>`)}</tr></thead>
       <tbody>${found.rows.map((row) => html`<tr>${row.map((text, i) => (i === 0 ? html`<th scope="row"><${Named} as=${plain(text)}><${Mixed} text=${text} /></${Named}></th>` : html`<td class="number"><${Mixed} text=${text} /></td>`))}</tr>`)}</tbody></table></div>`}
     ${found.after && html`<p>${printable(found.after)}</p>`}
     <p class="note">Computed by ${found.calls.map((call, i) => html`${i > 0 && ", "}<code>${printable(call)}</code>`)}</p>`}</${Loaded}></div>`;
 }
 
-// What names a row or column, drawn as it is written; readers of screens hear plain text in place of a formula.
+// A row or column header; screen readers get plain text in place of a formula.
 function Named({ as, children }) {
   return html`<span class="unseen">${printable(as)}</span><span aria-hidden="true">${children}</span>`;
 }
 
-// TeX as it may be read aloud.
+// TeX as plain text for screen readers.
 function plain(tex) {
   return tex.replace(/\\(text|mathrm|mathbb|hat|bar|frac|tfrac|,|;|\s)/g, " ").replace(/[\\{}$]/g, "").replace(/\s+/g, " ").trim();
 }
 
 const spoken = (children) => children.map((one) => (typeof one === "string" ? one : one.tex ? plain(one.tex) : spoken(one.children || []))).join("");
 
-// A cell: a formula where it stands between dollar signs, else text.
+// A table cell: a formula if it is enclosed in dollar signs, else text.
 function Mixed({ text }) {
   return /^\$.*\$$/.test(text) ? html`<${Formula} tex=${text.slice(1, -1)} />` : printable(text).replace(/^-(?=\d)/, "−");
 }
@@ -173,17 +173,17 @@ function Explore({ name }) {
     <p><a class="button" href=${`/explore/${name}`}>Open the explorer</a></p></aside>`;
 }
 
-// An exercise comes with its own module, loaded when a chapter has one.
+// Loads the module for exercises only in chapters that have one.
 function Ahead({ name }) {
   const [state, set] = useState({ Exercise: null, error: "" });
   const here = useRef(true);
   useEffect(() => {
     import("./course-exercise.js").then(
       ({ Exercise }) => here.current && set({ Exercise, error: "" }),
-      () => here.current && set({ Exercise: null, error: "The exercises could not be loaded. Reload the page." }),
+      () => here.current && set({ Exercise: null, error: "Could not load the exercises. Reload the page." }),
     );
     return () => { here.current = false; };
   }, []);
   if (state.error) return html`<${Failed} error=${state.error} />`;
-  return state.Exercise ? html`<${state.Exercise} name=${name} />` : html`<p class="waiting" role="status">Reading the exercise …</p>`;
+  return state.Exercise ? html`<${state.Exercise} name=${name} />` : html`<p class="waiting" role="status">Loading the exercise …</p>`;
 }

@@ -1,11 +1,11 @@
-// Episodes of a run: searched on the server, a page at a time; the address holds what was asked.
+// A run's episodes, searched on the server one page at a time; the URL holds the query.
 
 import { Failed, address, ask, grouped, html, number, printable, useData, useEffect, useRef, useState, useTitle } from "./ui.js";
 
 const PAGE = 40;
 const ORDERS = {
   newest: "newest first", oldest: "oldest first", worst: "lowest reward first", best: "highest reward first",
-  longest: "longest first", shortest: "shortest first", flat: "flat groups: all answers earned the same",
+  longest: "longest first", shortest: "shortest first", flat: "flat groups: all rewards equal",
 };
 const RESULTS = { any: "any result", passed: "passed", failed: "not passed", unscored: "could not be scored" };
 const KINDS = { train: "training", eval: "held-out" };
@@ -41,16 +41,16 @@ function Filters({ run, fields, go }) {
   const choice = (name, label, known, usual) => html`<label>${label}<select name=${name} onChange=${send}>
     ${Object.entries(known).map(([value, text]) => html`<option value=${value} selected=${value === (fields[name] || usual)}>${text}</option>`)}</select></label>`;
   return html`<form class="filters" ref=${form} onSubmit=${send} role="search" aria-label="Episodes">
-    ${choice("kind", "which", KINDS, "train")}${choice("order", "order", ORDERS, "newest")}${choice("result", "result", RESULTS, "any")}
-    <label class="long">text in the prompt or the answer<input type="search" name="text" value=${fields.text || ""} /></label>
+    ${choice("kind", "tasks", KINDS, "train")}${choice("order", "order", ORDERS, "newest")}${choice("result", "result", RESULTS, "any")}
+    <label class="long">text in the prompt or completion<input type="search" name="text" value=${fields.text || ""} /></label>
     <label class="short">from step<input name="first" inputmode="numeric" pattern="[0-9]*" value=${fields.first || ""} /></label>
     <label class="short">to step<input name="last" inputmode="numeric" pattern="[0-9]*" value=${fields.last || ""} /></label>
     <${Part} run=${run} fields=${fields} />
     <button>Search</button></form>`;
 }
 
-// A part of the reward and what it is compared with; all of it goes with the form's other fields. It asks by itself
-// which parts there are, so that what is typed into the others stays when it is told.
+// Filters by one part of the reward, submitted with the form's other fields. It loads the list of parts itself, so that
+// text typed into the other fields survives when the list arrives.
 function Part({ run, fields }) {
   const parts = useData(`/api${address("runs", run)}`).data?.parts || [];
   if (!parts.length) return null;
@@ -61,7 +61,7 @@ function Part({ run, fields }) {
     <label class="short">value<input name="limit" inputmode="decimal" pattern="-?[0-9]*[.]?[0-9]*" value=${fields.limit || "0"} /></label>`;
 }
 
-// Goes on asking until a page is full or the rows are at an end; what is found is shown at once.
+// Requests rows until a page is full or none are left; results are shown as they arrive.
 function useSearch(run, fields) {
   const [found, set] = useState({ rows: [], looked: 0, total: 0, next: null, busy: true, error: "" });
   const stopped = useRef(false);
@@ -93,22 +93,22 @@ function Results({ run, fields, go }) {
   const { rows, busy, next, looked, total, error } = found;
   return html`
     <p class="soft" role="status" id="looked">${busy && !looked ? "Searching …"
-      : `${rows.length} shown; looked through ${grouped(looked)}${total === null ? "" : ` of ${grouped(total)}`} ${what}${busy ? " …" : "."}`}
+      : `${rows.length} shown; searched ${grouped(looked)}${total === null ? "" : ` of ${grouped(total)}`} ${what}${busy ? " …" : "."}`}
       ${busy && looked > 0 && html` <button type="button" onClick=${stop}>Stop</button>`}</p>
     ${error && html`<${Failed} error=${error} />`}
-    ${!busy && !rows.length && !error && html`<p class="box">${looked ? `None of the ${grouped(looked)} ${what} is like that. Ask for less, or for another kind.` : `This run stored no ${what} of this kind.`}</p>`}
+    ${!busy && !rows.length && !error && html`<p class="box">${looked ? `None of the ${grouped(looked)} ${what} match. Try fewer filters, or the other tasks.` : `This run stored no ${what} of this kind.`}</p>`}
     <ol class="episodes">${rows.map((row) => html`<${Row} key=${`${row.step}.${row.group}.${row.index}`} run=${run} row=${row} />`)}</ol>
-    ${!busy && next !== null && html`<p><button type="button" onClick=${() => { go({ ...fields, start: next }); scrollTo(0, 0); }}>Go on from here</button></p>`}`;
+    ${!busy && next !== null && html`<p><button type="button" onClick=${() => { go({ ...fields, start: next }); scrollTo(0, 0); }}>Next page</button></p>`}`;
 }
 
 function Row({ run, row }) {
   const to = address("runs", run, "episodes", row.kind, row.step, row.group, row.index);
   const result = row.reward === null ? "! not scored" : row.passed ? "✓ passed" : "✗ not passed";
   return html`<li class="box">
-    <h2><a href=${to}>step ${row.step}, task ${row.group}, answer ${row.index}</a></h2>
+    <h2><a href=${to}>step ${row.step}, task ${row.group}, completion ${row.index}</a></h2>
     <p class="soft">${result}${row.reward === null ? "" : ` · reward ${number(row.reward)}`}${row.advantage === null ? "" : ` · advantage ${number(row.advantage)}`}
-      ${` · ${row.length} tokens`}${row.stop === "length" ? " · cut at the limit" : ""}${row.answers ? ` · one of ${row.answers} answers that earned the same` : ""}</p>
+      ${` · ${row.length} tokens`}${row.stop === "length" ? " · truncated" : ""}${row.answers ? ` · one of ${row.answers} completions with the same reward` : ""}</p>
     <p class="asked">${printable(row.prompt)}</p>
-    <p class="said">${row.text ? printable(row.text) : "(nothing)"}${row.cut ? " …" : ""}</p>
+    <p class="said">${row.text ? printable(row.text) : "(empty)"}${row.cut ? " …" : ""}</p>
     ${row.error && html`<p class="note">${printable(row.error)}</p>`}</li>`;
 }

@@ -1,4 +1,4 @@
-// The algorithm explorer: what PPO, DPO and GRPO do, what they hold in memory by the planner, and what they learn from.
+// The algorithm explorer: how PPO, DPO and GRPO work, the memory they need according to the planner, and their data.
 
 import { DIAGRAMS, Diagram } from "./explore-diagrams.js";
 import { Choice, Toggle, useAddress, useComputed } from "./controls.js";
@@ -9,7 +9,7 @@ const CARDS = ["ppo", "dpo", "grpo"];
 const GB = 2 ** 30;
 const size = (bytes) => `${(bytes / GB).toFixed(1)} GB`;
 const listed = (words, last = "and") => (words.length > 1 ? `${words.slice(0, -1).join(", ")} ${last} ${words.at(-1)}` : words.join());
-const SAID = { held: "in memory", shared: "the policy without its adapters", "read once": "read once before training" };
+const SAID = { held: "in memory", shared: "the policy without its adapters", "read once": "run once before training" };
 
 export function Page() {
   useTitle("Algorithms");
@@ -17,22 +17,22 @@ export function Page() {
   const { data, error } = useComputed(`/api/explore/algorithms?${new URLSearchParams(state)}`);
   const choose = (key, number = false) => (value) => set({ [key]: number ? Number(value) : value });
   return html`<p class="path"><a href="/explore">Explore</a></p><h1>Algorithms</h1>
-    <p class="lead">What do PPO, DPO and GRPO need in memory, and what do they need as data?</p>
+    <p class="lead">How much memory do PPO, DPO and GRPO need, and what data do they learn from?</p>
     ${!data && (error ? html`<${Failed} error=${error} />` : html`<${Waiting} of="the planner" />`)}
     ${data && error && html`<${Failed} error=${error} />`}
     ${data && html`<ul class="cards algorithms">${CARDS.map((name) => html`<${Card} key=${name} name=${name} kind=${data.kinds.find((kind) => kind.name === name)} />`)}</ul>
-      <p class="note">Thick frame: a model that learns. Dashed: a model that stays as it is. Thin: data. The line back on the left is the update.</p>`}
+      <p class="note">Thick frame: a model that is trained. Dashed frame: a frozen model. Thin frame: data. The line back on the left is the update.</p>`}
     <h2>Memory</h2>
     <div class="split"><div class="settings">
       <${Choice} legend="Model" name="size" value=${state.size} onChange=${choose("size")} options=${[["1b", "1B"], ["7b", "7B"], ["13b", "13B"], ["70b", "70B"]]} />
-      <${Choice} legend="Precision of the weights" name="dtype" value=${state.dtype} onChange=${choose("dtype")} options=${[["bfloat16", "bfloat16"], ["float32", "float32"]]} />
+      <${Choice} legend="Weight precision" name="dtype" value=${state.dtype} onChange=${choose("dtype")} options=${[["bfloat16", "bfloat16"], ["float32", "float32"]]} />
       <${Choice} legend="Sharded over devices" name="devices" value=${String(state.devices)} onChange=${choose("devices", true)} options=${["1", "2", "4", "8"].map((n) => [n, n])} />
-      <${Choice} legend="Tokens of a sequence" name="length" value=${String(state.length)} onChange=${choose("length", true)} options=${["512", "1024", "2048", "4096", "8192"].map((n) => [n, n])} />
-      <${Toggle} label="LoRA: train small adapters only" name="lora" value=${state.lora} onChange=${choose("lora")} />
+      <${Choice} legend="Sequence length in tokens" name="length" value=${String(state.length)} onChange=${choose("length", true)} options=${["512", "1024", "2048", "4096", "8192"].map((n) => [n, n])} />
+      <${Toggle} label="LoRA: train only small adapters" name="lora" value=${state.lora} onChange=${choose("lora")} />
       <${Toggle} label="Recompute activations" name="recompute" value=${state.recompute} onChange=${choose("recompute")} />
-      <${Toggle} label="Read DPO’s reference once" name="cached" value=${state.cached} onChange=${choose("cached")} />
-      <p class="note">DPO’s reference answers the same for the whole run, so <code>posttrain dpo</code> asks it once and lets it go.
-        Textbooks hold it.</p>
+      <${Toggle} label="Run DPO’s reference only once" name="cached" value=${state.cached} onChange=${choose("cached")} />
+      <p class="note">DPO’s reference gives the same log-probabilities throughout the run, so <code>posttrain dpo</code> runs it once and then frees its memory.
+        In textbooks it stays in memory.</p>
     </div>${data && html`<${Bars} data=${data} />`}</div>
     ${data && html`<${Parts} data=${data} /><${Compared} data=${data} />`}`;
 }
@@ -56,7 +56,7 @@ function Bars({ data }) {
   const { title, parameters, adapters } = data.model;
   const devices = data.asked.devices;
   return html`<figure class="memory" aria-label=${`Memory ${devices > 1 ? "on each device" : "on one device"}`}>
-    <p class="which">${title}: ${(parameters / 1e9).toFixed(2)} billion weights${data.asked.lora ? `, ${(adapters / 1e6).toFixed(0)} million of them adapters that learn` : ", all of which learn"}.
+    <p class="which">${title}: ${(parameters / 1e9).toFixed(2)} billion weights${data.asked.lora ? `, ${(adapters / 1e6).toFixed(0)} million of them trainable adapters` : ", all trainable"}.
       Memory ${devices > 1 ? html`on <strong>each of ${devices}</strong> devices` : "on one device"}:</p>
     <div class="axis" aria-hidden="true">${named(data.cards, most).map((card) => html`<span style=${{ left: place(card * GB) }}>${card}</span>`)}<span class="unit">GB</span></div>
     ${kinds.map((kind) => html`<div class="lane" key=${kind.name}><p><strong>${kind.title}</strong> <span class="number">${size(kind.total)}</span> · ${fit(kind, devices)}</p>
@@ -67,7 +67,7 @@ function Bars({ data }) {
   </figure>`;
 }
 
-// The cards whose names do not run into each other, the largest first.
+// The cards whose labels do not overlap; larger cards take precedence.
 function named(cards, most) {
   const shown = [];
   for (const card of [...cards].reverse()) if (!shown.length || (shown[0] - card) * GB > 0.055 * most) shown.unshift(card);
@@ -75,36 +75,36 @@ function named(cards, most) {
 }
 
 function fit({ fits }, devices) {
-  if (!fits.length) return devices > 1 ? "more than any of these cards has" : "fits on none of these cards";
-  return `fits ${devices > 1 ? `${devices} cards` : "on one card"} of ${listed(fits, "or")} GB`;
+  if (!fits.length) return "does not fit on any of these cards";
+  return `fits on ${devices > 1 ? `${devices} cards` : "one card"} of ${listed(fits, "or")} GB`;
 }
 
 function fewest({ fewest: found }) {
   const enough = found.filter(([, count]) => count).map(([card, count]) => `${count} × ${card} GB`);
-  return enough.length ? `Fewest cards, of 1, 2, 4 and 8: ${listed(enough, "or")}` : "Eight cards of 80 GB are not enough.";
+  return enough.length ? `Fewest cards (1, 2, 4 or 8): ${listed(enough, "or")}` : "Eight cards of 80 GB are not enough.";
 }
 
 function Parts({ data }) {
   const { prompt, answer, at_once } = data.sequence;
-  return html`<details><summary>Every part in numbers, and what is assumed</summary>
-    <${Table} caption="Memory on each device by part, where a step needs most" head=${["Part", ...data.kinds.map((kind) => kind.title)]}>
+  return html`<details><summary>All numbers and assumptions</summary>
+    <${Table} caption="Peak memory per device, by part" head=${["Part", ...data.kinds.map((kind) => kind.title)]}>
       ${Object.keys(data.kinds[0].parts).map((part) => html`<tr><th scope="row">${part}</th>${data.kinds.map((kind) => html`<td class="number">${kind.parts[part] ? size(kind.parts[part]) : "–"}</td>`)}</tr>`)}
-      <tr><th scope="row"><strong>together</strong></th>${data.kinds.map((kind) => html`<td class="number"><strong>${size(kind.total)}</strong></td>`)}</tr></${Table}>
+      <tr><th scope="row"><strong>total</strong></th>${data.kinds.map((kind) => html`<td class="number"><strong>${size(kind.total)}</strong></td>`)}</tr></${Table}>
     <ul>
-      <li>The planner of <code>posttrain plan</code> computed all of it; 1 GB is 2³⁰ bytes.</li>
-      <li>With bfloat16 the weights include a float32 copy that the optimizer updates. Adam keeps two numbers a weight.</li>
-      <li>The critic and the reward model are as large as the policy. The critic’s part has its weights and its optimizer; its gradients are
-        among the gradients. The reward model is kept in float32.</li>
-      <li>A sequence is ${prompt} tokens of prompt and ${answer} of answer; one row or pair is computed at a time, and ${at_once} answers are sampled at once.</li>
-      <li>Devices share weights, gradients and optimizer; each keeps its own KV cache and activations.</li>
+      <li>All numbers come from the planner behind <code>posttrain plan</code>; 1 GB is 2³⁰ bytes.</li>
+      <li>With bfloat16, the weights include the float32 copy that the optimizer updates. Adam keeps two values per weight.</li>
+      <li>The critic and the reward model are as large as the policy. The critic’s part contains its weights and optimizer state; its gradients
+        count as gradients. The reward model is kept in float32.</li>
+      <li>A sequence has ${prompt} prompt tokens and ${answer} answer tokens; one row or pair is computed at a time, and ${at_once} answers are sampled at once.</li>
+      <li>Weights, gradients and optimizer state are sharded over the devices; each device keeps its own KV cache and activations.</li>
     </ul></details>`;
 }
 
 function Compared({ data }) {
   return html`<h2>Side by side</h2>
-    <${Table} caption="What each needs, and where its answers come from" head=${["Algorithm", "Models in memory", "Data", "Online or offline", "Explores"]}>
+    <${Table} caption="What each algorithm needs, and where its answers come from" head=${["Algorithm", "Models in memory", "Data", "Online or offline", "Explores"]}>
       ${data.kinds.map((kind) => html`<tr><th scope="row"><strong>${kind.title}</strong></th>
         <td>${kind.held}: ${listed(Object.keys(kind.models).filter((role) => kind.models[role] === "held"))}</td>
         <td>${kind.data}</td><td>${kind.online ? "online" : "offline"}</td><td>${kind.explores}</td></tr>`)}</${Table}>
-    <p class="note">Online: it learns from answers that the policy wrote just now. Offline: from a file that does not change.</p>`;
+    <p class="note">Online: learns from answers that the current policy just sampled. Offline: learns from a fixed dataset.</p>`;
 }

@@ -1,4 +1,4 @@
-// Pipelines of algorithms as small drawings: boxes in three columns, arrows between them, and the way back of the update.
+// Small diagrams of the algorithms: boxes in three columns, arrows between them, and the update arrow back.
 
 import { html } from "./ui.js";
 
@@ -7,8 +7,8 @@ const HIGH = 34;
 const STEP = { x: 122, y: 58 };
 const MARGIN = 20;
 
-// Boxes: name: [text, column, row, kind]; kind is learns, stays or data. Arrows: [from, to]. `back` leads from the last
-// box to the model that learns. `told` says the same in words.
+// Boxes: name: [text, column, row, kind]; kind is learns, stays or data. Arrows: [from, to]. `back` is the update arrow
+// from the last box to the trained model. `told` describes the diagram in words.
 export const DIAGRAMS = {
   ppo: {
     boxes: {
@@ -19,7 +19,7 @@ export const DIAGRAMS = {
     arrows: [["prompt", "policy"], ["policy", "answer"], ["answer", "reference"], ["answer", "reward"], ["answer", "critic"],
       ["reference", "advantage"], ["reward", "advantage"], ["critic", "advantage"]],
     back: ["advantage", "policy"],
-    told: "The policy answers a prompt. The reward model scores the answer, the reference says how far it is from the start, and the critic says what was to be expected at each token. Together they give each token’s advantage, which updates the policy and the critic.",
+    told: "The policy answers a prompt. The reward model scores the answer, the reference measures how far the policy has moved from the start, and the critic predicts the reward to expect at each token. Together they give each token’s advantage, which updates the policy and the critic.",
   },
   dpo: {
     boxes: {
@@ -28,7 +28,7 @@ export const DIAGRAMS = {
     },
     arrows: [["pair", "policy"], ["pair", "reference"], ["policy", "ratio"], ["reference", "ratio"], ["ratio", "loss"]],
     back: ["loss", "policy"],
-    told: "A pair of answers comes from a file. The policy and the reference each say how likely both are. The difference of the log-ratios is the loss, which updates the policy. Nothing is sampled.",
+    told: "A pair of answers comes from a dataset. The policy and the reference each compute how likely both answers are. The loss, computed from the difference of the log-ratios, updates the policy. Nothing is sampled.",
   },
   grpo: {
     boxes: {
@@ -37,7 +37,7 @@ export const DIAGRAMS = {
     },
     arrows: [["prompt", "policy"], ["policy", "answers"], ["answers", "reference"], ["answers", "checked"], ["checked", "advantage"], ["reference", "advantage"]],
     back: ["advantage", "policy"],
-    told: "The policy writes a group of answers to one prompt. A program checks each, and the reference says how far they are from the start. An answer’s advantage is its reward minus the group’s mean, which updates the policy. There is no critic and no reward model.",
+    told: "The policy writes a group of answers to one prompt. A program checks each answer, and the reference measures how far the policy has moved from the start. An answer’s advantage is its reward minus the group’s mean, which updates the policy. There is no critic and no reward model.",
   },
 };
 

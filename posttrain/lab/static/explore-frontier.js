@@ -1,8 +1,8 @@
-// The KL–reward frontier: where runs with several penalties end, each drawn as soon as it is there.
+// The KL–reward frontier: where runs with several penalties end, each drawn as soon as it is computed.
 
 import { Failed, TOKEN, Table, html, number, useEffect, useState } from "./ui.js";
 
-const WIDE = matchMedia("(max-width: 600px)").matches ? 380 : 640; // so that its text stays as large as the page’s
+const WIDE = matchMedia("(max-width: 600px)").matches ? 380 : 640; // so that its text is as large as the page’s
 const HIGH = 300;
 const EDGE = { left: 44, right: 16, top: 16, bottom: 44 };
 const NATS = [0, 1, 2, 5, 10, 20, 40, 60, 80];
@@ -25,7 +25,7 @@ function useFrontier(query, wanted) {
         if (said.kind === "point") set((old) => ({ ...old, points: [...old.points, said] }));
         if (said.kind === "end") { closed = true; set((old) => ({ ...old, state: "done" })); socket.close(); }
       };
-      socket.onclose = () => closed || set((old) => ({ ...old, state: "failed", error: "The connection to the lab is lost." }));
+      socket.onclose = () => closed || set((old) => ({ ...old, state: "failed", error: "Lost the connection to the lab." }));
     }, 500);
     return () => { closed = true; clearTimeout(timer); socket?.close(); };
   }, [asked, wanted]);
@@ -36,8 +36,8 @@ export function Frontier({ query, wanted, want }) {
   const { points, betas, state, error } = useFrontier(query, wanted);
   const sorted = [...points].sort((a, b) => a.kl - b.kl);
   return html`<h2>How far is too far?</h2>
-    <p>One run for each penalty, from strong to none, and where it ends. The further a policy goes from the start, the more the reward model
-      likes it. The truth rises with it for a while, and then falls.</p>
+    <p>One run for each penalty, from strong to none, and where it ends. The further the policy moves from the start, the higher the reward
+      model’s score. The true reward rises with it for a while, and then falls.</p>
     ${!wanted && html`<p><button type="button" onClick=${want}>Run them all</button></p>`}
     ${state === "running" && html`<p role="status" class="waiting">Run ${Math.min(points.length + 1, betas.length || 1)} of ${betas.length || "…"}</p>`}
     ${state === "failed" && html`<${Failed} error=${error} />`}
@@ -47,7 +47,7 @@ export function Frontier({ query, wanted, want }) {
           <td class="number">${point.kl.toFixed(2)}</td><td class="number">${point.proxy.toFixed(2)}</td><td class="number">${point.true.toFixed(2).replace("-", "−")}</td></tr>`)}</${Table}></div>`}`;
 }
 
-// Distances are drawn by their square root, as in "Scaling laws for reward model overoptimization" (arXiv 2210.10760).
+// The x axis is the square root of the KL, as in "Scaling laws for reward model overoptimization" (arXiv 2210.10760).
 function Plot({ points, own }) {
   const most = Math.max(10, ...points.map((point) => point.kl));
   const values = points.flatMap((point) => [point.proxy, point.true]);
@@ -59,10 +59,10 @@ function Plot({ points, own }) {
   const ticks = Array.from({ length: high - low + 1 }, (_, i) => low + i).filter((tick) => tick % every === 0);
   const best = points.reduce((a, b) => (b.true > a.true ? b : a));
   return html`<figure class="frontier"><svg viewBox=${`0 0 ${WIDE} ${HIGH}`} role="img"
-      aria-label=${`Both rewards against distance, for ${points.length} penalties. The true reward is highest, ${number(best.true)}, with β ${number(best.beta)} at ${number(best.kl)} nats. The table below has every number.`}>
+      aria-label=${`Both rewards against the KL, for ${points.length} penalties. The true reward is highest, ${number(best.true)}, with β ${number(best.beta)} at ${number(best.kl)} nats. The table below has all numbers.`}>
     ${ticks.map((tick) => html`<line class="rule" x1=${EDGE.left} x2=${WIDE - EDGE.right} y1=${y(tick)} y2=${y(tick)} /><text x=${EDGE.left - 8} y=${y(tick) + 4} text-anchor="end">${tick < 0 ? `−${-tick}` : tick}</text>`)}
     ${NATS.filter((nats) => nats <= most).map((nats) => html`<text x=${x(nats)} y=${HIGH - 24} text-anchor="middle">${nats}</text>`)}
-    <text x=${WIDE / 2} y=${HIGH - 4} text-anchor="middle">KL from the start, nats (by square root)</text>
+    <text x=${WIDE / 2} y=${HIGH - 4} text-anchor="middle">KL from the start, nats (square-root scale)</text>
     ${KINDS.map(([kind], i) => html`<polyline class=${`line-${i}`} stroke-dasharray=${i ? "8 4" : ""} points=${points.map((point) => `${x(point.kl)},${y(point[kind])}`).join(" ")} />
       ${points.map((point) => (i
         ? html`<rect class=${`dot-${i}`} x=${x(point.kl) - 4} y=${y(point[kind]) - 4} width="8" height="8" />`

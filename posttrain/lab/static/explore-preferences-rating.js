@@ -1,4 +1,4 @@
-// Why people are asked to compare: rate the same answers from 1 to 10, one at a time, and see what is left of your choices.
+// Why people compare instead of rate: rate the same answers from 1 to 10, and see whether the ratings match the choices.
 
 import { Table, html, number, printable, useEffect, useRef, useState } from "./ui.js";
 
@@ -14,8 +14,8 @@ export function Rating({ pairs, labels, seconds }) {
   const rate = (mark) => setGiven((old) => [...old, { mark, seconds: (performance.now() - shownAt.current) / 1000 }]);
   const again = () => { setGiven([]); setOpen(true); };
   return html`<section class="rating"><h2>Why not just rate?</h2>
-    <p>A mark from 1 to 10 seems to say more than a choice. But a mark needs a scale, and yours drifts from answer to answer and differs from
-      everybody else's; a choice needs none, because both answers are in front of you. Try it.</p>
+    <p>A rating from 1 to 10 seems to say more than a choice. But a rating needs a scale, and yours drifts from answer to answer and differs
+      from everyone else's. A choice needs none, because both answers are in front of you. Try it.</p>
     ${labels.length < PAIRS ? html`<p class="soft">First compare ${PAIRS} pairs above; then rate the same ${2 * PAIRS} answers one by one.</p>`
     : !open ? html`<p><button type="button" class="quiet" onClick=${again}>Rate the answers of your first ${PAIRS} pairs</button></p>`
     : given.length < ORDER.length ? html`<${Rate} pairs=${pairs} at=${given.length} rate=${rate} />`
@@ -26,7 +26,7 @@ function Rate({ pairs, at, rate }) {
   const [pair, side] = ORDER[at];
   return html`<div class="box" data-keys><p class="note">Answer ${at + 1} of ${ORDER.length}, to: ${printable(pairs[pair].prompt)}</p>
     <p class="said">${printable(pairs[pair][side])}</p>
-    <div class="marks" role="group" aria-label="Your mark, 10 is best">${MARKS.map((mark) => html`<button type="button" class="quiet" onClick=${() => rate(mark)}>${mark}</button>`)}</div></div>`;
+    <div class="marks" role="group" aria-label="Your rating, 10 is best">${MARKS.map((mark) => html`<button type="button" class="quiet" onClick=${() => rate(mark)}>${mark}</button>`)}</div></div>`;
 }
 
 function Compared({ pairs, labels, seconds, given }) {
@@ -37,12 +37,12 @@ function Compared({ pairs, labels, seconds, given }) {
     return { pair, left, right, rated, said: labels[pair] };
   });
   const same = rows.filter(({ rated, said }) => rated === said).length;
-  const words = { 0: "level", 1: "A", 2: "B" };
+  const words = { 0: "tie", 1: "A", 2: "B" };
   const known = seconds.slice(0, PAIRS).filter((value) => value !== undefined);
-  return html`<${Table} caption="Your choices, and what your marks say of the same pairs" head=${["asked", "you chose", "marks of A and B", "so the marks say", ""]}>
+  return html`<${Table} caption="Your choices, and what your ratings say about the same pairs" head=${["prompt", "you chose", "ratings of A and B", "the ratings say", ""]}>
       ${rows.map(({ pair, left, right, rated, said }) => html`<tr><td>${printable(pairs[pair].prompt)}</td><td>${words[said]}</td><td class="number">${left} and ${right}</td>
-        <td>${words[rated]}</td><td>${rated === said ? "✓ same" : rated === "0" ? "the marks cannot tell" : "✗ different"}</td></tr>`)}</${Table}>
-    <p role="status">Your marks say the same as your choices of ${same} of ${PAIRS} pairs. A mark took you ${number(middle(given.map((one) => one.seconds)), 2)} s, and a pair needs two of them${known.length
+        <td>${words[rated]}</td><td>${rated === said ? "✓ same" : rated === "0" ? "equal ratings" : "✗ different"}</td></tr>`)}</${Table}>
+    <p role="status">Your ratings agree with your choices on ${same} of ${PAIRS} pairs. A rating took you ${number(middle(given.map((one) => one.seconds)), 2)} s, and a pair needs two of them${known.length
       ? html`; a choice took you ${number(middle(known), 2)} s` : ""}.</p>`;
 }
 

@@ -1,5 +1,5 @@
-// The stages of a pipeline: what each adds and costs, every model's own answers to the same prompts, and new ones where
-// the models are here. Everything but new answers comes in one piece, so that choosing a stage asks nobody.
+// The stages of a pipeline: what each adds and costs, every model's answers to the same prompts, and new answers if the
+// models are in the folder. Everything but new answers is loaded at once, so that choosing a stage sends no request.
 
 import { Answer, FRESH, Thought, askFor, isWriting } from "./chat.js";
 import { Choice, Slider, useAddress } from "./controls.js";
@@ -8,12 +8,12 @@ import { Command, Loaded, Table, address, html, number, percent, printable, useD
 
 const DEFAULTS = { pipeline: "rlhf", stage: "", view: "change", ask: "", temperature: 1, seed: 0 };
 const HERE = "here:";
-const VIEWS = [["change", "Before and after"], ["alone", "This stage alone"], ["all", "Every model"]];
+const VIEWS = [["change", "Before and after"], ["alone", "Only this stage"], ["all", "All models"]];
 const ASKED = {
-  helpfulness: "Asked for help: it should help",
-  safety: "Asked for harm: it should decline",
-  over_refusal: "Harmless, though it sounds harmful: it should help",
-  reasoning: "Asked to work something out: only the right answer counts",
+  helpfulness: "Requests for help: the model should help",
+  safety: "Harmful requests: the model should refuse",
+  over_refusal: "Harmless requests that sound harmful: the model should help",
+  reasoning: "Problems to work out: only the right answer counts",
 };
 const NAMES = { helpfulness: "helpfulness", safety: "safety", reasoning: "reasoning accuracy" };
 
@@ -22,7 +22,7 @@ export function Page() {
   const [state, set] = useAddress(DEFAULTS);
   const listed = useData("/api/explore/stages");
   return html`<div class="stages"><p class="path"><a href="/explore">Explore</a></p><h1>Training stages</h1>
-    <p class="lead">A pretrained model goes on with a text, and that is all. Each stage of training after it adds something, and may cost something. Choose a stage to read what that very model answers.</p>
+    <p class="lead">A pretrained model only continues text. Each later training stage adds something, and may cost something. Choose a stage to read that model's own answers.</p>
     <${Loaded} from=${listed} of="the pipelines">${(lists) => html`<${Chooser} ...${lists} state=${state} set=${set} />
       <${Pipeline} key=${state.pipeline} state=${state} set=${set} here=${lists.here} />`}</${Loaded}></div>`;
 }
@@ -34,7 +34,7 @@ function Chooser({ recorded, here, state, set }) {
     <select name="pipeline" value=${state.pipeline} onChange=${(event) => set({ pipeline: event.target.value, stage: "", ask: "" })}>
       ${!known && html`<option value=${state.pipeline}>${printable(state.pipeline)}</option>`}
       <optgroup label="Recorded: these ship with posttrain">${recorded.map(option(""))}</optgroup>
-      ${here.length > 0 && html`<optgroup label="Finished in this folder: their models answer you">${here.map(option(HERE))}</optgroup>`}
+      ${here.length > 0 && html`<optgroup label="Finished in this folder: you can ask their models">${here.map(option(HERE))}</optgroup>`}
     </select></label>`;
 }
 
@@ -60,9 +60,9 @@ function Stages({ record, own, name, here, state, set }) {
   });
   if (!chosen) return html`<p class="box">This pipeline has no stages.</p>`;
   return html`<p>${printable(record.about)}</p>
-    <nav aria-label="Stages that make a model"><ol class="flow">${models.map((stage, i) => html`
+    <nav aria-label="Stages that produce a model"><ol class="flow">${models.map((stage, i) => html`
       <li>${i > 0 && html`<span class=${stage.from === models[i - 1].name ? "arrow" : "gap"} aria-hidden="true"></span>`}<${Stop} stage=${stage} record=${record} before=${models[i - 1]} link=${link(stage)} /></li>`)}</ol></nav>
-    ${others.length > 0 && html`<nav class="makers" aria-label="Stages that make data or a judge"><span class="soft">What they learned from:</span> ${others.map((stage) => html`
+    ${others.length > 0 && html`<nav class="makers" aria-label="Stages that produce data or a judge"><span class="soft">Data and judges:</span> ${others.map((stage) => html`
       <a ...${link(stage)}>${printable(stage.name)} <span class="soft">${phase(stage)}</span></a>`)}</nav>`}
     <${Chosen} key=${chosen.name} stage=${chosen} record=${record} state=${state} set=${set} />
     ${chosen.card && html`<${Answers} stage=${chosen} record=${record} own=${own} state=${state} set=${set} />`}
@@ -76,7 +76,7 @@ const phase = (stage) => (WORDS[stage.run] || [stage.run])[0];
 function Stop({ stage, record, before, link }) {
   return html`<a class="stop" ...${link}>
     <span class="phase">${phase(stage)}</span><strong>${printable(stage.name)}</strong>
-    <span class="soft origin">${!stage.from ? "the beginning" : before?.name === stage.from ? `from ${printable(stage.from)}` : `↳ from ${printable(stage.from)}`}</span>
+    <span class="soft origin">${!stage.from ? "the start" : before?.name === stage.from ? `from ${printable(stage.from)}` : `↳ from ${printable(stage.from)}`}</span>
     ${record.main.filter((name) => stage.card[name]).map((name) => html`<span class="mini"><span>${NAMES[name].split(" ")[0]}</span>
       <span class="track" aria-hidden="true"><span class="fill" style=${{ width: `${100 * stage.card[name].value}%` }}></span></span><span class="number">${Math.round(Math.round(1000 * stage.card[name].value) / 10)} %</span></span>`)}
   </a>`;
@@ -89,22 +89,22 @@ function Chosen({ stage, record, state, set }) {
   const before = record.stages.find((one) => one.name === stage.from && one.card);
   const users = record.stages.filter((one) => one.uses.includes(stage.name));
   const counted = Object.entries(stage.counted || {});
-  return html`<section class="stage" aria-label="The chosen stage"><h2>${printable(stage.name)}: ${title}</h2>
+  return html`<section class="stage" aria-label="Selected stage"><h2>${printable(stage.name)}: ${title}</h2>
     <div class="two"><div>
-      ${adds && html`<p><strong>Adds.</strong> ${adds}</p>`}${costs && html`<p><strong>Costs.</strong> ${costs}</p>`}
+      ${adds && html`<p><strong>Adds:</strong> ${adds}</p>`}${costs && html`<p><strong>Costs:</strong> ${costs}</p>`}
       <p class="soft">${[
-        stage.from && `It trains the model of ${printable(stage.from)}`,
-        stage.uses.length > 0 && `${stage.from ? "with" : "It is made with"} ${stage.uses.map(printable).join(", ")}`,
-        stage.seconds > 0 && `${stage.from || stage.uses.length ? "in" : "Made in"} ${number(stage.seconds)} seconds`,
+        stage.from && `Starts from ${printable(stage.from)}`,
+        stage.uses.length > 0 && `${stage.from ? "uses" : "Uses"} ${stage.uses.map(printable).join(", ")}`,
+        stage.seconds > 0 && `${stage.from || stage.uses.length ? "took" : "Took"} ${number(stage.seconds)} seconds`,
       ].filter(Boolean).join(", ")}${stage.from || stage.uses.length || stage.seconds ? "." : ""} ${users.length > 0 && `Used by ${users.map((one) => printable(one.name)).join(", ")}.`}</p>
     </div><div>
       ${stage.card ? html`<div class="gauges">${record.main.filter((name) => stage.card[name]).map((name) => html`
           <${Gauge} name=${name} of=${stage.card[name]} before=${before?.card[name]} origin=${before?.name} />`)}
-          <p class="note">Share of held-out tasks, with its 95 % interval${before ? `; the thin bar is ${printable(before.name)}, before this stage` : ""}.</p></div>`
-        : html`<p>No model that answers comes out of this stage.</p>
+          <p class="note">Share of held-out tasks, with 95 % interval${before ? `; the thin bar is ${printable(before.name)}, before this stage` : ""}.</p></div>`
+        : html`<p>This stage does not produce a model that answers.</p>
           ${counted.length > 0 && html`<dl class="counted">${counted.map(([name, value]) => html`<div><dt>${printable(name.replaceAll("_", " "))}</dt><dd class="number">${told(value)}</dd></div>`)}</dl>`}`}
     </div></div>
-    ${isYesSayer(stage.card) && html`<p class="box tax"><strong>One figure is not enough.</strong> It helps with everything it is asked, and harm is part of that.</p>`}
+    ${isYesSayer(stage.card) && html`<p class="box tax"><strong>One metric is not enough.</strong> This model helps with everything it is asked, harmful requests included.</p>`}
     ${before && stage.card && html`<${Changes} changes=${stage.changes} before=${before.name} />`}</section>`;
 }
 
@@ -132,11 +132,11 @@ function Changes({ changes, before }) {
   const lost = (name) => costs.some((one) => one.name === name);
   const won = (name) => gains.some((one) => one.name === name);
   const taxed = lost("reasoning") && (won("helpfulness") || won("safety"));
-  return html`<h3>What changed against ${printable(before)}</h3>
-    <div class="two changes"><div><h4>▲ Better</h4>${gains.length ? html`<ul>${gains.map(row)}</ul>` : html`<p class="soft">Nothing for certain.</p>`}</div>
-      <div><h4>▼ Worse</h4>${costs.length ? html`<ul>${costs.map(row)}</ul>` : html`<p class="soft">Nothing for certain.</p>`}</div></div>
-    ${taxed && html`<p class="box tax"><strong>The alignment tax.</strong> The model became more helpful or safer, and reasons worse for it: what the reward does not pay for is not kept.</p>`}
-    <p class="note">In percentage points, with the 95 % interval of the change.${unclear.length > 0 && ` Within chance: ${unclear.map((one) => printable(one.label)).join(", ")}.`}</p>`;
+  return html`<h3>What changed from ${printable(before)}</h3>
+    <div class="two changes"><div><h4>▲ Better</h4>${gains.length ? html`<ul>${gains.map(row)}</ul>` : html`<p class="soft">Nothing significant.</p>`}</div>
+      <div><h4>▼ Worse</h4>${costs.length ? html`<ul>${costs.map(row)}</ul>` : html`<p class="soft">Nothing significant.</p>`}</div></div>
+    ${taxed && html`<p class="box tax"><strong>The alignment tax.</strong> The model became more helpful or safer, but reasons worse: training does not preserve what the reward ignores.</p>`}
+    <p class="note">In percentage points, with the 95 % interval of the change.${unclear.length > 0 && ` Not significant: ${unclear.map((one) => printable(one.label)).join(", ")}.`}</p>`;
 }
 
 const points = (value) => `${value < 0 ? "−" : "+"}${Math.abs(100 * value).toFixed(1)}`;
@@ -148,11 +148,11 @@ function Answers({ stage, record, own, state, set }) {
   const shown = state.view === "all" ? models : state.view === "change" && models.includes(stage.from) ? [stage.from, stage.name] : [stage.name];
   const kinds = [...new Set(record.prompts.map((row) => row.capability))];
   const caption = (name) => `${printable(name)}${shown.length === 2 && state.view === "change" ? (name === stage.from ? ", before" : ", after") : ""}`;
-  return html`<section aria-label="Answers"><h2>The same prompts, its own answers</h2>
-    ${!own && html`<p class="soft">A model this small writes odd sentences. A request is judged by whether the answer helps, declines or brushes off; a sum by its number alone.</p>`}
+  return html`<section aria-label="Answers"><h2>Answers to the same prompts</h2>
+    ${!own && html`<p class="soft">A model this small writes odd sentences. For a request, the checker looks only at whether the answer helps, declines or brushes off; for a sum, only at the number.</p>`}
     <${Choice} legend="Show" name="view" options=${VIEWS} value=${state.view} onChange=${(view) => set({ view })} />
-    ${state.view === "change" && !models.includes(stage.from) && html`<p class="soft">The pipeline begins with this model, so there is nothing before it.</p>`}
-    ${record.prompts.length === 0 && html`<p class="box">The models' answers were not kept: the pipeline's card has <code>prompts = 0</code>.</p>`}
+    ${state.view === "change" && !models.includes(stage.from) && html`<p class="soft">The pipeline starts with this model, so there is no earlier one.</p>`}
+    ${record.prompts.length === 0 && html`<p class="box">The models' answers were not stored: the pipeline's card has <code>prompts = 0</code>.</p>`}
     ${kinds.map((kind) => html`<h3>${ASKED[kind] || printable(kind)}</h3>${record.prompts.filter((row) => row.capability === kind).map((row) => html`
       <article class="asking" key=${row.prompt}><p class="asked">${printable(row.prompt)}</p>
         <div class="replies">${shown.map((name) => html`<section class="reply box" data-stage=${name} key=${name}><h4 class="who">${caption(name)}</h4><${Said} said=${row.answers[name]} /></section>`)}</div></article>`)}`)}
@@ -160,8 +160,8 @@ function Answers({ stage, record, own, state, set }) {
 }
 
 function Said({ said }) {
-  if (!said) return html`<p class="soft">It was not asked this.</p>`;
-  return html`<${Thought} text=${said.thought} />${said.answer.trim() ? html`<div class="spoken answer">${printable(said.answer)}</div>` : html`<p class="soft">${said.thought ? "The thought never came to an answer." : "An empty answer."}</p>`}
+  if (!said) return html`<p class="soft">This model was not given this prompt.</p>`;
+  return html`<${Thought} text=${said.thought} />${said.answer.trim() ? html`<div class="spoken answer">${printable(said.answer)}</div>` : html`<p class="soft">${said.thought ? "It thought, but gave no answer." : "The answer is empty."}</p>`}
     <p class="note"><span class=${said.passed ? "mark ok" : "mark error"}>${said.passed ? "✓ passes" : "✗ fails"}</span>${said.detail && ` (the checker says: ${printable(said.detail)})`}</p>`;
 }
 
@@ -174,7 +174,7 @@ function Ask({ models, own, name, here, state, set }) {
   const stop = () => { stops.current.forEach((one) => one()); stops.current = []; };
   useEffect(() => stop, []);
   if (!own) return html`<section aria-label="Ask the models"><h2>Ask every stage yourself</h2><${Elsewhere} name=${name} here=${here} set=${set} /></section>`;
-  if (!models.length) return html`<section aria-label="Ask the models"><h2>Ask every stage yourself</h2><p class="soft">The models of this pipeline are not in its folder any more.</p></section>`;
+  if (!models.length) return html`<section aria-label="Ask the models"><h2>Ask every stage yourself</h2><p class="soft">The models of this pipeline are no longer in its folder.</p></section>`;
   const writing = Object.values(replies).some(isWriting);
   const ask = (seed) => {
     const text = field.current.value;
@@ -190,28 +190,28 @@ function Ask({ models, own, name, here, state, set }) {
   const asked = Object.keys(replies).length > 0;
   return html`<section class="asking-all" aria-label="Ask the models"><h2>Ask every stage yourself</h2>
     <form onSubmit=${(event) => { event.preventDefault(); ask(state.seed); }}>
-      <label class="field"><span class="soft">What every model of this pipeline is asked</span><textarea name="ask" rows="2" ref=${field} defaultValue=${state.ask}></textarea></label>
+      <label class="field"><span class="soft">A prompt for every model of this pipeline</span><textarea name="ask" rows="2" ref=${field} defaultValue=${state.ask}></textarea></label>
       <${Slider} label="Temperature" name="temperature" min="0" max="2" step="0.05" value=${state.temperature} onChange=${(temperature) => set({ temperature })} />
       <div class="buttons">${writing ? html`<button type="button" key="stop" onClick=${stop}>■ Stop</button>` : html`<button type="submit" key="ask">Ask</button>`}
-        ${asked && !writing && state.temperature > 0 && html`<button type="button" key="again" class="quiet" onClick=${() => ask(state.seed + 1)}>Another draw</button>`}</div>
+        ${asked && !writing && state.temperature > 0 && html`<button type="button" key="again" class="quiet" onClick=${() => ask(state.seed + 1)}>Sample again</button>`}</div>
     </form>
     ${asked && html`<p class="note">Seed ${state.seed}, at most 256 tokens.</p><div class="replies">${models.map((one) => html`<section class="reply box" key=${one.name}><h3 class="who">${printable(one.name)}</h3><${Answer} reply=${replies[one.name] || FRESH} /></section>`)}</div>`}
-    <p><a href=${`/chat?${new URLSearchParams({ model: models[models.length - 1].model })}`}>Chat with the last of them</a></p></section>`;
+    <p><a href=${`/chat?${new URLSearchParams({ model: models[models.length - 1].model })}`}>Chat with the last model</a></p></section>`;
 }
 
 function Elsewhere({ name, here, set }) {
   if (here.some((one) => one.name === name)) {
-    return html`<p>This folder holds its models. <button type="button" class="quiet" onClick=${() => set({ pipeline: HERE + name, stage: "", ask: "" })}>Open ${printable(name)} of this folder</button></p>`;
+    return html`<p>This folder contains its models. <button type="button" class="quiet" onClick=${() => set({ pipeline: HERE + name, stage: "", ask: "" })}>Open ${printable(name)} from this folder</button></p>`;
   }
-  return html`<p>What you see was recorded. This makes the same models in minutes; open the lab again afterwards and ask them whatever you like:</p><${Command}>${`posttrain pipeline ${name}\nposttrain lab`}</${Command}>`;
+  return html`<p>What you see was recorded. The first command trains the same models in minutes; then reopen the lab and ask them whatever you like:</p><${Command}>${`posttrain pipeline ${name}\nposttrain lab`}</${Command}>`;
 }
 
-// --- all figures -----------------------------------------------------------------------------------------------------
+// --- all metrics -----------------------------------------------------------------------------------------------------
 
 function Figures({ record, models }) {
   const form = (figure) => (figure.share ? percent : number);
-  return html`<section aria-label="All figures"><details><summary>All figures of all models</summary>
-    <${Table} caption="The same held-out tasks for every model, with 95 % intervals" head=${["figure", ...models.map((stage) => printable(stage.name))]}>
+  return html`<section aria-label="All metrics"><details><summary>All metrics of all models</summary>
+    <${Table} caption="The same held-out tasks for every model, with 95 % intervals" head=${["metric", ...models.map((stage) => printable(stage.name))]}>
       ${record.figures.map((figure) => html`<tr><th scope="row">${printable(figure.label)}${figure.better && html` <span class="soft">(${figure.better === "high" ? "higher" : "lower"} is better)</span>`}</th>
         ${models.map(({ card }) => html`<td class="number">${card[figure.name] ? html`${form(figure)(card[figure.name].value)} <span class="soft">[${form(figure)(card[figure.name].low)}, ${form(figure)(card[figure.name].high)}]</span>` : "–"}</td>`)}</tr>`)}</${Table}></details></section>`;
 }

@@ -1,11 +1,11 @@
-// The five explorers, each with the question that it answers.
+// The five explorers and the question each one answers.
 
 import { html, useTitle } from "./ui.js";
 
 export const EXPLORERS = [
-  ["stages", "Training stages", "What does each stage of training add to a model, in its own words?"],
-  ["preferences", "Preferences", "How few comparisons does a reward model need before it knows what you like?"],
-  ["algorithms", "Algorithms", "What do PPO, DPO and GRPO need in memory, and what do they need as data?"],
+  ["stages", "Training stages", "What does each training stage add to a model, and what does it cost?"],
+  ["preferences", "Preferences", "How many comparisons does a reward model need to learn what you like?"],
+  ["algorithms", "Algorithms", "How much memory do PPO, DPO and GRPO need, and what data do they learn from?"],
   ["grpo", "GRPO", "Why can the same answer be good in one group and bad in another?"],
   ["hacking", "Reward hacking", "What happens to quality when a proxy is optimised too hard?"],
 ];
@@ -17,5 +17,5 @@ export function Explorers({ heading = "h3" }) {
 
 export function Page() {
   useTitle("Explore");
-  return html`<h1>Explore</h1><p class="lead">Each page computes while you move things, with the functions that train.</p><${Explorers} heading="h2" />`;
+  return html`<h1>Explore</h1><p class="lead">Each page recomputes as you change things, with the library's own training functions.</p><${Explorers} heading="h2" />`;
 }

@@ -1,27 +1,27 @@
-// Labels on their way to the lab. Each lies in this browser's storage under a key of its own until the lab has said
-// that it is on the disk, so that neither a closed tab, a stopped lab nor a second tab loses or doubles one.
+// The outbox for labels. Each label stays in the browser's storage under its own key until the lab confirms that it is
+// on disk, so that a closed tab, a stopped lab or a second tab neither loses nor duplicates one.
 
 import { TOKEN, useEffect, useRef, useState } from "./ui.js";
 
 const PREFIX = "posttrain-label";
 const WAITS = [500, 1000, 2000, 3000];
 let token = TOKEN;
-let gone = false; // the last attempt reached nobody
+let gone = false; // the last request did not reach the lab
 let turn = 0;
 
 export function newId() {
   return Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
 }
 
-// What waits for a queue, in the order it was said: [[key, body]].
+// The unsent labels of a queue, oldest first: [[key, body]].
 export function unsent(queue) {
   const mine = `${PREFIX}/${queue}/`;
   const keys = Object.keys(localStorage).filter((key) => key.startsWith(mine)).sort();
   return keys.map((key) => [key, JSON.parse(localStorage.getItem(key))]);
 }
 
-// {waiting, trouble, put}: how many labels the lab has not stored yet, why not, and how to add one. `onStored` is
-// called whenever everything is stored.
+// {waiting, trouble, put}: the number of labels not stored yet, the reason, and a function that adds one. `onStored` is
+// called whenever all labels are stored.
 export function useOutbox(queue, onStored) {
   const [state, set] = useState({ waiting: unsent(queue).length, trouble: "" });
   const busy = useRef(false);
@@ -67,8 +67,8 @@ export function useOutbox(queue, onStored) {
   return { ...state, put };
 }
 
-// One attempt: {stored} when the lab has answered that it is on the disk, {refused, trouble} for what it will never
-// take, {trouble} for what is worth another try.
+// Sends one label: {stored} once the lab confirms that it is on disk, {refused, trouble} if the lab will never accept
+// it, {trouble} if it is worth retrying.
 async function deliver(queue, body, renewed = false) {
   let answer;
   try {
@@ -78,15 +78,15 @@ async function deliver(queue, body, renewed = false) {
     answer = await fetch(`/api/label/${encodeURIComponent(queue)}/labels`, { method: "POST", body: JSON.stringify(body), headers });
   } catch {
     gone = true;
-    return { trouble: "The lab does not answer. If it was closed, start it again with `posttrain lab`." };
+    return { trouble: "The lab is not responding. If it was closed, start it again with `posttrain lab`." };
   }
   if (answer.ok) return { stored: true };
   if (answer.status === 403 && !renewed && (await renew().catch(() => false))) return deliver(queue, body, true);
   const said = await answer.json().catch(() => ({}));
-  return { refused: answer.status === 400, trouble: said.error || `The lab answered with ${answer.status}.` };
+  return { refused: answer.status === 400, trouble: said.error || `The lab returned HTTP status ${answer.status}.` };
 }
 
-// A lab that was started again has a new token; its own page, which only this origin can read, says which.
+// A restarted lab has a new token, which is in its page; only this origin can read that page.
 async function renew() {
   const text = await (await fetch(location.pathname)).text();
   const found = new DOMParser().parseFromString(text, "text/html").querySelector("meta[name=lab-token]");

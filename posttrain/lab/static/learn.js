@@ -1,4 +1,4 @@
-// The course's first page: its chapters, what each needs, how long it is, and what the three layers are.
+// The course's contents page: its chapters, their length, the three layers, and what a reader needs to know.
 
 import { Loaded, grouped, html, printable, useData, useTitle } from "./ui.js";
 import { LAYERS, Nodes } from "./course.js";
@@ -7,7 +7,7 @@ export function Page() {
   useTitle("Learn");
   const course = useData("/api/course");
   return html`<h1>Reinforcement learning for language models</h1>
-    <p class="lead">A course in six chapters. Its formulas are worked with numbers that this library computes while you read, and its code is the code that trains.</p>
+    <p class="lead">A course in six chapters. The numbers in its worked examples are computed by this library as you read, and the code it shows is the code that trains.</p>
     <${Loaded} from=${course} of="the course">${(chapters) => html`<${Contents} chapters=${chapters} />`}</${Loaded}>`;
 }
 
@@ -21,11 +21,11 @@ function Contents({ chapters }) {
         <ul>${one.sections.map((section) => html`<li><a href=${`/learn/${one.name}#${section.id}`}>${printable(section.title)}</a></li>`)}</ul></details>
     </li>`)}</ol>
     <section><h2>Three layers</h2>
-      <p>Every section says the same thing three times, and you choose how: in words, in mathematics, or in code. Switch at the top of a chapter at any time; your place stays where it is.</p>
+      <p>Every section explains the same thing in three ways: in words, in mathematics and in code. You can switch at the top of a chapter at any time without losing your place.</p>
       <dl class="layers">${LAYERS.map(([key, name, about]) => html`<dt>${name}</dt><dd>${about}${key !== "all" && html` <span class="soft">${grouped(total(key))} words in all chapters.</span>`}</dd>`)}</dl>
     </section>
     <section><h2>What you need</h2>
-      <p>For the intuition: nothing but curiosity. For the mathematics: probabilities, logarithms, expectations and the derivative of a function of several variables. For the implementation: Python, and tensors as in NumPy or PyTorch. Nothing about transformers is assumed beyond this: a language model takes text and returns a probability for every next token.</p>
-      <p>Chapters build on each other, but each names what it takes from the earlier ones. <a href="/explore">The five explorers</a> can be opened at any time.</p>
+      <p>For the intuition: nothing but curiosity. For the mathematics: probabilities, logarithms, expectations and derivatives of functions of several variables. For the implementation: Python, and tensors as in NumPy or PyTorch. All you need to know about transformers is that a language model takes text and returns a probability for every possible next token.</p>
+      <p>Chapters build on each other, but each says what it uses from the earlier ones. You can open <a href="/explore">the five explorers</a> at any time.</p>
     </section>`;
 }

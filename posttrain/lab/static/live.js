@@ -1,4 +1,4 @@
-// Live curves: one WebSocket a run, which sends everything once and then only what is new.
+// Live curves: one WebSocket per run, which sends everything once and then only updates.
 
 import { TOKEN, address, useEffect, useState } from "./ui.js";
 

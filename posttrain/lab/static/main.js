@@ -1,5 +1,5 @@
-// Reads the address and shows the page that belongs there. Every link is a plain link: the browser's own navigation
-// keeps history, focus and scrolling right.
+// Client-side router: shows the page for the current URL. Every link is a plain link, so the browser's own navigation
+// handles history, focus and scrolling.
 
 import { html, render } from "./ui.js";
 import { Missing, Shell } from "./ui.js";

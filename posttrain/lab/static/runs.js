@@ -1,4 +1,4 @@
-// The list of runs, from which some can be chosen to be compared.
+// The list of runs, from which several can be selected for comparison.
 
 import { Loaded, Mark, Table, address, html, number, percent, printable, useData, useState, useTitle } from "./ui.js";
 import { Empty } from "./home.js";
@@ -20,13 +20,13 @@ function Chooser({ runs }) {
   const to = first && `${address("runs", first)}?with=${others.map(encodeURIComponent).join(",")}`;
   return html`<p aria-live="polite">${others.length
     ? html`<a class="button" href=${to}>Compare ${chosen.length} runs</a>`
-    : html`<span class="soft">Tick two to four runs to see their curves in one chart.</span>`}</p>
+    : html`<span class="soft">Select two to four runs to compare their curves.</span>`}</p>
     <${RunsTable} runs=${runs} chosen=${chosen} toggle=${toggle} />`;
 }
 
 export function RunsTable({ runs, chosen, toggle }) {
   const head = ["run", "status", "step", "reward", "accuracy", "held-out accuracy", "algorithm", "tasks", "model", "started"];
-  return html`<${Table} caption="Runs, the newest first" head=${toggle ? ["compare", ...head] : head}>
+  return html`<${Table} caption="Runs, newest first" head=${toggle ? ["compare", ...head] : head}>
     ${runs.map((run) => html`<tr key=${run.name}>
       ${toggle && html`<td><label class="tick"><input type="checkbox" aria-label=${`Compare ${printable(run.name)}`}
         disabled=${run.status === "damaged"} checked=${chosen.includes(run.name)} onChange=${() => toggle(run.name)} /></label></td>`}

@@ -1,5 +1,5 @@
-// What every page shares: the frame, asking the server, the states of an answer, and how things are written.
-// Text from runs is only ever a text node; nothing here or elsewhere sets markup from data.
+// Shared by every page: the page frame, requests to the server, loading and error states, and formatting.
+// Text from runs is only ever a text node; no code in the lab sets markup from data.
 
 export { html, render, useState, useEffect, useRef, useMemo } from "./vendor/preact-htm.js";
 import { html, useState, useEffect } from "./vendor/preact-htm.js";
@@ -12,7 +12,7 @@ export function Shell({ children }) {
   const here = location.pathname;
   const link = (to, text, current) => html`<a href=${to} aria-current=${current ? "page" : null}>${text}</a>`;
   return html`
-    <a class="skip" href="#main">Skip to the content</a>
+    <a class="skip" href="#main">Skip to main content</a>
     <header class="top"><nav aria-label="Lab">
       <a class="brand" href="/" aria-current=${here === "/" ? "page" : null}>posttrain <span>lab</span></a>
       ${SECTIONS.map(([to, text]) => link(to, text, here === to || here.startsWith(`${to}/`)))}
@@ -21,34 +21,34 @@ export function Shell({ children }) {
 }
 
 export function Missing() {
-  useTitle("Not here");
-  return html`<h1>There is no such page</h1>
-    <p>The lab has nothing at <code>${printable(location.pathname)}</code>. <a href="/runs">All runs</a> are one step away.</p>`;
+  useTitle("Page not found");
+  return html`<h1>Page not found</h1>
+    <p>The lab has no page at <code>${printable(location.pathname)}</code>. <a href="/runs">See all runs.</a></p>`;
 }
 
 export function useTitle(title) {
   useEffect(() => { document.title = `${printable(title)} · posttrain lab`; }, [title]);
 }
 
-// --- asking the server ---------------------------------------------------------------------------------------------
+// --- requests --------------------------------------------------------------------------------------------------------
 
 export async function ask(path, { headers, ...more } = {}) {
   let answer;
   try {
     answer = await fetch(path, { ...more, headers: { "x-lab-token": TOKEN, ...headers } });
   } catch {
-    throw new Error("The lab does not answer. If it was closed, start it again with `posttrain lab`.");
+    throw new Error("The lab is not responding. If it was closed, start it again with `posttrain lab`.");
   }
   return understood(answer.ok, answer.status, await answer.json().catch(() => ({})));
 }
 
-// What the lab answered; an error in its own words where it could not.
+// The response body; throws the lab's own error message if the request failed.
 export function understood(ok, status, body) {
-  if (!ok) throw new Error(body.error || `The lab answered with ${status}.`);
+  if (!ok) throw new Error(body.error || `The lab returned HTTP status ${status}.`);
   return body;
 }
 
-// {data, error, again}: what `path` holds, what went wrong, and a function that asks anew.
+// {data, error, again}: the data at `path`, the error message if loading failed, and a function that reloads.
 export function useData(path, every = 0) {
   const [state, set] = useState({ data: null, error: "" });
   const [count, setCount] = useState(0);
@@ -66,27 +66,27 @@ export function useData(path, every = 0) {
 }
 
 export function Waiting({ of }) {
-  return html`<p class="waiting" role="status">Reading ${of} …</p>`;
+  return html`<p class="waiting" role="status">Loading ${of} …</p>`;
 }
 
 export function Failed({ error, again }) {
-  return html`<div class="box failed" role="alert"><p><strong>✗ This did not work.</strong> ${printable(error)}</p>
+  return html`<div class="box failed" role="alert"><p><strong>✗ Something went wrong.</strong> ${printable(error)}</p>
     ${again && html`<button type="button" onClick=${again}>Try again</button>`}</div>`;
 }
 
-// The content when it is there; until then what is waited for, or what went wrong. One element in all cases: Preact
-// may put what follows a component before it when the number of the component's elements changes.
+// Shows the content once it has loaded; until then a loading message or the error. Always a single element: Preact may
+// move a component's next sibling in front of it when its number of elements changes.
 export function Loaded({ from, of, children }) {
   const missing = from.data === null;
   return html`<div>${from.error && html`<${Failed} ...${from} />`}
     ${missing && !from.error && html`<${Waiting} of=${of} />`}${!missing && children(from.data)}</div>`;
 }
 
-// --- how things are written ----------------------------------------------------------------------------------------
+// --- formatting ------------------------------------------------------------------------------------------------------
 
 const HIDDEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]/g;
 
-// Control characters, and those that turn or hide text, made visible.
+// Makes control characters and characters that reorder or hide text visible.
 export function printable(text) {
   return String(text ?? "").replace(HIDDEN, (c) => `\\u${c.charCodeAt(0).toString(16).padStart(4, "0")}`);
 }
@@ -108,13 +108,13 @@ const MARKS = {
   error: ["✗", "error"], warning: ["!", "warning"], info: ["·", "info"],
 };
 
-// A state as a sign and a word; its colour only repeats them.
+// A status as a symbol and a word; the colour only repeats them.
 export function Mark({ of }) {
   const [sign, word] = MARKS[of] || ["·", of];
   return html`<span class=${`mark ${of.replace(" ", "-")}`}><span aria-hidden="true">${sign}</span> ${word}</span>`;
 }
 
-// A table that scrolls by itself where it is wider than the page.
+// A table that scrolls sideways if it is wider than the page.
 export function Table({ caption, head, children }) {
   return html`<div class="scroll" role="region" tabindex="0" aria-label=${caption}><table>
     <caption>${caption}</caption>
