@@ -1,10 +1,10 @@
-"""Side by side with TRL: time and memory of the same work, in one table.
+"""Compares time and memory with TRL's on the same work, in one table.
 
     python -m bench [--only TEXT] [--rounds N] [--threads N] [--quick] [--smollm FOLDER] [--write]
 
-makes (or reuses) an environment with TRL in build/, runs both sides in turn on the same weights, prompts and lengths,
-prints medians, ratios and peak memory with the bar of each row, and keeps them in build/bench. It ends with exit code 1
-if a bar is missed.
+creates (or reuses) an environment with TRL in build/, runs both sides alternately on the same weights, prompts and
+lengths, prints medians, ratios and peak memory with each row's target, and stores them in build/bench. It exits with
+code 1 if a target is missed.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from bench.table import Result
 OUT = ROOT / "build" / "bench"
 PAGE = ROOT / "docs" / "performance.md"
 PICTURE = ROOT / "docs" / "images" / "scaling.png"
-MACHINE = "share of the machine's matrix products"
-SCALING = "cost as group, length and model grow"
+MACHINE = "share of the fastest matrix product"
+SCALING = "cost by group size, length and model size"
 DRAWN = "Seconds of a GRPO step against answers to a prompt, tokens of an answer, and parameters, with fitted lines"
 BEGIN, END = "<!-- measured -->\n", "<!-- end -->\n"
 
 
 @dataclass
 class Report:
-    """What one run of the command measured."""
+    """Everything that one run of the command measured."""
 
     about: dict[str, Any]
     results: list[Result] = field(default_factory=list[Result])
@@ -50,7 +50,7 @@ class Report:
 
     @property
     def met(self) -> bool:
-        """Whether every bar is met."""
+        """Whether every target is met."""
         return all(
             [*(r.met for r in self.results), *(c.met for c in self.curves), self.share is None or self.share.met]
         )
@@ -66,14 +66,14 @@ class Report:
         return "\n\n".join(parts) + "\n"
 
     def record(self) -> dict[str, Any]:
-        """Everything measured, for JSON."""
+        """Everything that was measured, as JSON-compatible data."""
         out: dict[str, Any] = {"machine": self.about, "rows": [r.record() for r in self.results]}
         out["share"] = self.share.record() if self.share else None
         return out | {"curves": [c.record() for c in self.curves]}
 
 
 def measure(row: Row, sides: Sides, given: Mapping[str, Path], rounds: int | None, quick: bool) -> Result:
-    """Both sides of a row in turn; first each side tries its settings on a quarter of the work."""
+    """Measures both sides of a row, alternating; each side first tries its settings on a quarter of the work."""
     folder, less = folder_of(row, OUT / "models", given), quarter(row)
     job, trial = (less if quick else row).job(folder), less.job(folder)
     try:
@@ -86,7 +86,7 @@ def measure(row: Row, sides: Sides, given: Mapping[str, Path], rounds: int | Non
 
 
 def machine(threads: int) -> dict[str, Any]:
-    """What the numbers are measured on."""
+    """Date, versions and hardware of the measurement."""
     model = platform.machine()
     for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
         if line.startswith("model name"):
@@ -97,16 +97,16 @@ def machine(threads: int) -> dict[str, Any]:
 
 
 def written(page: str, measured: str) -> str:
-    """The page of results with these between its marks. Raises ValueError where a mark is missing."""
+    """The results page with `measured` between its markers. Raises ValueError if a marker is missing."""
     return between(page, BEGIN, END, measured, PAGE.name)
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench", description="Time and memory side by side with TRL.")
-    parser.add_argument("--only", default="", help="only rows whose name contains this")
-    parser.add_argument("--rounds", type=int, help="measured steps of each side (default: as the row says)")
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Compare time and memory with TRL's.")
+    parser.add_argument("--only", default="", help="only rows whose name contains this text")
+    parser.add_argument("--rounds", type=int, help="measured steps of each side (default: the row's own)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of each side")
-    parser.add_argument("--quick", action="store_true", help="one round of a quarter of the work, first settings")
+    parser.add_argument("--quick", action="store_true", help="one round, a quarter of the work, first settings")
     parser.add_argument("--smollm", type=Path, help="folder with SmolLM2-135M (default: random weights of its shape)")
     parser.add_argument("--venv", type=Path, default=FOLDER, help="where TRL is installed")
     parser.add_argument("--write", action="store_true", help="write docs/concepts/performance.md and its picture")
@@ -120,13 +120,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     others = [name for name in (MACHINE, SCALING) if options.only in name]
     if not rows and not others:
         names = "; ".join([*(row.name for row in ROWS), MACHINE, SCALING])
-        parser.error(f"no row's name contains {options.only!r}; there are: {names}")
+        parser.error(f"no row's name contains {options.only!r}; the rows are: {names}")
     if options.rounds is not None and options.rounds < 1:
-        parser.error(f"--rounds {options.rounds} measures nothing; use 1 or more")
+        parser.error(f"--rounds is {options.rounds}; use 1 or more")
     if options.write and (options.only or options.quick):
-        parser.error("--write records the whole table; leave out --only and --quick")
+        parser.error("--write needs the whole table; leave out --only and --quick")
     if options.smollm and not (options.smollm / "config.json").exists():
-        parser.error(f"--smollm {options.smollm} has no config.json; give the folder of a model")
+        parser.error(f"--smollm {options.smollm} has no config.json; pass a model folder")
     sides = Sides(environment(options.venv), options.threads)
     given = {"SmolLM2-135M": options.smollm.resolve()} if options.smollm else {}
     report = Report(machine(options.threads))
@@ -144,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     OUT.mkdir(parents=True, exist_ok=True)
     path = OUT / time.strftime("%Y%m%d-%H%M%S.json")
     path.write_text(json.dumps(report.record(), indent=1), encoding="utf-8")
-    print(f"\n{report.markdown()}\nkept in {path}")
+    print(f"\n{report.markdown()}\nsaved to {path}")
     if report.curves:
         scaling.draw(report.curves, PICTURE if options.write else path.with_suffix(".png"))
     if options.write:

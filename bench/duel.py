@@ -1,4 +1,4 @@
-"""Two sides in turn: each in a process of its own, one step of one, one of the other, and so on."""
+"""Runs two sides of a comparison in separate processes, alternating one step of each."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from bench.environment import ROOT
 from bench.turns import MIB
 
 Which = Literal["ours", "peer"]
-TOLERANCE = 2e-3  # between losses of the two sides, relative above 1: after some updates rounding has grown
+TOLERANCE = 2e-3  # between the sides' losses, relative above 1: rounding errors grow over updates
 
 
 class SideFailed(RuntimeError):
-    """A side that ended before it was told to; its own words are on the error output."""
+    """A side exited early; its own messages are on standard error."""
 
 
 @dataclass
 class Series:
-    """What one side did: seconds and facts of each measured step, and its memory in bytes."""
+    """Measurements of one side: time and facts of each measured step, and memory in bytes."""
 
     settings: dict[str, Any]
     seconds: list[float] = field(default_factory=list[float])
-    cpu: list[float] = field(default_factory=list[float])  # processor seconds: fewer than threads × seconds when shared
+    cpu: list[float] = field(default_factory=list[float])  # CPU seconds: below threads × seconds on a busy machine
     tokens: list[int] = field(default_factory=list[int])
     losses: list[float] = field(default_factory=list[float])
     loaded: int = 0
@@ -43,12 +43,12 @@ class Series:
 
     @property
     def above(self) -> int:
-        """The peak above what the process used when its model was loaded."""
+        """Peak memory above what the process used once its model was loaded."""
         return self.peak - self.loaded
 
 
 class Side:
-    """A process that does a step when told to."""
+    """A process that runs one step on request."""
 
     def __init__(self, python: Path, module: str, job: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
         self.series = Series(dict(settings))
@@ -68,9 +68,9 @@ class Side:
         self.series.loaded = int(self._answer()["loaded"])
 
     def step(self, keep: bool = True) -> float:
-        """Has it do one step and returns its seconds; `keep` counts it."""
+        """Runs one step and returns its seconds; `keep` adds it to the series."""
         assert self._process.stdin
-        with suppress(BrokenPipeError):  # that it has ended shows in its answer
+        with suppress(BrokenPipeError):  # if it has exited, reading its reply reports that
             self._process.stdin.write("go\n")
             self._process.stdin.flush()
         facts = self._answer()
@@ -84,7 +84,7 @@ class Side:
         return float(facts["seconds"])
 
     def close(self) -> None:
-        """Ends the process and removes what it was given."""
+        """Ends the process and removes its job folder."""
         assert self._process.stdin and self._process.stdout
         with suppress(BrokenPipeError):
             self._process.stdin.close()
@@ -104,29 +104,29 @@ class Side:
         if not line:
             self.close()
             code = self._process.returncode
-            raise SideFailed(f"a side ended with exit code {code} before it was told to; its own words are above.")
+            raise SideFailed(f"a side exited early with code {code}; see its own messages above.")
         return json.loads(line)
 
 
 @dataclass(frozen=True)
 class Sides:
-    """How to start either side of a comparison; any module that speaks as bench/turns.py says can be the peer."""
+    """Starts either side of a comparison; any module that follows the protocol of bench/turns.py can be the peer."""
 
-    peer: Path  # its Python
+    peer: Path  # Python executable
     threads: int
     module: str = "bench.side_peer"
 
     def start(self, which: Which, job: Mapping[str, Any], settings: Mapping[str, Any]) -> Side:
-        """A process with the model loaded, waiting for its first turn."""
+        """Starts a process that has the model loaded and waits for its first turn."""
         python, module = (self.peer, self.module) if which == "peer" else (Path(sys.executable), "bench.side_ours")
         return Side(python, module, {**job, "threads": self.threads}, settings)
 
     def fastest(
         self, which: Which, job: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]]
     ) -> Mapping[str, Any]:
-        """The settings whose second step is the quickest; those that a side refuses are told and left out.
+        """The settings with the fastest second step; settings that a side rejects are reported and skipped.
 
-        One whose first step takes twice as long as the best second one is not given another.
+        Settings whose first step takes twice as long as the best second step so far get no second step.
         """
         if len(candidates) == 1:
             return candidates[0]
@@ -143,7 +143,7 @@ class Sides:
             print(f"    {which} {dict(settings)}: {seconds:.2f} s", flush=True)
             times.append((seconds, number))
         if not times:
-            raise SideFailed(f"none of the {len(candidates)} settings of {which} runs.")
+            raise SideFailed(f"all {len(candidates)} candidate settings of {which} failed.")
         return candidates[min(times)[1]]
 
     def duel(
@@ -153,7 +153,7 @@ class Sides:
         peer: Mapping[str, Any],
         rounds: int,
     ) -> tuple[Series, Series]:
-        """One step each to warm up, then `rounds` steps each in turn."""
+        """One warm-up step each, then `rounds` steps each, alternating."""
         with self.start("ours", job, ours) as a, self.start("peer", job, peer) as b:
             for side in (a, b):
                 side.step(keep=False)
@@ -164,9 +164,9 @@ class Sides:
 
 
 def check(job: Mapping[str, Any], ours: Series, peer: Series) -> str:
-    """What is wrong with a pairing, or nothing: both sides must have done the same work.
+    """Checks that both sides did the same work; returns the problem, or an empty string.
 
-    Tokens must be equal in every step. Where nothing is sampled, so must the losses be, step after step.
+    Token counts must be equal in every step. Where nothing is sampled, the losses must agree in every step, too.
     """
     if ours.tokens != peer.tokens:
         return f"the sides did not do the same work: {ours.tokens} tokens against {peer.tokens}"

@@ -1,4 +1,4 @@
-"""A second environment that has TRL beside the torch and transformers of this one."""
+"""Virtual environment that adds TRL to this environment's torch and transformers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FOLDER = ROOT / "build" / "parity-venv"
 
 
 def beside(folder: Path) -> Path:
-    """The Python of an environment, made where it is missing, that also sees this one's packages and this package."""
+    """Python of a virtual environment that also sees this one's packages and this package; created if missing."""
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     if not python.exists():
         venv.create(folder, with_pip=True)
@@ -27,7 +27,7 @@ def beside(folder: Path) -> Path:
 
 
 def environment(folder: Path = FOLDER) -> Path:
-    """The Python of an environment that has TRL beside this environment's own torch and transformers."""
+    """Python of the environment that has TRL and uses this environment's torch and transformers."""
     python = beside(folder)
     probe = [str(python), "-c", "import trl; print(trl.__version__)"]
     if subprocess.run(probe, capture_output=True, text=True).stdout.strip() != TRL:

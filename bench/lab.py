@@ -1,11 +1,10 @@
-"""How quick the lab is: on a long run, with many dashboards on one live run, and at each key press of an explorer.
+"""Lab response times: a long run, many dashboards on one live run, and key presses in the explorers.
 
     python -m bench.lab [--only long|live|keys] [--steps 10000] [--episodes 100] [--rounds 5] [--folder FOLDER] [--keep]
 
-`long` makes a run of `--steps` steps with `--episodes` answers each and times what a person waits for on it. `live`
-opens 50 dashboards on a run that another process writes. `keys` presses keys in every explorer. Each prints its bar,
-and the command ends with exit code 1 where one is missed. The long run is kept in build/bench/lab, or in `--folder`,
-only with `--keep`.
+`long` creates a run of `--steps` steps with `--episodes` episodes each and times what a user waits for. `live` opens 50
+dashboards on a run that another process writes. `keys` presses keys in every explorer. Each prints its target, and the
+command exits with code 1 if one is missed. The long run is kept, in build/bench/lab or `--folder`, only with `--keep`.
 """
 
 from __future__ import annotations
@@ -39,17 +38,17 @@ from tests.lab_server import CHROMIUM, FLAGS, PATIENCE, Opened, header, hostile_
 
 GROUP, METRICS, TOKENS = 10, 40, 24
 WORDS = "sea small bread sun field farm train blue tall near moves shines says nobody corn bird".split()
-PAINT, FILTER, KEY = 1000.0, 300.0, 50.0  # milliseconds: first paint, a filter's first answer, a key's effect (p95)
+PAINT, FILTER, KEY = 1000.0, 300.0, 50.0  # targets in ms: first paint, a filter's result, a key's effect (p95)
 SEARCHES: dict[str, dict[str, str]] = {
     "newest first": {},
     "lowest reward": {"order": "worst"},
     "highest reward": {"order": "best"},
     "longest": {"order": "longest"},
     "flat groups": {"order": "flat"},
-    "could not be scored": {"result": "unscored"},
-    "a part of the reward is 0": {"part": "correct", "bound": "most", "limit": "0"},
+    "unscored": {"result": "unscored"},
+    "a reward part is 0": {"part": "correct", "bound": "most", "limit": "0"},
     "a common word": {"text": "bread"},
-    "a word that nobody wrote": {"text": "zebra"},
+    "a word that does not occur": {"text": "zebra"},
     "lowest reward of steps 100 to 200": {"order": "worst", "first": "100", "last": "200"},
     "page 2,500 of the lowest reward": {"order": "worst", "start": "100000"},
     "page 20,000 of the lowest reward": {"order": "worst", "start": "800000"},
@@ -64,7 +63,7 @@ KEYS: dict[str, tuple[str, tuple[str, str]]] = {
     "/explore/grpo": ("input[name=reward-1]", ARROWS),
     "/explore/preferences": ("main", ("1", "u")),
 }
-"""Explorer → what is focused, and the two keys that are pressed in turn."""
+"""Explorer → focused element, and the two keys that are pressed alternately."""
 WATCH = """() => {
   window.pressed = 0; window.painted = 0;
   const changed = () => requestAnimationFrame(() => setTimeout(() => { window.painted = performance.now(); }));
@@ -72,18 +71,18 @@ WATCH = """() => {
     {subtree: true, childList: true, characterData: true, attributes: true});
   addEventListener('keydown', (event) => { window.pressed = event.timeStamp; }, true);
 }"""
-"""Notes when a key went down, and the frame after each change of the page."""
+"""Script that records when a key was pressed and the frame after each change of the page."""
 
 
 @dataclass
 class Sheet:
-    """What was measured, a line each, and whether every bar was met."""
+    """Measurements, one line each, and whether every target was met."""
 
     met: bool = True
     lines: list[dict[str, float | str | bool]] = field(default_factory=list[dict[str, float | str | bool]])
 
     def add(self, what: str, took: Sequence[float], bar: float | None = None, share: float = 1.0) -> None:
-        """Prints the median and the `share` quantile of milliseconds, and holds the latter against a bar."""
+        """Prints the median and the `share` quantile of milliseconds, and compares the latter with the target."""
         high = float(np.quantile(took, share))
         met = bar is None or high <= bar
         self.met &= met
@@ -92,14 +91,14 @@ class Sheet:
         self.lines.append({"what": what, "median": statistics.median(took), "high": high, "met": met})
 
     def say(self, what: str, value: str, met: bool = True) -> None:
-        """Prints something that is no time."""
+        """Prints a value that is not a time."""
         self.met &= met
         print(f"{what:52} {value}{'' if met else '  MISSED'}", flush=True)
         self.lines.append({"what": what, "value": value, "met": met})
 
 
 def timed(rounds: int, work: Callable[[], object]) -> list[float]:
-    """Milliseconds of each round."""
+    """Milliseconds that each round of `work` takes."""
     took: list[float] = []
     for _ in range(rounds):
         began = time.perf_counter()
@@ -110,7 +109,7 @@ def timed(rounds: int, work: Callable[[], object]) -> list[float]:
 
 @contextmanager
 def chromium() -> Iterator[Browser]:
-    """The browser of the tests."""
+    """The browser that the tests use."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield browser
@@ -121,13 +120,13 @@ def chromium() -> Iterator[Browser]:
 
 
 def make(folder: Path, steps: int, episodes: int) -> None:
-    """Writes the run, with short answers."""
+    """Writes the long run, with short completions."""
     draw = np.random.default_rng(0)
     mask, tokens = np.arange(TOKENS) >= 8, draw.integers(3, 500, TOKENS).astype(np.int32)
     logprobs = -draw.exponential(0.5, TOKENS).astype(np.float32)
     names = ["reward", "accuracy", "length", "entropy", "loss", *(f"part/{i}" for i in range(METRICS - 5))]
     with Run.create(folder, {**header(), "size": [steps, episodes]}) as run:
-        run._db.execute("PRAGMA synchronous = OFF")  # made again if the power fails
+        run._db.execute("PRAGMA synchronous = OFF")  # speed over durability: the run can be made again
         for step in range(1, steps + 1):
             numbers = draw.random(METRICS) + step / steps
             rewards = draw.integers(0, 5, episodes) / 4
@@ -146,7 +145,7 @@ def make(folder: Path, steps: int, episodes: int) -> None:
 
 
 def painted(browser: Browser, address: str, ready: str) -> tuple[float, float]:
-    """Milliseconds from asking for a page to its first contentful paint and to the first `ready`."""
+    """Milliseconds from requesting a page to its first contentful paint and to the first `ready` element."""
     page = browser.new_page()
     page.goto(address)
     page.wait_for_selector(ready, timeout=PATIENCE)
@@ -157,7 +156,7 @@ def painted(browser: Browser, address: str, ready: str) -> tuple[float, float]:
 
 
 def filtered(page: Page, name: str, values: Sequence[str]) -> list[float]:
-    """Milliseconds from choosing each of a filter's values to the frame that shows the answer."""
+    """Milliseconds from selecting each of a filter's values to the frame that shows the result."""
     took: list[float] = []
     for value in values:
         page.evaluate(WATCH)
@@ -177,44 +176,44 @@ def settle(page: Page, quiet: int = 150) -> None:
 
 
 def long_run(sheet: Sheet, folder: Path, rounds: int) -> None:
-    """Times what a person waits for on a run of many steps and answers."""
+    """Times what a user waits for on a run with many steps and episodes."""
     with opened(folder) as lab, chromium() as browser:
         run = f"{lab.address}/runs/long"
         first, there = painted(browser, run, ".chart canvas")
-        sheet.add("first paint of the run, the lab just opened", [first], PAINT)
-        sheet.add("first curve of the run, the lab just opened", [there])
+        sheet.add("first paint of the run, lab just started", [first], PAINT)
+        sheet.add("first curve of the run, lab just started", [there])
         both = [painted(browser, run, ".chart canvas") for _ in range(rounds)]
         sheet.add("first paint of the run", [paint for paint, _ in both], PAINT)
         sheet.add("first curve of the run", [curve for _, curve in both], PAINT)
         for name, path, ready in (
             ("list of runs", "/runs", "table"),
             ("episodes", "/runs/long/episodes", ".episodes li"),
-            ("an answer", "/runs/long/episodes/train/50/0/0", ".span.model .t"),
+            ("one episode", "/runs/long/episodes/train/50/0/0", ".span.model .t"),
         ):
             both = [painted(browser, lab.address + path, ready) for _ in range(rounds)]
             sheet.add(f"first paint of {name}", [paint for paint, _ in both], PAINT)
-            sheet.add(f"what {name} shows", [shown for _, shown in both], PAINT)
+            sheet.add(f"content of {name}", [shown for _, shown in both], PAINT)
         page = browser.new_page()
         page.goto(f"{run}/episodes")
         page.locator(".episodes li").first.wait_for(timeout=PATIENCE)
         orders = ["worst", "best", "longest", "shortest", "flat", "oldest", "newest"]
-        sheet.add("choosing an order, to the frame that shows it", filtered(page, "order", orders), FILTER)
+        sheet.add("selecting an order, until it is shown", filtered(page, "order", orders), FILTER)
         results = ["passed", "failed", "unscored", "any"]
-        sheet.add("choosing a result, to the frame that shows it", filtered(page, "result", results), FILTER)
+        sheet.add("selecting a result, until it is shown", filtered(page, "result", results), FILTER)
         for name, asked in SEARCHES.items():
             path = f"{lab.address}/api/runs/long/episodes?{urlencode(asked)}"
             sheet.add(f"search: {name}", timed(rounds, lambda path=path: urlopen(path).read()), FILTER)
-        sheet.say("the lab's memory after that", f"{memory(lab.process.pid):.0f} MiB")
+        sheet.say("lab memory afterwards", f"{memory(lab.process.pid):.0f} MiB")
 
 
 def memory(pid: int) -> float:
-    """MiB that a process holds."""
+    """Resident memory of a process in MiB."""
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
 
 
 def seconds_of_cpu(pid: int) -> float:
-    """Processor seconds that a process has used."""
+    """CPU seconds that a process has used."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
@@ -237,7 +236,7 @@ with Run.open(folder) as run:
 
 
 async def watch(lab: Opened, steps: int) -> tuple[list[int], list[float]]:
-    """The steps that one dashboard was told of, in order, and how many milliseconds after each was written."""
+    """Steps that one dashboard received, in order, and the delay of each after it was written, in milliseconds."""
     address = f"ws://127.0.0.1:{lab.port}/live/live?token={lab.token}&metrics=written"
     seen: list[int] = []
     late: list[float] = []
@@ -252,7 +251,7 @@ async def watch(lab: Opened, steps: int) -> tuple[list[int], list[float]]:
 
 
 async def watch_all(lab: Opened, writer: subprocess.Popen[str]) -> list[tuple[list[int], list[float]]]:
-    """All dashboards, opened before the first step is written."""
+    """Runs all dashboards, opened before the first step is written."""
     tasks = [asyncio.create_task(watch(lab, LIVE_STEPS)) for _ in range(DASHBOARDS)]
     await asyncio.sleep(3)
     assert writer.stdin is not None
@@ -262,7 +261,7 @@ async def watch_all(lab: Opened, writer: subprocess.Popen[str]) -> list[tuple[li
 
 
 def live(sheet: Sheet) -> None:
-    """50 dashboards on one run that another process writes: nobody misses a step."""
+    """50 dashboards on one run that another process writes; none may miss a step."""
     with tempfile.TemporaryDirectory() as place:
         Run.create(Path(place) / "live", header()).close()
         command = [sys.executable, "-c", WRITER, str(Path(place) / "live"), str(LIVE_STEPS), str(EVERY)]
@@ -276,14 +275,14 @@ def live(sheet: Sheet) -> None:
             took = time.perf_counter() - began
             whole = sum(seen == list(range(1, LIVE_STEPS + 1)) for seen, _ in found)
             sheet.say(
-                f"{DASHBOARDS} dashboards, {LIVE_STEPS} steps: saw every step once", f"{whole}", whole == DASHBOARDS
+                f"{DASHBOARDS} dashboards, {LIVE_STEPS} steps: got every step once", f"{whole}", whole == DASHBOARDS
             )
             sheet.add(
-                "from a step being written to a dashboard's news", [ms for _, late in found for ms in late], share=0.95
+                "delay from writing a step to a dashboard update", [ms for _, late in found for ms in late], share=0.95
             )
             share = (seconds_of_cpu(lab.process.pid) - before) / took
-            sheet.say("the lab's memory with all of them", f"{memory(lab.process.pid):.0f} MiB ({alone:.0f} before)")
-            sheet.say("the lab's share of one processor", f"{share:.0%}")
+            sheet.say("lab memory with all dashboards", f"{memory(lab.process.pid):.0f} MiB ({alone:.0f} before)")
+            sheet.say("lab CPU use, of one core", f"{share:.0%}")
         writer.wait(timeout=60)
 
 
@@ -291,9 +290,9 @@ def live(sheet: Sheet) -> None:
 
 
 def key_to_paint(page: Page, control: str, pressed: tuple[str, str], presses: int = PRESSES) -> list[float]:
-    """Milliseconds from each key on a control to the frame after the last change that it makes.
+    """Milliseconds from each key press on a control to the frame after the last change it causes.
 
-    The last change, not the first: a slider's own number moves at once, what the server computes comes after it.
+    The last change counts, not the first: a slider's own number moves at once, and the server's result follows.
     """
     page.locator(control).first.wait_for(timeout=PATIENCE)
     page.wait_for_load_state("networkidle")
@@ -305,13 +304,13 @@ def key_to_paint(page: Page, control: str, pressed: tuple[str, str], presses: in
         page.keyboard.press(pressed[press % 2])
         settle(page)
         after = float(page.evaluate("window.painted - window.pressed"))
-        if press >= 2 and after > 0:  # the first two warm up what a page computes with
+        if press >= 2 and after > 0:  # the first two are warm-up
             took.append(after)
     return took
 
 
 def keys(sheet: Sheet) -> None:
-    """Every explorer."""
+    """Measures key presses in every explorer."""
     with tempfile.TemporaryDirectory() as place:
         hostile_run(Path(place) / "one")
         with opened(Path(place)) as lab, chromium() as browser:
@@ -321,21 +320,21 @@ def keys(sheet: Sheet) -> None:
                 page.goto(lab.address + path)
                 took = key_to_paint(page, control, pressed)
                 if len(took) < PRESSES // 2:
-                    sheet.say(path, f"only {len(took)} of {PRESSES} keys changed the page", False)
+                    sheet.say(path, f"only {len(took)} of {PRESSES} key presses changed the page", False)
                 else:
                     sheet.add(f"{path}, key to paint (p95 of {len(took)})", took, KEY, 0.95)
                 page.close()
 
 
 def main() -> None:
-    """Measures what was asked for."""
+    """Runs the selected measurements."""
     parser = argparse.ArgumentParser(prog="python -m bench.lab", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", choices=("long", "live", "keys"), default=None)
     parser.add_argument("--steps", type=int, default=10_000)
-    parser.add_argument("--episodes", type=int, default=100, help="of each step")
+    parser.add_argument("--episodes", type=int, default=100, help="episodes per step")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "bench" / "lab")
-    parser.add_argument("--keep", action="store_true", help="keep the long run for the next time")
+    parser.add_argument("--keep", action="store_true", help="keep the long run and reuse it next time")
     asked = parser.parse_args()
     sheet, about = Sheet(), asked.folder / "long" / "run.json"
     if asked.only in (None, "long"):
@@ -343,7 +342,7 @@ def main() -> None:
             shutil.rmtree(asked.folder / "long", ignore_errors=True)
             began = time.perf_counter()
             make(asked.folder / "long", asked.steps, asked.episodes)
-            print(f"made {asked.steps * asked.episodes:,} answers in {time.perf_counter() - began:.0f} s")
+            print(f"wrote {asked.steps * asked.episodes:,} episodes in {time.perf_counter() - began:.0f} s")
         print(f"{'':52} {'median':>8} {'worst':>8}")
         long_run(sheet, asked.folder, asked.rounds)
         if not asked.keep:

@@ -1,10 +1,10 @@
-"""Tables that benchmarks write into the documentation, each between two marks of a page."""
+"""Replaces benchmark tables in the documentation, each between two markers on its page."""
 
 from __future__ import annotations
 
 
 def between(page: str, begin: str, end: str, text: str, name: str) -> str:
-    """The page with what stands between its two marks replaced. Raises ValueError, naming it, where one is missing."""
+    """The page with the text between its two markers replaced. Raises ValueError if a marker is missing."""
     before, begun, rest = page.partition(begin)
     _, ended, after = rest.partition(end)
     if not (begun and ended):

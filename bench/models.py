@@ -1,7 +1,7 @@
-"""The models that are measured: Llamas of a given shape with random weights, and a tokenizer of whole words.
+"""Models for the benchmarks: Llamas of a given shape with random weights and a word-level tokenizer.
 
-What a step costs depends on shapes alone, so random weights cost what trained ones do. Every text is made of words that
-are one token each, so both sides read the same ids.
+The cost of a step depends only on shapes, so random weights cost the same as trained ones. Every text consists of
+words that are one token each, so both sides read the same ids.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SHAPES = {
 
 
 def model_folder(shape: ModelShape, root: Path) -> Path:
-    """The folder with a model of this shape, made once: weights of seed 0 in fp32, words w3 … as vocabulary."""
+    """Folder with a model of this shape, created once: fp32 weights from seed 0, vocabulary of words w3 …"""
     folder = root / "-".join(str(value) for value in asdict(shape).values())
     if (folder / "done").exists():
         return folder
@@ -51,13 +51,13 @@ def model_folder(shape: ModelShape, root: Path) -> Path:
 
 
 def words(folder: Path) -> list[str]:
-    """Words of a model's vocabulary that are one token each when spaces stand between them."""
+    """Words of a model's vocabulary that are one token each when separated by spaces."""
     vocabulary: dict[str, int] = AutoTokenizer.from_pretrained(folder).get_vocab()
     spaced = [name[1:] for name in vocabulary if name[0] == "Ġ" and name[1:].isascii() and name[1:].isalpha()]
     return sorted(spaced or (name for name in vocabulary if name not in SPECIAL))
 
 
 def texts(folder: Path, lengths: Sequence[int], seed: int = 0) -> list[str]:
-    """Random texts of about these many tokens."""
+    """Random texts of about the given numbers of tokens."""
     draw, known = random.Random(seed), words(folder)
     return [" ".join(draw.choices(known, k=length)) for length in lengths]

@@ -1,11 +1,12 @@
-"""What overlap saves: rewards called while other answers are written, and a sampler one step ahead of the learner.
+"""Time saved by overlap: rewards computed during sampling, and sampling one step ahead of the learner.
 
     python -m bench.overlap [--part rewards|ahead] [--steps 5] [--rounds 1] [--only "wait 5 ms,cheap"]
 
-Every row is a run of GRPO on abacus, 8 tasks × 8 answers a step, in turn A B A B, in one process. The seconds of a step
-are the median over all steps but the first and the last, which has no next one to hide. A reward `wait` sleeps, as a
-network call or a subprocess does; `work` computes in Python for as long and needs the processor that the sampler needs
-too. `weights` begins the digest of the trained weights: rows of one reward and the same lag must share it.
+Every row is a GRPO run on abacus with 8 tasks × 8 completions per step. Variants alternate (A B A B) in one process.
+The time of a step is the median over all steps except the first and the last, which has no next step to overlap with.
+The reward `wait` sleeps, like a network call or a subprocess; `work` computes in Python for the same time and competes
+with the sampler for the CPU. `weights` is the start of a digest of the trained weights: rows with the same reward and
+the same lag must have the same digest.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def waiting(milliseconds: float) -> Reward:
 
 
 def working(milliseconds: float) -> Reward:
-    """A reward that computes in Python for so long that it holds the interpreter."""
+    """A reward that computes in Python for this long, holding the GIL."""
 
     def reward(completion: str, answer: str) -> float:
         end = time.thread_time() + milliseconds / 1e3
@@ -50,7 +51,7 @@ def working(milliseconds: float) -> Reward:
 
 
 def measure(reward: Reward, steps: int, **settings: Any) -> tuple[list[float], str, float]:
-    """Seconds of each step but first and last, the digest of the weights at the end, and the mean seconds hidden."""
+    """Seconds of each step except the first and last, a digest of the final weights, and the mean seconds hidden."""
     with tempfile.TemporaryDirectory() as folder:
         small = {
             "data.tasks": "arithmetic",
@@ -72,7 +73,7 @@ def measure(reward: Reward, steps: int, **settings: Any) -> tuple[list[float], s
 
 
 def row(name: str, reward: Reward, variants: Sequence[tuple[str, dict[str, Any]]], steps: int, rounds: int) -> None:
-    """Prints the median step of each variant and its ratio to the first one."""
+    """Prints the median step time of each variant and its ratio to the first variant's."""
     seconds: dict[str, list[float]] = {label: [] for label, _ in variants}
     weights: dict[str, set[str]] = {label: set() for label, _ in variants}
     hidden: dict[str, list[float]] = {label: [] for label, _ in variants}
@@ -99,28 +100,28 @@ def main() -> None:
     parser.add_argument("--part", choices=["rewards", "ahead", "both"], default="both")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--only", default="", help="rewards to measure, with commas between; empty: all")
+    parser.add_argument("--only", default="", help="rewards to measure, separated by commas (default: all)")
     args = parser.parse_args()
     print(f"{os.cpu_count()} processors, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print("| reward | how | seconds a step | ratio | hidden | weights | repeats |")
+    print("| reward | variant | seconds per step | ratio | hidden | weights | reproducible |")
     print("|---|---|--:|--:|--:|---|---|")
     rewards: dict[str, Reward] = {"cheap": cheap}
     rewards |= {f"wait {ms} ms": waiting(ms) for ms in (5, 20, 50)} | {f"work {ms} ms": working(ms) for ms in (5, 20)}
-    measure(cheap, 3)  # what a process does once is done before anything is timed
+    measure(cheap, 3)  # one-time work of the process, before anything is timed
     for name, reward in rewards.items():
         if args.only and name not in args.only.split(","):
             continue
         if args.part != "ahead":
-            variants = [("afterwards", {"rollout.reward_workers": 0})]
-            variants += [(f"{n} beside", {"rollout.reward_workers": n}) for n in (1, 8)]
+            variants = [("after sampling", {"rollout.reward_workers": 0})]
+            variants += [(f"{n} workers" if n > 1 else "1 worker", {"rollout.reward_workers": n}) for n in (1, 8)]
             row(name, reward, variants, args.steps, args.rounds)
         if args.part != "rewards":
-            variants = [("in turn", {}), ("one ahead", {"algo.overlap": True})]
+            variants = [("sequential", {}), ("one step ahead", {"algo.overlap": True})]
             row(name, reward, variants, args.steps, args.rounds)
 
 
 def cheap(completion: str, answer: str) -> float:
-    """A comparison of two texts."""
+    """A reward that compares two strings."""
     return float(completion.strip().endswith(answer))
 
 

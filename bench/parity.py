@@ -1,10 +1,11 @@
-"""Side by side with TRL: the same weights and the same batch through both, loss and gradient compared.
+"""Compares losses and gradients with TRL's, on the same weights and the same batch.
 
     python -m bench.parity
 
-makes a second environment in build/ that adds TRL to the torch and transformers of this one, lets TRL's own trainers
-compute their losses there (`parity_peer.py`), computes ours from the same tokens (`parity_ours.py`) and prints a table
-of `parity_rows.py`. It exits with 1 if a number is over the bar without a named reason, or a reason no longer holds.
+creates a second environment in build/ that adds TRL to this one's torch and transformers, computes the losses of TRL's
+own trainers there (`parity_peer.py`) and ours from the same tokens (`parity_ours.py`), and prints a table with the rows
+of `parity_rows.py`. It exits with code 1 if a number exceeds the tolerance without a stated reason, or if a stated
+reason no longer applies.
 """
 
 from __future__ import annotations
@@ -34,18 +35,18 @@ from posttrain.train.forward import sample_logprobs
 
 BAR = 1e-5
 SEED = 0
-NOISE = 0.05  # the reference's weights: the policy's plus this much of each tensor's standard deviation
-OUTLIER = 1.5  # by how much more the policy likes the first token of a worthless answer than the older policy did
-DRIFT = 0.3  # standard deviation of the log-ratio between the policy and the older policy, and the sampler
+NOISE = 0.05  # of the reference's weights, relative to each tensor's standard deviation
+OUTLIER = 1.5  # log-ratio of policy to older policy at the first token of completions with reward 0
+DRIFT = 0.3  # standard deviation of the log-ratios to the older policy and to the sampler
 
-# question, better answer, worse answer, by how much it is better
+# question, chosen, rejected, margin
 PAIRS = [
     ("What is 47*6?", "<think>40*6=240, 7*6=42, 240+42=282</think>282", "388", 1.0),
     ("What is 12+30?", "42", "<think>12+30=41</think>41", 0.0),
     ("How do I crack a nut?", "Press it in a nutcracker.", "I will not tell you that.", 0.5),
     ("Name two colours.", "red, blue", "red and red and once more red, no more", 2.0),
 ]
-# question, then answers with their rewards; "…" marks an answer that was cut and has no stop token
+# question, then completions with their rewards; "…" marks a truncated completion without a stop token
 ATTEMPTS = [
     (
         "What is 25+18?",
@@ -61,7 +62,7 @@ ATTEMPTS = [
 
 @dataclass(frozen=True)
 class Measured:
-    """One row of the table: both losses, both gradients' norms, and the norm of the gradients' difference."""
+    """One row of the table: both losses, both gradient norms, and the norm of the gradients' difference."""
 
     row: Row
     loss: float
@@ -71,14 +72,14 @@ class Measured:
     apart: float  # ‖g − g'‖
 
     def over(self, quantity: Quantity) -> bool:
-        """Whether this quantity is over the bar: 1e-5 for losses (relative above 1), relative for gradients."""
+        """Whether this quantity exceeds the tolerance: 1e-5, relative for gradients and for losses above 1."""
         if quantity == "loss":
             return not abs(self.loss - self.peer_loss) <= BAR * max(1.0, abs(self.peer_loss))
         return not max(abs(self.norm - self.peer_norm), self.apart) <= BAR * self.peer_norm
 
     @property
     def failures(self) -> list[str]:
-        """What is wrong with the row: over the bar for no reason, or a reason that no longer holds."""
+        """Problems of the row: differences without a stated reason, and stated reasons that no longer apply."""
         out: list[str] = []
         quantities: tuple[Quantity, ...] = ("loss", "gradient")
         for quantity in quantities:
@@ -96,7 +97,7 @@ class Measured:
 
 
 def noisy(policy: Policy) -> Policy:
-    """Adds a fixed random perturbation to a policy's weights: the reference of the comparison."""
+    """Adds fixed random noise to a policy's weights, to make the reference of the comparison."""
     generator = torch.Generator().manual_seed(SEED)
     with torch.no_grad():
         for parameter in trainable(policy).values():
@@ -106,7 +107,7 @@ def noisy(policy: Policy) -> Policy:
 
 
 def make_batch(policy: Policy) -> dict[str, Any]:
-    """The token ids, rewards and log-probabilities that both sides get."""
+    """The token ids, rewards and log-probabilities given to both sides."""
     draw = random.Random(SEED)
     tokenizer = policy.tokenizer
 
@@ -132,8 +133,8 @@ def make_batch(policy: Policy) -> dict[str, Any]:
         {"prompt_ids": p["prompt_ids"], "completion_ids": p[f"{side}_ids"], "label": side == "chosen"}
         for p in pairs
         for side in ("chosen", "rejected")
-    ][:-1]  # so that the two kinds are not equally many
-    for i, row in enumerate(judgements):  # TRL's pairing: each prompt with the answer before it
+    ][:-1]  # so that the two labels are not equally frequent
+    for i, row in enumerate(judgements):  # TRL's pairing: each prompt with the previous completion
         row["KL_completion_ids"] = judgements[i - 1]["completion_ids"]
 
     attempts: list[dict[str, Any]] = []
@@ -162,9 +163,9 @@ def make_batch(policy: Policy) -> dict[str, Any]:
 
 
 def gradient(world: World) -> dict[str, torch.Tensor]:
-    """The gradient that the last loss left in either model, by the names of the peer's parameters; cleared after.
+    """Gradients that the last loss left in either model, under the peer's parameter names; clears them.
 
-    The peer's scalar head has no bias, so that of ours (0 here) is left out.
+    The peer's scalar head has no bias, so the bias of ours (0 here) is excluded.
     """
     out: dict[str, torch.Tensor] = {}
     for policy in (world.policy, world.reference):
@@ -184,7 +185,7 @@ def norm(tensors: Mapping[str, torch.Tensor]) -> float:
 
 
 def compare(world: World, rows: Sequence[Row], folder: Path) -> list[Measured]:
-    """Computes our side of every row and holds it against what the peer left in the folder."""
+    """Computes our side of every row and compares it with the peer's results in the folder."""
     losses = json.loads((folder / "peer.json").read_text(encoding="utf-8"))["losses"]
     measured = []
     for number, row in enumerate(rows):
@@ -199,7 +200,7 @@ def compare(world: World, rows: Sequence[Row], folder: Path) -> list[Measured]:
 
 
 def table(measured: Sequence[Measured]) -> str:
-    """The comparison in Markdown."""
+    """The comparison as a Markdown table."""
     lines = [
         "| objective | loss | TRL's | difference | gradient norm | TRL's | relative difference | ‖g − g'‖ / ‖g'‖ | |",
         "|---|--:|--:|--:|--:|--:|--:|--:|---|",
@@ -214,7 +215,7 @@ def table(measured: Sequence[Measured]) -> str:
 
 
 def run(folder: Path, python: Path, model: str, rows: Sequence[Row]) -> list[Measured]:
-    """Writes weights and batch to a folder, has the peer compute its side, and compares."""
+    """Writes weights and batch to a folder, runs the peer on them, and compares."""
     policy, reference = (load_policy(ModelConfig(path=model)) for _ in range(2))
     noisy(reference)
     for name, which in (("policy", policy), ("reference", reference)):
@@ -227,15 +228,15 @@ def run(folder: Path, python: Path, model: str, rows: Sequence[Row]) -> list[Mea
     (folder / "rows.json").write_text(json.dumps([row.for_peer() for row in rows]), encoding="utf-8")
     done = subprocess.run([str(python), str(ROOT / "bench" / "parity_peer.py"), str(folder)], stdout=subprocess.DEVNULL)
     if done.returncode:
-        raise SystemExit(f"the peer failed with exit code {done.returncode}; its own words are above.")
+        raise SystemExit(f"the peer failed with exit code {done.returncode}; see its own messages above.")
     return compare(world, rows, folder)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Compare every loss that TRL also has with TRL's, value and gradient.")
+    parser = argparse.ArgumentParser(description="Compare losses and gradients of all shared objectives with TRL's.")
     parser.add_argument("--venv", type=Path, default=FOLDER, help="where TRL is installed")
-    parser.add_argument("--model", default="abacus", help="abacus, or a folder with a causal language model")
-    parser.add_argument("--only", default="", help="only rows whose name contains this")
+    parser.add_argument("--model", default="abacus", help="abacus or a model folder")
+    parser.add_argument("--only", default="", help="only rows whose name contains this text")
     options = parser.parse_args(argv)
     rows = [row for row in ROWS if options.only in row.name]
     if not rows:
@@ -243,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     python = environment(options.venv)
     with tempfile.TemporaryDirectory() as folder:
         measured = run(Path(folder), python, options.model, rows)
-    print(f"TRL {TRL}, torch {torch.__version__}, transformers {transformers.__version__}, fp32, bar {BAR:g}\n")
+    print(f"TRL {TRL}, torch {torch.__version__}, transformers {transformers.__version__}, fp32, tolerance {BAR:g}\n")
     print(table(measured))
     failed = [m.row.name for m in measured if m.failures]
     print(f"\n{len(measured)} rows, {len(failed)} failed" + (f": {'; '.join(failed)}" if failed else ""))

@@ -1,12 +1,12 @@
-"""The peer's half of `bench/parity.py`: TRL's own trainers on the batch and the weights they are given.
+"""The peer's side of `bench/parity.py`: computes losses and gradients with TRL's own trainers.
 
-Run by the peer's Python, which has TRL and not posttrain: `python parity_peer.py FOLDER`. Reads FOLDER/rows.json and
-FOLDER/batch.json and the models beside them, and writes FOLDER/peer.json with one loss per row, and each row's gradient
-to FOLDER/gradients. Every loss comes out of a trainer's own `compute_loss`; only what would be sampled is put in place
-of sampling, and the log-probabilities of an older policy in place of those that such a policy would have left.
+Run by the peer's Python, which has TRL but not posttrain: `python parity_peer.py FOLDER`. Reads FOLDER/rows.json,
+FOLDER/batch.json and the models in FOLDER, and writes one loss per row to FOLDER/peer.json and each row's gradient to
+FOLDER/gradients. Every loss comes from a trainer's own `compute_loss`. Only sampling is replaced by the completions in
+the batch, and the older policy's log-probabilities by those in the batch.
 """
 
-# TRL is not installed where the types are checked.
+# TRL is not installed where types are checked.
 # pyright: reportMissingImports=false
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Losses = list[torch.Tensor]
 
 
 class World:
-    """The models, tokenizer and batch of one comparison."""
+    """Models, tokenizer and batch of one comparison."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -46,7 +46,7 @@ class World:
         return transformers.AutoModelForCausalLM.from_pretrained(self.folder / name, dtype=torch.float32)
 
     def scorer(self) -> Any:
-        """The policy's body with the given scalar head, as the class RewardTrainer trains."""
+        """The policy's body with the given scalar head, as the model class that RewardTrainer trains."""
         model = transformers.AutoModelForSequenceClassification.from_pretrained(
             self.folder / "policy", num_labels=1, dtype=torch.float32
         )
@@ -55,7 +55,7 @@ class World:
         return model
 
     def arguments(self, kind: Any, row: Row, rows: int) -> Any:
-        """A trainer's config: fp32 on the CPU, no dropout to speak of, then what the row asks for."""
+        """A trainer's config: fp32 on the CPU, then the row's own settings."""
         return kind(
             output_dir=str(self.folder / "trainer"),
             per_device_train_batch_size=rows,
@@ -114,7 +114,7 @@ def dpo(world: World, row: Row) -> tuple[Any, Losses]:
 
 
 def concatenated(world: World, trainer: Any) -> tuple[Any, Losses]:
-    """CPO's and ORPO's trainers take a padded batch of each side."""
+    """Computes the loss of a CPO or ORPO trainer, which takes a padded batch of each side."""
     pairs = world.batch["pairs"]
     inputs: dict[str, torch.Tensor] = {}
     for side in ("chosen", "rejected"):
@@ -164,7 +164,7 @@ def kto(world: World, row: Row) -> tuple[Any, Losses]:
 
 
 def given_reward(completions: list[str], reward: list[float | None], **_: Any) -> list[float | None]:
-    """The reward function of GRPO and RLOO: the reward that stands in the batch."""
+    """Reward function for GRPO and RLOO: returns the rewards in the batch."""
     return reward
 
 
@@ -174,7 +174,7 @@ def completion_tensor(rows: list[list[float]]) -> torch.Tensor:
 
 
 def online(world: World, row: Row, trainer: Any, *, tool_mask_and_sampler: bool) -> tuple[Any, Losses]:
-    """Scores the given completions as if the trainer had sampled them, then computes the loss of each micro-batch."""
+    """Scores the given completions as if the trainer had sampled them; computes the loss of each micro-batch."""
     attempts = world.batch[row["data"]]
     prompts = [attempt["prompt_ids"] for attempt in attempts]
     answers = [attempt["completion_ids"] for attempt in attempts]
@@ -183,7 +183,7 @@ def online(world: World, row: Row, trainer: Any, *, tool_mask_and_sampler: bool)
         tools = [attempt["tool_mask"] for attempt in attempts] if row["tools"] else None
         sampler = [attempt["sampler_logp"] for attempt in attempts] if row["sampler"] else None
         trainer._generate = lambda _: (prompts, answers, tools, texts, sampler, {}, None, None)
-        trainer.use_vllm = row["sampler"]  # the correction is only made for samples of vLLM
+        trainer.use_vllm = row["sampler"]  # TRL only corrects samples from vLLM
     else:
         trainer._generate = lambda _: (prompts, answers, texts)
     trainer.current_gradient_accumulation_steps = row["micro_batches"]
@@ -194,7 +194,7 @@ def online(world: World, row: Row, trainer: Any, *, tool_mask_and_sampler: bool)
         inputs["old_per_token_logps"], inputs["old_logps"] = old, old.sum(1)
     size = len(attempts) // row["micro_batches"] // row["updates"]
     losses = []
-    for start in range(0, len(attempts) // row["updates"], size):  # the first update's
+    for start in range(0, len(attempts) // row["updates"], size):  # the first update only
         part = {k: v[start : start + size] if v.dim() else v for k, v in inputs.items() if torch.is_tensor(v)}
         losses.append(trainer.compute_loss(trainer.model, part))
     return trainer.model, losses
@@ -228,7 +228,7 @@ def rloo(world: World, row: Row) -> tuple[Any, Losses]:
 
 
 def swap_reference(world: World, trainer: Any) -> None:
-    """The trainer's reference is the model it started from; here it must be another one for the KL not to be 0."""
+    """Replaces the trainer's reference, which is its initial model, so that the KL is not 0."""
     if trainer.ref_model is not None:
         trainer.ref_model.load_state_dict(world.model("reference").state_dict())
 

@@ -1,11 +1,11 @@
-"""Runs the shipped pipelines in full and keeps what came out, so that a test can hold it against each recipe.
+"""Runs the shipped pipelines in full and stores the results, so that a test can compare them with each recipe.
 
     python -m bench.pipelines [NAME ...] [--write] [--out FOLDER] [--from FOLDER]
 
-prints the cards and the seconds of every stage, and ends with exit code 1 if a result is outside its bounds. With
-`--write` the results go to posttrain/config/recipes/results/NAME.json, with a hash of what was run: a recipe that has changed
-since needs a new run; and the cards go as a table into docs/guides/pipelines.md. `--from` takes a finished pipeline folder as
-it is.
+prints the evaluation cards and the seconds of every stage, and exits with code 1 if a result is outside its bounds.
+`--write` stores the results in posttrain/config/recipes/results/NAME.json, with a hash of what was run (a recipe that
+has changed since needs a new run), and writes the cards as a table into docs/guides/pipelines.md. `--from` uses a
+finished pipeline folder instead of running one.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ DIGITS = 6
 SHOWN = (
     "helpfulness", "safety", "over_refusal", "reasoning", "format", "language", "kl", "length", "unique", "distinct_2",
 )  # fmt: skip
-"""Entries of the card that the documentation shows, with the processor time and the memory of each stage."""
+"""Card entries shown in the documentation, next to each stage's CPU time and memory."""
 
 
 def recipe_sha256(pipeline: Pipeline) -> str:
-    """A hash of every setting of the stages and the cards; comments, figures, `expect` and `about` do not count."""
+    """Hash of all settings of the stages and the card; ignores comments, figures, `expect`, `about` and `time`."""
     described = {"stages": [_described(stage) for stage in pipeline.stages], "card": asdict(pipeline.card)}
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
@@ -56,7 +56,7 @@ def _described(stage: Stage) -> dict[str, Any]:
 
 
 def missed(pipeline: Pipeline, results: Mapping[str, float]) -> list[str]:
-    """What each expectation says that the results do not meet."""
+    """A message for each expectation that the results do not meet."""
     return [
         f"{name} is {results.get(name)}, expected {low:g} to {high:g}"
         for name, (low, high) in pipeline.missed(results).items()
@@ -64,7 +64,7 @@ def missed(pipeline: Pipeline, results: Mapping[str, float]) -> list[str]:
 
 
 def require_run_of(pipeline: Pipeline, folder: Path) -> None:
-    """Raises ConfigError where a folder does not hold a finished full run of this recipe with these settings."""
+    """Raises ConfigError unless the folder holds a finished full run of this recipe with these settings."""
     record = read_record(folder)
     if record.get("results") is None or record.get("mini"):
         raise ConfigError(f"{folder} does not hold a finished full run of {pipeline.name}.")
@@ -77,17 +77,17 @@ def require_run_of(pipeline: Pipeline, folder: Path) -> None:
         if read_pipeline(Path(file.name)).card != pipeline.card:
             changed.append("card")
     if changed:
-        raise ConfigError(f"{folder} was made with other settings of {', '.join(changed)}. Run the recipe as it is.")
+        raise ConfigError(f"{folder} was made with other settings of {', '.join(changed)}. Run the unchanged recipe.")
 
 
 def records_of(pipeline: Pipeline, folder: Path) -> list[Record]:
-    """The pipeline's stages in order, without those of earlier versions that the folder also keeps."""
+    """Records of the pipeline's stages in order, without stages of earlier settings that the folder still holds."""
     known = {(r.name, r.key): r for r in read_records(folder)}
     return [known[found] for found in stage_keys(pipeline).items()]
 
 
 def recorded(pipeline: Pipeline, folder: Path) -> dict[str, Any]:
-    """What is kept of a finished run."""
+    """What is stored about a finished run."""
     results = {name: float(f"{value:.{DIGITS}g}") for name, value in read_record(folder)["results"].items()}
     return {
         "recipe_sha256": recipe_sha256(pipeline),
@@ -99,7 +99,7 @@ def recorded(pipeline: Pipeline, folder: Path) -> dict[str, Any]:
 
 
 def table(records: Sequence[Record]) -> str:
-    """The examined stages in Markdown, one a line, with 95 % intervals where a card has them."""
+    """Markdown table of the evaluated stages, one per line, with 95 % intervals where the card has them."""
     lines = [f"| stage | {' | '.join(name.replace('_', ' ') for name in SHOWN)} | CPU seconds | MiB |"]
     lines.append("|---|" + "--:|" * (len(SHOWN) + 2))
     for record in records:
@@ -119,14 +119,14 @@ def _cell(found: Mapping[str, float] | None, share: bool) -> str:
 
 
 def write_table(name: str, text: str) -> None:
-    """Puts a table between the marks of a pipeline in the documentation. Raises ValueError where they are missing."""
+    """Writes a table between a pipeline's markers in the documentation. Raises ValueError if a marker is missing."""
     begin, end = f"<!-- results: {name} -->\n", f"<!-- end: {name} -->\n"
     page = PAGE.read_text(encoding="utf-8")
     PAGE.write_text(between(page, begin, end, f"{text}\n", PAGE.name), encoding="utf-8")
 
 
 def run(name: str, out: Path | None, finished: Path | None, write: bool, console: Console) -> bool:
-    """One pipeline; whether all that its recipe expects came out."""
+    """Runs one pipeline, or reads a finished one; returns whether all expectations are met."""
     pipeline = read_pipeline(find_recipe(name))
     folder = finished or (out or ROOT / "build" / "pipelines") / pipeline.name
     if finished is None:
@@ -139,7 +139,7 @@ def run(name: str, out: Path | None, finished: Path | None, write: bool, console
     console.print(cards_table(records_of(pipeline, folder)))
     seconds = found["seconds"]
     console.print(", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items()), markup=False)
-    console.print(f"{name}: {sum(seconds.values()):.0f} s of stages, without examinations", markup=False)
+    console.print(f"{name}: {sum(seconds.values()):.0f} s for the stages, evaluation cards excluded", markup=False)
     failures = missed(pipeline, found["results"])
     for line in failures:
         console.print(f"not as expected: {line}", markup=False)
@@ -152,14 +152,14 @@ def run(name: str, out: Path | None, finished: Path | None, write: bool, console
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.pipelines", description="The shipped pipelines in full.")
+    parser = argparse.ArgumentParser(prog="python -m bench.pipelines", description="Run the shipped pipelines in full.")
     parser.add_argument("names", nargs="*", help="pipelines (default: all)")
-    parser.add_argument("--write", action="store_true", help="keep the results for the test that checks them")
+    parser.add_argument("--write", action="store_true", help="store the results for the test that checks them")
     parser.add_argument("--out", type=Path, help="where the pipelines' folders go (default: build/pipelines)")
-    parser.add_argument("--from", dest="finished", type=Path, help="a finished folder of the one pipeline named")
+    parser.add_argument("--from", dest="finished", type=Path, help="finished folder of the one named pipeline")
     options = parser.parse_args(argv)
     if options.finished and len(options.names) != 1:
-        parser.error("--from takes the results of one pipeline; name it")
+        parser.error("--from works with exactly one pipeline; name it")
     console, met = Console(), True
     try:
         for name in options.names or shipped_recipes("pipeline"):

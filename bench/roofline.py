@@ -1,4 +1,4 @@
-"""How much of the machine the training pass uses: its arithmetic against the fastest matrix product found here."""
+"""Utilisation of the training pass: its FLOP/s against the fastest matrix product measured on this machine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BAR = 0.5
 
 @dataclass(frozen=True)
 class Machine:
-    """What was measured: products in FLOP/s by dtype, the best of several shapes, and copying in bytes/s."""
+    """Measured limits: matrix products in FLOP/s by dtype, the best of several shapes, and memory copy in bytes/s."""
 
     products: dict[str, float]
     shapes: dict[str, tuple[int, int, int]]
@@ -33,7 +33,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Pass:
-    """One training step at a shape: its arithmetic, the bytes its products move at least, and its seconds."""
+    """One training step: its FLOP, the minimum bytes its matrix products move, and its seconds."""
 
     tokens: int
     flops: float
@@ -47,17 +47,17 @@ class Pass:
 
     @property
     def share(self) -> float:
-        """Of the fastest matrix product, whatever its dtype."""
+        """Fraction of the fastest matrix product, of either dtype."""
         return self.rate / self.machine.peak
 
     @property
     def intensity(self) -> float:
-        """FLOP per byte."""
+        """Arithmetic intensity in FLOP per byte."""
         return self.flops / self.moved
 
     @property
     def roof(self) -> float:
-        """FLOP/s that arithmetic and memory would allow."""
+        """Roofline limit in FLOP/s: peak compute or memory-bound, whichever is lower."""
         return min(self.machine.peak, self.intensity * self.machine.copy)
 
     @property
@@ -65,28 +65,28 @@ class Pass:
         return self.share >= BAR
 
     def lines(self) -> str:
-        """What was measured, in Markdown."""
+        """The measurement as a Markdown table."""
         rows = [
             f"fastest {dtype} product, {' × '.join(map(str, self.machine.shapes[dtype]))} | {rate / 1e9:,.0f} GFLOP/s"
             for dtype, rate in self.machine.products.items()
         ]
         rows += [
-            f"copying memory, read and written | {self.machine.copy / 1e9:.1f} GB/s",
-            f"a step on {self.tokens:,} tokens | {self.seconds:.2f} s, {self.tokens / self.seconds:,.0f} tokens/s",
-            f"its arithmetic | {self.flops / 1e12:.2f} TFLOP, {self.rate / 1e9:,.0f} GFLOP/s",
-            f"arithmetic per byte moved | {self.intensity:,.0f} FLOP/B",
-            f"what arithmetic and memory would allow | {self.roof / 1e9:,.0f} GFLOP/s",
-            f"share of the fastest product (bar ≥ {BAR:.0%}) | {self.share:.0%}, {'met' if self.met else '**missed**'}",
+            f"memory copy, read and write | {self.machine.copy / 1e9:.1f} GB/s",
+            f"a step of {self.tokens:,} tokens | {self.seconds:.2f} s, {self.tokens / self.seconds:,.0f} tokens/s",
+            f"arithmetic of the step | {self.flops / 1e12:.2f} TFLOP, {self.rate / 1e9:,.0f} GFLOP/s",
+            f"arithmetic intensity | {self.intensity:,.0f} FLOP/B",
+            f"roofline limit | {self.roof / 1e9:,.0f} GFLOP/s",
+            f"share of fastest product (target ≥ {BAR:.0%}) | {self.share:.0%}, {'met' if self.met else '**missed**'}",
         ]
         return "\n".join(["| training pass at 135M | |", "|---|--:|", *(f"| {row} |" for row in rows)])
 
     def record(self) -> dict[str, Any]:
-        """Everything measured, for JSON."""
+        """Everything that was measured, as JSON-compatible data."""
         return asdict(self) | {"share": self.share, "intensity": self.intensity, "roof": self.roof, "met": self.met}
 
 
 def best_of(call: Callable[[], Any], seconds: float = 0.5) -> float:
-    """The shortest time of a call, repeated for about so long."""
+    """The shortest time of a call that is repeated for about this many seconds."""
     call()
     times: list[float] = []
     end = time.perf_counter() + seconds
@@ -98,7 +98,7 @@ def best_of(call: Callable[[], Any], seconds: float = 0.5) -> float:
 
 
 def measure_machine(threads: int) -> Machine:
-    """Products of a few large shapes in fp32 and bf16, and a copy of 256 MiB."""
+    """Measures matrix products of a few large shapes in fp32 and bf16, and a copy of 256 MiB."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     products: dict[str, float] = {}
@@ -118,7 +118,7 @@ def measure_machine(threads: int) -> Machine:
 
 
 def products(shape: ModelShape, tokens: int, trained: int) -> list[tuple[int, int, int, int]]:
-    """(how many, rows, in, out) of a forward pass's products with weights; the head sees trained tokens only."""
+    """(count, rows, in, out) of a forward pass's products with weights; the head runs on trained tokens only."""
     attention, keys = shape.attention, shape.kv_heads * shape.head_dim
     layer = [(1, shape.width, attention), (1, attention, shape.width), (2, shape.width, keys)]
     layer += [(2, shape.width, shape.ffn), (1, shape.ffn, shape.width)]
@@ -127,11 +127,11 @@ def products(shape: ModelShape, tokens: int, trained: int) -> list[tuple[int, in
 
 
 def arithmetic(shape: ModelShape, rows: int, length: int) -> tuple[float, float]:
-    """(FLOP, bytes) of forward and backward over `rows` rows of which every token but the first is trained.
+    """(FLOP, bytes) of forward and backward over `rows` rows in which every token but the first is trained.
 
-    Each product with weights is three of its size: forward, gradient of its input, gradient of its weights. So is
-    attention, causal, whose scores and averages are half of length² each. Nothing that is recomputed counts. Bytes are
-    those of fp32 operands and results, each moved once.
+    Each product with weights counts three times: forward, gradient of its input, gradient of its weights. So does
+    causal attention, whose scores and averages cost half of length² each. Recomputation is not counted. Bytes are those
+    of fp32 operands and results, each moved once.
     """
     tokens, trained = rows * length, rows * (length - 1)
     weights = products(shape, tokens, trained)
@@ -142,7 +142,7 @@ def arithmetic(shape: ModelShape, rows: int, length: int) -> tuple[float, float]
 
 
 def measure(sides: Sides, shape: ModelShape, folder: str, rows: int = 8, length: int = 256, steps: int = 2) -> Pass:
-    """A step of supervised fine-tuning in fp32, the best of `steps` after one to warm up."""
+    """A supervised fine-tuning step in fp32: the fastest of `steps` after one warm-up step."""
     draw = random.Random(0)
     made = [
         {"ids": [draw.randrange(3, shape.vocab) for _ in range(length)], "trained": [t > 0 for t in range(length)]}

@@ -1,9 +1,9 @@
-"""The sandbox against its bars: a catalogue of hostile programs, HumanEval and MBPP, time, five thousand gradings.
+"""Sandbox benchmark: a catalogue of hostile programs, HumanEval and MBPP, grading time, and a soak test.
 
     python -m bench.sandbox [--shared FOLDER] [--only TEXT] [--tier TIER] [--soak N]
 
-runs each tier that this machine has as this user, as another user (65534; needs root) and nested in a user namespace,
-as root in a container is. It prints one table and ends with exit code 1 if a bar is missed.
+runs each tier as the current user, as another user (65534; needs root) and nested in a user namespace, like root in a
+container. It prints one table and exits with code 1 if a target is missed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from posttrain.types import ConfigError, Message, Task
 
 OTHER = 65534
 SITUATIONS = ("this user", "another user", "nested")
-Finding = tuple[str, str, str, bool]  # measure, value, bar, met
+Finding = tuple[str, str, str, bool]  # measure, value, target, met
 HONEST = "def solve(a, b):\n    return a + b\n"
 SUMS = [{"args": [1, 2], "expected": 3}, {"args": [10, -4], "expected": 6}, {"args": [123, 456], "expected": 579}]
 CALL = {"kind": "call", "entry": "solve", "cases": SUMS}
@@ -48,7 +48,7 @@ def graded(sandbox: Sandbox, code: str, spec: Mapping[str, Any] = CALL, seconds:
 
 
 def catalogue(sandbox: Sandbox, shared: Path) -> Iterator[Finding]:
-    """Each program with the expected outcome, its canaries untouched and an honest grading after it."""
+    """Grades each program; checks the outcome, that its canary is intact, and that an honest program still passes."""
     with tempfile.TemporaryDirectory() as folder:
         secret = Path(folder, "secret")
         secret.write_text("secret")
@@ -64,12 +64,12 @@ def catalogue(sandbox: Sandbox, shared: Path) -> Iterator[Finding]:
             failed += [row["id"]] * (passed != wanted or not whole)
             paid += [row["id"]] * (passed and row["expect"] == "zero")
     told = f" ({', '.join(failed)})" if failed else ""
-    yield "cases as expected", f"{len(rows) - len(failed)}/{len(rows)}{told}", "all", not failed
+    yield "expected outcomes", f"{len(rows) - len(failed)}/{len(rows)}{told}", "all", not failed
     yield "wrong answers rewarded", f"{len(paid)}", "0", not paid
 
 
 def data_sets(sandbox: Sandbox, shared: Path) -> Iterator[Finding]:
-    """Reference solutions, and programs that return None, of both data sets."""
+    """Grades the reference solutions of both data sets, and programs that return None."""
     with gzip.open(shared / "data/humaneval/HumanEval.jsonl.gz", "rt", encoding="utf-8") as file:
         humaneval = [(humaneval_task(row), "    return None\n") for row in map(json.loads, file)]
     lines = (shared / "data/mbpp/mbpp.jsonl").read_text("utf-8").splitlines()
@@ -77,7 +77,7 @@ def data_sets(sandbox: Sandbox, shared: Path) -> Iterator[Finding]:
     for name, rows in (("HumanEval", humaneval), ("MBPP", mbpp)):
         good = [row["source_id"] for row, _ in rows if not _passes(sandbox, row, row["answer"])]
         none = [row["source_id"] for row, null in rows if _passes(sandbox, row, null)]
-        told = f" (not {', '.join(map(str, good))})" if good else ""
+        told = f" (failed: {', '.join(map(str, good))})" if good else ""
         yield f"{name}: references", f"{len(rows) - len(good)}/{len(rows)}{told}", "all", not good
         yield f"{name}: return None", f"{len(none)} {none or ''}".strip(), "0", not none
 
@@ -92,7 +92,7 @@ def _passes(sandbox: Sandbox, row: Mapping[str, Any], reply: str) -> bool:
 
 
 def speed(sandbox: Sandbox, shared: Path) -> Iterator[Finding]:
-    """Time of one grading of three cases, and gradings a second with a slot and a thread on each of two cores."""
+    """Time of one grading with three cases, and gradings per second with two slots and two threads."""
     del shared
     for _ in range(20):
         graded(sandbox, HONEST)
@@ -102,7 +102,7 @@ def speed(sandbox: Sandbox, shared: Path) -> Iterator[Finding]:
         assert graded(sandbox, HONEST).how == "passed"
         times.append(1000 * (time.perf_counter() - start))
     median, late = statistics.median(times), statistics.quantiles(times, n=20)[-1]
-    yield "median time", f"{median:.1f} ms (95 %: {late:.1f} ms)", "≤ 10 ms", median <= 10
+    yield "median time", f"{median:.1f} ms (p95: {late:.1f} ms)", "≤ 10 ms", median <= 10
     pair = Sandbox(sandbox.tier, accept_arbitrary_code=True, slots=2)
 
     def work(count: int) -> None:
@@ -118,11 +118,11 @@ def speed(sandbox: Sandbox, shared: Path) -> Iterator[Finding]:
             thread.join()
     rate = 600 / (time.perf_counter() - start)
     pair.close()
-    yield "gradings a second, 2 slots", f"{rate:.0f}", "≥ 200", rate >= 200
+    yield "gradings per second, 2 slots", f"{rate:.0f}", "≥ 200", rate >= 200
 
 
 def soak(sandbox: Sandbox, shared: Path, count: int) -> Iterator[Finding]:
-    """Many gradings, every fiftieth of a hostile program; what has grown afterwards."""
+    """Soak test: many gradings, every fiftieth of a hostile program; checks memory, descriptors and processes."""
     lines = (shared / "sandbox/cases.jsonl").read_text("utf-8").splitlines()
     hostile = [row for row in map(json.loads, lines) if row["expect"] == "zero" and row["kind"] == "call"]
     draw = random.Random(0)
@@ -144,7 +144,7 @@ def soak(sandbox: Sandbox, shared: Path, count: int) -> Iterator[Finding]:
 
 
 def _held() -> dict[str, int]:
-    """What this process holds: resident memory, open files, and processes below it."""
+    """Resident memory, open file descriptors and descendant processes of this process."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     parents = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
@@ -160,7 +160,7 @@ def _held() -> dict[str, int]:
 
 
 def become_another_user() -> None:
-    """User 65534, who can reach this Python although its folders may belong to somebody else."""
+    """Switches to user 65534 and keeps this Python reachable, even if its folders belong to another user."""
     kernel.unshare(kernel.NEWNS)
     kernel.mount("", "/", flags=kernel.MS_REC | kernel.MS_PRIVATE)
     closed = next((p for p in Path(sys.base_prefix).parents[::-1] if not p.stat().st_mode & 1), None)
@@ -176,7 +176,7 @@ def become_another_user() -> None:
 
 
 def become_nested() -> None:
-    """Root of a user namespace in which nobody else exists, as in a container."""
+    """Becomes root of a user namespace without other users, as in a container."""
     user, group = os.geteuid(), os.getegid()
     kernel.unshare(kernel.NEWUSER | kernel.NEWNS)
     Path("/proc/self/setgroups").write_text("deny")
@@ -185,10 +185,10 @@ def become_nested() -> None:
 
 
 def measured(situation: str, tier: str, options: argparse.Namespace) -> list[Finding]:
-    """The findings of a process of its own in one situation."""
+    """Measures one situation in a separate process and returns its findings."""
     given = [sys.executable, "-m", "bench.sandbox", "--situation", situation, "--tier", tier]
     given += ["--shared", str(options.shared), "--soak", str(options.soak), "--only", options.only]
-    # only a process of one thread can enter a user namespace, and numpy starts others when it is imported
+    # only a single-threaded process can enter a user namespace, and importing numpy starts threads
     alone = os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(given, cwd=ROOT, capture_output=True, text=True, env=alone)
     try:
@@ -199,7 +199,7 @@ def measured(situation: str, tier: str, options: argparse.Namespace) -> list[Fin
 
 
 def inside(options: argparse.Namespace) -> int:
-    """Enters a situation, executes this module again in it, and there measures; prints JSON."""
+    """Enters a situation, executes this module again inside it, measures there, and prints JSON."""
     if not options.entered:
         {"this user": lambda: None, "another user": become_another_user, "nested": become_nested}[options.situation]()
         os.execv(sys.executable, [sys.executable, "-m", "bench.sandbox", *sys.argv[1:], "--entered"])
@@ -218,18 +218,18 @@ def inside(options: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.sandbox", description="The sandbox against its bars.")
+    parser = argparse.ArgumentParser(prog="python -m bench.sandbox", description="Benchmark the sandbox.")
     parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared", help="folder with sandbox/ and data/")
     parser.add_argument("--only", default="", help="cases, data, speed or soak")
     parser.add_argument("--tier", choices=TIERS, help="one tier (default: all)")
-    parser.add_argument("--soak", type=int, default=5000, help="gradings of the soak")
+    parser.add_argument("--soak", type=int, default=5000, help="gradings in the soak test")
     parser.add_argument("--situation", choices=SITUATIONS, help=argparse.SUPPRESS)
     parser.add_argument("--entered", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.situation and options.tier:
         return inside(options)
     met = True
-    print("| tier | as | measure | value | bar |\n|---|---|---|---|---|")
+    print("| tier | run as | measure | value | target |\n|---|---|---|---|---|")
     for tier in [options.tier] if options.tier else TIERS:
         for situation in SITUATIONS:
             for name, value, bar, good in measured(situation, tier, options):

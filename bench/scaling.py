@@ -1,4 +1,4 @@
-"""How the cost of a GRPO step grows with the group, the answers' length and the model, as curves."""
+"""Cost of a GRPO step as a function of group size, completion length and model size."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bench.models import SHAPES, model_folder, texts
 from bench.rows import LR
 from posttrain.models.shapes import ModelShape
 
-BAR = 1.05  # of the slope: linear is 1, and the rest is for noise
+BAR = 1.05  # for the slope: 1 is linear, the rest allows for noise
 GROUPS = (4, 8, 16, 32, 64)
 LENGTHS = (32, 64, 128, 256, 512)
 WIDTHS = ((2, 128), (4, 256), (6, 384), (8, 640), (12, 768))  # layers, width
@@ -22,7 +22,7 @@ PROMPT = 16
 
 @dataclass(frozen=True)
 class Curve:
-    """Seconds of a step (y) at several sizes (x)."""
+    """Seconds per step (y) at several sizes (x)."""
 
     name: str
     x: tuple[float, ...]
@@ -30,7 +30,7 @@ class Curve:
 
     @property
     def slope(self) -> float:
-        """Of the straight line through the logarithms, by least squares: 1 is linear, below is better."""
+        """Slope of a least-squares line through the logarithms: 1 is linear, lower is better."""
         return fit(self.x, self.y)[0]
 
     @property
@@ -48,7 +48,7 @@ class Curve:
 def fit(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
     """(slope, intercept) of log y over log x, by least squares. Raises ValueError with fewer than two sizes."""
     if len(set(x)) < 2:
-        raise ValueError(f"a slope needs two sizes or more, not {sorted(set(x))}.")
+        raise ValueError(f"a slope needs two sizes or more, got {sorted(set(x))}.")
     a, b = [math.log(v) for v in x], [math.log(v) for v in y]
     mean_a, mean_b = sum(a) / len(a), sum(b) / len(b)
     above = sum((p - mean_a) * (q - mean_b) for p, q in zip(a, b, strict=True))
@@ -57,7 +57,7 @@ def fit(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
 
 
 def seconds(sides: Sides, folder: Path, prompts: int, group: int, length: int, steps: int) -> float:
-    """A GRPO step's seconds: the shortest of `steps` after one to warm up."""
+    """Seconds of a GRPO step: the shortest of `steps` after one warm-up step."""
     job = {
         "kind": "grpo",
         "folder": str(folder),
@@ -72,7 +72,7 @@ def seconds(sides: Sides, folder: Path, prompts: int, group: int, length: int, s
 
 
 def measure(sides: Sides, root: Path, steps: int = 3) -> list[Curve]:
-    """Three curves, each with everything else held: G of one prompt, L of 16 answers, N of 16 answers × 64 tokens."""
+    """Three curves that each vary one size: completions of one prompt, tokens of 16 completions, parameters."""
     small = model_folder(SHAPES["5M"], root)
     groups = [seconds(sides, small, 1, group, 64, steps) for group in GROUPS]
     lengths = [seconds(sides, small, 4, 4, length, steps) for length in LENGTHS]
@@ -89,17 +89,17 @@ def measure(sides: Sides, root: Path, steps: int = 3) -> list[Curve]:
 
 
 def markdown(curves: Sequence[Curve]) -> str:
-    head = f"| a step's seconds by | measured | slope (bar ≤ {BAR:g}) | |\n|---|---|--:|---|"
+    head = f"| seconds per step by | measured | slope (target ≤ {BAR:g}) | |\n|---|---|--:|---|"
     return "\n".join([head, *(curve.line() for curve in curves)])
 
 
 def _short(x: float) -> str:
-    """A count as an axis shows it."""
+    """A number formatted for an axis label."""
     return f"{x / 1e6:.2g}M" if x >= 1e5 else f"{x:.0f}"
 
 
 def draw(curves: Sequence[Curve], path: Path) -> None:
-    """Plots the curves on logarithmic axes and their fitted lines, told apart by marks, and saves the picture."""
+    """Plots the curves with their fitted lines on logarithmic axes, with a marker for each, and saves the figure."""
     import matplotlib
 
     matplotlib.use("Agg")

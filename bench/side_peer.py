@@ -1,12 +1,12 @@
-"""The peer's side of a comparison: TRL's own trainers and transformers' own generation, one step a turn.
+"""The peer's side of a comparison: TRL's trainers and transformers' generation, one step per turn.
 
     python -m bench.side_peer JOB.json
 
-Run by the peer's Python, which has TRL. A turn is a whole step of `trainer.train()`: the callbacks before and after an
-optimizer step wait for the harness and answer it. Nothing is logged, saved or evaluated.
+Run by the peer's Python, which has TRL. A turn is a whole step of `trainer.train()`: callbacks before and after each
+optimizer step wait for the harness and report to it. Nothing is logged, saved or evaluated.
 """
 
-# TRL is not installed where the types are checked.
+# TRL is not installed where types are checked.
 # pyright: reportMissingImports=false
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Job = dict[str, Any]
 
 
 class EndAt:
-    """Makes row i of a batch end after exactly lengths[i] new tokens: its stop token is impossible, then certain."""
+    """Logits processor that forces row i to end after exactly lengths[i] new tokens."""
 
     def __init__(self, lengths: Sequence[int], prompt: int, stop: int) -> None:
         self.prompt, self.stop = prompt, stop
@@ -52,7 +52,7 @@ class EndAt:
 
 
 def force_generate(model: Any, lengths: Sequence[int], stop: int) -> None:
-    """From here on `model.generate` writes rows of these lengths."""
+    """Patches `model.generate` so that its rows have these lengths."""
     generate = model.generate
 
     def call(**inputs: Any) -> Any:
@@ -63,7 +63,7 @@ def force_generate(model: Any, lengths: Sequence[int], stop: int) -> None:
 
 
 def force_generate_batch(model: Any, lengths: Sequence[int]) -> None:
-    """From here on `model.generate_batch` writes rows of these lengths: each request's own `max_new_tokens`."""
+    """Patches `model.generate_batch` so that its rows have these lengths, with each request's `max_new_tokens`."""
 
     def call(inputs: list[list[int]], generation_config: Any, continuous_batching_config: Any = None, **_: Any) -> Any:
         done: dict[str, Any] = {}
@@ -79,7 +79,7 @@ def force_generate_batch(model: Any, lengths: Sequence[int]) -> None:
                 if result and result.is_finished():
                     done[result.request_id] = result
                 elif not result and not manager.is_running():
-                    raise SystemExit("the peer's continuous batching ended before its requests did.")
+                    raise SystemExit("the peer's continuous batching stopped before all requests were finished.")
         return {name: done[name] for name in names}
 
     model.generate_batch = call
@@ -96,7 +96,7 @@ def load(job: Job, turns: Turns) -> tuple[Any, Any]:
 
 
 def data_set(rows: list[dict[str, Any]]) -> Any:
-    """Rows as the trainers want them, without bars of progress."""
+    """The rows as a Dataset, with progress bars disabled."""
     from datasets import Dataset, disable_progress_bars
 
     disable_progress_bars()
@@ -104,7 +104,7 @@ def data_set(rows: list[dict[str, Any]]) -> Any:
 
 
 class OneStepATurn(TrainerCallback):
-    """Waits before each optimizer step and reports after it."""
+    """Trainer callback that waits for a turn before each optimizer step and reports after it."""
 
     def __init__(self, turns: Turns, facts: dict[str, Any]) -> None:
         self.turns, self.facts = turns, facts
@@ -118,13 +118,14 @@ class OneStepATurn(TrainerCallback):
 
 
 def arguments(kind: Any, job: Job, rows: int, folder: str, **more: Any) -> Any:
-    """A trainer's config: one optimizer step over `rows` rows in passes of the side's choosing, nothing but training.
+    """A trainer's config: one optimizer step over `rows` rows, in micro-batches of the side's `rows_per_pass`.
 
-    What changes the result is as in our recipes: AdamW's betas, no weight decay, a constant rate, clipping at norm 1.
+    Settings that change the result match our recipes: AdamW betas, no weight decay, constant learning rate, clipping
+    at norm 1. Logging and saving are disabled.
     """
     a_pass = min(job["settings"].get("rows_per_pass", rows), rows)
     if rows % a_pass:
-        raise SystemExit(f"{rows} rows do not divide into passes of {a_pass}.")
+        raise SystemExit(f"{rows} rows cannot be divided into micro-batches of {a_pass}.")
     return kind(
         output_dir=folder,
         per_device_train_batch_size=a_pass,
@@ -147,7 +148,7 @@ def arguments(kind: Any, job: Job, rows: int, folder: str, **more: Any) -> Any:
 
 
 def train(trainer: Any, turns: Turns, facts: dict[str, Any]) -> None:
-    """Trains for ever, a step a turn; a step's loss is the sum over its passes."""
+    """Trains without end, one step per turn. The loss of a step is the sum over its micro-batches."""
     step = trainer.training_step
 
     def counted(*args: Any, **kwargs: Any) -> Any:
@@ -198,7 +199,7 @@ def run_grpo(job: Job, turns: Turns, folder: str) -> None:
 
 
 def run_generate(job: Job, turns: Turns, folder: str) -> None:
-    """Sampling alone: one padded batch, or continuous batching."""
+    """Sampling only: one padded batch, or continuous batching."""
     model, tokenizer = load(job, turns)
     model.eval()
     texts = [text for text in job["prompts"] for _ in range(job["group"])]
@@ -250,7 +251,7 @@ def run_sft(job: Job, turns: Turns, folder: str) -> None:
         processing_class=tokenizer,
     )
     packed = len(trainer.train_dataset)
-    if packed != len(rows):  # a step is the whole set, packed or not
+    if packed != len(rows):  # a step covers the whole data set, packed or not
         trainer = trl.SFTTrainer(
             model,
             args=arguments(trl.SFTConfig, job, packed, folder, **options),
@@ -278,7 +279,7 @@ def run_dpo(job: Job, turns: Turns, folder: str) -> None:
     )
     for given, row in zip(job["pairs"], trainer.train_dataset, strict=True):
         if any(given[name] != row[f"{name}_ids"] for name in ("prompt", "chosen", "rejected")):
-            raise SystemExit("the peer reads other tokens from a pair's texts than were meant.")
+            raise SystemExit("the peer tokenizes a pair differently from the tokens in the job.")
     rows = [pair["prompt"] + pair[side] for pair in job["pairs"] for side in ("chosen", "rejected")]
     train(trainer, turns, {"tokens": sum(len(row) for row in rows)})
 

@@ -1,4 +1,4 @@
-"""The table of a comparison: medians, ratios, peaks, and whether each bar is met."""
+"""Result table of a comparison: medians, ratios, memory peaks, and whether each target is met."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from bench.duel import Series, mebibytes
 from bench.rows import Bar, Row
 
 HEAD = """\
-| work | ours, s | {peer}, s | faster | bar | ours, tokens/s | {peer} | ours, MiB | {peer}, MiB | share | bar | |
+| work | ours, s | {peer}, s | speedup | target | ours, tokens/s | {peer} | ours, MiB | {peer}, MiB | ratio | target | |
 |---|--:|--:|--:|---|--:|--:|--:|--:|--:|---|---|"""
 
 
 @dataclass(frozen=True)
 class Result:
-    """A row that was measured, or why it was not (`problem`)."""
+    """A measured row, or the reason why it could not be measured (`problem`)."""
 
     row: Row
     ours: Series | None = None
@@ -25,18 +25,18 @@ class Result:
 
     @property
     def faster(self) -> float:
-        """The peer's median time over ours."""
+        """Speedup: the peer's median time divided by ours."""
         assert self.ours and self.peer
         return self.peer.median / self.ours.median
 
     @property
     def share(self) -> float:
-        """Our peak memory over the peer's, whole processes."""
+        """Our peak memory divided by the peer's, for whole processes."""
         assert self.ours and self.peer
         return self.ours.peak / self.peer.peak
 
     def verdicts(self) -> list[tuple[Bar, bool]]:
-        """Each bar, and whether it is met; a row that could not be measured meets none."""
+        """Each target and whether it is met; a row that could not be measured meets none."""
         if self.problem or not (self.ours and self.peer):
             return [(bar, False) for bar in self.row.bars]
         return [(bar, bar.met(self.faster if bar.of == "time" else self.share)) for bar in self.row.bars]
@@ -46,7 +46,7 @@ class Result:
         return all(met for _, met in self.verdicts())
 
     def line(self) -> str:
-        """The row in Markdown."""
+        """The row as Markdown."""
         if self.problem or not (self.ours and self.peer):
             return f"| {self.row.name} |" + " |" * 10 + f" **not measured**: {self.problem} |"
         bars = {bar.of: str(bar) for bar in self.row.bars}
@@ -67,23 +67,23 @@ class Result:
         return "| " + " | ".join(cells) + " |"
 
     def record(self) -> dict[str, Any]:
-        """Everything measured, for JSON."""
+        """Everything that was measured, as JSON-compatible data."""
         out: dict[str, Any] = {"name": self.row.name, "model": self.row.model, "problem": self.problem}
         out["bars"] = [{"of": bar.of, "limit": bar.limit, "met": met} for bar, met in self.verdicts()]
         if self.ours and self.peer:
             out |= {"faster": self.faster, "memory_share": self.share}
-            out["cpu_share"] = sum(self.ours.cpu) / max(1e-9, sum(self.peer.cpu))  # what a busy machine does not blur
+            out["cpu_share"] = sum(self.ours.cpu) / max(1e-9, sum(self.peer.cpu))  # robust on a busy machine
             out |= {"ours": asdict(self.ours), "peer": asdict(self.peer)}
         return out
 
 
 def markdown(results: Sequence[Result], peer: str = "TRL") -> str:
-    """The table of all rows; memory is a process's peak, in brackets what of it came after loading the model."""
+    """Table of all rows. Memory is a process's peak; in brackets, the part above the loaded model."""
     return "\n".join([HEAD.format(peer=peer), *(result.line() for result in results)])
 
 
 def settings(results: Sequence[Result], peer: str = "TRL") -> str:
-    """What each side ran with, a line a row."""
+    """The settings that each side used, one line per row."""
 
     def said(values: Mapping[str, Any]) -> str:
         return ", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in values.items())

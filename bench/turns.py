@@ -1,7 +1,7 @@
-"""What a side of a comparison says to the harness: how it waits for its turn, and how much memory it has used.
+"""Protocol between a side of a comparison and the harness: turns, timing and peak memory.
 
-Each side runs in a process of its own. It reads a line from its input, does one step, and answers with one line of
-JSON; at the end of its input it leaves. Imported by both sides, so it needs nothing but Python.
+Each side runs in its own process. It reads a line from standard input, runs one step, and replies with one line of
+JSON; it exits at the end of its input. Both sides import this module, so it uses only the standard library.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MIB = 1 << 20
 
 
 def memory(name: str) -> int:
-    """A field of /proc/self/status in bytes: `VmRSS` is what is used now, `VmHWM` the most that ever was."""
+    """A field of /proc/self/status in bytes: `VmRSS` is the current resident memory, `VmHWM` its peak."""
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) << 10
@@ -25,7 +25,7 @@ def memory(name: str) -> int:
 
 
 class Turns:
-    """The harness's end of the line. What a library prints goes to the error output, not into the answers."""
+    """A side's end of the protocol. Library output is redirected to standard error, so it cannot mix with replies."""
 
     def __init__(self) -> None:
         self._out = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -33,19 +33,19 @@ class Turns:
         self._start = self._begun = 0.0
 
     def loaded(self) -> None:
-        """Says that the model is in memory, and counts the peak from here on."""
+        """Reports that the model is loaded and resets the peak-memory counter."""
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
         self._say(loaded=memory("VmRSS"))
 
     def wait(self) -> None:
-        """Waits for the turn and starts the clock; leaves when there will be none."""
+        """Waits for the next turn and starts the clock; exits at the end of input."""
         if not sys.stdin.readline():
             self._out.close()
-            os._exit(0)  # trainers are left in the middle of their loops
+            os._exit(0)  # stops trainers in the middle of their loops
         self._start, self._begun = time.perf_counter(), time.process_time()
 
     def done(self, **facts: Any) -> None:
-        """Stops the clock and tells the harness how long the step took and what it did."""
+        """Stops the clock and reports the step's time, peak memory and `facts` to the harness."""
         seconds = time.perf_counter() - self._start
         self._say(seconds=seconds, cpu=time.process_time() - self._begun, peak=memory("VmHWM"), **facts)
 
@@ -55,5 +55,5 @@ class Turns:
 
 
 def reward(text: str) -> float:
-    """The reward of both sides: the share of even digits and vowels among an answer's characters."""
+    """The reward on both sides: the share of even digits and vowels among a completion's characters."""
     return sum(letter in "02468aeiou" for letter in text) / max(1, len(text))
