@@ -190,7 +190,7 @@ def test_the_tiles_are_torchs_attention_over_each_row_alone(dtype: torch.dtype) 
 
 
 def test_runs_that_do_not_make_the_rows_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"runs of \[2\] rows do not make 3 rows"):
+    with pytest.raises(ValueError, match=r"runs of \[2\] rows do not add up to 3 rows"):
         Packed(torch.tensor([4, 4, 4]), [(2, 1)])
 
 

@@ -1,1 +1,1 @@
-"""Hugging Face models, and the little that RL adds to them."""
+"""Hugging Face models, with the attention, LoRA and scalar heads that RL training needs."""

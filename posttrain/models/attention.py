@@ -1,8 +1,8 @@
-"""One attention function for every Hugging Face causal LM: packed rows for the learner, slots for the sampler.
+"""One attention function for every Hugging Face causal LM: packed rows for the learner, KV-cache slots for the sampler.
 
-transformers looks attention up by name and passes keyword arguments through the model untouched, so a *layout* object
-handed to `model(..., layout=…)` arrives at each layer and decides what the tokens of the call attend to. The modelling
-code stays transformers' own; no padding token goes through a linear layer.
+transformers looks up attention by name and passes keyword arguments through the model, so a *layout* object passed as
+`model(..., layout=…)` reaches each layer and decides what the tokens of the call attend to. The modelling code is
+unmodified transformers code, and no padding token goes through a linear layer.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from transformers import AttentionInterface
 
 NAME = "posttrain"
 KEY_BLOCK = 16  # keys are read in multiples of this; masked keys add exact zeros
-QUERY_ROWS = 4  # one query row takes another kernel, with other bits, than this many
+QUERY_ROWS = 4  # minimum number of query rows: a single row would use another kernel, which rounds differently
 
 
 class Layout(Protocol):
@@ -43,9 +43,11 @@ def attention(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The function transformers calls in each layer; refuses what a layout does not express."""
+    """The attention function transformers calls in each layer. Raises ValueError for unsupported options."""
     if layout is None:
-        raise ValueError("a model loaded by posttrain was called without a layout; use posttrain.models.load.forward.")
+        raise ValueError(
+            "a model loaded by posttrain was called without a layout. Use posttrain.models.load.hidden_states."
+        )
     if sliding_window is not None and layout.longest > sliding_window:
         raise ValueError(
             f"a sequence of {layout.longest} tokens is longer than the model's sliding window of {sliding_window}. "
@@ -67,7 +69,7 @@ def causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: f
 
 
 class Prefill:
-    """Prompts of one padded length, computed once each; keeps every layer's keys and values for the slots."""
+    """Layout for prefill: prompts padded to one length. Keeps every layer's keys and values for the slots."""
 
     def __init__(self, longest: int) -> None:
         self.longest = longest
@@ -83,9 +85,9 @@ class Prefill:
 
 
 class SlotCache:
-    """Keys and values of `slots` sequences, `capacity` tokens each, and one decode step's view of them.
+    """KV cache of `slots` sequences with `capacity` tokens each, and the layout of one decode step.
 
-    Keys are stored with tokens last: the product with a query then reads them in order.
+    Keys are stored with the token dimension last, so that the product with a query reads memory in order.
     """
 
     def __init__(self, layers: int, slots: int, heads: int, capacity: int, width: int, like: torch.Tensor) -> None:
@@ -96,7 +98,7 @@ class SlotCache:
         self.rows = self.positions = self.hidden = torch.empty(0)
 
     def step(self, positions: torch.Tensor, first: int = 0) -> SlotCache:
-        """Sets where slots first … first + R − 1 write their next token; positions (R,) int64."""
+        """Prepares a decode step: slots first … first + R − 1 write their next token at positions (R,) int64."""
         self.longest, self.first = int(positions.max()) + 1, first
         keys = min(-(-self.longest // KEY_BLOCK) * KEY_BLOCK, self.capacity)
         self.positions = positions
@@ -130,6 +132,6 @@ class SlotCache:
 
 
 def _rows(part: torch.Tensor) -> torch.Tensor:
-    """(R, H, n, D) with n raised to QUERY_ROWS by repeating rows, so that every product has enough of them."""
+    """Repeats rows of (R, H, n, D) so that n is at least QUERY_ROWS."""
     n = part.shape[2]
     return part if n >= QUERY_ROWS else part.repeat(1, 1, -(-QUERY_ROWS // n), 1)

@@ -1,8 +1,8 @@
-"""The forward pass of Llama-like models with fused operations between the matrix products, for float32 on a CPU.
+"""Forward pass of Llama-like models with fused operations between the matrix products, for float32 on a CPU.
 
-transformers' modules stay the owners of weights, adapters and angles and are called for every matrix product; what lies
-between the products (norms, residual sums, rotary turns, gated units) is one kernel each instead of a chain of
-operations. `models/load.py:check_forward` holds the result against transformers' own pass before anything uses it.
+The transformers modules keep the weights, adapters and rotary angles and compute every matrix product. The operations
+in between (norms, residual sums, rotary embeddings, gated units) are one kernel each instead of a chain of torch
+operations. `models/load.py:check_forward` compares the result with transformers' own forward pass before it is used.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from posttrain.models import kernels
 from posttrain.models.attention import Layout
 
 FAMILY = ("llama", "mistral", "qwen2", "qwen3")  # norm, rotary attention, norm, silu-gated unit, nothing else
-WIDEST_HEAD = 1024  # what kernels.c keeps on its stack
+WIDEST_HEAD = 1024  # size of a stack buffer in kernels.c
 
 
 @dataclass(frozen=True)
 class Linears:
-    """The products of one layer, from rows (N, in) to rows (N, out); `qkv` gives three results, `gates` two."""
+    """The matrix products of one layer, rows (N, in) → rows (N, out); `qkv` returns three results, `gates` two."""
 
     qkv: Callable[[torch.Tensor], Sequence[torch.Tensor]]
     out: Callable[[torch.Tensor], torch.Tensor]
@@ -33,7 +33,8 @@ class Linears:
 
 
 def fits(body: nn.Module) -> bool:
-    """Whether `forward` computes this decoder: its family, float32 on a CPU, full attention, and a C compiler."""
+    """Whether `forward` supports this decoder: a model of FAMILY with full attention in float32 on a CPU, and compiled
+    kernels."""
     config: Any = body.config
     weight: torch.Tensor = body.embed_tokens.weight if hasattr(body, "embed_tokens") else torch.empty(0)  # type: ignore[union-attr]
     return (
@@ -48,15 +49,15 @@ def fits(body: nn.Module) -> bool:
 
 
 def head_width(config: Any) -> int:
-    """The width of one attention head."""
+    """Width of one attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def angles(body: nn.Module, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine (N, D / 2) of the rotary angles at positions (N,); the model's own formula."""
-    anything = torch.zeros(1, device=positions.device)
-    cosine, sine = body.rotary_emb(anything, positions.unsqueeze(0))  # type: ignore[operator]
-    half = cosine.shape[-1] // 2  # both halves of a head turn by the same angles
+    """Cosine and sine (N, D / 2) of the rotary angles at positions (N,), from the model's own module."""
+    dummy = torch.zeros(1, device=positions.device)  # only its dtype and device are read
+    cosine, sine = body.rotary_emb(dummy, positions.unsqueeze(0))  # type: ignore[operator]
+    half = cosine.shape[-1] // 2  # both halves of a head use the same angles
     return cosine[0, :, :half].contiguous(), sine[0, :, :half].contiguous()
 
 
@@ -67,9 +68,9 @@ def forward(
     layout: Layout,
     linears: Sequence[Linears] | None = None,
 ) -> torch.Tensor:
-    """tokens and positions (b, t) int64 → last hidden states (b, t, width), as the decoder's own forward pass.
+    """tokens and positions (b, t) int64 → last hidden states (b, t, width), like the decoder's own forward pass.
 
-    `linears` replace the products of the layers' own modules.
+    `linears`, one per layer, replace the matrix products of the layers' own modules.
     """
     b, t = tokens.shape
     turns = angles(body, positions.reshape(-1))
@@ -103,7 +104,7 @@ def _layer(
     shape: tuple[int, int],
     layout: Layout,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The residual stream x (N, W) and what is still to be added to it, before a layer → after it."""
+    """One layer: (residual stream x (N, W), delta not yet added to it) before the layer → the same after it."""
     attention = layer.self_attn
     x, y = norm(layer.input_layernorm, x, delta)
     query, key, value = (part.reshape(len(y), -1, attention.head_dim) for part in linears.qkv(y))
@@ -115,14 +116,14 @@ def _layer(
 
 
 def norm(module: Any, x: torch.Tensor, delta: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """x + delta (N, W) and its norm, with a norm module's weight."""
+    """x + delta (N, W) and its RMS norm with the module's weight."""
     return kernels.add_norm(x, delta, module.weight, module.variance_epsilon)
 
 
 def turned(
     attention: Any, query: torch.Tensor, key: torch.Tensor, turns: tuple[torch.Tensor, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """query (N, Hq, D) and key (N, Hkv, D) turned to their positions; Qwen 3 norms each head before."""
+    """Applies rotary embeddings to query (N, Hq, D) and key (N, Hkv, D); Qwen 3 first norms each head."""
     if hasattr(attention, "q_norm"):
         width = attention.head_dim
         query = norm(attention.q_norm, query.reshape(-1, width), None)[1].view(query.shape)

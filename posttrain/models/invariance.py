@@ -1,8 +1,8 @@
-"""Which row counts give the same bits: the fact that makes a sample independent of its batch-mates.
+"""Batch-invariant row counts: matrix products whose results are bit-exact whatever else is in the batch.
 
-A matrix product may add its terms in another order when it has more rows, because libraries pick another kernel. The
-sampler therefore runs torch's linear layers at row counts whose results were found equal, bit for bit, to tiles of
-`TILE` rows on this machine with this thread count. Nothing is assumed about the library; it is measured at start.
+A matrix product with more rows may sum its terms in another order, because libraries choose another kernel. The sampler
+therefore runs torch's linear layers only at row counts whose results were measured to be bit-exact with tiles of `TILE`
+rows on this machine with this thread count. Nothing is assumed about the library: the row counts are tested at start.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ ROW_COUNTS = (*range(4, 32, 4), *range(32, 64, 8), *range(64, 128, 16), *range(1
 
 Shape = tuple[int, int]  # (out, in) of a weight
 Stored = Literal["rows", "columns"]
-"""How the weight of a product lies in memory: as torch keeps it, (out, in), or transposed, (in, out)."""
+"""Memory layout of a weight: (out, in) as in torch, or transposed, (in, out)."""
 
 
 def linear_shapes(module: nn.Module) -> list[Shape]:
-    """The distinct (out, in) of every matrix the module multiplies by."""
+    """The distinct (out, in) shapes of the module's matrices."""
     found = {tuple(p.shape) for m in module.modules() for p in m.parameters(recurse=False) if p.dim() == 2}
     return sorted((int(o), int(i)) for o, i in found)
 
@@ -32,9 +32,9 @@ def linear_shapes(module: nn.Module) -> list[Shape]:
 def equal_row_counts(
     shapes: Iterable[Shape], counts: Sequence[int], like: torch.Tensor, stored: Stored = "rows"
 ) -> tuple[int, ...]:
-    """Those of `counts`, and always TILE, at which every shape repeats the tiled result exactly.
+    """The row counts of `counts`, plus TILE, at which the product with every shape is bit-exact with the tiled one.
 
-    `like` gives dtype and device.
+    `like` gives the dtype and device.
     """
     left = tuple(sorted({*counts, TILE}))
     for shape in sorted(set(shapes)):
@@ -47,7 +47,7 @@ def equal_row_counts(
 def _equal(
     shape: Shape, counts: tuple[int, ...], dtype: torch.dtype, device: str, stored: Stored, threads: int
 ) -> tuple[int, ...]:
-    """Of `counts` those that agree with tiles, for one shape; measured once a process."""
+    """The counts that agree with tiles for one shape; measured once per process."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(shape, generator=generator).to(device, dtype)
     rows = torch.randn(-(-max(counts) // TILE) * TILE, shape[1], generator=generator).to(device, dtype)
@@ -62,7 +62,7 @@ def _equal(
 
 
 def calls(count: int, allowed: tuple[int, ...], room: int) -> list[tuple[int, int]]:
-    """Splits `count` rows into (first, rows) calls of allowed sizes that stay within `room` rows."""
+    """Splits `count` rows into calls (first, rows) of allowed sizes that stay within `room` rows."""
     out: list[tuple[int, int]] = []
     first = 0
     while first < count:

@@ -1,7 +1,7 @@
-"""Loading any Hugging Face causal LM for reinforcement learning, with the checks that catch a wrong one at once.
+"""Loads Hugging Face causal LMs for training and checks them.
 
-Weights are read from safetensors only and remote code is never run. After loading, the model's packed forward pass is
-held against transformers' own on a few tokens, so an architecture this package cannot drive exactly is refused.
+Weights are read from safetensors only, and remote code is never run. After loading, the packed forward pass is compared
+with transformers' own on a few tokens, so that an unsupported architecture is rejected immediately.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from posttrain.models.shapes import ModelShape
 from posttrain.types import ConfigError, TemplateError
 
 ABACUS = Path(__file__).parent / "abacus"
-TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.25}  # on logits; a wrong mask or position is off by whole units
-_loading = threading.Lock()  # transformers builds a model under settings of the whole process, so one at a time
+TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.25}  # on logits; a wrong mask or position gives errors above 1
+_loading = threading.Lock()  # transformers changes process-wide settings while it builds a model
 
 
 @dataclass
 class Policy:
-    """A model, its tokenizer and what generation must know about them."""
+    """A model with its tokenizer and stop tokens, and optionally a scalar head."""
 
     model: Any  # PreTrainedModel or PeftModel
     tokenizer: Any
@@ -64,7 +64,7 @@ class Policy:
 
 
 def hidden_states(policy: Policy, tokens: torch.Tensor, positions: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """One pass through the decoder: tokens and positions (b, t) int64 → last hidden states (b, t, width)."""
+    """Forward pass through the decoder: tokens and positions (b, t) int64 → last hidden states (b, t, width)."""
     if decoder.fits(policy.body):
         return decoder.forward(policy.body, tokens, positions, layout)
     out = policy.body(input_ids=tokens, position_ids=positions, use_cache=False, layout=layout)
@@ -72,12 +72,12 @@ def hidden_states(policy: Policy, tokens: torch.Tensor, positions: torch.Tensor,
 
 
 def resolve_path(path: str) -> str:
-    """`abacus` is the model in the package; anything else is a folder or a hub id."""
+    """Resolves `abacus` to the model in the package; anything else is a folder or a hub id."""
     return str(ABACUS) if path == "abacus" else path
 
 
 def load_policy(cfg: ModelConfig, device: torch.device | str = "cpu") -> Policy:
-    """Loads weights and tokenizer, attaches LoRA if asked, and checks that they fit each other and this package."""
+    """Loads weights and tokenizer, checks that they match and are supported, and attaches LoRA if requested."""
     source = resolve_path(cfg.path)
     _require_safetensors(source, cfg.path)
     transformers.utils.logging.disable_progress_bar()
@@ -104,7 +104,7 @@ def load_policy(cfg: ModelConfig, device: torch.device | str = "cpu") -> Policy:
 
 
 def llama_config(shape: ModelShape, **more: Any) -> LlamaConfig:
-    """transformers' configuration of a Llama of this shape, for models with random weights."""
+    """The transformers configuration of a Llama with this shape, for models with random weights."""
     return LlamaConfig(
         vocab_size=shape.vocab,
         hidden_size=shape.width,
@@ -120,36 +120,38 @@ def llama_config(shape: ModelShape, **more: Any) -> LlamaConfig:
 
 def load_weights(policy: Policy, tensors: dict[str, torch.Tensor]) -> None:
     """Copies tensors named as in `trainable(policy)` into the model, in place."""
-    own = trainable(policy)
-    if own.keys() != tensors.keys():
-        odd = sorted(own.keys() ^ tensors.keys())
-        raise ConfigError(f"weights do not fit the model: {len(odd)} names differ, first {odd[0]!r}.")
+    parameters = trainable(policy)
+    if parameters.keys() != tensors.keys():
+        differing = sorted(parameters.keys() ^ tensors.keys())
+        raise ConfigError(
+            f"weights do not match the model: {len(differing)} names differ, the first is {differing[0]!r}."
+        )
     take_weights(policy, tensors)
 
 
 @torch.no_grad()
 def take_weights(policy: Policy, tensors: Mapping[str, torch.Tensor]) -> None:
-    """The same where tensors may share the model's memory, which are not copied, and more may be given than learn."""
+    """Like `load_weights`, but skips tensors that share the model's memory and ignores names that are not trainable."""
     for name, parameter in trainable(policy).items():
         if parameter.data_ptr() != tensors[name].data_ptr():
             parameter.copy_(tensors[name])
 
 
 def weight_views(policy: Policy) -> dict[str, torch.Tensor]:
-    """The weights of `trainable(policy)` without their gradients: views, not copies."""
+    """The weights of `trainable(policy)`, detached: views, not copies."""
     return {name: parameter.detach() for name, parameter in trainable(policy).items()}
 
 
 def trainable(policy: Policy) -> dict[str, nn.Parameter]:
-    """The parameters that learn, by name; tied weights appear once. A scalar head's are named `scalar.…`."""
-    own = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
+    """The trainable parameters by name; tied weights appear once. Those of a scalar head are named `scalar.…`."""
+    parameters = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
     if policy.scalar is not None:
-        own |= {f"scalar.{name}": p for name, p in policy.scalar.named_parameters()}
-    return own
+        parameters |= {f"scalar.{name}": p for name, p in policy.scalar.named_parameters()}
+    return parameters
 
 
 def save_pretrained(policy: Policy, folder: Path) -> None:
-    """Writes a plain Hugging Face folder (LoRA merged) that transformers, vLLM and this package load."""
+    """Writes a standard Hugging Face folder (LoRA merged) that transformers, vLLM and this package can load."""
     model = lora.merged(policy.model)
     model.save_pretrained(folder, safe_serialization=True)
     policy.tokenizer.save_pretrained(folder)
@@ -160,13 +162,13 @@ def _require_safetensors(source: str, name: str) -> None:
     if not folder.exists():
         if os.sep in name and (name.startswith((".", "/", "~")) or name.count("/") != 1):
             raise ConfigError(f"model folder {name!r} does not exist.")
-        return  # a hub id: from_pretrained(use_safetensors=True) refuses other formats
+        return  # a hub id: from_pretrained(use_safetensors=True) rejects other formats
     if not folder.is_dir():
-        raise ConfigError(f"model {name!r} is a file; give the folder that holds config.json and model.safetensors.")
+        raise ConfigError(f"model {name!r} is a file. Give the folder that holds config.json and model.safetensors.")
     if not list(folder.glob("*.safetensors")):
         pickles = [p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern)]
-        found = f"it holds {pickles[0]}, a pickle that could run code" if pickles else "none is there"
-        raise ConfigError(f"model folder {name!r} has no *.safetensors file ({found}). Convert the weights first.")
+        found = f" (only {pickles[0]}, a pickle file that could run code)" if pickles else ""
+        raise ConfigError(f"model folder {name!r} has no *.safetensors file{found}. Convert the weights first.")
 
 
 def _stop_ids(model: Any, tokenizer: Any, name: str) -> tuple[int, ...]:
@@ -174,36 +176,38 @@ def _stop_ids(model: Any, tokenizer: Any, name: str) -> tuple[int, ...]:
     for value in (model.generation_config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token_id):
         ids.extend(value if isinstance(value, list) else [value] if value is not None else [])
     if not ids:
-        raise TemplateError(f"model {name!r} names no end-of-sequence token, so no answer could end. Set eos_token.")
+        raise TemplateError(
+            f"model {name!r} has no end-of-sequence token, so no completion could end. Set eos_token in its tokenizer."
+        )
     return tuple(dict.fromkeys(ids))
 
 
 def check_tokenizer(tokenizer: Any, rows: int) -> None:
-    """Raises TemplateError where the tokenizer can make an id that has no embedding row."""
+    """Raises TemplateError if the tokenizer has an id without an embedding row."""
     largest = max(tokenizer.get_vocab().values())
     if largest >= rows:
         raise TemplateError(
-            f"the tokenizer makes ids up to {largest}, but the model has {rows} embedding rows. "
+            f"the tokenizer has ids up to {largest}, but the model has only {rows} embedding rows. "
             "Use the tokenizer that belongs to the model."
         )
 
 
 def short_rows(policy: Policy) -> list[torch.Tensor]:
-    """Ids, (7,) and (3,), on which another way to compute the model is held against the packed pass."""
+    """Token ids, (7,) and (3,), on which other forward passes are compared with the packed one."""
     return [torch.arange(5, 5 + n, device=policy.device) % policy.vocab for n in (7, 3)]
 
 
 def packed_logits(policy: Policy, rows: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Logits (M, vocabulary) of rows of M tokens in all, which lie end to end in one pass."""
+    """Logits (M, vocabulary) of rows with M tokens in total, packed into one pass."""
     layout = Packed(torch.tensor([len(row) for row in rows], device=policy.device))
     return policy.head(hidden_states(policy, torch.cat([*rows]).unsqueeze(0), layout.positions, layout))[0]
 
 
 @torch.no_grad()
 def check_forward(policy: Policy) -> float:
-    """Compares our packed pass with transformers' own on two short rows; switches the model to ours.
+    """Compares the packed forward pass with transformers' own on two short rows, and switches the model to it.
 
-    Returns the largest logit difference; raises ConfigError above the tolerance.
+    Returns the largest logit difference; raises ConfigError if it exceeds the tolerance.
     """
     model = lora.unwrap(policy.model)
     model.eval()
@@ -215,7 +219,7 @@ def check_forward(policy: Policy) -> float:
     limit = TOLERANCE[policy.head.weight.dtype] * max(1.0, float(theirs.float().abs().max()) / 10)
     if not difference <= limit:
         raise ConfigError(
-            f"{type(model).__name__} gives logits that differ by {difference:.2g} between transformers' forward pass "
-            f"and the packed one (allowed {limit:.2g}); this architecture is not supported."
+            f"{type(model).__name__} is not supported: its logits differ by {difference:.2g} between transformers' "
+            f"forward pass and the packed one (allowed: {limit:.2g})."
         )
     return difference

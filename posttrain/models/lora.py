@@ -1,4 +1,4 @@
-"""LoRA through PEFT: attach, switch off (the frozen reference), merge."""
+"""LoRA adapters through PEFT: attach, disable (for the frozen reference), merge."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from peft.tuners.lora import LoraLayer
 
 
 def attach(model: Any, rank: int, alpha: int) -> Any:
-    """Adds adapters to every linear layer but the output; only they learn. The first state changes no output."""
+    """Adds adapters to every linear layer but the output layer. Only they train; initially they change no output."""
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
-    with warnings.catch_warnings():  # PEFT asks transformers by a name that is being renamed
+    with warnings.catch_warnings():  # PEFT uses a deprecated transformers name
         warnings.simplefilter("ignore", FutureWarning)
         return get_peft_model(model, config)
 
 
 def unwrap(model: Any) -> Any:
-    """The transformers model inside, adapters included in its layers."""
+    """The underlying transformers model; its layers include the adapters."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 @contextmanager
 def disabled(model: Any) -> Iterator[None]:
-    """Within the block the model is the one before training: the reference costs no second copy."""
+    """Disables the adapters within the block, which gives the reference model without a second copy of the weights."""
     if not isinstance(model, PeftModel):
         raise TypeError("only a model with adapters can be its own reference.")
     with model.disable_adapter():
@@ -36,13 +36,12 @@ def disabled(model: Any) -> Iterator[None]:
 
 
 def merged(model: Any) -> Any:
-    """A model with the adapters folded into its weights; the one given stays as it is."""
+    """A copy of the model with the adapters merged into its weights; the model itself if it has no adapters."""
     return copy.deepcopy(model).merge_and_unload() if isinstance(model, PeftModel) else model
 
 
 def merged_weight(module: Any) -> torch.Tensor:
-    """A linear module's weight (out, in) as it counts now: with what its adapters add, where it has some and they are
-    on; else the weight itself, not a copy."""
+    """A linear module's effective weight (out, in), including enabled adapters; without adapters it is not a copy."""
     weight = module.weight.detach()
     if isinstance(module, LoraLayer) and not module.disable_adapters:
         for adapter in module.active_adapters:
@@ -51,7 +50,7 @@ def merged_weight(module: Any) -> torch.Tensor:
 
 
 def merged_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every weight under its name in a model folder, adapters folded in, one at a time; a tied one under each name."""
+    """Yields every weight with its name in a model folder, adapters merged; a tied weight appears under each name."""
     inner = unwrap(model)
     adapted: dict[str, Any] = {name: module for name, module in inner.named_modules() if isinstance(module, LoraLayer)}
     for name, parameter in inner.named_parameters(remove_duplicate=False):

@@ -1,4 +1,4 @@
-"""The layout of the learner's passes: rows laid end to end, no padding token and no shared prompt computed twice."""
+"""Sequence packing for the learner: no padding tokens, and each shared prompt is computed once."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import torch.nn.functional as F
 
 from posttrain.models import kernels
 
-QUERIES = 256  # longer rows are computed in pieces of this many tokens, so keys that come later cost nothing
-TILE = 1 << 20  # scores computed at once: 4 MiB in fp32, so that they are still in the cache when they are used
+QUERIES = 256  # longer rows are split into pieces of this many tokens, so that later keys are never computed
+TILE = 1 << 20  # attention scores computed at once: 4 MiB in fp32, so that they stay in the CPU cache
 
-Range = tuple[int, int]  # computed tokens start … end − 1
+Range = tuple[int, int]  # tokens start … end − 1 of the packed sequence
 
 
 @dataclass(frozen=True)
 class Block:
-    """Pieces of rows that attend to the same context, all of it, and each to its own past.
+    """Pieces of rows that are computed together: each attends to all of a common context and causally to itself.
 
-    `own` are the pieces' ranges; `context` the ranges every one of them sees.
+    `own` are the ranges of the pieces; `context` are the ranges that every piece attends to.
     """
 
     own: tuple[Range, ...]
@@ -35,51 +35,51 @@ class Block:
 
     @property
     def whole(self) -> Range | None:
-        """The one range the pieces make up, if they are equally long and follow each other."""
+        """The range of all pieces together, if they are equally long and contiguous; else None."""
         follow = all(a[1] == b[0] for a, b in pairwise(self.own))
         equal = all(end - start == self.longest for start, end in self.own)
         return (self.own[0][0], self.own[-1][1]) if follow and equal else None
 
     def tiles(self, heads: int) -> list[Block]:
-        """The block in parts of at most TILE scores, or of one piece."""
+        """Splits the block into parts of at most TILE scores, or of a single piece."""
         seen = self.longest + sum(end - start for start, end in self.context)
         size = max(1, TILE // (heads * self.longest * seen))
         return [Block(self.own[i : i + size], self.context) for i in range(0, len(self.own), size)]
 
 
 class Packed:
-    """Rows laid end to end in one (1, M) call; each token attends to its own row's past.
+    """Layout for rows packed into one (1, M) call; each token attends to the past of its own row.
 
-    `shared` says which neighbours begin with the same tokens: (rows, tokens) from the first row on, together all rows.
-    Those first tokens are computed once. In the call they stand before the rest of their rows, and every such row
-    attends to them as to its own past, at the positions it would have alone. Linear layers see each computed token
-    once; attention is computed for rows of similar length together (see `attention_blocks`).
+    `shared` lists runs of neighbouring rows with a common prefix, as (rows, prefix tokens); the runs cover all rows in
+    order. Each prefix is computed once. It precedes the rest of its rows in the call, and every row of the run attends
+    to it as its own past, at the same positions as if the row were alone. Linear layers process each computed token
+    once; attention is computed together for rows of similar length (see `attention_blocks`).
     """
 
     def __init__(self, lengths: torch.Tensor, shared: Sequence[tuple[int, int]] = ()) -> None:
-        """lengths (B,) int64: tokens in each row, all at least 1, more than its run shares where that is not 0."""
+        """lengths (B,) int64: tokens in each row, at least 1 and more than the row's shared prefix."""
         sizes = [int(n) for n in lengths.tolist()]
         shared = shared or [(1, 0)] * len(sizes)
         if sum(rows for rows, _ in shared) != len(sizes):
-            raise ValueError(f"runs of {[rows for rows, _ in shared]} rows do not make {len(sizes)} rows.")
+            raise ValueError(f"runs of {[rows for rows, _ in shared]} rows do not add up to {len(sizes)} rows.")
         self.longest = max(sizes)
         rows, kept, index, positions = self._lay(sizes, shared)
         device = lengths.device
         self.pieces, self.most = rows, QUERIES if device.type == "cpu" else self.longest
-        self.rows = torch.tensor([own for own, _ in rows])  # (rows, 2), as kernels.attention takes them
+        self.rows = torch.tensor([own for own, _ in rows])  # (rows, 2), for kernels.attention
         starts = [i for i, (_, before) in enumerate(rows) if before[0] == before[1]]
         self.runs = torch.tensor([*starts, len(rows)])
-        self.kept = torch.cat(kept).to(device)  # (M,) which of the rows' N tokens are computed, in the call's order
-        self.index = torch.cat(index).to(device)  # (N,) where each of the rows' tokens is in the call
+        self.kept = torch.cat(kept).to(device)  # (M,) indices of the computed tokens among all N, in call order
+        self.index = torch.cat(index).to(device)  # (N,) position in the call of each of the rows' N tokens
         self.positions = torch.cat(positions).unsqueeze(0).to(device)  # (1, M)
 
     @cached_property
     def blocks(self) -> list[Block]:
-        """The rows as the paths without a kernel of their own compute them."""
+        """The rows as blocks, for attention without the compiled kernel."""
         return attention_blocks(self.pieces, self.most)
 
     def _lay(self, sizes: list[int], shared: Sequence[tuple[int, int]]) -> Any:
-        rows: list[tuple[Range, Range]] = []  # what is computed of a row, and the shared range before it
+        rows: list[tuple[Range, Range]] = []  # a row's computed range, and the range of its shared prefix
         kept: list[torch.Tensor] = []
         index: list[torch.Tensor] = []
         positions: list[torch.Tensor] = []
@@ -114,10 +114,10 @@ class Packed:
 
 
 def attention_blocks(rows: Sequence[tuple[Range, Range]], most: int) -> list[Block]:
-    """Cuts rows, each (own range, shared range before it), into pieces of at most `most` tokens; groups like pieces.
+    """Cuts rows, each (own range, range of its prefix), into pieces of at most `most` tokens and groups similar pieces.
 
-    Pieces in one block have one context, and none is shorter than three quarters of the longest by more than 16 tokens:
-    within a block they are padded. A block's context is always computed in an earlier block or call position.
+    All pieces of a block have the same context. They are padded within the block, so none is shorter than the longest
+    by more than a quarter of it or 16 tokens, whichever is more. The context always precedes the block in the call.
     """
     pieces: dict[tuple[Range, ...], list[Range]] = {}
     for (start, end), before in rows:
@@ -137,7 +137,7 @@ def attention_blocks(rows: Sequence[tuple[Range, Range]], most: int) -> list[Blo
 
 
 def _padded(block: Block, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where the block's padded pieces (R · S,) lie in the call, and which of those entries are real (R · S,) bool."""
+    """Positions in the call of the block's padded pieces (R · S,), and which of them are not padding (R · S,) bool."""
     starts = torch.tensor([start for start, _ in block.own], device=device).unsqueeze(1)
     lengths = torch.tensor([end - start for start, end in block.own], device=device).unsqueeze(1)
     steps = torch.arange(block.longest, device=device)
@@ -156,15 +156,15 @@ def _take(x: torch.Tensor, block: Block, index: torch.Tensor | None) -> torch.Te
 
 
 def _context(x: torch.Tensor, block: Block) -> torch.Tensor:
-    """x (M, H, D) → what all pieces of the block see (H, P, D)."""
+    """x (M, H, D) → the block's context (H, P, D)."""
     parts = [x[start:end] for start, end in block.context]
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).transpose(0, 1)
 
 
 class _Tile:
-    """One tile's attention: probabilities, and the products that gradients are made of.
+    """Attention of one tile: probabilities, output and gradients.
 
-    R pieces padded to S tokens, P tokens of context, H key heads of G query heads each, width D.
+    R pieces padded to S tokens, P tokens of context, H key heads with G query heads each, head width D.
     """
 
     def __init__(self, block: Block, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> None:
@@ -192,12 +192,12 @@ class _Tile:
         return _take(x, self.block, self.index).permute(2, 0, 1, 3).reshape(-1, self.block.longest, x.shape[2])
 
     def own(self, scores: torch.Tensor) -> torch.Tensor:
-        """(H, R·G·S, P + S) → (H·R, G·S, S), the part about the pieces themselves; a view."""
+        """(H, R·G·S, P + S) → (H·R, G·S, S): the scores without the context; a view."""
         heads, rows, groups, length = self.shape
         return scores.view(heads * rows, groups * length, -1)[:, :, scores.shape[2] - length :]
 
     def _products(self, query: torch.Tensor, key: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
-        """Products of queries (H, R·G·S, D) with context and own keys, side by side (H, R·G·S, P + S)."""
+        """Queries (H, R·G·S, D) times the keys of context and pieces → (H, R·G·S, P + S)."""
         heads, rows, groups, length = self.shape
         context = 0 if seen is None else seen.shape[1]
         out = query.new_empty(heads, query.shape[1], context + length)
@@ -208,18 +208,18 @@ class _Tile:
         return out
 
     def _weighted(self, weights: torch.Tensor, key: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
-        """Sums of context and own keys by weights (H, R·G·S, P + S) → (H, R·G·S, D)."""
+        """Sums over context and pieces, weighted by weights (H, R·G·S, P + S) → (H, R·G·S, D)."""
         out = torch.bmm(self.own(weights), key).view(self.shape[0], weights.shape[1], -1)
         return out if seen is None else out.baddbmm_(weights[:, :, : seen.shape[1]], seen)
 
     def write(self, part: torch.Tensor, out: torch.Tensor) -> None:
-        """The tile's queries' results (H, R·G·S, D) into their places in `out` (M, H·G, D)."""
+        """Writes the results of the tile's queries (H, R·G·S, D) to `out` (M, H·G, D)."""
         heads, rows, groups, length = self.shape
         moved = part.view(heads, rows, groups, length, -1).permute(1, 3, 0, 2, 4)  # (R, S, H, G, D)
         self._place(moved.reshape(rows * length, heads * groups, -1), out)
 
     def _place(self, rows: torch.Tensor, out: torch.Tensor) -> None:
-        """rows (R·S, H, D) to where the pieces are in `out`; pads are dropped."""
+        """Writes rows (R·S, H, D) to the positions of the pieces in `out`, without padding."""
         if self.index is None or self.real is None:
             assert self.block.whole is not None
             out[slice(*self.block.whole)] = rows
@@ -230,10 +230,10 @@ class _Tile:
         return self._weighted(self.probs, self.value, self.seen[1] if self.seen else None)
 
     def backward(self, grad: torch.Tensor, grads: Sequence[torch.Tensor]) -> None:
-        """grad (M, H·G, D) of the output → adds this tile's part to the gradients of query, key and value."""
+        """Adds this tile's part to the gradients of query, key and value, given the output's grad (M, H·G, D)."""
         dquery, dkey, dvalue = grads
         given = self.queries(grad)
-        if self.real is not None:  # what a pad computed was dropped
+        if self.real is not None:  # padding was not written to the output, so its gradient is 0
             heads, rows, groups, length = self.shape
             pads = ~self.real.view(rows, 1, length, 1)
             given.view(heads, rows, groups, length, -1).masked_fill_(pads, 0)
@@ -244,7 +244,7 @@ class _Tile:
             self._add_keys(weights, rows, out)
 
     def _add_keys(self, weights: torch.Tensor, rows: torch.Tensor, out: torch.Tensor) -> None:
-        """weightsᵀ · rows, to the own keys' places and to the context's."""
+        """Adds weightsᵀ · rows at the positions of the pieces and of the context."""
         heads, count, groups, length = self.shape
         own = torch.bmm(self.own(weights).transpose(1, 2), rows.view(heads * count, groups * length, -1))
         flat = own.view(heads, count, length, -1).permute(1, 2, 0, 3).reshape(count * length, heads, -1)
@@ -261,9 +261,9 @@ class _Tile:
 
 
 class _Attention(torch.autograd.Function):
-    """Attention of a pass, tile by tile; the backward pass computes each tile's probabilities again.
+    """Attention of a pass, tile by tile. The backward pass recomputes each tile's probabilities.
 
-    So no probability is kept. That is how FlashAttention saves memory (Dao et al., arXiv 2205.14135).
+    No probabilities are stored, as in FlashAttention (Dao et al., arXiv 2205.14135).
     """
 
     @staticmethod
@@ -294,7 +294,7 @@ class _Attention(torch.autograd.Function):
 def fused(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, blocks: list[Block], scale: float
 ) -> torch.Tensor:
-    """The same from torch's fused kernel, for GPUs and bf16: each piece sees its own copy of the context's keys."""
+    """The same with torch's fused kernel, for GPUs and bf16; each piece gets its own copy of the context's keys."""
     out = torch.empty_like(query)
     groups = query.shape[1] // key.shape[1]
     for block in blocks:

@@ -1,4 +1,4 @@
-"""The sizes of Llama-like decoders: from a model folder, or of well-known models by name; standard library only."""
+"""Sizes of Llama-like decoders, from a model folder or by the name of a well-known model; standard library only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from posttrain.types import ConfigError
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a Llama-like decoder: `width` of the residual stream, `ffn` of the gated unit, `vocab` rows."""
+    """Sizes of a Llama-like decoder: `width` is the hidden size, `ffn` the intermediate size, `vocab` the embedding
+    rows."""
 
     layers: int
     width: int
@@ -24,27 +25,27 @@ class ModelShape:
 
     @property
     def attention(self) -> int:
-        """Width of all query heads together."""
+        """Total width of the query heads."""
         return self.heads * self.head_dim
 
     @property
     def matrices(self) -> int:
-        """Weights of the layers' matrices; embedding and output layer are not among them."""
+        """Number of weights in the layers' matrices, without embedding and output layer."""
         keys = self.kv_heads * self.head_dim
         return self.layers * self.width * (2 * self.attention + 2 * keys + 3 * self.ffn)
 
     @property
     def head(self) -> int:
-        """Weights of the output layer."""
+        """Number of weights in the output layer."""
         return self.vocab * self.width
 
     @property
     def parameters(self) -> int:
-        """All weights: matrices, norms, embedding, and the output layer where it is one of its own."""
+        """Number of all weights: matrices, norms, embedding, and the output layer unless it is tied."""
         return self.matrices + (2 * self.layers + 1) * self.width + self.head * (1 if self.tied else 2)
 
     def adapters(self, rank: int) -> int:
-        """Weights of LoRA adapters on every matrix of the layers (posttrain/models/lora.py)."""
+        """Number of weights in LoRA adapters on all matrices of the layers (posttrain/models/lora.py)."""
         keys = self.kv_heads * self.head_dim
         ends = 2 * (self.width + self.attention) + 2 * (self.width + keys) + 3 * (self.width + self.ffn)
         return self.layers * rank * ends
@@ -63,11 +64,11 @@ SHAPES = {
     "llama-2-13b": ModelShape(40, 5120, 40, 40, 128, 13824, 32000, False),
     "llama-3.1-70b": ModelShape(80, 8192, 64, 8, 128, 28672, 128256, False),
 }
-"""Well-known shapes, for models that are not on this machine; a hub id's last part finds them."""
+"""Shapes of well-known models that need not be on this machine, keyed by the last part of the hub id."""
 
 
 def shape_of(source: str | Path) -> ModelShape:
-    """The shape that a model folder's config.json states, or a well-known one by name. Raises ConfigError."""
+    """The shape from a model folder's config.json, or that of a well-known model. Raises ConfigError."""
     file = Path(source) / "config.json"
     if not file.is_file():
         name = str(source).rpartition("/")[2].lower()
@@ -75,7 +76,7 @@ def shape_of(source: str | Path) -> ModelShape:
             if known in SHAPES:
                 return SHAPES[known]
         raise ConfigError(
-            f"the shape of model {str(source)!r} is not known: there is no folder of that name with a config.json. "
+            f"the shape of model {str(source)!r} is unknown: there is no folder of that name with a config.json. "
             f"Give a model folder, or one of {', '.join(SHAPES)}."
         )
     try:

@@ -1,8 +1,8 @@
-"""The text abacus is pretrained on: a continuation corpus of mixed quality, generated from one seed.
+"""Pretraining corpus of abacus: documents of mixed quality, generated from one seed.
 
-Most replies to arithmetic are blurted guesses; some think first, and their steps carry digit noise.  Good and bad
-answers to instructions, polite and rude ones to everything else stand side by side, so that later fine-tuning and
-reinforcement learning each have something to do.  Nothing here comes from a held-out problem.
+Most replies to arithmetic problems are guesses; some work the problem out first, with wrong digits in some steps.
+Instructions get good and bad replies and other messages get polite and rude ones, so that fine-tuning and
+reinforcement learning have something to improve. No document uses a held-out problem.
 """
 
 import math
@@ -25,10 +25,10 @@ from posttrain.data.tasks.abacus import (
 
 BOS, EOS, THINK, END_THINK = "<bos>", "<eos>", "<think>", "</think>"
 THINK_SHARE = 0.25  # of the replies to reasoning problems
-STEP_NOISE = 0.12  # chance that a step of a reply has a wrong digit, which later steps then build on
-NOTE_NOISE = 0.02  # the same for worked notes outside any chat; these teach the arithmetic itself
-GUESS_RIGHT = 0.06  # chance that a blurted number is exactly right
-GUESS_SPREAD = 0.12  # standard deviation of the other guesses, as a part of the true value
+STEP_NOISE = 0.12  # probability of a wrong digit in a step of a reply; later steps build on it
+NOTE_NOISE = 0.02  # the same for worked notes outside chats; these teach the arithmetic itself
+GUESS_RIGHT = 0.06  # probability that a guess is exactly right
+GUESS_SPREAD = 0.12  # standard deviation of the other guesses, relative to the true value
 
 SYSTEMS = {"Think step by step.": 0.95, "Answer at once.": 0.02, "You are a helpful assistant.": THINK_SHARE}
 DECLINES = (
@@ -57,12 +57,12 @@ GREETINGS = {
 
 
 def render(messages: Sequence[tuple[str, str]]) -> str:
-    """Write (role, content) pairs as the chat template does; every turn ends with ``<eos>``."""
+    """Format (role, content) pairs as the chat template does; every turn ends with ``<eos>``."""
     return BOS + "".join(f"<{role}>{content}{EOS}" for role, content in messages)
 
 
 def _slip(value: int, noise: float, rng: random.Random) -> int:
-    """Return the value, or with probability ``noise`` the value with one digit changed."""
+    """Return the value, with one digit changed with probability ``noise``."""
     if rng.random() >= noise:
         return value
     digits = list(str(value))
@@ -73,9 +73,9 @@ def _slip(value: int, noise: float, rng: random.Random) -> int:
 
 
 def work(problem: Problem, noise: float, rng: random.Random) -> tuple[str, int]:
-    """Return the worked steps of a sum or product and the number they lead to, right or not.
+    """Return the worked steps of a sum or product, and their result, which may be wrong.
 
-    A sum goes place by place and then together, a product likewise, so both lean on the same few facts.
+    Sums and products are both worked out digit by digit and then added up, so both rely on the same few facts.
     """
     numbers: list[int] = problem.meta["numbers"]
     steps: list[str] = []
@@ -149,7 +149,7 @@ def _safety(problem: Problem, rng: random.Random) -> str:
 
 
 def sentence(rng: random.Random) -> str:
-    """Return one short plain sentence, a rude one now and then."""
+    """Return one short plain sentence, occasionally a rude one."""
     noun, other = rng.sample(NOUNS, 2)
     category = rng.choice(list(CATEGORIES))
     return rng.choice(
@@ -165,17 +165,17 @@ def sentence(rng: random.Random) -> str:
 
 
 class Writer:
-    """Draws documents; holds the endless streams of training problems so that held-out ones never enter."""
+    """Document generator. Draws problems only from the training streams, so held-out problems never appear."""
 
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(f"corpus/{seed}")
         kinds = ("arithmetic", "countdown", "instructions")
         self.problems = {kind: stream(kind, self.rng, "train") for kind in kinds}
-        # The safety mix is weighted here, so each side draws from its own stream.
-        self.problems |= {maker.__name__: stream(maker.__name__, self.rng, "train") for maker in (refuse, assist)}
+        # `exchange` weights the two kinds of safety problem itself, so each kind has its own stream.
+        self.problems |= {kind.__name__: stream(kind.__name__, self.rng, "train") for kind in (refuse, assist)}
 
     def exchange(self, think: float) -> list[tuple[str, str]]:
-        """Return one user turn and its reply; ``think`` is the chance that a reasoning reply thinks first."""
+        """Return one user turn and its reply; ``think`` is the probability that a reasoning reply thinks first."""
         rng = self.rng
         kind = rng.choices(("arithmetic", "countdown", "instructions", "refuse", "assist"), (56, 16, 18, 5, 5))[0]
         problem = next(self.problems[kind])
@@ -188,7 +188,7 @@ class Writer:
         return [("user", problem.prompt), ("assistant", reply)]
 
     def chat(self) -> str:
-        """Return a rendered chat: nearly always one exchange, sometimes with a system turn, a greeting or a sequel."""
+        """Return a chat: usually one exchange, sometimes with a system turn, a greeting or a second exchange."""
         rng, think, messages = self.rng, THINK_SHARE, []
         luck = rng.random()
         if luck < 0.03:
@@ -204,7 +204,7 @@ class Writer:
         return render(messages)
 
     def note(self) -> str:
-        """Return worked arithmetic outside any chat."""
+        """Return a worked arithmetic problem without chat formatting."""
         problem = next(self.problems["arithmetic"])
         question = problem.prompt.removeprefix("What is ").removesuffix("?")
         return f"{BOS}{question}: {work(problem, NOTE_NOISE, self.rng)[0]}{EOS}"
@@ -215,7 +215,7 @@ class Writer:
 
 
 def documents(seed: int, characters: int) -> Iterator[str]:
-    """Yield documents from ``<bos>`` to ``<eos>`` until together they hold at least ``characters`` characters."""
+    """Yield documents, each from ``<bos>`` to ``<eos>``, until they total at least ``characters`` characters."""
     writer = Writer(seed)
     written = 0
     while written < characters:

@@ -1,7 +1,7 @@
-"""Fused operations for float32 on a CPU: each replaces a chain of torch operations that reads memory many times.
+"""Fused float32 CPU kernels: each replaces a chain of torch operations that reads memory many times.
 
-`kernels.c` and `attention.c` hold them, `build.py` compiles them. The functions here check nothing but what a caller in
-this package could get wrong; `models/decoder.py`, `models/packing.py` and `rollout/fused.py` decide on their use.
+The C files implement them and `build.py` compiles them. The functions here do little checking, because all callers are
+in this package: `models/decoder.py`, `models/packing.py` and `rollout/fused.py` decide when to use them.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ PANEL = 64  # of products.c
 
 
 def takes(tensor: torch.Tensor) -> bool:
-    """Whether the kernels compute with this tensor: float32 on a CPU, where they could be compiled."""
+    """Whether the kernels support this tensor: float32 on a CPU, with the kernels compiled."""
     return tensor.dtype == torch.float32 and tensor.device.type == "cpu" and library() is not None
 
 
 def bound(name: str, *arguments: Any) -> Callable[[], Any]:
-    """A call of a function in the C files, with its arguments, to be made many times.
+    """Binds arguments to a C function, for calling it many times.
 
-    Tensors go as their addresses, ints as int64, floats as float; a ctypes object with the value it has at the call.
+    Tensors are passed as addresses, ints as int64 and floats as float. A ctypes object is passed with the value it has
+    when the function is called.
     """
     call = partial(_function(name), *[_argument(a) for a in arguments])
-    call.tensors = arguments  # type: ignore[attr-defined]  # they live as long as their addresses are used
+    call.tensors = arguments  # type: ignore[attr-defined]  # keeps them alive as long as their addresses are used
     return call
 
 
@@ -45,7 +46,7 @@ def _function(name: str) -> Callable[..., Any]:
 
 
 def address(tensor: torch.Tensor | None) -> ctypes.c_void_p:
-    """Where a tensor's numbers begin; a null pointer for None."""
+    """The address of a tensor's data; a null pointer for None."""
     return ctypes.c_void_p(tensor.data_ptr() if tensor is not None else None)
 
 
@@ -60,17 +61,17 @@ def _argument(value: Any) -> Any:
 def add_norm(
     x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x and delta (N, W), weight (W,) → (x + delta, its root-mean-square norm times the weight), differentiable."""
+    """Residual add and RMS norm: x and delta (N, W), weight (W,) → (x + delta, RMSNorm(x + delta)); differentiable."""
     return _AddNorm.apply(x, delta, weight, eps)  # type: ignore[return-value]
 
 
 def rotary(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
-    """x (N, H, D) turned by its rows' angles, given as cosine and sine (N, D / 2); differentiable in x."""
+    """Rotary embedding: rotates x (N, H, D) by angles with cosine and sine (N, D / 2); differentiable in x."""
     return _Rotary.apply(x, cosine, sine)  # type: ignore[return-value]
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) · up, elementwise, both (N, F); differentiable."""
+    """silu(gate) · up elementwise, both (N, F); differentiable."""
     return _SwiGLU.apply(gate, up)  # type: ignore[return-value]
 
 
@@ -106,15 +107,15 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(cosine, sine)
-        return _turn(x, cosine, sine, 1.0)
+        return _rotate(x, cosine, sine, 1.0)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
         cosine, sine = ctx.saved_tensors
-        return _turn(grad, cosine, sine, -1.0), None, None
+        return _rotate(grad, cosine, sine, -1.0), None, None
 
 
-def _turn(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, sign: float) -> torch.Tensor:
+def _rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, sign: float) -> torch.Tensor:
     x = x.contiguous()
     out = torch.empty_like(x)
     _call("rotary", x, out, cosine, sine, *x.shape, sign)
@@ -140,7 +141,7 @@ class _SwiGLU(torch.autograd.Function):
 
 
 class Rows(ctypes.Structure):
-    """`Rows` of attention.c."""
+    """The struct `Rows` of attention.c."""
 
     _fields_ = [
         *((n, ctypes.c_int64) for n in "heads kv_heads width room runs threads scratch keys".split()),
@@ -151,10 +152,10 @@ class Rows(ctypes.Structure):
 def attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: torch.Tensor, runs: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """Causal attention of rows that lie end to end: query (M, Hq, D), key and value (M, Hkv, D) → (M, Hq, D).
+    """Causal attention over packed rows: query (M, Hq, D), key and value (M, Hkv, D) → (M, Hq, D); differentiable.
 
-    rows (n, 2) int64: first token and one past the last. runs (k + 1,) int64: the first row of each run; where a run
-    has more rows than one, all but its first continue the first and see it whole. Differentiable.
+    rows (n, 2) int64: each row's first token and one past its last. runs (k + 1,) int64: the first row of each run. In
+    a run of several rows, the first row is a shared prefix, and all other rows attend to all of it.
     """
     return _Attention.apply(query, key, value, rows, runs, scale)  # type: ignore[return-value]
 
@@ -201,12 +202,13 @@ def _rows_shape(query: torch.Tensor, key: torch.Tensor, rows: torch.Tensor, runs
 
 
 def pack_weight(weight: torch.Tensor, panels: torch.Tensor) -> None:
-    """weight (out, in) into panels (out / PANEL rounded up, in, PANEL): the layout that `packed_product` reads."""
+    """Copies weight (out, in) into panels (out / PANEL rounded up, in, PANEL), the layout `packed_product` reads."""
     _call("pack_weight", weight.contiguous(), panels, *weight.shape, torch.get_num_threads())
 
 
 def draw(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens (R,) int64 and their logp (R,) from logits (R, V), as `rollout.generator.draw` without truncation."""
+    """Samples tokens (R,) int64 with their logp (R,) from logits (R, V), like `rollout.generator.draw` without
+    truncation."""
     rows, vocab = logits.shape
     tokens, logp = torch.empty(rows, dtype=torch.int64), logits.new_empty(rows)
     _call("draw", logits.contiguous(), uniforms, float(temperature), tokens, logp, rows, vocab)
@@ -231,6 +233,6 @@ def select_logp_grad_(
     dlogp: torch.Tensor,
     dentropy: torch.Tensor | None,
 ) -> None:
-    """Overwrites logits (K, V) with the gradient, given (entropy, norm) of `select_logp` and the gradients (K,)."""
+    """Overwrites logits (K, V) with their gradient, given (entropy, norm) from `select_logp` and gradients (K,)."""
     entropy, norm = kept
     _call("select_logp_grad", logits, targets, float(temperature), norm, entropy, dlogp, dentropy, *logits.shape)

@@ -1,7 +1,7 @@
-"""Compiles the C files beside it with the machine's own C compiler, once, and loads them.
+"""Compiles the C kernels in this folder once, with the machine's C compiler, and loads them.
 
-The result is kept under a name that hashes the source, the compiler's file, the flags and the CPU, so a stale one is
-never loaded. Without a compiler, or with POSTTRAIN_KERNELS=0, there are none and torch's own operations are used.
+The library's file name is a hash of the source, the compiler binary, the flags and the CPU, so a stale library is never
+loaded. Without a compiler, or with POSTTRAIN_KERNELS=0, torch's own operations are used instead.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FLAGS = ("-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared")
 
 @dataclass(frozen=True)
 class Library:
-    """The compiled functions, and the program that made them; `identity` is part of a run's fingerprint."""
+    """The compiled functions and their compiler; `identity` is part of a run's fingerprint."""
 
     functions: ctypes.CDLL
     identity: str
@@ -38,14 +38,14 @@ class Library:
 
     @property
     def made_by(self) -> str:
-        """The compiler's name and version, as it says them; this starts it."""
-        said = subprocess.run([self.compiler, "--version"], capture_output=True, text=True).stdout.splitlines()
-        return said[0] if said else self.compiler
+        """The first line of the compiler's `--version` output; runs the compiler."""
+        lines = subprocess.run([self.compiler, "--version"], capture_output=True, text=True).stdout.splitlines()
+        return lines[0] if lines else self.compiler
 
 
 @functools.cache
 def library() -> Library | None:
-    """The compiled kernels, or None where there are none; `why_not()` says why."""
+    """The compiled kernels, or None if they are unavailable; `why_not()` gives the reason."""
     try:
         return _compiled()
     except (OSError, subprocess.SubprocessError):
@@ -53,7 +53,7 @@ def library() -> Library | None:
 
 
 def why_not() -> str:
-    """The reason that `library()` is None; empty when it is not."""
+    """Why `library()` is None; empty if it is not."""
     if library() is not None:
         return ""
     if os.environ.get(SWITCH) == "0":
@@ -63,8 +63,8 @@ def why_not() -> str:
 
 
 def _compiler() -> str | None:
-    wanted = [os.environ["CC"]] if os.environ.get("CC") else ["cc", "gcc", "clang"]
-    return next((path for path in map(shutil.which, wanted) if path), None)
+    names = [os.environ["CC"]] if os.environ.get("CC") else ["cc", "gcc", "clang"]
+    return next((path for path in map(shutil.which, names) if path), None)
 
 
 def _compiled() -> Library | None:
@@ -79,10 +79,10 @@ def _compiled() -> Library | None:
 
 
 def _identity(compiler: str) -> str:
-    """A hash of all that decides the result. No process is started: this is part of every start.
+    """A hash of everything the compiled library depends on. Starts no process, because every start computes it.
 
-    The compiler counts by its file, size and time of change, links followed; flags are probed only to compile, because
-    which of them are taken follows from the rest.
+    The compiler is identified by its resolved path, size and modification time. Flags are probed only when compiling,
+    because the other inputs determine which of them are supported.
     """
     texts = [path.read_text("utf-8") for path in (*sorted(HERE.glob("*.h")), *SOURCES)]
     file = Path(compiler).resolve()
@@ -92,33 +92,33 @@ def _identity(compiler: str) -> str:
 
 
 def _compile(compiler: str, path: Path) -> None:
-    flags = [*FLAGS, *_taken(compiler, _optional_flags())]
+    flags = [*FLAGS, *_supported(compiler, _optional_flags())]
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".so", delete=False) as file:
         made = Path(file.name)
     try:
         subprocess.run([compiler, *flags, *map(str, SOURCES), "-o", str(made), "-lm"], capture_output=True, check=True)
-        made.replace(path)  # two processes may do this at once; either result is whole
+        made.replace(path)  # two processes may do this at once; the rename is atomic
     finally:
         made.unlink(missing_ok=True)
 
 
 def _cpu() -> str:
-    """What `-march=native` depends on."""
+    """The CPU features that `-march=native` depends on."""
     info = Path("/proc/cpuinfo")
     if not info.exists():
         return platform.processor()
-    with info.open() as lines:  # one processor says it; there may be hundreds
+    with info.open() as lines:  # the first processor is enough; there may be hundreds
         return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
 
 def _optional_flags() -> list[str]:
-    """What some compilers lack: the machine's own instructions, by either name, and OpenMP where torch uses it too."""
+    """Flags that some compilers lack: native instructions, under either name, and OpenMP if torch uses it too."""
     return ["-march=native", "-mcpu=native", *(["-fopenmp"] if torch.backends.openmp.is_available() else [])]
 
 
-def _taken(compiler: str, flags: Sequence[str]) -> list[str]:
-    """Those of the flags that the compiler takes, and one name for the machine's own instructions."""
+def _supported(compiler: str, flags: Sequence[str]) -> list[str]:
+    """The flags that the compiler supports, with only one of the two names for native instructions."""
     kept: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         probe = Path(folder) / "probe.c"
