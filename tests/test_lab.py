@@ -139,7 +139,7 @@ def test_filters_keep_what_they_say(place: Path, query: Query, texts: list[str])
     [{"order": "random"}, {"kind": "x"}, {"result": "1 OR 1"}, {"first": "-1"}, {"start": "9" * 20}, {"limit": "nan"}],
 )
 def test_a_search_for_what_cannot_be_asked_is_an_error(given: dict[str, str]) -> None:
-    with pytest.raises(ConfigError, match="use one of|whole number|no number"):
+    with pytest.raises(ConfigError, match="use one of|whole number|not a finite number"):
         Query.of(given)
 
 
@@ -172,7 +172,7 @@ def test_an_episode_has_its_tokens_and_a_missing_one_is_an_error(place: Path) ->
     written = [t for t in found["tokens"] if t["model"]]
     assert found["tokenizer"] and len(written) == stored.length and len(found["answers"]) == 4
     assert [t["logp"] for t in written] == pytest.approx(stored.logprobs[stored.loss_mask].tolist(), rel=1e-4)
-    with pytest.raises(ResumeError, match="stores no train episode 99.0 of step 2"):
+    with pytest.raises(ResumeError, match="contains no train episode 99.0 of step 2"):
         tokens.read_episode(place / "real", "train", 2, 99, 0)
 
 
@@ -208,9 +208,7 @@ def test_a_run_is_found_from_the_first_page_and_its_curves_are_drawn(page: Page,
     assert inked > 3
     page.locator(".chart .canvas").first.press("ArrowRight")
     assert page.locator(".chart .read").first.inner_text().startswith("step 1:")
-    page.get_by_role("region", name="What posttrain doctor says").or_(
-        page.get_by_text("had no data")
-    ).first.wait_for()
+    page.get_by_role("region", name="What posttrain doctor says").or_(page.get_by_text("had no data")).first.wait_for()
 
 
 def test_markup_that_a_model_wrote_is_shown_as_text(page: Page, lab: Opened) -> None:
@@ -284,7 +282,7 @@ def test_an_empty_folder_says_which_command_makes_the_first_run(page: Page, tmp_
         page.goto(f"{lab.address}/nothing")
         page.get_by_role("heading", name="Page not found").wait_for()
         page.goto(f"{lab.address}/runs/nothing")
-        page.get_by_text("holds no run named 'nothing'").wait_for()
+        page.get_by_text("contains no run named 'nothing'").wait_for()
 
 
 # --- the inspector of one answer ------------------------------------------------------------------------------------
@@ -330,10 +328,10 @@ def test_a_reason_is_asked_for_again_only_where_that_runs_nothing(place: Path, t
 
     found = asked("numeric")
     assert (found["score"], found["passed"], found["error"]) == (1.0, True, None) and found["answer"] in found["detail"]
-    for reward, why in (("code", "runs programs"), ("mine.py:judge", "runs code"), ("model:there", "opens a model")):
+    for reward, why in (("code", "runs programs"), ("mine.py:judge", "runs code"), ("model:there", "loads a model")):
         with pytest.raises(ConfigError, match=why):
             asked(reward)
-    with pytest.raises(ConfigError, match="played in a world"):
+    with pytest.raises(ConfigError, match="comes from an environment"):
         asked("numeric", env={"name": "calculator"})
     with pytest.raises(ConfigError, match="was a Python function"):
         judge_again(place / "real", tokens.read_row(place / "real", "train", 2, 0, 1))

@@ -78,7 +78,7 @@ def test_what_is_no_reading_route_is_not_answered(socket: ClientConnection, lab:
     elif path.startswith("//"):  # a host is not looked at: the lab asks nobody
         assert (told["status"], told["body"]) == requested(lab, "/api/runs")
     else:
-        assert told["status"] == 404 and "computes nothing at" in told["body"]["error"]
+        assert told["status"] == 404 and "serves no data at" in told["body"]["error"]
 
 
 @pytest.mark.parametrize(

@@ -196,7 +196,7 @@ def test_a_conversation_that_is_longer_than_the_context_is_refused_and_a_shorter
     place: Place,
 ) -> None:
     model = open_model(place, "small")
-    with pytest.raises(ConfigError, match=r"304 tokens long, and small reads and writes 256 at most"):
+    with pytest.raises(ConfigError, match=r"has 304 tokens, but the context of small is 256 tokens"):
         said(model, "x" * 300)
     reply = model.reply([Message("user", "x" * 240)], SamplingParams(), 0, lambda text, n: None, lambda: False)
     assert (reply.read + reply.written <= 256) and reply.stop in ("stop", "length")
@@ -279,8 +279,8 @@ def test_an_answer_comes_in_pieces_that_make_it_up(lab: Lab, place: Place) -> No
     ("text", "error"),
     [
         (ask(SUM, model="../x"), "no model named '../x'"),
-        (ask("sum " * 900), "abacus reads and writes 512 at most"),
-        ("{", "not one for an answer"),
+        (ask("sum " * 900), "but the context of abacus is 512 tokens"),
+        ("{", "not a valid chat request"),
     ],
 )
 def test_what_goes_wrong_is_said_in_one_line(lab: Lab, text: str, error: str) -> None:

@@ -188,7 +188,7 @@ def test_two_who_start_the_same_queue_share_it_and_another_source_of_that_name_i
     with ThreadPoolExecutor(4) as pool:
         made = list(pool.map(lambda _: sources.start(Place(tmp_path), "file:sums.jsonl")["queue"], range(4)))
     assert made == ["sums"] * 4 and len(Queue.find(tmp_path, "sums").pairs()) == 40
-    with pytest.raises(ConfigError, match="there already"):
+    with pytest.raises(ConfigError, match="already exists"):
         store.create(tmp_path, "sums", "elsewhere", [])
 
 
@@ -226,7 +226,7 @@ def test_an_export_holds_what_annotators_said(who: str, ties: str, expected: lis
 
 def test_exports_are_named_by_what_they_hold_and_kept(tmp_path: Path) -> None:
     queue = queue_of(tmp_path)
-    with pytest.raises(DataError, match="no label to export"):
+    with pytest.raises(DataError, match="no labels to export"):
         export.write(queue)
     queue.add(body(1, "ada"))
     first, count = export.write(queue)
@@ -478,4 +478,4 @@ def test_an_empty_folder_says_what_to_put_there(page: Page, tmp_path: Path) -> N
         page.goto(f"{lab.address}/label")
         page.get_by_role("heading", name="There is nothing to label yet").wait_for()
         page.goto(f"{lab.address}/label/nothing?as=ada")
-        page.get_by_text("holds no queue named 'nothing'").wait_for()
+        page.get_by_text("contains no queue named 'nothing'").wait_for()

@@ -258,7 +258,11 @@ def test_the_token_is_another_one_at_every_launch(lab: Opened, tmp_path: Path) -
 
 def test_other_machines_are_only_let_in_by_a_flag_and_with_the_token(tmp_path: Path) -> None:
     refused = CliRunner().invoke(cli.main, ["lab", str(tmp_path), "--host", "0.0.0.0"])
-    assert refused.exit_code == 2 and "--expose" in refused.output and "prompts, answers and settings" in refused.output
+    assert (
+        refused.exit_code == 2
+        and "--expose" in refused.output
+        and "prompts, completions and settings" in refused.output
+    )
     with opened(tmp_path, "--host", "0.0.0.0", "--expose") as lab:
         assert send(lab, "GET", "/", {})[0] == 403 and send(lab, "GET", "/api/runs", {})[0] == 403
         status, head, _ = send(lab, "GET", "/?token={token}", {})
@@ -280,4 +284,6 @@ def test_what_counts_as_this_machine(host: str, own: bool) -> None:
 
 def test_a_port_that_is_taken_is_one_line(lab: Opened, tmp_path: Path) -> None:
     taken = CliRunner().invoke(cli.main, ["lab", str(tmp_path), "--port", str(lab.port)])
-    assert taken.exit_code == 2 and "Choose another with --port" in taken.output and "Traceback" not in taken.output
+    assert (
+        taken.exit_code == 2 and "Choose another port with --port" in taken.output and "Traceback" not in taken.output
+    )

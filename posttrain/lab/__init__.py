@@ -1,1 +1,1 @@
-"""The lab: a local web application that shows what run folders hold. It trains nothing and writes to no run."""
+"""The lab: a local web application that shows the contents of run folders. It never writes to a run."""

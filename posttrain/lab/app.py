@@ -1,4 +1,4 @@
-"""Routes of the lab: pages, what they ask for, and live curves. Everything is read from run folders."""
+"""The lab's web application: pages, JSON API and live curves, all read from run folders."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from posttrain.store.run import Run
 from posttrain.types import PosttrainError
 
 STATIC = Path(__file__).parent / "static"
-POLL = 0.5  # seconds between two looks at a run that somebody watches
+POLL = 0.5  # seconds between polls of a run that a page watches
 PAGES = (
     "/",
     "/learn",
@@ -69,11 +69,11 @@ PARTS: tuple[Routes, ...] = (
     label.routes,
     preferences.routes,
 )
-"""What adds routes under /api to those below, one function of each part of the lab."""
+"""One function per part of the lab; each adds its routes under /api."""
 
 
 class Lab:
-    """The routes, with what they share: the folder, this launch's token and one feed a run."""
+    """The routes and their shared state: the folder, this launch's token and one feed per run."""
 
     def __init__(self, place: Place, token: str) -> None:
         self.place = place
@@ -83,7 +83,7 @@ class Lab:
         self._judging = threading.Lock()
 
     def routes(self) -> list[Any]:
-        """In the order they are tried."""
+        """All routes, in matching order."""
         asked = [
             get("/api/home", self.home),
             get("/api/runs", lambda request: folders.list_runs(self.place)),
@@ -97,16 +97,16 @@ class Lab:
         return [*(Route(path, self.page) for path in PAGES), *asked, asking.socket(asked), static(STATIC)]
 
     async def page(self, request: Request) -> Response:
-        """The one document of all pages; its script reads the address and shows what belongs there."""
+        """The single HTML document of all pages; its script picks the page from the URL."""
         return self.document(200)
 
     def document(self, status: int) -> Response:
-        """The document with this launch's token, which only a page of the lab itself can read."""
+        """The HTML document with this launch's token, which only pages of the lab can read."""
         text = (STATIC / "index.html").read_text(encoding="utf-8").replace("{token}", self.token)
         return HTMLResponse(text, status_code=status, headers=NO_STORE)
 
     def home(self, request: Request) -> dict[str, Any]:
-        """What is here."""
+        """Summary of the folder for the home page."""
         found = folders.list_runs(self.place)
         return {
             "folder": str(self.place.root),
@@ -118,7 +118,7 @@ class Lab:
         }
 
     def run(self, request: Request) -> dict[str, Any]:
-        """What a run was asked for and what it noted."""
+        """A run's settings, status and logged events."""
         folder = self.folder(request)
         with Run.read(folder) as run:
             noted = [{"step": e.step, "level": e.level, "kind": e.kind, "message": e.message} for e in run.events()]
@@ -130,7 +130,7 @@ class Lab:
         return {"name": name, "folder": str(folder), **about, "events": noted, "episodes": kinds, "recipe": recipe}
 
     def verdicts(self, request: Request) -> list[dict[str, Any]]:
-        """What `posttrain doctor` says of a run; this reads answers and takes seconds, so it is done once a step."""
+        """The verdicts of `posttrain doctor`. It reads completions and takes seconds, so it runs once per step."""
         folder = self.folder(request)
         with Run.read(folder) as run:
             step, status = run.last_step(), run.status()
@@ -138,26 +138,26 @@ class Lab:
             return _judged(folder, step, status)
 
     def episodes(self, request: Request) -> dict[str, Any]:
-        """A page of a search."""
+        """One page of an episode search."""
         query = episodes.Query.of(dict(request.query_params))
         return episodes.search(self.folder(request), query).as_dict()
 
     def folder(self, request: Request | WebSocket) -> Path:
-        """The run's folder that the address names."""
+        """The folder of the run named in the URL."""
         return self.place.run(named(request, "run"))
 
     def feed(self, folder: Path) -> Feed:
-        """The one feed of a run."""
+        """The shared feed of a run."""
         with self._lock:
             return self._feeds.setdefault(folder, Feed(folder))
 
     async def live(self, socket: WebSocket) -> None:
-        """Sends a run's curves, then its new steps, until the page is closed."""
+        """Sends a run's curves, then new steps, until the page is closed."""
         await socket.accept()
         watching = asyncio.create_task(self._watch(socket))
         with suppress(WebSocketDisconnect):
             while not watching.done():
-                await socket.receive_text()  # nothing is expected; this is how a closed page is noticed
+                await socket.receive_text()  # no message is expected; this detects that the page was closed
         watching.cancel()
         with suppress(asyncio.CancelledError, WebSocketDisconnect, RuntimeError):
             await watching
@@ -184,7 +184,7 @@ def _judged(folder: Path, step: int | None, status: str) -> list[dict[str, Any]]
 
 
 def _news(folder: Path, feed: Feed, asked: list[str], sent: dict[str, Any]) -> str:
-    """What a page does not have yet, as JSON, or nothing; `sent` is brought up to date."""
+    """What the page does not have yet, as JSON, or an empty string; updates `sent`."""
     feed.refresh()
     with Run.read(folder) as run:
         status = run.status()
@@ -202,7 +202,7 @@ def _news(folder: Path, feed: Feed, asked: list[str], sent: dict[str, Any]) -> s
 
 
 def make_app(root: Path, hosts: frozenset[str], token: str, exposed: bool = False) -> Starlette:
-    """The application behind its guard."""
+    """The application behind its security middleware."""
     lab = Lab(Place(root), token)
 
     async def missing(request: Request, error: Exception) -> Response:

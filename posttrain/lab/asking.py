@@ -1,8 +1,8 @@
-"""One socket for all that an explorer asks while something is moved.
+"""WebSocket for the requests that explorers send while a control moves.
 
-A browser takes longer over a request than the lab takes over its answer. On a socket that is open the same question
-costs a message. The page sends {"id", "path"} and gets {"id", "status", "body"}, in the order of the answers. Only
-what routes that read would answer is answered.
+A browser spends more time on an HTTP request than the lab spends on the response; over an open socket a request costs
+one message. The page sends {"id", "path"} and receives {"id", "status", "body"}, in order of completion. Only read-only
+routes are served.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from posttrain.lab.routing import Reading
 
-UNREADABLE = 1003  # the close code for a message of a kind that is not taken
+UNREADABLE = 1003  # WebSocket close code for an unsupported message
 
 
 def socket(routes: Sequence[BaseRoute]) -> WebSocketRoute:
-    """`/ask`, which answers for those of `routes` that read."""
+    """`/ask`, which serves the read-only routes among `routes`."""
     readings = [route for route in routes if isinstance(route, Reading)]
 
     async def reply(page: WebSocket, number: int, path: str) -> None:
@@ -45,7 +45,7 @@ def socket(routes: Sequence[BaseRoute]) -> WebSocketRoute:
 
 
 async def answer(readings: Sequence[Reading], path: str) -> tuple[int, str]:
-    """Status and JSON of what a GET of `path`, with its query, would bring."""
+    """Status and JSON that a GET of `path`, including its query, would return."""
     asked = urlsplit(path)
     query = asked.query.encode("ascii", "ignore")
     scope: dict[str, Any] = {"type": "http", "method": "GET", "path": asked.path, "query_string": query, "headers": []}
@@ -53,11 +53,11 @@ async def answer(readings: Sequence[Reading], path: str) -> tuple[int, str]:
         match, found = route.matches(scope)
         if match is Match.FULL:
             return await route.outcome(Request({**scope, **found}))
-    return 404, json.dumps({"error": f"The lab computes nothing at {asked.path[:80]!r}."})
+    return 404, json.dumps({"error": f"The lab serves no data at {asked.path[:80]!r}."})
 
 
 def _read(text: str) -> tuple[int, str] | None:
-    """The number and the path of a question; None where it is none."""
+    """(id, path) of a request; None if the message is not a valid request."""
     try:
         asked = json.loads(text)
         return int(asked["id"]), str(asked["path"])

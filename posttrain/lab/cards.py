@@ -1,4 +1,4 @@
-"""What the models of a pipeline answered when they were examined: the same prompts for each, side by side."""
+"""Answers of a pipeline's models to the same evaluation prompts, side by side."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ANSWERS = "answers.jsonl"
 
 
 def routes(place: Place) -> list[BaseRoute]:
-    """The route of a pipeline's recorded answers."""
+    """The route for a pipeline's recorded answers."""
 
     def answers(request: Request) -> dict[str, Any]:
         return read_answers(place.pipeline(named(request, "pipeline")))
@@ -26,9 +26,9 @@ def routes(place: Place) -> list[BaseRoute]:
 
 
 def read_answers(folder: Path) -> dict[str, Any]:
-    """`stages` that kept answers, and `prompts`: each with its capability and one answer a stage, or None.
+    """`stages` that stored answers, and `prompts`, each with its capability and one answer (or None) per stage.
 
-    Raises ResumeError for a record or a file of answers that cannot be read.
+    Raises ResumeError if the record or a file of answers cannot be read.
     """
     stages, file = read_record(folder)["stages"], folder / RECORD
     try:

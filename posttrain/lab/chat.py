@@ -1,6 +1,7 @@
-"""Talking to a checkpoint: one WebSocket an answer, which sends what is new and ends with how the answer ended.
+"""Chat with a checkpoint: one WebSocket per answer, which streams new text and ends with the stop reason.
 
-The page sends one object: the model's name, the conversation, how to sample. Closing the socket stops the answer.
+The page sends one object: the model's name, the conversation and the sampling settings. Closing the socket stops the
+answer.
 """
 
 from __future__ import annotations
@@ -25,20 +26,20 @@ from posttrain.types import ConfigError, Message, PosttrainError, SamplingParams
 
 OPEN, CLOSE = "<think>", "</think>"
 GAP = 0.03  # seconds between two messages of one answer
-AT_ONCE = 8  # answers that are written at the same time; more wait
-LONGEST = 8192  # tokens of an answer
-MOST = 400  # messages of a conversation
+AT_ONCE = 8  # answers generated at the same time; more wait
+LONGEST = 8192  # tokens per answer
+MOST = 400  # messages per conversation
 
 
 class Unfolder:
-    """Tells thoughts from the answer in a text that comes in pieces: a thought stands between <think> and </think>."""
+    """Splits streamed text into the thought, between <think> and </think>, and the answer."""
 
     def __init__(self) -> None:
         self.thinking = False
-        self._held = ""  # may be the beginning of a mark
+        self._held = ""  # may be the beginning of a tag
 
     def add(self, piece: str) -> tuple[str, str]:
-        """(thought, answer) that a piece adds."""
+        """(thought, answer) text added by a piece."""
         found = {True: "", False: ""}
         text = self._held + piece
         while True:
@@ -54,7 +55,7 @@ class Unfolder:
         return found[True], found[False]
 
     def end(self) -> tuple[str, str]:
-        """(thought, answer) that was held back: what looked like a mark was none."""
+        """(thought, answer) text that was held back because it looked like the beginning of a tag."""
         held, self._held = self._held, ""
         return (held, "") if self.thinking else ("", held)
 
@@ -68,7 +69,7 @@ def unfold(text: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Asked:
-    """What a page asks for."""
+    """A request for an answer."""
 
     model: str
     messages: tuple[Message, ...]
@@ -77,7 +78,7 @@ class Asked:
 
     @staticmethod
     def of(text: str) -> Asked:
-        """From the page's JSON. Raises ConfigError or DataError where it makes no sense."""
+        """Parses the page's JSON. Raises ConfigError or DataError if it is invalid."""
         try:
             given = json.loads(text)
             rows = [(row["role"], row["content"]) for row in given["messages"]]
@@ -85,21 +86,23 @@ class Asked:
             whole = given.get("max_tokens", 256), given.get("seed", 0)
             model = given["model"]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"this request is not one for an answer ({error!r}). Load the page again.") from None
+            raise ConfigError(f"this is not a valid chat request ({error!r}). Reload the page.") from None
         if not (isinstance(model, str) and all(_is_number(x) for x in sampling) and all(type(x) is int for x in whole)):
-            raise ConfigError("the settings of this answer are no numbers. Set them again on the page.")
+            raise ConfigError("the model must be a name, and the sampling settings numbers. Reload the page.")
         if not 1 <= whole[0] <= LONGEST or not 0 <= whole[1] < 1 << 53:
             raise ConfigError(
-                f"{whole[0]} tokens with seed {whole[1]}: use 1 to {LONGEST} tokens and a seed of 0 or more."
+                f"max_tokens={whole[0]}, seed={whole[1]}; expected 1 to {LONGEST} tokens and a seed of 0 or more."
             )
         messages = tuple(Message(role, content) for role, content in rows)
         if not messages or len(messages) > MOST or messages[-1].role != "user" or not messages[-1].content.strip():
-            raise ConfigError(f"a conversation has 1 to {MOST} messages and ends with one of yours that is not empty.")
+            raise ConfigError(
+                f"a conversation needs 1 to {MOST} messages, the last one a user message that is not empty."
+            )
         return Asked(model, messages, SamplingParams(*sampling, max_tokens=whole[0]), whole[1])
 
 
 class Draft:
-    """An answer while it is written: one thread writes, another takes what is new."""
+    """An answer in progress: one thread writes, another takes what is new."""
 
     def __init__(self) -> None:
         self.stop = threading.Event()
@@ -109,12 +112,12 @@ class Draft:
         self._counts = {"tokens": 0, "thoughts": 0}
 
     def say(self, **news: Any) -> None:
-        """Sets what the page is told next."""
+        """Adds fields to the next message."""
         with self._lock:
             self._new |= news
 
     def write(self, text: str, tokens: int) -> None:
-        """Adds text that so many tokens made."""
+        """Appends text and the number of tokens it took."""
         with self._lock:
             thinking = self._unfolder.thinking
             self._add(text, *self._unfolder.add(text))
@@ -123,13 +126,13 @@ class Draft:
             self._new |= {**self._counts, "thinking": self._unfolder.thinking}
 
     def end(self, **news: Any) -> None:
-        """Hands out what was held back, and says how it ended."""
+        """Flushes held-back text and adds the final fields."""
         with self._lock:
             self._add("", *self._unfolder.end())
             self._new |= news
 
     def take(self) -> dict[str, Any]:
-        """What is new since the last time."""
+        """Returns what is new since the last call."""
         with self._lock:
             new, self._new = self._new, {}
         return new
@@ -141,7 +144,10 @@ class Draft:
 
 
 def write_reply(place: Place, text: str, draft: Draft) -> Reply:
-    """Answers what a page asked into a draft; the draft's `stop` ends it. Raises what opening and sampling raise."""
+    """Writes the answer to a request into a draft until the draft's `stop` is set.
+
+    Raises the errors of `open_model` and of sampling.
+    """
     asked = Asked.of(text)
     draft.say(state="opening")
     opened = open_model(place, asked.model)
@@ -154,8 +160,8 @@ def write_reply(place: Place, text: str, draft: Draft) -> Reply:
 
 
 def routes(place: Place) -> list[BaseRoute]:
-    """The models, what is known of each, and their answers."""
-    limiter = CapacityLimiter(AT_ONCE)  # of threads: the pages' own are not taken
+    """The routes that list and describe models, and the socket that answers."""
+    limiter = CapacityLimiter(AT_ONCE)  # its own threads, so that pages keep theirs
 
     async def answer(socket: WebSocket) -> None:
         await socket.accept()
@@ -165,7 +171,7 @@ def routes(place: Place) -> list[BaseRoute]:
             sending = asyncio.create_task(_send(socket, draft, lambda: write_reply(place, asked, draft), limiter))
             try:
                 while True:
-                    await socket.receive_text()  # nothing is expected; this is how a closed page is noticed
+                    await socket.receive_text()  # no message is expected; this detects that the page was closed
             finally:
                 draft.stop.set()
                 with suppress(WebSocketDisconnect, RuntimeError):
@@ -179,7 +185,7 @@ def routes(place: Place) -> list[BaseRoute]:
 
 
 async def _send(socket: WebSocket, draft: Draft, work: Callable[[], Reply], limiter: CapacityLimiter) -> None:
-    """Runs `work` in a thread and sends what it drafts until it has ended; then closes the socket."""
+    """Runs `work` in a thread and sends its draft until it ends; then closes the socket."""
     working = asyncio.create_task(to_thread.run_sync(work, limiter=limiter))
     try:
         while not working.done():
@@ -187,7 +193,7 @@ async def _send(socket: WebSocket, draft: Draft, work: Callable[[], Reply], limi
             await asyncio.wait([working], timeout=GAP)
         await working
         await _tell(socket, draft.take())
-    except (PosttrainError, OSError, RuntimeError) as error:  # torch says with RuntimeError that memory is full
+    except (PosttrainError, OSError, RuntimeError) as error:  # torch reports a lack of memory as RuntimeError
         await _tell(socket, {**draft.take(), "state": "failed", "error": (str(error) or repr(error)).splitlines()[0]})
     finally:
         draft.stop.set()

@@ -1,8 +1,8 @@
-"""The models that a folder gives: the one that ships, what finished runs exported, what a pipeline's stages made.
+"""Models of a folder: the bundled one, those exported by finished runs, and those of pipeline stages.
 
-A model's name is the address of its run (see folders.py), `abacus` for the one that ships, and is looked up among
-those that are there. An opened model is shared by everything in the lab: who wants to train one copies it first.
-Nothing here imports torch before the first model is opened.
+A model's name is the name of its run (see folders.py), or `abacus` for the bundled model, and is looked up among the
+existing ones. An opened model is shared by the whole lab, so code that trains one copies it first. torch is imported
+when the first model is opened.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ if TYPE_CHECKING:
 SHIPPED = "abacus"
 FOLDER = Path(__file__).parents[1] / "models" / SHIPPED
 SCORER = "scalar_head.safetensors"
-"""In the folder of a model that gives scores and so cannot answer (models/heads.py)."""
+"""File that marks a model that only scores and so cannot answer (models/heads.py)."""
 THOUGHT = "<think>"
 AT_ONCE = 4
-"""Models that are kept open; one that was not used for longest makes room."""
+"""Models kept open; the least recently used one is dropped."""
 
 
 class _Stopped(Exception):
-    """Ends the writing of an answer."""
+    """Stops generation."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """How an answer ended: at its `stop` token, at the most tokens it may have (`length`), or because it was
-    `stopped`. Tokens of what was read and of what was written, the stop token included."""
+    """Why an answer ended (`stop`: stop token, `length`: token limit, `stopped`: by the user), and the number of
+    tokens read and written, stop token included."""
 
     stop: str
     read: int
@@ -52,8 +52,8 @@ class Reply:
 
 @dataclass
 class Opened:
-    """A model that is open. `policy` holds model and tokenizer; `chat` is `plain` where the tokenizer has no template,
-    and then a model reads a message alone and not the conversation."""
+    """An opened model. `policy` holds model and tokenizer; `chat` is `plain` if the tokenizer has no chat template, in
+    which case the model reads only the last message, not the conversation."""
 
     name: str
     policy: Policy
@@ -67,7 +67,7 @@ class Opened:
 
     @property
     def context(self) -> int:
-        """Tokens that it reads and writes in all; 0 where it names no bound."""
+        """Context length in tokens; 0 if the model states none."""
         return int(getattr(self.policy.config, "max_position_embeddings", 0) or 0)
 
     @property
@@ -76,13 +76,13 @@ class Opened:
 
     @contextmanager
     def generator(self) -> Iterator[Generator]:
-        """A generator of one answer at a time, which nobody else uses until the block ends."""
-        from posttrain.rollout.engine import EmbeddedGenerator
+        """A generator with one slot, for exclusive use until the block ends."""
+        from posttrain.rollout.engines.embedded import EmbeddedGenerator
 
         with self._lock:
             generator = self._idle.pop() if self._idle else None
         generator = generator or EmbeddedGenerator(self.policy, slots=1)
-        yield generator  # one that an error interrupted is not kept
+        yield generator  # not kept after an error
         with self._lock:
             self._idle.append(generator)
 
@@ -94,23 +94,23 @@ class Opened:
         write: Callable[[str, int], None],
         stopped: Callable[[], bool],
     ) -> Reply:
-        """Answers a conversation. `write` hears pieces of text and how many tokens made each; `stopped` is asked at
-        every token. With the same seed it is the answer of `posttrain chat`.
+        """Answers a conversation. `write` gets each piece of text with its number of tokens; `stopped` is called after
+        every token. The same seed gives the same answer as `posttrain chat`.
 
-        The answer ends where the context does. Raises ConfigError where the conversation alone is longer.
+        The answer ends at the context length. Raises ConfigError if the conversation alone is longer.
         """
         from posttrain.cli.chat import Stream, text_of
-        from posttrain.rollout.generator import Request, attempt_seed
+        from posttrain.rollout.generator import Request, completion_seed
 
         read = messages if self.chat.format == "chat" else messages[-1:]
         prompt = self.chat.prompt_tokens(read)
         room = self.context - len(prompt) if self.context else params.max_tokens
         if room < 1:
             raise ConfigError(
-                f"this conversation is {len(prompt)} tokens long, and {self.name} reads and writes {self.context} at "
-                "most. Begin a new conversation, or say less."
+                f"this conversation has {len(prompt)} tokens, but the context of {self.name} is {self.context} tokens. "
+                "Start a new conversation or shorten the message."
             )
-        heard = 0  # tokens that `write` was told of
+        heard = 0  # tokens passed to `write` so far
 
         def tell(text: str) -> None:
             nonlocal heard
@@ -125,7 +125,7 @@ class Opened:
         stream = Stream(self.policy, tell)
         if self._begins_in_thought(prompt):
             write(THOUGHT, 0)
-        own = attempt_seed(seed, "chat", len(messages), messages[-1].content, 0)
+        own = completion_seed(seed, "chat", len(messages), messages[-1].content, 0)
         with self.generator() as generator:
             try:
                 request = Request(prompt, (own,))
@@ -139,7 +139,7 @@ class Opened:
         return Reply(done.stop, len(prompt), len(done.tokens))
 
     def _begins_in_thought(self, prompt: np.ndarray) -> bool:
-        """Whether the template itself opened the thought that the model goes on with."""
+        """Whether the chat template itself opened a thought that the model continues."""
         return self.policy.tokenizer.decode(prompt[-8:]).rstrip().endswith(THOUGHT)
 
 
@@ -155,14 +155,14 @@ _warming = threading.Lock()
 
 
 def warm() -> None:
-    """Imports what a model needs, which takes seconds the first time. Two threads that import the same modules from
-    both ends can see unfinished ones, so one does it and the others wait."""
+    """Makes imports happen in one thread at a time: two threads that import the same modules in opposite orders can see
+    unfinished ones."""
     with _warming:
         pass
 
 
 def models(place: Place) -> dict[str, Path]:
-    """Name → folder of every model that can answer. A run that is itself called abacus is `abacus~` here."""
+    """Name → folder of every model that can answer. A run called abacus is listed as `abacus~`."""
     found = {SHIPPED: FOLDER}
     for name, run in place.runs().items():
         if _can_answer(run / "model"):
@@ -175,17 +175,17 @@ def models(place: Place) -> dict[str, Path]:
 
 
 def find_model(place: Place, name: str) -> Path:
-    """The folder of a model. Raises ResumeError where there is none of that name."""
+    """The folder of a model. Raises ResumeError if there is no model of that name."""
     found = models(place)
     if name not in found:
-        raise ResumeError(f"there is no model named {name!r} in {place.root}. Choose one of those that the page lists.")
+        raise ResumeError(f"there is no model named {name!r} in {place.root}. Choose one from the list.")
     return found[name]
 
 
 def list_models(place: Place) -> list[dict[str, str]]:
-    """Every model's name and what to call it, the one that ships first, then by pipeline and run."""
+    """Every model's name and label: the bundled model first, then by pipeline and run."""
     stages = {f"{name}{SEPARATOR}{folder}": f"{name}: {stage}" for name, folder, stage in _stages(place)}
-    folders = {folder: name for name, folder in models(place).items()}  # a stage's run may go by two names
+    folders = {folder: name for name, folder in models(place).items()}  # a stage's run may have two names
     labels = {name: stages.get(name, name) for name in folders.values()}
     labels[SHIPPED] = f"{SHIPPED} (ships with posttrain)"
     rows = [{"name": name, "label": label} for name, label in labels.items()]
@@ -193,9 +193,9 @@ def list_models(place: Place) -> list[dict[str, str]]:
 
 
 def open_model(place: Place, name: str) -> Opened:
-    """A model, read from its files once while it is in use. Takes seconds the first time.
+    """Opens a model, or returns it if it is already open. Takes seconds the first time.
 
-    Raises ResumeError for an unknown name, ConfigError and TemplateError for files that make no model.
+    Raises ResumeError for an unknown name, ConfigError or TemplateError if the files are not a valid model.
     """
     folder = find_model(place, name)
     warm()
@@ -204,7 +204,7 @@ def open_model(place: Place, name: str) -> Opened:
         entry = _entries.setdefault(key, _Entry())
         _entries.move_to_end(key)
         while len(_entries) > AT_ONCE:
-            _entries.popitem(last=False)  # whoever answers with it goes on
+            _entries.popitem(last=False)  # answers in progress keep their reference
     with entry.lock:
         if entry.opened is None:
             entry.opened = _open(folder, name)
@@ -212,7 +212,7 @@ def open_model(place: Place, name: str) -> Opened:
 
 
 def describe_model(place: Place, name: str) -> dict[str, Any]:
-    """What a page says about a model, which is opened for that."""
+    """Opens a model and describes it for the page."""
     opened = open_model(place, name)
     about = {"name": name, "context": opened.context, "parameters": opened.parameters, "format": opened.format}
     return {**about, "world": _world(find_model(place, name).parent)}
@@ -230,14 +230,14 @@ def _open(folder: Path, name: str) -> Opened:
 
 
 def _can_answer(folder: Path) -> bool:
-    """Whether a model was exported whole, its tokenizer last, and is none that only gives scores."""
+    """Whether the export is complete (the tokenizer is written last) and the model is not a scorer."""
     return (
         all((folder / name).is_file() for name in ("config.json", "tokenizer.json")) and not (folder / SCORER).exists()
     )
 
 
 def _stages(place: Place) -> list[tuple[str, str, str]]:
-    """(pipeline, folder, stage) of every pipeline's newest stages; a damaged record has none."""
+    """(pipeline, folder, stage) of all pipelines' latest stages; damaged records are skipped."""
     found: list[tuple[str, str, str]] = []
     for name, folder in place.pipelines().items():
         try:
@@ -249,7 +249,7 @@ def _stages(place: Place) -> list[tuple[str, str, str]]:
 
 
 def _world(run: Path) -> str:
-    """The environment that a run trained in, which a chat does not play; empty for most."""
+    """The environment that a run trained in, which a chat does not run; empty for most runs."""
     try:
         with Run.read(run) as store:
             return str(store.header.get("recipe", {}).get("env", {}).get("name", ""))

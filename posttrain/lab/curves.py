@@ -1,7 +1,7 @@
-"""Curves of a run for the browser: read once, extended by new steps only, thinned out before they are sent.
+"""A run's curves for the browser: read once, extended by new steps only, downsampled before they are sent.
 
-A run of 10,000 steps has some 400,000 numbers, and a page draws a few hundred points a curve. Each bucket of steps
-keeps its lowest and its highest value, so that a spike of one step is still seen.
+A run of 10,000 steps has some 400,000 numbers, while a page draws a few hundred points per curve. Each bucket of steps
+keeps its lowest and its highest value, so that a spike of a single step stays visible.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from posttrain.cli.tables import CHANGES
 from posttrain.store.database import connect
 
 BUCKETS = 300
-AT_LEAST = 0.4  # seconds between two looks at one database, however many pages watch it
+AT_LEAST = 0.4  # minimum seconds between two reads of one database, however many pages watch it
 MAIN = (
     "reward", "accuracy", "eval/accuracy", "think_share", "length", "kl_episode", "kl", "entropy", "truncated",
     "flat_groups", "nll", "eval/nll", "preference_accuracy", "eval/preference_accuracy", "pair_accuracy",
     "eval/pair_accuracy", "step_accuracy", "eval/step_accuracy", "loss", "grad_norm",
 )  # fmt: skip
-"""Metrics that a run's page draws at once, of those that the run has; the others on request."""
+"""Metrics that a run's page shows by default, if the run has them; others on request."""
 MOST_AT_ONCE = 9
 AT_ONCE = {*MAIN, *(f"{name}{end}" for name, _, _ in CHANGES for end in ("", "_low", "_high"))}
-"""Metrics that are read with a run; the others when somebody asks for them."""
+"""Metrics that are read with a run; others are read on request."""
 _NAN = float("nan")
 
 
 def thin(steps: np.ndarray, values: np.ndarray, buckets: int = BUCKETS) -> tuple[np.ndarray, np.ndarray]:
-    """(steps, values), both (N,), reduced to at most 2·`buckets` points plus the last.
+    """Downsamples (steps, values), both (N,), to at most 2·`buckets` points plus the last.
 
-    Each bucket of equally many points keeps those of its lowest and highest value, in their order; what is not finite
-    counts as neither, unless a bucket holds nothing else.
+    Each bucket of equally many points keeps its lowest and highest value, in order. Non-finite values are kept only if
+    a bucket holds nothing else.
     """
     n = len(steps)
     if n <= 2 * buckets:
@@ -57,38 +57,38 @@ def thin(steps: np.ndarray, values: np.ndarray, buckets: int = BUCKETS) -> tuple
 
 
 def as_json(steps: Sequence[int] | np.ndarray, values: Sequence[float] | np.ndarray) -> list[list[Any]]:
-    """[steps, values] with null where a value is not finite, and seven digits, which is more than a screen shows."""
+    """[steps, values] with null for non-finite values, rounded to seven digits, more than a screen shows."""
     return [[int(s) for s in steps], [float(f"{v:.7g}") if np.isfinite(v) else None for v in values]]
 
 
 class Feed:
-    """Everything that one run has measured, shared by all pages that watch it."""
+    """All metrics of one run, shared by the pages that watch it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.step = -1
-        """The newest step that was read; -1 before any."""
+        """The latest step read; -1 before the first."""
         self.version = 0
-        """How often what was read before has turned out to be replaced: the run was resumed from an earlier step."""
+        """How often previously read steps were replaced, because the run was resumed from an earlier step."""
         self._known: dict[str, None] = {}
-        self._curves: dict[str, tuple[array[int], array[float]]] = {}  # of those that somebody has asked for
+        self._curves: dict[str, tuple[array[int], array[float]]] = {}  # of requested metrics
         self._newest: dict[str, float | None] = {}
         self._looked = -AT_LEAST
         self._lock = threading.Lock()
 
     @property
     def names(self) -> list[str]:
-        """The metrics there are: the main ones first, the others by name."""
+        """All metrics: the main ones first, the others by name."""
         main = [name for name in MAIN if name in self._known]
         return main + sorted(self._known.keys() - set(main))
 
     @property
     def shown(self) -> list[str]:
-        """Metrics that are drawn without being asked for."""
+        """Metrics that are shown by default."""
         return ([name for name in MAIN if name in self._known] or self.names)[:MOST_AT_ONCE]
 
     def refresh(self) -> None:
-        """Reads the steps that are new, or everything where the run was wound back. Raises ResumeError."""
+        """Reads new steps, or everything if the run was rewound. Raises ResumeError."""
         with self._lock:
             if time.monotonic() - self._looked < AT_LEAST:
                 return
@@ -106,7 +106,7 @@ class Feed:
             self._looked = time.monotonic()
 
     def _read(self, database: Any, newest: int) -> None:
-        """The steps after the newest known one up to `newest`, of the metrics that are kept."""
+        """Reads the steps after the latest known one up to `newest`, for the metrics that are kept."""
         names = database.execute("SELECT DISTINCT name FROM metrics WHERE step > ? AND step <= ?", (self.step, newest))
         fresh = [name for (name,) in names if name not in self._known]
         self._extend(database, [*self._curves], self.step, newest)
@@ -130,7 +130,7 @@ class Feed:
             kept[1].extend(values)
 
     def _still_there(self, database: Any) -> bool:
-        """Whether the newest step that was read is unchanged; a step that a resume replays has equal numbers."""
+        """Whether the latest step read is unchanged; a step replayed by a resume has equal numbers."""
         return self.step < 0 or self._row(database, self.step) == self._newest
 
     @staticmethod
@@ -138,9 +138,9 @@ class Feed:
         return dict(database.execute("SELECT name, value FROM metrics WHERE step = ?", (step,)))
 
     def arrays(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """(steps, values) of a metric, both (N,); empty where the run has none of that name."""
+        """(steps, values) of a metric, both (N,); empty if the run does not have it."""
         with self._lock:
-            if name in self._known and name not in self._curves:  # nobody has asked for it yet
+            if name in self._known and name not in self._curves:  # not requested before
                 database = connect(self.folder, "ro")
                 try:
                     self._extend(database, [name], -1, self.step)
@@ -150,11 +150,11 @@ class Feed:
             return np.array(steps, np.int64), np.array(values, float)
 
     def curves(self, names: Sequence[str]) -> dict[str, list[list[Any]]]:
-        """Whole curves, thinned out."""
+        """Whole curves, downsampled."""
         return {name: as_json(*thin(*self.arrays(name))) for name in names if name in self._known}
 
     def since(self, names: Sequence[str], step: int) -> dict[str, list[list[Any]]]:
-        """The points after `step`, every one of them; metrics without any are left out."""
+        """All points after `step`; metrics without new points are left out."""
         found: dict[str, list[list[Any]]] = {}
         for name in names:
             steps, values = self.arrays(name)
@@ -164,7 +164,7 @@ class Feed:
         return found
 
     def changes(self) -> list[dict[str, str]]:
-        """Held-out numbers at the first and at the last evaluation, with their 95 % intervals where those are known."""
+        """Held-out results at the first and the last evaluation, with 95 % intervals where available."""
         rows: list[dict[str, str]] = []
         for name, label, form in CHANGES:
             steps, values = self.arrays(name)

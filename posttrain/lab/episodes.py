@@ -1,7 +1,7 @@
-"""Finding stored episodes among a million: one page at a time, in an order that an index has, never all at once.
+"""Paged search among up to millions of stored episodes, in an order that has a database index.
 
-A search goes through the rows in that order and stops when a page is full or its time is over. What it hands back says
-how far it came, so that the page goes on from there and a rare word costs many short waits instead of a long one.
+A search scans rows in that order and stops when a page is full or its time is up. The result says how far it got, so
+that the browser continues from there: a rare word costs many short requests instead of one long one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ORDERS = {
     "shortest": "length, step, grp, idx",
     "flat": "step DESC, grp DESC",
 }
-"""Orders that run.db's indices have; `flat` lists groups whose answers all earned the same, by their first answer."""
+"""Orders that run.db has indices for; `flat` lists groups with equal rewards, each by its first completion."""
 RESULTS = {
     "any": "1",
     "passed": "passed = 1",
@@ -37,22 +37,22 @@ RESULTS = {
 }
 KNOWN = {"kind": ("train", "eval"), "order": (*ORDERS,), "result": (*RESULTS,), "bound": ("most", "least")}
 PAGE, SECONDS, LOOK = 40, 0.15, 256
-SHORT = 280  # characters of an answer in a list
-REMEMBERED = 64  # counts of rows, of searches that were made lately
+SHORT = 280  # characters of a completion in a list
+REMEMBERED = 64  # cached row counts of recent searches
 _totals: dict[tuple[Any, ...], int] = {}
 _lock = threading.Lock()
 
 
 @dataclass(frozen=True)
 class Query:
-    """What a person asks for; `start` is the number of rows of this order that were gone through before."""
+    """A search; `start` is the number of rows, in this order, that earlier requests have scanned."""
 
     kind: str = "train"
     order: str = "newest"
     result: str = "any"
     text: str = ""
     part: str = ""
-    """A part of the reward, which then is at most (`bound` "most") or at least ("least") `limit`."""
+    """A part of the reward that must be at most (`bound` "most") or at least ("least") `limit`."""
     bound: str = "most"
     limit: float = 0.0
     first: int | None = None
@@ -61,7 +61,7 @@ class Query:
 
     @staticmethod
     def of(given: dict[str, str]) -> Query:
-        """From an address. Raises ConfigError for what cannot be asked."""
+        """Parses URL parameters. Raises ConfigError for invalid ones."""
         numbers = {name: _whole(name, given.get(name, "")) for name in ("first", "last", "start")}
         query = Query(
             given.get("kind", "train"),
@@ -85,7 +85,7 @@ def _whole(name: str, text: str) -> int | None:
     if not text:
         return None
     if not (text.isascii() and text.isdigit() and len(text) < 16):
-        raise ConfigError(f"{name}={text!r} is no number of a step or row; write a whole number from 0 on.")
+        raise ConfigError(f"{name}={text!r} is not a step or row number; expected a whole number of at least 0.")
     return int(text)
 
 
@@ -95,15 +95,15 @@ def _number(name: str, text: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise ConfigError(f"{name}={text!r} is no number to compare a reward's part with; write one like 0 or -0.5.")
+        raise ConfigError(f"{name}={text!r} is not a finite number; expected one like 0 or -0.5.")
     return value
 
 
 @dataclass(frozen=True)
 class Found:
-    """A page of a search. `next` is where to go on, None at the end; `looked` rows of `total` are behind it.
+    """A page of a search. `next` is where to continue, None at the end; `looked` of `total` rows have been scanned.
 
-    `total` is None for groups, which nobody counts: that alone would take longer than finding a page of them.
+    `total` is None for groups, because counting them would take longer than finding a page of them.
     """
 
     rows: list[dict[str, Any]]
@@ -117,7 +117,7 @@ class Found:
 
 
 def search(folder: Path, query: Query, page: int = PAGE, seconds: float = SECONDS) -> Found:
-    """At most `page` episodes of a run, or groups where the order is `flat`, after at most `seconds` or so."""
+    """At most `page` episodes of a run, or groups if the order is `flat`, found within about `seconds`."""
     database = connect(folder, "ro")
     try:
         keys: list[Any] = []
@@ -148,12 +148,12 @@ def _where(query: Query) -> tuple[str, dict[str, Any]]:
 
 
 def _candidates(database: sqlite3.Connection, query: Query) -> Iterator[tuple[Any, int]]:
-    """Every row in order with whether it is what was asked for; nothing is sorted, so that any one comes at once."""
+    """Every row in order with whether it matches; an index gives the order, so rows come without sorting."""
     where, values = _where(query)
     wanted = RESULTS[query.result]
     if query.text:
         wanted += " AND (text LIKE :like ESCAPE '\\' OR prompt LIKE :like ESCAPE '\\')"
-    if query.part:  # a part's name is quoted, so that it is a name whatever is in it
+    if query.part:  # quoted, so that any characters are part of the name
         values["path"] = f"$.{json.dumps(query.part)}"
         wanted += f" AND json_extract(parts, :path) {'<=' if query.bound == 'most' else '>='} :limit"
     if query.order == "flat":
@@ -188,7 +188,7 @@ def _row(database: sqlite3.Connection, query: Query, key: Any) -> dict[str, Any]
 
 
 def _total(folder: Path, database: sqlite3.Connection, query: Query) -> int | None:
-    """How many rows a search goes through; counted once for a run that does not grow."""
+    """Number of rows that a search scans; counted once unless the run grows."""
     if query.order == "flat":
         return None
     newest = database.execute("SELECT max(rowid) FROM episodes").fetchone()[0]
@@ -203,7 +203,7 @@ def _total(folder: Path, database: sqlite3.Connection, query: Query) -> int | No
 
 
 def part_names(folder: Path, looked: int = 200) -> list[str]:
-    """The parts that the reward of a run has, by the `looked` newest answers of each kind."""
+    """Names of the reward's parts, from the `looked` newest episodes of each kind."""
     database = connect(folder, "ro")
     try:
         rows = database.execute(
@@ -220,9 +220,9 @@ def part_names(folder: Path, looked: int = 200) -> list[str]:
 
 
 def kinds(folder: Path) -> dict[str, int]:
-    """How many episodes of each kind a run has stored."""
+    """Number of stored episodes of each kind."""
     database = connect(folder, "ro")
-    try:  # all rows are counted without looking at any, and one kind in an index
+    try:  # counting all rows reads none of them, and one kind is counted in an index
         (whole,) = database.execute("SELECT count(*) FROM episodes").fetchone()
         (held_out,) = database.execute("SELECT count(*) FROM episodes WHERE kind = 'eval'").fetchone()
     finally:
@@ -231,7 +231,7 @@ def kinds(folder: Path) -> dict[str, int]:
 
 
 def read_group(folder: Path, kind: str, step: int, group: int) -> list[dict[str, Any]]:
-    """The answers to one task at one step, in short."""
+    """The completions of one task at one step, shortened."""
     names = ("index", "reward", "passed", "length", "advantage", "text")
     database = connect(folder, "ro")
     try:
@@ -246,7 +246,7 @@ def read_group(folder: Path, kind: str, step: int, group: int) -> list[dict[str,
 
 
 def read_neighbours(folder: Path, kind: str, step: int, group: int, index: int) -> dict[str, list[int] | None]:
-    """[step, group, index] of the answers stored before and after one, None at either end."""
+    """[step, group, index] of the previous and the next stored episode, None at either end."""
     found: dict[str, list[int] | None] = {}
     database = connect(folder, "ro")
     try:
@@ -263,7 +263,7 @@ def read_neighbours(folder: Path, kind: str, step: int, group: int, index: int) 
 
 
 def read_values(folder: Path, kind: str, step: int, group: int, index: int) -> tuple[Any, ...] | None:
-    """The stored columns of one episode, or None where it is not there."""
+    """The stored columns of one episode, or None if it does not exist."""
     database = connect(folder, "ro")
     try:
         return database.execute(

@@ -1,7 +1,7 @@
-"""The lab's own scripts and styles. They are small and many, so each is read at once instead of in a thread.
+"""The lab's static files. They are many and small, so each is read directly instead of in a thread.
 
-A file is looked up among those that were there when the lab was opened and its name is never joined to a path, so that
-no address leads out of the folder.
+A file is looked up among those that existed when the lab started, and its name is never joined to a path, so that no
+URL leads out of the folder.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TYPES = {".js": "text/javascript", ".css": "text/css", ".json": "application/jso
 
 
 def static(folder: Path) -> Route:
-    """The route of a folder's files, /static/NAME."""
+    """The route for a folder's files, /static/NAME."""
     known = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
 
     async def answer(request: Request) -> Response:

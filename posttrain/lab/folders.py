@@ -1,7 +1,7 @@
-"""What a folder holds: runs, pipelines and the runs of their stages, each under a name that fits into an address.
+"""Runs, pipelines and pipeline stages in a folder, each under a name that fits into a URL.
 
-A run below the folder is known by its own name, one of a pipeline's stages as PIPELINE~STAGE. A name is looked up among
-the names that are there and is never joined to a path before, so that no address leads out of the folder.
+A run in the folder has its own name, the run of a pipeline stage PIPELINE~STAGE. A name is looked up among the existing
+names and never joined to a path, so that no URL leads out of the folder.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from posttrain.types import PosttrainError, ResumeError
 
 SEPARATOR = "~"
 LISTED = ("reward", "accuracy", "eval/accuracy", "length", "kl_episode", "nll", "loss")
-"""Metrics of a list of runs, of those that a run's newest steps have."""
+"""Metrics shown in the list of runs, if a run's latest steps have them."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """The folder that the lab was opened on; it may itself be a run or a pipeline."""
+    """The folder that the lab shows; it may itself be a run or a pipeline."""
 
     root: Path
 
     def runs(self) -> dict[str, Path]:
-        """Address → folder of every run, those of pipelines' stages too."""
+        """Name → folder of every run, including those of pipeline stages."""
         if is_run(self.root):
             return {self.root.name: self.root}
         found = {path.name: path for path in run_folders(self.root)}
@@ -38,29 +38,29 @@ class Place:
         return found
 
     def pipelines(self) -> dict[str, Path]:
-        """Address → folder of every pipeline."""
+        """Name → folder of every pipeline."""
         if is_pipeline(self.root):
             return {self.root.name: self.root}
         inside = sorted(self.root.iterdir()) if self.root.is_dir() else []
         return {path.name: path for path in inside if is_pipeline(path)}
 
     def run(self, name: str) -> Path:
-        """The folder of a run. Raises ResumeError where there is none of that name."""
+        """The folder of a run. Raises ResumeError if there is no run of that name."""
         return _look_up(self.runs(), name, "run", self.root)
 
     def pipeline(self, name: str) -> Path:
-        """The folder of a pipeline. Raises ResumeError where there is none of that name."""
+        """The folder of a pipeline. Raises ResumeError if there is no pipeline of that name."""
         return _look_up(self.pipelines(), name, "pipeline", self.root)
 
 
 def _look_up(found: Mapping[str, Path], name: str, what: str, root: Path) -> Path:
     if name not in found:
-        raise ResumeError(f"{root} holds no {what} named {name!r}.")
+        raise ResumeError(f"{root} contains no {what} named {name!r}.")
     return found[name]
 
 
 def list_runs(place: Place) -> list[dict[str, Any]]:
-    """Every run with its status, its newest step and that step's numbers, as JSON wants it; newest first."""
+    """Every run with its status, latest step and latest metrics, ready for JSON; newest first."""
     rows = [_line(name, path) for name, path in place.runs().items()]
     return sorted(rows, key=lambda row: (row["created"], row["name"]), reverse=True)
 
@@ -77,7 +77,7 @@ def _line(name: str, path: Path) -> dict[str, Any]:
 
 
 def facts(run: Run) -> dict[str, Any]:
-    """What a run was asked for, in short."""
+    """A run's main settings."""
     recipe = run.header.get("recipe", {})
     data = recipe.get("data", {})
     return {
@@ -92,7 +92,7 @@ def facts(run: Run) -> dict[str, Any]:
 
 
 def newest(path: Path) -> dict[str, float]:
-    """The last value of the metrics that a list of runs shows."""
+    """Latest values of the metrics shown in the list of runs."""
     database = connect(path, "ro")
     try:
         last = database.execute("SELECT max(step) FROM metrics").fetchone()[0]
@@ -101,7 +101,7 @@ def newest(path: Path) -> dict[str, float]:
         marks = ", ".join("?" * len(LISTED))
         rows = database.execute(
             f"SELECT name, value FROM metrics WHERE step > ? AND name IN ({marks}) AND value IS NOT NULL ORDER BY step",
-            (last - 50, *LISTED),  # held-out figures are not measured at every step
+            (last - 50, *LISTED),  # held-out metrics are not measured at every step
         ).fetchall()
     finally:
         database.close()
@@ -110,7 +110,7 @@ def newest(path: Path) -> dict[str, float]:
 
 
 def read_pipeline(place: Place, name: str) -> dict[str, Any]:
-    """A pipeline's record for the page: its stages with the addresses of their runs, its cards and expectations."""
+    """A pipeline's record for its page: stages with their runs, evaluation cards and expected results."""
     folder = place.pipeline(name)
     record = read_record(folder)
     try:
@@ -147,14 +147,14 @@ def _stage(pipeline: str, folder: Path, stage: Mapping[str, Any]) -> dict[str, A
 
 
 def _card(card: Mapping[str, Any] | None) -> dict[str, dict[str, float]] | None:
-    """The figures of a card; what else it holds says how it was made."""
+    """The metrics of a card; its other fields describe how it was made."""
     if not card:
         return None
     return {name: figure for name, figure in card.items() if isinstance(figure, dict) and "value" in figure}
 
 
 def _figures(cards: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every figure that any card has, in their order: what it measures, which way is better, whether it is a share."""
+    """Every metric that any card has, in order: its label, a note, and whether it is a share."""
     names = dict.fromkeys(name for card in cards for name in card)
     said = {name: LABELS.get(name, (name.replace("_", " "), False)) for name in names}
     return [

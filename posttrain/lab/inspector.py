@@ -1,4 +1,4 @@
-"""What a page asks about one answer: itself, its tokens' KL and entropy, and why it earned what it did."""
+"""Routes for one episode: the episode itself, its tokens' KL and entropy, and the verifier's reason."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def routes(place: Place) -> list[BaseRoute]:
     def reason(request: Request) -> dict[str, Any]:
         try:
             return judge_again(at(request)[0], tokens.read_row(*at(request)))
-        except ConfigError as error:  # nobody's mistake, but what the page has to say
+        except ConfigError as error:  # not an error: the page shows the reason
             return {"refused": str(error)}
 
     return [

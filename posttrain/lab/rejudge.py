@@ -1,7 +1,7 @@
-"""Why an answer earned what it did: the verifier's own words, which a run does not store, asked for again.
+"""Runs a verifier again for its explanation, which a run does not store.
 
-Only what reads is asked. A reward that runs programs, opens models or talks to somebody is not set off by a page.
-torch is imported when the first answer is judged.
+Only verifiers that read text are run: viewing a page must not start a reward that runs programs, loads models or calls
+a judge. torch is imported when the first completion is judged.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ EXECUTES = ("code", "z3", "lean")
 
 
 def judge_again(folder: Path, row: EpisodeRow) -> dict[str, Any]:
-    """What the run's verifier says of a stored answer now: `detail`, `score`, `passed`, the task's `answer`, `error`.
+    """The verifier's current result for a stored completion: `detail`, `score`, `passed`, the task's `answer`, `error`.
 
-    Raises ConfigError where it cannot be asked, and why.
+    Raises ConfigError with the reason if the verifier cannot be run here.
     """
-    from posttrain.data.tasks.load import verifier_for
+    from posttrain.rewards.auto import verifier_for
     from posttrain.rewards.combine import leaves_of
     from posttrain.rewards.functions import reward_from, score_safely
     from posttrain.rewards.verifiers import VERIFIERS
@@ -36,15 +36,15 @@ def judge_again(folder: Path, row: EpisodeRow) -> dict[str, Any]:
     if "reward" in header.get("given", []):
         raise _refused("its reward was a Python function, which the run does not keep")
     if header["recipe"].get("env", {}).get("name"):
-        raise _refused("it was played in a world, which its text does not repeat")
+        raise _refused("it comes from an environment, which cannot be replayed from the text")
     used = {leaf.name for leaf in leaves_of(name)}
     if not used <= {"auto", *VERIFIERS}:
-        raise _refused(f"the reward {name!r} runs code, opens a model or asks a judge")
+        raise _refused(f"the reward {name!r} runs code, loads a model or calls a judge")
     task = _tasks(folder, (folder / "run.json").stat().st_mtime_ns).get(row.task_id)
     if task is None:
-        raise _refused(f"the run's tasks hold no {row.task_id!r} any more")
+        raise _refused(f"the run's tasks no longer contain {row.task_id!r}")
     if used & {*EXECUTES} or ("auto" in used and verifier_for(task) is VERIFIERS["code"]):
-        raise _refused("its verifier runs programs, and opening a page does not")
+        raise _refused("its verifier runs programs, which viewing a page must not do")
     verdict, error = score_safely(reward_from(name, verifier_for), task, row.text)
     if verdict is None:
         return {"detail": "", "score": None, "passed": False, "answer": _shown(task), "error": error}
@@ -53,7 +53,7 @@ def judge_again(folder: Path, row: EpisodeRow) -> dict[str, Any]:
 
 
 def _refused(why: str) -> ConfigError:
-    return ConfigError(f"This answer cannot be judged again here: {why}.")
+    return ConfigError(f"This completion cannot be judged again here: {why}.")
 
 
 def _shown(task: Task) -> str:
@@ -62,7 +62,7 @@ def _shown(task: Task) -> str:
 
 @lru_cache(maxsize=2)
 def _tasks(folder: Path, stamp: int) -> dict[str, Task]:
-    """A run's tasks by their ids; `stamp` changes when another run takes the folder."""
+    """A run's tasks by id; `stamp` changes if another run replaces the folder."""
     from posttrain.data.tasks.load import is_hub_id, load_tasks, read_tasks
 
     with Run.read(folder) as run:

@@ -1,8 +1,7 @@
-"""What a run does not store of an answer and its models can still tell: the KL and the entropy of each token.
+"""KL and entropy of each token of a stored completion, which the run does not store.
 
-A run keeps the log-probability that each token was sampled with. How likely the starting model finds it, and how open
-each choice was, is computed here with models that are on this machine; nothing is downloaded. torch is imported when
-the first model is opened.
+A run stores the log-probability that each token was sampled with. The starting model's log-probability and the entropy
+are computed here with models on this machine; nothing is downloaded. torch is imported when the first model is opened.
 """
 
 from __future__ import annotations
@@ -23,18 +22,19 @@ from posttrain.types import ConfigError
 if TYPE_CHECKING:
     from posttrain.models.load import Policy
 
-LARGEST = 4 << 30  # bytes of weights that are opened to colour a text
+LARGEST = 4 << 30  # bytes of weights; larger models are not loaded for this
 LOGITS_AT_ONCE = 1 << 24
 _lock = threading.Lock()
 
 
 def score_tokens(folder: Path, row: EpisodeRow) -> dict[str, Any]:
-    """KL and entropy, in nats, of each of an answer's L tokens; None where the model did not write.
+    """KL and entropy, in nats, of each of a completion's L tokens; None for tokens not written by the model.
 
-    `kl` is log π − log π_ref with the stored π and the starting model as reference, the estimator k1; its `total` is
-    the answer's. `entropy` is that of the weights of step `weights` (0 is the starting model), of those on this machine
-    the nearest to step `wanted`, whose weights wrote the answer; `apart` is how far their log-probabilities are from
-    the stored ones on average. Either is None where no model is here. Raises ConfigError for one that does not fit.
+    `kl` is log π − log π_ref with the stored π and the starting model as reference, the k1 estimator; `total` is its
+    sum over the completion. `entropy` uses the weights of step `weights` (0 is the starting model), the closest on this
+    machine to step `wanted`, which wrote the completion; `apart` is the mean absolute difference between their
+    log-probabilities and the stored ones. Each is None if its model is not here. Raises ConfigError for a model that
+    does not match.
     """
     with Run.read(folder) as run:
         header, last = run.header, run.last_step() or 0
@@ -59,7 +59,7 @@ def score_tokens(folder: Path, row: EpisodeRow) -> dict[str, Any]:
 
 
 def _weights(folder: Path, header: Mapping[str, Any], last: int) -> dict[int, Path]:
-    """Step → folder of the language models of a run that are on this machine: where it started, what it made."""
+    """Step → folder of a run's language models on this machine: the starting model and the trained one."""
     starts = (path for path in start_folders(folder, header) if (path / "config.json").is_file())
     found = {0: next(starts, None)}
     if (folder / "model" / "tokenizer.json").is_file() and header.get("algorithm") not in ("reward", "prm"):
@@ -73,17 +73,17 @@ def _stamp(folder: Path) -> int:
 
 @lru_cache(maxsize=3)
 def _open(folder: Path, dtype: Literal["float32", "bfloat16"], stamp: int) -> Policy:
-    """A model, kept open; `stamp` changes when its files do."""
+    """A model, kept open; `stamp` changes with its files."""
     from posttrain.models.load import load_policy
 
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     if size > LARGEST:
-        raise ConfigError(f"{folder} has {size / (1 << 30):.1f} GiB of weights; at most 4 are opened to colour a text.")
+        raise ConfigError(f"{folder} has {size / (1 << 30):.1f} GiB of weights; the lab loads at most 4 GiB for this.")
     return load_policy(config.ModelConfig(path=str(folder), dtype=dtype))
 
 
 def _stats(policy: Policy, row: EpisodeRow, heat: float) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probabilities and entropies (K,) of the K tokens that the model wrote, each given all before it."""
+    """Log-probabilities and entropies (K,) of the K tokens that the model wrote."""
     import torch
 
     from posttrain.models.load import hidden_states
@@ -93,7 +93,7 @@ def _stats(policy: Policy, row: EpisodeRow, heat: float) -> tuple[np.ndarray, np
     ids = torch.from_numpy(row.tokens.astype(np.int64))
     if not len(ids) or int(ids.max()) >= policy.vocab:
         raise ConfigError(
-            f"{policy.source} has {policy.vocab} tokens, and the answer has others: it is no model of it."
+            f"tokenizer mismatch: {policy.source} has {policy.vocab} tokens, but the completion has other token ids."
         )
     where = torch.from_numpy(np.flatnonzero(row.loss_mask))
     with torch.inference_mode():
@@ -107,6 +107,6 @@ def _stats(policy: Policy, row: EpisodeRow, heat: float) -> tuple[np.ndarray, np
 
 
 def _placed(values: np.ndarray, own: np.ndarray) -> list[float | None]:
-    """values (K,) at the K tokens of own (L,) for JSON, None elsewhere."""
+    """Places values (K,) at the K true positions of own (L,), None elsewhere, for JSON."""
     rest = iter(values.tolist())
     return [float(f"{next(rest):.5g}") if mine else None for mine in own]

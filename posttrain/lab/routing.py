@@ -1,7 +1,7 @@
-"""How the lab's functions become routes: they run in a thread, answer in JSON, and fail in one line.
+"""Turns functions into JSON routes that run in a thread and report errors in one line.
 
-A function takes a request (a write also the object that the page sent) and returns what JSON can hold. ConfigError is
-the asker's mistake (400), ResumeError names something that is not here (404); anything else of ours is 500.
+A function takes a request (a write also the JSON object that the page sent) and returns JSON-serialisable data.
+ConfigError becomes status 400, ResumeError 404, and any other PosttrainError or OSError 500.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ NO_STORE = {"cache-control": "no-store"}
 Read = Callable[[Request], Any]
 Write = Callable[[Request, dict[str, Any]], Any]
 Routes = Callable[[Place], list[BaseRoute]]
-"""What a part of the lab adds: given the folder that is shown, its routes under /api."""
+"""A part of the lab: takes the folder and returns its routes under /api."""
 
 
 class Reading(Route):
-    """A route that only reads; `outcome` answers without a request of its own, for the socket that explorers ask."""
+    """A read-only route; `outcome` computes its response for the explorers' socket as well."""
 
     def __init__(self, path: str, read: Read) -> None:
         super().__init__(path, partial(_answer, read))
@@ -36,12 +36,12 @@ class Reading(Route):
 
 
 def get(path: str, read: Read) -> Route:
-    """A route that only reads."""
+    """A read-only route."""
     return Reading(path, read)
 
 
 def post(path: str, write: Write) -> Route:
-    """A route that changes something; the page sends one JSON object of at most a mebibyte."""
+    """A route that writes; the page sends one JSON object of at most 1 MiB."""
 
     async def endpoint(request: Request) -> Response:
         try:
@@ -49,14 +49,14 @@ def post(path: str, write: Write) -> Route:
         except ValueError:  # not UTF-8, or not JSON
             body = None
         if not isinstance(body, dict):
-            return _response(400, _text({"error": "The body of this request is not a JSON object."}))
+            return _response(400, _text({"error": "The request body is not a JSON object."}))
         return await _answer(partial(_swapped, write, body), request)
 
     return Route(path, endpoint, methods=["POST"])
 
 
 def named(request: Request | WebSocket, name: str) -> str:
-    """A part of the address."""
+    """A path parameter."""
     return str(request.path_params[name])
 
 
@@ -65,7 +65,7 @@ def _swapped(write: Write, body: dict[str, Any], request: Request) -> Any:
 
 
 async def outcome(read: Read, request: Request) -> tuple[int, str]:
-    """Status and JSON of what `read` returns, or of why it cannot."""
+    """Status and JSON of the result of `read`, or of its error."""
     try:
         return 200, _text(await to_thread.run_sync(read, request))
     except ConfigError as error:

@@ -1,10 +1,9 @@
-"""What every request must pass before any route sees it.
+"""Security middleware: checks every request before any route sees it.
 
-The lab has no passwords, so its safety is that only this person's browser, on a page that the lab itself served, can
-talk to it. A page from elsewhere is kept out by the list of hosts (which also defeats names that are pointed at
-this machine later), by the browser's own word on where a request comes from, and by a token that is made anew at every
-launch. Nothing is ever allowed across origins. Model text is shown as text by the pages; the content policy is the
-second wall behind that.
+The lab has no passwords; it is safe because only the user's own browser, on a page that the lab served, can talk to it.
+Other sites are kept out by the list of allowed hosts (which also stops DNS rebinding), by the browser's Origin and
+Sec-Fetch headers, and by a token that is new at every launch. No cross-origin request is allowed. Pages show model
+text as text only; the content security policy is a second line of defence.
 """
 
 from __future__ import annotations
@@ -34,18 +33,18 @@ HEADERS = {
 }
 LONGEST_BODY = 1 << 20
 MESSAGES = {
-    "host": "This address is not one that the lab answers to. Use the one that it printed.",
-    "origin": "This request comes from another site, and the lab takes none from there.",
-    "token": "This request lacks the token of this launch. Open the address that the lab printed again.",
-    "size": "This request is larger than the lab takes.",
+    "host": "The lab does not serve this address. Use the one that it printed.",
+    "origin": "The lab does not accept requests from other sites.",
+    "token": "This request lacks this launch's token. Open the address that the lab printed again.",
+    "size": "This request is larger than the lab accepts.",
 }
 
 
 class Guard:
     """ASGI middleware around the whole application.
 
-    `hosts` are the values of Host that are answered. `token` is asked of writes and WebSockets; where the lab is open
-    beyond this machine (`exposed`) of every request, as a cookie that the printed address sets.
+    `hosts` are the accepted values of the Host header. Writes and WebSockets need `token`; if the lab is open to other
+    machines (`exposed`), so does every other request, as a cookie that the printed address sets.
     """
 
     def __init__(self, app: ASGIApp, hosts: frozenset[str], token: str, exposed: bool = False) -> None:
@@ -55,7 +54,7 @@ class Guard:
         self.exposed = exposed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Refuses, or hands the request on and adds the headers of every answer."""
+        """Rejects the request, or passes it on and adds the security headers to the response."""
         if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return
@@ -81,7 +80,7 @@ class Guard:
             )
 
     def _wrong(self, scope: Scope, headers: Headers) -> str | None:
-        """Which rule a request breaks, or None."""
+        """The rule that a request breaks, or None."""
         hosts = headers.getlist("host")
         if len(hosts) != 1 or hosts[0].lower() not in self.hosts:
             return "host"
@@ -107,7 +106,7 @@ class Guard:
 
     def _has_token(self, scope: Scope, headers: Headers) -> bool:
         given = headers.get(TOKEN_HEADER, "")
-        if scope["type"] == "websocket":  # browsers give those no header of ours
+        if scope["type"] == "websocket":  # browsers cannot set custom headers on these
             given = _query(scope, "token")
         if self._equal(given):
             return True
@@ -124,7 +123,7 @@ class Guard:
 def _query(scope: Scope, name: str) -> str:
     try:
         return parse_qs(scope["query_string"].decode("ascii")).get(name, [""])[0]
-    except ValueError:  # not ASCII, or more fields than anybody needs
+    except ValueError:  # not ASCII, or too many fields
         return ""
 
 

@@ -1,7 +1,7 @@
-"""The tokens of an episode as pieces of text, with who produced each and how likely the model thought it.
+"""An episode's tokens as pieces of text, with their author and log-probability.
 
-Only `tokenizer.json` is read, of the run's own model where it has one, else of the model it started from; no model is
-loaded. Where there is no tokenizer the pieces are the tokens' numbers.
+Only `tokenizer.json` is read, from the run's own model if it has one, else from the model it started from; no model is
+loaded. Without a tokenizer the pieces are token ids.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _lock = threading.Lock()
 
 
 def read_episode(folder: Path, kind: str, step: int, group: int, index: int) -> dict[str, Any]:
-    """One episode for its page, with the other answers to the same task. Raises ResumeError where it is not there."""
+    """One episode for its page, with the other completions of its task. Raises ResumeError if it does not exist."""
     row = read_row(folder, kind, step, group, index)
     source = find_tokenizer(folder)
     texts = pieces(source, row.tokens) if source else [f"⟨{token}⟩" for token in row.tokens]
@@ -45,10 +45,10 @@ def read_episode(folder: Path, kind: str, step: int, group: int, index: int) -> 
 
 
 def read_row(folder: Path, kind: str, step: int, group: int, index: int) -> EpisodeRow:
-    """A stored answer. Raises ResumeError where it is not there."""
+    """A stored episode. Raises ResumeError if it does not exist."""
     values = read_values(folder, kind, step, group, index)
     if values is None:
-        raise ResumeError(f"{folder} stores no {kind} episode {group}.{index} of step {step}.")
+        raise ResumeError(f"{folder} contains no {kind} episode {group}.{index} of step {step}.")
     return EpisodeRow.from_values(values)
 
 
@@ -60,8 +60,8 @@ def find_tokenizer(folder: Path) -> Path | None:
 
 
 def start_folders(folder: Path, header: Mapping[str, Any]) -> list[Path]:
-    """Where the model that a run started from may be: as its recipe says, in the package, or, where a pipeline's folder
-    was moved or copied, in that of the stage beside it."""
+    """Possible folders of the model that a run started from: the recipe's path, the package, or, if a pipeline's folder
+    was moved or copied, the neighbouring stage."""
     start = str(header.get("recipe", {}).get("model", {}).get("path", ""))
     if not start:
         return []
@@ -75,9 +75,9 @@ def _load(path: Path, changed: float) -> Tokenizer:
 
 
 def pieces(source: Path, tokens: np.ndarray) -> list[str]:
-    """The text of each of the L tokens; put together they are the text of all.
+    """The text of each of the L tokens; joined, they give the whole text.
 
-    A character that several tokens make up is the piece of the last of them; the others are empty.
+    A character made up of several tokens belongs to the last of them; the others are empty.
     """
     with _lock:
         tokenizer = _load(source, source.stat().st_mtime)
@@ -85,7 +85,7 @@ def pieces(source: Path, tokens: np.ndarray) -> list[str]:
     ids = [int(token) for token in tokens]
     found: list[str] = []
     waiting: list[int] = []
-    before = ""  # what the last whole token decodes to: some tokenizers drop a space at the start of a text
+    before = ""  # text of the last complete token: some tokenizers drop a space at the start of a text
     context: list[int] = []
     for number, token in enumerate(ids):
         if not 0 <= token < known:

@@ -1,1 +1,1 @@
-"""Labelling: people say which of two answers is better, and a reward model learns from what they said."""
+"""Labelling: people choose the better of two answers, and a reward model is trained on their labels."""

@@ -1,4 +1,4 @@
-"""How far people agree, and what their habits are: shares with 95 % intervals, computed from labels alone."""
+"""Agreement between annotators and their habits, as shares with 95 % intervals."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from posttrain.lab.label.store import Label
 
 
 class Kappa(NamedTuple):
-    """Agreement beyond chance: 1 is perfect, 0 what two people who answer at random would reach. None: undefined."""
+    """Cohen's κ with its interval: 1 is perfect agreement, 0 agreement by chance, None undefined."""
 
     value: float | None
     low: float | None
@@ -22,11 +22,11 @@ class Kappa(NamedTuple):
 
 
 def kappa(one: Sequence[str], other: Sequence[str]) -> tuple[Estimate, Kappa]:
-    """(share of items on which two people say the same, Cohen's κ = (p − c) / (1 − c)) of their answers, in order.
+    """(share of items that two people label alike, Cohen's κ = (p − c) / (1 − c)) for their labels in the same order.
 
-    c is the agreement that people with these habits would reach by chance: Σ over answers of the product of both
-    shares (Cohen, 1960). The interval takes c as known, as Cohen's own does, and Wilson's ends for p. κ is undefined
-    where both always gave the same single answer.
+    c is the agreement expected by chance: Σ over labels of the product of both shares (Cohen, 1960). The interval
+    treats c as known, as Cohen's does, and uses Wilson's interval for p. κ is undefined if both always gave the same
+    single label.
     """
     n = len(one)
     agreed = wilson(sum(a == b for a, b in zip(one, other, strict=True)), n)
@@ -41,7 +41,7 @@ def kappa(one: Sequence[str], other: Sequence[str]) -> tuple[Estimate, Kappa]:
 
 
 def agreements(labels: Sequence[Label]) -> list[dict[str, Any]]:
-    """Every two annotators who labelled a pair in common, with what `kappa` says of those pairs."""
+    """Agreement and κ for every two annotators who labelled at least one pair in common."""
     said: dict[str, dict[str, str]] = {}
     for label in labels:
         said.setdefault(label.annotator, {})[label.pair] = label.preferred
@@ -55,7 +55,7 @@ def agreements(labels: Sequence[Label]) -> list[dict[str, Any]]:
 
 
 def habits(labels: Sequence[Label]) -> list[dict[str, Any]]:
-    """Each annotator: labels, ties, how often the left answer won of those that are no tie, median seconds a label."""
+    """Per annotator: labels, ties, how often the left answer won (ties excluded), median seconds per label."""
     rows: list[dict[str, Any]] = []
     for name in sorted({label.annotator for label in labels}):
         own = [label for label in labels if label.annotator == name]
@@ -69,7 +69,7 @@ def habits(labels: Sequence[Label]) -> list[dict[str, Any]]:
 
 
 def share(estimate: Estimate) -> dict[str, float | int | None]:
-    """For JSON, whose numbers are all finite: no value where nothing was counted."""
+    """An estimate for JSON, which has no NaN: the value is None if nothing was counted."""
     return {
         "value": estimate.value if estimate.n else None, "low": estimate.low, "high": estimate.high, "n": estimate.n,
     }  # fmt: skip

@@ -1,7 +1,7 @@
-"""Labels as preferences that `posttrain reward` and `posttrain dpo` read: JSON Lines, one file for each content.
+"""Exports labels as preference data for `posttrain reward` and `posttrain dpo`, as JSON Lines.
 
-A file's name ends in a digest of what it holds, so that a run which learned from it names exactly its data, and what
-is labelled later becomes another file.
+A file's name ends in a digest of its content, so that a run's data setting identifies exactly the data it was trained
+on, and later labels go into another file.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from posttrain.store.durable import publish_file
 from posttrain.types import ConfigError, DataError
 
 Who = Literal["each", "majority", "share"]
-"""`each`: every annotator's label is a row. `majority`: a row a pair, what most said, a tie where no choice has most.
-`share`: a row a pair whose label is the share of annotators that prefer it, a tie counting half."""
+"""`each`: one row per label. `majority`: one row per pair with the majority's choice, a tie if there is no majority.
+`share`: one row per pair, whose label is the share of annotators that prefer the answer, a tie counting half."""
 Ties = Literal["keep", "drop"]
-"""`keep` writes a tie as a row with label 0.5, which Bradley–Terry and DPO learn from; `drop` leaves it out."""
+"""`keep` writes a tie as a row with label 0.5, which Bradley–Terry and DPO can train on; `drop` omits it."""
 
 
 def rows(pairs: Sequence[Pair], labels: Sequence[Label], who: str = "each", ties: str = "keep") -> list[dict[str, Any]]:
-    """The rows of an export, by pair and then by annotator. Raises ConfigError for an unknown way."""
+    """The rows of an export, by pair and then by annotator. Raises ConfigError for an unknown option."""
     for name, value, known in (("who", who, get_args(Who)), ("ties", ties, get_args(Ties))):
         if value not in known:
             raise ConfigError(f"{name}={value!r} is unknown; use one of {', '.join(known)}.")
@@ -45,15 +45,15 @@ def rows(pairs: Sequence[Pair], labels: Sequence[Label], who: str = "each", ties
 
 
 def text_of(queue: Queue, who: str = "each", ties: str = "keep") -> str:
-    """The file's text. Raises DataError where there is no label to write."""
+    """The file's text. Raises DataError if there is no label to write."""
     found = rows(queue.pairs(), queue.labels(), who, ties)
     if not found:
-        raise DataError(f"queue {queue.name} has no label to export yet. Label a pair, or keep the ties.")
+        raise DataError(f"queue {queue.name} has no labels to export yet. Label a pair, or keep ties.")
     return json_lines(found)
 
 
 def write(queue: Queue, who: str = "each", ties: str = "keep") -> tuple[Path, int]:
-    """Writes the file beside the database, whole or not at all: (its path, its rows)."""
+    """Writes the file next to the database, atomically; returns (path, number of rows)."""
     text = text_of(queue, who, ties)
     path = queue.path.with_name(f"{queue.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.jsonl")
     publish_file(path, text)
@@ -61,7 +61,7 @@ def write(queue: Queue, who: str = "each", ties: str = "keep") -> tuple[Path, in
 
 
 def written(root: Path, queue: str) -> dict[str, Path]:
-    """File name → path of what was exported of a queue."""
+    """File name → path of a queue's exports."""
     mine = re.compile(rf"{re.escape(queue)}-[0-9a-f]{{8}}\.jsonl")
     return {path.name: path for path in sorted((root / FOLDER).glob("*.jsonl")) if mine.fullmatch(path.name)}
 
@@ -71,7 +71,7 @@ def _worth(preferred: str) -> float:
 
 
 def _most(said: Sequence[str]) -> str:
-    """What most said; a tie where two choices are level."""
+    """The most frequent choice; a tie if two choices are equally frequent."""
     ranked = Counter(said).most_common(2)
     return "tie" if len(ranked) > 1 and ranked[0][1] == ranked[1][1] else ranked[0][0]
 
@@ -81,7 +81,7 @@ def _mean(labels: Sequence[Label]) -> float:
 
 
 def _row(pair: Pair, worth: float, annotators: Sequence[str]) -> dict[str, Any]:
-    """`worth` is the probability that a is the better one; the row's own is of its `chosen`, and so 1/2 or more."""
+    """`worth` is the probability that a is better; the row's label is that of its `chosen`, so at least 1/2."""
     chosen, rejected = (pair.a, pair.b) if worth >= 0.5 else (pair.b, pair.a)
     return {
         "id": pair.id,

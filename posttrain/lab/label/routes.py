@@ -1,4 +1,4 @@
-"""Routes of the labeler. Everything that a page is told to be stored is on the disk by then."""
+"""Routes of the labeler. A label is on disk before the page is told that it is stored."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from posttrain.lab.routing import NO_STORE, get, named, post
 from posttrain.types import PosttrainError, ResumeError
 
 AHEAD = 20
-"""Pairs that a page is given at once, so that labelling goes on while the lab does not answer."""
+"""Pairs that a page gets in advance, so that labelling can continue while the lab is not responding."""
 SHOWN = 200
 """Pairs whose scores a page shows."""
 
 
 def routes(place: Place) -> list[BaseRoute]:
-    """What the labeler adds to the lab."""
+    """All routes of the labeler."""
     part = Labeler(place)
     return [
         get("/api/label", part.overview),
@@ -41,18 +41,18 @@ def routes(place: Place) -> list[BaseRoute]:
 
 
 class Labeler:
-    """The functions behind the routes, with the trainings that they started."""
+    """The functions behind the routes, and the training processes they started."""
 
     def __init__(self, place: Place) -> None:
         self.place = place
         self.trainings = Trainings(place)
 
     def queue(self, request: Request) -> Queue:
-        """The queue that the address names."""
+        """The queue named in the URL."""
         return Queue.find(self.place.root, named(request, "queue"))
 
     def overview(self, request: Request) -> dict[str, Any]:
-        """Queues with their progress, and what could become one."""
+        """Queues with their progress, and the sources for new ones."""
         found: list[dict[str, Any]] = []
         for name, path in store.queues(self.place.root).items():
             queue = Queue(path)
@@ -63,7 +63,7 @@ class Labeler:
         return {"folder": str(self.place.root), "queues": found, "sources": rest}
 
     def state(self, request: Request) -> dict[str, Any]:
-        """What an annotator, `as`, labels next, and how far everybody is."""
+        """The next pairs of the annotator `as`, and everybody's progress."""
         queue = self.queue(request)
         who = request.query_params.get("as", "").strip()
         count, done = queue.progress()
@@ -79,18 +79,18 @@ class Labeler:
         }
 
     def label(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
-        """Stores a label, or takes one back (`undo` names it); the answer is sent when that is on the disk."""
+        """Stores a label, or undoes the one named by `undo`; responds once that is on disk."""
         queue = self.queue(request)
         undone = body.get("undo")
         return {"stored": queue.undo(undone) if isinstance(undone, str) else queue.add(body)}
 
     def results(self, request: Request) -> dict[str, Any]:
-        """Agreement, and everybody's habits."""
+        """Agreement between annotators, and their habits."""
         labels = self.queue(request).labels()
         return {"habits": agreement.habits(labels), "agreements": agreement.agreements(labels), "labels": len(labels)}
 
     async def download(self, request: Request) -> Response:
-        """The export as a file for the browser to keep."""
+        """The export as a file download."""
         asked = request.query_params
 
         def text() -> str:
@@ -104,7 +104,7 @@ class Labeler:
         return Response(found, 200, headers, "application/x-ndjson")
 
     def export(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
-        """Writes the export beside the queue: where, how many rows, and what to type to train on it."""
+        """Writes the export next to the queue; returns its path, rows, and the commands that train on it."""
         queue = self.queue(request)
         steps, model = steps_of(body.get("steps", STEPS)), str(body.get("model", SHIPPED))
         path, count = export.write(queue, str(body.get("who", "each")), str(body.get("ties", "keep")))
@@ -116,22 +116,22 @@ class Labeler:
         return self.trainings.start(self.queue(request), *how, steps_of(body.get("steps", STEPS)))
 
     def models(self, request: Request) -> dict[str, Any]:
-        """What a reward model can start from, and those that learned from this queue."""
+        """Base models for a reward model, and the reward models trained on this queue."""
         return {"bases": list_models(self.place), "runs": self.trainings.of(self.queue(request)), "steps": STEPS}
 
     def scores(self, request: Request) -> dict[str, Any]:
-        """What one of them says of the queue's pairs."""
+        """A reward model's scores of the queue's pairs."""
         queue, name = self.queue(request), named(request, "run")
         line = next((line for line in self.trainings.of(queue) if line["run"] == name), None)
         if line is None or line["status"] != "finished":
-            raise ResumeError(f"{name!r} is no finished reward model that learned from queue {queue.name}.")
+            raise ResumeError(f"{name!r} is not a finished reward model trained on queue {queue.name}.")
         data = export.written(self.place.root, queue.name)[line["file"]]
         found = scores.compare(queue, self.place.run(name), data)
         return {**found, "pairs": found["pairs"][:SHOWN], "count": len(found["pairs"])}
 
 
 def _shown(queue: str, who: str, pair: Pair) -> dict[str, Any]:
-    """A pair as an annotator sees it: which answer stands where says nothing about either."""
+    """A pair as an annotator sees it; the sides are random."""
     left = store.left_of(queue, who, pair.id)
     sides = (pair.a, pair.b) if left == "a" else (pair.b, pair.a)
     prompt = [{"role": m.role, "content": m.content} for m in pair.prompt]

@@ -1,4 +1,4 @@
-"""What a reward model that learned from a queue's labels says of its pairs, and how often people say the same."""
+"""Scores a queue's pairs with a reward model trained on its labels, and compares them with the annotators."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
     from posttrain.rewards.models import RewardModel
 
 Scores = dict[str, tuple[float, float] | None]
-"""Pair → scores of a and b; None where an answer is too long for the model to read."""
+"""Pair → scores of a and b; None if an answer is too long for the model."""
 EVERYONE = "everyone"
 _known: dict[tuple[Path, Path], Scores] = {}
 _lock = threading.Lock()
 
 
 def compare(queue: Queue, run: Path, data: Path) -> dict[str, Any]:
-    """`agreement` with each annotator on prompts the model was not trained on and on those it was, and `pairs`.
+    """`agreement` with each annotator, on held-out prompts and on training prompts, and the scored `pairs`.
 
-    `run` is a finished reward model that learned from the export `data`. Loads it, the first time, and scores
-    every pair of the queue. Raises ConfigError for a run without a model.
+    `run` is a finished reward model trained on the export `data`. It is loaded on first use and scores every pair of
+    the queue. Raises ConfigError for a run without a model.
     """
     pairs, labels = queue.pairs(), queue.labels()
     cfg, seed = _asked(run)
@@ -47,10 +47,10 @@ def compare(queue: Queue, run: Path, data: Path) -> dict[str, Any]:
 
 
 def agreement(labels: Sequence[Label], scores: Scores, known: set[str]) -> list[dict[str, Any]]:
-    """How often the higher-scored answer is the one an annotator preferred, of labels that are no tie.
+    """How often an annotator's preferred answer has the higher score, ties excluded.
 
-    `known` are the pairs whose prompts the model was trained on; `held_out` counts the others. The intervals take
-    labels as independent, which several of one pair are not: read those of single annotators.
+    `known` are the pairs whose prompts the model was trained on; `held_out` counts the others. The intervals treat
+    labels as independent, which several labels of one pair are not: rely on those of single annotators.
     """
     rows: list[dict[str, Any]] = []
     for name in [*sorted({label.annotator for label in labels}), EVERYONE]:
@@ -64,7 +64,7 @@ def agreement(labels: Sequence[Label], scores: Scores, known: set[str]) -> list[
 
 
 def trained_on(data: Path, cfg: DataConfig, seed: int) -> set[str]:
-    """What was asked in the pairs of a file that a run with these settings trains on: the keys of their prompts."""
+    """Keys of the prompts in a file that a run with these settings trains on."""
     rows = read_rows(str(data), cfg.count)
     parsed = usable(rows, lambda row: row_to_preference(row, cfg.system, cfg.instruction), cfg, [])
     train = parsed if cfg.eval_tasks else split_holdout(parsed, cfg.holdout, seed)[0]
@@ -72,7 +72,7 @@ def trained_on(data: Path, cfg: DataConfig, seed: int) -> set[str]:
 
 
 def score(queue: Queue, run: Path, pairs: Sequence[Pair]) -> Scores:
-    """The scores of all pairs, computed once for each run while the lab is open."""
+    """The scores of all pairs, computed once per run while the lab is running."""
     with _lock:
         if (run, queue.path) not in _known:
             _known[run, queue.path] = _scored(_loaded(run), pairs)
@@ -80,7 +80,7 @@ def score(queue: Queue, run: Path, pairs: Sequence[Pair]) -> Scores:
 
 
 def _judged(pair: Pair, found: tuple[float, float] | None, known: bool, said: list[list[str]]) -> dict[str, Any]:
-    """A pair with both scores and σ of their difference, the probability that a is preferred to b."""
+    """A pair with both scores and σ of their difference, the probability that a is preferred."""
     shown = {"id": pair.id, "prompt": pair.prompt[-1].content, "answers": [pair.a, pair.b]}
     gap = None if found is None else max(-700.0, min(700.0, found[0] - found[1]))
     odds = None if gap is None else 1 / (1 + math.exp(-gap))
@@ -100,11 +100,11 @@ def _asked(run: Path) -> tuple[DataConfig, int]:
     try:
         return DataConfig(**recipe["data"]), int(recipe["run"]["seed"])
     except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"the recipe of {run} cannot be read ({error}). It is from another version.") from None
+        raise ConfigError(f"cannot read the recipe of {run} ({error}); it was written by another version.") from None
 
 
 def _key(pair: Pair, cfg: DataConfig) -> str:
-    """The key of a pair's prompt as a run shows it to its model."""
+    """The key of a pair's prompt as the run's model sees it."""
     row = Row(pair.id, {"prompt": prompt_rows(pair.prompt), "chosen": pair.a, "rejected": pair.b})
     return content_key(row_to_preference(row, cfg.system, cfg.instruction))
 
@@ -121,7 +121,7 @@ def _scored(model: RewardModel, pairs: Sequence[Pair]) -> Scores:
     try:
         flat = [float(score) for score in model.scores(asked)]
         return {pair.id: (flat[2 * i], flat[2 * i + 1]) for i, pair in enumerate(pairs)}
-    except RolloutError:  # one is too long: find out which
+    except RolloutError:  # an answer is too long: find out which
         return {pair.id: _scored_alone(model, asked[2 * i : 2 * i + 2]) for i, pair in enumerate(pairs)}
 
 

@@ -1,4 +1,4 @@
-"""What can be labelled: files of pairs and stored answers of runs, both found in the folder that the lab shows."""
+"""Sources of pairs to label: files of pairs, and stored completions of runs, in the folder that the lab shows."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from posttrain.store.database import connect
 from posttrain.types import ConfigError, DataError, Message, PosttrainError, Preference, ResumeError
 
 TWO = (("chosen", "rejected"), ("a", "b"), ("first", "second"), ("response_a", "response_b"))
-"""Columns of two answers, looked for in this order."""
+"""Columns with two answers, tried in this order."""
 SEVERAL = ("responses", "answers", "completions")
-"""Columns of a list of answers, of which every two make a pair."""
+"""Columns with a list of answers, every two of which make a pair."""
 VERDICTS = ("label", "tie", "margin", "score_chosen", "score_rejected")
-"""What a file may already say of a pair: nothing that a person who labels it anew should be held to."""
+"""Columns with existing labels, which are dropped so that they do not influence a new annotator."""
 MOST = 2000
-"""Pairs of one queue; of a run those of the newest steps."""
+"""Maximum pairs per queue; for a run, those of the latest steps."""
 MOST_FILES = 200
 
 
 @dataclass(frozen=True)
 class Found:
-    """The pairs of a source, how many rows gave none, and why the first of those did not."""
+    """The pairs of a source, the number of rows without a pair, and the reason for the first of them."""
 
     pairs: list[Preference]
     left_out: int = 0
@@ -39,7 +39,7 @@ class Found:
 
 
 def list_sources(place: Place) -> list[dict[str, str]]:
-    """Every file of pairs and every run that stores answers: `source`, `kind` and the name its queue would have."""
+    """Every file of pairs and every run that stores completions: `source`, `kind` and the name of its queue."""
     files = [("file", name) for name, path in files_of(place).items() if _holds_pairs(path)]
     runs = [("run", name) for name, path in place.runs().items() if _stores_groups(path)]
     return [
@@ -49,7 +49,7 @@ def list_sources(place: Place) -> list[dict[str, str]]:
 
 
 def files_of(place: Place) -> dict[str, Path]:
-    """Path below the folder → file, of at most `MOST_FILES` files in it, its runs and its pipelines' stages."""
+    """Relative path → file, for at most `MOST_FILES` files in the folder, its runs and its pipelines' stages."""
     found: dict[str, Path] = {}
     for depth in ("*.jsonl", "*/*.jsonl", "*/*/*.jsonl"):
         for path in sorted(place.root.glob(depth)):
@@ -60,9 +60,9 @@ def files_of(place: Place) -> dict[str, Path]:
 
 
 def start(place: Place, source: str) -> dict[str, Any]:
-    """Makes the queue of a source, if it is not there yet: its name, and what was left out of it.
+    """Creates the queue of a source if it does not exist yet; returns its name and what was left out.
 
-    Raises ResumeError for a source that is not here, DataError for one without any pair.
+    Raises ResumeError for an unknown source, DataError for one without any pair.
     """
     kind, _, name = source.partition(":")
     if kind == "file" and name in (files := files_of(place)):
@@ -70,16 +70,16 @@ def start(place: Place, source: str) -> dict[str, Any]:
     elif kind == "run":
         found = pairs_of_run(place.run(name), name)
     else:
-        raise ResumeError(f"{place.root} holds nothing named {source!r} that could be labelled.")
+        raise ResumeError(f"{place.root} contains nothing named {source!r} to label.")
     if not found.pairs:
-        raise DataError(f"{name} holds no pair of different answers to one prompt. {found.reason}")
+        raise DataError(f"{name} contains no pair of different answers to the same prompt. {found.reason}")
     queue = _queue(name)
     store.create(place.root, queue, source, found.pairs)
     return {"queue": queue, "pairs": len(found.pairs), "left_out": found.left_out, "reason": found.reason}
 
 
 def pairs_of_file(path: Path) -> Found:
-    """At most `MOST` pairs of a file, in its order; rows that are none are counted."""
+    """At most `MOST` pairs of a file, in file order; rows without a pair are counted."""
     pairs: list[Preference] = []
     left_out, reason = 0, ""
     for row in read_rows(str(path)):
@@ -93,7 +93,7 @@ def pairs_of_file(path: Path) -> Found:
 
 
 def pairs_of_row(row: Row) -> list[Preference]:
-    """The pairs of one row; which of two is called chosen means nothing here. Raises DataError where there are none."""
+    """The pairs of one row, ignoring which answer is `chosen`. Raises DataError if there are none."""
     values = {name: value for name, value in row.values.items() if name not in VERDICTS}
     for names in TWO:
         if all(values.get(name) is not None for name in names):
@@ -101,16 +101,17 @@ def pairs_of_row(row: Row) -> list[Preference]:
     column = first_column(values, SEVERAL)
     if column is None or not isinstance(values[column], list):
         raise DataError(
-            f"{row.where}: no columns hold two answers ({', '.join('+'.join(two) for two in TWO)}) or several."
+            f"{row.where}: expected columns with two answers ({', '.join('+'.join(two) for two in TWO)}) "
+            f"or one with a list ({', '.join(SEVERAL)})."
         )
     answers = list(dict.fromkeys(text for text in values[column] if isinstance(text, str) and text.strip()))
     if len(answers) < 2:
-        raise DataError(f"{row.where}: {column!r} holds {len(answers)} different answers, and a pair needs two.")
+        raise DataError(f"{row.where}: {column!r} has {len(answers)} different answers, but a pair needs two.")
     return [_preference(row, values, *two, f"/{n}") for n, two in enumerate(combinations(answers, 2))]
 
 
 def pairs_of_run(folder: Path, name: str) -> Found:
-    """One pair of different stored answers to each task that a run attempted, newest steps first, at most `MOST`."""
+    """One pair of different stored completions per task and step of a run, latest steps first, at most `MOST`."""
     pairs: list[Preference] = []
     seen: set[tuple[str, frozenset[str]]] = set()
     same = 0
@@ -124,11 +125,11 @@ def pairs_of_run(folder: Path, name: str) -> Found:
             pairs.append(Preference(f"{name}/{kind}/{step}/{group}", (Message("user", prompt),), first, second))
         if len(pairs) == MOST:
             break
-    return Found(pairs, same, f"{same} tasks got fewer than two different answers." if same else "")
+    return Found(pairs, same, f"{same} tasks have fewer than two different completions." if same else "")
 
 
 def _groups(folder: Path) -> Iterator[tuple[tuple[str, int, int], str, list[str]]]:
-    """((kind, step, group), prompt, different answers) of stored episodes, training ones first."""
+    """((kind, step, group), prompt, different completions) of stored episodes, training episodes first."""
     database = connect(folder, "ro")
     try:
         rows = database.execute(
@@ -148,7 +149,7 @@ def _preference(row: Row, values: dict[str, Any], one: Any, other: Any, suffix: 
 
 
 def _holds_pairs(path: Path) -> bool:
-    """Judged by the first row, so that a list of many files is quick."""
+    """Whether the first row holds a pair; checking only one row keeps long lists fast."""
     try:
         return bool(pairs_of_row(read_rows(str(path), 1)[0]))
     except DataError:
@@ -167,8 +168,8 @@ def _stores_groups(path: Path) -> bool:
 
 
 def _queue(name: str) -> str:
-    """A queue's name: that of its source, in letters that fit into an address and a file's name."""
+    """A queue's name: the name of its source, in characters that fit into a URL and a file name."""
     plain = re.sub(r"[^A-Za-z0-9._-]+", "-", name.removesuffix(".jsonl")).strip(".-")
     if not plain:
-        raise ConfigError(f"{name!r} has no letter or digit to name a queue after. Rename it.")
+        raise ConfigError(f"cannot name a queue after {name!r}, which has no letters or digits. Rename it.")
     return plain[:80]

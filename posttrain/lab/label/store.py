@@ -1,9 +1,9 @@
-"""A queue of pairs and the labels that people gave: one SQLite file, FOLDER/labels/QUEUE.db, that holds all of it.
+"""A labelling queue, its pairs and its labels, in one SQLite file: FOLDER/labels/QUEUE.db.
 
 The pairs are copied into the file when labelling starts, so that labels stay readable whatever happens to the run or
-file they came from. A label is one transaction and is told to be stored only after it is on the disk. Its id is made
-by whoever gives it: the same label sent again changes nothing. Nothing is ever overwritten: a second label of the
-same pair by the same person replaces the first one by being newer, and what is undone is only marked.
+file they came from. A label is one transaction and is acknowledged only once it is on disk. The client chooses its id,
+so sending the same label again changes nothing. Nothing is ever overwritten: a second label of the same pair by the
+same person takes precedence because it is newer, and undone labels are only marked.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Side = Literal["a", "b"]
 
 @dataclass(frozen=True)
 class Pair:
-    """Two answers to one prompt, under names that say nothing of which is better."""
+    """Two answers to one prompt, under neutral names."""
 
     id: str
     prompt: tuple[Message, ...]
@@ -51,7 +51,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Label:
-    """What one person said of one pair. `preferred` is a, b or tie; `left` is the answer they saw on the left."""
+    """One person's label of one pair. `preferred` is a, b or tie; `left` is the answer shown on the left."""
 
     id: str
     pair: str
@@ -63,7 +63,7 @@ class Label:
 
 
 def left_of(queue: str, annotator: str, pair: str) -> Side:
-    """Which answer an annotator sees on the left: a fair coin that falls the same whenever they come back."""
+    """Which answer an annotator sees on the left: random, but always the same for the same annotator and pair."""
     return "ab"[rng.key("sides", queue, annotator, pair) & 1]  # pyright: ignore[reportReturnType]
 
 
@@ -73,14 +73,14 @@ def queues(root: Path) -> dict[str, Path]:
 
 
 def create(root: Path, name: str, source: str, pairs: Sequence[Preference]) -> None:
-    """Makes a queue durably, all of it or nothing. Raises ConfigError where the name is taken by another source."""
+    """Creates a queue durably and atomically. Raises ConfigError if another source already has the name."""
     make_folder(root / FOLDER)
     path = root / FOLDER / f"{name}.db"
     with _opened(path, "rwc") as database, _transaction(database):
-        if database.execute("PRAGMA user_version").fetchone()[0]:  # somebody else was faster
+        if database.execute("PRAGMA user_version").fetchone()[0]:  # another process was faster
             (found,) = database.execute("SELECT value FROM about WHERE key = 'source'").fetchone()
             if found != source:
-                raise ConfigError(f"a queue named {name!r} is there already, from {found}. Rename the file or run.")
+                raise ConfigError(f"a queue named {name!r} already exists, from {found}. Rename the file or run.")
             return
         for statement in TABLES:
             database.execute(statement)
@@ -92,7 +92,7 @@ def create(root: Path, name: str, source: str, pairs: Sequence[Preference]) -> N
 
 
 class Queue:
-    """One queue; every call opens the file anew, so that any number of threads and processes share it."""
+    """One queue; every call reopens the file, so that any number of threads and processes can share it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -100,10 +100,10 @@ class Queue:
 
     @staticmethod
     def find(root: Path, name: str) -> Queue:
-        """The queue of that name. Raises ResumeError where there is none."""
+        """The queue of that name. Raises ResumeError if it does not exist."""
         found = queues(root)
         if name not in found:
-            raise ResumeError(f"{root} holds no queue named {name!r}. Start one from the page Label.")
+            raise ResumeError(f"{root} contains no queue named {name!r}. Start one on the Label page.")
         return Queue(found[name])
 
     def about(self) -> dict[str, str]:
@@ -112,13 +112,13 @@ class Queue:
             return dict(database.execute("SELECT key, value FROM about"))
 
     def pairs(self) -> list[Pair]:
-        """All pairs in the order they are labelled."""
+        """All pairs in labelling order."""
         with _opened(self.path, "ro") as database:
             rows = database.execute("SELECT id, prompt, a, b FROM pairs ORDER BY position").fetchall()
         return [_pair(row) for row in rows]
 
     def labels(self) -> list[Label]:
-        """The newest label of each pair by each person, without undone ones, in the order they arrived."""
+        """The latest label of each pair by each person, without undone ones, in order of arrival."""
         with _opened(self.path, "ro") as database:
             return [Label(*row) for row in database.execute(CURRENT)]
 
@@ -142,8 +142,8 @@ class Queue:
     def add(self, given: dict[str, Any]) -> str:
         """Stores one label, `{id, pair, annotator, choice, seconds}` with choice left, right or tie; returns its id.
 
-        When this returns, the label survives the end of the process and of the machine. Raises ConfigError for what
-        is no label, DiskError where it cannot be stored.
+        When this returns, the label survives a crash of the process or the machine. Raises ConfigError for an invalid
+        label, DiskError if it cannot be stored.
         """
         label = self._checked(given)
         values = (label.id, label.pair, label.annotator, label.preferred, label.left, label.seconds, _now())
@@ -155,7 +155,7 @@ class Queue:
         return label.id
 
     def undo(self, label: str) -> str:
-        """Takes a label back; a label that is not there is left so. Returns its id."""
+        """Undoes a label, if it exists. Returns its id."""
         with _opened(self.path, "rw") as database, _transaction(database):
             database.execute("UPDATE labels SET undone = 1 WHERE id = ?", (label,))
         return label
@@ -168,7 +168,7 @@ class Queue:
                 or not text.strip()
                 or (name in ("id", "annotator") and len(text) > LONGEST_NAME)
             ):
-                raise ConfigError(f"a label's {name} is {text!r}, expected a text of 1 to {LONGEST_NAME} characters.")
+                raise ConfigError(f"a label's {name} is {text!r}, expected a string of 1 to {LONGEST_NAME} characters.")
         seconds = given.get("seconds")
         if not isinstance(seconds, int | float) or not math.isfinite(seconds) or seconds < 0:
             raise ConfigError(f"a label's seconds are {seconds!r}, expected a number of 0 or more.")
@@ -182,7 +182,7 @@ class Queue:
 
 @contextmanager
 def _opened(path: Path, mode: Literal["rwc", "rw", "ro"]) -> Iterator[sqlite3.Connection]:
-    """The file, durable to the letter when written: a write-ahead log that is on the disk when a COMMIT returns."""
+    """Opens the file; writes go to a write-ahead log that is on disk when COMMIT returns."""
     database: sqlite3.Connection | None = None
     try:
         uri = f"{path.absolute().as_uri()}?mode={mode}"
@@ -212,7 +212,7 @@ def _transaction(database: sqlite3.Connection) -> Iterator[None]:
 
 def _explained(path: Path, error: sqlite3.Error) -> PosttrainError:
     if getattr(error, "sqlite_errorname", "").startswith(("SQLITE_FULL", "SQLITE_IOERR")):
-        return DiskError(f"writing to {path} failed: {error}. What was stored before is intact; make room on the disk.")
+        return DiskError(f"writing to {path} failed: {error}. Labels stored before are intact; free some disk space.")
     return ResumeError(f"{path} cannot be used: {error}.")
 
 
@@ -230,12 +230,12 @@ def _pair(row: tuple[str, str, str, str]) -> Pair:
 
 
 def prompt_rows(prompt: Sequence[Message]) -> list[dict[str, Any]]:
-    """Messages as a data file holds them."""
+    """Messages in the format of a data file."""
     return [{"role": m.role, "content": m.content, "tool_calls": [*map(dict, m.tool_calls)]} for m in prompt]
 
 
 def messages_of(rows: Sequence[dict[str, Any]]) -> tuple[Message, ...]:
-    """The messages that `prompt_rows` wrote."""
+    """Inverse of `prompt_rows`."""
     return tuple(Message(m["role"], m["content"], tuple(m["tool_calls"])) for m in rows)
 
 

@@ -1,7 +1,7 @@
-"""A reward model from labels: the lab writes the export and starts `posttrain reward` on it as a process of its own.
+"""Trains a reward model on labels: writes the export and starts `posttrain reward` on it in a separate process.
 
-The process is detached: it goes on when the lab is closed, and its run is shown like any other. A run is named after
-what it learns from and how, so that asking twice for the same starts it once.
+The process is detached: it keeps running when the lab is closed, and its run is shown like any other. A run is named
+after its data and settings, so that requesting the same training twice starts it once.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from posttrain.store.run import Run
 from posttrain.types import ConfigError, PosttrainError
 
 SETTINGS = {"train.lr": "3e-4", "train.schedule": "cosine", "algo.batch_pairs": "16", "data.holdout": "0.25"}
-"""For a few dozen labels: small batches, and a quarter of the prompts kept to judge the model by."""
+"""For a few dozen labels: small batches, and a quarter of the prompts held out to evaluate the model."""
 STEPS, MOST_STEPS = 40, 10_000
 
 
 def arguments(place: Place, data: Path, model: str, steps: int, run: str) -> list[str]:
-    """The words after `posttrain` of the command that trains on an export."""
+    """The arguments of the `posttrain` command that trains on an export."""
     name = SHIPPED if model == SHIPPED else str(find_model(place, model))
     words = ["reward", "--model", name, "--data", str(data), "--out", str(place.root / run)]
     for setting, value in {"train.steps": str(steps), **SETTINGS}.items():
@@ -36,7 +36,7 @@ def arguments(place: Place, data: Path, model: str, steps: int, run: str) -> lis
 
 
 def commands(place: Place, queue: Queue, data: Path, model: str, steps: int) -> dict[str, str]:
-    """What to type to train on an export: a reward model, or a policy by DPO without one."""
+    """Commands that train on an export: a reward model, or a policy with DPO."""
     run = run_name(queue, data, model, steps)
     dpo = ["dpo", "--model", arguments(place, data, model, steps, run)[2], "--data", str(data)]
     dpo += ["--out", str(place.root / run.replace("-reward-", "-dpo-"))]
@@ -47,20 +47,20 @@ def commands(place: Place, queue: Queue, data: Path, model: str, steps: int) -> 
 
 
 def run_name(queue: Queue, data: Path, model: str, steps: int) -> str:
-    """QUEUE-reward-DIGEST of everything that decides what is learned."""
+    """QUEUE-reward-DIGEST, with a digest of the data, model and steps."""
     digest = hashlib.sha256(f"{data.name} {model} {steps}".encode()).hexdigest()[:8]
     return f"{queue.name}-reward-{digest}"
 
 
 def steps_of(given: Any) -> int:
-    """A number of updates. Raises ConfigError for anything else."""
+    """Validates a number of updates. Raises ConfigError for anything else."""
     if not isinstance(given, int) or isinstance(given, bool) or not 1 <= given <= MOST_STEPS:
         raise ConfigError(f"steps={given!r}, expected a whole number from 1 to {MOST_STEPS}.")
     return given
 
 
 class Trainings:
-    """The processes that this lab started."""
+    """The training processes started by this lab."""
 
     def __init__(self, place: Place) -> None:
         self.place = place
@@ -68,10 +68,10 @@ class Trainings:
         self._lock = threading.Lock()
 
     def start(self, queue: Queue, who: str, ties: str, model: str, steps: int) -> dict[str, Any]:
-        """Exports and trains; where that run is there already or starting, nothing. Returns the run's name."""
+        """Exports and trains, unless that run exists or is starting. Returns the run's name, rows and file."""
         if (self.place.root / "run.json").exists():
             raise ConfigError(
-                "this lab shows a single run, and a new one cannot be put inside it. Open the folder above."
+                "this lab shows a single run, which cannot contain another. Open the folder above it instead."
             )
         data, count = export.write(queue, who, ties)
         run = run_name(queue, data, model, steps)
@@ -88,7 +88,7 @@ class Trainings:
         return {"run": run, "rows": count, "file": data.name}
 
     def of(self, queue: Queue) -> list[dict[str, Any]]:
-        """The reward models of a queue, newest first: `run`, `status`, `step`, `file`, `said` where it failed."""
+        """The reward models of a queue, newest first: `run`, `status`, `step`, `file`, and `said` if it failed."""
         exported = export.written(self.place.root, queue.name)
         found = [_line(name, path, exported) for name, path in self.place.runs().items()]
         lines = [line for line in found if line]
@@ -106,12 +106,12 @@ class Trainings:
         return self.place.root / FOLDER / f"{run}.log"
 
     def _said(self, run: str) -> str:
-        """The last lines of what a process wrote."""
+        """The last lines of a process's output."""
         return "\n".join(self._log(run).read_text(encoding="utf-8", errors="replace").split("\n")[-8:]).strip()
 
 
 def _line(name: str, folder: Path, exported: dict[str, Path]) -> dict[str, Any] | None:
-    """A run that learned from one of these files, in short."""
+    """Summary of a run that was trained on one of these files, else None."""
     try:
         with Run.read(folder) as run:
             recipe = run.header.get("recipe", {})
