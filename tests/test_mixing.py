@@ -121,7 +121,7 @@ def test_sources_of_one_size_and_two_seeds_have_orders_of_their_own() -> None:
     [
         ([], [], ConfigError, "0 sources have 0 weights"),
         ([3], [1, 2], ConfigError, "1 sources have 2 weights"),
-        ([3, 3], [1, 0], ConfigError, "the weight of source 1 is 0; give a positive number"),
+        ([3, 3], [1, 0], ConfigError, "the weight of source 1 is 0. Give a positive number"),
         ([3, 3], [-1, 1], ConfigError, "the weight of source 0 is -1"),
         ([3, 3], [1, math.nan], ConfigError, "the weight of source 1 is nan"),
         ([3, 3], [1, math.inf], ConfigError, "the weight of source 1 is inf"),
@@ -137,7 +137,7 @@ def test_what_cannot_be_mixed_is_refused(
 
 @pytest.mark.parametrize(("start", "count"), [(-1, 3), (0, -1)])
 def test_a_negative_position_is_refused(start: int, count: int) -> None:
-    with pytest.raises(ConfigError, match="give non-negative numbers"):
+    with pytest.raises(ConfigError, match="Give non-negative numbers"):
         Mixture([3], [1], 0).draw(start, count)
 
 
@@ -168,17 +168,17 @@ def test_an_existing_file_is_one_source_whatever_its_name(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("", r"lacks a source beside a \+ or \*"),
-        ("a.jsonl + ", "lacks a source"),
-        ("a.jsonl +  + b.jsonl", "lacks a source"),
-        ("*3", "lacks a source"),
+        ("", r"has no source next to a \+ or \*"),
+        ("a.jsonl + ", "has no source"),
+        ("a.jsonl +  + b.jsonl", "has no source"),
+        ("*3", "has no source"),
         ("a.jsonl*", r"'' after a.jsonl\* is not a number"),
-        ("a.jsonl*much", "'much' after a.jsonl. is not a number; write it as a.jsonl.3"),
-        ("a.jsonl*0 + b.jsonl", "the weight of a.jsonl is 0.0; give a positive number, or leave the source out"),
+        ("a.jsonl*much", "'much' after a.jsonl. is not a number. Write it as a.jsonl.3"),
+        ("a.jsonl*0 + b.jsonl", "the weight of a.jsonl is 0.0. Give a positive number, or leave the source out"),
         ("a.jsonl*-2", "the weight of a.jsonl is -2.0"),
         ("a.jsonl*nan", "the weight of a.jsonl is nan"),
         ("a.jsonl*inf", "the weight of a.jsonl is inf"),
-        ("a.jsonl*1 + a.jsonl*2", "names a.jsonl twice; name it once, with the sum of its weights"),
+        ("a.jsonl*1 + a.jsonl*2", "names a.jsonl twice. Name it once, with the sum of its weights"),
     ],
 )
 def test_a_mixture_that_cannot_be_read_is_refused(text: str, says: str) -> None:

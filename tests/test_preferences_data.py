@@ -394,7 +394,7 @@ def test_tool_calls_in_a_prompt_survive_the_file(tmp_path: Path) -> None:
     ("prompt", "chosen", "says"),
     [
         (USER, "half \ud800", "surrogates not allowed"),
-        (USER, "nul \0", "holds the NUL character"),
+        (USER, "nul \0", "contains the NUL character"),
         (Message("assistant", "", ({"name": {1}},)), "a", "not JSON serializable"),
         (Message("assistant", "", ({"arguments": (1, 2)},)), "a", "it would come back changed"),
     ],
@@ -446,7 +446,7 @@ def test_hh_rlhf_is_read_whole_and_its_bad_rows_are_named(name: str, usable: int
         parse_rows(rows, row_to_preference)
     assert f"{name}:87: the answer in 'chosen' is empty" in str(caught.value)
     assert str(caught.value).endswith(
-        f"\n{len(faults)} of {len(rows)} rows cannot be used; nothing was. Fix or remove them, or set "
+        f"\n{len(faults)} of {len(rows)} rows cannot be used; no row was used. Fix or remove them, or set "
         'data.bad_rows = "drop".'
     )
 

@@ -39,8 +39,8 @@ def at(values: dict[str, Any]) -> Row:
 # name of the file, its bytes, the line the error names, what it says
 MALFORMED: list[tuple[str, bytes, str, str]] = [
     ("a.jsonl", b"", "", "is empty (0 bytes)"),
-    ("a.jsonl", b"\n \r\n\n", "", "holds no rows"),
-    ("a.jsonl", b"\xef\xbb\xbf", "", "holds no rows"),
+    ("a.jsonl", b"\n \r\n\n", "", "has no rows"),
+    ("a.jsonl", b"\xef\xbb\xbf", "", "has no rows"),
     ("a.jsonl", GOOD + b"{", ":2", "not valid JSON"),
     ("a.jsonl", GOOD + b'{"question": "q"', ":2", "not valid JSON"),
     ("a.jsonl", GOOD + b'{"question": q}', ":2", "not valid JSON: Expecting value at column 14"),
@@ -65,7 +65,7 @@ MALFORMED: list[tuple[str, bytes, str, str]] = [
     ("a.jsonl", GOOD + b'{"a": ' + b"[" * 100_000 + b"}", ":2", "not valid JSON"),
     ("a.jsonl", GOOD + b'{"a": "x\ty"}', ":2", "Invalid control character"),
     ("a.jsonl", GOOD + b'{"a": "\\q"}', ":2", "Invalid \\escape"),
-    ("a.jsonl", GOOD + b'{"a": "\\ud800"}', ":2", "surrogate pair"),
+    ("a.jsonl", GOOD + b'{"a": "\\ud800"}', ":2", "unpaired surrogate"),
     ("a.jsonl", GOOD + b'{"a": "x\\u0000y"}', ":2", "NUL character"),
     ("a.jsonl", GOOD + b'{"a": "x\x00y"}', ":2", "NUL byte at offset 41 of the file"),
     ("a.jsonl", GOOD + b"\x00" * 64, ":2", "NUL byte at offset 33 of the file"),
@@ -79,17 +79,17 @@ MALFORMED: list[tuple[str, bytes, str, str]] = [
     ("a.jsonl.gz", gzip.compress(GOOD * 99, mtime=0)[:-12], "", "gzip data is damaged"),
     ("a.jsonl.gz", gzip.compress(GOOD, mtime=0) + b"rubbish", ":2", "gzip data is damaged"),
     ("a.jsonl.gz", gzip.compress(GOOD + b"{", mtime=0), ":2", "not valid JSON"),
-    ("a.json", b"[]", "", "holds no rows"),
+    ("a.json", b"[]", "", "has no rows"),
     ("a.json", b'[{"a": 1}', ":1", "expected ',' or ']' after this row, found 'the end of the file'"),
     ("a.json", b'[\n{"a": 1},\n]', ":3", "not valid JSON"),
     ("a.json", b'[\n{"a": 1}\n{"a": 2}]', ":2", "expected ',' or ']' after this row, found '{'"),
     ("a.json", b'[{"a": 1},\n 5]', ":2", "a number, expected an object"),
     ("a.json", b'[{"a": 1},\n\n {"a": nope}]', ":3", "not valid JSON"),
-    ("a.json", b'[{"a": 1}] [2]', ":1", "text after the array's end"),
+    ("a.json", b'[{"a": 1}] [2]', ":1", "text after the end of the array"),
     ("a.json", b'[{"a": 1},\n{"a": "\xff"}]', ":2", "byte 0xff"),
     ("a.json", b'{\n "a": 1\n}', ":1", "not valid JSON"),
     ("a.parquet", b"", "", "is empty (0 bytes)"),
-    ("a.parquet", b"PAR1 not really", "", "not readable Parquet"),
+    ("a.parquet", b"PAR1 not really", "", "not valid Parquet"),
     ("a.csv", b"question,answer\nq,1\n", "", "is not one of .jsonl"),
     ("a", b"q", "", "is not one of .jsonl"),
 ]
@@ -118,7 +118,7 @@ def test_all_bad_lines_are_counted_and_the_first_twenty_shown(tmp_path: Path) ->
         read_rows(str(path))
     lines = str(caught.value).splitlines()
     assert len(lines) == 21 and lines[0].startswith(f"{path}:2: ") and lines[19].startswith(f"{path}:40: ")
-    assert lines[20] == "50 bad lines of 100 (30 more not shown); nothing was used. Fix or remove them."
+    assert lines[20] == "50 bad lines of 100 (30 more not shown); no row was used. Fix or remove them."
 
 
 @pytest.mark.parametrize("source", ["missing.jsonl", "no/such/file.parquet"])
@@ -204,7 +204,7 @@ def test_an_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None
         raise ConnectionError("Couldn't reach the hub\nlong details")
 
     fake_hub(monkeypatch, load)
-    with pytest.raises(DataError, match="^data set 'openai/gsm8k' could not be loaded: Couldn't reach the hub. Check"):
+    with pytest.raises(DataError, match="^dataset 'openai/gsm8k' could not be loaded: Couldn't reach the hub. Check"):
         read_rows("openai/gsm8k")
 
 
@@ -335,7 +335,7 @@ def test_columns_become_a_conversation(values: dict[str, Any], conversation: str
     ("values", "says"),
     [
         ({"text": ""}, "column 'text' is empty"),
-        ({"prompt": "p"}, "no column holds text to learn"),
+        ({"prompt": "p"}, "no column holds text to train on"),
         ({"prompt": "p", "completion": " "}, "column 'completion' is empty"),
         ({"messages": [{"role": "user", "content": "u"}]}, "no assistant message with text or a tool call"),
         ({"messages": [{"role": "assistant", "content": " "}]}, "no assistant message with text or a tool call"),
@@ -347,7 +347,7 @@ def test_rows_that_teach_nothing_are_refused(values: dict[str, Any], says: str) 
 
 
 def test_a_text_row_has_no_place_for_a_system_message() -> None:
-    with pytest.raises(DataError, match="no place for data.system"):
+    with pytest.raises(DataError, match="cannot use data.system"):
         row_to_conversation(at({"text": "t"}), system="s")
 
 
@@ -365,7 +365,7 @@ def test_no_question_is_on_both_sides_of_the_split_whatever_the_order(
     tasks = [ask(w, i) for i, w in enumerate(words)]
     distinct = len(set(words))
     if distinct < 2:
-        with pytest.raises(DataError, match="1 distinct question"):
+        with pytest.raises(DataError, match="1 distinct prompt"):
             split_holdout(tasks, share, seed)
         return
     train, held = split_holdout(tasks, share, seed)
@@ -384,7 +384,7 @@ def test_a_share_of_zero_holds_nothing_out() -> None:
 def test_training_loses_the_rows_the_evaluation_asks() -> None:
     kept, dropped = drop_leaks([ask("a"), ask("b"), ask("b", 2), ask("c")], [ask("b", 9)])
     assert [t.prompt for t in kept] == ["a", "c"] and dropped == 2
-    with pytest.raises(DataError, match="all 1 training questions are also in the evaluation"):
+    with pytest.raises(DataError, match="all 1 training prompts are also in the evaluation"):
         drop_leaks([ask("a")], [ask("a", 2)])
 
 
@@ -423,7 +423,7 @@ def test_a_split_by_key_keeps_equal_keys_together_and_the_order(words: list[str]
 
 def number(row: Row) -> int:
     if not isinstance(row.values["n"], int):
-        raise DataError(f"{row.where}: n={row.values['n']!r} is no number.")
+        raise DataError(f"{row.where}: n={row.values['n']!r} is not a number.")
     return row.values["n"]
 
 
@@ -431,18 +431,19 @@ def test_rows_that_cannot_be_parsed_are_shown_counted_or_dropped_by_choice() -> 
     rows = [Row(f"a.jsonl:{i}", {"n": "x" if i % 2 else i}) for i in range(60)]
     parsed, faults = parse_rows(rows, number, "drop")
     assert parsed == list(range(0, 60, 2))
-    assert len(faults) == 30 and faults[0] == "a.jsonl:1: n='x' is no number."
+    assert len(faults) == 30 and faults[0] == "a.jsonl:1: n='x' is not a number."
     assert parse_rows(rows[::2], number) == (parsed, [])
     with pytest.raises(DataError) as caught:
         parse_rows(rows, number)
     lines = str(caught.value).splitlines()
     assert len(lines) == 21 and lines[:20] == faults[:20]
-    said = "30 of 60 rows cannot be used (10 more not shown); nothing was. Fix or remove them"
+    said = "30 of 60 rows cannot be used (10 more not shown); no row was used. Fix or remove them"
     assert lines[20] == f'{said}, or set data.bad_rows = "drop".'
 
 
 def test_dropping_every_row_is_refused() -> None:
-    with pytest.raises(DataError, match="a.jsonl:1: n='x' is no number.\n1 of 1 rows cannot be used; nothing was"):
+    says = "a.jsonl:1: n='x' is not a number.\n1 of 1 rows cannot be used; no row was used"
+    with pytest.raises(DataError, match=says):
         parse_rows([Row("a.jsonl:1", {"n": "x"})], number, "drop")
 
 

@@ -1,1 +1,1 @@
-"""Rows, chat templates and batches."""
+"""Datasets, chat templates and batches."""

@@ -1,4 +1,4 @@
-"""From a recipe's data section to what an algorithm trains on, with everything left out counted and said."""
+"""Loads supervised data from a recipe's data section, and reports every row that is left out."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from posttrain.types import ConfigError, DataError, Message, Task
 
 Conversation = str | tuple[Message, ...]
 Shown = tuple[str, Conversation]
-"""A supervised row: where it came from, and its text or messages."""
+"""A supervised row: its origin, and its text or messages."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Supervised rows of one source, and its share of the draws up to a common factor."""
+    """Supervised rows of one source, and the source's share of the draws, up to a common factor."""
 
     name: str
     rows: Sequence[Shown]
@@ -37,7 +37,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Conversations:
-    """What a recipe's `data.tasks` names to train on, source by source, and what is held out."""
+    """Training rows of `data.tasks` and held-out rows, by source."""
 
     sources: Sequence[Source]
     held_out: Sequence[Source]
@@ -46,12 +46,12 @@ class Conversations:
 
     @property
     def train(self) -> list[Shown]:
-        """All training rows, source after source."""
+        """All training rows, in source order."""
         return [row for source in self.sources for row in source.rows]
 
     @property
     def test(self) -> list[Shown]:
-        """All held-out rows, source after source."""
+        """All held-out rows, in source order."""
         return [row for source in self.held_out for row in source.rows]
 
 
@@ -61,7 +61,7 @@ def fit_prompts(
     cfg: DataConfig,
     opening: Callable[[Task], Sequence[Message]] = lambda task: task.messages,
 ) -> TaskSets:
-    """Refuses, or drops and counts, tasks whose prompt, the `opening`, is over `data.max_prompt_tokens`."""
+    """Rejects, or drops and counts, tasks whose prompt (`opening`) is longer than `data.max_prompt_tokens`."""
     kept: list[list[Task]] = []
     notes = list(sets.notes)
     for name, tasks in (("training", sets.train), ("evaluation", sets.test)):
@@ -77,20 +77,20 @@ def fit_prompts(
             notes.append(f"{len(over)} {name} prompts over {cfg.max_prompt_tokens} tokens were dropped.")
         kept.append([task for n, task in zip(lengths, tasks, strict=True) if n <= cfg.max_prompt_tokens])
     if not kept[0]:
-        raise DataError(f"no training prompt fits data.max_prompt_tokens={cfg.max_prompt_tokens}; raise it.")
+        raise DataError(f"no training prompt fits data.max_prompt_tokens={cfg.max_prompt_tokens}. Raise it.")
     return replace(sets, train=kept[0], test=kept[1], notes=notes)
 
 
 def load_conversations(cfg: DataConfig, seed: int) -> Conversations:
-    """Supervised rows of every source that `data.tasks` names, and those held out.
+    """Loads the supervised rows of every source in `data.tasks`, split into training and held-out rows.
 
-    A source is a file, a hub id, or a task that a program makes (its questions with their gold answers); several are a
-    mixture, written `a.jsonl*3 + arithmetic*1`. Rows are held out by what is asked (`prompt_of`), and a training row
-    that asks what a held-out row of any source asks is dropped and counted. Raises ConfigError for an unknown source
-    and DataError for rows that cannot be used.
+    A source is a file, a hub id, or a generated task (its questions with their gold answers). Several sources are a
+    mixture, written `a.jsonl*3 + arithmetic*1`. Rows are held out by prompt (`prompt_of`), and training rows whose
+    prompt is also held out in any source are dropped and counted. Raises ConfigError for an unknown source and
+    DataError for unusable rows.
     """
     if not cfg.tasks:
-        raise DataError("nothing to train on: give a file of texts or conversations (--data FILE).")
+        raise DataError("there is nothing to train on. Give a file of texts or conversations (--data FILE).")
     notes: list[str] = []
     sources: list[Source] = []
     held_out: list[Source] = []
@@ -110,19 +110,20 @@ def load_conversations(cfg: DataConfig, seed: int) -> Conversations:
 
 
 def prompt_of(value: Conversation) -> str:
-    """What a row asks: the messages before the first answer to a user. A text, or a row without one, is all its own.
+    """The prompt of a row: the messages before the assistant's first reply to a user. For a text, or messages without
+    such a reply, it is the whole row.
 
-    Rows that ask the same are never on both sides of a split, however they are answered and continued.
+    Rows with the same prompt are always on the same side of a split, however they continue.
     """
     if isinstance(value, str):
         return value
     roles = [m.role for m in value]
-    asked = roles.index("user") if "user" in roles else len(roles)
-    return repr(value[: roles.index("assistant", asked)] if "assistant" in roles[asked:] else value)
+    first_user = roles.index("user") if "user" in roles else len(roles)
+    return repr(value[: roles.index("assistant", first_user)] if "assistant" in roles[first_user:] else value)
 
 
 def _demonstrations(name: str, cfg: DataConfig, seed: int, notes: list[str]) -> tuple[list[Shown], list[Shown]]:
-    """A generated task's training and test problems with their gold answers."""
+    """Training and test problems of a generated task, with their gold answers."""
     sets = load_tasks(replace(cfg, tasks=name, eval_tasks=""), seed)
     notes += sets.notes
     train, test = ([(task.id, _answered(task)) for task in part] for part in (sets.train, sets.test))
@@ -147,32 +148,35 @@ def _conversations(name: str, cfg: DataConfig, seed: int, notes: list[str]) -> t
 
 def _evaluation(name: str, weight: float, cfg: DataConfig, seed: int, notes: list[str]) -> Source:
     if weight != 1:
-        raise ConfigError(f"data.eval_tasks gives {name} the weight {weight}, but every held-out row counts. Drop it.")
+        raise ConfigError(
+            f"data.eval_tasks gives {name} the weight {weight}, but evaluation uses every held-out row. "
+            "Remove the weight."
+        )
     if is_generated(name):
         return Source(name, _demonstrations(name, cfg, seed, [])[1])
     return Source(name, _conversations(name, replace(cfg, holdout=0.0), seed, notes)[0])
 
 
 def _without_leaks(sources: Sequence[Source], held_out: Sequence[Source]) -> tuple[list[Source], list[str]]:
-    """The sources without rows that ask what a held-out row asks, and notes on how many those were."""
-    asked = {prompt_of(value) for source in held_out for _, value in source.rows}
+    """The sources without rows whose prompt is held out, and notes on how many rows were dropped."""
+    held_out_prompts = {prompt_of(value) for source in held_out for _, value in source.rows}
     kept: list[Source] = []
     notes: list[str] = []
     for source in sources:
-        rows = [row for row in source.rows if prompt_of(row[1]) not in asked]
+        rows = [row for row in source.rows if prompt_of(row[1]) not in held_out_prompts]
         if not rows:
             raise DataError(
-                f"{source.name}: all {len(source.rows)} training rows ask what a held-out row asks, so no row is left "
-                "to train on. Set data.eval_tasks to other data."
+                f"{source.name}: all {len(source.rows)} training rows have a prompt that is held out, so no row is "
+                "left to train on. Set data.eval_tasks to other data."
             )
         if dropped := len(source.rows) - len(rows):
-            notes.append(f"{source.name}: {dropped} training rows that ask what a held-out row asks were dropped.")
+            notes.append(f"{source.name}: {dropped} training rows with a held-out prompt were dropped.")
         kept.append(replace(source, rows=rows))
     return kept, notes
 
 
 def _counts(sources: Sequence[Source], held_out: Sequence[Source]) -> list[str]:
-    """A note on each source's rows and share, and on what is held out."""
+    """Notes on the rows and share of each source, and on the held-out rows."""
     held = sum(len(source.rows) for source in held_out)
     if len(sources) == 1:
         return [f"{len(sources[0].rows)} rows to train on, {held} held out."]

@@ -1,4 +1,4 @@
-"""Rows from JSON Lines, JSON, Parquet or the Hugging Face hub; every row knows the `file:line` it came from."""
+"""Reads rows from JSON Lines, JSON, Parquet or the Hugging Face hub; each row records its `file:line`."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?(:[\w.\-\[\]%]+)?")
 
 @dataclass(frozen=True)
 class Row:
-    """One record. `where` is `file:line` (for Parquet and the hub, the row number), counted from 1."""
+    """One record. `where` is `file:line` (the row number for Parquet and the hub), counted from 1."""
 
     where: str
     values: Mapping[str, Any]
 
 
 def is_file_name(source: str) -> bool:
-    """True where `source` names a data file, whether or not it exists."""
+    """Whether `source` names a data file, existing or not."""
     return source.lower().endswith(SUFFIXES) or Path(source).is_file()
 
 
 def is_hub_id(source: str) -> bool:
-    """True for `owner/name`, with an optional `/config` and `:split`."""
+    """Whether `source` has the form `owner/name`, with an optional `/config` and `:split`."""
     return _HUB_ID.fullmatch(source) is not None
 
 
 def read_rows(source: str, limit: int = 0) -> list[Row]:
-    """All rows of a file or hub data set, or the first `limit`.
+    """Reads all rows of a file or hub dataset, or the first `limit`.
 
-    A hub data set is `owner/name[/config][:split]`; the split is `train` unless given. Raises DataError naming the
-    first 20 bad lines and counting all of them; nothing is skipped silently except blank lines.
+    A hub dataset is `owner/name[/config][:split]`; the default split is `train`. Raises DataError that names the first
+    20 bad lines and counts all of them; only blank lines are skipped silently.
     """
     if is_file_name(source):
         rows = _read_file(Path(source), limit)
@@ -53,25 +53,25 @@ def read_rows(source: str, limit: int = 0) -> list[Row]:
             f"{source!r} is neither a data file ({', '.join(SUFFIXES)}) nor a hub id like owner/name. Give one."
         )
     if not rows:
-        raise DataError(f"{source} holds no rows. Give a file with at least one.")
+        raise DataError(f"{source} has no rows. Give a file with at least one row.")
     return rows
 
 
 def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
-    """The text of a file of rows, a line each. Raises ValueError for a number that JSON does not have."""
+    """Rows as JSON Lines text. Raises ValueError for a number that JSON cannot represent."""
     return "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
 
 
 def data_hash(rows: Iterable[Row]) -> str:
-    """SHA-256 over the rows' values in order; the same rows hash alike wherever the file lies."""
+    """SHA-256 over the rows' values in order; independent of the file's location."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(row.values, sort_keys=True, ensure_ascii=True, default=str).encode() + b"\n")
     return digest.hexdigest()
 
 
-class _Problems:
-    """Counts bad lines and shows the first of them."""
+class _BadLines:
+    """Counts bad lines and keeps the first of them for the error message."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -89,7 +89,7 @@ class _Problems:
         lines = "line" if self.count == 1 else "lines"
         raise DataError(
             "\n".join(self.shown)
-            + f"\n{self.count} bad {lines} of {self.count + good}{more}; nothing was used. Fix or remove them."
+            + f"\n{self.count} bad {lines} of {self.count + good}{more}; no row was used. Fix or remove them."
         )
 
 
@@ -97,7 +97,7 @@ def _read_file(path: Path, limit: int) -> list[Row]:
     if path.is_dir():
         raise DataError(f"{path} is a folder. Give a file inside it.")
     if not path.is_file():
-        raise DataError(f"{path} does not exist. Check the path; it is taken from where the command runs.")
+        raise DataError(f"{path} does not exist. Check the path; it is relative to the current directory.")
     name = path.name.lower()
     if not name.endswith(SUFFIXES):
         raise DataError(f"{path} is not one of {', '.join(SUFFIXES)}. Convert it or rename it.")
@@ -105,7 +105,7 @@ def _read_file(path: Path, limit: int) -> list[Row]:
         raise DataError(f"{path} is empty (0 bytes). Give a file with at least one row.")
     if name.endswith(".parquet"):
         return _read_parquet(path, limit)
-    problems = _Problems()
+    problems = _BadLines()
     rows: list[Row] = []
     for row in _read_json(path, problems):
         rows.append(row)
@@ -115,14 +115,14 @@ def _read_file(path: Path, limit: int) -> list[Row]:
     return rows
 
 
-def _read_json(path: Path, problems: _Problems) -> Iterator[Row]:
+def _read_json(path: Path, problems: _BadLines) -> Iterator[Row]:
     lines = _lines(path, problems)
     first = next(lines, None)
     if first is None:
         return
     if ".json" in path.suffixes[-2:] and first[1].lstrip().startswith("["):
         text = _with_blank_lines(_chain(first, lines))
-        if not problems.count:  # an array with a damaged line has no shape to go by
+        if not problems.count:  # an array with a damaged line cannot be parsed
             yield from _array_rows(path, text, problems)
         return
     for number, text in _chain(first, lines):
@@ -144,7 +144,7 @@ def _chain(first: tuple[int, str], rest: Iterator[tuple[int, str]]) -> Iterator[
 
 
 def _with_blank_lines(lines: Iterator[tuple[int, str]]) -> str:
-    """The text of numbered lines, each on its own line number."""
+    """Joins numbered lines so that each keeps its line number."""
     parts: list[str] = []
     last = 1
     for number, text in lines:
@@ -153,8 +153,8 @@ def _with_blank_lines(lines: Iterator[tuple[int, str]]) -> str:
     return "".join(parts)
 
 
-def _lines(path: Path, problems: _Problems) -> Iterator[tuple[int, str]]:
-    """Numbered non-blank lines without their line ends; what is not text is added to `problems`."""
+def _lines(path: Path, problems: _BadLines) -> Iterator[tuple[int, str]]:
+    """Yields (number, text) of non-blank lines without line endings; lines that are not text go to `problems`."""
     offset, number = 0, 0
     compressed = path.name.lower().endswith(".gz")
     try:
@@ -167,7 +167,7 @@ def _lines(path: Path, problems: _Problems) -> Iterator[tuple[int, str]]:
                         problems.add(f"{path}:1", "the file is UTF-16. Save it as UTF-8.")
                         return
                     if raw.startswith(b"\x1f\x8b"):
-                        problems.add(f"{path}:1", "the file is gzip data. Let its name end in .gz.")
+                        problems.add(f"{path}:1", "the file is gzip data. Rename it to end in .gz.")
                         return
                     raw = raw.removeprefix(b"\xef\xbb\xbf")
                     start = offset - len(raw)
@@ -184,13 +184,13 @@ def _lines(path: Path, problems: _Problems) -> Iterator[tuple[int, str]]:
                 if text.strip():
                     yield number, text.rstrip("\r\n")
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        problems.add(f"{path}:{number + 1}", f"the gzip data is damaged or cut short: {error}.")
+        problems.add(f"{path}:{number + 1}", f"the gzip data is damaged or truncated: {error}.")
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}. Check its permissions.") from error
 
 
-def _array_rows(path: Path, text: str, problems: _Problems) -> Iterator[Row]:
-    """Objects of a JSON array, decoded one by one so that each knows its line."""
+def _array_rows(path: Path, text: str, problems: _BadLines) -> Iterator[Row]:
+    """Yields the objects of a JSON array, decoded one by one to find the line of each."""
     skip = re.compile(r"\s*")
 
     def past_space(at: int) -> int:
@@ -216,18 +216,18 @@ def _array_rows(path: Path, text: str, problems: _Problems) -> Iterator[Row]:
         mark, position = text[position : position + 1], past_space(position + 1)
         if mark == "]":
             if position < len(text):
-                problems.add(where, f"text after the array's end: {text[position : position + 20]!r}.")
+                problems.add(where, f"text after the end of the array: {text[position : position + 20]!r}.")
             return
         if mark != ",":
             problems.add(where, f"expected ',' or ']' after this row, found {mark or 'the end of the file'!r}.")
             return
 
 
-def _refuse_constant(name: str) -> float:
+def _reject_constant(name: str) -> float:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) != len(pairs):
         names = [name for name, _ in pairs]
@@ -242,7 +242,7 @@ def _finite(text: str) -> float:
     return value
 
 
-_DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_refuse_constant, object_pairs_hook=_distinct)
+_DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_reject_constant, object_pairs_hook=_unique_keys)
 
 
 def _json_reason(error: Exception) -> str:
@@ -252,7 +252,7 @@ def _json_reason(error: Exception) -> str:
 
 
 def row_fault(value: Any, text: str) -> str | None:
-    """Why a decoded value cannot be a row, or None."""
+    """Why a decoded value is not a valid row, or None if it is."""
     if not isinstance(value, dict):
         kind = {list: "an array", str: "a string", type(None): "null", bool: "a boolean"}.get(type(value), "a number")
         return f"{kind}, expected an object with named columns."
@@ -261,17 +261,17 @@ def row_fault(value: Any, text: str) -> str | None:
     if "\\u" in text:
         flat = json.dumps(value, ensure_ascii=False)
         if "\\u0000" in flat:
-            return "holds the NUL character \\u0000."
+            return "contains the NUL character \\u0000."
         try:
             flat.encode("utf-8")
         except UnicodeEncodeError:
-            return "holds half of a surrogate pair (\\ud800-\\udfff), which is not text."
+            return "contains an unpaired surrogate (\\ud800-\\udfff), which is not valid text."
     return None
 
 
 def writable(text: str) -> bool:
-    """Whether a row can hold a sampled answer and give it back: some text, no NUL, which no reader of rows takes, and
-    no U+FFFD, which stands for bytes that are not UTF-8 and would become other tokens than were sampled."""
+    """Whether a sampled completion can be stored in a row and read back: not blank, no NUL, which readers of rows
+    reject, and no U+FFFD, which replaces bytes that are not UTF-8 and would be tokenized differently."""
     return bool(text.strip()) and not {"\0", "\ufffd"} & set(text)
 
 
@@ -290,7 +290,7 @@ def _read_parquet(path: Path, limit: int) -> list[Row]:
                     if limit and len(rows) == limit:
                         return rows
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise DataError(f"{path} is not readable Parquet: {_first_line(error)}. Write the file again.") from error
+        raise DataError(f"{path} is not valid Parquet: {_first_line(error)}. Write the file again.") from error
     return rows
 
 
@@ -301,7 +301,7 @@ def _read_hub(source: str, limit: int) -> list[Row]:
         import datasets  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise DataError(
-            f"data set {name!r} is on the Hugging Face hub, which needs the datasets package: "
+            f"dataset {name!r} is on the Hugging Face hub, which needs the datasets package: "
             "pip install 'posttrain[hub]', or give a .jsonl or .parquet file."
         ) from None
     load: Callable[..., Iterable[Mapping[str, Any]]] = datasets.load_dataset
@@ -311,9 +311,9 @@ def _read_hub(source: str, limit: int) -> list[Row]:
             rows.append(Row(f"{source}:{number}", dict(values)))
             if limit and number == limit:
                 break
-    except Exception as error:  # the hub's client raises many kinds; each becomes one line that names the data set
+    except Exception as error:  # the hub client raises many types; each becomes one line that names the dataset
         raise DataError(
-            f"data set {source!r} could not be loaded: {_first_line(error)}. "
+            f"dataset {source!r} could not be loaded: {_first_line(error)}. "
             "Check the name and the network, or give a .jsonl or .parquet file."
         ) from error
     return rows

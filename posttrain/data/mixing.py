@@ -1,8 +1,8 @@
-"""Several sources drawn by weights, on a schedule that is exact rather than random.
+"""Weighted mixtures of several sources, drawn on an exact rather than random schedule.
 
-After any number of draws each source has had its share of them to within one row, and where the schedule stands is
-one integer. The schedule is Tijdeman's ("The chairman assignment problem", Discrete Mathematics 32, 1980): always
-draw from a source that is owed enough, the one whose next row is due first.
+After any number of draws, each source has had its share to within one row, and the position in the schedule is a single
+integer. The schedule is Tijdeman's ("The chairman assignment problem", Discrete Mathematics 32, 1980): of the sources
+that are owed enough, draw from the one whose next row is due first.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from posttrain.types import ConfigError, DataError
 class Mixture:
     """An endless schedule over the rows of several sources.
 
-    `sizes` [K] are the sources' row counts and `weights` [K] their shares of the draws, up to a common factor; a
-    weight counts as the decimal it is written as, so 0.7 and 0.3 are exactly 7 : 3. The same four values (with
-    `seed`) give the same schedule. Raises ConfigError for weights and DataError for sizes that cannot be drawn from.
+    `sizes` [K] are the row counts of the sources and `weights` [K] their shares of the draws, up to a common factor. A
+    weight is taken as the decimal it is written as, so 0.7 and 0.3 are exactly 7 : 3. The same sizes, weights and
+    `seed` give the same schedule. Raises ConfigError for invalid weights and DataError for an empty source.
     """
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int) -> None:
         if not sizes or len(sizes) != len(weights):
-            raise ConfigError(f"{len(sizes)} sources have {len(weights)} weights; give each source one weight.")
+            raise ConfigError(f"{len(sizes)} sources have {len(weights)} weights. Give each source one weight.")
         for i, (size, weight) in enumerate(zip(sizes, weights, strict=True)):
             _check_weight(weight, f"source {i}")
             if size < 1:
@@ -39,10 +39,10 @@ class Mixture:
         common = math.lcm(*(f.denominator for f in exact))
         whole = [int(f * common) for f in exact]
         divisor = math.gcd(*whole)
-        self._units = [w // divisor for w in whole]  # draws of each source in one period
+        self._units = [w // divisor for w in whole]  # draws from each source in one period
         self.period = sum(self._units)
-        """Draws after which the schedule of sources repeats (the rows do not: they are reshuffled every epoch)."""
-        # One period of the schedule as far as it was asked for: the source of draw n, and how many of it came before.
+        """Draws after which the order of sources repeats (rows are reshuffled every epoch, so they do not repeat)."""
+        # One period of the schedule, computed as far as needed: the source of draw n, and its earlier draws.
         self._source, self._earlier = array("L"), array("Q")
         self._counts = [0] * len(sizes)
         self._windows = [self._window(i, 0) for i in range(len(sizes))]
@@ -55,28 +55,28 @@ class Mixture:
     def draw(self, start: int, count: int) -> list[tuple[int, int]]:
         """(source, row) of draws start … start + count − 1.
 
-        A function of the position alone: a run resumes from the one integer `start`. Every source is visited in
-        seeded permutations, each of its rows once an epoch; a single source is visited as `rng.draw_order` does.
-        The schedule up to `start` within one period is computed once and kept.
+        The result depends only on the position, so a run resumes from the single integer `start`. Each source is read
+        in seeded permutations, every row once per epoch; a single source is read in the order of `rng.draw_order`.
+        The schedule up to `start` within one period is computed once and cached.
         """
         if start < 0 or count < 0:
-            raise ConfigError(f"{count} draws from position {start} cannot be made; give non-negative numbers.")
+            raise ConfigError(f"cannot make {count} draws from position {start}. Give non-negative numbers.")
         order = [self._nth(position) for position in range(start, start + count)]
         rows: list[Iterator[int]] = []
         for i, size in enumerate(self.sizes):
-            mine = [earlier for source, earlier in order if source == i]
-            rows.append(iter(draw_order(size, mine[0], len(mine), self._seed(i)) if mine else ()))
+            positions = [earlier for source, earlier in order if source == i]
+            rows.append(iter(draw_order(size, positions[0], len(positions), self._seed(i)) if positions else ()))
         return [(source, next(rows[source])) for source, _ in order]
 
     def drawn(self, count: int) -> list[int]:
-        """How many of the first `count` draws come from each source [K]; `drawn(n)[i] / sizes[i]` are its epochs."""
+        """Number of draws from each source [K] among the first `count`; `drawn(n)[i] / sizes[i]` is its epochs."""
         periods, rest = divmod(count, self.period)
         self._grow(rest)
-        begun = self._source[:rest]
-        return [periods * units + begun.count(i) for i, units in enumerate(self._units)]
+        partial = self._source[:rest]
+        return [periods * units + partial.count(i) for i, units in enumerate(self._units)]
 
     def _nth(self, position: int) -> tuple[int, int]:
-        """The source of a draw and how many of that source came before it."""
+        """The source of a draw, and the number of earlier draws from that source."""
         periods, rest = divmod(position, self.period)
         self._grow(rest + 1)
         source = self._source[rest]
@@ -92,31 +92,32 @@ class Mixture:
             self._counts[chosen] += 1
             self._windows[chosen] = self._window(chosen, self._counts[chosen])
 
-    def _window(self, source: int, had: int) -> tuple[int, int]:
-        """First and last n at which a source's next row after `had` may be the n-th draw.
+    def _window(self, source: int, drawn: int) -> tuple[int, int]:
+        """First and last n at which the source's next row, after `drawn` rows, may be the n-th draw.
 
-        These are where n·w − had, what the source is owed, reaches 1/m and still is at most 1 − 1/m, m = 2K − 2.
+        With w the source's share and m = 2K − 2, these are the n at which n·w − drawn, the rows the source is owed,
+        reaches 1/m and is still at most 1 − 1/m.
         """
         m, units = max(1, 2 * len(self.sizes) - 2), self._units[source]
-        first = -(-(had * m + 1) * self.period // (m * units))
-        return first, (had * m + m - 1) * self.period // (m * units)
+        first = -(-(drawn * m + 1) * self.period // (m * units))
+        return first, (drawn * m + m - 1) * self.period // (m * units)
 
     def _seed(self, source: int) -> int:
         return self.seed if source == 0 else key("mixture", self.seed, source)
 
 
 def parse_mixture(text: str) -> list[tuple[str, float]]:
-    """Sources and weights of `a.jsonl*3 + owner/name:test*1`: sources between " + ", each with an optional `*weight`.
+    """Parses `a.jsonl*3 + owner/name:test*1`: sources separated by " + ", each with an optional `*weight`.
 
-    A weight is a source's share of the draws and 1 where it is left out. A name that itself holds " + " or an asterisk
-    is understood where such a file exists. Raises ConfigError for a missing source, one named twice, or a weight that
-    is no positive number.
+    A weight is the source's share of the draws; the default is 1. A name that itself contains " + " or an asterisk
+    works if such a file exists. Raises ConfigError for a missing or repeated source, or a weight that is not a positive
+    number.
     """
     found: dict[str, float] = {}
     for part in [text] if os.path.isfile(text) else re.split(r"\s\+\s", text):
         name, weight = _source_and_weight(part.strip(), text)
         if name in found:
-            raise ConfigError(f"mixture {text!r} names {name} twice; name it once, with the sum of its weights.")
+            raise ConfigError(f"mixture {text!r} names {name} twice. Name it once, with the sum of its weights.")
         found[name] = weight
     return list(found.items())
 
@@ -128,12 +129,12 @@ def _source_and_weight(part: str, text: str) -> tuple[str, float]:
         name, _, weight = part.rpartition("*")
     name, weight = name.strip(), weight.strip()
     if not name:
-        raise ConfigError(f"mixture {text!r} lacks a source beside a + or *; write it as a.jsonl*3 + b.jsonl*1.")
+        raise ConfigError(f"mixture {text!r} has no source next to a + or *. Write it as a.jsonl*3 + b.jsonl*1.")
     try:
         value = float(weight)
     except ValueError:
         raise ConfigError(
-            f"mixture {text!r}: {weight!r} after {name}* is not a number; write it as a.jsonl*3 + b.jsonl*1."
+            f"mixture {text!r}: {weight!r} after {name}* is not a number. Write it as a.jsonl*3 + b.jsonl*1."
         ) from None
     _check_weight(value, name)
     return name, value
@@ -141,4 +142,4 @@ def _source_and_weight(part: str, text: str) -> tuple[str, float]:
 
 def _check_weight(weight: float, what: str) -> None:
     if not (math.isfinite(weight) and weight > 0):
-        raise ConfigError(f"the weight of {what} is {weight}; give a positive number, or leave the source out.")
+        raise ConfigError(f"the weight of {what} is {weight}. Give a positive number, or leave the source out.")

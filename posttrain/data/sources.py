@@ -1,6 +1,6 @@
-"""Rows become tasks and conversations; duplicates are counted and nothing leaks from evaluation into training.
+"""Converts rows into tasks and conversations, splits them, counts duplicates and removes evaluation leaks.
 
-Columns are looked for in the order of `PROMPT_COLUMNS` and `ANSWER_COLUMNS`; the first that a row has is used.
+Columns are looked up in the order of `PROMPT_COLUMNS` and `ANSWER_COLUMNS`; the first that a row has is used.
 """
 
 from __future__ import annotations
@@ -38,25 +38,25 @@ __all__ = [
 
 T = TypeVar("T")
 Asked = TypeVar("Asked", Task, Preference, Judgement, Solution)
-"""What is asked of a model: a task, or a prompt with answers to it."""
+"""An item with a prompt: a task, or a prompt with completions."""
 
 PROMPT_COLUMNS = ("messages", "prompt", "question", "problem", "instruction", "input")
-"""Where a question is looked for, in this order. `input` is appended to `instruction` when a row has both."""
+"""Columns for the prompt, in order of precedence. `input` is appended to `instruction` if a row has both."""
 ANSWER_COLUMNS = ("answer", "solution", "target", "label")
-"""Where the right answer is looked for, in this order."""
+"""Columns for the gold answer, in order of precedence."""
 PAIRS = (("prompt", "completion"), ("question", "answer"), ("problem", "solution"), ("instruction", "output"))
-"""Column pairs of a supervised row, looked for in this order after `text` and `messages`."""
+"""Column pairs of a supervised row, in order of precedence, after `text` and `messages`."""
 TEST_COLUMNS = ("cases", "tests")
-"""A row that fills one of these asks for a program, which is tested by being executed."""
+"""Columns with tests: a row with one of these asks for a program, which is executed to check it."""
 
 
 def row_to_task(row: Row, env: str, system: str = "", instruction: str = "", needs_answer: bool = True) -> Task:
-    """The task a row describes; its id is `env:line`.
+    """Converts a row into a task with the id `env:line`.
 
-    `messages` (or a `prompt` that is a list) may end with an assistant turn: that turn is the gold answer when no
-    answer column is there. A gold such as GSM8K's `… #### 1,072` becomes "1072" and the text before it
-    `meta["worked"]`; a program, where the row has tests, is left whole. Every column that is not used goes to `meta`.
-    Raises DataError naming `file:line`.
+    `messages` (or a `prompt` that is a list) may end with an assistant turn, which is the gold answer if there is no
+    answer column. A gold answer such as GSM8K's `… #### 1,072` becomes "1072", and the text before it becomes
+    `meta["worked"]`; a program, in a row with tests, is not split. All unused columns go to `meta`. Raises DataError
+    naming `file:line`.
     """
     values = dict(row.values)
     column = first_column(values, PROMPT_COLUMNS)
@@ -79,7 +79,9 @@ def row_to_task(row: Row, env: str, system: str = "", instruction: str = "", nee
         if worked:
             meta["worked"] = worked
     if needs_answer and (answer == "" or (isinstance(answer, float) and not math.isfinite(answer))):
-        raise DataError(f"{row.where}: column {answer_column!r} gives the answer {answer!r}. Give a real one.")
+        raise DataError(
+            f"{row.where}: column {answer_column!r} gives the answer {answer!r}. Give one that is not empty."
+        )
     messages = with_system(row.where, with_instruction(messages, instruction), system)
     try:
         return Task(f"{env}:{row.where.rpartition(':')[2]}", env, messages, answer, meta)
@@ -88,22 +90,22 @@ def row_to_task(row: Row, env: str, system: str = "", instruction: str = "", nee
 
 
 def row_to_conversation(row: Row, system: str = "", instruction: str = "") -> str | tuple[Message, ...]:
-    """What a supervised row teaches: a plain text, or messages with at least one assistant turn.
+    """Converts a supervised row into a plain text, or into messages with at least one assistant turn.
 
-    Columns in this order: `text`; `messages`; `prompt` + `completion`; `question` + `answer`; `problem` + `solution`;
-    `instruction` (+ `input`) + `output`. Raises DataError naming `file:line` where nothing could be trained.
+    Columns in order of precedence: `text`; `messages`; `prompt` + `completion`; `question` + `answer`; `problem` +
+    `solution`; `instruction` (+ `input`) + `output`. Raises DataError naming `file:line` if nothing could be trained.
     """
     values = dict(row.values)
     if values.get("text") is not None:
         if system or instruction:
-            raise DataError(f"{row.where}: a `text` row has no place for data.system or data.instruction. Unset them.")
+            raise DataError(f"{row.where}: a `text` row cannot use data.system or data.instruction. Unset them.")
         return text_of(row, values, "text")
     if values.get("messages") is not None:
         messages = messages_of(row, values["messages"], "messages")
     else:
         pair = next((p for p in PAIRS if all(values.get(c) is not None for c in p)), None)
         if pair is None:
-            raise missing_column(row, "text to learn", ("text", "messages", *("+".join(p) for p in PAIRS)))
+            raise missing_column(row, "text to train on", ("text", "messages", *("+".join(p) for p in PAIRS)))
         messages = question_of(row, values, pair[0])
         if isinstance(values[pair[1]], list):
             messages += messages_of(row, values[pair[1]], pair[1])
@@ -111,7 +113,7 @@ def row_to_conversation(row: Row, system: str = "", instruction: str = "") -> st
             messages += (Message("assistant", text_of(row, values, pair[1])),)
     if not any(m.role == "assistant" and (m.content.strip() or m.tool_calls) for m in messages):
         raise DataError(
-            f"{row.where}: no assistant message with text or a tool call, so nothing would train. Remove the row."
+            f"{row.where}: there is no assistant message with text or a tool call to train on. Remove the row."
         )
     return with_system(row.where, with_instruction(messages, instruction), system)
 
@@ -124,7 +126,7 @@ def with_instruction(messages: tuple[Message, ...], instruction: str) -> tuple[M
 
 
 def with_system(where: str, messages: tuple[Message, ...], system: str) -> tuple[Message, ...]:
-    """Puts a system message first. Raises DataError where one is there already: which should win is not a guess."""
+    """Prepends a system message. Raises DataError if there already is one, because it is unclear which should win."""
     if not system:
         return messages
     if any(m.role == "system" for m in messages):
@@ -135,10 +137,10 @@ def with_system(where: str, messages: tuple[Message, ...], system: str) -> tuple
 def parse_rows(
     rows: Sequence[Row], parse: Callable[[Row], T], bad: Literal["refuse", "drop"] = "refuse"
 ) -> tuple[list[T], list[str]]:
-    """What `parse` makes of each row, and the sentences of the rows it refused.
+    """Parses all rows; returns the results and the error messages of the rows that failed.
 
-    With `bad="refuse"` any such row raises one DataError that shows the first 20 and counts all; with "drop" they are
-    left out, and the caller says how many. Raises DataError where no row is left.
+    With `bad="refuse"`, any bad row raises one DataError that shows the first 20 and counts all; with "drop", bad rows
+    are left out, and the caller reports them. Raises DataError if no row is left.
     """
     parsed: list[T] = []
     faults: list[str] = []
@@ -152,51 +154,51 @@ def parse_rows(
         hint = ', or set data.bad_rows = "drop"' if parsed else ""
         raise DataError(
             "\n".join(faults[:SHOWN])
-            + f"\n{len(faults)} of {len(rows)} rows cannot be used{more}; nothing was. Fix or remove them{hint}."
+            + f"\n{len(faults)} of {len(rows)} rows cannot be used{more}; no row was used. Fix or remove them{hint}."
         )
     return parsed, faults
 
 
 def usable(rows: Sequence[Row], parse: Callable[[Row], T], cfg: DataConfig, notes: list[str]) -> list[T]:
-    """`parse_rows` as `data.bad_rows` says; what is dropped is added to the notes, with the first reason."""
+    """`parse_rows` with the setting `data.bad_rows`; dropped rows are noted in `notes`, with the first reason."""
     if not rows:
         return []
     parsed, faults = parse_rows(rows, parse, cfg.bad_rows)
     if faults:
-        notes.append(f"{len(faults)} of {len(rows)} rows could not be used and were dropped; the first: {faults[0]}")
+        notes.append(f"{len(faults)} of {len(rows)} rows were dropped as unusable; the first: {faults[0]}")
     return parsed
 
 
 def content_key(item: Task | Preference | Judgement | Solution) -> str:
-    """A stable name for what is asked: equal exactly when the messages before the answer are."""
+    """Hash of the prompt: equal exactly if the messages before the answer are equal."""
     messages = item.messages if isinstance(item, Task) else item.prompt
     text = json.dumps([(m.role, m.content, list(m.tool_calls)) for m in messages], default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def duplicates(items: Sequence[Task | Preference | Judgement | Solution]) -> int:
-    """How many items ask what an earlier one asked. They are kept: how often a row counts is the file's choice."""
+    """Number of items whose prompt repeats an earlier one. They are kept, so a file can repeat rows to weight them."""
     return len(items) - len({content_key(item) for item in items})
 
 
 def split_holdout(items: Sequence[Asked], share: float, seed: int) -> tuple[list[Asked], list[Asked]]:
-    """(train, held out) by what is asked: all rows with the same prompt fall on the same side (see `split_by_key`)."""
+    """Splits items into (train, held-out) by prompt: all items with the same prompt are on the same side."""
     return split_by_key(items, [content_key(item) for item in items], share, seed)
 
 
 def split_by_key(items: Sequence[T], names: Sequence[str], share: float, seed: int) -> tuple[list[T], list[T]]:
-    """(train, held out): the items of about `share` of the distinct names are held out, at least one of two or more.
+    """Splits items into (train, held-out): about `share` of the distinct names are held out, but at least one.
 
-    The choice is a function of each name and `seed`, so neither the order of the items nor their number of copies
-    matters, and all items of one name fall on the same side. A share of 0 holds nothing out. Raises DataError where a
-    single name would have to be on both sides.
+    The choice depends only on the names and `seed`, not on the order or number of the items, and all items with one
+    name are on the same side. A share of 0 holds nothing out. Raises DataError if there is only one name, which cannot
+    be split.
     """
     if share <= 0:
         return list(items), []
     ranked = sorted(set(names), key=lambda name: key("holdout", seed, name))
     if len(ranked) < 2:
         raise DataError(
-            f"{len(ranked)} distinct question cannot be split into training and evaluation. "
+            f"{len(ranked)} distinct prompt cannot be split into training and evaluation. "
             "Give more rows, or set data.eval_tasks."
         )
     held = set(ranked[: min(len(ranked) - 1, max(1, round(share * len(ranked))))])
@@ -205,35 +207,35 @@ def split_by_key(items: Sequence[T], names: Sequence[str], share: float, seed: i
 
 
 def drop_leaks(train: Sequence[Asked], evaluation: Sequence[Asked]) -> tuple[list[Asked], int]:
-    """Training items whose prompt no evaluation item asks, and how many were dropped.
+    """Training items whose prompt is not in the evaluation set, and the number of items dropped.
 
-    The training side loses the row, so that a published benchmark stays whole and its score comparable. Raises
-    DataError where nothing would be left to train on.
+    Overlaps are dropped from the training side, so that a published benchmark stays complete and its score comparable.
+    Raises DataError if nothing would be left to train on.
     """
     asked = {content_key(item) for item in evaluation}
     kept = [item for item in train if content_key(item) not in asked]
     if train and not kept:
         raise DataError(
-            f"all {len(train)} training questions are also in the evaluation set. Set data.eval_tasks to other data."
+            f"all {len(train)} training prompts are also in the evaluation set. Set data.eval_tasks to other data."
         )
     return kept, len(train) - len(kept)
 
 
 def first_column(values: Mapping[str, Any], names: Sequence[str]) -> str | None:
-    """The first of `names` that the row fills, or None."""
+    """The first of `names` that has a value in the row, or None."""
     return next((name for name in names if values.get(name) is not None), None)
 
 
 def missing_column(row: Row, what: str, columns: Sequence[str]) -> DataError:
-    """The error of a row that fills none of `columns`."""
+    """The error for a row with no value in any of `columns`."""
     shown = [f"{name} (null)" if value is None else name for name, value in row.values.items()]
     return DataError(
-        f"{row.where}: no column holds {what} ({', '.join(columns)}); the row has {', '.join(shown)}. Rename one."
+        f"{row.where}: no column holds {what} ({', '.join(columns)}); the row has {', '.join(shown)}. Rename a column."
     )
 
 
 def question_of(row: Row, values: Mapping[str, Any], column: str) -> tuple[Message, ...]:
-    """The messages that `column` holds, or its text as one user message; `input` follows `instruction`."""
+    """The messages in `column`, or its text as one user message; `input` is appended to `instruction`."""
     if column == "messages" or isinstance(values[column], list):
         return messages_of(row, values[column], column)
     text = text_of(row, values, column)
@@ -243,7 +245,7 @@ def question_of(row: Row, values: Mapping[str, Any], column: str) -> tuple[Messa
 
 
 def text_of(row: Row, values: Mapping[str, Any], column: str) -> str:
-    """A column's text; numbers become text. Raises DataError where it is empty or something else."""
+    """The text in a column; numbers are converted to text. Raises DataError if it is empty or of another type."""
     value = values[column]
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
@@ -264,7 +266,7 @@ def messages_of(row: Row, value: Any, column: str) -> tuple[Message, ...]:
         if not isinstance(entry, Mapping) or "role" not in entry or "content" not in entry:
             raise DataError(f"{where} has no role and content; expected {{'role': 'user', 'content': '…'}}.")
         calls = tuple(entry.get("tool_calls") or ())
-        # Most data sets write a turn that only calls tools with null content.
+        # Most datasets write a turn that only calls tools with null content.
         content: Any = (entry["content"] or "") if calls else entry["content"]
         try:
             messages.append(Message(entry["role"], content, calls))

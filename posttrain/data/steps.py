@@ -1,4 +1,4 @@
-"""Answers cut into steps, and the token at which each step ends."""
+"""Splits completions into steps and finds the token at which each step ends."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from posttrain.types import DataError, Message, Sample
 
 
 def split_steps(text: str, separator: str) -> list[str]:
-    """The steps of an answer; joined by the separator they are the answer again. A blank answer has none.
+    """Splits a completion into steps; joining them with the separator restores it. A blank text has no steps.
 
-    Two separators with nothing between them part no step: both belong to the step before them, or at the very start
-    to the one after.
+    Two separators with nothing in between do not make an empty step: both belong to the step before them, or, at the
+    very start, to the step after them.
     """
     steps: list[str] = []
     for part in text.split(separator):
@@ -26,14 +26,14 @@ def split_steps(text: str, separator: str) -> list[str]:
 
 
 def step_ends(steps: Sequence[str], separator: str) -> list[int]:
-    """Where the words of each step end, in characters of the joined answer; white space and separators come after."""
+    """Character position in the joined text at which each step ends, before trailing white space and separators."""
     ends: list[int] = []
     start = 0
     for step in steps:
-        said = step
-        while said != (shorter := said.removesuffix(separator).rstrip()):
-            said = shorter
-        ends.append(start + len(said))
+        stripped = step
+        while stripped != (shorter := stripped.removesuffix(separator).rstrip()):
+            stripped = shorter
+        ends.append(start + len(stripped))
         start += len(step) + len(separator)
     return ends
 
@@ -41,10 +41,10 @@ def step_ends(steps: Sequence[str], separator: str) -> list[int]:
 def step_row(
     chat: ChatFormat, prompt: Sequence[Message], text: str, ends: Sequence[int], labels: Sequence[float] | None = None
 ) -> Sample:
-    """A conversation whose loss mask is True at the last token of each step that ends at one of `ends`.
+    """A sample whose loss mask is True at the last token of each step; `ends` are the steps' character positions.
 
-    `returns` [L] holds the steps' labels there. The row goes up to its end-of-turn token. Raises DataError where two
-    steps that are to have labels end in one token.
+    `returns` [L] holds the steps' labels at those tokens. The sample ends with the end-of-turn token. Raises DataError
+    if two labelled steps end in the same token.
     """
     tokens, begun, _ = chat.answer_marks([*prompt, Message("assistant", text)], ends)
     mask, blank = np.zeros(len(tokens), bool), np.zeros(len(tokens), np.float32)
@@ -52,6 +52,6 @@ def step_row(
     targets = blank.copy()
     if labels is not None:
         if mask.sum() < len(ends):
-            raise DataError(f"two steps of {text[:40]!r} end in the same token; use a longer separator of steps.")
+            raise DataError(f"two steps of {text[:40]!r} end in the same token. Use a longer step separator.")
         targets[begun - 1] = labels
     return Sample(tokens, mask, blank, blank, returns=targets)

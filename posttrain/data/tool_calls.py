@@ -1,10 +1,10 @@
-"""How a model is told of its tools, and the calls that a reply holds, in either of two forms.
+"""Describes tools to a model and parses the tool calls in its replies, in two formats.
 
     <tool_call>{"name": "calculator", "arguments": {"expression": "12*7"}}</tool_call>
     <calculator>12*7</calculator>
 
-The first is what Hermes and Qwen models were trained on. The second names a tool and gives its one argument, or all
-of them as a JSON object; it is short enough for a tiny model to learn.
+Hermes and Qwen models were trained on the first format. The second has the tool's name as a tag around its only
+argument, or around a JSON object with all arguments; it is short enough for a tiny model to learn.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Syntax = Literal["json", "inline"]
 
 @dataclass(frozen=True)
 class Call:
-    """One call as it was written: decoded `arguments` or, in the inline form, `text`. `error` says why it is none."""
+    """One call as written: decoded `arguments` or, in the inline format, `text`. `error` is set if it is invalid."""
 
     name: str = ""
     arguments: Any = None
@@ -32,7 +32,7 @@ class Call:
 
 
 def describe(schemas: Sequence[Mapping[str, Any]], syntax: Syntax = "json") -> str:
-    """What a system message says of tools with these schemas (`Tool.schema`)."""
+    """System-message text that describes tools with these schemas (`Tool.schema`)."""
     if syntax == "inline":
         lines = [f"<{s['name']}>{_inline_hint(s)}</{s['name']}> {s['description']}" for s in schemas]
         return "\n".join(["Tools:", *lines])
@@ -49,16 +49,16 @@ def describe(schemas: Sequence[Mapping[str, Any]], syntax: Syntax = "json") -> s
 
 
 def with_system_text(messages: Sequence[Message], text: str) -> tuple[Message, ...]:
-    """The messages with a text at the end of their system message, or as the system message where there is none."""
+    """Appends a text to the system message, or adds it as the system message if there is none."""
     if messages and messages[0].role == "system":
         return (Message("system", f"{messages[0].content}\n\n{text}"), *messages[1:])
     return (Message("system", text), *messages)
 
 
 def parse_calls(text: str, inline: Sequence[str] = ()) -> list[Call]:
-    """The calls in a text, in their order; `inline` are the names that are read as tags. Never raises.
+    """Parses the calls in a text, in order; `inline` are the tool names accepted as tags. Never raises.
 
-    A call that cannot be read is a Call with an `error`.
+    A call that cannot be parsed is returned as a Call with an `error`.
     """
     tags = "|".join(map(re.escape, inline)) or r"(?!)"
     pattern = (
@@ -77,7 +77,7 @@ def parse_calls(text: str, inline: Sequence[str] = ()) -> list[Call]:
 
 
 def call_arguments(call: Call, tool: Tool) -> dict[str, Any]:
-    """The arguments of a call to `tool`, as its function takes them. Raises ToolError, written for the model."""
+    """The arguments of a call to `tool`, checked and converted. Raises ToolError with a message for the model."""
     if call.text is None:
         return arguments(tool, call.arguments)
     text, only = call.text.strip(), only_argument(tool)
@@ -93,14 +93,14 @@ def call_arguments(call: Call, tool: Tool) -> dict[str, Any]:
 
 
 def decode(text: str, what: str) -> Any:
-    """A JSON value. Raises ToolError saying where `what` is no JSON."""
+    """Decodes a JSON value. Raises ToolError saying where `what` is not valid JSON."""
     try:
-        return json.loads(text, parse_constant=_refuse)
+        return json.loads(text, parse_constant=_reject_constant)
     except json.JSONDecodeError as error:
         raise ToolError(f"{what} is not valid JSON: {error.msg} at character {error.pos + 1}.") from None
     except RecursionError:
         raise ToolError(f"{what} is nested too deeply.") from None
-    except ValueError:  # a constant that is refused, or a number of thousands of digits
+    except ValueError:  # NaN or Infinity, or a number with thousands of digits
         raise ToolError(f"{what} is not valid JSON: it holds a number that is not finite, or far too long.") from None
 
 
@@ -116,12 +116,12 @@ def _from_json(text: str) -> Call:
     return Call(value["name"], value["arguments"])
 
 
-def _refuse(name: str) -> float:
+def _reject_constant(name: str) -> float:
     raise ValueError(f"{name} is not a JSON number")
 
 
 def _inline_hint(schema: Mapping[str, Any]) -> str:
-    """What stands between the tags: the argument's name, or an object of all of them."""
+    """The hint between the tags: the name of the only argument, or an object with all arguments."""
     only = only_argument(Tool(schema["name"], "", schema["parameters"], dict))
     if only is not None:
         return only

@@ -1,4 +1,4 @@
-"""A Python function as a tool: its signature becomes a JSON schema, and a model's arguments are checked against it.
+"""Python functions as tools: the signature becomes a JSON schema, and the model's arguments are checked against it.
 
     def shout(text: str, times: int = 1) -> str:
         "Writes a text in capitals."
@@ -6,8 +6,8 @@
 
     tool_from(shout).schema["parameters"]["required"]   # ["text"]
 
-Parameters are str, int, float, bool, Literal, list, dict with text keys, and unions of these. What a model gets wrong
-is a ToolError, whose message is written for the model; what the function's author got wrong is a ConfigError.
+Parameters may be str, int, float, bool, Literal, list, dict with str keys, and unions of these. A mistake by the model
+raises ToolError, with a message written for the model; a mistake by the function's author raises ConfigError.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any, Literal, Union
 from posttrain.types import ConfigError
 
 SIMPLE: dict[Any, str] = {str: "string", int: "integer", float: "number", bool: "boolean", types.NoneType: "null"}
-"""Python type → type in JSON schema."""
+"""Python type → JSON schema type."""
 WORDS = {
     "string": "text",
     "integer": "a whole number",
@@ -35,17 +35,17 @@ WORDS = {
     "array": "a list",
     "object": "an object",
 }
-"""How each type is called when a model is told what was expected."""
+"""Name of each JSON schema type in messages to the model."""
 SHOWN = 60
 
 
 class ToolError(ValueError):
-    """A call that cannot be made, or that failed; the message is what the model reads."""
+    """A tool call that is invalid or failed; the model reads the message."""
 
 
 @dataclass(frozen=True)
 class Tool:
-    """Something a model may call. `parameters` is the JSON schema of an object; `function` takes its properties."""
+    """A function the model can call. `parameters` is a JSON schema of type object; `function` takes its properties."""
 
     name: str
     description: str
@@ -54,40 +54,42 @@ class Tool:
 
     @property
     def schema(self) -> dict[str, Any]:
-        """What a model is shown."""
+        """The schema shown to the model."""
         return {"name": self.name, "description": self.description, "parameters": self.parameters}
 
 
 def tool_from(function: Callable[..., Any]) -> Tool:
-    """The tool that a function is.
+    """Makes a tool from a function.
 
-    Its description is the docstring's first paragraph, its parameters' are the lines `name: …` of an `Args:` section.
-    Raises ConfigError naming the function, and the parameter, that cannot be described.
+    The description is the docstring's first paragraph; parameters are described by the lines `name: …` of its `Args:`
+    section. Raises ConfigError naming the function and the parameter that cannot be described.
     """
     name = getattr(function, "__name__", "")
     if not name.isidentifier() or name == "tool_call":
-        raise ConfigError(f"a tool needs a name of its own, not {name!r}. Define it with def, under another name.")
+        raise ConfigError(f"a tool cannot be named {name!r}. Define it with def and give it another name.")
     doc = inspect.getdoc(function)
     if not doc:
-        raise ConfigError(f"tool {name} has no docstring. Say there, in a line, what it does: models read it.")
+        raise ConfigError(f"tool {name} has no docstring. Describe in one line what it does; the model reads it.")
     try:
         hints = typing.get_type_hints(function)
     except (NameError, TypeError) as error:
         raise ConfigError(
-            f"the types of tool {name} cannot be read: {error}. Import or spell out what they name."
+            f"the type hints of tool {name} cannot be resolved: {error}. Import the types they name."
         ) from None
-    said = {m[1]: m[2] for m in re.finditer(r"^ {4}(\w+): (.+)", doc.partition("\nArgs:\n")[2], re.MULTILINE)}
+    described = {m[1]: m[2] for m in re.finditer(r"^ {4}(\w+): (.+)", doc.partition("\nArgs:\n")[2], re.MULTILINE)}
     properties: dict[str, Any] = {}
     required: list[str] = []
     for p in inspect.signature(function).parameters.values():
         where = f"parameter {p.name!r} of tool {name}"
         if p.kind not in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY):
-            raise ConfigError(f"{where} is {p.kind.description}, but calls name each argument. Give it a plain name.")
+            raise ConfigError(
+                f"{where} is {p.kind.description}, but calls pass arguments by name. Give it a plain name."
+            )
         if p.name not in hints:
-            raise ConfigError(f"{where} has no type. Write one, e.g. {p.name}: str.")
+            raise ConfigError(f"{where} has no type hint. Add one, e.g. {p.name}: str.")
         schema = schema_of(hints[p.name], where)
-        if p.name in said:
-            schema["description"] = said[p.name]
+        if p.name in described:
+            schema["description"] = described[p.name]
         if p.default is p.empty:
             required.append(p.name)
         elif fits(schema, p.default):
@@ -98,7 +100,7 @@ def tool_from(function: Callable[..., Any]) -> Tool:
 
 
 def schema_of(kind: Any, where: str) -> dict[str, Any]:
-    """The JSON schema of a Python type. Raises ConfigError, naming `where`, for a type that JSON does not have."""
+    """The JSON schema of a Python type. Raises ConfigError naming `where` for an unsupported type."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if isinstance(kind, type) and kind in SIMPLE:
         return {"type": SIMPLE[kind]}
@@ -111,13 +113,13 @@ def schema_of(kind: Any, where: str) -> dict[str, Any]:
     if origin in (Union, types.UnionType):
         return {"anyOf": [schema_of(option, where) for option in inner]}
     raise ConfigError(
-        f"{where} has the type {getattr(kind, '__name__', kind)}, expected str, int, float, bool, Literal, list, dict "
-        "with text keys, or a union of these."
+        f"{where} has type {getattr(kind, '__name__', kind)}, expected str, int, float, bool, Literal, list, dict with "
+        "str keys, or a union of these."
     )
 
 
 def fits(schema: Mapping[str, Any], value: Any) -> bool:
-    """Whether a value is what a schema asks for."""
+    """Whether a value matches a schema."""
     try:
         fit(schema, value, "it")
     except ToolError:
@@ -126,9 +128,9 @@ def fits(schema: Mapping[str, Any], value: Any) -> bool:
 
 
 def fit(schema: Mapping[str, Any], value: Any, where: str) -> Any:
-    """A decoded JSON value as the function wants it: 3 for a float is 3.0, and 3.0 for an int is 3.
+    """Checks a decoded JSON value and converts it for the function: 3 to 3.0 for a float, and 3.0 to 3 for an int.
 
-    Raises ToolError naming `where`, and the place inside it.
+    Raises ToolError naming `where` and the position inside it.
     """
     if "anyOf" in schema:
         for option in schema["anyOf"]:
@@ -157,7 +159,7 @@ def fit(schema: Mapping[str, Any], value: Any, where: str) -> Any:
 
 
 def arguments(tool: Tool, given: Any) -> dict[str, Any]:
-    """A call's arguments as the function takes them. Raises ToolError naming one that is wrong, missing or unknown."""
+    """Checks and converts a call's arguments. Raises ToolError naming one that is wrong, missing or unknown."""
     properties = tool.parameters["properties"]
     if not isinstance(given, Mapping):
         raise ToolError(f"the arguments of {tool.name} are {_show(given)}, expected an object that names each.")
@@ -171,7 +173,7 @@ def arguments(tool: Tool, given: Any) -> dict[str, Any]:
 
 
 def only_argument(tool: Tool) -> str | None:
-    """The argument that a call may give without naming it: the only one, or the only one that is required."""
+    """The argument that a call may give without a name: the only one, or the only required one; else None."""
     for names in (list(tool.parameters["properties"]), tool.parameters["required"]):
         if len(names) == 1:
             return names[0]
