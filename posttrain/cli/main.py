@@ -50,7 +50,7 @@ class Cli(click.Group):
 @click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="posttrain")
 def main() -> None:
-    """Post-train language models with reinforcement learning, from a laptop's CPU to a cluster.
+    """Post-train language models with reinforcement learning on one machine, from a laptop's CPU to a GPU.
 
     Start with `posttrain demo`: it trains the little model that ships here to think, in minutes.
     """
