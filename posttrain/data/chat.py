@@ -1,12 +1,13 @@
-"""Messages to token ids exactly as the model's own chat template makes them, with two guarantees it does not give.
+"""Encodes messages with the model's own chat template, with two guarantees that templates do not give.
 
-* Text that a user, the system or a tool wrote never becomes a control token: `<|im_end|>` inside a question is encoded
-  as the letters it is made of. Assistant text may use visible added tokens (`<think>`), never special ones.
-* Each assistant turn's prompt is a prefix of the whole conversation, so what is trained is what is sampled.
+* Text written by a user, the system or a tool never becomes a control token: `<|im_end|>` inside a question is encoded
+  as ordinary characters. Assistant text may contain visible added tokens (`<think>`), but not special ones.
+* The prompt of each assistant turn is a prefix of the whole conversation, so training sees what sampling sees.
 
-How control tokens are kept out: such a conversation is rendered with placeholders for its texts, every control token
-that the *template* wrote is replaced by a private name, the texts are put back, and a twin tokenizer that knows only
-the private names encodes the whole. Any other conversation takes the tokenizer's own path, bit for bit.
+A conversation whose text contains a control token is rendered with placeholders for its texts, each control token
+written by the *template* is replaced by a random alias, and the texts are put back. The result is encoded by a copy of
+the tokenizer that knows control tokens only by their aliases. All other conversations are encoded by the tokenizer
+itself.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ _PROBE = (Message("user", "a"), Message("assistant", "b"))
 class ChatFormat:
     """Encodes messages for one tokenizer.
 
-    `format="chat"` uses the tokenizer's template; `format="plain"` feeds the last user message as it is, after BOS
-    where the model has one. `bos` is the id every row starts with (None where the model's own encoding has none) and
+    `format="chat"` uses the tokenizer's template; `format="plain"` uses the user message as it is, after BOS if the
+    model has one. `bos` is the id that every row starts with (None if the model's own encoding has none), and
     `stop_ids` are the ids that end an assistant turn.
     """
 
@@ -38,13 +39,13 @@ class ChatFormat:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if not isinstance(backend, Tokenizer):
             raise TemplateError(
-                f"{type(tokenizer).__name__} has no tokenizer.json behind it, which is needed to locate each token in "
-                "the text. Save the tokenizer in the fast format."
+                f"{type(tokenizer).__name__} is not a fast tokenizer (tokenizer.json), which is needed to locate each "
+                "token in the text. Save the tokenizer in the fast format."
             )
         if format == "chat" and not tokenizer.chat_template:
             raise TemplateError(
-                "the tokenizer has no chat template, so messages cannot be written the way the model expects them. "
-                'Set data.format = "plain" to feed each question as it is.'
+                "the tokenizer has no chat template, so messages cannot be formatted for the model. "
+                'Set data.format = "plain" to use each question as it is.'
             )
         self.format = format
         self._tokenizer = tokenizer
@@ -58,38 +59,38 @@ class ChatFormat:
         self._added = {t.content: i for i, t in added.items()}
         self._find_special = _alternation(self._special)
         self._find_added = _alternation(self._added)
-        self._private = {text: f"\ue000{secrets.token_hex(8)}{i}\ue001" for text, i in self._added.items()}
+        self._aliases = {text: f"\ue000{secrets.token_hex(8)}{i}\ue001" for text, i in self._added.items()}
         self._eos = cast("int | None", tokenizer.eos_token_id)
         self.bos = self._native_bos()
         self.stop_ids: tuple[int, ...] = self._stop_ids()
 
     @cached_property
-    def _twin(self) -> Tokenizer:
-        return _twin(self._native, self._private, self._added)
+    def _aliased(self) -> Tokenizer:
+        return _aliased_tokenizer(self._native, self._aliases, self._added)
 
     def prompt_tokens(self, messages: Sequence[Message]) -> np.ndarray:
-        """Ids [L] int32 of what the model reads before it answers."""
+        """Ids [L] int32 of the prompt, up to where the completion begins."""
         if self.format == "plain":
             return self._with_bos(self._encode_text(self._plain_prompt(messages), self._added))
-        secured = self._needs_twin(messages)
-        ids, _ = self._encode(self._render(messages, True, secured), secured)
+        aliased = self._needs_aliases(messages)
+        ids, _ = self._encode(self._render(messages, True, aliased), aliased)
         return self._checked(ids)
 
     def continuation_tokens(self, messages: Sequence[Message]) -> np.ndarray:
-        """Ids [n] int32 that follow an assistant's turn that ended with its stop token: what the template writes after
-        that token, the messages, and the opening of the next reply.
+        """Ids [n] int32 to append after an assistant turn that ended with a stop token: what the template writes after
+        that token, the new messages, and the beginning of the next assistant turn.
 
-        The reply itself is not encoded again, and what a template would do to earlier turns plays no part.
+        The earlier turns are not encoded again, so a template cannot change them.
         """
         if self.format == "plain":
             raise TemplateError(
-                'data.format = "plain" has no turns, so nothing can be said after a reply. Use data.format = "chat".'
+                'data.format = "plain" has no turns, so no message can follow a reply. Use data.format = "chat".'
             )
         mark = f"\ue000{secrets.token_hex(8)}\ue001"
         probe = (_PROBE[0], Message("assistant", mark), *messages)
-        secured = self._needs_twin(messages)
-        _, found, after = self._render(probe, True, secured).partition(mark)
-        ids, _ = self._encode(after, secured)
+        aliased = self._needs_aliases(messages)
+        _, found, after = self._render(probe, True, aliased).partition(mark)
+        ids, _ = self._encode(after, aliased)
         stop = next((i for i, token in enumerate(ids) if token in self.stop_ids), None)
         if not found or stop is None:
             raise TemplateError(
@@ -99,7 +100,7 @@ class ChatFormat:
         return np.array(ids[stop + 1 :], dtype=np.int32)
 
     def knows(self, role: Role) -> bool:
-        """Whether the template writes what a message of this role says after a reply, and does not refuse the role."""
+        """Whether the template accepts a message of this role after a reply and includes its text."""
         mark = f"\ue000{secrets.token_hex(8)}\ue001"
         try:
             return mark in self._apply(["a", "b", mark], (*_PROBE, Message(role, mark)), True)
@@ -107,27 +108,27 @@ class ChatFormat:
             return False
 
     def conversation_tokens(self, messages: Sequence[Message]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids [L] int32 and a mask [L] that is True on what the assistant wrote, end-of-turn token included.
+        """Ids [L] int32 and a mask [L] that is True on the assistant's tokens, end-of-turn token included.
 
-        What the template writes after that token (often a line break) is context. Raises TemplateError where the
+        What the template writes after that token (often a line break) is not trained. Raises TemplateError if the
         template rewrites earlier turns, or ends a turn without a token that stops generation.
         """
         if not any(m.role == "assistant" for m in messages):
             raise DataError(
-                f"a conversation of {len(messages)} messages has no assistant turn, so nothing would train."
+                f"a conversation of {len(messages)} messages has no assistant turn, so there is nothing to train on."
             )
         if self.format == "plain":
             return self._plain_conversation(messages)
-        secured = self._needs_twin(messages)
-        text = self._render(messages, False, secured)
-        ids, offsets = self._encode(text, secured)
+        aliased = self._needs_aliases(messages)
+        text = self._render(messages, False, aliased)
+        ids, offsets = self._encode(text, aliased)
         tokens = self._checked(ids)
         starts = np.array([a for a, _ in offsets])
         ends = np.array([b for _, b in offsets])
         mask = np.zeros(len(tokens), dtype=bool)
         for k, message in enumerate(messages):
             if message.role == "assistant":
-                first, last = self._turn(messages, k, text, secured)
+                first, last = self._turn(messages, k, text, aliased)
                 region = np.flatnonzero((starts >= first) & (ends <= last))
                 stops = np.flatnonzero(np.isin(tokens[region], self.stop_ids))
                 if not len(stops):
@@ -141,71 +142,72 @@ class ChatFormat:
     def answer_marks(
         self, messages: Sequence[Message], marks: Sequence[int] = ()
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """A conversation that ends with the assistant's answer, and where that answer's characters are in its tokens.
+        """Encodes a conversation that ends with an assistant message, and maps positions in that message to tokens.
 
-        Returns ids [L] int32, cut after the token that ends the turn, and for each of `marks` (counts of the answer's
-        characters) how many tokens begin before that place and how many have ended there, both [len(marks)]. A step
-        of the answer that ends at a mark has its last token at `begun - 1`. Raises TemplateError where the template
-        changes the answer's text.
+        Returns the ids [L] int32 up to the end-of-turn token and, for each character position in `marks`, the number
+        of tokens that begin before it and the number that end at or before it, both [len(marks)]. A step that ends at
+        a mark has its last token at `begun - 1`. Raises TemplateError if the template changes the message's text.
         """
         tokens, mask = self.conversation_tokens(messages)
         tokens, answer = tokens[: np.flatnonzero(mask)[-1] + 1], messages[-1]
-        secured = self.format == "plain" or self._needs_twin(messages)
-        shown = self._hide(answer.content, answer) if secured else answer.content
+        aliased = self.format == "plain" or self._needs_aliases(messages)
+        shown = self._alias_allowed(answer.content, answer) if aliased else answer.content
         if self.format == "plain":
             before, start, text = int(mask.argmax()), 0, shown
         else:
-            text = self._render(messages, False, secured)
-            first, last = self._turn(messages, len(messages) - 1, text, secured)
+            text = self._render(messages, False, aliased)
+            first, last = self._turn(messages, len(messages) - 1, text, aliased)
             start = text.find(shown.strip(), first, last) - (len(shown) - len(shown.lstrip()))
             before = 0
             if shown.strip() not in text[first:last]:
-                raise TemplateError("the chat template changes the assistant's text, so its steps cannot be located.")
-        _, offsets = self._encode(text, secured)
+                raise TemplateError(
+                    "the chat template changes the assistant's text, so its steps cannot be located. Use another one."
+                )
+        _, offsets = self._encode(text, aliased)
         heads = [answer.content[:mark] for mark in marks]
-        places = np.array([start + len(self._hide(head, answer) if secured else head) for head in heads], int)
+        places = np.array([start + len(self._alias_allowed(head, answer) if aliased else head) for head in heads], int)
         begun = np.searchsorted([a for a, _ in offsets], places, side="left")
         ended = np.searchsorted([b for _, b in offsets], places, side="right")
         return tokens, before + begun, before + ended
 
     def text_tokens(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """BOS (where the model has one), text and EOS as ids [L] int32; the mask [L] is True on all but the first."""
+        """BOS (if the model has one), text and EOS as ids [L] int32; the mask [L] is False on the first token only."""
         tokens = self._with_bos([*self._encode_text(text, self._special), *self._stop()])
         mask = np.ones(len(tokens), dtype=bool)
         mask[0] = False
         return tokens, mask
 
     def decode(self, tokens: np.ndarray | Sequence[int]) -> str:
-        """The text of ids the model wrote; special tokens are left out, visible added ones (`<think>`) kept."""
+        """Decodes generated ids; special tokens are left out, visible added tokens (`<think>`) are kept."""
         return self._native.decode([int(t) for t in tokens], skip_special_tokens=True)
 
-    def _turn(self, messages: Sequence[Message], k: int, text: str, secured: bool) -> tuple[int, int]:
-        """Where in `text` assistant message k starts and ends, once both are known to be prefixes of it."""
-        before = self._render(messages[:k], True, secured)
-        after = self._render(messages[: k + 1], False, secured)
+    def _turn(self, messages: Sequence[Message], k: int, text: str, aliased: bool) -> tuple[int, int]:
+        """Start and end of assistant message k in `text`. Raises TemplateError if an earlier turn was rewritten."""
+        before = self._render(messages[:k], True, aliased)
+        after = self._render(messages[: k + 1], False, aliased)
         if not (after.startswith(before) and text.startswith(after)):
             raise TemplateError(
-                f"the chat template rewrites earlier turns: the first {k + 1} messages alone are not how the whole "
-                f"conversation begins at message {k + 1}. Train on single turns, or use a template that only appends."
+                f"the chat template rewrites earlier turns: the first {k + 1} messages alone are rendered differently "
+                "than in the whole conversation. Train on single turns, or use a template that only appends."
             )
         return len(before), len(after)
 
-    def _render(self, messages: Sequence[Message], generation: bool, secured: bool) -> str:
-        """The template's text; `secured` gives the template's own control tokens their private names."""
-        if not secured:
+    def _render(self, messages: Sequence[Message], generation: bool, aliased: bool) -> str:
+        """Renders the template; with `aliased`, control tokens written by the template get their aliases."""
+        if not aliased:
             return self._apply([m.content for m in messages], messages, generation)
         marks = [f"\ue000{secrets.token_hex(8)}\ue001" for _ in messages]
-        hidden = [mark if self._forbidden(m) else m.content for mark, m in zip(marks, messages, strict=True)]
+        hidden = [mark if self._has_control_token(m) else m.content for mark, m in zip(marks, messages, strict=True)]
         skeleton = self._apply(hidden, messages, generation)
         plain = self._apply([m.content for m in messages], messages, generation)
         for trimmed in ((), ("user", "system", "tool"), ("assistant",), ("user", "system", "tool", "assistant")):
             contents = [m.content.strip() if m.role in trimmed else m.content for m in messages]
             if _substitute(skeleton, marks, contents) == plain:
-                safe = [self._hide(c, m) for c, m in zip(contents, messages, strict=True)]
-                return _substitute(self._privately(skeleton, self._added), marks, safe)
+                safe = [self._alias_allowed(c, m) for c, m in zip(contents, messages, strict=True)]
+                return _substitute(self._alias(skeleton, self._added), marks, safe)
         raise TemplateError(
-            "a message contains the text of a control token and the chat template changes that message, so the two "
-            "cannot be told apart. Remove the control token from the text."
+            "a message contains the text of a control token, and the chat template changes that message, so the token "
+            "cannot be escaped. Remove it from the text."
         )
 
     def _apply(self, contents: Sequence[str], messages: Sequence[Message], generation: bool) -> str:
@@ -215,16 +217,16 @@ class ChatFormat:
             rows.append({"role": m.role, "content": content, **calls})
         try:
             text = self._tokenizer.apply_chat_template(rows, tokenize=False, add_generation_prompt=generation)
-        except Exception as error:  # templates raise what they like; all of it means these messages do not fit
+        except Exception as error:  # templates can raise anything; it always means that they reject these messages
             roles = ", ".join(m.role for m in messages)
-            raise TemplateError(f"the chat template refuses messages by {roles}: {error}") from error
+            raise TemplateError(f"the chat template rejects messages with roles {roles}: {error}") from error
         return cast(str, text)
 
-    def _forbidden(self, message: Message) -> bool:
-        """True where encoding the message's text with the model's tokenizer would make a token it may not write.
+    def _has_control_token(self, message: Message) -> bool:
+        """Whether encoding the message with the model's tokenizer would produce a token its author may not write.
 
-        Raises TemplateError where a tool call holds such text: templates print calls in forms that cannot be told apart
-        from their own control tokens.
+        Raises TemplateError if a tool call contains such a token, because templates format calls in ways that make it
+        indistinguishable from their own control tokens.
         """
         assistant = message.role == "assistant"
         calls = json.dumps([dict(c) for c in message.tool_calls], ensure_ascii=False, default=str)
@@ -238,32 +240,32 @@ class ChatFormat:
             return True
         names = self._special if assistant else self._added
         banned = {self._added[n] for n in names if n in self._added and n != self._tokenizer.unk_token}
-        # A normalizer may turn other text into a control token's, e.g. by lower-casing; only encoding shows that.
+        # A normalizer may turn other text into a control token, e.g. by lower-casing; only encoding reveals that.
         return not banned.isdisjoint(self._native.encode(message.content, add_special_tokens=False).ids)
 
-    def _needs_twin(self, messages: Sequence[Message]) -> bool:
-        return any(self._forbidden(m) for m in messages)
+    def _needs_aliases(self, messages: Sequence[Message]) -> bool:
+        return any(self._has_control_token(m) for m in messages)
 
-    def _privately(self, text: str, names: Any) -> str:
-        return _alternation(names).sub(lambda m: self._private[m.group()], text) if names else text
+    def _alias(self, text: str, names: Any) -> str:
+        return _alternation(names).sub(lambda m: self._aliases[m.group()], text) if names else text
 
-    def _hide(self, content: str, message: Message) -> str:
-        """Text with those added tokens named privately that its author may write."""
+    def _alias_allowed(self, content: str, message: Message) -> str:
+        """Replaces the added tokens that the message's author may write with their aliases."""
         if message.role != "assistant":
             return content
-        return self._privately(content, [name for name in self._added if name not in self._special])
+        return self._alias(content, [name for name in self._added if name not in self._special])
 
-    def _encode(self, text: str, secured: bool) -> tuple[list[int], list[tuple[int, int]]]:
-        encoding = (self._twin if secured else self._native).encode(text, add_special_tokens=False)
+    def _encode(self, text: str, aliased: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        encoding = (self._aliased if aliased else self._native).encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
     def _encode_text(self, text: str, banned: Any) -> list[int]:
-        """Text outside any template, in which no token of `banned` is recognised."""
+        """Encodes text without a template; tokens in `banned` are not recognised."""
         allowed = [name for name in self._added if name not in banned]
-        return self._twin.encode(self._privately(text, allowed), add_special_tokens=False).ids
+        return self._aliased.encode(self._alias(text, allowed), add_special_tokens=False).ids
 
     def _native_bos(self) -> int | None:
-        """The BOS id where the model's own encoding starts rows with it; a role marker that doubles as BOS is none."""
+        """The BOS id if the model's own encoding starts rows with it. A role marker that is also BOS does not count."""
         bos = cast("int | None", self._tokenizer.bos_token_id)
         if bos is None:
             return None
@@ -288,22 +290,22 @@ class ChatFormat:
         if self.bos is not None and (ids.count(self.bos) != 1 or ids[0] != self.bos):
             raise self._bos_error(ids.count(self.bos))
         if not ids:
-            raise TemplateError("the chat template turns these messages into no tokens at all. Check the template.")
+            raise TemplateError("the chat template renders these messages as an empty text. Check the template.")
         return np.array(ids, dtype=np.int32)
 
     def _with_bos(self, ids: list[int]) -> np.ndarray:
         ids = [self.bos, *ids] if self.bos is not None else ids
         if not ids:
-            raise DataError("an empty text makes no token for this tokenizer, which has no BOS. Remove the row.")
+            raise DataError("an empty text gives no tokens, because this tokenizer has no BOS. Remove the row.")
         return np.array(ids, dtype=np.int32)
 
     def _stop(self) -> list[int]:
         if self._eos is None:
-            raise TemplateError("the tokenizer has no eos_token, so texts cannot be ended. Set one in the tokenizer.")
+            raise TemplateError("the tokenizer has no eos_token to end texts with. Set one in the tokenizer.")
         return [self._eos]
 
     def _stop_ids(self) -> tuple[int, ...]:
-        """EOS, and the special tokens the template writes between an assistant's words and the next turn."""
+        """EOS, and the special tokens that the template writes after the text of an assistant turn."""
         found = {self._eos} if self._eos is not None else set()
         if self.format == "chat":
             before, after = self._render(_PROBE[:1], True, False), self._render(_PROBE, False, False)
@@ -315,7 +317,7 @@ class ChatFormat:
         if [m.role for m in messages] != ["user"]:
             roles = ", ".join(m.role for m in messages)
             raise TemplateError(
-                f'data.format = "plain" feeds one user message, but the task has messages by {roles}. '
+                f'data.format = "plain" takes a single user message, but the task has messages with roles {roles}. '
                 'Leave data.system empty, or use data.format = "chat".'
             )
         return messages[0].content
@@ -328,7 +330,7 @@ class ChatFormat:
 
 
 def _alternation(names: Any) -> re.Pattern[str]:
-    """Matches any of the names, longest first; matches nothing where there are none."""
+    """A pattern that matches any of the names, longest first; without names it matches nothing."""
     ordered = sorted(names, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
 
@@ -339,25 +341,25 @@ def _substitute(text: str, marks: Sequence[str], contents: Sequence[str]) -> str
     return text
 
 
-def _twin(native: Tokenizer, private: dict[str, str], ids: dict[str, int]) -> Tokenizer:
-    """The same tokenizer with every added token under its private name, in the model's vocabulary too."""
+def _aliased_tokenizer(native: Tokenizer, aliases: dict[str, str], ids: dict[str, int]) -> Tokenizer:
+    """A copy of the tokenizer in which every added token has its alias, also in the model's vocabulary."""
     state: dict[str, Any] = json.loads(native.to_str())
     for token in state["added_tokens"]:
-        # Private names are matched in the text as it is, before any normalizer could change them.
-        token.update(content=private[token["content"]], normalized=False, single_word=False)
+        # Aliases are matched in the raw text, before any normalizer could change them.
+        token.update(content=aliases[token["content"]], normalized=False, single_word=False)
     model = state["model"]
     vocab = model["vocab"]
     if isinstance(vocab, dict):
-        model["vocab"] = {private.get(piece, piece): i for piece, i in vocab.items()}
+        model["vocab"] = {aliases.get(piece, piece): i for piece, i in vocab.items()}
     else:  # Unigram: [piece, score] by id
-        model["vocab"] = [[private.get(piece, piece), score] for piece, score in vocab]
+        model["vocab"] = [[aliases.get(piece, piece), score] for piece, score in vocab]
     if model.get("unk_token") is not None:
-        model["unk_token"] = private.get(model["unk_token"], model["unk_token"])
+        model["unk_token"] = aliases.get(model["unk_token"], model["unk_token"])
     if "merges" in model:
         pairs = ((m if isinstance(m, list) else m.split(" ", 1)) for m in model["merges"])
-        model["merges"] = [p for p in pairs if private.keys().isdisjoint((p[0], p[1], p[0] + p[1]))]
-    state["post_processor"] = None  # it names tokens that are gone; BOS and EOS are placed by ChatFormat
-    twin = cast(Tokenizer, Tokenizer.from_str(json.dumps(state)))
-    if any(twin.token_to_id(private[name]) != i for name, i in ids.items()):
+        model["merges"] = [p for p in pairs if aliases.keys().isdisjoint((p[0], p[1], p[0] + p[1]))]
+    state["post_processor"] = None  # it refers to the original tokens; ChatFormat adds BOS and EOS itself
+    aliased = cast(Tokenizer, Tokenizer.from_str(json.dumps(state)))
+    if any(aliased.token_to_id(aliases[name]) != i for name, i in ids.items()):
         raise TemplateError("the tokenizer's added tokens are not numbered consistently. Save the tokenizer again.")
-    return twin
+    return aliased
