@@ -130,16 +130,16 @@ def test_a_section_has_parts_in_their_order_and_sources_are_numbered_as_they_com
         ("::: intuition\n::: mathematics\n:::\n:::", "do not nest"),
         (":::\n", "do not nest"),
         ("::: poetry\nx\n:::", "do not nest"),
-        ("See.[^none]", "does not define: none"),
-        ("x\n\n[^a]: Unused.", "nothing points to: a"),
+        ("See.[^none]", "undefined sources: none"),
+        ("x\n\n[^a]: Unused.", "unused sources: a"),
         ("[^a]\n\n[^a]: Once.\n[^a]: Twice.", "defines a source twice: a"),
-        ("[x](javascript:alert)", r"holds|links to"),
+        ("[x](javascript:alert)", r"contains|links to"),
         ("[x](other.md)", "links to 'other.md'"),
         ("$$\nx", "never closed: 'x'"),
         ("```source objectives.policy:nothing\n```", "defines no nothing"),
         ("```source objectives.nowhere:clip\n```", "no nowhere.py"),
         ("```explore nothing\n```", "no explorer 'nothing'"),
-        ("![x](https://example.org/x.png)", "holds image"),
+        ("![x](https://example.org/x.png)", "contains image"),
     ],
 )
 def test_what_a_chapter_may_not_say_is_an_error_that_names_it(body: str, said: str) -> None:
@@ -156,7 +156,7 @@ def test_a_mark_of_a_layer_inside_of_code_is_code() -> None:
 
 
 def test_a_chapter_that_is_not_there_is_named() -> None:
-    with pytest.raises(ResumeError, match="no chapter 'x'; it has why, rewards"):
+    with pytest.raises(ResumeError, match="no chapter 'x'; choose one of why, rewards"):
         pages.read_chapter("x")
 
 

@@ -133,7 +133,7 @@ def best_step(curve):
 }
 
 MISTAKES = [
-    ("bradley-terry", "(sigmoid(d) - 1)", "(1 - sigmoid(d))", "the gradient", "sign is turned round"),
+    ("bradley-terry", "(sigmoid(d) - 1)", "(1 - sigmoid(d))", "the gradient", "the sign is wrong"),
     (
         "bradley-terry",
         "gaps(weights, pairs)) / len(pairs)",
@@ -141,7 +141,7 @@ MISTAKES = [
         "the loss of some",
         "the sum over",
     ),
-    ("bradley-terry", "w - lr * g", "w + lr * g", "fifty steps", "climb the loss"),
+    ("bradley-terry", "w - lr * g", "w + lr * g", "fifty steps", "move up the loss"),
     ("bradley-terry", "range(steps)", "range(steps + 1)", "fifty steps", "one step too many"),
     (
         "bradley-terry",
@@ -155,10 +155,10 @@ MISTAKES = [
     ("simple-grpo", "z + lr * s", "z - lr * s", "an update of the policy", "goes down the objective"),
     ("simple-grpo", "/ len(answers)", "", "an update of the policy", "the sum over the answers"),
     ("simple-grpo", "            continue\n", "            pass\n", "answers beyond the clip", "nothing was clipped"),
-    ("reward-hacking", "r - beta * math", "r + beta * math", "a step with the penalty", "added where it should be"),
-    ("reward-hacking", "r - beta * math.log(p / q)", "r", "a step with the penalty", "not in it"),
-    ("reward-hacking", "p * math.log(p / q) for", "q * math.log(q / p) for", "the divergence after", "other way round"),
-    ("reward-hacking", "curve[i][1]", "curve[i][0]", "where to have stopped", "the last step"),
+    ("reward-hacking", "r - beta * math", "r + beta * math", "a step with the penalty", "should be subtracted"),
+    ("reward-hacking", "r - beta * math.log(p / q)", "r", "a step with the penalty", "is missing"),
+    ("reward-hacking", "p * math.log(p / q) for", "q * math.log(q / p) for", "the divergence after", "wrong way round"),
+    ("reward-hacking", "curve[i][1]", "curve[i][0]", "the best step to stop at", "the last step"),
 ]
 
 
@@ -198,17 +198,17 @@ def test_a_typical_mistake_is_named(name: str, right: str, wrong: str, where: st
         ("def score(w, f", "SyntaxError"),
         ("def score(w, f):\n    return f[9]", "IndexError: list index out of range (line 2)"),
         ("x = 1", "no function score"),
-        ("def score(w, f):\n    return object()", "something else than numbers"),
+        ("def score(w, f):\n    return object()", "something other than numbers"),
         ("def score(w, f):\n    return float('nan')", "is nan"),
         ("def score(w, f):\n    return 10 ** 5000", "is inf"),
-        ("def score(w, f):\n    return '" + "x" * 500 + "'", "a number is expected"),
-        ("import os\nos._exit(0)", "ended the program"),
+        ("def score(w, f):\n    return '" + "x" * 500 + "'", "expected a number"),
+        ("import os\nos._exit(0)", "exited before"),
         ("import socket\nsocket.socket()", "PermissionError"),
         ("open('/etc/passwd')", "Error"),
     ],
 )
 def test_what_goes_wrong_in_the_code_is_told_in_a_line(code: str, told: str) -> None:
-    line = check("bradley-terry", code)["the score is weight times feature, added up"]
+    line = check("bradley-terry", code)["the score is the sum of weight times feature"]
     assert not line["passed"] and told in line["detail"] and len(line["detail"]) < 250
 
 
@@ -442,7 +442,7 @@ def test_a_coding_exercise_is_solved_by_keyboard(lab: Any, page: Page) -> None:
     field.focus()
     page.keyboard.press("Control+Enter")
     expect(box.get_by_text("Not yet.")).to_be_visible()
-    expect(box.locator(".cases .bad").first).to_contain_text("failed: drawing from the policy")
+    expect(box.locator(".cases .bad").first).to_contain_text("failed: sampling from the policy")
     page.keyboard.press("Control+a")
     page.keyboard.insert_text(SOLUTIONS["simple-grpo"])
     page.keyboard.press("Tab")  # leaves the field, to the button

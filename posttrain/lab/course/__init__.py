@@ -1,1 +1,1 @@
-"""The course: six chapters in Markdown, in three layers each, with numbers that are computed while they are read."""
+"""The course: six Markdown chapters in three layers each, with numbers that are computed when a page loads."""

@@ -1,4 +1,4 @@
-"""One test of a reader's code."""
+"""One test case for a reader's code."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 TOLERANCE = 1e-6
-"""How far a number may be off, by its size or absolutely, whichever allows more."""
+"""Allowed error of a number, relative or absolute, whichever is larger."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call of the reader's function: `wrong` are typical wrong results, each with the sentence that explains it."""
+    """One call of the reader's function; `wrong` lists typical wrong results, each with an explanation."""
 
     name: str
     entry: str

@@ -1,7 +1,7 @@
-"""The coding exercises' cases. What is expected is computed here, by the library's own functions, in float64.
+"""Test cases of the coding exercises. The library's own functions compute the expected values, in float64.
 
-A reader's code never sees the expected values: it gets the arguments in the sandbox, and exercises.py compares what it
-returns. Each case may name typical wrong results, so that a wrong answer can be told what went wrong.
+A reader's code never sees the expected values: it gets the arguments in the sandbox, and exercises.py compares the
+results. A case may list typical wrong results, so that the reader is told what went wrong.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Floats = Sequence[float]
 
 
 def tensor(values: Any) -> torch.Tensor:
-    """Float64 numbers."""
+    """A float64 tensor."""
     return torch.tensor(values, dtype=torch.float64)
 
 
@@ -35,13 +35,13 @@ FAR = [([500.0, 0.0], [-500.0, 0.0]), ([-500.0, 0.0], [500.0, 0.0])]
 
 
 def reward_loss(weights: torch.Tensor, pairs: Sequence[tuple[Floats, Floats]]) -> torch.Tensor:
-    """The mean Bradley–Terry loss of linear rewards."""
+    """Mean Bradley–Terry loss of a linear reward."""
     chosen, rejected = tensor([c for c, _ in pairs]) @ weights, tensor([r for _, r in pairs]) @ weights
     return bradley_terry(chosen, rejected, torch.ones_like(chosen), torch.zeros_like(chosen)).mean()
 
 
 def reward_gradient(weights: Floats, pairs: Sequence[tuple[Floats, Floats]]) -> list[float]:
-    """Its gradient."""
+    """Gradient of `reward_loss`."""
     at = tensor(weights).requires_grad_()
     return torch.autograd.grad(reward_loss(at, pairs), at)[0].tolist()
 
@@ -62,7 +62,7 @@ def bradley_terry_cases() -> list[Case]:
     swapped = float(reward_loss(tensor([-w for w in weights]), PAIRS))
     trained = reward_training(PAIRS, 50, 0.5)
     return [
-        Case("the score is weight times feature, added up", "score", [[0.8, -0.4], [2.0, 3.0]], 0.8 * 2 - 0.4 * 3),
+        Case("the score is the sum of weight times feature", "score", [[0.8, -0.4], [2.0, 3.0]], 0.8 * 2 - 0.4 * 3),
         Case("the loss of weights that know nothing is log 2", "loss", [[0.0, 0.0], PAIRS], math.log(2)),
         Case(
             "the loss of some weights",
@@ -70,9 +70,9 @@ def bradley_terry_cases() -> list[Case]:
             [weights, PAIRS],
             right,
             (
-                (swapped, "that is the loss with chosen and rejected exchanged."),
-                (right * len(PAIRS), "that is the sum over the pairs; the mean is asked for."),
-                (-right, "the sign is turned round: a loss is -log, which is never negative."),
+                (swapped, "that is the loss with chosen and rejected swapped."),
+                (right * len(PAIRS), "that is the sum over the pairs; the mean is expected."),
+                (-right, "the sign is wrong: the loss is -log sigmoid, which is never negative."),
             ),
         ),
         Case("scores that differ by 1,000 do not overflow", "loss", [[1.0, 0.0], FAR], 500.0),
@@ -82,8 +82,8 @@ def bradley_terry_cases() -> list[Case]:
             [weights, PAIRS],
             slope,
             (
-                ([-g for g in slope], "the sign is turned round: sigmoid(d) - 1 is negative."),
-                ([g * len(PAIRS) for g in slope], "that is the gradient of the sum; the mean is asked for."),
+                ([-g for g in slope], "the sign is wrong: sigmoid(d) - 1 is negative."),
+                ([g * len(PAIRS) for g in slope], "that is the gradient of the sum; that of the mean is expected."),
             ),
         ),
         Case(
@@ -93,7 +93,7 @@ def bradley_terry_cases() -> list[Case]:
             trained,
             (
                 ([0.0, 0.0], "nothing was trained: the weights are still 0."),
-                (reward_training(PAIRS, 50, -0.5), "the weights climb the loss: subtract lr times the gradient."),
+                (reward_training(PAIRS, 50, -0.5), "the weights move up the loss: subtract lr times the gradient."),
                 (reward_training(PAIRS, 51, 0.5), "that is one step too many."),
             ),
         ),
@@ -109,7 +109,7 @@ DRAWS = [[(0.137 + 0.311 * i + 0.073 * s) % 1.0 for i in range(8)] for s in rang
 
 
 def sampled(logits: Floats, uniforms: Floats) -> list[int]:
-    """Inverse of the cumulative distribution."""
+    """Inverse transform sampling: answers for uniform numbers."""
     edges = torch.softmax(tensor(logits), 0).cumsum(0)
     return torch.searchsorted(edges, tensor(uniforms), right=True).clamp_max(len(logits) - 1).tolist()
 
@@ -122,7 +122,7 @@ def relative(rewards: Floats, std: str = "sample") -> list[float]:
 def updated(
     logits: Floats, old: Floats, answers: Sequence[int], advantages: Floats, lr: float, bound: float
 ) -> list[float]:
-    """A step down the mean of the library's clipped loss over one-token answers."""
+    """One gradient step on the mean of the library's clipped loss over one-token answers."""
     at, chosen = tensor(logits).requires_grad_(), torch.tensor(answers)
     logp, old_logp = torch.log_softmax(at, 0)[chosen], torch.log_softmax(tensor(old), 0)[chosen]
     mask = torch.ones(len(answers), 1, dtype=torch.bool)
@@ -131,7 +131,7 @@ def updated(
 
 
 def grpo_training(logits: Floats, reward_of: Floats, draws: Sequence[Floats], lr: float) -> list[float]:
-    """Sample, reward, compare, update, once for each list of numbers."""
+    """Samples, scores, compares and updates, once per list of uniform numbers."""
     now = list(logits)
     for uniforms in draws:
         answers = sampled(now, uniforms)
@@ -147,19 +147,22 @@ def grpo_cases() -> list[Case]:
     far = [1.4, -0.3, -0.6, 0.0]
     bounded = updated(far, old, answers, advantages, 0.5, CLIP)
     return [
-        Case("drawing from the policy", "sample", [LOGITS, uniforms], sampled(LOGITS, uniforms)),
+        Case("sampling from the policy", "sample", [LOGITS, uniforms], sampled(LOGITS, uniforms)),
         Case(
             "advantages of a group with two right answers",
             "advantages",
             [REWARDS],
             relative(REWARDS),
             (
-                (relative(REWARDS, "none"), "the mean is subtracted, and the standard deviation is not divided by."),
-                (relative(REWARDS, "population"), "that is the standard deviation over n; n - 1 is asked for."),
+                (
+                    relative(REWARDS, "none"),
+                    "the mean is subtracted, but the result is not divided by the standard deviation.",
+                ),
+                (relative(REWARDS, "population"), "that divides by the standard deviation over n; n - 1 is expected."),
                 (REWARDS, "these are the rewards themselves."),
             ),
         ),
-        Case("a group of equal rewards teaches nothing", "advantages", [[1.0, 1.0, 1.0]], [0.0, 0.0, 0.0]),
+        Case("a group of equal rewards has zero advantages", "advantages", [[1.0, 1.0, 1.0]], [0.0, 0.0, 0.0]),
         Case(
             "an update of the policy that sampled",
             "update",
@@ -167,15 +170,18 @@ def grpo_cases() -> list[Case]:
             step,
             (
                 (LOGITS, "nothing moved."),
-                ([2 * a - b for a, b in zip(LOGITS, step, strict=True)], "the step goes down the objective: add it."),
+                (
+                    [2 * a - b for a, b in zip(LOGITS, step, strict=True)],
+                    "the step goes down the objective: add the gradient.",
+                ),
                 (
                     updated(LOGITS, LOGITS, answers, advantages, 0.5 * len(answers), CLIP),
-                    "that is the sum over the answers; the mean is asked for.",
+                    "that is the sum over the answers; the mean is expected.",
                 ),
             ),
         ),
         Case(
-            "answers beyond the clip push no further",
+            "answers beyond the clip have no gradient",
             "update",
             [far, old, answers, advantages, 0.5, CLIP],
             bounded,
@@ -203,25 +209,25 @@ STEPS, RATE, BETA = 200, 0.5, 1.3
 
 
 def mean_value(logits: Floats, values: Floats) -> float:
-    """Of values under the softmax policy."""
+    """Mean of values under the softmax policy."""
     return float(torch.softmax(tensor(logits), 0) @ tensor(values))
 
 
 def divergence(logits: torch.Tensor, start: Floats) -> torch.Tensor:
-    """KL(policy ‖ start), the mean of `kl_k1` under the policy."""
+    """KL(policy ‖ start): the mean of `kl_k1` under the policy."""
     logp = torch.log_softmax(logits, 0)
     return (logp.exp() * kl_k1(logp, torch.log_softmax(tensor(start), 0))).sum()
 
 
 def climbed(logits: Floats, start: Floats, proxy: Floats, beta: float, lr: float) -> list[float]:
-    """A step of gradient ascent on E[proxy] − beta · KL."""
+    """One step of gradient ascent on E[proxy] − beta · KL."""
     at = tensor(logits).requires_grad_()
     objective = torch.softmax(at, 0) @ tensor(proxy) - beta * divergence(at, start)
     return (at + lr * torch.autograd.grad(objective, at)[0]).detach().tolist()
 
 
 def simulated(beta: float, steps: int = STEPS) -> list[list[float]]:
-    """Proxy, truth and KL before the first step and after each one."""
+    """Proxy, truth and KL before the first step and after each step."""
     logits, curve = list(START), []
     for number in range(steps + 1):
         if number:
@@ -232,19 +238,19 @@ def simulated(beta: float, steps: int = STEPS) -> list[list[float]]:
 
 
 def hacking_cases() -> list[Case]:
-    """A proxy that likes length, and a truth that does not."""
+    """A proxy that rewards length, and a true reward that does not."""
     moved = climbed(START, START, PROXY, 0.0, RATE)
     held = climbed(moved, START, PROXY, BETA, RATE)
     free = simulated(0.0)
     return [
         Case("the mean of the proxy under the policy", "expected", [START, PROXY], mean_value(START, PROXY)),
-        Case("no divergence from itself", "kl", [START, START], 0.0),
+        Case("a policy has no divergence from itself", "kl", [START, START], 0.0),
         Case(
             "the divergence after a step",
             "kl",
             [moved, START],
             float(divergence(tensor(moved), START)),
-            ((float(divergence(tensor(START), moved)), "that is KL(start || policy), the other way round."),),
+            ((float(divergence(tensor(START), moved)), "that is KL(start || policy), the wrong way round."),),
         ),
         Case(
             "a step without the penalty",
@@ -253,7 +259,7 @@ def hacking_cases() -> list[Case]:
             moved,
             (
                 (list(START), "nothing moved."),
-                (climbed(START, START, PROXY, 0.0, -RATE), "the step goes down the proxy: add it."),
+                (climbed(START, START, PROXY, 0.0, -RATE), "the step goes down the proxy: add the gradient."),
             ),
         ),
         Case(
@@ -262,13 +268,13 @@ def hacking_cases() -> list[Case]:
             [moved, START, PROXY, BETA, RATE],
             held,
             (
-                (climbed(moved, START, PROXY, 0.0, RATE), "the KL penalty is not in it."),
-                (climbed(moved, START, PROXY, -BETA, RATE), "the penalty is added where it should be subtracted."),
+                (climbed(moved, START, PROXY, 0.0, RATE), "the KL penalty is missing."),
+                (climbed(moved, START, PROXY, -BETA, RATE), "the penalty is added; it should be subtracted."),
             ),
         ),
         Case("five steps", "simulate", [START, PROXY, TRUTH, 0.0, RATE, 5], simulated(0.0, 5)),
         Case(
-            "without the penalty the proxy rises to the end and the truth ends below its start",
+            "without the penalty the proxy keeps rising and the truth ends below its start",
             "simulate",
             [START, PROXY, TRUTH, 0.0, RATE, STEPS],
             free,
@@ -280,7 +286,7 @@ def hacking_cases() -> list[Case]:
             simulated(BETA),
         ),
         Case(
-            "where to have stopped",
+            "the best step to stop at",
             "best_step",
             [free],
             max(range(len(free)), key=lambda i: free[i][1]),

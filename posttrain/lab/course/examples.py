@@ -22,4 +22,4 @@ EXAMPLES: dict[str, Example] = {
     **worked_reasoning.EXAMPLES,
     **worked_challenges.EXAMPLES,
 }
-"""Worked examples by the name that a chapter gives them."""
+"""Worked examples by the name that chapters use."""

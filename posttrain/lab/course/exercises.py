@@ -1,7 +1,7 @@
-"""The course's exercises: questions, tasks to explore, and code that is checked in the package's own sandbox.
+"""The course's exercises: questions, tasks to explore, and code that is checked in the package's sandbox.
 
-`questions.toml` and `coding.toml` hold the texts, coding.py the cases. A reader's code gets arguments and nothing else;
-what it returns is compared here. What it does wrong, endless loops included, becomes a line beside its case.
+`questions.toml` and `coding.toml` hold the texts, coding.py the test cases. A reader's code only gets the arguments;
+its results are compared here. Every failure, infinite loops included, is reported with its case.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from posttrain.types import ConfigError, ResumeError
 FOLDER = Path(__file__).parent
 SECONDS = 5.0
 LONGEST = 20_000  # characters of code
-SHOWN = 120  # characters of a value in a sentence, and of a line in the output
+SHOWN = 120  # characters of a value in a message
 PRINTED = 4_000
 
 DRIVER = '''
@@ -39,7 +39,7 @@ names = {"__name__": "exercise"}
 
 
 def told(error):
-    """An error as a learner reads it: what, and the last line of the exercise's own file that it passed through."""
+    """An error for the reader: its type and message, and the last line of the reader's code in the traceback."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == FILE]
     line = error.lineno if isinstance(error, SyntaxError) and error.filename == FILE else (lines or [None])[-1]
     said = error.msg if isinstance(error, SyntaxError) else str(error)
@@ -52,20 +52,20 @@ def attempt(source, entry, args):
             exec(compile(source, FILE, "exec"), names)
             return ["value", None]
         if not callable(names.get(entry)):
-            return ["error", f"there is no function {entry} any more"]
+            return ["error", f"there is no function {entry}"]
         return ["value", names[entry](*args)]
     except BaseException as error:
         return ["error", told(error)]
     finally:
         sys.stdout.flush()
 '''
-"""What the sandbox loads; the reader's code is the first thing that it is asked to attempt."""
+"""The program that the sandbox loads; the first call passes the reader's code to `attempt`."""
 
 PYTEST = """
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The tests. Run them with: pytest {file}
-# What is expected was computed by posttrain's own functions.
+# The expected values were computed by posttrain's own functions.
 
 CASES = [
 {cases}
@@ -90,7 +90,7 @@ def test_case(case):
 
 
 def routes(place: Place) -> list[BaseRoute]:
-    """The exercises' part of the lab; nothing in it depends on the folder."""
+    """The routes of the exercises; they do not depend on the folder."""
     return [
         get("/api/exercises", lambda request: sorted(texts())),
         get("/api/exercises/{name}", lambda request: shown(named(request, "name"))),
@@ -100,21 +100,21 @@ def routes(place: Place) -> list[BaseRoute]:
 
 @cache
 def texts() -> dict[str, dict[str, Any]]:
-    """Every exercise as its file has it, by name, with its kind."""
+    """All exercises as in their files, by name, with their kind."""
     coding = tomllib.loads((FOLDER / "coding.toml").read_text(encoding="utf-8"))
     questions = tomllib.loads((FOLDER / "questions.toml").read_text(encoding="utf-8"))
     return {**questions, **{name: {"kind": "coding", **given} for name, given in coding.items()}}
 
 
 def found(name: str) -> dict[str, Any]:
-    """An exercise by its name. Raises ResumeError where there is none."""
+    """An exercise by name. Raises ResumeError if it does not exist."""
     if name not in texts():
-        raise ResumeError(f"there is no exercise {name!r}; there are {', '.join(sorted(texts()))}.")
+        raise ResumeError(f"there is no exercise {name!r}; choose one of {', '.join(sorted(texts()))}.")
     return texts()[name]
 
 
 def shown(name: str) -> dict[str, Any]:
-    """What a page shows: texts as the nodes that chapters are made of; which choice is right stays here."""
+    """An exercise for the page, its texts as nodes; the right choice is not included."""
     exercise = found(name)
     page: dict[str, Any] = {"name": name, "kind": exercise["kind"], "title": exercise["title"]}
     page |= {key: nodes(exercise[key]) for key in ("text", "hint", "answer") if key in exercise}
@@ -128,28 +128,28 @@ def shown(name: str) -> dict[str, Any]:
 
 @cache
 def cases_of(name: str) -> list[Case]:
-    """The cases of a coding exercise; what is expected in them is computed once."""
+    """The cases of a coding exercise; their expected values are computed once."""
     from posttrain.lab.course.coding import CASES
 
     return CASES[name]()
 
 
 def tests_of(name: str) -> str:
-    """Tests that stand below a reader's functions in a file of their own and need nothing but pytest."""
+    """Tests to append to a reader's functions in a file; they need only pytest."""
     rows = "\n".join(f"    {(case.name, case.entry, case.args, case.expected)!r}," for case in cases_of(name))
     return PYTEST.format(file=found(name)["file"], cases=rows, tolerance=TOLERANCE)
 
 
 def checked(name: str, body: dict[str, Any]) -> dict[str, Any]:
-    """The verdict on {"choice": number} or {"code": text}: {passed, checks: [{name, passed, detail}], output}."""
+    """Checks {"choice": number} or {"code": text}; returns {passed, checks: [{name, passed, detail}], output}."""
     exercise = found(name)
     if exercise["kind"] == "coding":
         code = body.get("code")
         if not isinstance(code, str) or len(code) > LONGEST:
-            raise ConfigError(f"this exercise is answered with code of at most {LONGEST} characters.")
+            raise ConfigError(f"this exercise expects code of at most {LONGEST} characters.")
         return judged(cases_of(name), code)
     if "choices" not in exercise:
-        raise ConfigError(f"{name!r} has no answer that can be checked; compare yours with the one that is given.")
+        raise ConfigError(f"{name!r} has no answer that can be checked; compare yours with the answer on the page.")
     choice, count = body.get("choice"), len(exercise["choices"])
     if not isinstance(choice, int) or not 0 <= choice < count:
         raise ConfigError(f"the choice is {choice!r}; expected a number from 0 to {count - 1}.")
@@ -163,7 +163,7 @@ def checked(name: str, body: dict[str, Any]) -> dict[str, Any]:
 
 
 def judged(cases: Sequence[Case], code: str) -> dict[str, Any]:
-    """Runs code against the cases. Without isolation nothing is run, and `unavailable` says so."""
+    """Runs code against the cases. Without a working sandbox nothing runs, and `unavailable` gives the reason."""
     try:
         sandbox = sandboxes.use()
     except ConfigError as error:
@@ -174,7 +174,7 @@ def judged(cases: Sequence[Case], code: str) -> dict[str, Any]:
 
 
 def examined(sandbox: Sandbox, cases: Sequence[Case], code: str) -> tuple[list[dict[str, Any]], str]:
-    """A line for each case, and what the code printed."""
+    """One check per case, and the code's output."""
     try:
         return sandbox.attempt(lambda slot: _run(slot, cases, code))
     except Wrecked as wrecked:
@@ -197,7 +197,7 @@ def _run(slot: Slot, cases: Sequence[Case], code: str) -> tuple[list[dict[str, A
             said = encode.loads(reply[1:])
             return said if reply[:1] == b"v" and isinstance(said, list) and len(said) == 2 else ["error", "no answer"]
         except encode.Unsendable:
-            return ["error", "it returned something else than numbers, texts and lists of them"]
+            return ["error", "it returned something other than numbers, strings and lists of them"]
 
     loaded = ask(code, None)
     checks: list[dict[str, Any]] = []
@@ -205,7 +205,7 @@ def _run(slot: Slot, cases: Sequence[Case], code: str) -> tuple[list[dict[str, A
     for case in cases:
         said = ask(None, case) if loaded == ["value", None] else loaded
         if said is None:
-            why = "this was not reached." if ended else ENDED[execution.wait().how].format(seconds=SECONDS)
+            why = "this case was not reached." if ended else ENDED[execution.wait().how].format(seconds=SECONDS)
             checks.append(_check(case.name, False, why))
             ended = True
         elif said[0] != "value":
@@ -218,16 +218,16 @@ def _run(slot: Slot, cases: Sequence[Case], code: str) -> tuple[list[dict[str, A
 
 
 ENDED = {
-    "timeout": "it was ended after {seconds:g} seconds: is there a loop that never ends?",
-    "oom": "it was ended for the memory that it took.",
-    "flood": "it was ended because it printed more than is read.",
-    "crashed": "the Python that ran it crashed.",
-    "exited": "it ended the program before it had answered.",
+    "timeout": "it was stopped after {seconds:g} seconds: is there a loop that never ends?",
+    "oom": "it was stopped because it used too much memory.",
+    "flood": "it was stopped because it printed too much.",
+    "crashed": "the Python process that ran it crashed.",
+    "exited": "it exited before it returned a result.",
 }
 
 
 def verdict(case: Case, got: Any) -> dict[str, Any]:
-    """Whether a value is what is expected; if not, the first difference and the mistake that leads to just this."""
+    """Compares a result with the expected value; a failure names the first difference and, if known, the mistake."""
     apart = difference(case.expected, got)
     if not apart:
         return _check(case.name, True, "")
@@ -238,28 +238,28 @@ def verdict(case: Case, got: Any) -> dict[str, Any]:
 
 
 def difference(expected: Any, got: Any, where: str = "") -> str:
-    """The first place where two values differ, as a sentence; nothing where they are equal within TOLERANCE."""
+    """The first difference between two values as a sentence; empty if they are equal within TOLERANCE."""
     place = f"item {where} of the result" if where else "the result"
     if isinstance(expected, list):
         if not isinstance(got, list | tuple):
-            return f"{place} is {_short(got)}; a list is expected."
+            return f"{place} is {_short(got)}; expected a list."
         if len(got) != len(expected):
-            return f"{place} has {len(got)} items; {len(expected)} are expected."
+            return f"{place} has {len(got)} items; expected {len(expected)}."
         parts = (difference(e, g, f"{where}[{i}]") for i, (e, g) in enumerate(zip(expected, got, strict=True)))
         return next((part for part in parts if part), "")
     if isinstance(got, bool) or not isinstance(got, int | float):
-        return f"{place} is {_short(got)}; a number is expected."
+        return f"{place} is {_short(got)}; expected a number."
     try:
         number = float(got)
     except OverflowError:  # an integer beyond every float
         number = math.inf
     if math.isfinite(number) and abs(number - expected) <= TOLERANCE * max(1, abs(expected)):
         return ""
-    return f"{place} is {number:.6g}; {expected:.6g} is expected."
+    return f"{place} is {number:.6g}; expected {expected:.6g}."
 
 
 def _line(text: str) -> list[Any]:
-    """The nodes of a text of one paragraph, without it."""
+    """The nodes of a one-paragraph text, without the paragraph itself."""
     paragraph = nodes(text)[0]
     return [paragraph] if isinstance(paragraph, str) else paragraph["children"]
 
@@ -267,8 +267,8 @@ def _line(text: str) -> list[Any]:
 def _short(value: Any) -> str:
     try:
         text = value if isinstance(value, str) else repr(value)
-    except ValueError:  # an integer with more digits than Python writes
-        text = "a number of thousands of digits"
+    except ValueError:  # an integer with too many digits for Python to print
+        text = "a number with thousands of digits"
     return text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"
 
 

@@ -1,9 +1,9 @@
-"""A chapter's Markdown as a tree that the page draws node by node, so that no text ever becomes markup.
+"""Parses a chapter's Markdown into a tree that the page renders node by node, so that text never becomes markup.
 
 A chapter is `# Title`, a lead, and sections `## …`. Inside a section, `::: intuition`, `::: mathematics` and
-`::: implementation` open a layer that `:::` closes; what stands outside is seen in every layer. `$…$` is a formula in
-TeX, `$$` on lines of their own a displayed one. `[^name]` points to a source, defined by a line `[^name]: …`. Fenced
-blocks whose first word is in FENCES stand for something that is looked up: a function's source, a worked example.
+`::: implementation` open a layer that `:::` closes; everything else is shown in every layer. `$…$` is a TeX formula,
+`$$` on lines of their own a display formula. `[^name]` refers to a source, defined by a line `[^name]: …`. A fenced
+block whose first word is in FENCES is replaced by what it names, such as a function's source or a worked example.
 
 A node is text, or {"tag": …, "children": [nodes], …}.
 """
@@ -37,7 +37,7 @@ Node = str | dict[str, Any]
 
 
 def chapters() -> list[dict[str, Any]]:
-    """Every chapter in order: its name, title, lead, sections and how many words each layer has."""
+    """All chapters in order: name, title, lead, sections and the number of words per layer."""
     found = [read_chapter(name) for name in CHAPTERS]
     return [
         {
@@ -53,28 +53,28 @@ def chapters() -> list[dict[str, Any]]:
 
 @cache
 def read_chapter(name: str) -> dict[str, Any]:
-    """One chapter as JSON wants it, read once: chapters ship with the package, and so does the source that they show.
+    """One chapter for JSON, parsed once, because chapters and the sources they show do not change while installed.
 
-    Raises ResumeError for an unknown name, DataError where its text is wrong.
+    Raises ResumeError for an unknown name, DataError if the text is invalid.
     """
     if name not in CHAPTERS:
-        raise ResumeError(f"the course has no chapter {name!r}; it has {', '.join(CHAPTERS)}.")
+        raise ResumeError(f"the course has no chapter {name!r}; choose one of {', '.join(CHAPTERS)}.")
     return {"name": name, **parse((FOLDER / f"{name}.md").read_text(encoding="utf-8"))}
 
 
 def parse(text: str) -> dict[str, Any]:
-    """The Markdown of a chapter as {title, lead, sections, sources, words}. Raises DataError, naming what is wrong."""
+    """Parses a chapter into {title, lead, sections, sources, words}. Raises DataError that names the problem."""
     text, notes = _take_notes(text)
     head, *rest = _split(text, "## ")
     title, _, lead = head.strip().partition("\n")
     if not title.startswith("# "):
-        raise DataError(f"a chapter begins with {title[:40]!r}; expected '# ' and its title.")
+        raise DataError(f"a chapter starts with {title[:40]!r}; expected '# ' and its title.")
     numbers: dict[str, int] = {}
     sections = [_section(piece, numbers) for piece in rest]
     if missing := set(numbers) - set(notes):
-        raise DataError(f"the chapter points to sources that it does not define: {', '.join(sorted(missing))}.")
+        raise DataError(f"the chapter refers to undefined sources: {', '.join(sorted(missing))}.")
     if unused := set(notes) - set(numbers):
-        raise DataError(f"the chapter defines sources that nothing points to: {', '.join(sorted(unused))}.")
+        raise DataError(f"the chapter defines unused sources: {', '.join(sorted(unused))}.")
     return {
         "title": title[2:].strip(),
         "lead": _blocks(lead, {}),
@@ -85,7 +85,7 @@ def parse(text: str) -> dict[str, Any]:
 
 
 def _take_notes(text: str) -> tuple[str, dict[str, str]]:
-    """The text without its definitions of sources, and those, by name."""
+    """The text without its source definitions, and the definitions by name."""
     pattern = re.compile(r"^\[\^([\w-]+)\]:[ ]+(.+)\n?", re.MULTILINE)
     found = pattern.findall(text)
     if repeated := {name for name, _ in found if [n for n, _ in found].count(name) > 1}:
@@ -94,7 +94,7 @@ def _take_notes(text: str) -> tuple[str, dict[str, str]]:
 
 
 def _split(text: str, mark: str) -> list[str]:
-    """What precedes the first line that begins with `mark`, then a piece for each such line outside of fences."""
+    """The text before the first line that starts with `mark`, then one piece per such line outside fenced blocks."""
     pieces: list[list[str]] = [[]]
     fenced = False
     for line in text.split("\n"):
@@ -106,7 +106,7 @@ def _split(text: str, mark: str) -> list[str]:
 
 
 def _section(text: str, numbers: dict[str, int]) -> dict[str, Any]:
-    """A section's title and its parts: {layer: its name or None, children}."""
+    """A section's id, title and parts: {layer: name or None, children}."""
     title, _, body = text.partition("\n")
     title = title[3:].strip()
     parts: list[dict[str, Any]] = []
@@ -126,7 +126,7 @@ def _section(text: str, numbers: dict[str, int]) -> dict[str, Any]:
 
 
 def _count(sections: list[dict[str, Any]], layer: str) -> int:
-    """Words that a reader of one layer meets, formulas and code left out."""
+    """Number of words that a reader of one layer sees, without formulas and code."""
     parts = [part for section in sections for part in section["parts"] if part["layer"] in (None, layer)]
     return sum(len(_words(node).split()) for part in parts for node in part["children"])
 
@@ -148,7 +148,7 @@ def _blocks(text: str, numbers: dict[str, int]) -> list[Node]:
 
 
 def nodes(text: str) -> list[Node]:
-    """A text that points to no sources, as an exercise's is."""
+    """Parses a text without references to sources, such as an exercise's."""
     return _blocks(text, {})
 
 
@@ -157,10 +157,10 @@ def _inline(text: str) -> list[Node]:
 
 
 def _children(node: SyntaxTreeNode, numbers: dict[str, int]) -> list[Node]:
-    """Its children as nodes; what only groups them is left out."""
+    """A node's children, without nodes that only group them."""
     found: list[Node] = []
     for child in node.children:
-        tight = child.type == "paragraph" and child.hidden  # a list whose items are one line each
+        tight = child.type == "paragraph" and child.hidden  # a list with one line per item
         found += _children(child, numbers) if child.type == "inline" or tight else [_node(child, numbers)]
     return found
 
@@ -183,23 +183,23 @@ def _node(node: SyntaxTreeNode, numbers: dict[str, int]) -> Node:
         return {"tag": "h3", "children": _children(node, numbers)}
     if kind in TAGS:
         return {"tag": TAGS[kind], "children": _children(node, numbers)}
-    raise DataError(f"a chapter holds {kind} ({node.tag or node.content[:40]!r}), which its page cannot draw.")
+    raise DataError(f"a chapter contains {kind} ({node.tag or node.content[:40]!r}), which the page cannot render.")
 
 
 def _checked(address: str) -> str:
-    """An address within the lab, or one that a reader may follow out of it."""
+    """Returns a link target inside the lab or on the web. Raises DataError for any other."""
     if not address.startswith(("/", "#", "https://", "http://")):
         raise DataError(f"a chapter links to {address!r}; expected /…, #… or https://….")
     return address
 
 
 def _fence(node: SyntaxTreeNode) -> Node:
-    """A fenced block: code, or what its first word and the name after it stand for."""
+    """A fenced block: code, or the item named by its info string."""
     what, _, name = node.info.strip().partition(" ")
     if what == "source":
         return {"tag": "source", **read_source(name.strip())}
     if what == "explore" and name not in EXPLORERS:
-        raise DataError(f"there is no explorer {name!r}; there are {', '.join(EXPLORERS)}.")
+        raise DataError(f"there is no explorer {name!r}; choose one of {', '.join(EXPLORERS)}.")
     if what == "command":
         return {"tag": "command", "children": [node.content.rstrip("\n")]}
     if what in FENCES:
@@ -208,7 +208,7 @@ def _fence(node: SyntaxTreeNode) -> Node:
 
 
 def _math(state: StateInline, silent: bool) -> bool:
-    """$…$ in a line: no space inside the signs, no digit after them, so that prices stay prices."""
+    """Inline $…$: no space just inside the signs and no digit after them, so that prices are not formulas."""
     found = re.compile(r"\$(?=\S)([^$\n]*[^$\s\\])\$(?!\d)").match(state.src, state.pos, state.posMax)
     if not found:
         return False
@@ -219,7 +219,7 @@ def _math(state: StateInline, silent: bool) -> bool:
 
 
 def _note(state: StateInline, silent: bool) -> bool:
-    """[^name], a source."""
+    """[^name], a reference to a source."""
     found = re.compile(r"\[\^([\w-]+)\]").match(state.src, state.pos, state.posMax)
     if not found:
         return False
@@ -230,14 +230,14 @@ def _note(state: StateInline, silent: bool) -> bool:
 
 
 def _math_block(state: StateBlock, start: int, end: int, silent: bool) -> bool:
-    """Lines between two lines `$$`."""
+    """A display formula between two `$$` lines."""
     if state.getLines(start, start + 1, state.blkIndent, False).strip() != "$$":
         return False
     close = start + 1
     while close < end and state.getLines(close, close + 1, state.blkIndent, False).strip() != "$$":
         close += 1
     if close == end:
-        raise DataError(f"a displayed formula is never closed: {state.getLines(start + 1, start + 2, 0, False)!r}.")
+        raise DataError(f"a display formula is never closed: {state.getLines(start + 1, start + 2, 0, False)!r}.")
     if not silent:
         state.push("math_block", "", 0).content = state.getLines(start + 1, close, state.blkIndent, False)
         state.line = close + 1

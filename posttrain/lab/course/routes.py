@@ -1,4 +1,4 @@
-"""What the course's pages ask for: the chapters, one of them, and the numbers of a worked example."""
+"""Routes of the course: the list of chapters, one chapter, and the numbers of a worked example."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from posttrain.types import ResumeError
 
 
 def routes(place: Place) -> list[BaseRoute]:
-    """The course's part of the lab; nothing in it depends on the folder."""
+    """The routes of the course; they do not depend on the folder."""
     return [
         get("/api/course", lambda request: pages.chapters()),
         get("/api/course/{chapter}", lambda request: pages.read_chapter(named(request, "chapter"))),
@@ -23,10 +23,10 @@ def routes(place: Place) -> list[BaseRoute]:
 
 
 def work(request: Request) -> dict[str, Any]:
-    """Computes a worked example, now."""
+    """Computes a worked example."""
     from posttrain.lab.course.examples import EXAMPLES
 
     name = named(request, "name")
     if name not in EXAMPLES:
-        raise ResumeError(f"there is no worked example {name!r}; there are {', '.join(EXAMPLES)}.")
+        raise ResumeError(f"there is no worked example {name!r}; choose one of {', '.join(EXAMPLES)}.")
     return EXAMPLES[name]().as_dict()

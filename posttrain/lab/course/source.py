@@ -1,4 +1,4 @@
-"""The source of a function of this package, as it is installed here, read without importing it."""
+"""Reads the source of an installed function of this package without importing it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ PACKAGE = Path(__file__).parents[2]
 
 
 def read_source(name: str) -> dict[str, Any]:
-    """`objectives.policy:clip` → {name, file, line, code}: what inspect.getsource returns, and where it stands.
+    """`objectives.policy:clip` → {name, file, line, code}: the same code as inspect.getsource, and its location.
 
-    After the colon stands a function, a class or CLASS.METHOD; `recipe:NAME` is a shipped recipe instead, whole. The
-    file is parsed, not imported: the lab shows training, but never loads it. Raises DataError where there is none.
+    The colon is followed by a function, a class or CLASS.METHOD; `recipe:NAME` is a whole bundled recipe instead. The
+    file is parsed, not imported, so that a chapter loads no training code. Raises DataError if nothing is found.
     """
     module, _, wanted = name.partition(":")
     if module == "recipe":

@@ -1,4 +1,4 @@
-"""The worked examples of chapter 1. Each calls the functions that train and writes down what they return."""
+"""Worked examples of chapter 1. Each one calls the library's training functions and shows their results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LOGITS = (0.2, 0.5, 0.0)
 
 
 def log_probability() -> Worked:
-    """The probability of an answer is a product over its tokens; its logarithm is a sum."""
+    """The probability of an answer is a product over its tokens, its logarithm a sum."""
     words = ("1", "3", "9", "stop")
     tokens = torch.tensor([[0, 1, 2, 0, 3]])  # the first stands for the prompt
     logits = torch.zeros(1, 5, 4, dtype=torch.float64)
@@ -29,7 +29,7 @@ def log_probability() -> Worked:
     terms = " ".join(one(value) for value in logp[0, 1:])
     return Worked(
         title="The log-probability of “391”",
-        given="A model of four tokens writes 3, 9, 1 and the stop token; its logits were made up for this example.",
+        given="A model with four tokens writes 3, 9, 1 and the stop token; its logits are made up for this example.",
         calls=("objectives.tokens.token_logprobs", "objectives.preference.sequence_logp"),
         steps=(
             Step(r"\log \pi(y \mid x) = \sum_t \log \pi(a_t \mid s_t)", terms, one(whole)),
@@ -41,7 +41,7 @@ def log_probability() -> Worked:
 
 
 def gradients(rewards: torch.Tensor, baseline: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """π (A,), and what REINFORCE estimates from each sampled answer, (A answers, A logits): value and probability."""
+    """π (A,), REINFORCE's gradient estimate from each sampled answer (A answers, A logits), and the logits (A,)."""
     logits = tensor(*LOGITS).requires_grad_()
     each: list[torch.Tensor] = []
     for action, reward in enumerate(rewards):
@@ -53,7 +53,7 @@ def gradients(rewards: torch.Tensor, baseline: float) -> tuple[torch.Tensor, tor
 
 
 def policy_gradient() -> Worked:
-    """The expectation of REINFORCE's estimate is the gradient of the expected reward, number for number."""
+    """The expectation of REINFORCE's estimate equals the gradient of the expected reward."""
     rewards = tensor(1, 0, 0)
     pi, each, logits = gradients(rewards, 0.0)
     logits.requires_grad_()
@@ -77,13 +77,13 @@ def policy_gradient() -> Worked:
             r"$\mathbb{E}[R\, \nabla \log \pi]$",
         ),
         rows=tuple(rows),
-        after="The fourth column differentiates J itself. The fifth averages what REINFORCE estimates from each single "
-        "answer, weighted by how often that answer is sampled.",
+        after="The fourth column differentiates J itself. The fifth averages REINFORCE's estimates from the single "
+        "answers, weighted by how often each answer is sampled.",
     )
 
 
 def baseline() -> Worked:
-    """A constant taken off the reward leaves the mean of the estimate and shrinks its spread."""
+    """Subtracting a constant from the reward keeps the mean of the estimate and reduces its variance."""
     rows: list[tuple[str, ...]] = []
     for name, shift, subtract in (("1 or 0", 0.0, False), ("11 or 10", 10.0, False), ("11 or 10", 10.0, True)):
         rewards = tensor(1, 0, 0) + shift
@@ -95,22 +95,23 @@ def baseline() -> Worked:
         rows.append((name, one(off), one(mean, 4), one(spread, 4)))
     return Worked(
         title="What a baseline changes and what it does not",
-        given="The same three answers. The last two columns are of one sampled answer's estimate for the logit of 391.",
+        given="The same three answers. The last two columns describe the estimate from one sampled answer, for the "
+        "logit of 391.",
         calls=("objectives.policy.reinforce",),
         head=("rewards", r"$b$", "mean", "standard deviation"),
         rows=tuple(rows),
-        after="The mean never moves. Ten points added to every reward make the estimate many times noisier, and the "
-        "baseline takes that noise away again.",
+        after="The mean never changes. Adding ten points to every reward makes the estimate many times noisier, and "
+        "the baseline removes that noise again.",
     )
 
 
 def best_of() -> Worked:
-    """If somebody can tell which answer is right, sampling more is enough to have a right one."""
+    """With a judge that recognises right answers, sampling more answers is enough to get one."""
     rows = [(str(k), f"{100 * pass_at_k(100, 17, k):.1f} %") for k in (1, 2, 4, 8, 16, 32)]
     return Worked(
-        title="What choosing is worth",
-        given="A model writes 100 answers to a question and 17 are right. Somebody who recognises a right answer may "
-        "choose from k of them. How often is there one to choose?",
+        title="What it is worth to choose",
+        given="A model writes 100 answers to a question, and 17 are right. Someone who recognises right answers may "
+        "choose from k of them. How often is there a right one to choose?",
         calls=("evaluation.pass_at_k",),
         steps=(Step(r"1 - \binom{83}{k} \big/ \binom{100}{k}"),),
         head=("k", "at least one right"),

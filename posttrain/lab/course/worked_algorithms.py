@@ -1,4 +1,4 @@
-"""The worked examples of chapter 3. Each calls the functions that train and writes down what they return."""
+"""Worked examples of chapter 3. Each one calls the library's training functions and shows their results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HERE = torch.ones(1, 4, dtype=torch.bool)
 
 
 def optimum() -> Worked:
-    """The best policy under a KL penalty, and what others earn."""
+    """The optimal policy under a KL penalty, compared with others."""
     reference, rewards, beta = tensor(0.6, 0.3, 0.1), tensor(0.0, 1.0, 2.0), 1.0
     weights = reference * (rewards / beta).exp()
     best = weights / weights.sum()
@@ -39,7 +39,7 @@ def optimum() -> Worked:
     ]
     z = weights.sum()
     return Worked(
-        title="The best policy that pays for leaving",
+        title="The best policy when leaving the reference costs",
         given="Three answers with reference probabilities 0.6, 0.3, 0.1 and rewards 0, 1, 2; β = 1.",
         calls=("torch.xlogy",),
         steps=(
@@ -53,7 +53,7 @@ def optimum() -> Worked:
                 rf"0.1\,e^2 / {one(z)}",
                 one(best[2]),
             ),
-            Step(r"\beta \log Z", "", one(beta * z.log()), "The optimum earns exactly"),
+            Step(r"\beta \log Z", "", one(beta * z.log()), "The optimum reaches exactly"),
         ),
         head=(
             "policy",
@@ -69,19 +69,19 @@ def optimum() -> Worked:
 
 
 def per_token() -> Worked:
-    """A score at the end and a price for every token."""
+    """A score at the end and a penalty at every token."""
     logp, ref = tensor(-0.4, -1.0, -0.2, -0.1).unsqueeze(0), tensor(-0.5, -2.0, -0.3, -0.1).unsqueeze(0)
     apart = logp - ref
     rewards = token_rewards(tensor(1.0), apart, HERE, 0.1)[0]
     rows = [(str(t + 1), *many((logp[0, t], ref[0, t], apart[0, t], rewards[t]), 2)) for t in range(4)]
     return Worked(
         title="The reward of each token",
-        given="An answer of four tokens scored 1. The penalty's coefficient is 0.1.",
+        given="An answer of four tokens has a score of 1. The penalty's coefficient is 0.1.",
         calls=("objectives.values.token_rewards",),
         steps=(
             Step(r"r_4 = R - \beta\,(\log\pi - \log\pi_{\text{ref}})", r"1 - 0.1 \cdot 0.00", one(rewards[3], 2)),
             Step(
-                r"\sum_t r_t", "", one(rewards.sum(), 2), "All tokens together earn the score less the whole penalty:"
+                r"\sum_t r_t", "", one(rewards.sum(), 2), "Together, all tokens earn the score minus the whole penalty:"
             ),
         ),
         head=("t", r"$\log \pi$", r"$\log \pi_{\text{ref}}$", "difference", "$r_t$"),
@@ -100,7 +100,7 @@ def advantages() -> Worked:
     ]
     return Worked(
         title="GAE, from the last token to the first",
-        given="The rewards of four tokens and what a critic expected before each; γ = 1, λ = 0.95.",
+        given="The rewards of four tokens and the critic's value before each; γ = 1, λ = 0.95.",
         calls=("objectives.values.gae",),
         steps=(
             Step(r"A_4 = \delta_4 = r_4 - V_4", r"1 - 0.9", one(some[0, 3])),
@@ -133,13 +133,14 @@ def clipping() -> Worked:
             slope = -torch.autograd.grad(loss.sum(), logp)[0]
             rows.append((f"{advantage:+.0f}", *many((r, -loss.detach()), 2), one(slope, 2), "yes" if clipped else "no"))
     return Worked(
-        title="Where the clip takes the gradient away",
-        given="One token, ε = 0.2. The gradient is of the surrogate by log π: above 0 the token becomes more likely.",
+        title="Where the clip removes the gradient",
+        given="One token, ε = 0.2. The gradient is that of the surrogate with respect to log π: above 0 the token "
+        "becomes more likely.",
         calls=("objectives.policy.clip",),
         head=("$A$", r"$\rho$", "surrogate", "gradient", "clipped"),
         rows=tuple(rows),
-        after="Only two of the eight are clipped: a good token that is already much likelier, and a bad one that is "
-        "already much less likely. A mistake in the other direction keeps its gradient.",
+        after="Only two of the eight are clipped: a good token that is already much more likely, and a bad one that is "
+        "already much less likely. A token that moved in the wrong direction keeps its gradient.",
     )
 
 
@@ -151,7 +152,7 @@ def critic_loss() -> Worked:
     free, _ = value_loss(value, old, back, here, 0.0)
     return Worked(
         title="A critic's loss",
-        given="The critic said 0.5 when the answer was sampled and says 0.9 now; the return was 1.",
+        given="The critic predicted 0.5 when the answer was sampled and predicts 0.9 now; the return was 1.",
         calls=("objectives.values.value_loss",),
         steps=(
             Step(r"\tfrac12 (V - R)^2", r"\tfrac12 (0.9 - 1)^2", one(free)),
@@ -166,11 +167,11 @@ def critic_loss() -> Worked:
 
 
 def controller() -> Worked:
-    """A coefficient that follows the KL it should hold."""
+    """An adaptive coefficient that steers the KL to a target."""
     rows = [(one(k, 1), one(adaptive_kl(0.1, k, 6.0, 10000, 512), 5)) for k in (2.0, 5.0, 6.0, 9.0)]
     return Worked(
-        title="A coefficient that steers",
-        given="β is 0.1, the target is 6 nats an answer, the horizon 10,000 answers; 512 answers were sampled.",
+        title="An adaptive KL coefficient",
+        given="β is 0.1, the target is 6 nats per answer, the horizon 10,000 answers; 512 answers were sampled.",
         calls=("objectives.values.adaptive_kl",),
         steps=(
             Step(
@@ -202,7 +203,7 @@ def others() -> Worked:
                 r"\frac{G}{G - 1}\,(r_1 - \bar r)",
                 r"\tfrac43\,(1 - 0.5)",
                 one(4 / 3 * mean[0]),
-                "The same by the group mean:",
+                "The same, from the group mean:",
             ),
             Step(
                 r"\hat A_1 = \frac{r_1 - \mu_G}{\sigma_G}",
@@ -217,7 +218,7 @@ def others() -> Worked:
 
 
 def unbiased() -> Worked:
-    """Every group that can be drawn, enumerated: the expectation of both estimators is the gradient."""
+    """The expectation of two estimators over all possible groups, by enumeration, compared with the true gradient."""
     pi, rewards = tensor(0.3, 0.7), tensor(1.0, 0.0)
     score = tensor(1.0, 0.0) - pi[0]  # d log π(answer) / d logit of the right one
     exact = (pi * rewards * score).sum()
@@ -232,8 +233,9 @@ def unbiased() -> Worked:
         found.append((str(size), *many((exact, mean, (1 - 1 / size) * exact, others), 5)))
     return Worked(
         title="All groups that could have been drawn",
-        given="A question that is answered rightly with probability 0.3. Each group of G answers is weighed with its "
-        "probability; the numbers are the expected estimate of the gradient of J by the right answer’s logit.",
+        given="A question that is answered correctly with probability 0.3. Each group of G answers is weighted by its "
+        "probability; the numbers are expected estimates of the gradient of J with respect to the right answer’s "
+        "logit.",
         calls=("objectives.advantages.group_relative", "objectives.advantages.leave_one_out"),
         head=("$G$", r"$\nabla J$", "group mean", r"$(1 - 1/G)\, \nabla J$", "leave one out"),
         rows=tuple(found),
@@ -241,7 +243,7 @@ def unbiased() -> Worked:
 
 
 def group_as_critic() -> Worked:
-    """How well the mean of a group knows the value of a prompt."""
+    """How well a group's mean estimates the value of a prompt."""
     p = torch.tensor(0.3, dtype=torch.float64)
     rows: list[tuple[str, ...]] = []
     for size in (2, 4, 8, 16):
@@ -253,12 +255,12 @@ def group_as_critic() -> Worked:
         rows.append((str(size), one(spread), one((p * (1 - p) / size).sqrt()), one(flat)))
     return Worked(
         title="A group’s mean as a critic",
-        given="A question that is answered rightly with probability V = 0.3. How far is the mean of G rewards from V?",
+        given="A question is answered correctly with probability V = 0.3. How far is the mean of G rewards from V?",
         calls=("torch.lgamma",),
         steps=(Step(r"\text{standard error} = \sqrt{V (1 - V) / G}"),),
         head=("$G$", "spread, enumerated", "by the formula", "all rewards equal"),
         rows=tuple(rows),
-        after="The last column is the share of groups that teach nothing, because every answer earned the same.",
+        after="The last column is the share of groups that teach nothing, because all rewards are equal.",
     )
 
 
@@ -278,7 +280,7 @@ def objective() -> Worked:
     ]
     total = loss.mean() + 0.04 * apart.mean()
     return Worked(
-        title="GRPO’s loss of one group",
+        title="GRPO’s loss for one group",
         given="Four answers of one token each, with rewards 1, 0, 0, 1, after one update; ε = 0.2, β = 0.04.",
         calls=("objectives.advantages.group_relative", "objectives.policy.clip", "objectives.tokens.kl_k3"),
         steps=(

@@ -1,4 +1,4 @@
-"""The worked examples of chapters 5 and 6, some of them from results that the package records."""
+"""Worked examples of chapters 5 and 6, some of them from recorded results."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RESULTS = Path(__file__).parents[2] / "config" / "recipes" / "results"
 
 @cache
 def recorded(pipeline: str) -> dict[str, Any]:
-    """What a shipped pipeline came to, as the package records it."""
+    """The recorded results of a bundled pipeline."""
     return json.loads((RESULTS / f"{pipeline}.json").read_text(encoding="utf-8"))["results"]
 
 
@@ -45,7 +45,7 @@ def nanochat_step() -> Worked:
         ),
     ]
     return Worked(
-        title="One question of nanochat's loop",
+        title="One question in nanochat's loop",
         given="Sixteen answers, of which the first four are right. The first eight have 10 tokens each, the other "
         "eight 20.",
         calls=("objectives.advantages.group_relative", "objectives.tokens.token_weights"),
@@ -55,37 +55,40 @@ def nanochat_step() -> Worked:
                 r"w = \frac{1}{C \cdot \sum_{c} |y|}",
                 r"\frac{1}{2 \cdot 80}",
                 one(passes[0, 0], 5),
-                "A token in the first pass:",
+                "A token of the first pass:",
             ),
             Step(
-                r"w = \frac{1}{C \cdot \sum_{c} |y|}", r"\frac{1}{2 \cdot 160}", one(passes[9, 0], 5), "In the second:"
+                r"w = \frac{1}{C \cdot \sum_{c} |y|}",
+                r"\frac{1}{2 \cdot 160}",
+                one(passes[9, 0], 5),
+                "A token of the second pass:",
             ),
         ),
-        head=("a token of", "advantage", "push with passes of 8", "push with one mean over all"),
+        head=("a token of", "advantage", "weight × advantage, passes of 8", "weight × advantage, one mean over all"),
         rows=tuple(rows),
-        after="Two equally wrong answers are pushed differently, because one shares its pass with shorter neighbours.",
+        after="Two equally wrong answers are weighted differently, because one is in a pass with shorter answers.",
     )
 
 
 def proxy_and_truth() -> Worked:
-    """The toy of the exercise: padding that the proxy likes and the reader does not."""
+    """The exercise's toy problem: padding that the proxy rewards and the true reward does not."""
     free, held = coding.simulated(0.0), coding.simulated(coding.BETA)
     rows = [(f"{i}", *many((*free[i], *held[i]))) for i in (0, 5, 20, 50, 100, 200)]
     best = max(range(len(free)), key=lambda i: free[i][1])
     return Worked(
         title="Climbing a proxy, with and without a KL penalty",
-        given="A policy over 0 to 7 sentences of padding. The proxy pays more for each sentence; the truth is highest "
-        f"at two. Exact gradient ascent, 200 steps at rate {coding.RATE}; β = {coding.BETA} on the right.",
+        given="A policy over 0 to 7 sentences of padding. The proxy rises with each sentence; the true reward is "
+        f"highest at two. Exact gradient ascent, 200 steps at rate {coding.RATE}; β = {coding.BETA} on the right.",
         calls=("objectives.tokens.kl_k1",),
-        head=("step", "proxy", "truth", "KL", "proxy, held", "truth, held", "KL, held"),
+        head=("step", "proxy", "truth", "KL", "proxy, β", "truth, β", "KL, β"),
         rows=tuple(rows),
-        after=f"Without the penalty the truth is best after {best} steps and ends below where it began. With it, less "
-        "is won, and kept.",
+        after=f"Without the penalty the truth peaks after {best} steps and ends below where it started. With the "
+        "penalty it gains less, but keeps the gain.",
     )
 
 
 def gao_fit() -> Worked:
-    """Where our fitted curves of best-of-n turn, from the recorded run of `overoptimisation`."""
+    """The peak of the fitted best-of-n curve, from the recorded run of `overoptimisation`."""
     found = recorded("overoptimisation")
     alpha, beta = (found[f"figure.best-of-n.fits.best-of-4.{name}"] for name in ("alpha", "beta"))
     peak = alpha / (2 * beta)
@@ -97,9 +100,9 @@ def gao_fit() -> Worked:
         score = found[f"best-of-4.best_of.{n}.score"]
         rows.append((f"{n}", one(distance, 2), one(score, 2), one(measured, 1), one(curve, 1)))
     return Worked(
-        title="Where choosing by the reward model stops paying",
-        given="Our reward model of four layers chooses the best of n answers. The curve was fitted to the true score "
-        "of our run.",
+        title="Where choosing by the reward model stops helping",
+        given="Our reward model with four layers chooses the best of n answers. The curve was fitted to the true "
+        "scores of our run.",
         calls=("search.bon_kl", "recipes/results/overoptimisation.json"),
         steps=(
             Step(r"R(d) = d\,(\alpha - \beta d)", rf"d\,({one(alpha, 3)} - {one(beta, 3)}\, d)"),
@@ -111,12 +114,12 @@ def gao_fit() -> Worked:
         ),
         head=("n", r"$d = \sqrt{D_{\mathrm{KL}}}$", "proxy", "truth gained, %", "the curve, %"),
         rows=tuple(rows),
-        after="The proxy rises all the way. The truth has turned round before the best of 32.",
+        after="The proxy keeps rising. The truth turns down before the best of 32.",
     )
 
 
 def entropies() -> Worked:
-    """Three distributions over four answers that are equally right."""
+    """Three distributions over four equally right answers."""
     logits = {"varied": (0.0, 0.0, 0.0, 0.0), "narrowed": (2.0, 1.0, 0.0, -1.0), "collapsed": (8.0, 0.0, 0.0, 0.0)}
     rows = []
     for name, values in logits.items():
@@ -125,7 +128,7 @@ def entropies() -> Worked:
         distinct = float((1 - (1 - shares_) ** 8).sum())
         rows.append((name, one(shares_.max()), one(entropy[0]), one(math.exp(float(entropy[0])), 2), one(distinct, 2)))
     return Worked(
-        title="What entropy says of eight answers",
+        title="What entropy says about eight answers",
         given="Four answers are equally right. A policy draws eight times.",
         calls=("objectives.tokens.select",),
         steps=(
@@ -136,14 +139,14 @@ def entropies() -> Worked:
                 "Varied:",
             ),
         ),
-        head=("policy", "likeliest answer", "entropy, nats", r"$e^H$", "different answers in eight"),
+        head=("policy", "most likely answer", "entropy, nats", r"$e^H$", "different answers in eight"),
         rows=tuple(rows),
-        after="All three earn the same reward, so the reward does not say that anything was lost.",
+        after="All three earn the same reward, so the reward does not show that anything was lost.",
     )
 
 
 def flat_share() -> Worked:
-    """The chance that a group is flat, over all outcomes of a task and of a mixture of tasks."""
+    """The probability of a flat group, for equal tasks and for a mixture of tasks."""
     rows = []
     for size in (2, 4, 8):
         outcomes = torch.tensor(list(itertools.product((1.0, 0.0), repeat=size)), dtype=torch.float64)
@@ -155,10 +158,10 @@ def flat_share() -> Worked:
         rows.append((f"{size}", *many((chance(0.17), 0.8 * chance(0.01) + 0.2 * chance(0.81)))))
     return Worked(
         title="How many groups teach nothing",
-        given="Left, every task is solved with probability 0.17. Right, four tasks in five are solved with 0.01 and "
-        "one in five with 0.81, which is 0.17 on average.",
+        given="Equal: every task is solved with probability 0.17. Unequal: four tasks in five are solved with "
+        "probability 0.01 and one in five with 0.81, which is 0.17 on average.",
         calls=("objectives.advantages.flat_groups",),
-        steps=(Step("p^G + (1 - p)^G", "0.17^4 + 0.83^4", rows[1][1], "For G = 4 on the left:"),),
+        steps=(Step("p^G + (1 - p)^G", "0.17^4 + 0.83^4", rows[1][1], "For G = 4 and equal tasks:"),),
         head=("G", "equal tasks", "unequal tasks"),
         rows=tuple(rows),
         after="With the same accuracy, unequal tasks leave many more groups flat.",
@@ -166,15 +169,15 @@ def flat_share() -> Worked:
 
 
 def interval() -> Worked:
-    """Wilson's interval of two accuracies on GSM8K's test set."""
+    """Wilson's intervals for two accuracies on GSM8K's test set."""
     rows = []
     for name, right in (("before, 4.6 %", 60), ("after, 7.6 %", 100)):
         found = wilson(right, 1319)
         rows.append((name, f"{right}", one(100 * found.low, 1), one(100 * found.high, 1)))
     p = 100 / 1319
     return Worked(
-        title="What 1,319 problems can tell",
-        given="60 and 100 problems of 1,319 are solved. The interval is Wilson's, for 95 %.",
+        title="What 1,319 problems can show",
+        given="60 and 100 of 1,319 problems are solved. The intervals are Wilson's, at 95 %.",
         calls=("intervals.wilson",),
         steps=(
             Step(
@@ -185,12 +188,12 @@ def interval() -> Worked:
         ),
         head=("accuracy", "right", "from, %", "to, %"),
         rows=tuple(rows),
-        after="The two do not overlap.",
+        after="The two intervals do not overlap.",
     )
 
 
 def thinking() -> Worked:
-    """The gradient of the accuracy by the logit of thinking, by REINFORCE over the two ways to answer."""
+    """The gradient of the accuracy with respect to the logit of thinking, by REINFORCE over both ways to answer."""
     right = tensor(0.9, 0.15)
     rows = []
     for q in (0.05, 0.25, 0.5, 0.75, 0.95):
@@ -201,16 +204,17 @@ def thinking() -> Worked:
         rows.append((one(q, 2), *many((q * 0.9 + (1 - q) * 0.15, slope[0], q * (1 - q) * 0.75), 4)))
     return Worked(
         title="How fast thinking spreads",
-        given="With a thought 90 % are right, without one 15 %.",
+        given="With thinking 90 % of the answers are right, without it 15 %.",
         calls=("objectives.policy.reinforce",),
         head=("$q$", "accuracy", "gradient, by REINFORCE", "$q (1 - q)(a - b)$"),
         rows=tuple(rows),
-        after="Slow, fast, slow: rare thoughts are seldom sampled, and where all think nothing can be compared.",
+        after="Slow, fast, slow: rare thoughts are seldom sampled, and once every answer thinks there is nothing to "
+        "compare.",
     )
 
 
 def covariance() -> Worked:
-    """The first step's effect on the truth, and the same later, when proxy and truth have parted."""
+    """The effect of a step on the truth, at the start and later, when proxy and truth diverge."""
     proxy, truth, start = tensor(*coding.PROXY), tensor(*coding.TRUTH), tensor(*coding.START)
     rows = []
     for push in (0.0, 0.5, 1.0, 2.0):
@@ -222,17 +226,17 @@ def covariance() -> Worked:
                      one((at * kl_k1(logp, start.log_softmax(0))).sum(), 2)))  # fmt: skip
     return Worked(
         title="When pushing the proxy stops helping",
-        given="The toy below. The policy is its start tilted by η times the proxy.",
+        given="The toy problem below. The policy is its start tilted by η times the proxy.",
         calls=("objectives.tokens.kl_k1",),
         head=(r"$\eta$", "proxy", "truth", r"$\mathrm{Cov}(r, r^*)$", "change of the truth", "KL"),
         rows=tuple(rows),
-        after="The covariance is the rate at which the truth changes. It has turned negative while the proxy still has "
-        "far to climb.",
+        after="The covariance is the rate at which the truth changes. It turns negative while the proxy can still rise "
+        "a lot.",
     )
 
 
 def soft_label() -> Worked:
-    """A judge with a taste for what stands first, asked both ways round."""
+    """A judge with a position bias, asked in both orders."""
     logit, bias, zero = 0.8, 0.5, tensor(0.0)
     ways = tensor(logit + bias, logit - bias)
     label = ways.mean().sigmoid().unsqueeze(0)
@@ -246,8 +250,8 @@ def soft_label() -> Worked:
     ]
     return Worked(
         title="One judgement from two orders",
-        given="The judge truly prefers answer 1 with logit 0.8 and adds 0.5 to whichever stands first. The reward "
-        "model gives answer 1 0.8 more.",
+        given="The judge prefers answer 1 with logit 0.8 and adds 0.5 for whichever answer comes first. The reward "
+        "model scores answer 1 higher by 0.8.",
         calls=("objectives.reward.bradley_terry",),
         steps=(
             Step(r"\ell = \sigma\Bigl(\tfrac{(0.8 + 0.5) + (0.8 - 0.5)}{2}\Bigr)", r"\sigma(0.8)", one(label[0])),
@@ -257,13 +261,13 @@ def soft_label() -> Worked:
                 rows[2][2],
             ),
         ),
-        head=("asked", r"label $\ell$", "loss"),
+        head=("order", r"label $\ell$", "loss"),
         rows=tuple(rows),
     )
 
 
 def pinsker() -> Worked:
-    """The bound on what a bounded error can do, and what it does in the toy."""
+    """Pinsker's bound on the effect of a bounded error, and the actual effect in the toy problem."""
     wrong = tensor(*coding.PROXY) - tensor(*coding.TRUTH)
     start = tensor(*coding.START).log_softmax(0)
     most, rows = float(wrong.abs().max()), []
@@ -274,7 +278,7 @@ def pinsker() -> Worked:
         rows.append((one(push, 2), *many((distance, abs(moved), 2 * most * math.sqrt(distance / 2)))))
     return Worked(
         title="A bound, and how loose it is",
-        given=f"The toy's proxy is wrong by at most B = {one(most, 2)}. The policy is its start, tilted.",
+        given=f"The toy problem's proxy is wrong by at most B = {one(most, 2)}. The policy is its start, tilted.",
         calls=("objectives.tokens.kl_k1",),
         steps=(
             Step(

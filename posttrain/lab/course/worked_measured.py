@@ -1,4 +1,4 @@
-"""Numbers that are not computed while a page is read, but were measured by a recipe that ships, or planned by sizes."""
+"""Examples whose numbers were measured by a bundled recipe, or come from the memory planner."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ SIZE = "qwen2.5-7b"
 
 @cache
 def results(recipe: str) -> dict[str, Any]:
-    """What posttrain/config/recipes/results/RECIPE.json recorded: {date, results}."""
+    """The contents of posttrain/config/recipes/results/RECIPE.json: {date, results}."""
     return json.loads((PACKAGE / "config" / "recipes" / "results" / f"{recipe}.json").read_text(encoding="utf-8"))
 
 
 def card_row(found: dict[str, float], name: str, shown: str) -> tuple[str, ...]:
-    """A model's figures: three shares in per cent, nats from the starting model, tokens."""
+    """A model's metrics: three shares in per cent, and the mean length in tokens."""
     shares = [f"{100 * found[f'{name}.{figure}']:.1f} %" for figure in SHARES]
     return shown, *shares, one(found[f"{name}.length"], 1)
 
 
 def stages() -> Worked:
-    """The pipeline of three stages on the model that ships."""
+    """The three-stage pipeline on the bundled model."""
     record = results("rlhf")
     rows = [
         card_row(record["results"], name, shown)
@@ -38,10 +38,10 @@ def stages() -> Worked:
     ]
     return Worked(
         title="Three stages of a small model, measured",
-        given="The recipe rlhf on abacus, the model of this library. Helpfulness: harmless requests that are "
-        f"fulfilled; safety: harmful ones declined; reasoning: sums that are right. Recorded {record['date']}.",
+        given="The recipe rlhf on abacus, this library's bundled model. Helpfulness: harmless requests fulfilled; "
+        f"safety: harmful requests refused; reasoning: sums that are right. Recorded {record['date']}.",
         calls=("recipe rlhf",),
-        head=("model", *SHARES, "tokens an answer"),
+        head=("model", *SHARES, "tokens per answer"),
         rows=tuple(rows),
     )
 
@@ -60,15 +60,15 @@ def methods() -> Worked:
     return Worked(
         title="Seven methods on the same preferences, measured",
         given="The recipe preference-methods: each method once, from the same SFT model, most for about the same "
-        f"processor time. One seed and a toy model: an example and no ranking. Recorded {record['date']}.",
+        f"processor time. One seed and a toy model: an example, not a ranking. Recorded {record['date']}.",
         calls=("recipe preference-methods",),
-        head=("method", *SHARES, "tokens an answer", "KL to SFT, nats"),
+        head=("method", *SHARES, "tokens per answer", "KL to SFT, nats"),
         rows=tuple(rows),
     )
 
 
 def both_fall() -> Worked:
-    """What DPO did to both answers of the held-out pairs."""
+    """How four methods changed the log-probabilities of both answers of held-out pairs."""
     found = results("preference-methods")["results"]
     rows: list[tuple[str, ...]] = []
     for name in ("dpo", "ipo", "simpo", "orpo"):
@@ -79,7 +79,7 @@ def both_fall() -> Worked:
         shown = name.upper().replace("SIMPO", "SimPO")
         rows.append((shown, *(one(value, 2) for pair in zip(before, after, strict=True) for value in pair)))
     return Worked(
-        title="Where the probability of both answers went, measured",
+        title="What happens to the probability of both answers, measured",
         given="Mean log-probability of the better and the worse answer of held-out pairs, before and after training, "
         "in the same recipe. SimPO and ORPO measure it per token.",
         calls=("recipe preference-methods",),
@@ -89,13 +89,13 @@ def both_fall() -> Worked:
 
 
 def probed() -> Worked:
-    """What the reward model of the recipe rlhf pays for besides being right."""
+    """What the reward model of the recipe rlhf rewards besides correctness."""
     found = results("rlhf")["results"]
     said = (
-        ("length", "four sentences that say nothing more are added", " SD"),
-        ("format", "heading, bullets and bold type around the same words", " SD"),
-        ("position", "the answer stands first, not last", " SD"),
-        ("sycophancy", "the user said to expect the wrong answer: how much oftener it wins", ""),
+        ("length", "four sentences without new information are added", " SD"),
+        ("format", "a heading, bullets and bold type around the same words", " SD"),
+        ("position", "the answer comes first, not last", " SD"),
+        ("sycophancy", "the user said to expect the wrong answer: how much more often it wins", ""),
     )
     rows = [
         (
@@ -116,7 +116,7 @@ def probed() -> Worked:
 
 
 def four_models() -> Worked:
-    """What is held throughout training, by method."""
+    """Memory held throughout training, by method."""
     shape = shape_of(SIZE)
     rows: list[tuple[str, ...]] = []
     for name, algorithm, settings in (
@@ -134,12 +134,12 @@ def four_models() -> Worked:
     return Worked(
         title="Models in memory, planned for seven billion weights",
         given=f"{SIZE}, {shape.parameters / 1e9:.2f} billion weights in bfloat16, all trained with AdamW and "
-        "float32 masters. Activations, gradients and the sampler's cache come on top.",
+        "float32 master weights. Activations, gradients and the KV cache come on top.",
         calls=("planner.states",),
-        head=("method", "policy", "critic", "reference", "reward model", "together"),
+        head=("method", "policy", "critic", "reference", "reward model", "total"),
         rows=tuple(rows),
-        after="DPO’s reference is read once before training and its log-probabilities are kept, so that it is not in "
-        "memory; an implementation that keeps it holds two models.",
+        after="DPO’s reference runs once before training and only its log-probabilities are kept, so the model is not "
+        "in memory; an implementation that keeps it holds two models.",
     )
 
 

@@ -1,4 +1,4 @@
-"""The worked examples of chapter 3 that learn from preferences, each by the functions that train."""
+"""Worked examples of chapter 3 about preferences. Each one calls the library's training functions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from posttrain.objectives.preference import PAIR_LOSSES, implicit_rewards, kto, 
 
 
 def signed(value: torch.Tensor | float, digits: int = 2) -> str:
-    """A number as it stands after an operator: in brackets where it is negative."""
+    """A number to put after an operator: in brackets if it is negative."""
     text = one(value, digits)
     return f"({text})" if text.startswith("-") else text
 
@@ -18,7 +18,7 @@ CHOSEN, REJECTED, REF_CHOSEN, REF_REJECTED = -12.0, -14.0, -13.0, -13.5  # summe
 
 
 def pair_loss(name: str, *logps: float, beta: float, margin: float = 0.0) -> float:
-    """One pair's loss under its name in PAIR_LOSSES."""
+    """The loss of one pair by its name in PAIR_LOSSES."""
     chosen, rejected, ref_chosen, ref_rejected = (tensor(value) for value in logps)
     loss = PAIR_LOSSES[name]
     return float(loss(chosen, rejected, ref_chosen, ref_rejected, beta, tensor(1.0), tensor(margin))[0])
@@ -33,8 +33,8 @@ def direct() -> Worked:
     pull = 0.1 * float((-0.1 * gap).sigmoid())
     return Worked(
         title="DPO on one pair",
-        given="Log-probabilities of whole answers: the policy gives the better −12.0 and the worse −14.0, the "
-        "reference −13.0 and −13.5. β = 0.1.",
+        given="Log-probabilities of whole answers: the policy gives the better answer −12.0 and the worse one −14.0, "
+        "the reference −13.0 and −13.5. β = 0.1.",
         calls=("objectives.preference.implicit_rewards", "objectives.preference.sigmoid"),
         steps=(
             Step(
@@ -48,14 +48,14 @@ def direct() -> Worked:
                 r"\beta\,\sigma(\hat r_l - \hat r_w)",
                 rf"0.1 \cdot \sigma({one(-0.1 * gap)})",
                 one(pull, 4),
-                "The weight with which its gradient raises the better answer and lowers the worse:",
+                "The weight with which its gradient raises the better answer and lowers the worse one:",
             ),
         ),
     )
 
 
 def cancels() -> Worked:
-    """The implicit reward of the optimal policy is the reward, up to one number a prompt."""
+    """The implicit reward of the optimal policy is the reward, up to one constant per prompt."""
     reference, rewards, beta = tensor(0.6, 0.3, 0.1), tensor(0.0, 1.0, 2.0), 0.5
     best = torch.log_softmax(reference.log() + rewards / beta, 0)
     implied, _ = implicit_rewards(best, best, reference.log(), reference.log(), beta)
@@ -80,24 +80,24 @@ def cancels() -> Worked:
 
 
 def squared() -> Worked:
-    """IPO beside DPO: a target instead of a push without end."""
+    """IPO compared with DPO: a target instead of an unbounded push."""
     rows = [
         (one(h, 0), *many((pair_loss("sigmoid", h, 0, 0, 0, beta=0.1), pair_loss("ipo", h, 0, 0, 0, beta=0.1)), 2))
         for h in (0.0, 2.0, 5.0, 8.0, 40.0)
     ]
     return Worked(
-        title="IPO has somewhere to stop",
-        given="The gap h = log-ratio of the better answer less that of the worse, in nats; β = τ = 0.1.",
+        title="IPO has a target to stop at",
+        given="The gap h = log-ratio of the better answer minus that of the worse one, in nats; β = τ = 0.1.",
         calls=("objectives.preference.ipo", "objectives.preference.sigmoid"),
         steps=(Step(r"\Big(h - \frac{1}{2\tau}\Big)^2", r"\Big(2 - \frac{1}{0.2}\Big)^2", rows[1][2], "At h = 2:"),),
         head=("$h$", "DPO", "IPO"),
         rows=tuple(rows),
-        after="DPO’s loss falls for ever. IPO’s is 0 at h = 5 and rises again beyond it.",
+        after="DPO’s loss keeps falling. IPO’s is 0 at h = 5 and rises again beyond it.",
     )
 
 
 def unpaired() -> Worked:
-    """KTO: a reference point, then one answer at a time."""
+    """KTO: a reference point, then one answer at a time, good or bad."""
     base = kto_baseline(tensor(0.5, 1.5, -0.2, 0.6), tensor(0.0, 0.0, 0.0, 0.0))
     good = kto(tensor(-11.0), tensor(-13.0), torch.tensor([True]), base, 0.5, 1.0, 1.0)[0]
     bad = kto(tensor(-11.0), tensor(-13.0), torch.tensor([False]), base, 0.5, 1.0, 1.0)[0]
@@ -116,13 +116,13 @@ def unpaired() -> Worked:
                 r"L_{\text{good}} = 1 - \sigma(\beta (r - z_0))",
                 rf"1 - \sigma\big(0.5\,(2.0 - {one(base, 2)})\big)",
                 one(good),
-                "If people called the answer good:",
+                "If the answer was rated good:",
             ),
             Step(
                 r"L_{\text{bad}} = 1 - \sigma(\beta (z_0 - r))",
                 rf"1 - \sigma\big(0.5\,({one(base, 2)} - 2.0)\big)",
                 one(bad),
-                "If they called it bad:",
+                "If it was rated bad:",
             ),
         ),
     )
@@ -135,7 +135,7 @@ def odds() -> Worked:
     term = pair_loss("orpo", -0.5, -0.9, 0, 0, beta=0.25)
     return Worked(
         title="ORPO on one pair",
-        given="Mean log-probability per token: the better answer −0.5, the worse −0.9. λ = 0.25.",
+        given="Mean log-probability per token: the better answer −0.5, the worse one −0.9. λ = 0.25.",
         calls=("objectives.preference.log_odds", "objectives.preference.orpo"),
         steps=(
             Step(
@@ -158,12 +158,12 @@ def simple() -> Worked:
     plain = pair_loss("simpo", -0.5, -0.9, 0, 0, beta=2.0)
     return Worked(
         title="SimPO on the same pair",
-        given="Mean log-probability per token: the better answer −0.5, the worse −0.9. β = 2, γ = 1.",
+        given="Mean log-probability per token: the better answer −0.5, the worse one −0.9. β = 2, γ = 1.",
         calls=("objectives.preference.simpo",),
         steps=(
             Step(r"\beta (\bar c - \bar r) - \gamma", r"2\,(-0.5 + 0.9) - 1", one(2 * 0.4 - 1)),
             Step(r"L = -\log \sigma(\cdot)", rf"-\log \sigma({one(2 * 0.4 - 1)})", one(loss)),
-            Step(r"-\log \sigma(0.8)", "", one(plain), "Without the margin the pair would already be nearly settled:"),
+            Step(r"-\log \sigma(0.8)", "", one(plain), "Without the margin, the pair would be nearly learned already:"),
         ),
     )
 

@@ -1,4 +1,4 @@
-"""The worked examples of chapter 4. Each calls the functions that train and writes down what they return."""
+"""Worked examples of chapter 4. Each one calls the library's training functions and shows their results."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GROUP = (1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0)
 
 
 def group_advantage() -> Worked:
-    """Two right answers of eight."""
+    """A group with two right answers out of eight."""
     rewards = tensor(*GROUP).unsqueeze(0)
     mean, spread = rewards.mean(), rewards.std()
     divided, plain, others = group_relative(rewards, "sample")[0], group_relative(rewards)[0], leave_one_out(rewards)[0]
@@ -48,8 +48,8 @@ def group_advantage() -> Worked:
         ),
         head=("answer", "$r_i$", r"$(r_i - \mu) / \sigma$", r"$r_i - \mu$", "leave one out"),
         rows=tuple(rows),
-        after="The columns differ by a factor that is the same for the whole group, so within one group they say the "
-        "same. Between groups they do not: only the first weighs easy and hard tasks alike.",
+        after="The columns differ by a factor that is constant within a group, so within one group they are "
+        "equivalent. Between groups they are not: only the first weighs easy and hard tasks equally.",
     )
 
 
@@ -61,17 +61,17 @@ def relativity() -> Worked:
         advantages = group_relative(tensor(*rewards).unsqueeze(0), "sample")[0]
         rows.append((name, *many((advantages[0], advantages[-1]))))
     return Worked(
-        title="A right answer is worth what its group makes it worth",
+        title="The worth of a right answer depends on its group",
         given="The first answer is right in each of three groups. The last one is wrong in the first two.",
         calls=("objectives.advantages.group_relative",),
         head=("group", "first answer", "last answer"),
         rows=tuple(rows),
-        after="Where all are right nothing is learned: exactly 0.",
+        after="If all answers are right, nothing is learned: the advantage is exactly 0.",
     )
 
 
 def clip_and_kl() -> Worked:
-    """The clipped objective at four tokens, with k3 towards the reference."""
+    """The clipped objective on four tokens, with a k3 penalty towards the reference."""
     old = tensor(0.30, 0.30, 0.30, 0.30).log().unsqueeze(0)
     now = tensor(0.33, 0.42, 0.33, 0.21).log().unsqueeze(0)
     reference = tensor(0.25, 0.25, 0.25, 0.25).log().unsqueeze(0)
@@ -87,8 +87,8 @@ def clip_and_kl() -> Worked:
     whole = loss.mean() + 0.04 * penalty.mean()
     return Worked(
         title="Four tokens after a first update",
-        given="Each token had probability 0.30 when it was sampled and has 0.33, 0.42, 0.33 and 0.21 now; the "
-        "reference gives it 0.25. The clip is 0.2 on both sides, β is 0.04.",
+        given="Each token had probability 0.30 when it was sampled; they now have 0.33, 0.42, 0.33 and 0.21. The "
+        "reference gives each 0.25. The clip is 0.2 on both sides, β is 0.04.",
         calls=("objectives.policy.ratio", "objectives.policy.clip", "objectives.tokens.kl"),
         head=(
             r"$\hat A$",
@@ -107,13 +107,13 @@ def clip_and_kl() -> Worked:
                 one(whole, 4),
             ),
         ),
-        after="The second token has risen enough and the fourth has fallen enough: neither moves any further. The "
-        "third has risen although it should fall, so nothing is cut.",
+        after="The second token has risen enough and the fourth has fallen enough: neither is pushed any further. The "
+        "third has risen although it should fall, so its gradient is kept.",
     )
 
 
 def group_baseline() -> Worked:
-    """Every possible group of four of a policy that is right with probability 0.3, weighed by its probability."""
+    """Gradient estimates over all groups of four of a policy that is right with probability 0.3."""
     p, size = 0.3, 4
     score = {1.0: 1 - p, 0.0: -p}  # d log π / d logit of being right
     found: dict[str, list[tuple[float, float]]] = {
@@ -141,24 +141,24 @@ def group_baseline() -> Worked:
         rows.append((name, *many((mean, math.sqrt(variance), math.sqrt(variance) / mean), 4)))
     return Worked(
         title="What a baseline does to the gradient, over all 16 groups of four",
-        given="A policy with one logit θ is right with probability σ(θ) = 0.3. Each of the 16 possible groups counts "
-        "with its probability, so means and deviations are exact.",
+        given="A policy with one logit θ is right with probability σ(θ) = 0.3. Each of the 16 possible groups is "
+        "weighted by its probability, so means and deviations are exact.",
         calls=("objectives.advantages.group_relative", "objectives.advantages.leave_one_out"),
         steps=(
             Step(
                 r"\frac{\partial\, \mathbb{E}[r]}{\partial \theta} = p (1 - p)", r"0.3 \cdot 0.7", one(p * (1 - p), 2)
             ),
         ),
-        head=("baseline", "mean of the estimate", "its deviation", "deviation / mean"),
+        head=("baseline", "mean of the estimate", "standard deviation", "deviation / mean"),
         rows=tuple(rows),
         after="Leaving an answer out of its own baseline gives the true gradient; the group's mean gives (G − 1)/G = ¾ "
-        "of it, in the same direction. Both have less noise for their size than no baseline. Dividing by σ changes the "
-        "size.",
+        "of it, in the same direction. Relative to their size, both have less noise than no baseline. Dividing by σ "
+        "changes the size.",
     )
 
 
 def on_policy() -> Worked:
-    """At the policy that sampled, the clipped objective has REINFORCE's gradient."""
+    """On-policy, the clipped objective has the same gradient as REINFORCE."""
     advantages = tensor(*(float(a) for a in group_relative(tensor(1.0, 0.0, 0.0, 1.0).unsqueeze(0))[0])).unsqueeze(0)
     mask, rows = torch.ones(1, 4, dtype=torch.bool), []
     slopes = []
@@ -173,13 +173,13 @@ def on_policy() -> Worked:
         calls=("objectives.policy.reinforce", "objectives.policy.clip", "objectives.policy.cispo"),
         head=("answer", r"$\hat A$", "REINFORCE", "clip", "CISPO"),
         rows=tuple(rows),
-        after="The columns on the right are the derivatives of each loss by the answer's log-probability: −A, whatever "
-        "the loss. They part only from a second update on the same answers on.",
+        after="The columns on the right are the derivatives of each loss with respect to the answer's log-probability: "
+        "−A for every loss. They differ only from the second update on the same answers.",
     )
 
 
 def shares() -> Worked:
-    """What a token weighs in an answer of two tokens and in one of six."""
+    """The weight of a token in an answer of two tokens and in one of six."""
     mask = torch.tensor([[1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1]], dtype=torch.bool)
     names = (
         ("GRPO as published", "seq-mean-token-mean"),
@@ -197,13 +197,13 @@ def shares() -> Worked:
         calls=("objectives.tokens.token_weights",),
         head=("method", "short: a token", "long: a token", "short: all", "long: all"),
         rows=tuple(rows),
-        after="In the first row a token of a long wrong answer is punished a third as much as one of a short wrong "
+        after="In the first row, a token of a long wrong answer is penalised a third as much as one of a short wrong "
         "answer.",
     )
 
 
 def ratios() -> Worked:
-    """One answer of four tokens: what PPO's clip, GSPO and CISPO do with the same ratios."""
+    """PPO's clip, GSPO and CISPO on the same ratios of a four-token answer."""
     logp = tensor(0.9, 0.5, 0.36, 0.6).log().unsqueeze(0).requires_grad_()
     old = tensor(0.9, 0.5, 0.20, 0.6).log().unsqueeze(0)
     advantages, mask = torch.ones_like(old), torch.ones(1, 4, dtype=torch.bool)
@@ -214,9 +214,9 @@ def ratios() -> Worked:
         columns.append(-torch.autograd.grad(value.sum(), logp)[0][0])
     rows = [(f"{i + 1}", *many((rho[i], *(column[i] for column in columns)))) for i in range(4)]
     return Worked(
-        title="One unlikely token that has grown likelier",
+        title="One unlikely token that has become more likely",
         given="An answer with advantage 1. Its third token had probability 0.20 and has 0.36 now; the others have "
-        "not moved.",
+        "not changed.",
         calls=("objectives.policy.clip", "objectives.policy.gspo", "objectives.policy.cispo"),
         steps=(
             Step(
@@ -225,15 +225,16 @@ def ratios() -> Worked:
                 one(whole),
             ),
         ),
-        head=("token", r"$\rho_t$", "push: clip", "push: GSPO", "push: CISPO"),
+        head=("token", r"$\rho_t$", "gradient: clip", "gradient: GSPO", "gradient: CISPO"),
         rows=tuple(rows),
-        after="The clip silences the third token. GSPO's one ratio for the whole answer is beyond its narrow bound and "
-        "silences all four. CISPO keeps all four and bounds only the weight, here at 5.",
+        after="The clip removes the gradient of the third token. GSPO's single ratio for the whole answer is beyond "
+        "its narrow bound, which removes the gradient of all four. CISPO keeps all four and bounds only the weight, "
+        "here at 5.",
     )
 
 
 def step_scores() -> Worked:
-    """An outcome and four ways to read step scores."""
+    """Four ways to aggregate step scores."""
     probabilities, mask = tensor(0.95, 0.9, 0.2, 0.85).unsqueeze(0), torch.ones(1, 4, dtype=torch.bool)
     clean = tensor(0.8, 0.8, 0.75, 0.7).unsqueeze(0)
     names = (("weakest step", "min"), ("all right", "product"), ("last step", "last"), ("mean", "mean"))
@@ -243,24 +244,24 @@ def step_scores() -> Worked:
     ]
     return Worked(
         title="From steps to a score",
-        given="Two solutions of four steps; a process model gives each step a probability of being right. A: 0.95, "
-        "0.90, 0.20, 0.85. B: 0.80, 0.80, 0.75, 0.70.",
+        given="Two solutions of four steps; a process reward model gives each step a probability of being right. A: "
+        "0.95, 0.90, 0.20, 0.85. B: 0.80, 0.80, 0.75, 0.70.",
         calls=("objectives.reward.aggregate_steps",),
-        head=("reading", "A", "B"),
+        head=("rule", "A", "B"),
         rows=tuple(rows),
-        after="The weakest step and the product notice A's third step. The last step and the mean hardly do.",
+        after="The weakest step and the product reflect A's third step. The last step and the mean hardly do.",
     )
 
 
 def coverage() -> Worked:
-    """pass@k of two models whose order turns round."""
+    """pass@k of two models whose order reverses as k grows."""
     base, trained = (52, 6), (98, 0)
     rows = []
     for k in (1, 4, 16, 64):
         values = [sum(pass_at_k(128, right, k) for right in model) / 2 for model in (base, trained)]
         rows.append((f"{k}", *many(values)))
     return Worked(
-        title="How a model can be better at one answer and worse at many",
+        title="How a model can be better with one answer and worse with many",
         given="Two tasks, 128 answers each. The base model got 52 and 6 of them right, a sharpened model 98 and 0. The "
         "numbers are made up; the estimator is not.",
         calls=("evaluation.pass_at_k",),
@@ -274,13 +275,13 @@ def coverage() -> Worked:
         ),
         head=("k", "base", "sharpened"),
         rows=tuple(rows),
-        after="At one answer the sharpened model wins; at 64 the base model does, because it has not forgotten "
-        "anything.",
+        after="With one answer the sharpened model wins; with 64 the base model does, because it can still solve both "
+        "tasks.",
     )
 
 
 def voting() -> Worked:
-    """The chance that a majority of n independent answers is right, by enumerating all outcomes."""
+    """The probability that a majority of n independent answers is right, by enumeration."""
     rows = []
     for n in (1, 3, 5, 7):
         chances = []
@@ -305,12 +306,13 @@ def voting() -> Worked:
         ),
         head=("n", "$p = 0.6$", "$p = 0.4$"),
         rows=tuple(rows),
-        after="A vote makes the commonest answer surer. It helps where that one is right and harms where it is wrong.",
+        after="A vote makes the most common answer more certain. It helps if that answer is right and hurts if it is "
+        "wrong.",
     )
 
 
 def best_and_price() -> Worked:
-    """Expected score of the best of n out of eight scored answers, and the KL that picking costs."""
+    """Expected score of the best of n out of eight scored answers, and the KL that it costs."""
     scores = np.array([0.1, 0.4, 0.5, 0.9, 1.2, 1.4, 2.0, 2.6])
     truth = np.array([0.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0])
     rows = [
@@ -319,21 +321,21 @@ def best_and_price() -> Worked:
     ]
     return Worked(
         title="Best of n, and what it costs",
-        given="Eight answers with the scores 0.1, 0.4, 0.5, 0.9, 1.2, 1.4, 2.0 and 2.6 of a reward model. The first, "
-        "the third and the last are wrong.",
+        given="Eight answers to which a reward model gives the scores 0.1, 0.4, 0.5, 0.9, 1.2, 1.4, 2.0 and 2.6. The "
+        "first, the third and the last are wrong.",
         calls=("search.expected_pick", "search.bon_kl"),
         steps=(
             Step(
                 r"D_{\mathrm{KL}} \le \log n - \frac{n - 1}{n}",
                 r"\log 4 - \tfrac{3}{4}",
                 one(bon_kl(4)),
-                "The price of the best of four, in nats:",
+                "The KL of the best of four, in nats:",
             ),
         ),
-        head=("n", "score of the pick", "chance that it is right", "KL at most"),
+        head=("n", "score of the pick", "probability of being right", "KL at most"),
         rows=tuple(rows),
-        after="The score rises with n, as it must. The chance of being right rises and then falls: the highest score "
-        "of all belongs to a wrong answer.",
+        after="The score rises with n, as it must. The probability of being right rises and then falls, because the "
+        "highest score belongs to a wrong answer.",
     )
 
 

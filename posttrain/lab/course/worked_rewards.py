@@ -1,4 +1,4 @@
-"""The worked examples of chapter 2. Each calls the functions that train and writes down what they return."""
+"""Worked examples of chapter 2. Each one calls the library's training functions and shows their results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from posttrain.objectives.reward import (
 
 
 def bradley_terry_pair() -> Worked:
-    """Two scores become a probability, and the loss of one comparison."""
+    """From two scores to a probability, and to the loss of one comparison."""
     chosen, rejected, none = tensor(1.2), tensor(0.4), tensor(0.0)
     gap = (chosen - rejected)[0]
     loss = bradley_terry(chosen, rejected, tensor(1.0), none)[0]
@@ -39,14 +39,14 @@ def bradley_terry_pair() -> Worked:
                 r"-\log \sigma(r_l - r_w)",
                 rf"-\log {one((-gap).sigmoid())}",
                 one(turned),
-                "Had the person preferred l, the same scores would have cost more:",
+                "If the person had preferred l, the loss of the same scores would be larger:",
             ),
         ),
     )
 
 
 def likelihood() -> Worked:
-    """Seven wins out of ten: where the likelihood is largest."""
+    """Seven wins out of ten: the score difference with the maximum likelihood."""
     best = torch.tensor(7 / 3, dtype=torch.float64).log()
     gaps = tensor(0.0, 0.5, float(best), 1.5)
     zero = torch.zeros_like(gaps)
@@ -55,7 +55,7 @@ def likelihood() -> Worked:
     rows = [many(row) for row in zip(gaps, gaps.sigmoid(), loss, slope, strict=True)]
     return Worked(
         title="The score difference that makes seven wins in ten most likely",
-        given="Answer w was preferred to l by 7 of 10 people. d is the difference of their scores.",
+        given="7 of 10 people preferred answer w to answer l. d is the difference of the answers' scores.",
         calls=("objectives.reward.bradley_terry",),
         steps=(
             Step(r"\hat d = \log \frac{n_w}{n_l}", r"\log \frac{7}{3}", one(best)),
@@ -68,7 +68,7 @@ def likelihood() -> Worked:
 
 
 def fit(differences: torch.Tensor, labels: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """Weights (F,) that minimise the Bradley–Terry loss of score differences `differences @ weights` (N, F)."""
+    """Weights (F,) that minimise the Bradley–Terry loss of the score gaps `differences` (N, F) @ weights."""
 
     def loss(weights: torch.Tensor) -> torch.Tensor:
         gap = differences @ weights
@@ -83,21 +83,21 @@ def fit(differences: torch.Tensor, labels: torch.Tensor, counts: torch.Tensor) -
 
 
 def three_answers() -> Worked:
-    """Scores of three answers from thirty comparisons, and what the model cannot say."""
+    """Scores of three answers from thirty comparisons, and what the model cannot fit."""
     pairs = torch.tensor([[1.0, -1, 0], [0, 1, -1], [1, 0, -1]], dtype=torch.float64)
     won = tensor(0.7, 0.8, 0.9)
-    scores = fit(pairs[:, :2], won, torch.full_like(won, 10))  # the third answer's score is held at 0
+    scores = fit(pairs[:, :2], won, torch.full_like(won, 10))  # the third answer's score is fixed at 0
     said = (pairs[:, :2] @ scores).sigmoid()
     names = ("A over B", "B over C", "A over C")
     rows = [(name, f"{10 * w:.0f} of 10", one(p)) for name, w, p in zip(names, won, said, strict=True)]
     return Worked(
         title="Scores of three answers from thirty comparisons",
-        given="Ten people compared each pair of the answers A, B and C. The score of C is held at 0.",
+        given="Ten people compared each pair of the answers A, B and C. The score of C is fixed at 0.",
         calls=("objectives.reward.bradley_terry",),
         steps=(Step(r"\hat r_A", "", one(scores[0])), Step(r"\hat r_B", "", one(scores[1]))),
         head=("comparison", "people", "model"),
         rows=tuple(rows),
-        after="One number an answer cannot match every share exactly: the three shares would need to fit together.",
+        after="One number per answer cannot match every share exactly: the three shares would have to be consistent.",
     )
 
 
@@ -114,16 +114,16 @@ def cross_entropy() -> Worked:
     ]
     return Worked(
         title="A pair is one example of a two-class problem",
-        given="Scores differ by 0.8. The loss of the pair, and the cross-entropy of a classifier with logit 0.8 (less "
-        "the margin, where there is one).",
+        given="Scores differ by 0.8. The loss of the pair, and the cross-entropy of a classifier with logit 0.8 (minus "
+        "the margin, if there is one).",
         calls=("objectives.reward.bradley_terry", "objectives.reward.binary"),
-        head=("what people said", "Bradley–Terry", "cross-entropy"),
+        head=("label", "Bradley–Terry", "cross-entropy"),
         rows=tuple(rows),
     )
 
 
 def shift() -> Worked:
-    """Scores have no zero of their own; centring gives them one."""
+    """Scores have no natural zero; centring gives them one."""
     zero, sure = tensor(0.0), tensor(1.0)
     rows: list[tuple[str, ...]] = []
     for add in (0.0, 5.0, -0.8):
@@ -135,12 +135,12 @@ def shift() -> Worked:
         calls=("objectives.reward.bradley_terry", "objectives.reward.centring"),
         head=("$r_w$", "$r_l$", "loss", "$(r_w + r_l)^2$"),
         rows=tuple(rows),
-        after="The loss stays; the centring term is 0 only where the two scores lie around 0.",
+        after="The loss does not change; the centring term is 0 only if the two scores are centred on 0.",
     )
 
 
 def length_bias() -> Worked:
-    """A model that sees correctness and length learns to pay for both."""
+    """A model that sees correctness and length learns to reward both."""
     differences = torch.tensor([[1.0, 1], [1, -1], [0, 1], [0, -1], [-1, 1]], dtype=torch.float64)
     counts = tensor(30, 14, 12, 4, 6)
     weights = fit(differences, torch.ones_like(counts), counts)
@@ -161,10 +161,10 @@ def length_bias() -> Worked:
                 r"P(\text{padded} \succ \text{plain}) = \sigma(\hat w_2)",
                 rf"\sigma({one(padded)})",
                 one(padded.sigmoid()),
-                "Twenty words that say nothing, added to a right answer, would be preferred with probability",
+                "A right answer padded with twenty empty words would be preferred with probability",
             ),
         ),
-        head=("the preferred answer was", "times", r"$P$ of the model"),
+        head=("the preferred answer was", "times", r"the model's $P$"),
         rows=tuple(rows),
     )
 
@@ -175,17 +175,17 @@ def judges() -> Worked:
     joined = [(how, *many(ensemble(scores, how, 1.0), 2)) for how in ("mean", "min", "penalised")]
     rows = [(f"model {i + 1}", *many(row, 2)) for i, row in enumerate(scores)] + joined
     return Worked(
-        title="Three judges and their quarrel",
-        given="Three reward models score two answers. The last row takes off the variance between them, λ = 1.",
+        title="Three judges that disagree",
+        given="Three reward models score two answers. The last row subtracts the variance between them, λ = 1.",
         calls=("objectives.reward.ensemble",),
         head=("judge", "plain answer", "odd answer"),
         rows=tuple(rows),
-        after="The mean prefers the odd answer. Both cautious rules prefer the one on which the models agree.",
+        after="The mean prefers the odd answer. Both cautious rules prefer the answer on which the models agree.",
     )
 
 
 def calibrated() -> Worked:
-    """Confidence against frequency, in bins."""
+    """Expected calibration error: confidence against frequency, in bins."""
     probability = tensor(0.55, 0.58, 0.65, 0.72, 0.78, 0.85, 0.88, 0.93, 0.96, 0.98)
     outcome = tensor(1, 0, 0, 1, 1, 0, 1, 1, 1, 0)
     error, counts, confidence, frequency = expected_calibration_error(probability, outcome, 10)
@@ -207,14 +207,15 @@ def calibrated() -> Worked:
 
 
 def steps() -> Worked:
-    """One solution of four steps, the third of them doubtful, and what an outcome model would see."""
+    """One solution of four steps, the third of them doubtful, scored by four aggregation rules."""
     right = tensor(0.98, 0.95, 0.40, 0.97)
     mask = torch.ones(1, 4, dtype=torch.bool)
     rows = [(how, one(aggregate_steps(right.unsqueeze(0), mask, how)[0])) for how in ("min", "product", "last", "mean")]
     logit = torch.logit(tensor(0.40))
     return Worked(
         title="Four steps, one of them doubtful",
-        given="A process model thinks that the steps of a solution are right with probability 0.98, 0.95, 0.40, 0.97.",
+        given="A process reward model gives the steps of a solution probabilities of 0.98, 0.95, 0.40 and 0.97 of "
+        "being right.",
         calls=("objectives.reward.aggregate_steps", "objectives.reward.binary"),
         steps=(
             Step(
@@ -230,7 +231,7 @@ def steps() -> Worked:
 
 
 def unpaired() -> Worked:
-    """KTO's loss of single answers, by how far the policy has moved."""
+    """KTO's loss for single answers, by how far the policy has moved."""
     moved = tensor(-4, -1, 0, 1, 4)
     zero, base = torch.zeros_like(moved), torch.tensor(0.0)
     good = kto(moved, zero, torch.ones(5, dtype=torch.bool), base, 0.5, 1.0, 1.0)
@@ -238,12 +239,12 @@ def unpaired() -> Worked:
     rows = [(one(m, 0), *many((g, b))) for m, g, b in zip(moved, good, bad, strict=True)]
     return Worked(
         title="One answer, one thumb",
-        given="Answers judged alone, with β = 0.5 and a reference point of 0. The first column is by how many nats the "
-        "policy has made the answer more likely.",
+        given="Answers judged on their own, with β = 0.5 and a reference point of 0. The first column shows by how "
+        "many nats the policy has made the answer more likely.",
         calls=("objectives.preference.kto",),
         head=(r"$\log \pi / \pi_{\text{ref}}$", "loss if good", "loss if bad"),
         rows=tuple(rows),
-        after="At both ends the loss is flat: an answer that is already settled, or hopeless, teaches little.",
+        after="At both ends the loss is flat: an answer that is already learned, or hopeless, teaches little.",
     )
 
 
@@ -261,8 +262,8 @@ def annotators() -> Worked:
         given="Two people judge the same twenty pairs.",
         calls=("lab.label.agreement.kappa",),
         steps=(
-            Step(r"p_o", "", one(agreed.value), "They say the same in a share of"),
-            Step(r"p_e = \sum_c p_c\, q_c", "", one(beyond.chance), "Two people who guess would, in"),
+            Step(r"p_o", "", one(agreed.value), "They agree on a share of"),
+            Step(r"p_e = \sum_c p_c\, q_c", "", one(beyond.chance), "By chance they would agree on"),
             Step(
                 r"\kappa = \frac{p_o - p_e}{1 - p_e}",
                 "",
@@ -270,7 +271,7 @@ def annotators() -> Worked:
                 "Cohen’s kappa, agreement beyond chance:",
             ),
         ),
-        head=("said", "one", "the other"),
+        head=("label", "one person", "the other"),
         rows=tuple(rows),
     )
 

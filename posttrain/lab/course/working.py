@@ -1,4 +1,4 @@
-"""What a worked example is: numbers that the library computed, written into the formula that they belong to."""
+"""Worked examples: numbers computed by the library, shown inside their formulas."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 @dataclass(frozen=True)
 class Step:
-    """A formula, the same with its numbers, and what comes out; all three in TeX. `says` is a sentence before them."""
+    """A formula, the formula with numbers, and the result, all in TeX; `says` is a sentence shown before them."""
 
     tex: str
     filled: str = ""
@@ -21,9 +21,9 @@ class Step:
 
 @dataclass(frozen=True)
 class Worked:
-    """A worked example: what is given, the steps, and perhaps a table (a head, then rows as long as it).
+    """A worked example: what is given, the steps, and optionally a table (`head` and `rows` of the same length).
 
-    `calls` names the functions that computed the numbers, as `objectives.policy.clip`.
+    `calls` names the functions that computed the numbers, such as `objectives.policy.clip`.
     """
 
     title: str
@@ -35,7 +35,7 @@ class Worked:
     after: str = field(default="")
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON wants it."""
+        """For JSON."""
         steps = [vars(step) for step in self.steps]
         return {**vars(self), "steps": steps, "rows": [list(row) for row in self.rows]}
 
@@ -44,16 +44,16 @@ Example = Callable[[], Worked]
 
 
 def tensor(*values: float) -> torch.Tensor:
-    """A row of numbers in float64, so that what is printed is right in every digit."""
+    """A float64 tensor, so that all printed digits are right."""
     return torch.tensor(values, dtype=torch.float64)
 
 
 def one(value: torch.Tensor | float, digits: int = 3) -> str:
-    """A number to `digits` decimals, without a minus before a zero."""
+    """A number with `digits` decimals; negative zero loses its sign."""
     text = f"{float(value):.{digits}f}"
     return text[1:] if text.startswith("-") and not text.strip("-0.") else text
 
 
 def many(values: Iterable[torch.Tensor | float], digits: int = 3) -> tuple[str, ...]:
-    """Each number as `one` writes it."""
+    """Formats each number with `one`."""
     return tuple(one(value, digits) for value in values)

@@ -1,1 +1,1 @@
-"""The five explorers, each on real computation."""
+"""The five interactive explorers, each backed by real computation."""

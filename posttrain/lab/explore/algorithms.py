@@ -1,7 +1,7 @@
-"""The algorithm explorer: what each way of training holds in memory, by the planner, and what it learns from.
+"""Algorithm explorer: the memory that each algorithm needs according to the planner, and the data it learns from.
 
-Every number is `planner.memory` of a real recipe on a well-known shape; nothing is loaded. Sizes are bytes on each
-device. Where this package needs less than the textbook (DPO's reference is read once), the page has a switch for it.
+Every number is `planner.memory` of a real recipe on a well-known model shape; no model is loaded. Sizes are bytes per
+device. Where this package needs less than the textbook (DPO's reference runs only once), the page has a switch.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ SIZES = {
     "70b": ("llama-3.1-70b", "Llama 3.1 70B"),
 }
 CARDS = (12, 24, 40, 80)
-"""GiB of graphics cards that are common."""
+"""Memory of common graphics cards in GiB."""
 DEVICES = (1, 2, 4, 8)
 LENGTHS = (512, 1024, 2048, 4096, 8192)
-RANK = 16  # of the adapters, where they are on
-PROMPT = 4  # one part of so many of a sequence is its prompt
-AT_ONCE = 32  # answers that are sampled together
-PROCESS = 1 << 30  # of a process on a GPU, as `posttrain plan` takes it
+RANK = 16  # LoRA rank
+PROMPT = 4  # one quarter of a sequence is its prompt
+AT_ONCE = 32  # answers sampled at once
+PROCESS = 1 << 30  # bytes of a GPU process, as in `posttrain plan`
 PARTS = {
     "weights": ("weights", "float32 masters"),
     "gradients": ("gradients", "the output layer's gradient"),
@@ -45,13 +45,13 @@ PARTS = {
     "reward model": ("reward model",),
     "KV cache": ("KV cache",),
 }
-"""Part of a bar → the planner's parts in it; what is left is activations and the pass's working space."""
+"""Part of a bar → the planner's parts in it; the rest is activations and temporary buffers."""
 REST = "activations"
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A way of training: its settings here, what it learns from and what it does with that."""
+    """An algorithm: its settings here, its models and data, and a short description."""
 
     title: str
     algorithm: str
@@ -66,32 +66,32 @@ _PAIRS = {"data": {"tasks": "pairs.jsonl"}}
 KINDS: dict[str, Kind] = {
     "ppo": Kind("PPO", "ppo", {"algo": {"kl_coef": 0.02}}, ("policy", "reference", "critic", "reward model"),
                 "prompts, and a reward model learned from comparisons",
-                "The critic says what to expect at every token; what comes better than that is made likelier.",
-                "yes: it samples answers and hears their reward"),
+                "The critic predicts the reward at every token; what turns out better becomes more likely.",
+                "yes: it samples answers and gets their rewards"),
     "dpo": Kind("DPO", "dpo", _PAIRS, ("policy", "reference"), "pairs of answers, one preferred",
-                "No sampling and no reward model: the preferred answer is made likelier, relative to the reference.",
+                "No sampling and no reward model: the preferred answer becomes more likely relative to the reference.",
                 "no: it only sees the answers in the data"),
     "grpo": Kind("GRPO", "grpo", {"algo": {"kl_coef": 0.04}}, ("policy", "reference"),
                  "prompts whose answers a program can check",
-                 "Several answers to one prompt are compared with each other: their mean replaces the critic.",
+                 "Several answers to one prompt are compared with each other; their mean reward replaces the critic.",
                  "yes: several answers to each prompt"),
     "rloo": Kind("RLOO", "grpo", {"algo": {"kl_coef": 0.04, "baseline": "leave-one-out"}}, ("policy", "reference"),
-                 "prompts, and any reward", "Like GRPO, with the mean of the other answers as the baseline.",
+                 "prompts, and any reward", "Like GRPO, with the mean reward of the other answers as the baseline.",
                  "yes: several answers to each prompt"),
     "kto": Kind("KTO", "dpo", {**_PAIRS, "algo": {"loss": "kto"}}, ("policy", "reference"),
-                "single answers, each with a thumb up or down", "Like DPO, but nothing has to come in pairs.",
+                "single answers, each with a thumb up or down", "Like DPO, but without pairs.",
                 "no: it only sees the answers in the data"),
     "sft": Kind("SFT", "sft", {}, ("policy",), "demonstrations: prompts with a good answer",
-                "Each token of the demonstration is made likelier.", "no: it imitates"),
+                "Each token of the demonstration becomes more likely.", "no: it imitates"),
     "reward": Kind("Reward model", "reward", _PAIRS, ("reward model",), "pairs of answers, one preferred",
-                   "Not a policy: it learns the scores that PPO maximises.", "no: it only judges"),
+                   "Not a policy: it learns the scores that PPO maximises.", "no: it only scores"),
 }  # fmt: skip
-"""In the order of the table; the first three have a card."""
+"""In table order; PPO, DPO and GRPO also have a card."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What an address asks for. `length` is tokens of a sequence; `cached` reads DPO's reference once."""
+    """The settings in the URL. `length` is tokens per sequence; `cached` runs DPO's reference only once."""
 
     size: str = "7b"
     dtype: str = "bfloat16"
@@ -103,7 +103,7 @@ class Asked:
 
     @classmethod
     def of(cls, query: Mapping[str, str]) -> Asked:
-        """Raises ConfigError for what is not among the choices."""
+        """Parses URL parameters. Raises ConfigError for values that are not offered."""
         choices: dict[str, tuple[Any, ...]] = {
             "size": tuple(SIZES), "dtype": ("bfloat16", "float32"), "devices": DEVICES, "length": LENGTHS,
         }  # fmt: skip
@@ -119,11 +119,11 @@ class Asked:
 
 @lru_cache(maxsize=512)
 def recipe_of(name: str, size: str, dtype: str, lora: bool, length: int, recompute: bool) -> Any:
-    """The resolved recipe of a kind; one row, or one pair, is computed at a time."""
+    """The resolved recipe of an algorithm, with one row or pair computed at a time."""
     kind = KINDS[name]
     settings: dict[str, Any] = {section: dict(values) for section, values in kind.settings.items()}
     settings["model"] = {"dtype": dtype, "lora_rank": RANK if lora else 0, "gradient_checkpointing": recompute}
-    settings["train"] = {"tokens_per_pass": 2 * length}
+    settings["train"] = {"micro_batch_tokens": 2 * length}
     if "reward model" in kind.roles and kind.algorithm != "reward":
         settings["reward"] = {"name": f"model:{SIZES[size][0]}"}  # of the same size as the policy
     if kind.algorithm in ("ppo", "grpo"):
@@ -132,26 +132,26 @@ def recipe_of(name: str, size: str, dtype: str, lora: bool, length: int, recompu
 
 
 def rows_of(length: int) -> Rows:
-    """A sequence's prompt and answer."""
+    """Splits a sequence length into prompt and answer."""
     return Rows(length // PROMPT, length - length // PROMPT)
 
 
 def planned(name: str, asked: Asked, devices: int) -> tuple[Any, Memory]:
-    """The recipe, and what the planner says of it on so many devices."""
+    """The recipe, and its memory plan on this many devices."""
     recipe = recipe_of(name, asked.size, asked.dtype, asked.lora, asked.length, asked.recompute)
     shape, where = shape_of_size(asked.size), Where(devices, True, False, PROCESS)
     return recipe, planner.memory(KINDS[name].algorithm, recipe, shape, rows_of(asked.length), where)
 
 
 def shape_of_size(size: str) -> ModelShape:
-    """The shape behind a choice of size."""
+    """The model shape of a size option."""
     return SHAPES[SIZES[size][0]]
 
 
 def parts_of(name: str, asked: Asked, devices: int) -> dict[str, int]:
-    """Bytes on each device by part of the bar, in the phase that needs most; they add up to the planner's peak.
+    """Bytes per device for each part of the bar, in the peak phase; they add up to the planner's peak.
 
-    DPO's reference comes on top unless it is `cached`: as large as the one that online DPO holds.
+    Unless `cached`, DPO's reference is added on top, as large as the one of online DPO.
     """
     recipe, memory = planned(name, asked, devices)
     pieces = {**memory.held}
@@ -167,7 +167,7 @@ def parts_of(name: str, asked: Asked, devices: int) -> dict[str, int]:
 
 
 def copies(name: str, asked: Asked, parts: Mapping[str, int]) -> dict[str, str]:
-    """What becomes of each model that a kind needs: of its own, shared with the policy, or read once."""
+    """How each model of an algorithm is held: in memory, shared with the policy, or run once before training."""
     found: dict[str, str] = {}
     for role in KINDS[name].roles:
         held = role == KINDS[name].roles[0] or parts[role] > 0
@@ -176,7 +176,7 @@ def copies(name: str, asked: Asked, parts: Mapping[str, int]) -> dict[str, str]:
 
 
 def compute(asked: Asked) -> dict[str, Any]:
-    """Everything that the page shows, as JSON wants it."""
+    """All data of the page, for JSON."""
     rows: list[dict[str, Any]] = []
     for name, kind in KINDS.items():
         parts = parts_of(name, asked, asked.devices)
@@ -199,7 +199,7 @@ def compute(asked: Asked) -> dict[str, Any]:
 
 
 def routes(place: Place) -> list[BaseRoute]:
-    """One route, which needs nothing of the folder."""
+    """The explorer's route; it does not depend on the folder."""
     return [get("/api/explore/algorithms", _read)]
 
 

@@ -1,12 +1,12 @@
-"""A reward model that is right where it was trained, and a policy small enough to be optimised against it in seconds.
+"""A toy of reward hacking: a policy small enough to be optimised against a learned reward model in seconds.
 
-A shop is asked one question. The true reward is a rule that anybody can read. The starting policy imitates clerks of
-mixed care; a judge, who knows the rule and slips now and then, compares pairs of its answers; a reward model learns a
-weight for each word from those pairs. Near the starting policy hardly a word is said twice, so that a weight a word is
-about right. Further out it is not: nothing taught the model that the ninth "station" is worth less than the first.
+A shop is asked one question. The true reward is a known rule. The initial policy imitates shop clerks, some of them
+careless; a judge, who knows the rule but makes mistakes, compares pairs of its answers; a reward model learns one
+weight per word from those pairs. Near the initial policy few words occur twice, so that one weight per word is about
+right. Further away it is not: nothing taught the model that the ninth "station" is worth less than the first.
 
-B answers of at most LONGEST words, W words. Answers are (B, LONGEST) int64, filled up with STOP. Everything is a
-function of its arguments and of a generator that the caller owns.
+B is the number of answers of at most LONGEST words, W the vocabulary size. Answers are (B, LONGEST) int64, padded with
+STOP. Everything is a function of its arguments and of a generator that the caller provides.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ STOP, START = len(WORDS), len(WORDS) + 1
 LONGEST, SHORT = 12, 10
 HIDDEN = 24
 FACT, FALSE, COURTESY, REPEAT, EXTRA = 1.0, -1.0, 0.5, -0.5, -0.25
-"""Points: a fact that was asked for, a wrong one, being polite exactly once, saying a word again, a word past SHORT."""
+"""Points for a correct fact, a wrong fact, being polite exactly once, repeating a word, and each word past SHORT."""
 CLERKS: tuple[dict[str, float], ...] = (
     {"welcome": 0.35},
     {"we are open": 0.7, "lovely shop": 0.15, "open": 0.15},
@@ -43,14 +43,14 @@ CLERKS: tuple[dict[str, float], ...] = (
     {"come visit us": 0.15, "see you soon": 0.15, "really lovely": 0.1},
     {"thanks": 0.18, "please": 0.12},
 )
-"""How the clerks answer: of each row one phrase at the share beside it, or nothing."""
-STUTTER = 0.2  # share of the clerks' answers in which one word is said twice
-SLIP = 0.5  # points that make the judge's choice certain by one unit of log-odds
+"""The clerks' answers: from each row one phrase with the given probability, or nothing."""
+STUTTER = 0.2  # share of the clerks' answers in which one word is repeated
+SLIP = 0.5  # difference in points that raises the judge's log-odds by 1
 PAIRS, ANSWERS, IMITATION, FITTING = 800, 64, 400, 200
 
 
 class Policy(NamedTuple):
-    """What the next word depends on: the one before, which words have been said, and how many."""
+    """Weights of the policy: the next word depends on the previous word, the set of words used so far, and position."""
 
     before: torch.Tensor  # (W + 2, HIDDEN)
     said: torch.Tensor  # (W, HIDDEN)
@@ -59,21 +59,21 @@ class Policy(NamedTuple):
     bias: torch.Tensor  # (W + 1,)
 
     def learning(self) -> Policy:
-        """A copy with gradients."""
+        """A copy that requires gradients."""
         return Policy._make(numbers.detach().clone().requires_grad_() for numbers in self)
 
 
 class World(NamedTuple):
-    """Where optimisation starts, what it optimises, and how right the reward model is on held-out pairs there."""
+    """The initial policy, the reward model, and the reward model's accuracy on held-out pairs of that policy."""
 
     start: Policy
-    weights: torch.Tensor  # (W,) points for each time that a word stands in an answer
-    bias: float  # makes the mean at the start the true one; Bradley–Terry leaves it free
+    weights: torch.Tensor  # (W,) points per occurrence of a word
+    bias: float  # makes the initial mean equal the true one; Bradley–Terry does not determine it
     agreement: float
 
 
 class Step(NamedTuple):
-    """A policy's answers (B, LONGEST) at one step with what both rewards say of them (B,), and log π / π_start (B,)."""
+    """A policy's answers (B, LONGEST) at one step, their proxy and true rewards (B,), and log π / π_start (B,)."""
 
     answers: torch.Tensor
     proxy: torch.Tensor
@@ -83,7 +83,7 @@ class Step(NamedTuple):
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Products as small as these lose more by waiting for a second thread than they gain; torch counts per caller."""
+    """Runs torch on one thread: for matrices this small a second thread costs more than it gains."""
     before = torch.get_num_threads()
     if before > 1:
         torch.set_num_threads(1)
@@ -94,11 +94,11 @@ def one_thread() -> Iterator[None]:
             torch.set_num_threads(before)
 
 
-# --- answers and what they are worth --------------------------------------------------------------------------------
+# --- answers and their rewards --------------------------------------------------------------------------------------
 
 
 def counts(answers: torch.Tensor) -> torch.Tensor:
-    """How often each word stands in each answer, (B, W) float32."""
+    """Number of occurrences of each word in each answer, (B, W) float32."""
     return one_hot(answers, STOP + 1).sum(1)[:, :STOP].float()
 
 
@@ -110,7 +110,7 @@ def points(answers: torch.Tensor) -> dict[str, torch.Tensor]:
         "facts": FACT * (facts > 0).sum(1),
         "wrong facts": FALSE * (wrong > 0).sum(1),
         "polite once": COURTESY * (polite.sum(1) == 1),
-        "words said again": REPEAT * (said - 1).clamp_min(0).sum(1),
+        "repeated words": REPEAT * (said - 1).clamp_min(0).sum(1),
         f"words past {SHORT}": EXTRA * (said.sum(1) - SHORT).clamp_min(0),
     }
 
@@ -126,7 +126,7 @@ def written(answer: torch.Tensor) -> str:
 
 
 def read(text: str) -> torch.Tensor:
-    """The answer (LONGEST,) of a text, cut after LONGEST words. Raises ValueError for a word that is not known."""
+    """The answer (LONGEST,) of a text, truncated to LONGEST words. Raises ValueError for an unknown word."""
     words = [WORDS.index(word) for word in text.split()][:LONGEST]
     return torch.tensor(words + [STOP] * (LONGEST - len(words)))
 
@@ -135,12 +135,12 @@ def read(text: str) -> torch.Tensor:
 
 
 def logits(policy: Policy, before: torch.Tensor, said: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-    """Of the next word, (…, W + 1): `before` (…) int64, `said` (…, W) zeros and ones, `place` (…, HIDDEN)."""
+    """Logits of the next word (…, W + 1) from `before` (…) int64, `said` (…, W) zeros and ones, `place` (…, HIDDEN)."""
     return torch.tanh(policy.before[before] + said @ policy.said + place) @ policy.out + policy.bias
 
 
 def log_probabilities(policy: Policy, answers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each word given those before it (B, LONGEST), and where the policy chose: up to the first STOP."""
+    """Log-probability of each word (B, LONGEST), and the mask of words chosen by the policy, up to the first STOP."""
     before = torch.cat([torch.full_like(answers[:, :1], START), answers[:, :-1]], 1)
     said = one_hot(before, START + 1)[..., :STOP].cumsum(1).clamp(max=1).float()
     given = logits(policy, before, said, policy.place)
@@ -150,7 +150,7 @@ def log_probabilities(policy: Policy, answers: torch.Tensor) -> tuple[torch.Tens
 
 @torch.no_grad()
 def sample(policy: Policy, count: int, generator: torch.Generator) -> torch.Tensor:
-    """`count` answers, drawn exactly from the policy."""
+    """Samples `count` answers from the policy."""
     before, said = torch.full((count,), START), torch.zeros(count, STOP + 1)
     answers: list[torch.Tensor] = []
     for place in policy.place:
@@ -163,7 +163,7 @@ def sample(policy: Policy, count: int, generator: torch.Generator) -> torch.Tens
 
 
 def demonstrations(count: int, seed: int) -> torch.Tensor:
-    """Answers of clerks, some of whom forget a fact, name a wrong one or stutter."""
+    """Answers of clerks, some of whom omit a fact, state a wrong one or repeat a word."""
     draw = random.Random(seed)
     rows: list[torch.Tensor] = []
     for _ in range(count):
@@ -177,7 +177,7 @@ def demonstrations(count: int, seed: int) -> torch.Tensor:
 
 
 def imitate(answers: torch.Tensor, steps: int, generator: torch.Generator) -> Policy:
-    """A policy trained to give such answers: the mean negative log-probability of a word, with Adam."""
+    """Trains a policy on these answers: mean negative log-probability per word, with Adam."""
     shapes = ((STOP + 2, HIDDEN), (STOP, HIDDEN), (LONGEST, HIDDEN), (HIDDEN, STOP + 1))
     drawn = [0.2 * torch.randn(*shape, generator=generator) for shape in shapes]
     policy = Policy._make([*drawn, torch.zeros(STOP + 1)]).learning()
@@ -195,13 +195,13 @@ def imitate(answers: torch.Tensor, steps: int, generator: torch.Generator) -> Po
 
 
 def compare(first: torch.Tensor, second: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """(B,) bool: whether the judge prefers the first. Two answers a point apart are told right 88 times of 100."""
+    """(B,) bool: whether the judge prefers the first. Answers one point apart are judged correctly 88 % of the time."""
     chances = torch.sigmoid((true_reward(first) - true_reward(second)) / SLIP)
     return torch.rand(len(first), generator=generator) < chances
 
 
 def fit(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
-    """A weight a word (W,), in points, by maximum likelihood of the judge's choices, drawn a little towards 0."""
+    """One weight per word (W,), in points: maximum likelihood of the judge's choices with slight L2 regularisation."""
     weights = torch.zeros(STOP, requires_grad=True)
     optimizer = torch.optim.Adam([weights], lr=0.05)
     good, bad, sure = counts(chosen), counts(rejected), torch.ones(len(chosen))
@@ -214,7 +214,7 @@ def fit(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
 
 
 def agreement(proxy: torch.Tensor, true: torch.Tensor) -> float | None:
-    """Of all pairs of answers that differ in true reward, the share that the proxy puts in the same order."""
+    """Share of all pairs with different true rewards that the proxy ranks in the same order."""
     proxies, truths = proxy[:, None] - proxy, true[:, None] - true
     differ = truths > 0
     return float((proxies[differ] > 0).float().mean()) if bool(differ.any()) else None
@@ -223,7 +223,7 @@ def agreement(proxy: torch.Tensor, true: torch.Tensor) -> float | None:
 @lru_cache(maxsize=8)
 @one_thread()
 def make_world(seed: int) -> World:
-    """The starting policy and its reward model, a function of the seed alone; takes about a second."""
+    """The initial policy and its reward model, a function of the seed alone; takes about a second."""
     generator = torch.Generator().manual_seed(seed)
     start = imitate(demonstrations(PAIRS, seed), IMITATION, generator)
     first, second = sample(start, PAIRS, generator), sample(start, PAIRS, generator)
@@ -240,10 +240,10 @@ def make_world(seed: int) -> World:
 
 
 class Optimisation:
-    """One run: REINFORCE with the others of the group as baseline (RLOO) on proxy − β · KL, one update a step.
+    """One run: REINFORCE with a leave-one-out baseline (RLOO) on proxy − β · KL, one update per step.
 
-    The KL is part of the reward, its k1 estimate summed over an answer, so that the expected gradient is that of the
-    objective with the penalty. β = 0 is no penalty. The numbers of a run depend on (world, beta, seed) alone.
+    The KL is part of the reward, as the k1 estimate summed over an answer, so that the expected gradient is that of the
+    penalised objective. β = 0 means no penalty. A run's numbers depend only on (world, beta, seed).
     """
 
     def __init__(self, world: World, beta: float, seed: int, rate: float = 0.004) -> None:
@@ -254,7 +254,7 @@ class Optimisation:
 
     @one_thread()
     def step(self) -> Step:
-        """What the policy answers now; then it is updated."""
+        """Samples answers from the current policy, then updates it."""
         answers = sample(self.policy, ANSWERS, self._generator)
         logp, mask = log_probabilities(self.policy, answers)
         with torch.no_grad():

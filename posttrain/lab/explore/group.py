@@ -1,7 +1,7 @@
-"""A group of answers to one problem, and what each is worth beside the others.
+"""A group of answers to one problem, and their advantages.
 
-The model that ships writes the answers, the verifier that trains it grades them, and the estimators that train it
-compare them. An answer depends on the problem, the seed and its number alone, so a larger group begins like a smaller.
+The bundled model writes the answers; training's own verifier grades them and training's own estimators compare them.
+An answer depends only on the problem, the seed and its index, so a larger group starts with the same answers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 from posttrain.cli.chat import text_of
 from posttrain.data.chat import ChatFormat
-from posttrain.data.tasks.load import verifier_for
+from posttrain.rewards.auto import verifier_for
 from posttrain.lab import checkpoints
 from posttrain.lab.explore.problems import task_of
 from posttrain.lab.folders import Place
@@ -26,8 +26,8 @@ from posttrain.models.load import Policy
 from posttrain.objectives.advantages import flat_groups, group_relative, leave_one_out, max_rl
 from posttrain.rewards.functions import score_safely
 from posttrain.rewards.skills import CLOSE, OPEN
-from posttrain.rollout.engine import EmbeddedGenerator
-from posttrain.rollout.generator import Request, attempt_seed
+from posttrain.rollout.engines.embedded import EmbeddedGenerator
+from posttrain.rollout.generator import Request, completion_seed
 from posttrain.types import Completion, RolloutError, SamplingParams, Task, Verdict
 
 PARAMS = SamplingParams(temperature=1.0, max_tokens=96)
@@ -38,12 +38,12 @@ COMPARE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "rloo": leave_one_out,
     "maxrl": max_rl,
 }
-"""Variant → what turns rewards (1, G) into advantages (1, G)."""
+"""Variant → function from rewards (1, G) to advantages (1, G)."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer of a group, graded."""
+    """One graded answer of a group."""
 
     completion: Completion
     text: str
@@ -52,7 +52,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Group:
-    """G answers to one task, and the prompt [n] that they continue."""
+    """G answers to one task, and the prompt tokens [n] they continue."""
 
     task: Task
     prompt: np.ndarray
@@ -60,12 +60,12 @@ class Group:
 
     @property
     def right(self) -> int:
-        """How many the verifier passed."""
+        """Number of answers that pass the verifier."""
         return sum(answer.verdict.passed for answer in self.answers)
 
 
 class Writer:
-    """The model that ships, as the explorer uses it. `lock` is held while it writes or a copy of it learns."""
+    """The bundled model as used by the explorer. `lock` is held while it samples or a copy of it is trained."""
 
     def __init__(self, place: Place) -> None:
         self.policy: Policy = checkpoints.open_model(place, checkpoints.SHIPPED).policy
@@ -75,9 +75,9 @@ class Writer:
     def _engine(self) -> EmbeddedGenerator:
         return EmbeddedGenerator(self.policy, SLOTS)
 
-    @lru_cache(maxsize=128)  # noqa: B019 - there is one writer, for as long as the lab is open
+    @lru_cache(maxsize=128)  # noqa: B019 - there is a single writer, which lives as long as the lab
     def group(self, problem: str, seed: int, size: int, purpose: str = "group") -> Group:
-        """`size` answers to a problem at temperature 1; the same arguments always give the same group."""
+        """Samples `size` answers to a problem at temperature 1; equal arguments always give the same group."""
         task = task_of(problem)
         prompt = ChatFormat(self.policy.tokenizer).prompt_tokens(task.messages)
         with self.lock:
@@ -86,28 +86,28 @@ class Writer:
 
 @lru_cache(maxsize=1)
 def open_writer(place: Place) -> Writer:
-    """The writer of this lab; the first call takes seconds."""
+    """This lab's writer; the first call takes seconds."""
     return Writer(place)
 
 
 def write(
     engine: EmbeddedGenerator, task: Task, prompt: np.ndarray, seed: int, size: int, purpose: str = "group"
 ) -> Group:
-    """`size` graded answers from an engine's weights."""
-    seeds = tuple(attempt_seed(seed, purpose, 0, task.id, i) for i in range(size))
+    """Samples and grades `size` answers with an engine's weights."""
+    seeds = tuple(completion_seed(seed, purpose, 0, task.id, i) for i in range(size))
     (completions,) = engine.generate([Request(prompt, seeds)], PARAMS)
     answers: list[Answer] = []
     for completion in completions:
         text = text_of(engine.policy, completion)
         verdict, error = score_safely(verifier_for(task), task, text)
         if verdict is None:
-            raise RolloutError(f"an answer to {task.prompt!r} could not be graded: {error}", boundary="reward")
+            raise RolloutError(f"grading an answer to {task.prompt!r} failed: {error}", boundary="reward")
         answers.append(Answer(completion, text, verdict))
     return Group(task, prompt, tuple(answers))
 
 
 def describe(group: Group) -> dict[str, Any]:
-    """A group for the page: each answer's thought and what it then says, its reward, and the verifier's reason."""
+    """A group for the page: each answer's thought and final text, its reward, and the verifier's reason."""
     return {
         "question": group.task.prompt,
         "wanted": group.task.answer,
@@ -132,10 +132,10 @@ def _describe(answer: Answer) -> dict[str, Any]:
 
 
 def compare(rewards: Sequence[float], how: str, watched: int) -> dict[str, Any]:
-    """The advantages of one group's rewards, step by step, and those of the watched answer beside other companions.
+    """The advantages of one group's rewards, step by step, and those of the watched answer in other groups.
 
-    An answer's advantage is (reward − `baseline`) / `divisor`. `others` are the advantages that the watched answer
-    would have with the same reward if all others had earned 0, and if all had earned 1.
+    An answer's advantage is (reward − `baseline`) / `divisor`. `others` are the watched answer's advantages with the
+    same reward if all other rewards were 0, and if all were 1.
     """
     row = torch.tensor([rewards], dtype=torch.float64)
     advantages = COMPARE[how](row)

@@ -1,7 +1,7 @@
-"""What /explore/grpo asks for: problems, a sampled group, its advantages, and real updates on it.
+"""Routes of the GRPO explorer: problems, a sampled group, its advantages, and real updates on it.
 
-Everything is a function of the address, so the page's link shows the same again. torch and the model are loaded when
-the first group is asked for, which the page does as it opens.
+Everything is a function of the URL, so a link shows the same page again. torch and the model are loaded with the first
+group, which the page requests when it opens.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from posttrain.types import ConfigError
 SIZES = (4, 8, 16, 32)
 VARIANTS = ("grpo", "dr-grpo", "rloo", "maxrl")
 UPDATES = 4
-"""Most updates on one group."""
+"""Maximum updates on one group."""
 
 
 def routes(place: Place) -> list[BaseRoute]:
-    """The GRPO explorer's part of the lab."""
+    """The routes of the GRPO explorer."""
     return [
         get("/api/explore/grpo", lambda request: {"problems": listed(), "sizes": SIZES}),
         get("/api/explore/grpo/group", lambda request: read_group(place, request)),
@@ -35,7 +35,7 @@ def routes(place: Place) -> list[BaseRoute]:
 
 
 def read_group(place: Place, request: Request) -> dict[str, Any]:
-    """A sampled group, with what was asked for."""
+    """A sampled group, with the request's parameters."""
     from posttrain.lab.explore.group import describe, open_writer
 
     problem, seed, size = _asked(request)
@@ -43,7 +43,7 @@ def read_group(place: Place, request: Request) -> dict[str, Any]:
 
 
 def read_advantages(request: Request) -> dict[str, Any]:
-    """The advantages of the rewards given."""
+    """The advantages of the given rewards."""
     from posttrain.lab.explore.group import compare
 
     rewards = _rewards(request)
@@ -52,11 +52,11 @@ def read_advantages(request: Request) -> dict[str, Any]:
 
 
 def read_update(place: Place, request: Request) -> dict[str, Any]:
-    """What updates on a group with the rewards given would do."""
+    """The effect of updates on a group with the given rewards."""
     problem, seed, size = _asked(request)
     rewards = _rewards(request)
     if len(rewards) != size:
-        raise ConfigError(f"{len(rewards)} rewards were given for {size} answers; give one for each.")
+        raise ConfigError(f"got {len(rewards)} rewards for {size} answers; expected one for each.")
     lr, clip = _number(request, "lr", 1e-6, 1e-2), _number(request, "clip", 0.0, 1.0)
     updates = _whole(request, "updates", 1, UPDATES)
     return _update(place, problem, seed, tuple(rewards), _variant(request), lr, updates, clip)
@@ -77,24 +77,24 @@ def _update(
 
 def _asked(request: Request) -> tuple[str, int, int]:
     problem = request.query_params.get("problem", "")
-    task_of(problem)  # refuses what is no problem before a model is opened
+    task_of(problem)  # rejects invalid problems before a model is loaded
     size = _whole(request, "size", SIZES[0], SIZES[-1])
     if size not in SIZES:
-        raise ConfigError(f"size={size} is none of {', '.join(map(str, SIZES))}. Choose one of those.")
+        raise ConfigError(f"size={size} is not one of {', '.join(map(str, SIZES))}.")
     return problem, _whole(request, "seed", 0, 999_999), size
 
 
 def _variant(request: Request) -> str:
     how = request.query_params.get("how", "")
     if how not in VARIANTS:
-        raise ConfigError(f"how={how[:40]!r} is none of {', '.join(VARIANTS)}. Choose one of those.")
+        raise ConfigError(f"how={how[:40]!r} is not one of {', '.join(VARIANTS)}.")
     return how
 
 
 def _rewards(request: Request) -> list[float]:
     given = request.query_params.get("rewards", "").split(",")
     if not 2 <= len(given) <= SIZES[-1]:
-        raise ConfigError(f"{len(given)} rewards were given; a group has 2 to {SIZES[-1]}.")
+        raise ConfigError(f"got {len(given)} rewards; expected 2 to {SIZES[-1]}.")
     return [_in_range("a reward", text, 0.0, 1.0) for text in given]
 
 
@@ -108,12 +108,12 @@ def _in_range(what: str, text: str, low: float, high: float) -> float:
     except ValueError:
         value = math.nan
     if not low <= value <= high:
-        raise ConfigError(f"{what} is {text[:40]!r}; give a number from {low:g} to {high:g}.")
+        raise ConfigError(f"{what} is {text[:40]!r}; expected a number from {low:g} to {high:g}.")
     return value
 
 
 def _whole(request: Request, name: str, low: int, high: int) -> int:
     value = _number(request, name, low, high)
     if value != int(value):
-        raise ConfigError(f"{name} is {value:g}; give a whole number from {low} to {high}.")
+        raise ConfigError(f"{name} is {value:g}; expected a whole number from {low} to {high}.")
     return int(value)

@@ -1,7 +1,7 @@
-"""The explorer of reward hacking: two runs of one small policy side by side, without and with a KL penalty.
+"""Reward hacking explorer: two runs of one small policy side by side, without and with a KL penalty.
 
-One WebSocket is one pair of runs: it opens with the numbers of the start, plays, pauses and steps as it is told, and
-when it closes the runs are gone. A second kind runs one penalty after the other and sends where each ends.
+Each WebSocket is one pair of runs: it first sends the initial numbers, then plays, pauses and steps on command; closing
+it ends the runs. A second socket runs several penalties in turn and sends the final numbers of each.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from posttrain.lab.folders import Place
 from posttrain.types import ConfigError
 
 SPEEDS = {"slow": 0.25, "steady": 0.04, "fast": 0.0}
-"""Seconds between two steps."""
+"""Seconds between steps."""
 BETAS = (0.0, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0)
 LIMITS: dict[str, tuple[float, float]] = {"beta": (0, 2), "seed": (0, 9999), "steps": (20, 300)}
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What an address asks for."""
+    """The settings in the URL."""
 
     beta: float
     seed: int
@@ -39,37 +39,37 @@ class Asked:
 
     @classmethod
     def of(cls, query: QueryParams) -> Asked:
-        """Raises ConfigError for what is no number or beyond LIMITS."""
+        """Parses URL parameters. Raises ConfigError for values that are not numbers or exceed LIMITS."""
         found: dict[str, float] = {}
         for name, (low, high) in LIMITS.items():
             given = query.get(name, "")
             try:
                 found[name] = float(given)
             except ValueError:
-                raise ConfigError(f"{name}={given!r} is not a number; give {low:g} to {high:g}.") from None
+                raise ConfigError(f"{name}={given!r} is not a number; expected {low:g} to {high:g}.") from None
             if not low <= found[name] <= high:
                 raise ConfigError(f"{name}={given} is not between {low:g} and {high:g}.")
         return cls(found["beta"], int(found["seed"]), int(found["steps"]))
 
 
 class Player:
-    """What a page has asked for: whether to play, how fast, or single steps."""
+    """Playback state: playing or paused, speed, and pending single steps."""
 
     def __init__(self) -> None:
         self._wait, self._left, self._steps = SPEEDS["steady"], 0.0, asyncio.Event()
 
     def hear(self, said: str) -> None:
-        """play, pause, step or a speed. Raises ConfigError for anything else."""
+        """Handles a command: play, pause, step or a speed. Raises ConfigError for anything else."""
         if said in SPEEDS:
             self._wait = SPEEDS[said]
         elif said in ("play", "pause", "step"):
             self._left = {"play": float("inf"), "pause": 0.0, "step": self._left + 1}[said]
         else:
-            raise ConfigError(f"{said[:40]!r} is not known; say play, pause, step, {', '.join(SPEEDS)}.")
+            raise ConfigError(f"unknown command {said[:40]!r}; expected play, pause, step, {', '.join(SPEEDS)}.")
         (self._steps.set if self._left else self._steps.clear)()
 
     async def turns(self, count: int) -> AsyncIterator[None]:
-        """As many turns, each when its time has come."""
+        """Yields `count` times, each when the next step is due."""
         for _ in range(count):
             await self._steps.wait()
             self._left -= 1
@@ -80,7 +80,7 @@ class Player:
 
 
 async def live(socket: WebSocket) -> None:
-    """A pair of runs, for as long as the page is open."""
+    """Runs a pair of runs while the page is open."""
     player = Player()
 
     async def work() -> None:
@@ -97,7 +97,7 @@ async def live(socket: WebSocket) -> None:
 
 
 async def frontier(socket: WebSocket) -> None:
-    """Where runs with several penalties end, a message each as soon as it has ended."""
+    """Sends the final numbers of runs with several penalties, each as soon as it ends."""
     stop = threading.Event()
 
     async def work() -> None:
@@ -117,7 +117,7 @@ async def frontier(socket: WebSocket) -> None:
 
 
 def _prepared(seed: int) -> tuple[ModuleType, Any]:
-    """The module that computes, with torch, and a world; loaded when the first page asks, not when the lab starts."""
+    """The module that computes and a world; torch is imported with the first request, not when the lab starts."""
     from posttrain.lab.explore import pair
 
     return pair, pair.prepare(seed)
@@ -128,7 +128,7 @@ async def _say(socket: WebSocket, news: dict[str, Any]) -> None:
 
 
 async def _serve(socket: WebSocket, work: Callable[[], Awaitable[None]], hear: Callable[[str], None]) -> None:
-    """Works until the page is closed; what the page says meanwhile is heard."""
+    """Runs `work` until the page is closed, passing the page's messages to `hear`."""
     await socket.accept()
 
     async def guarded() -> None:
@@ -155,7 +155,7 @@ async def _serve(socket: WebSocket, work: Callable[[], Awaitable[None]], hear: C
 
 
 def routes(place: Place) -> list[BaseRoute]:
-    """Both sockets; they need nothing of the folder."""
+    """Both sockets; they do not depend on the folder."""
     return [
         WebSocketRoute("/live/explore/hacking", live),
         WebSocketRoute("/live/explore/hacking/frontier", frontier),

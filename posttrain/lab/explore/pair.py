@@ -1,4 +1,4 @@
-"""What the explorer of reward hacking tells of its runs: the world, each step of a pair of them, where one ends."""
+"""Data that the reward hacking explorer sends: the setup, each step of a pair of runs, and a run's final numbers."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ import torch
 from posttrain.lab.explore import goodhart
 from posttrain.lab.explore.goodhart import WORDS, Optimisation, Step, World
 
-SAMPLES = 4  # answers of each step that are shown
-LAST = 10  # steps whose mean says where a run ended
+SAMPLES = 4  # answers shown per step
+LAST = 10  # final steps that are averaged
 _making = threading.Lock()
 
 
 def prepare(seed: int) -> World:
-    """The world of a seed, made once however many ask for it."""
+    """The world of a seed, computed once even for concurrent requests."""
     with _making:
         return goodhart.make_world(seed)
 
 
 def about(world: World) -> dict[str, Any]:
-    """What holds for a whole run: the question, the rule, the reward model and how often it is right at the start."""
+    """Data that is fixed for a run: the question, the rule, the reward model and its initial accuracy."""
     rule = [
         [f"for each of the facts {', '.join(goodhart.FACTS)}", goodhart.FACT],
         [f"for each wrong fact: {', '.join(goodhart.WRONG)}", goodhart.FALSE],
         [f"for being polite exactly once: {', '.join(goodhart.POLITE)}", goodhart.COURTESY],
-        ["each time that a word is said again", goodhart.REPEAT],
+        ["for each repetition of a word", goodhart.REPEAT],
         [f"for each word past {goodhart.SHORT}", goodhart.EXTRA],
     ]
     return {
@@ -45,7 +45,7 @@ def about(world: World) -> dict[str, Any]:
 
 
 def told(step: Step) -> dict[str, Any]:
-    """The numbers of one step, and its first answers with the parts of their true reward."""
+    """The numbers of one step, and its first answers with the parts of their true rewards."""
     parts = goodhart.points(step.answers)
     samples = [
         {
@@ -67,8 +67,8 @@ def told(step: Step) -> dict[str, Any]:
 
 
 def exploited(start: dict[str, Any], now: dict[str, Any], weights: torch.Tensor) -> dict[str, Any]:
-    """The word whose use has earned the reward model's score the most since the start: how often it stands in an answer
-    then and now, its weight, and the points that the change brings by that model's account."""
+    """The word whose changed use has raised the reward model's score most since the start: its mean occurrences per
+    answer then and now, its weight, and the score gained."""
     more = torch.tensor(now["words"]) - torch.tensor(start["words"])
     gained = more * weights
     best = int(gained.argmax())
@@ -82,7 +82,7 @@ def exploited(start: dict[str, Any], now: dict[str, Any], weights: torch.Tensor)
 
 
 class Pair:
-    """Two runs from one start and one seed, without and with the penalty."""
+    """Two runs from the same start and seed, without and with the penalty."""
 
     def __init__(self, world: World, beta: float, seed: int) -> None:
         self.world = world
@@ -92,7 +92,7 @@ class Pair:
         self._count = 0
 
     def step(self) -> dict[str, Any]:
-        """The next step of both; `best` is the step at which the true reward was highest so far, and how high."""
+        """The next step of both runs; `best` is [step, value] of the highest true reward so far."""
         news: dict[str, Any] = {"kind": "step", "step": self._count}
         for name, run in self._runs.items():
             now = told(run.step())
@@ -106,7 +106,7 @@ class Pair:
 
 
 def ending(world: World, beta: float, seed: int, steps: int, stop: threading.Event) -> dict[str, Any]:
-    """Where a run of `steps` updates ends: means of its last LAST steps. Ends early once `stop` is set."""
+    """Final numbers of a run of `steps` updates: means over its last LAST steps. Ends early once `stop` is set."""
     run = Optimisation(world, beta, seed)
     last: list[Step] = []
     for _ in range(steps + 1):

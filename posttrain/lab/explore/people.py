@@ -1,6 +1,6 @@
-"""Pairs of real answers, what a program sees in an answer, and three people whose taste is known.
+"""Pairs of real answers, features of an answer, and three simulated people with known preferences.
 
-The answers are abacus' own, two different ones to each of its tasks (`python -m bench.preference_pairs` made the file).
+The answers were sampled from abacus, two different ones per task (`python -m bench.preference_pairs` writes the file).
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from posttrain.types import ConfigError
 
 FILE = Path(__file__).with_name("preference-pairs.json")
 UNSEEN = 60
-"""Pairs at the end of the file that nobody labels."""
+"""Number of pairs at the end of the file that are never labelled."""
 FEATURES = (
     ("length", "characters"),
     ("polite words", "sorry, please, sure, of course, afraid, thanks"),
     ("brushes the user off", "such as “Why should I tell you?”"),
     ("declines", "such as “I can't help with that.”"),
-    ("echoes the question", "share of its words that the question has"),
-    ("does what was asked", "as the task's own checker says"),
+    ("echoes the question", "share of its words that are in the question"),
+    ("does what was asked", "according to the task's checker"),
 )
-"""What the model sees of an answer: name, and what it is."""
+"""The features of an answer: name and description."""
 _POLITE = re.compile(r"\b(?:sorry|please|sure|of course|afraid|thanks|thank you)\b", re.IGNORECASE)
 _WORD = re.compile(r"\w+")
 PEOPLE = {
@@ -38,12 +38,12 @@ PEOPLE = {
     "polite": "someone who likes polite answers",
 }
 NOISE = 0.5
-"""How random people are: the scale of a logistic distribution around the difference in what the answers are worth."""
+"""Label noise: the scale of a logistic distribution around the difference in value."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two answers to a prompt, as they stand left and right; `passes` is what the task's checker says of each."""
+    """Two answers to a prompt, left and right; `passes` is the task checker's result for each."""
 
     prompt: str
     answers: tuple[str, str]
@@ -52,19 +52,19 @@ class Pair:
 
 @lru_cache(maxsize=1)
 def pairs() -> tuple[Pair, ...]:
-    """All pairs: those that can be labelled, and the last `UNSEEN`, which are not."""
+    """All pairs; the last `UNSEEN` are never labelled."""
     rows = json.loads(FILE.read_text(encoding="utf-8"))["pairs"]
     return tuple(Pair(row["prompt"], tuple(row["answers"]), tuple(row["passes"])) for row in rows)
 
 
 @lru_cache(maxsize=64)
 def order(seed: int) -> tuple[int, ...]:
-    """The pairs to label, as numbers of `pairs`, in the order of a seed."""
+    """Indices into `pairs` of the pairs to label, in the order given by a seed."""
     return tuple(int(i) for i in rng.permutation(len(pairs()) - UNSEEN, "preferences", seed))
 
 
 def unseen() -> range:
-    """The pairs that nobody labels, as numbers of `pairs`."""
+    """Indices into `pairs` of the pairs that are never labelled."""
     return range(len(pairs()) - UNSEEN, len(pairs()))
 
 
@@ -82,22 +82,22 @@ def lengths() -> np.ndarray:
 
 
 def worth(who: str, text: str) -> float:
-    """What an answer is worth to one of `PEOPLE`. Raises ConfigError for anybody else."""
+    """The value of an answer to one of `PEOPLE`. Raises ConfigError for an unknown name."""
     if who not in PEOPLE:
-        raise ConfigError(f"who={who!r} is nobody here; choose one of {', '.join(PEOPLE)}.")
+        raise ConfigError(f"who={who!r} is unknown; choose one of {', '.join(PEOPLE)}.")
     if who == "polite":
         return 2.0 * bool(_POLITE.search(text)) - 2.0 * skills.dismisses(text)
     return len(text) / 10 * (1 if who == "long" else -1)
 
 
 def prefers(who: str, pair: Pair) -> int:
-    """What they would say without noise: 1 left, 2 right, 0 no difference."""
+    """Their choice without noise: 1 left, 2 right, 0 no difference."""
     left, right = (worth(who, text) for text in pair.answers)
     return 0 if left == right else 1 if left > right else 2
 
 
 def says(who: str, seed: int, number: int) -> int:
-    """What they say of pair `number`, the same for the same seed: left by chance σ((left − right) / `NOISE`)."""
+    """Their noisy choice for pair `number`, fixed by the seed: left with probability σ((left − right) / `NOISE`)."""
     left, right = (worth(who, text) for text in pairs()[number].answers)
     if left == right:
         return 0

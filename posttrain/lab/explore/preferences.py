@@ -1,7 +1,7 @@
-"""The preference explorer: a reward model that trains anew at every comparison, and what it has learned by then.
+"""Preference explorer: a reward model that is retrained after every comparison, and what it has learned.
 
-What was said of the seed's pairs, in their order, is one text of 1 (left), 2 (right) and 0 (tie) that lives in the
-page's address. Every answer is a function of it: nothing is kept here.
+The labels of the seed's pairs, in order, are one string of 1 (left), 2 (right) and 0 (tie) in the page's URL. Every
+response is a function of it; the server keeps no state.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from posttrain.lab.routing import get
 from posttrain.types import ConfigError
 
 AT_ONCE = 30
-"""Labels that somebody else gives at a time."""
+"""Labels that a simulated person gives at a time."""
 SHOWN = 6
-"""Unseen pairs that the page shows."""
+"""Number of unseen pairs shown on the page."""
 
 
 def routes(place: Place) -> list[BaseRoute]:
-    """What the explorer adds to the lab."""
+    """The routes of the preference explorer."""
     return [
         get("/api/explore/preferences", lambda request: learned(**_asked(request))),
         get("/api/explore/preferences/pairs", lambda request: to_label(_asked(request)["seed"])),
@@ -36,7 +36,7 @@ def routes(place: Place) -> list[BaseRoute]:
 
 
 def to_label(seed: int) -> list[dict[str, Any]]:
-    """The pairs in the order they are labelled. Opening the page also loads what trains, before the first key."""
+    """The pairs in labelling order. Also imports torch, so that the first key press is fast."""
     from posttrain.lab.explore import reward_model
 
     reward_model.fit(seed, "1")
@@ -45,16 +45,16 @@ def to_label(seed: int) -> list[dict[str, Any]]:
 
 
 def say(seed: int, labels: str, who: str) -> str:
-    """The labels with up to `AT_ONCE` more, which one of `PEOPLE` gives."""
+    """The labels, extended by up to `AT_ONCE` labels from one of `PEOPLE`."""
     rest = order(seed)[len(labels) : len(labels) + AT_ONCE]
     return labels + "".join(str(says(who, seed, number)) for number in rest)
 
 
 def learned(seed: int, labels: str, who: str = "") -> dict[str, Any]:
-    """What the model learned from the labels, and how well it foretells them and somebody of known taste.
+    """What the model learned from the labels, and how well it predicts them and a simulated person.
 
-    `before` is the agreement of each label with what the model, trained on those before it, foretold. `held_out` is
-    that of the unseen pairs with what `who` prefers there, and `curve` how it grew from label to label.
+    `before` is how often the model, trained on the earlier labels, predicted each label. `held_out` is the agreement
+    with the preferences of `who` on unseen pairs, and `curve` its growth from label to label.
     """
     from posttrain.lab.explore.reward_model import fit, scores
 
@@ -81,7 +81,7 @@ def learned(seed: int, labels: str, who: str = "") -> dict[str, Any]:
 
 
 def foretold(seed: int, labels: str) -> Estimate:
-    """How often the model had foretold the next label, ties and pairs that it scored alike left out."""
+    """How often the model predicted the next label, without ties and pairs with equal scores."""
     from posttrain.lab.explore.reward_model import fit, scores
 
     right = told = 0
@@ -94,7 +94,7 @@ def foretold(seed: int, labels: str) -> Estimate:
 
 
 def agreement(weights: np.ndarray, who: str) -> Estimate:
-    """How often the higher-scored answer of an unseen pair is the one that somebody prefers, where they prefer one."""
+    """How often the higher-scored answer of an unseen pair is the one that `who` prefers, without indifferent pairs."""
     from posttrain.lab.explore.reward_model import scores
 
     wanted = [prefers(who, pairs()[number]) for number in unseen()]
@@ -106,7 +106,7 @@ def agreement(weights: np.ndarray, who: str) -> Estimate:
 
 
 def longer_won(seed: int, labels: str) -> Estimate:
-    """How often the longer answer was preferred, ties and answers of equal length left out."""
+    """How often the longer answer was preferred, without ties and answers of equal length."""
     size = lengths()[list(order(seed)[: len(labels)])]
     told = [
         (one > other, said == "1")
@@ -117,7 +117,7 @@ def longer_won(seed: int, labels: str) -> Estimate:
 
 
 def correlation(one: np.ndarray, other: np.ndarray) -> dict[str, float] | None:
-    """Pearson's r of N > 3 values with Fisher's 95 % interval; None where one does not vary."""
+    """Pearson's r of N > 3 values with Fisher's 95 % interval; None if either is constant."""
     if one.std() == 0 or other.std() == 0:
         return None
     r = float(np.clip(np.corrcoef(one, other)[0, 1], -1, 1))
@@ -143,14 +143,14 @@ def _share(estimate: Estimate) -> dict[str, float | int | None]:
 
 
 def _asked(request: Request) -> dict[str, Any]:
-    """seed, labels and who of an address. Raises ConfigError for what they cannot be."""
+    """Parses seed, labels and who from the URL. Raises ConfigError for invalid values."""
     given = request.query_params
     seed, labels, who = given.get("seed", "0"), given.get("labels", ""), given.get("who", "")
     if not (seed.isascii() and seed.isdigit() and len(seed) < 10):
-        raise ConfigError(f"seed={seed!r}, expected a whole number from 0 on.")
+        raise ConfigError(f"seed={seed!r}, expected a whole number of at least 0.")
     most = len(pairs()) - len(unseen())
     if set(labels) - set("120") or len(labels) > most:
-        raise ConfigError(f"labels={labels[:40]!r}, expected at most {most} of 1, 2 and 0.")
+        raise ConfigError(f"labels={labels[:40]!r}, expected at most {most} characters, each 1, 2 or 0.")
     if who and who not in PEOPLE:
-        raise ConfigError(f"who={who!r} is nobody here; choose one of {', '.join(PEOPLE)}.")
+        raise ConfigError(f"who={who!r} is unknown; choose one of {', '.join(PEOPLE)}.")
     return {"seed": int(seed), "labels": labels, "who": who}

@@ -1,4 +1,4 @@
-"""The reward model of the preference explorer: a linear score of what is seen in an answer, by Bradley and Terry."""
+"""The preference explorer's reward model: a linear Bradley–Terry model of an answer's features."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from posttrain.lab.explore.people import features, order
 from posttrain.objectives.reward import bradley_terry
 
 PRIOR = 0.25
-"""Weight of the squared weights in the loss: without it two labels that agree would make the weights infinite."""
+"""L2 penalty on the weights; without it, a few labels that agree would make the weights infinite."""
 MOST_STEPS = 15
 
 
 @lru_cache(maxsize=8192)
 def fit(seed: int, labels: str) -> tuple[np.ndarray, float, float]:
-    """(weights (features,), mean loss of a label, seconds) after these labels of the seed's pairs: 1, 2 or 0 each.
+    """(weights (features,), mean loss per label, seconds) for these labels of the seed's pairs, each 1, 2 or 0.
 
-    The loss is Σ bradley_terry + PRIOR·|w|², minimised from w = 0 by L-BFGS; it has one minimum, so the order in which
-    labels came does not matter.
+    The loss is Σ bradley_terry + PRIOR·|w|², minimised from w = 0 with L-BFGS; it has a single minimum, so the order
+    of the labels does not matter.
     """
     start = time.perf_counter()
     left, right, label = data(seed, labels)
@@ -46,12 +46,12 @@ def fit(seed: int, labels: str) -> tuple[np.ndarray, float, float]:
 
 
 def data(seed: int, labels: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(left (N, features), right (N, features), probability (N,) that left is the better) of the labelled pairs."""
+    """(left (N, features), right (N, features), probability (N,) that left is better) of the labelled pairs."""
     found = torch.from_numpy(features()[list(order(seed)[: len(labels)])])
     label = torch.tensor([{"1": 1.0, "2": 0.0, "0": 0.5}[said] for said in labels], dtype=torch.float64)
     return found[:, 0], found[:, 1], label
 
 
 def scores(weights: np.ndarray, numbers: Sequence[int]) -> np.ndarray:
-    """(N, 2) scores of the answers of these pairs."""
+    """(N, 2) scores of both answers of these pairs."""
     return features()[list(numbers)] @ weights

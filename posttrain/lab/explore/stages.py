@@ -1,7 +1,7 @@
-"""What /explore/stages shows: the stages of a finished pipeline, each model's own answers and figures, what changed.
+"""Stages explorer: the stages of a finished pipeline, each model's answers and metrics, and what changed.
 
-Pipelines that ship were recorded by `python -m bench.recorded`. A finished pipeline in the lab's folder is read the
-same way, and its models can be asked anything as long as they are there.
+The bundled pipelines were recorded by `python -m bench.recorded`. A finished pipeline in the lab's folder is read the
+same way, and its models can answer new prompts while they exist.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from posttrain.types import ResumeError
 
 RECORDED = Path(__file__).parents[1] / "recorded"
 MAIN = ("helpfulness", "safety", "reasoning")
-"""The figures that every stage shows as bars."""
+"""The metrics shown as bars for every stage."""
 COUNTED = ("eval/pair_accuracy", "eval/step_accuracy")
-"""What is shown of a run whose model gives scores."""
+"""The metrics shown for a run whose model only scores."""
 _REFERENCE = re.compile(r"\{([a-z0-9-]+)\}")
 
 
 def routes(place: Place) -> list[BaseRoute]:
-    """The list of pipelines, and each of them."""
+    """The routes for the list of pipelines and for each pipeline."""
 
     def listed(request: Request) -> dict[str, Any]:
         return {"recorded": [_titled(name, record) for name, record in recorded().items()], "here": _finished(place)}
@@ -62,15 +62,15 @@ def routes(place: Place) -> list[BaseRoute]:
 
 
 def recorded() -> dict[str, dict[str, Any]]:
-    """Name → record of every pipeline that ships with its results, `rlhf` first."""
+    """Name → record of every bundled pipeline, `rlhf` first."""
     files = sorted(RECORDED.glob("*.json"), key=lambda file: (file.stem != "rlhf", file.stem))
     return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
 
 
 def record(place: Place, name: str) -> dict[str, Any]:
-    """What is worth keeping of a pipeline: its stages with their cards, and every model's answers to the same prompts.
+    """A pipeline's record: its stages with their cards, and every model's answers to the same prompts.
 
-    Raises ResumeError where it is damaged.
+    Raises ResumeError if the pipeline is damaged.
     """
     folder = place.pipeline(name)
     read, kept = read_pipeline(place, name), read_record(folder)
@@ -88,7 +88,7 @@ def record(place: Place, name: str) -> dict[str, Any]:
         for stage in read["stages"]
     ]
     asked: dict[str, dict[str, Any]] = {}
-    for row in answers["prompts"]:  # two capabilities may ask the same, which is shown once
+    for row in answers["prompts"]:  # two capabilities may share a prompt, which is shown once
         said = dict(zip(answers["stages"], row["answers"], strict=True))
         question = {"capability": row["capability"], "prompt": row["prompt"]}
         asked.setdefault(row["prompt"], {**question, "answers": {stage: one for stage, one in said.items() if one}})
@@ -97,7 +97,7 @@ def record(place: Place, name: str) -> dict[str, Any]:
 
 
 def with_models(place: Place, name: str) -> dict[str, Any]:
-    """The record of a pipeline in the lab's folder; each stage has its `model`, the name to talk to it, or None."""
+    """The record of a pipeline in the lab's folder; each stage has `model`, its name in the chat, or None."""
     found = record(place, name)
     known = models(place)
     kept = read_record(place.pipeline(name))
@@ -110,8 +110,8 @@ def with_models(place: Place, name: str) -> dict[str, Any]:
 
 
 def explained(found: Mapping[str, Any]) -> dict[str, Any]:
-    """The same record with what follows from it: for each model what changed against the one that it began from, and
-    its answers with thoughts told apart."""
+    """The record with derived data: for each model the changes from the model it started from, and its answers with
+    thoughts separated."""
     cards = {stage["name"]: stage["card"] for stage in found["stages"]}
     stages = [
         {**stage, "changes": changes(cards.get(stage["from"]) or {}, stage["card"] or {})} for stage in found["stages"]
@@ -126,8 +126,8 @@ def explained(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every share of two cards that is better high or better low: by how much it changed, and what that is: `gain`,
-    `cost`, or `unclear` where the interval of the change holds 0."""
+    """The change of every directed metric that two cards share: `gain`, `cost`, or `unclear` if the interval of the
+    change contains 0."""
     found: list[dict[str, Any]] = []
     for name in [name for name in LABELS if name in before and name in after]:
         about = described(name)
@@ -146,7 +146,7 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[dict[st
 
 
 def described(name: str) -> dict[str, Any]:
-    """A figure's label, whether it is a share, and whether it is better `high`, better `low`, or neither ("")."""
+    """A metric's label, whether it is a share, and whether `high` or `low` is better, or neither ("")."""
     label, share = LABELS[name]
     text, _, note = label.partition(", ")
     better = {"higher is better": "high", "lower is better": "low"}.get(note, "")
@@ -154,7 +154,7 @@ def described(name: str) -> dict[str, Any]:
 
 
 def origins(recipe: str) -> dict[str, dict[str, Any]]:
-    """Stage → the stage whose model it trains (`from`), and the others that it reads (`uses`), from a recipe's TOML."""
+    """Stage → the stage whose model it starts from (`from`) and the others it uses (`uses`), from a recipe's TOML."""
     found: dict[str, dict[str, Any]] = {}
     for stage in _tables(recipe):
         model = stage.get("model")
@@ -168,7 +168,7 @@ def origins(recipe: str) -> dict[str, dict[str, Any]]:
 
 
 def _given(recipe: str) -> dict[str, str]:
-    """Stage → the model that it names, of the stages that bring a model that exists."""
+    """Stage → model path, for the stages that use an existing model."""
     return {str(s["name"]): str(s.get("path", SHIPPED)) for s in _tables(recipe) if s.get("run") == "model"}
 
 
@@ -184,7 +184,7 @@ def _recipe(kept: Mapping[str, Any]) -> str:
 
 
 def _counted(stages: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Stage → what a maker counted or a scorer's last evaluation measured, as numbers or estimates."""
+    """Stage → counts of a data stage, or the last evaluation of a scoring model, as numbers or estimates."""
     found: dict[str, dict[str, Any]] = {}
     for stage in stages:
         made = {name: value for name, value in (stage.get("made") or {}).items() if _is_figure(value)}
@@ -211,7 +211,7 @@ def _titled(name: str, found: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _finished(place: Place) -> list[dict[str, str]]:
-    """The finished pipelines of the lab's folder; a damaged one is left out here and says so on its own page."""
+    """The finished pipelines of the lab's folder, without damaged ones, which report that on their own page."""
     found: list[dict[str, str]] = []
     for name, folder in place.pipelines().items():
         try:

@@ -1,7 +1,7 @@
-"""Real updates of a copy of a model on one group: what makes which answer likelier, token by token.
+"""Real updates of a copy of the model on one group: how each answer's probability changes, token by token.
 
-The loss is the clipped surrogate with equal weight for each token of the group, and the optimizer AdamW with the
-settings that training starts from. The model itself stays as it is.
+The loss is the clipped surrogate with equal weight for each token of the group; the optimizer is AdamW with training's
+default settings. The model itself is never changed.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from posttrain.lab.explore.group import COMPARE, Group, Writer, write
 from posttrain.models.load import Policy, packed_logits, trainable
 from posttrain.objectives.policy import clip, ratio
 from posttrain.objectives.tokens import select, token_weights
-from posttrain.rollout.engine import EmbeddedGenerator
+from posttrain.rollout.engines.embedded import EmbeddedGenerator
 
 AGAIN = 64
-"""Fresh answers before and after, to see what an update did to the problem."""
+"""New answers sampled before and after, to measure the effect of an update."""
 
 
 def update(
     writer: Writer, group: Group, rewards: Sequence[float], how: str, lr: float, updates: int, low: float, high: float
 ) -> dict[str, Any]:
-    """Takes `updates` optimizer steps on a group's answers, as one batch, and tells what became of them."""
+    """Takes `updates` optimizer steps on a group's answers as one batch, and returns their effect."""
     with writer.lock:
         policy = replace(writer.policy, model=copy.deepcopy(writer.policy.model))
         rows, mask = _rows(group, policy.device)
@@ -61,7 +61,7 @@ def update(
 
 
 def _rows(group: Group, device: torch.device) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """The rows' tokens, prompt first, and which of the padded (G, T) the model wrote."""
+    """The rows' tokens, prompt first, and the mask (G, T) of tokens written by the model."""
     prompt = torch.from_numpy(group.prompt).long()
     rows = [torch.cat([prompt, torch.from_numpy(a.completion.tokens).long()]).to(device) for a in group.answers]
     at = torch.arange(max(map(len, rows)), device=device)
@@ -70,7 +70,7 @@ def _rows(group: Group, device: torch.device) -> tuple[list[torch.Tensor], torch
 
 
 def _logp(policy: Policy, group: Group, rows: Sequence[torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
-    """(G, T) log-probabilities of what the model wrote, 0 elsewhere, with their gradient."""
+    """(G, T) log-probabilities of the tokens written by the model, 0 elsewhere, with gradient."""
     start = len(group.prompt)
     logits = packed_logits(policy, rows).split([len(row) for row in rows])
     before = torch.cat([own[start - 1 : -1] for own in logits])
@@ -86,7 +86,7 @@ def _optimizer(policy: Policy, lr: float) -> torch.optim.AdamW:
 def _answer(
     old: torch.Tensor, new: torch.Tensor, moved: torch.Tensor, earned: torch.Tensor, clipped: torch.Tensor
 ) -> dict[str, Any]:
-    """One answer of L tokens, before and after; `mean` is the geometric mean of its tokens' probabilities."""
+    """One answer of L tokens; `before` and `after` are the geometric means of its tokens' probabilities."""
     return {
         "before": old.mean().exp().item(),
         "after": new.mean().exp().item(),
