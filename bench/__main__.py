@@ -31,7 +31,7 @@ from bench.rows import ROWS, Row, folder_of, quarter
 from bench.table import Result
 
 OUT = ROOT / "build" / "bench"
-PAGE = ROOT / "docs" / "performance.md"
+PAGE = ROOT / "docs" / "concepts" / "performance.md"
 PICTURE = ROOT / "docs" / "images" / "scaling.png"
 MACHINE = "share of the fastest matrix product"
 SCALING = "cost by group size, length and model size"
@@ -148,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if report.curves:
         scaling.draw(report.curves, PICTURE if options.write else path.with_suffix(".png"))
     if options.write:
-        measured = f"{report.markdown()}\n![{DRAWN}](images/{PICTURE.name})\n"
+        measured = f"{report.markdown()}\n![{DRAWN}](../images/{PICTURE.name})\n"
         PAGE.write_text(written(PAGE.read_text(encoding="utf-8"), measured), encoding="utf-8")
     return 0 if report.met else 1
 

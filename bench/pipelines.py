@@ -36,7 +36,7 @@ from posttrain.store.pipeline import read_record
 from posttrain.types import ConfigError
 
 RESULTS = ROOT / "posttrain" / "config" / "recipes" / "results"
-PAGE = ROOT / "docs" / "pipelines.md"
+PAGE = ROOT / "docs" / "guides" / "pipelines.md"
 DIGITS = 6
 SHOWN = (
     "helpfulness", "safety", "over_refusal", "reasoning", "format", "language", "kl", "length", "unique", "distinct_2",
