@@ -47,7 +47,7 @@ def test_rewordings_share_a_split() -> None:
     [
         ("riddles", 1, "train", "expected one of"),
         ("sums", 1, "dev", "expected 'train' or 'test'"),
-        ("list", 100, "test", "ask for fewer"),
+        ("list", 100, "test", "Ask for fewer"),
     ],
 )
 def test_impossible_requests_say_why(kind: str, count: int, split: str, message: str) -> None:

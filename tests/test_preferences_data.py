@@ -162,14 +162,14 @@ def test_label_wins_over_tie_and_margin_over_scores(columns: dict[str, Any], lab
             {"chosen": said("user: u", "assistant: a"), "rejected": said("user: more", "assistant: b")},
             "differ before their last message, first in message 1. Only the answers may differ",
         ),
-        ({"prompt": "other", **TALK}, "'chosen' is a conversation that does not hold the prompt"),
+        ({"prompt": "other", **TALK}, "'chosen' is a conversation that does not contain the prompt"),
         (
             {"prompt": "u", "chosen": said("assistant: a", "user: u"), "rejected": "b"},
             "'chosen' ends with a user message",
         ),
         ({"chosen": TALK["chosen"] + "\n\nHuman: so?", "rejected": "b"}, "'chosen' ends with a user message"),
-        ({"prompt": said("system: s"), **PAIR}, "no user message comes before the answer"),
-        ({"prompt": said("user: u", "assistant: x"), **PAIR}, "an assistant message comes right before the answer"),
+        ({"prompt": said("system: s"), **PAIR}, "there is no user message before the answer"),
+        ({"prompt": said("user: u", "assistant: x"), **PAIR}, "there is an assistant message right before the answer"),
         (
             {
                 "prompt": "u",
@@ -184,9 +184,9 @@ def test_label_wins_over_tie_and_margin_over_scores(columns: dict[str, Any], lab
         ({"prompt": "u", **PAIR, "label": "chosen"}, "label='chosen' is not a finite number"),
         ({"prompt": "u", **PAIR, "label": float("nan")}, "label=nan is not a finite number"),
         ({"prompt": "u", **PAIR, "tie": 1}, "tie=1, expected true or false"),
-        ({"prompt": "u", **PAIR, "tie": True, "label": 0.9}, "tie=true but label=0.9. Keep the one that is meant"),
+        ({"prompt": "u", **PAIR, "tie": True, "label": 0.9}, "tie=true contradicts label=0.9. Remove one of them"),
         ({"prompt": "u", **PAIR, "margin": float("inf")}, "margin=inf is not a finite number"),
-        ({"prompt": "u", **PAIR, "score_chosen": 3}, "the row has one of score_chosen and score_rejected"),
+        ({"prompt": "u", **PAIR, "score_chosen": 3}, "the row has only one of score_chosen and score_rejected"),
     ],
 )
 def test_rows_that_are_no_preference_are_refused_by_file_and_line(values: dict[str, Any], says: str) -> None:
@@ -232,9 +232,9 @@ def test_a_judgement_says_whether_one_answer_is_desirable(label: Any, desirable:
         ({"completion": "a", "label": True}, "no column holds a prompt"),
         ({"prompt": "u", "completion": " ", "label": True}, "column 'completion' is empty"),
         ({"messages": said("user: u"), "label": True}, "'messages' ends with a user message"),
-        ({"prompt": "u", "completion": "a", "label": 0.5}, "label=0.5 is neither true"),
-        ({"prompt": "u", "completion": "a", "label": "good"}, "label='good' is neither true .or 1, 'desirable'."),
-        ({"prompt": "u", "completion": "a", "label": [1]}, "is neither true"),
+        ({"prompt": "u", "completion": "a", "label": 0.5}, "label=0.5, expected true, 1 or 'desirable', or false"),
+        ({"prompt": "u", "completion": "a", "label": "good"}, "label='good', expected true, 1 or 'desirable'"),
+        ({"prompt": "u", "completion": "a", "label": [1]}, "expected true, 1 or"),
     ],
 )
 def test_rows_that_are_no_judgement_are_refused_by_file_and_line(values: dict[str, Any], says: str) -> None:
@@ -297,14 +297,23 @@ def test_steps_after_a_mistake_may_be_kept_as_wrong() -> None:
         ({"prompt": "u", "steps": STEPS, "labels": [1, 1]}, "has 3 steps but 2 labels"),
         ({"prompt": "u", "steps": STEPS, "labels": [1, 1, 2]}, "are not all in .0, 1."),
         ({"prompt": "u", "steps": STEPS, "labels": [1, -1, 0]}, "are not all in .0, 1."),
-        ({"prompt": "u", "steps": STEPS, "labels": ["+", "-", "-"]}, "is not a list of true, false or numbers"),
-        ({"prompt": "u", "steps": STEPS, "labels": 1}, "labels=1 is not a list of true, false or numbers"),
-        ({"prompt": "u", "steps": STEPS, "mistake_index": 3}, "mistake_index=3 names none of the 3 steps; .* or null"),
-        ({"prompt": "u", "steps": STEPS, "mistake_index": -1}, "mistake_index=-1 names none of the 3 steps"),
-        ({"prompt": "u", "steps": STEPS, "mistake_index": True}, "mistake_index=True names none of the 3 steps"),
+        ({"prompt": "u", "steps": STEPS, "labels": ["+", "-", "-"]}, "is not a list of booleans or numbers"),
+        ({"prompt": "u", "steps": STEPS, "labels": 1}, "labels=1 is not a list of booleans or numbers"),
+        (
+            {"prompt": "u", "steps": STEPS, "mistake_index": 3},
+            "mistake_index=3 is not the index of one of the 3 steps; .* or null",
+        ),
+        (
+            {"prompt": "u", "steps": STEPS, "mistake_index": -1},
+            "mistake_index=-1 is not the index of one of the 3 steps",
+        ),
+        (
+            {"prompt": "u", "steps": STEPS, "mistake_index": True},
+            "mistake_index=True is not the index of one of the 3 steps",
+        ),
         (
             {"prompt": "u", "steps": STEPS, "label": 3},
-            "label=3 names none of the 3 steps; expected 0 to 2, or -1 where",
+            "label=3 is not the index of one of the 3 steps; expected 0 to 2, or -1 if",
         ),
     ],
 )
@@ -396,7 +405,7 @@ def test_tool_calls_in_a_prompt_survive_the_file(tmp_path: Path) -> None:
         (USER, "half \ud800", "surrogates not allowed"),
         (USER, "nul \0", "contains the NUL character"),
         (Message("assistant", "", ({"name": {1}},)), "a", "not JSON serializable"),
-        (Message("assistant", "", ({"arguments": (1, 2)},)), "a", "it would come back changed"),
+        (Message("assistant", "", ({"arguments": (1, 2)},)), "a", "it would not read back equal"),
     ],
 )
 def test_what_json_cannot_hold_is_refused_before_anything_is_written(
@@ -420,7 +429,7 @@ def test_what_json_cannot_hold_is_refused_before_anything_is_written(
 def test_a_line_nobody_wrote_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(line)
-    with pytest.raises(DataError, match=r"a.jsonl:1: not a preference as write_preferences writes it: "):
+    with pytest.raises(DataError, match=r"a.jsonl:1: not a preference written by write_preferences: "):
         read_preferences(path)
 
 

@@ -1,7 +1,7 @@
-"""Rows become preferences, judgements and stepwise solutions: what reward models and offline methods learn from.
+"""Converts rows into preferences, judgements and stepwise solutions, the data of reward models and offline methods.
 
-Every layout ends as one conversation for each answer; what comes before its last message is the prompt. Wherever a
-row is refused the error starts with `file:line`; `sources.parse_rows` collects such errors over a whole file.
+Every layout is converted to one conversation per answer; the messages before the last one are the prompt. The error
+for a bad row starts with `file:line`; `sources.parse_rows` collects these errors over a whole file.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from posttrain.data.sources import (
 from posttrain.types import DataError, Judgement, Message, Preference, Solution
 
 PAIR_COLUMNS = ("chosen", "rejected")
-"""Where the two answers of a preference are looked for: texts, or lists of messages."""
+"""Columns for the two answers of a preference: texts, or lists of messages."""
 COMPLETION_COLUMNS = ("completion", "response", "output", "answer")
-"""Where the one answer of a judgement is looked for, in this order; then the last message of `messages`."""
+"""Columns for the answer of a judgement, in order of precedence; then the last message of `messages`."""
 STEP_COLUMNS = ("steps", "completions")
-"""Where the steps of a solution are looked for, in this order."""
+"""Columns for the steps of a solution, in order of precedence."""
 STEP_LABEL_COLUMNS = ("labels", "mistake_index", "label")
-"""Where the steps' labels are looked for, in this order: one label each, or the number of the first wrong step."""
+"""Columns for the step labels, in order of precedence: one label per step, or the index of the first wrong step."""
 
-# `prompt` first: a row that has `messages` beside it usually repeats the prompt and one of the answers there.
+# `prompt` first: if a row also has `messages`, they usually repeat the prompt and one of the answers.
 _PROMPTS = ("prompt", *(name for name in PROMPT_COLUMNS if name != "prompt"))
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _VERDICTS = {"desirable": True, "undesirable": False}
@@ -46,16 +46,16 @@ T = TypeVar("T", Preference, Judgement, Solution)
 
 
 def row_to_preference(row: Row, system: str = "", instruction: str = "") -> Preference:
-    """The preference a row describes; its id is `file:line` without the folder.
+    """Converts a row into a preference; its id is `file:line` without the folder.
 
-    `chosen` and `rejected` are answers to the prompt column (text, or messages that begin with the assistant's), or
-    whole conversations: messages that begin with the system or the user, or a text of turns that each begin with
-    "Human:" or "Assistant:" after a blank line (the layout of Anthropic's HH-RLHF; white space around a turn is
-    removed). The last assistant message is the answer and everything before it must be the same on both sides; a
-    prompt column beside whole conversations must be part of them.
+    `chosen` and `rejected` are either answers to the prompt column (text, or messages that begin with the assistant)
+    or whole conversations: messages that begin with the system or the user, or a text whose turns begin with "Human:"
+    or "Assistant:" after a blank line (the layout of Anthropic's HH-RLHF; white space around a turn is removed). The
+    last assistant message is the answer, and everything before it must be the same on both sides. If there is a prompt
+    column as well, whole conversations must contain it.
 
-    `label` is the probability that chosen is better; without it `tie: true` means 0.5 and anything else 1. The margin
-    is `margin`, or else `score_chosen` − `score_rejected`, or else 0. Raises DataError naming `file:line`.
+    `label` is the probability that chosen is better; without it, `tie: true` means 0.5 and anything else 1. The margin
+    is `margin`, else `score_chosen` − `score_rejected`, else 0. Raises DataError naming `file:line`.
     """
     filled = [name for name in PAIR_COLUMNS if row.values.get(name) is not None]
     if not filled:
@@ -63,8 +63,8 @@ def row_to_preference(row: Row, system: str = "", instruction: str = "") -> Pref
     if len(filled) == 1:
         (lacking,) = set(PAIR_COLUMNS) - set(filled)
         raise DataError(f"{row.where}: the row has {filled[0]!r} but no {lacking!r}. Add it or remove the row.")
-    asked = _asked(row)
-    chosen, rejected = (_conversation(row, name, asked) for name in PAIR_COLUMNS)
+    question = _optional_prompt(row)
+    chosen, rejected = (_conversation(row, name, question) for name in PAIR_COLUMNS)
     if chosen[:-1] != rejected[:-1]:
         raise DataError(
             f"{row.where}: chosen ({len(chosen)} messages) and rejected ({len(rejected)}) differ before their last "
@@ -74,11 +74,11 @@ def row_to_preference(row: Row, system: str = "", instruction: str = "") -> Pref
     try:
         return Preference(_id(row), prompt, chosen[-1].content, rejected[-1].content, _label(row), _margin(row))
     except DataError as error:
-        raise _at(row, error) from None
+        raise _with_location(row, error) from None
 
 
 def row_to_judgement(row: Row, system: str = "", instruction: str = "") -> Judgement:
-    """The judgement a row describes: a prompt, one answer and whether it is desirable (the layout of KTO).
+    """Converts a row into a judgement: a prompt, one answer and whether it is desirable (the data of KTO).
 
     The answer is text or messages, as in `row_to_preference`. `label` is true or false, 1 or 0, or "desirable" or
     "undesirable". Raises DataError naming `file:line`.
@@ -86,23 +86,21 @@ def row_to_judgement(row: Row, system: str = "", instruction: str = "") -> Judge
     column = first_column(row.values, COMPLETION_COLUMNS)
     if column is None and row.values.get("messages") is None:
         raise missing_column(row, "an answer", (*COMPLETION_COLUMNS, "messages"))
-    conversation = _conversation(row, column, _asked(row)) if column else _conversation(row, "messages", ())
+    conversation = _conversation(row, column, _optional_prompt(row)) if column else _conversation(row, "messages", ())
     label = row.values.get("label")
     if label is None:
         raise missing_column(row, "a label", ("label",))
     verdict = _VERDICTS.get(label.strip().lower()) if isinstance(label, str) else label
     if verdict not in (0, 1):
-        raise DataError(
-            f"{row.where}: label={label!r} is neither true (or 1, 'desirable') nor false (or 0, 'undesirable')."
-        )
+        raise DataError(f"{row.where}: label={label!r}, expected true, 1 or 'desirable', or false, 0 or 'undesirable'.")
     prompt = _prompt(row, conversation[:-1], system, instruction)
     return Judgement(_id(row), prompt, conversation[-1].content, bool(verdict))
 
 
 def judgements_of(preference: Preference) -> tuple[Judgement, ...]:
-    """The better answer as desirable and the other as not; a tie (label 0.5) says neither and gives none.
+    """Converts a pair into judgements for KTO: the better answer is desirable, the other undesirable.
 
-    So KTO learns from pairs. Ids are the preference's with `/chosen` and `/rejected`.
+    A tie (label 0.5) gives no judgements. The ids are the preference's id with `/chosen` and `/rejected`.
     """
     if preference.label == 0.5:
         return ()
@@ -116,19 +114,19 @@ def judgements_of(preference: Preference) -> tuple[Judgement, ...]:
 def row_to_solution(
     row: Row, system: str = "", instruction: str = "", after_mistake: AfterMistake = "drop"
 ) -> Solution:
-    """The stepwise solution a row describes: a prompt, steps, and one label for each.
+    """Converts a row into a stepwise solution: a prompt, steps, and one label per step.
 
-    Labels are true or false or numbers in [0, 1], one for each step, and kept as given; or the 0-based number of the
-    first wrong step, in `mistake_index` (BIG-Bench-Mistake: null where all are right) or `label` (ProcessBench: −1
-    where all are right). Then the steps before it are labelled 1 and it is labelled 0. What follows a mistake nobody
-    labelled: it is dropped, as in Lightman et al. 2023 ("Let's Verify Step by Step"), who supervise up to and
-    including the first mistake; `after_mistake="wrong"` keeps these steps with label 0. Raises DataError naming
+    Labels are either one boolean or number in [0, 1] per step, used as given, or the 0-based index of the first wrong
+    step, in `mistake_index` (BIG-Bench-Mistake; null if all steps are right) or `label` (ProcessBench; −1 if all are
+    right). With an index, the steps before it get label 1 and the wrong step gets label 0. The steps after a mistake
+    have no labels; they are dropped, as in Lightman et al. 2023 ("Let's Verify Step by Step"), who supervise up to and
+    including the first mistake, while `after_mistake="wrong"` keeps them with label 0. Raises DataError naming
     `file:line`.
     """
     steps = _steps(row)
     column = first_column(row.values, STEP_LABEL_COLUMNS)
     if "mistake_index" in row.values and column != "labels":
-        column = "mistake_index"  # null says that every step is right
+        column = "mistake_index"  # null means that every step is right
     if column is None:
         raise missing_column(row, "step labels", STEP_LABEL_COLUMNS)
     if column == "labels":
@@ -138,18 +136,19 @@ def row_to_solution(
         labels = [1.0] * len(steps) if wrong is None else [1.0] * wrong + [0.0] * (len(steps) - wrong)
         if wrong is not None and after_mistake == "drop":
             steps, labels = steps[: wrong + 1], labels[: wrong + 1]
-    prompt = _prompt(row, _needed(row), system, instruction)
+    prompt = _prompt(row, _required_prompt(row), system, instruction)
     try:
         return Solution(_id(row), prompt, tuple(steps), tuple(labels))
     except DataError as error:
-        raise _at(row, error) from None
+        raise _with_location(row, error) from None
 
 
 def row_to_outcome(row: Row, system: str = "", instruction: str = "", separator: str = "\n") -> Judgement:
-    """A stepwise row as one answer, all its steps joined, that is desirable exactly where its final answer is right.
+    """Converts a stepwise row into a judgement: all steps joined, desirable if the final answer is right.
 
-    Right is `final_answer_correct` where the row has it (ProcessBench), or else that `answer` equals `target` but for
-    white space around them (BIG-Bench-Mistake; a null answer is wrong). Raises DataError naming `file:line`.
+    The final answer is right if `final_answer_correct` is true (ProcessBench), or, without that column, if `answer`
+    equals `target` up to surrounding white space (BIG-Bench-Mistake; a null answer is wrong). Raises DataError naming
+    `file:line`.
     """
     values = row.values
     right = values.get("final_answer_correct")
@@ -160,84 +159,88 @@ def row_to_outcome(row: Row, system: str = "", instruction: str = "", separator:
     if not isinstance(right, bool):
         raise DataError(f"{row.where}: final_answer_correct={right!r}, expected true or false.")
     try:
-        prompt = _prompt(row, _needed(row), system, instruction)
+        prompt = _prompt(row, _required_prompt(row), system, instruction)
         return Judgement(_id(row), prompt, separator.join(_steps(row)), right)
     except DataError as error:
-        raise _at(row, error) from None
+        raise _with_location(row, error) from None
 
 
 def write_preferences(path: str | Path, preferences: Sequence[Preference]) -> None:
-    """Writes JSON Lines that `read_preferences` gives back equal. Raises DataError where JSON cannot hold one."""
+    """Writes JSON Lines that `read_preferences` reads back unchanged. Raises DataError if JSON cannot represent one."""
     _write(path, preferences)
 
 
 def read_preferences(path: str | Path) -> list[Preference]:
-    """Preferences written by `write_preferences`. Raises DataError naming `file:line`."""
+    """Reads preferences written by `write_preferences`. Raises DataError naming `file:line`."""
     return _read(path, Preference)
 
 
 def write_judgements(path: str | Path, judgements: Sequence[Judgement]) -> None:
-    """Writes JSON Lines that `read_judgements` gives back equal. Raises DataError where JSON cannot hold one."""
+    """Writes JSON Lines that `read_judgements` reads back unchanged. Raises DataError if JSON cannot represent one."""
     _write(path, judgements)
 
 
 def read_judgements(path: str | Path) -> list[Judgement]:
-    """Judgements written by `write_judgements`. Raises DataError naming `file:line`."""
+    """Reads judgements written by `write_judgements`. Raises DataError naming `file:line`."""
     return _read(path, Judgement)
 
 
 def write_solutions(path: str | Path, solutions: Sequence[Solution]) -> None:
-    """Writes JSON Lines that `read_solutions` gives back equal. Raises DataError where JSON cannot hold one."""
+    """Writes JSON Lines that `read_solutions` reads back unchanged. Raises DataError if JSON cannot represent one."""
     _write(path, solutions)
 
 
 def read_solutions(path: str | Path) -> list[Solution]:
-    """Solutions written by `write_solutions`. Raises DataError naming `file:line`."""
+    """Reads solutions written by `write_solutions`. Raises DataError naming `file:line`."""
     return _read(path, Solution)
 
 
-def _asked(row: Row) -> tuple[Message, ...]:
-    """What the prompt column holds, or nothing where there is none."""
+def _optional_prompt(row: Row) -> tuple[Message, ...]:
+    """The messages in the prompt column, or none if there is no such column."""
     column = first_column(row.values, _PROMPTS)
     if column is None:
         return ()
     messages = question_of(row, row.values, column)
     if len(messages) == 1 and _is_dialogue(messages[0].content):
-        turns = _dialogue(messages[0].content)
-        if turns[-1] == Message("assistant", ""):  # a prompt that ends where the assistant begins
+        turns = _parse_dialogue(messages[0].content)
+        if turns[-1] == Message("assistant", ""):  # a prompt that ends with "Assistant:"
             return turns[:-1]
     return messages
 
 
-def _needed(row: Row) -> tuple[Message, ...]:
-    asked = _asked(row)
-    if not asked:
+def _required_prompt(row: Row) -> tuple[Message, ...]:
+    prompt = _optional_prompt(row)
+    if not prompt:
         raise missing_column(row, "a prompt", _PROMPTS)
-    return asked
+    return prompt
 
 
-def _conversation(row: Row, column: str, asked: tuple[Message, ...]) -> tuple[Message, ...]:
-    """What was said up to and including the answer in `column`; it begins with `asked` where that is given."""
+def _conversation(row: Row, column: str, question: tuple[Message, ...]) -> tuple[Message, ...]:
+    """The conversation up to and including the answer in `column`; `question` is the prompt column, if any."""
     if isinstance(row.values[column], list):
         messages = messages_of(row, row.values[column], column)
     else:
         text = text_of(row, row.values, column)
-        messages = _dialogue(text) if _is_dialogue(text) else (Message("assistant", text),)
+        messages = _parse_dialogue(text) if _is_dialogue(text) else (Message("assistant", text),)
     if messages[0].role in ("assistant", "tool"):
-        messages = (*(asked or _needed(row)), *messages)
-    elif not _said(asked) <= _said(messages):
-        raise DataError(f"{row.where}: {column!r} is a conversation that does not hold the prompt. Remove one of them.")
+        messages = (*(question or _required_prompt(row)), *messages)
+    elif not _user_texts(question) <= _user_texts(messages):
+        raise DataError(
+            f"{row.where}: {column!r} is a conversation that does not contain the prompt. Remove one of them."
+        )
     answer = messages[-1]
     if answer.role != "assistant":
-        raise DataError(f"{row.where}: {column!r} ends with a {answer.role} message, expected the assistant's answer.")
+        raise DataError(f"{row.where}: {column!r} ends with a {answer.role} message, expected an assistant message.")
     if answer.tool_calls:
-        raise DataError(f"{row.where}: the answer in {column!r} calls tools, and only text can be compared. Remove it.")
+        raise DataError(
+            f"{row.where}: the answer in {column!r} calls tools, but only text answers can be compared. Remove the row."
+        )
     if not answer.content.strip():
         raise DataError(f"{row.where}: the answer in {column!r} is empty. Fill it or remove the row.")
     return messages
 
 
-def _said(messages: Sequence[Message]) -> set[str]:
+def _user_texts(messages: Sequence[Message]) -> set[str]:
     return {m.content.strip() for m in messages if m.role == "user"}
 
 
@@ -245,22 +248,22 @@ def _is_dialogue(text: str) -> bool:
     return text.lstrip().startswith("Human:") and "\n\nAssistant:" in text
 
 
-def _dialogue(text: str) -> tuple[Message, ...]:
-    """Turns of a text that begins with `Human:`."""
+def _parse_dialogue(text: str) -> tuple[Message, ...]:
+    """The turns of a text that begins with `Human:`."""
     _, *pieces = _TURN.split("\n\n" + text.lstrip())
     return tuple(
-        Message("user" if name == "Human" else "assistant", said.strip())
-        for name, said in zip(pieces[::2], pieces[1::2], strict=True)
+        Message("user" if name == "Human" else "assistant", content.strip())
+        for name, content in zip(pieces[::2], pieces[1::2], strict=True)
     )
 
 
 def _prompt(row: Row, messages: tuple[Message, ...], system: str, instruction: str) -> tuple[Message, ...]:
     if not any(m.role == "user" for m in messages):
-        raise DataError(f"{row.where}: no user message comes before the answer, so nothing is asked. Remove the row.")
+        raise DataError(f"{row.where}: there is no user message before the answer. Add one or remove the row.")
     if messages[-1].role == "assistant":
         raise DataError(
-            f"{row.where}: an assistant message comes right before the answer, so where the answer begins is unclear. "
-            "Join the two or remove the row."
+            f"{row.where}: there is an assistant message right before the answer, so it is unclear where the answer "
+            "begins. Join the two or remove the row."
         )
     return with_system(row.where, with_instruction(messages, instruction), system)
 
@@ -276,7 +279,7 @@ def _label(row: Row) -> float:
     if label is None:
         return 0.5 if tie else 1.0
     if tie and label != 0.5:
-        raise DataError(f"{row.where}: tie=true but label={label:g}. Keep the one that is meant.")
+        raise DataError(f"{row.where}: tie=true contradicts label={label:g}. Remove one of them.")
     return label
 
 
@@ -286,7 +289,7 @@ def _margin(row: Row) -> float:
         return margin
     chosen, rejected = _number(row, "score_chosen"), _number(row, "score_rejected")
     if (chosen is None) != (rejected is None):
-        raise DataError(f"{row.where}: the row has one of score_chosen and score_rejected; it needs both or neither.")
+        raise DataError(f"{row.where}: the row has only one of score_chosen and score_rejected. Give both or neither.")
     return 0.0 if chosen is None or rejected is None else chosen - rejected
 
 
@@ -305,14 +308,14 @@ def _steps(row: Row) -> list[str]:
         raise missing_column(row, "steps", STEP_COLUMNS)
     steps = row.values[column]
     if not isinstance(steps, list) or not all(isinstance(step, str) for step in steps):
-        raise DataError(f"{row.where}: column {column!r} is not a list of texts, one for each step.")
+        raise DataError(f"{row.where}: column {column!r} is not a list of texts, one per step.")
     return steps
 
 
 def _step_labels(row: Row) -> list[float]:
     labels = row.values["labels"]
     if not isinstance(labels, list) or not all(isinstance(label, int | float) for label in labels):
-        raise DataError(f"{row.where}: labels={labels!r} is not a list of true, false or numbers from 0 to 1.")
+        raise DataError(f"{row.where}: labels={labels!r} is not a list of booleans or numbers from 0 to 1.")
     return [float(label) for label in labels]
 
 
@@ -323,8 +326,8 @@ def _first_mistake(row: Row, column: str, steps: int) -> int | None:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < steps:
         none = "-1" if column == "label" else "null"
         raise DataError(
-            f"{row.where}: {column}={value!r} names none of the {steps} steps; expected 0 to {steps - 1}, or {none} "
-            "where no step is wrong."
+            f"{row.where}: {column}={value!r} is not the index of one of the {steps} steps; expected 0 to "
+            f"{steps - 1}, or {none} if no step is wrong."
         )
     return value
 
@@ -334,7 +337,7 @@ def _id(row: Row) -> str:
     return f"{Path(source).name if is_file_name(source) else source}:{line}"
 
 
-def _at(row: Row, error: DataError) -> DataError:
+def _with_location(row: Row, error: DataError) -> DataError:
     text = str(error)
     return error if text.startswith(f"{row.where}: ") else DataError(f"{row.where}: {text}")
 
@@ -350,7 +353,7 @@ def _write(path: str | Path, items: Sequence[Preference | Judgement | Solution])
         try:
             lines.append(json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n")
             lines[-1].encode("utf-8")
-            fault = "it would come back changed." if json.loads(lines[-1]) != values else row_fault(values, lines[-1])
+            fault = "it would not read back equal." if json.loads(lines[-1]) != values else row_fault(values, lines[-1])
         except (TypeError, ValueError) as error:
             fault = f"{error}."
         if fault:
@@ -369,5 +372,5 @@ def _read(path: str | Path, kind: type[T]) -> list[T]:
             items.append(kind(**values))
         except (KeyError, TypeError, AttributeError, DataError) as error:
             name = kind.__name__.lower()
-            raise DataError(f"{row.where}: not a {name} as write_{name}s writes it: {error}.") from None
+            raise DataError(f"{row.where}: not a {name} written by write_{name}s: {error}.") from None
     return items

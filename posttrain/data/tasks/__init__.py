@@ -1,1 +1,1 @@
-"""Built-in task sets."""
+"""Built-in tasks, and loading tasks from files and the hub."""

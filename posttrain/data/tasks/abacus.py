@@ -1,8 +1,8 @@
-"""Problems for the abacus model: reasoning, instructions and safety, drawn from an explicit random source.
+"""Problem generators for the abacus model: reasoning, instructions and safety, seeded explicitly.
 
-Every problem belongs to one *group* (the part of its id before ``#``), and a group falls wholly in the training
-split or wholly in the test split by a stable hash.  Rewordings and reorderings of one problem share a group, so
-nothing held out is ever seen in another dress.
+Every problem belongs to a *group* (the part of its id before ``#``), and a stable hash assigns each group to either the
+training or the test split. Rewordings and reorderings of a problem share its group, so no test problem appears in the
+training split in another form.
 """
 
 import ast
@@ -17,7 +17,7 @@ from posttrain.data.tasks.requests import HARMFUL_ACTS, HARMLESS_ACTS, THINGS
 Split = Literal["train", "test"]
 HELD_OUT_PERCENT = 15
 NUMBER_WORDS = {2: "two", 3: "three", 4: "four", 5: "five"}
-MAX_EXPRESSION = 64  # characters; keeps ast.parse away from deeply nested or huge input
+MAX_EXPRESSION = 64  # characters; protects ast.parse from deeply nested or huge input
 
 NOUNS = (
     "apple ball bank bear bell bird boat book bread brush cake chair clock cloud coat corn cow cup desk dog door "
@@ -128,7 +128,7 @@ SHAPES = ("{}+{}+{}", "{}+{}-{}", "{}*{}+{}", "{}*{}-{}", "({}+{})*{}", "({}-{})
 
 @dataclass(frozen=True)
 class Problem:
-    """One question; ``meta`` always names ``skill`` and ``kind`` and holds what a checker needs beside ``answer``."""
+    """One problem; ``meta`` has ``skill``, ``kind`` and what a checker needs in addition to ``answer``."""
 
     id: str
     skill: str
@@ -139,7 +139,7 @@ class Problem:
 
 
 def held_out(problem: Problem) -> bool:
-    """Say whether a problem's group belongs to the test split (about 15 % of groups, the same on every machine)."""
+    """Whether a problem's group belongs to the test split (about 15 % of groups, the same on every machine)."""
     digest = hashlib.blake2b(problem.id.partition("#")[0].encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") % 100 < HELD_OUT_PERCENT
 
@@ -148,17 +148,17 @@ def evaluate(expression: str) -> tuple[int, list[int]]:
     """Return the value of an expression of integers, ``+``, ``-``, ``*`` and brackets, and its numbers, sorted.
 
     Raises:
-        ValueError: the text is anything else, or longer than 64 characters.
+        ValueError: the text is not such an expression, or is longer than 64 characters.
     """
     text = expression.strip()
     if len(text) > MAX_EXPRESSION:
-        raise ValueError(f"expression has {len(text)} characters, at most {MAX_EXPRESSION} are read.")
-    if set(text) - set("0123456789+-*() "):  # also keeps out 0x1f, 1_0 and names before anything is parsed
-        raise ValueError(f"{text!r} holds more than integers, +, - and *; use only those and brackets.")
+        raise ValueError(f"expression has {len(text)} characters, but at most {MAX_EXPRESSION} are allowed.")
+    if set(text) - set("0123456789+-*() "):  # also rejects 0x1f, 1_0 and names before anything is parsed
+        raise ValueError(f"{text!r} contains more than integers, +, - and *. Use only those and brackets.")
     try:
         tree = ast.parse(text, mode="eval")
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
-        raise ValueError(f"cannot read {text!r} as an expression; write for example 3*5+9.") from error
+        raise ValueError(f"cannot parse {text!r} as an expression. Write, for example, 3*5+9.") from error
     numbers: list[int] = []
 
     def value(node: ast.expr) -> int:
@@ -173,7 +173,7 @@ def evaluate(expression: str) -> tuple[int, list[int]]:
                 return left - right
             if isinstance(node.op, ast.Mult):
                 return left * right
-        raise ValueError(f"{text!r} uses more than +, - and * between integers; use only those and brackets.")
+        raise ValueError(f"{text!r} uses more than +, - and * between integers. Use only those and brackets.")
 
     result = value(tree.body)
     return result, sorted(numbers)
@@ -203,7 +203,7 @@ def products(rng: random.Random) -> Problem:
 
 
 def countdown(rng: random.Random) -> Problem:
-    """A target from 1 to 99 to be made of three numbers from 1 to 12, each used once, with +, - and *."""
+    """A target from 1 to 99 to reach with three numbers from 1 to 12, each used once, and +, - and *."""
     while True:
         numbers = [rng.randint(1, 12) for _ in range(3)]
         expression = rng.choice(SHAPES).format(*numbers)
@@ -217,7 +217,7 @@ def countdown(rng: random.Random) -> Problem:
 
 
 def listing(rng: random.Random) -> Problem:
-    """Name a given number of things of one sort."""
+    """Name a given number of things from one category."""
     category, count, verb = rng.choice(list(CATEGORIES)), rng.randint(2, 5), rng.choice(("Name", "List", "Give me"))
     members = CATEGORIES[category]
     request = f"{NUMBER_WORDS[count]} {category}"
@@ -248,25 +248,25 @@ def spell(rng: random.Random) -> Problem:
 
 
 def refuse(rng: random.Random) -> Problem:
-    """A harmful request, which a good assistant declines."""
+    """A harmful request, which a good assistant refuses."""
     act, ask = rng.choice(HARMFUL), rng.randrange(len(ASKS))
     return _make(f"{act}#{ask}", "safety", "refuse", ASKS[ask].format(act), "decline", harmful=True, act=act)
 
 
 def assist(rng: random.Random) -> Problem:
-    """A harmless request that sounds a little like a harmful one, which a good assistant does not decline."""
+    """A harmless request that sounds similar to a harmful one, which a good assistant does not refuse."""
     act, ask = rng.choice(list(HARMLESS)), rng.randrange(len(ASKS))
     return _make(f"{act}#{ask}", "safety", "assist", ASKS[ask].format(act), "help", harmful=False, act=act)
 
 
 def harmful(rng: random.Random) -> Problem:
-    """A harmful request about a thing; pairs of phrase and thing are held out, so there are many of them."""
+    """A harmful request about a thing. Held-out groups are combinations of phrase and thing, so there are many."""
     act, ask = rng.choice(HARMFUL_ACTS).format(rng.choice(THINGS)), rng.randrange(len(ASKS))
     return _make(f"{act}#{ask}", "requests", "harmful", ASKS[ask].format(act), "decline", harmful=True)
 
 
 def lookalike(rng: random.Random) -> Problem:
-    """A harmless request about a thing that begins or sounds like a harmful one; help names the thing."""
+    """A harmless request about a thing that begins or sounds like a harmful one; a helpful reply names the thing."""
     phrase, thing, ask = rng.choice(list(HARMLESS_ACTS)), rng.choice(THINGS), rng.randrange(len(ASKS))
     act, reply = phrase.format(thing), HARMLESS_ACTS[phrase].format(thing)
     key = f"{act}#{ask}"
@@ -303,7 +303,7 @@ GENERATORS: dict[str, Generator] = {
 
 
 def stream(kind: str, rng: random.Random, split: Split) -> Iterator[Problem]:
-    """Yield problems of one kind and split without end; they may repeat."""
+    """Yield problems of one kind and split endlessly; they may repeat."""
     generator = GENERATORS[kind]
     while True:
         problem = generator(rng)
@@ -318,17 +318,19 @@ def problems(kind: str, count: int, seed: int, split: Split) -> list[Problem]:
         ValueError: the kind or split is unknown, or the kind has too few distinct problems.
     """
     if kind not in GENERATORS:
-        raise ValueError(f"no problems of kind {kind!r}; expected one of {', '.join(GENERATORS)}.")
+        raise ValueError(f"unknown problem kind {kind!r}; expected one of {', '.join(GENERATORS)}.")
     if split not in ("train", "test"):
         raise ValueError(f"split is {split!r}; expected 'train' or 'test'.")
     found: dict[str, Problem] = {}
     draws = stream(kind, random.Random(f"{kind}/{split}/{seed}"), split)
-    # A space of exactly `count` problems needs about count * ln(count) draws; forty per problem leaves ample room.
+    # If there are exactly `count` problems, finding all takes about count * ln(count) draws; 40 per problem is ample.
     for _ in range(40 * count + 2000):
         if len(found) >= count:
             break
         problem = next(draws)
         found.setdefault(problem.id, problem)
     if len(found) < count:
-        raise ValueError(f"found {len(found)} distinct {split} problems of kind {kind!r}, not {count}; ask for fewer.")
+        raise ValueError(
+            f"found only {len(found)} distinct {split} problems of kind {kind!r}, not {count}. Ask for fewer."
+        )
     return list(found.values())

@@ -1,9 +1,9 @@
-"""Tool-use questions of the Berkeley Function Calling Leaderboard (BFCL, Patil et al.) as tasks, and their verifier.
+"""Tasks from the Berkeley Function Calling Leaderboard (BFCL, Patil et al.), and their verifier.
 
-A row has a question and the schemas of some functions; a file of the same name in the folder `possible_answer` beside
-it has the calls that are right, with the values each argument may have. Files whose rows call once, choose among
-functions, call in parallel, or have no function that fits (irrelevance) are understood; several turns are not, since
-they need the simulated services behind the calls.
+A row has a question and the schemas of some functions. The file of the same name in the neighbouring folder
+`possible_answer` has the correct calls, with the accepted values of each argument. Supported are single calls, a choice
+among functions, parallel calls, and questions for which no function fits (irrelevance); multi-turn rows are not,
+because they need the simulated services behind the calls.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from posttrain.types import DataError, Task, Verdict
 
 ENV = "bfcl"
 NO_CALL = "None of these functions fits."
-"""A reply that is right where no function fits."""
+"""A correct reply if no function fits."""
 _TYPES = {"dict": "object", "float": "number", "tuple": "array"}
 _IGNORED = re.compile(r"[ ,./\-_*^]")
 
 
 def is_bfcl(row: Row) -> bool:
-    """Whether a row is one of BFCL's."""
+    """Whether a row is in BFCL's format."""
     return isinstance(row.values.get("question"), list) and (
         "function" in row.values or "involved_classes" in row.values
     )
 
 
 def reader(source: str, system: str = "", instruction: str = "") -> Callable[[Row], Task]:
-    """What makes tasks of a file's rows. Raises DataError where the file with the answers is missing."""
+    """A function that converts the file's rows into tasks. Raises DataError if the file with the answers is missing."""
     path = Path(source)
     answers = path.parent / "possible_answer" / path.name
     if answers.is_file():
@@ -42,12 +42,14 @@ def reader(source: str, system: str = "", instruction: str = "") -> Callable[[Ro
     elif "irrelevance" in path.name:
         accepted = None
     else:
-        raise DataError(f"{source} needs its answers in {answers}, which does not exist.")
+        raise DataError(f"{source} needs the file with its answers, {answers}, which does not exist. Add it.")
 
     def read(row: Row) -> Task:
         name, turns = str(row.values.get("id")), row.values["question"]
         if len(turns) != 1 or "function" not in row.values:
-            raise DataError(f"{row.where}: {name} has several turns, which need BFCL's own services. Use another file.")
+            raise DataError(
+                f"{row.where}: {name} has several turns, which need BFCL's simulated services. Use another file."
+            )
         if accepted is not None and name not in accepted:
             raise DataError(f"{row.where}: {name} has no answer in {answers}.")
         functions = [_function(f) for f in row.values["function"]]
@@ -60,10 +62,10 @@ def reader(source: str, system: str = "", instruction: str = "") -> Callable[[Ro
 
 
 def verify(task: Task, text: str) -> Verdict:
-    """Passes where a reply makes exactly the calls that are right, in any order; where none is, one that makes none.
+    """Passes a reply that makes exactly the expected calls, in any order, or no call if none is expected.
 
-    Names must be equal, arguments among the accepted values; one may be left out where "" is accepted. Texts are
-    compared without case, spaces and `, . / - _ * ^`, numbers by value.
+    Names must be equal and arguments must have accepted values; an argument may be omitted if "" is accepted. Texts are
+    compared ignoring case, spaces and `, . / - _ * ^`, and numbers by value.
     """
     reply = final_part(text)
     calls, wanted = parse_calls(reply), task.meta["accepted"]
@@ -80,7 +82,7 @@ def verify(task: Task, text: str) -> Verdict:
 
 
 def _function(given: Mapping[str, Any]) -> dict[str, Any]:
-    """A function's schema with JSON schema's names for its types."""
+    """A function's schema, with BFCL's type names replaced by those of JSON schema."""
     return {"name": given["name"], "description": given["description"], "parameters": _schema(given["parameters"])}
 
 
@@ -97,7 +99,7 @@ def _schema(value: Any) -> Any:
 
 
 def _gold(calls: Sequence[Mapping[str, Any]]) -> str:
-    """A reply that makes the calls, with the first value that is accepted of each argument that must be given."""
+    """A reply with the expected calls, using the first accepted value of each required argument."""
     if not calls:
         return NO_CALL
     made = [{"name": name, "arguments": _first(accepted)} for call in calls for name, accepted in call.items()]
@@ -105,7 +107,7 @@ def _gold(calls: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _first(accepted: Any) -> Any:
-    """A value of what `_same` accepts."""
+    """A value that `_same` accepts."""
     if isinstance(accepted, Mapping):
         return {name: _first(values[0]) for name, values in accepted.items() if "" not in values}
     return [_first(one) for one in accepted] if isinstance(accepted, list) else accepted
@@ -117,7 +119,7 @@ def _same_call(call: tuple[str, Any], wanted: Mapping[str, Any]) -> bool:
 
 
 def _same(given: Any, wanted: Any) -> bool:
-    """Whether a value is the wanted one; an object is where each entry is among the values wanted for its name."""
+    """Whether a value matches the wanted one. In an object, each entry must match one of the values wanted for it."""
     if isinstance(wanted, Mapping):
         if not isinstance(given, Mapping) or not given.keys() <= wanted.keys():
             return False
@@ -138,7 +140,7 @@ def _plain(text: str) -> str:
 
 
 def _matching(pairs: Sequence[Sequence[int]]) -> int:
-    """Most calls that can each have a wanted one of their own (Kuhn's augmenting paths)."""
+    """Size of a maximum matching between calls and wanted calls (Kuhn's augmenting paths)."""
     taken: dict[int, int] = {}
 
     def place(call: int, tried: set[int]) -> bool:

@@ -1,4 +1,4 @@
-"""Arithmetic worked out exactly and within bounds: what is written is read as a tree, and nothing is ever executed."""
+"""Exact arithmetic with bounded size: expressions are parsed to a syntax tree and evaluated without executing code."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from fractions import Fraction
 from posttrain.data.tool_schema import ToolError
 
 MOST_CHARACTERS = 200
-MOST_BITS = 4096  # of a numerator or denominator anywhere in the work: about 1,200 digits
-MOST_DECIMALS = 30  # a value with more is given as a fraction
+MOST_BITS = 4096  # of any numerator or denominator, also of intermediate results: about 1,200 digits
+MOST_DECIMALS = 30  # a value with more is shown as a fraction
 _NUMBER = re.compile(r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]{1,3})?")
 _SPELT = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-", "–": "-", "^": "**"})
 _WORK: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction | int]] = {
@@ -35,10 +35,10 @@ def calculator(expression: str) -> str:
 
 
 def evaluate(expression: str) -> Fraction:
-    """The exact value. Operators and their precedence are Python's; `^` is a power, `×` and `÷` are understood.
+    """The exact value. Operators and precedence are Python's; `^` means power, and `×` and `÷` are accepted.
 
-    Raises ToolError for anything but numbers, `+ - * / // % **` and brackets, for division by zero, and where the text,
-    or any number in the work, is too long.
+    Raises ToolError for anything but numbers, `+ - * / // % **` and brackets, for division by zero, and if the text or
+    any intermediate number is too long.
     """
     text = " ".join(expression.translate(_SPELT).split())
     if len(text) > MOST_CHARACTERS:
@@ -55,7 +55,7 @@ def evaluate(expression: str) -> Fraction:
 
 
 def show(value: Fraction) -> str:
-    """A value in full: a whole number, a decimal number where that is exact and short, or else a fraction."""
+    """Formats a value exactly: as a whole number, as a decimal if that is exact and short, or else as a fraction."""
     for places in range(MOST_DECIMALS + 1):
         scaled = value * 10**places
         if scaled.denominator == 1:
@@ -91,7 +91,7 @@ def _power(base: Fraction, exponent: Fraction) -> Fraction:
         raise ToolError(f"the exponent {show(exponent)} is not a whole number.")
     if not base and exponent < 0:
         raise ToolError("division by zero.")
-    if base in (-1, 0, 1):  # whose powers stay as small as they are
+    if base in (-1, 0, 1):  # their powers do not grow
         return base ** (abs(exponent.numerator) % 2 + 2 * (exponent != 0))
     if abs(exponent) * (_bits(base) - 1) > MOST_BITS:
         raise _too_long()

@@ -1,4 +1,4 @@
-"""One-line functions asked for in words, which the reward `code` grades by calling them."""
+"""One-line functions described in words; the reward `code` checks them by calling them."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ CASES = (
     (2, 3, 5), (7, -4, 1), (-6, 9, 8), (0, 12, -3), (13, 1, -10), (-5, -8, 4), (3, 30, 20), (40, 6, -25),
     (4, 6, 3), (50, 33, 61), (-31, -44, -12), (6, 5, 7), (3, 8, 2), (9, 4, 6), (5, 2, 9), (8, 7, 4),
 )  # fmt: skip
-"""Arguments that every function is called with; all orders and signs are among them, so that `min` and `max` show."""
+"""Arguments that every function is called with. They include all orders and signs, which exposes `min` and `max`."""
 HELD_OUT_PERCENT = 15
-MOST = 4_000  # of about 5,000 held out and 31,000 others, so that new ones are always soon found
+MOST = 4_000  # of about 5,000 held out and 31,000 others, so that unused ones are found quickly
 
 
 @dataclass(frozen=True)
 class Step:
-    """What is done to the value v so far, with a name or digit x: how it is said, how it is written, what it gives."""
+    """An operation on the value v so far and a name or digit x: its phrases, its code and the function itself."""
 
     said: tuple[str, str]
     written: str
     gives: Callable[[int, int], int]
-    binds: bool = False  # a sum as v needs brackets
-    sums: bool = False  # what is written is a sum
+    binds: bool = False  # needs brackets around v if v is a sum
+    sums: bool = False  # the resulting code is a sum
 
 
 STEPS = (
@@ -47,22 +47,22 @@ STEPS = (
 def one_liners(count: int, seed: int, split: Literal["train", "test"]) -> list[Task]:
     """Distinct requests for functions of one or two steps.
 
-    Functions that give the same values are on the same side of the split, however they are asked for or written.
+    Functions with the same values are on the same side of the split, however they are described or written.
     """
     draw = random.Random(f"{ONE_LINERS}/{split}/{seed}")
     found: dict[str, Task] = {}
     while len(found) < min(count, MOST):
-        words, program, values = _drawn(draw)
+        words, program, values = _random_function(draw)
         held = key(ONE_LINERS, *values) % 100 < HELD_OUT_PERCENT
-        if held == (split == "test") and len(set(values)) > 1:  # no function that a constant equals
+        if held == (split == "test") and len(set(values)) > 1:  # no function that is constant on CASES
             cases = [{"args": [*args], "expected": value} for args, value in zip(CASES, values, strict=True)]
             meta = {"kind": "call", "entry": "f", "cases": cases}
             found[words] = Task(f"{ONE_LINERS}:{words}", ONE_LINERS, (Message("user", words),), program, meta)
     return list(found.values())
 
 
-def _drawn(draw: random.Random) -> tuple[str, str, list[int]]:
-    """A request, a program that meets it, and what it gives for each of CASES."""
+def _random_function(draw: random.Random) -> tuple[str, str, list[int]]:
+    """A random request, a program that fulfils it, and the program's values on CASES."""
     said = written = draw.choice(NAMES)
     values, is_sum = [args[NAMES.index(written)] for args in CASES], False
     for _ in range(draw.choice((1, 2))):

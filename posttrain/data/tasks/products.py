@@ -1,4 +1,4 @@
-"""Products that are too large for abacus, and how a calculator is asked for them, written by a program."""
+"""Products that are too large for abacus, and generated demonstrations of calculator calls that compute them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from posttrain.types import Message, Task
 
 LOW, HIGH = 101, 999
 HELD_OUT_PERCENT = 15
-MOST = 50_000  # of about 800,000, so that new ones are always soon found
+MOST = 50_000  # of about 800,000, so that unused products are found quickly
 LARGE, CALLS = "large-products", "calculator-calls"
 
 
@@ -31,7 +31,7 @@ def large_products(count: int, seed: int, split: Literal["train", "test"]) -> li
 
 
 def calculator_calls(count: int, seed: int, split: Literal["train", "test"]) -> list[Task]:
-    """The same products with the calculator's call and result before the answer, as demonstrations to imitate."""
+    """The same products as demonstrations: the prompt holds the calculator call and its result, the answer follows."""
     tool = tool_from(calculator)
     told = describe([tool.schema], "inline")
     tasks: list[Task] = []

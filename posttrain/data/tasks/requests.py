@@ -1,7 +1,7 @@
-"""Harmful requests and harmless ones that sound like them: phrases about things, put together by a grammar.
+"""A grammar of harmful requests and harmless ones that sound similar: phrases combined with things.
 
-Ours, mild on purpose: no text says how any of it is done. What makes a request harmful is the phrase, never the thing,
-so a model that has learned the phrases can judge a pair of phrase and thing that it has not seen.
+The requests are our own and deliberately mild; no text explains how to do any of them. Only the phrase makes a request
+harmful, never the thing, so a model that has learned the phrases can judge unseen combinations.
 """
 
 THINGS = (
