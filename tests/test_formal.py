@@ -130,12 +130,12 @@ def test_hard_obligations_are_given_up_alike_every_time() -> None:
 @pytest.mark.parametrize(
     ("script", "arguments", "says"),
     [
-        ("(assert", None, "cannot be read"),
-        ("(assert true)", None, "asserts nothing about an unknown"),
-        ("(declare-const x Int)", None, "asserts nothing"),
+        ("(assert", None, "cannot parse its smtlib"),
+        ("(assert true)", None, "at least one assertion about a declared unknown"),
+        ("(declare-const x Int)", None, "at least one assertion"),
         ("(declare-fun f (Int) Int)(assert (= (f 1) 2))", None, "declares the function 'f'"),
         (SUM, ["x"], "a function `answer` with the 1 arguments"),
-        ('(declare-const s String)(assert (= s "a"))', None, "s is a String"),
+        ('(declare-const s String)(assert (= s "a"))', None, "s has the sort String"),
     ],
 )
 def test_a_script_that_cannot_be_used_is_an_error(script: str, arguments: list[str] | None, says: str) -> None:
@@ -206,14 +206,14 @@ def fake_lean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (":= by rfl", True, "proved"),
         ("<think>rfl?</think>Here:\n```lean\nby rfl\n```", True, "proved"),
         ("by simp_all", True, "proved"),
-        ("by cheat", False, "rests on cheatAx"),
-        ("by early", False, "did not come to the end"),
+        ("by cheat", False, "depends on cheatAx"),
+        ("by early", False, "did not reach the end"),
         ("by decide_wrong", False, "type mismatch"),
-        ("crash", False, "ended with 139"),
-        ("by sorry", False, "'sorry' may not stand"),
-        ("rfl\naxiom a : False", False, "'axiom' may not stand"),
-        ("by run_tac pure ()", False, "'run_tac' may not stand"),
-        ("rfl\n#eval 1", False, "'#e' may not stand"),
+        ("crash", False, "exit code 139"),
+        ("by sorry", False, "'sorry' is not allowed"),
+        ("rfl\naxiom a : False", False, "'axiom' is not allowed"),
+        ("by run_tac pure ()", False, "'run_tac' is not allowed"),
+        ("rfl\n#eval 1", False, "'#e' is not allowed"),
         ("", False, "no proof"),
     ],
 )

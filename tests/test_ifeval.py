@@ -152,11 +152,11 @@ def test_loose_checking_forgives_first_and_last_lines_and_asterisks() -> None:
     ("ids", "kwargs", "says"),
     [
         (["keywords:exist"], [{}], "unknown instruction 'keywords:exist'"),
-        (["keywords:existence"], [{}], "keywords:existence with {}"),
+        (["keywords:existence"], [{}], "invalid arguments {} for keywords:existence"),
         (["keywords:frequency"], [{"keyword": "a", "frequency": 1, "relation": "around"}], "relation 'around'"),
-        (["punctuation:no_comma"], [], "1 instructions, 0 kwargs"),
+        (["punctuation:no_comma"], [], "1 instructions and 0 kwargs"),
         ("punctuation:no_comma", [{}], "'instruction_id_list'"),
-        (["language:response_language"], [{"language": "xx"}], "language 'xx' is not known"),
+        (["language:response_language"], [{"language": "xx"}], "unknown language 'xx'"),
     ],
 )
 def test_a_row_that_cannot_be_checked_is_an_error_even_for_an_empty_reply(ids: Any, kwargs: Any, says: str) -> None:

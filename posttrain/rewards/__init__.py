@@ -1,1 +1,1 @@
-"""Verifiers and rewards."""
+"""Rewards: verifiers, reward models, LLM judges, and combinations of them."""

@@ -1,7 +1,8 @@
-"""The reward `code`: a program that a model wrote, executed in the sandbox and graded by its task's own tests.
+"""The verifier `code`: runs a model-written program in the sandbox and grades it with the task's tests.
 
-A task's columns say how: see posttrain/rewards/sandbox/tasks.py for the three kinds, and docs/guides/rewards.md. Besides them
-`prefix` is what a program is put behind: a reply that begins indented continues it, any other follows it.
+The task's columns define the tests: see posttrain/rewards/sandbox/tasks.py for the three kinds, and
+docs/guides/rewards.md. The optional column `prefix` is prepended to the program: an indented reply continues it, any
+other reply is placed after it.
 """
 
 from __future__ import annotations
@@ -27,28 +28,28 @@ _chosen: list[tuple[Choice, bool]] = [("auto", False)]
 
 
 def use(choice: Choice = "auto", accept_arbitrary_code: bool = False) -> Sandbox:
-    """The sandbox that `code` uses from here on, started. Raises ConfigError where this isolation is not to be had."""
+    """Starts the sandbox that `code` uses from now on. Raises ConfigError if this isolation is unavailable."""
     with _lock:
-        asked = (choice, accept_arbitrary_code)
-        if asked not in _sandboxes:
-            _sandboxes[asked] = Sandbox(choice, accept_arbitrary_code)
-        _chosen[:] = [asked]
-        return _sandboxes[asked]
+        key = (choice, accept_arbitrary_code)
+        if key not in _sandboxes:
+            _sandboxes[key] = Sandbox(choice, accept_arbitrary_code)
+        _chosen[:] = [key]
+        return _sandboxes[key]
 
 
 def code(task: Task, text: str) -> Verdict:
-    """Passes where the program in the reply passes every test of its task; `parts` say how many cases were right.
+    """Passes if the program in the reply passes all of the task's tests; part `cases` is the share of correct cases.
 
-    Raises RolloutError where the task has no usable tests, or the sandbox fails whatever is executed in it.
+    Raises RolloutError if the task has no usable tests, or if the sandbox itself fails.
     """
-    found = grade(use(*_chosen[0]), task.meta, program_of(task, text))
-    passed = found.how == "passed"
-    detail = f"{found.how}: {found.detail}" if found.detail else found.how
-    return Verdict(float(passed), passed, detail, {"cases": found.share})
+    graded = grade(use(*_chosen[0]), task.meta, program_of(task, text))
+    passed = graded.how == "passed"
+    detail = f"{graded.how}: {graded.detail}" if graded.detail else graded.how
+    return Verdict(float(passed), passed, detail, {"cases": graded.share})
 
 
 def program_of(task: Task, text: str) -> str:
-    """The program that a reply stands for, with the task's `prefix` in front."""
+    """The program in a reply, preceded by the task's `prefix`."""
     program, prefix = extract_code(text), str(task.meta.get("prefix", ""))
     first = next((line for line in program.splitlines() if line.strip()), "")
     continues = not prefix or first[:1].isspace()
@@ -56,7 +57,7 @@ def program_of(task: Task, text: str) -> str:
 
 
 def extract_code(text: str) -> str:
-    """The last fenced block of what follows the thinking; the rest of one that never closes; else the whole of it."""
+    """The last fenced block after the thinking; else the rest of an unclosed one; else the whole text."""
     final = text if "</think>" not in text and "<think>" not in text else final_part(text)
     blocks = list(_FENCE.finditer(final))
     if blocks:
@@ -66,7 +67,7 @@ def extract_code(text: str) -> str:
 
 
 def humaneval_task(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of HumanEval as a row that `--tasks FILE --reward code` reads."""
+    """Converts a HumanEval row to a row for `--tasks FILE --reward code`."""
     return {
         "prompt": "Complete this Python function. Reply with the whole function in one code block.\n\n"
         f"```python\n{row['prompt']}```",
@@ -81,7 +82,7 @@ def humaneval_task(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def mbpp_task(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of MBPP likewise. What its tests name and its reference solution defines is the candidate's to define."""
+    """Converts an MBPP row likewise; `names` are what the tests use and the reference solution defines."""
     tests = "\n".join([row["test_setup_code"], *row["test_list"], *row["challenge_test_list"]])
     reference = ast.parse(row["code"])
     used = {node.id for node in ast.walk(ast.parse(tests)) if isinstance(node, ast.Name)}

@@ -1,14 +1,14 @@
-"""Rewards put together from others: `math + 0.2*format`, `format & math`, `math & cosine_length(limit=4000)`.
+"""Reward expressions: `math + 0.2*format`, `format & math`, `math & cosine_length(limit=4000)`.
 
-    rewards  = sum, { "&", sum }                  every one but the last is a gate: it must pass, or the score is 0
-    sum      = term, { ("+" | "-"), term }        the first term says whether a reply passes
+    rewards  = sum, { "&", sum }                  all but the last are gates: they must pass, or the score is 0
+    sum      = term, { ("+" | "-"), term }        the first term determines whether a reply passes
     term     = [ number, "*" ], reward
     reward   = name, [ "(", setting, { ",", setting }, ")" ], [ "@", tasks ]  |  "(", rewards, ")"
     setting  = column, "=", (number | name | "text")
 
-A name is what `reward.name` may be by itself: a verifier, `auto`, `FILE.py:FUNCTION`, `model:FOLDER`; in quotes where
-it holds spaces or signs. A setting stands for a column of every task. With `@` a reward is for the tasks of one name in
-a mixture, as in `auto@arithmetic + model:FOLDER@requests`; to others it is neither put nor counted.
+A name is anything `reward.name` accepts on its own: a verifier, `auto`, `FILE.py:FUNCTION`, `model:FOLDER`; quote it if
+it contains spaces or operators. A setting overrides a column of every task. `@` restricts a reward to the tasks of one
+name in a mixture, as in `auto@arithmetic + model:FOLDER@requests`; for other tasks it is skipped.
 """
 
 from __future__ import annotations
@@ -29,34 +29,34 @@ _TOKEN = re.compile(
 
 @dataclass(frozen=True)
 class Leaf:
-    """One reward by its name, with columns that it sets, and the character of the recipe's text where it stands."""
+    """A named reward with the columns it sets and its position (character) in the expression."""
 
     name: str
     settings: tuple[tuple[str, Any], ...] = ()
     position: int = 1
     only: str = ""
-    """The name of the tasks that it is for; empty is all."""
+    """The name of the tasks it applies to; empty means all."""
 
     @property
     def key(self) -> tuple[str, tuple[tuple[str, Any], ...], str]:
-        """Leaves with one key are one reward, wherever they stand."""
+        """Leaves with the same key are the same reward, wherever they occur."""
         return self.name, self.settings, self.only
 
     def concerns(self, task: Task) -> bool:
-        """Whether it is for this task: its data set, or the kind or skill of a built-in one."""
+        """Whether it applies to this task, by its data set or by the kind or skill of a built-in task."""
         return not self.only or self.only in (task.env, task.meta.get("kind"), task.meta.get("skill"))
 
 
 @dataclass(frozen=True)
 class Sum:
-    """Rewards with their weights."""
+    """A weighted sum of rewards."""
 
     terms: tuple[tuple[float, Node], ...]
 
 
 @dataclass(frozen=True)
 class Gate:
-    """Rewards that must all pass, but the last, for the last one's score to count."""
+    """The last reward's score, or 0 unless all rewards before it pass."""
 
     parts: tuple[Node, ...]
 
@@ -65,18 +65,18 @@ Node = Leaf | Sum | Gate
 
 
 def parse(text: str) -> Node:
-    """What a reward's text says. Raises ConfigError naming the character at fault."""
+    """Parses a reward expression. Raises ConfigError with the position of the error."""
     if _on_disk(text):
         return Leaf(text)
     parser = _Parser(text)
     tree = parser.rewards()
     if parser.position < len(parser.tokens):
-        raise parser.error("expected +, -, & or the end")
+        raise parser.error("expected +, -, & or the end of the expression")
     return tree
 
 
 def leaves(tree: Node) -> list[Leaf]:
-    """The rewards of a tree from left to right, each once."""
+    """The distinct rewards of a tree, from left to right."""
     if isinstance(tree, Leaf):
         return [tree]
     inner = [node for _, node in tree.terms] if isinstance(tree, Sum) else tree.parts
@@ -84,29 +84,31 @@ def leaves(tree: Node) -> list[Leaf]:
 
 
 def leaves_of(text: str) -> list[Leaf]:
-    """The rewards that a reward's text names. Raises ConfigError as `parse` does."""
+    """The distinct rewards in an expression. Raises ConfigError as `parse` does."""
     return leaves(parse(text))
 
 
 def labels(tree: Node) -> dict[Any, str]:
-    """Each leaf's key → its short name in a verdict's parts: the function of a file, `model` of a folder."""
-    found: dict[Any, str] = {}
+    """Each leaf's key → its short name in a verdict's parts: a file's function name, or `model` for a folder."""
+    names: dict[Any, str] = {}
     for leaf in leaves(tree):
         short = leaf.name.rpartition(":")[2] if ".py:" in leaf.name else leaf.name.partition(":")[0]
-        taken = sum(label.partition("#")[0] == short for label in found.values())
-        found[leaf.key] = f"{short}#{taken + 1}" if taken else short
-    return found
+        taken = sum(label.partition("#")[0] == short for label in names.values())
+        names[leaf.key] = f"{short}#{taken + 1}" if taken else short
+    return names
 
 
 def joined(tree: Node, verdicts: Mapping[Any, Verdict]) -> Verdict:
-    """The verdict on one reply from those of the leaves that concern its task, by key.
+    """Combines the verdicts (by key) of the leaves that apply to a reply's task into one.
 
-    Parts: each leaf's score, and its own parts. Raises RolloutError where no leaf concerns the task.
+    Parts: each leaf's score and its own parts. Raises RolloutError if no leaf applies to the task.
     """
-    whole = _score(tree, verdicts)
-    if whole is None:
-        raise RolloutError("no part of the reward is for this task; add one, or one without @.", boundary="reward")
-    score, passed = whole
+    combined = _score(tree, verdicts)
+    if combined is None:
+        raise RolloutError(
+            "no part of the reward applies to this task; add one for it, or one without @.", boundary="reward"
+        )
+    score, passed = combined
     parts: dict[str, float] = {}
     details: list[str] = []
     for key, label in ((key, label) for key, label in labels(tree).items() if key in verdicts):
@@ -117,20 +119,20 @@ def joined(tree: Node, verdicts: Mapping[Any, Verdict]) -> Verdict:
 
 
 def _score(tree: Node, verdicts: Mapping[Any, Verdict]) -> tuple[float, bool] | None:
-    """(score, passed); None where nothing in the tree concerns the task, so that its verdicts are not there."""
+    """(score, passed), or None if no leaf of the tree applies to the task and so there are no verdicts."""
     if isinstance(tree, Leaf):
         return (verdicts[tree.key].score, verdicts[tree.key].passed) if tree.key in verdicts else None
     if isinstance(tree, Sum):
         terms = [(weight, _score(node, verdicts)) for weight, node in tree.terms]
-        scored = [(weight, *found) for weight, found in terms if found is not None]
+        scored = [(weight, *result) for weight, result in terms if result is not None]
         return (sum(weight * score for weight, score, _ in scored), scored[0][2]) if scored else None
     *gates, last = (_score(node, verdicts) for node in tree.parts)
-    opened = all(gate[1] for gate in gates if gate is not None)
-    return None if last is None else ((last[0] if opened else 0.0), opened and last[1])
+    gates_passed = all(gate[1] for gate in gates if gate is not None)
+    return None if last is None else ((last[0] if gates_passed else 0.0), gates_passed and last[1])
 
 
 def _on_disk(text: str) -> bool:
-    """True for one file's function or for model folders whose paths may hold any sign."""
+    """True for an existing file's function or existing model folders, whose paths may contain any character."""
     file, colon, _ = text.rpartition(":")
     if colon and file.endswith(".py"):
         return Path(file).is_file()
@@ -147,7 +149,7 @@ class _Parser:
             if match:
                 self.tokens.append((match.lastgroup or "", match.group(), at + 1))
             elif not text[at].isspace():
-                raise ConfigError(f"reward {text!r}, character {at + 1}: {text[at]!r} has no meaning. Quote the name.")
+                raise ConfigError(f"reward {text!r}, character {at + 1}: unexpected {text[at]!r}. Quote the name.")
             at = match.end() if match else at + 1
 
     def error(self, expected: str) -> ConfigError:
@@ -157,7 +159,7 @@ class _Parser:
         return ConfigError(f"reward {self.text!r} ends after character {len(self.text)}: {expected}.")
 
     def take(self, *wanted: str) -> str | None:
-        """The next token where its kind, or the sign itself, is wanted; moves on then."""
+        """Consumes and returns the next token if its kind or sign is one of `wanted`."""
         if self.position < len(self.tokens):
             kind, text, _ = self.tokens[self.position]
             if kind in wanted or (kind == "sign" and text in wanted):
@@ -197,18 +199,18 @@ class _Parser:
         settings = self.settings() if self.take("(") else ()
         only = self.take("word", "text") if self.take("@") else ""
         if only is None:
-            raise self.error("expected the name of tasks after @")
+            raise self.error("expected a task name after @")
         return Leaf(name.strip("'\""), settings, at, only.strip("'\""))
 
     def settings(self) -> tuple[tuple[str, Any], ...]:
-        found: dict[str, Any] = {}
+        settings: dict[str, Any] = {}
         while True:
             column = self.take("word")
             if column is None or not self.take("="):
                 raise self.error("expected a setting such as limit=4000")
-            found[column] = self.value()
+            settings[column] = self.value()
             if self.take(")"):
-                return tuple(sorted(found.items()))
+                return tuple(sorted(settings.items()))
             if not self.take(","):
                 raise self.error("expected , or )")
 
@@ -218,7 +220,7 @@ class _Parser:
         if number is not None:
             value = int(number) if number.isdecimal() else float(number)
             return -value if negative else value
-        said = None if negative else self.take("text", "word")
-        if said is None:
-            raise self.error("expected a number, a word or a text in quotes")
-        return {"true": True, "false": False}.get(said, said.strip("'\""))
+        text = None if negative else self.take("text", "word")
+        if text is None:
+            raise self.error("expected a number, a word or a quoted string")
+        return {"true": True, "false": False}.get(text, text.strip("'\""))

@@ -1,6 +1,6 @@
-"""Answers that a program proves: obligations in SMT-LIB discharged by z3, and proofs that Lean accepts.
+"""Formal verifiers: SMT-LIB assertions checked by z3, and proofs checked by Lean.
 
-Both come with what they need, or say that it is missing: z3 with the extra `formal`, `lean` from the PATH.
+z3 is installed with the extra `formal`; `lean` must be on the PATH. Both verifiers report what is missing.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from posttrain.rewards.judging import column, failed
 from posttrain.types import RolloutError, Task, Verdict
 
 EFFORT = 2_000_000
-"""z3's own count of its work on one obligation, about a second: the same answer is judged alike on any machine."""
+"""z3's resource limit (rlimit) per assertion, about a second. Unlike a time limit it is the same on every machine."""
 LONGEST = 2_000
-"""Characters of a formula that are read; longer replies fail."""
+"""Maximum length of a formula in characters; longer ones fail."""
 LEAN_SECONDS = 120.0
 LEAN_HEARTBEATS = 400_000
-"""Lean's own count of allocations, in thousands, after which it gives a proof up."""
+"""Lean's own limit: allocations, in thousands, after which it gives up on a proof."""
 LEAN_MEGABYTES = 4096
 AXIOMS = {"propext", "Classical.choice", "Quot.sound"}
-"""What a Lean proof may rest on: the axioms of Lean's own mathematics."""
+"""The axioms that a Lean proof may depend on: Lean's standard ones."""
 
 _BLOCK = re.compile(r"```[a-zA-Z0-9]*\s*\n([^`]*)```")
 _ALPHABET = re.compile(r"[A-Za-z0-9_ \n\t+*/%()<>=!,.-]*")
 _FORBIDDEN = re.compile(
-    # Whatever starts another command, runs a program while Lean reads it, or leaves a gap in the proof.
+    # Anything that starts another command, executes code during elaboration, or leaves a gap in the proof.
     r"#\w|@\[|\b(?:sorry|admit|axiom|constant|opaque|unsafe|partial|extern|implemented_by|csimp|native_decide|native|"
     r"run_tac|run_cmd|run_elab|run_meta|by_elab|elab|elab_rules|macro|macro_rules|syntax|notation|infixl?|infixr|prefix|"
     r"postfix|simproc|declare_syntax_cat|import|open|export|set_option|attribute|namespace|section|end|variable|universe|"
@@ -45,12 +45,12 @@ _FORBIDDEN = re.compile(
 
 
 def by_z3(task: Task, text: str) -> Verdict:
-    """Passes where the final answer meets every assertion of the column `smtlib`, as z3 finds within EFFORT.
+    """Passes if z3 proves, within EFFORT, that the final answer satisfies every assertion of the column `smtlib`.
 
-    Where the script's only unknowns are constants, the answer gives their values (`x = 3, y = 1/2`). Where the column
-    `arguments` names the parameters of a function `answer` that the script declares, the answer is that function's
-    body, an expression such as `2 * x <= y and x >= 0`, and each assertion must hold for all values of the constants.
-    Parts: 1 or 0 for each assertion. Raises RolloutError without z3, or for a script that cannot be used.
+    If the script's only unknowns are constants, the answer gives their values (`x = 3, y = 1/2`). If the column
+    `arguments` names the parameters of a function `answer` declared by the script, the answer is that function's body,
+    an expression such as `2 * x <= y and x >= 0`, and each assertion must hold for all values of the constants. Parts:
+    1 or 0 for each assertion. Raises RolloutError if z3 is missing or the script is invalid.
     """
     z3 = _z3()
     context = z3.Context()
@@ -58,19 +58,22 @@ def by_z3(task: Task, text: str) -> Verdict:
     try:
         assertions = list(z3.parse_smt2_string(script, ctx=context))
     except z3.Z3Exception as error:
-        said = error.value.decode() if isinstance(error.value, bytes) else error.value
-        raise RolloutError(f"task {task.id!r}: its smtlib cannot be read: {said:.200}.", boundary="reward") from None
+        message = error.value.decode() if isinstance(error.value, bytes) else error.value
+        raise RolloutError(f"task {task.id!r}: cannot parse its smtlib: {message:.200}.", boundary="reward") from None
     unknown = _declared(z3, assertions)
     if not assertions or not unknown:
-        raise RolloutError(f"task {task.id!r}: its smtlib asserts nothing about an unknown.", boundary="reward")
+        raise RolloutError(
+            f"task {task.id!r}: its smtlib must contain at least one assertion about a declared unknown.",
+            boundary="reward",
+        )
     final = final_part(text)
     blocks = _BLOCK.findall(final)
     given = (blocks[-1] if blocks else marked_answer(final) or final).strip().strip("$`").strip()
     try:
         if task.meta.get("arguments") is None:
-            claims = _with_values(z3, task, assertions, unknown, given, context)
+            claims = _substitute_values(z3, task, assertions, unknown, given, context)
         else:
-            claims = _with_function(z3, task, assertions, unknown, given, context)
+            claims = _substitute_function(z3, task, assertions, unknown, given, context)
         parts = {f"assertion_{i}": float(_holds(z3, claim, context)) for i, claim in enumerate(claims, 1)}
     except (
         ValueError,
@@ -81,14 +84,14 @@ def by_z3(task: Task, text: str) -> Verdict:
         MemoryError,
         z3.Z3Exception,
     ) as error:
-        return failed(f"not an answer: {error}"[:200])
-    missed = [name for name, value in parts.items() if not value]
-    detail = f"does not follow: {', '.join(missed)}" if missed else "all assertions hold"
-    return Verdict(float(not missed), not missed, detail, parts)
+        return failed(f"cannot parse the answer: {error}"[:200])
+    failures = [name for name, value in parts.items() if not value]
+    detail = f"not proved: {', '.join(failures)}" if failures else "all assertions hold"
+    return Verdict(float(not failures), not failures, detail, parts)
 
 
 def has_z3() -> bool:
-    """True where z3 can be used."""
+    """True if z3 is installed."""
     return importlib.util.find_spec("z3") is not None
 
 
@@ -97,13 +100,13 @@ def _z3() -> Any:
         import z3
     except ImportError:
         raise RolloutError(
-            "the verifier 'z3' needs the z3 solver. Install it: pip install 'posttrain[formal]'.", boundary="reward"
+            "the verifier 'z3' needs the z3 solver. Run pip install 'posttrain[formal]'.", boundary="reward"
         ) from None
     return z3
 
 
 def _holds(z3: Any, claim: Any, context: Any) -> bool:
-    """Whether a claim is true for all values of what is left open in it. Giving up counts as no."""
+    """Whether z3 proves a claim for all values of its free constants. An unknown result counts as no."""
     solver = z3.Solver(ctx=context)
     solver.set("rlimit", EFFORT)
     solver.add(z3.Not(claim))
@@ -111,45 +114,45 @@ def _holds(z3: Any, claim: Any, context: Any) -> bool:
 
 
 def _declared(z3: Any, assertions: list[Any]) -> dict[str, Any]:
-    """Name → declaration of every constant and function that the script leaves open."""
-    found: dict[str, Any] = {}
+    """Name → declaration of every uninterpreted constant and function in the assertions."""
+    declarations: dict[str, Any] = {}
     seen: set[int] = set()
-    waiting = list(assertions)
-    while waiting:
-        node = waiting.pop()
+    stack = list(assertions)
+    while stack:
+        node = stack.pop()
         if node.get_id() in seen:
             continue
         seen.add(node.get_id())
         if z3.is_quantifier(node):
-            waiting.append(node.body())
+            stack.append(node.body())
         elif z3.is_app(node):
             if node.decl().kind() == z3.Z3_OP_UNINTERPRETED:
-                found[node.decl().name()] = node.decl()
-            waiting += node.children()
-    return found
+                declarations[node.decl().name()] = node.decl()
+            stack += node.children()
+    return declarations
 
 
-def _with_values(
+def _substitute_values(
     z3: Any, task: Task, assertions: list[Any], unknown: Mapping[str, Any], given: str, context: Any
 ) -> list[Any]:
-    """The assertions with the values that a reply gives its constants; the last one counts."""
+    """Substitutes the values that the answer gives for the constants; the last one given counts."""
     pairs: list[tuple[Any, Any]] = []
     for name, declaration in sorted(unknown.items()):
         if declaration.arity():
             raise RolloutError(
-                f"task {task.id!r}: its smtlib declares the function {name!r}. Give the column `arguments`, and call "
-                "the function that is asked for `answer`.",
+                f"task {task.id!r}: its smtlib declares the function {name!r}. Name the function to be found `answer` "
+                "and list its parameters in the column `arguments`.",
                 boundary="reward",
             )
         number = r"[-−]?\s?\d{1,400}(?:\s?/\s?\d{1,400}|\.\d{1,400})?"
-        said = re.findall(rf"(?<!\w){re.escape(name)}[\"'`]?\s*[=:]\s*[\"'`]?({number}|true|false)(?!\w)", given, re.I)
-        if not said:
+        found = re.findall(rf"(?<!\w){re.escape(name)}[\"'`]?\s*[=:]\s*[\"'`]?({number}|true|false)(?!\w)", given, re.I)
+        if not found:
             raise ValueError(f"no value for {name}")
-        value = re.sub(r"\s", "", said[-1].lower()).replace("−", "-")
+        value = re.sub(r"\s", "", found[-1].lower()).replace("−", "-")
         sort = declaration.range()
         if sort.kind() == z3.Z3_BOOL_SORT:
             if value not in ("true", "false"):
-                raise ValueError(f"{name} is true or false")
+                raise ValueError(f"{name} must be true or false")
             pairs.append((declaration(), z3.BoolVal(value == "true", ctx=context)))
         elif sort.kind() == z3.Z3_REAL_SORT:
             pairs.append((declaration(), z3.RealVal(value, ctx=context)))
@@ -159,20 +162,21 @@ def _with_values(
             pairs.append((declaration(), z3.BitVecVal(int(value), sort.size(), ctx=context)))
         else:
             raise RolloutError(
-                f"task {task.id!r}: {name} is a {sort}; answers can give Int, Real, Bool and BitVec.", boundary="reward"
+                f"task {task.id!r}: {name} has the sort {sort}; supported are Int, Real, Bool and BitVec.",
+                boundary="reward",
             )
     return [z3.substitute(assertion, *pairs) for assertion in assertions]
 
 
-def _with_function(
+def _substitute_function(
     z3: Any, task: Task, assertions: list[Any], unknown: Mapping[str, Any], given: str, context: Any
 ) -> list[Any]:
-    """The assertions with the body that a reply gives the function `answer`."""
+    """Substitutes the body that the answer gives for the function `answer`."""
     names = column(task, "arguments", (list, tuple), "z3")
     declaration = unknown.get("answer")
     if declaration is None or declaration.arity() != len(names):
         raise RolloutError(
-            f"task {task.id!r}: its smtlib must assert something of a function `answer` with the {len(names)} "
+            f"task {task.id!r}: its smtlib must contain an assertion about a function `answer` with the {len(names)} "
             f"arguments {', '.join(map(str, names))}.",
             boundary="reward",
         )
@@ -182,18 +186,18 @@ def _with_function(
     if declaration.range().kind() == z3.Z3_REAL_SORT and z3.is_int(body):
         body = z3.ToReal(body)
     if body.sort() != declaration.range():
-        raise ValueError(f"the expression is a {body.sort()}, expected {declaration.range()}")
-    places = [
+        raise ValueError(f"the expression has the sort {body.sort()}, expected {declaration.range()}")
+    variables = [
         (parameter, z3.Var(i, sort)) for i, (parameter, sort) in enumerate(zip(parameters.values(), sorts, strict=True))
     ]
-    return [z3.substitute_funs(a, (declaration, z3.substitute(body, *places))) for a in assertions]
+    return [z3.substitute_funs(a, (declaration, z3.substitute(body, *variables))) for a in assertions]
 
 
 def _parsed(text: str) -> ast.expr:
-    """The tree of an expression in arithmetic, comparisons, and, or, not. Raises ValueError for anything else."""
+    """Parses an expression of arithmetic, comparisons, and, or, not. Raises ValueError for anything else."""
     text = text.removeprefix("return ").strip()
     if len(text) > LONGEST or not _ALPHABET.fullmatch(text) or re.search(r"\d[A-Za-z_]|\*\*", text):
-        raise ValueError("not an expression in names, numbers, + - * // %, comparisons, and, or, not")
+        raise ValueError("only names, numbers, + - * // %, comparisons, and, or, not are allowed")
     try:
         return ast.parse(f"({text}\n)", mode="eval").body
     except SyntaxError as error:
@@ -201,7 +205,7 @@ def _parsed(text: str) -> ast.expr:
 
 
 def _translate(z3: Any, node: ast.expr, names: Mapping[str, Any], context: Any) -> Any:
-    """The z3 term of an expression's tree; `//` and `%` are SMT-LIB's div and mod."""
+    """Translates an expression tree to a z3 term; `//` and `%` are SMT-LIB's div and mod."""
 
     def term(inner: ast.expr) -> Any:
         return _translate(z3, inner, names, context)
@@ -229,9 +233,9 @@ def _translate(z3: Any, node: ast.expr, names: Mapping[str, Any], context: Any) 
             return _arithmetic(z3, op, term(left), term(right))
         case ast.Compare(left=left, ops=ops, comparators=others):
             sides = [term(side) for side in (left, *others)]
-            return z3.And(*(_compared(op, a, b) for op, a, b in zip(ops, sides, sides[1:], strict=False)))
+            return z3.And(*(_comparison(op, a, b) for op, a, b in zip(ops, sides, sides[1:], strict=False)))
         case _:
-            raise ValueError(f"{ast.unparse(node)[:40]!r} cannot be used here")
+            raise ValueError(f"{ast.unparse(node)[:40]!r} is not supported")
 
 
 def _arithmetic(z3: Any, op: ast.operator, a: Any, b: Any) -> Any:
@@ -250,10 +254,10 @@ def _arithmetic(z3: Any, op: ast.operator, a: Any, b: Any) -> Any:
         case ast.Div() if not whole:
             return a / b
         case _:
-            raise ValueError("// and % are for Int, / is for Real")
+            raise ValueError("// and % need Int operands, / needs Real operands")
 
 
-def _compared(op: ast.cmpop, a: Any, b: Any) -> Any:
+def _comparison(op: ast.cmpop, a: Any, b: Any) -> Any:
     match op:
         case ast.Eq():
             return a == b
@@ -268,33 +272,34 @@ def _compared(op: ast.cmpop, a: Any, b: Any) -> Any:
         case ast.GtE():
             return a >= b
         case _:
-            raise ValueError("comparisons are ==, !=, <, <=, > and >=")
+            raise ValueError("supported comparisons are ==, !=, <, <=, > and >=")
 
 
 def by_lean(task: Task, text: str) -> Verdict:
-    """Passes where Lean accepts the final answer as a proof of the column `statement`, from AXIOMS alone.
+    """Passes if Lean accepts the final answer as a proof of the column `statement` that depends on AXIOMS only.
 
-    `statement` is `theorem NAME … : PROPOSITION`, `preamble` (imports) may come before it, and the answer is what
-    follows `:=`, all of the final part or its last ``` block. Answers with words that start other commands or run
-    programs fail unread; still, Lean runs with your rights. Raises RolloutError where `lean` is not on the PATH.
+    `statement` is `theorem NAME … : PROPOSITION`; the optional column `preamble` (imports) precedes it. The answer, the
+    whole final part or its last ``` block, is what follows `:=`. Answers with keywords that start other commands or
+    execute code fail without being run; even so, Lean runs with your permissions. Raises RolloutError if `lean` is not
+    on the PATH.
     """
     lean = shutil.which("lean")
     if lean is None:
         raise RolloutError(
-            "the verifier 'lean' needs the program `lean` on the PATH. Install Lean 4 (lean-lang.org).",
+            "the verifier 'lean' needs the program `lean` on the PATH. Install Lean 4 from lean-lang.org.",
             boundary="reward",
         )
     statement = column(task, "statement", str, "lean").strip().removesuffix(":=").strip()
     name = re.match(r"(?:theorem|lemma)\s+([\w.']+)", statement)
     if name is None:
-        raise RolloutError(f"task {task.id!r}: its statement does not begin with `theorem NAME`.", boundary="reward")
+        raise RolloutError(f"task {task.id!r}: its statement must begin with `theorem NAME`.", boundary="reward")
     final = final_part(text)
     blocks = _BLOCK.findall(final)
     proof = (blocks[-1] if blocks else final).strip().removeprefix(":=").strip()
     if not proof:
         return failed("no proof")
     if word := _FORBIDDEN.search(proof):
-        return failed(f"{word.group()!r} may not stand in a proof")
+        return failed(f"{word.group()!r} is not allowed in a proof")
     head = f"{task.meta.get('preamble') or ''}\n{statement} :=\n{proof}\n"
     messages = _lean_messages(lean, f"{head}\n#print axioms {name[1]}\n")
     if messages is None:
@@ -303,23 +308,23 @@ def by_lean(task: Task, text: str) -> Verdict:
     if errors:
         return failed(f"Lean: {errors[0].get('data', '')}"[:200])
     line = head.count("\n") + 2
-    said = [str(m.get("data", "")) for m in messages if (m.get("pos") or {}).get("line") == line]
-    if len(said) != 1 or name[1] not in said[0]:
-        return failed("Lean did not come to the end of the proof")
-    rests = re.search(r"depends on axioms:\s*\[([^\]]*)\]", said[0])
-    used = {axiom.strip() for axiom in rests[1].split(",")} if rests else set[str]()
-    if not used <= AXIOMS or not (rests or "does not depend on any axioms" in said[0]):
-        return failed(f"rests on {', '.join(sorted(used - AXIOMS)) or said[0][:80]}")
+    output = [str(m.get("data", "")) for m in messages if (m.get("pos") or {}).get("line") == line]
+    if len(output) != 1 or name[1] not in output[0]:
+        return failed("Lean did not reach the end of the proof")
+    axioms = re.search(r"depends on axioms:\s*\[([^\]]*)\]", output[0])
+    used = {axiom.strip() for axiom in axioms[1].split(",")} if axioms else set[str]()
+    if not used <= AXIOMS or not (axioms or "does not depend on any axioms" in output[0]):
+        return failed(f"depends on {', '.join(sorted(used - AXIOMS)) or output[0][:80]}")
     return Verdict(1.0, True, "proved")
 
 
 def _lean_messages(lean: str, source: str) -> list[dict[str, Any]] | None:
-    """What Lean says of a file, or None where it took too long."""
+    """Lean's messages about a source file, or None if it timed out."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "Answer.lean"
         file.write_text(source, encoding="utf-8", errors="replace")
         command = [lean, "--json", f"--memory={LEAN_MEGABYTES}", f"--timeout={LEAN_HEARTBEATS}", str(file)]
-        kept = {key: os.environ[key] for key in ("PATH", "HOME", "ELAN_HOME", "LEAN_PATH") if key in os.environ}
+        environment = {key: os.environ[key] for key in ("PATH", "HOME", "ELAN_HOME", "LEAN_PATH") if key in os.environ}
         try:
             done = subprocess.run(
                 command,
@@ -327,7 +332,7 @@ def _lean_messages(lean: str, source: str) -> list[dict[str, Any]] | None:
                 text=True,
                 timeout=LEAN_SECONDS,
                 cwd=folder,
-                env=kept,
+                env=environment,
                 stdin=subprocess.DEVNULL,
             )
         except subprocess.TimeoutExpired:
@@ -340,5 +345,5 @@ def _lean_messages(lean: str, source: str) -> list[dict[str, Any]] | None:
             message = line
         messages.append(message if isinstance(message, dict) else {"severity": "error", "data": line})
     if done.returncode and not any(m.get("severity") == "error" for m in messages):
-        messages.append({"severity": "error", "data": f"ended with {done.returncode}: {done.stderr[-150:]}"})
+        messages.append({"severity": "error", "data": f"exit code {done.returncode}: {done.stderr[-150:]}"})
     return messages

@@ -1,7 +1,7 @@
-"""Instructions that a program can check: the 25 kinds of IFEval (arXiv 2311.07911), strictly and loosely.
+"""IFEval: the 25 kinds of verifiable instructions (arXiv 2311.07911), checked strictly or loosely.
 
-A row has the columns `instruction_id_list` and `kwargs`, one set of arguments for each id. A kind is a function of the
-reply and those arguments. What the paper leaves open is said in each function; an empty reply follows nothing.
+A row has the columns `instruction_id_list` and `kwargs`, one set of arguments per id. Each kind is a function of the
+reply and those arguments. Each function documents what the paper leaves open; an empty reply follows no instruction.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from posttrain.rewards.schema import read_json
 from posttrain.types import RolloutError, Task, Verdict
 
 CHOICES = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
-"""What `constrained_response` may say."""
+"""The responses that `constrained_response` allows."""
 
 _WORD = re.compile(r"\w+(?:['’-]\w+)*")
 _ABBREVIATION = re.compile(r"\b(?:Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|vs|etc|e\.g|i\.e|No|Inc|Ltd|Co|U\.S|a\.m|p\.m)\.")
@@ -25,46 +25,51 @@ _SENTENCE_END = re.compile(r"(?<![.!?…])[.!?…]++[\"'”’)\]*]*+(?=\s|$)|[�
 
 
 def ifeval(task: Task, text: str) -> Verdict:
-    """The share of the task's instructions that the final answer follows; it passes where it follows all of them.
+    """The share of the task's instructions that the final answer follows; passes if it follows all of them.
 
-    Parts: 1 or 0 for each instruction id; a second of the same kind is `ID#2`. Raises RolloutError for an unknown id or
-    arguments that do not fit it.
+    Parts: 1 or 0 for each instruction id; a second one of the same kind is `ID#2`. Raises RolloutError for an unknown
+    id or invalid arguments.
     """
-    return _judged(task, [final_part(text)])
+    return _check(task, [final_part(text)])
 
 
 def ifeval_loose(task: Task, text: str) -> Verdict:
-    """`ifeval`, an instruction being followed where any of eight readings of the reply follows it.
+    """Loose `ifeval`: an instruction counts as followed if any of eight variants of the reply follows it.
 
-    The readings: as it is, without its first line, without its last, without both; each also without asterisks.
+    The variants: unchanged, without its first line, without its last, without both; each also without asterisks.
     """
-    return _judged(task, [*loosely(final_part(text))])
+    return _check(task, [*loosely(final_part(text))])
 
 
 def loosely(text: str) -> Iterator[str]:
-    """The eight readings of a reply that loose checking allows."""
+    """The eight variants of a reply for loose checking."""
     lines = text.split("\n")
     for kept in (lines, lines[1:], lines[:-1], lines[1:-1]):
-        reading = "\n".join(kept).strip()
-        yield reading
-        yield reading.replace("*", "")
+        variant = "\n".join(kept).strip()
+        yield variant
+        yield variant.replace("*", "")
 
 
-def _judged(task: Task, readings: list[str]) -> Verdict:
+def _check(task: Task, variants: list[str]) -> Verdict:
     ids = column(task, "instruction_id_list", (list, tuple), "ifeval")
     kwargs = column(task, "kwargs", (list, tuple), "ifeval")
     if not ids or len(ids) != len(kwargs):
-        raise RolloutError(f"task {task.id!r} has {len(ids)} instructions, {len(kwargs)} kwargs.", boundary="reward")
+        raise RolloutError(
+            f"task {task.id!r} has {len(ids)} instructions and {len(kwargs)} kwargs, expected as many of both.",
+            boundary="reward",
+        )
     parts: dict[str, float] = {}
     for name, arguments in zip(ids, kwargs, strict=True):
         if name not in INSTRUCTIONS:
             raise RolloutError(f"task {task.id!r} has the unknown instruction {name!r}.", boundary="reward")
         given = {key: value for key, value in (arguments or {}).items() if value is not None}
         try:
-            followed = any(reading.strip() and INSTRUCTIONS[name](reading, **given) for reading in readings)
-            INSTRUCTIONS[name]("?", **given)  # an empty reply must not hide arguments that do not fit
+            followed = any(variant.strip() and INSTRUCTIONS[name](variant, **given) for variant in variants)
+            INSTRUCTIONS[name]("?", **given)  # so that an empty reply does not hide invalid arguments
         except (TypeError, ValueError, AttributeError) as error:
-            raise RolloutError(f"task {task.id!r}: {name} with {given!r:.80}: {error}.", boundary="reward") from None
+            raise RolloutError(
+                f"task {task.id!r}: invalid arguments {given!r:.80} for {name}: {error}.", boundary="reward"
+            ) from None
         count = sum(key.partition("#")[0] == name for key in parts)
         parts[f"{name}#{count + 1}" if count else name] = float(followed)
     missed = [name for name, value in parts.items() if not value]
@@ -72,74 +77,74 @@ def _judged(task: Task, readings: list[str]) -> Verdict:
     return Verdict(share, not missed, f"not followed: {', '.join(missed)}" if missed else "all followed", parts)
 
 
-def _compared(count: int, relation: str, bound: int) -> bool:
+def _satisfies(count: int, relation: str, bound: int) -> bool:
     if relation not in ("at least", "less than"):
-        raise ValueError(f"relation {relation!r} is neither 'at least' nor 'less than'")
+        raise ValueError(f"relation {relation!r} must be 'at least' or 'less than'")
     return count >= bound if relation == "at least" else count < bound
 
 
 def sentences(text: str) -> int:
-    """How many sentences a text has: ends by `.`, `!`, `?` before a space, by an empty line, or by the text's end.
+    """Number of sentences. A sentence ends with `.`, `!` or `?` before a space, an empty line, or the end of the text.
 
-    A full stop of a common abbreviation ends none.
+    The full stop of a common abbreviation does not end a sentence.
     """
     text = _ABBREVIATION.sub(lambda match: match.group().replace(".", ""), text)
     return sum(bool(_WORD.search(piece)) for piece in _SENTENCE_END.split(text))
 
 
 def words(text: str) -> int:
-    """How many words a text has; `well-known` and `don't` are one."""
+    """Number of words; `well-known` and `don't` count as one each."""
     return len(_WORD.findall(text))
 
 
 def keywords_existence(text: str, keywords: list[str]) -> bool:
-    """Every keyword occurs, in any case and also within a longer word."""
+    """Every keyword occurs, ignoring case, possibly within a longer word."""
     return all(keyword.lower() in text.lower() for keyword in keywords)
 
 
 def keywords_frequency(text: str, keyword: str, frequency: int, relation: str) -> bool:
-    """A keyword occurs so often, in any case and also within longer words."""
-    return _compared(text.lower().count(keyword.lower()), relation, frequency)
+    """A keyword occurs that often, ignoring case, possibly within longer words."""
+    return _satisfies(text.lower().count(keyword.lower()), relation, frequency)
 
 
 def forbidden_words(text: str, forbidden_words: list[str]) -> bool:
-    """None of the words occurs as a whole word, in any case."""
+    """None of the words occurs as a whole word, ignoring case."""
     return not any(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) for word in forbidden_words)
 
 
 def letter_frequency(text: str, letter: str, let_frequency: int, let_relation: str) -> bool:
-    """A letter or sign occurs so often, in any case."""
+    """A character occurs that often, ignoring case."""
     if len(letter) != 1:
-        raise ValueError(f"letter {letter!r} is not one character")
-    return _compared(text.lower().count(letter.lower()), let_relation, let_frequency)
+        raise ValueError(f"letter {letter!r} must be a single character")
+    return _satisfies(text.lower().count(letter.lower()), let_relation, let_frequency)
 
 
 def response_language(text: str, language: str) -> bool:
-    """The reply is in the language; where it is too short to tell, in its script."""
+    """The reply is in the language or, if it is too short to tell, in its script."""
     if language not in LANGUAGES:
-        raise ValueError(f"language {language!r} is not known")
+        raise ValueError(f"unknown language {language!r}")
     return could_be(text, language)
 
 
 def number_sentences(text: str, num_sentences: int, relation: str) -> bool:
-    """So many sentences (`sentences`)."""
-    return _compared(sentences(text), relation, num_sentences)
+    """At least, or fewer than, that many sentences (`sentences`)."""
+    return _satisfies(sentences(text), relation, num_sentences)
 
 
 def number_words(text: str, num_words: int, relation: str) -> bool:
-    """So many words (`words`)."""
-    return _compared(words(text), relation, num_words)
+    """At least, or fewer than, that many words (`words`)."""
+    return _satisfies(words(text), relation, num_words)
 
 
 def number_paragraphs(text: str, num_paragraphs: int) -> bool:
-    """Exactly so many paragraphs, none empty, between lines or spaces with `***`; one may also open or close all."""
+    """Exactly that many non-empty paragraphs separated by `***`, which may also open or close the reply."""
     pieces = [piece.strip() for piece in re.split(r"(?<!\*)\*\*\*(?!\*)", text)]
     inner = pieces[bool(not pieces[0]) : len(pieces) - (not pieces[-1])]
     return all(inner) and len(inner) == num_paragraphs
 
 
 def nth_paragraph_first_word(text: str, num_paragraphs: int, nth_paragraph: int, first_word: str) -> bool:
-    """Exactly so many paragraphs between empty lines, and the n-th begins with a word, in any case."""
+    """Exactly that many paragraphs separated by empty lines, and the n-th begins with a word, ignoring case."""
     pieces = [piece.strip() for piece in re.split(r"\n\s*\n", text) if piece.strip()]
     if not 1 <= nth_paragraph <= num_paragraphs == len(pieces):
         return False
@@ -148,42 +153,42 @@ def nth_paragraph_first_word(text: str, num_paragraphs: int, nth_paragraph: int,
 
 
 def number_placeholders(text: str, num_placeholders: int) -> bool:
-    """At least so many `[placeholders]`."""
+    """At least that many `[placeholders]`."""
     return len(re.findall(r"\[[^\[\]]+\]", text)) >= num_placeholders
 
 
 def postscript(text: str, postscript_marker: str) -> bool:
-    """A line, or a sentence, begins with the marker, with or without spaces and a last full stop."""
+    """A line or sentence begins with the marker; spaces within it and its last full stop are optional."""
     letters = [letter for letter in postscript_marker if letter.isalpha()]
     if not letters:
-        raise ValueError(f"postscript_marker {postscript_marker!r} has no letter")
+        raise ValueError(f"postscript_marker {postscript_marker!r} contains no letter")
     marker = r"\.\s?".join(map(re.escape, letters))
     return re.search(rf"(?:^|[\s*_\"“(])(?<!p\. ){marker}(?!\w)", text, re.IGNORECASE) is not None
 
 
 def bullet_lists(text: str, num_bullets: int) -> bool:
-    """Exactly so many lines that begin with `* ` or `- `."""
+    """Exactly that many lines that begin with `* ` or `- `."""
     return len(re.findall(r"^[ \t]*[*-][ \t]+\S", text, re.MULTILINE)) == num_bullets
 
 
 def constrained_response(text: str) -> bool:
-    """One of the three answers, and no other."""
+    """Exactly one of the three allowed responses."""
     return sum(choice in text for choice in CHOICES) == 1
 
 
 def highlighted_sections(text: str, num_highlights: int) -> bool:
-    """At least so many `*highlighted*` or `**highlighted**` stretches within a line; bullets are none."""
+    """At least that many `*highlighted*` or `**highlighted**` spans within a line; bullets do not count."""
     bare = re.sub(r"^[ \t]*\*[ \t]+", "", text, flags=re.MULTILINE)
     return len(re.findall(r"(?<!\*)(\*{1,3})(?=[^\s*])[^*\n]*[^\s*]\1(?!\*)", bare)) >= num_highlights
 
 
 def multiple_sections(text: str, section_spliter: str, num_sections: int) -> bool:
-    """At least so many sections, each begun by the marker and a number or letter; the marker's case counts."""
+    """At least that many sections, each starting with the (case-sensitive) marker and a number or letter."""
     return len(re.findall(rf"(?<!\w){re.escape(section_spliter)}\s?(?:\d+|[A-Z]\b)", text)) >= num_sections
 
 
 def json_format(text: str) -> bool:
-    """The whole reply is JSON, alone or within one ``` block."""
+    """The whole reply is JSON, optionally within one ``` block."""
     match = re.fullmatch(r"```(?:json|JSON|Json)?\s(.*)```", text.strip(), re.DOTALL)
     try:
         read_json(match[1] if match else text)
@@ -193,50 +198,50 @@ def json_format(text: str) -> bool:
 
 
 def title(text: str) -> bool:
-    """A `<<title>>` that is not empty."""
+    """Contains a non-empty `<<title>>`."""
     return any(found.strip() for found in re.findall(r"<<([^<>\n]+)>>", text))
 
 
 def two_responses(text: str) -> bool:
-    """Two different texts with `******` between them; one may also open or close the reply."""
+    """Two different responses separated by `******`, which may also open or close the reply."""
     pieces = [piece.strip() for piece in text.split("******")]
     inner = pieces[bool(not pieces[0]) : len(pieces) - (not pieces[-1])]
     return len(inner) == 2 and all(inner) and inner[0] != inner[1]
 
 
 def repeat_prompt(text: str, prompt_to_repeat: str) -> bool:
-    """The reply begins with the request, in any case."""
-    asked = prompt_to_repeat.strip().lower()
-    return text.strip().lower().startswith(asked)
+    """The reply begins with the prompt, ignoring case."""
+    prompt = prompt_to_repeat.strip().lower()
+    return text.strip().lower().startswith(prompt)
 
 
 def end_checker(text: str, end_phrase: str) -> bool:
-    """The reply ends with the phrase, in any case; a quotation mark may close it."""
+    """The reply ends with the phrase, ignoring case and a closing quotation mark."""
     return text.strip().strip('"').rstrip().lower().endswith(end_phrase.strip().strip('"').lower())
 
 
 def capital_word_frequency(text: str, capital_frequency: int, capital_relation: str) -> bool:
-    """So many words in capitals; single letters such as `I` are words."""
-    return _compared(sum(word.isupper() for word in _WORD.findall(text)), capital_relation, capital_frequency)
+    """At least, or fewer than, that many words in capitals; single letters such as `I` count."""
+    return _satisfies(sum(word.isupper() for word in _WORD.findall(text)), capital_relation, capital_frequency)
 
 
 def english_capital(text: str) -> bool:
-    """English, without a lower-case letter."""
+    """English in capitals only."""
     return text.isupper() and could_be(text, "en")
 
 
 def english_lowercase(text: str) -> bool:
-    """English, without a capital letter."""
+    """English in lower case only."""
     return text.islower() and could_be(text, "en")
 
 
 def no_comma(text: str) -> bool:
-    """No comma, of any script."""
+    """Contains no comma of any script."""
     return not set(",，،、") & set(text)
 
 
 def quotation(text: str) -> bool:
-    """The whole reply between double quotation marks."""
+    """The whole reply is in double quotation marks."""
     bare = text.strip()
     return len(bare) > 2 and bare[0] in '"“' and bare[-1] in '"”'
 
@@ -268,4 +273,4 @@ INSTRUCTIONS: Mapping[str, Callable[..., Any]] = {
     "change_case:english_lowercase": english_lowercase,
     "punctuation:no_comma": no_comma,
 }
-"""Instruction id → whether a reply follows it."""
+"""Instruction id → function that checks whether a reply follows it."""

@@ -1,4 +1,4 @@
-"""Which language a text is in, by its script and its commonest words, and replies that must keep to one."""
+"""Language detection by script and common words, and a verifier for the language of a reply."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SCRIPTS: dict[str, str] = {
     "TELUGU": "te", "ARMENIAN": "hy", "GEORGIAN": "ka", "SINHALA": "si", "LAO": "lo", "KHMER": "km", "MYANMAR": "my",
     "ETHIOPIC": "am",
 }  # fmt: skip
-"""Scripts that speak for one language; a script's name is the first word of its characters' Unicode names."""
+"""Scripts used by a single language here; a script's name is the first word of its characters' Unicode names."""
 
 WORDS: dict[str, dict[str, str]] = {
     "LATIN": {
@@ -71,14 +71,14 @@ WORDS: dict[str, dict[str, str]] = {
         "हुन् गरेको",
     },
 }  # fmt: skip
-"""Of scripts that several languages share: their commonest words."""
+"""Most common words of languages that share a script."""
 
 LETTERS = {"vi": "ăđơưạảấầẩẫậắằẳẵặẹẻẽếềểễệỉịọỏốồổỗộớờởỡợụủứừửữựỳỵỷỹ", "fa": "پچژگ", "ur": "ٹڈڑںہھے", "ar": "ةى"}
 LETTERS |= {"uk": "іїєґ", "ru": "ыэё", "bg": "ъщ", "mr": "ळ"}
-"""Letters that speak for one of the languages that share a script."""
+"""Letters that distinguish languages that share a script."""
 
 LANGUAGES = {*SCRIPTS.values(), *(code for languages in WORDS.values() for code in languages)}
-"""ISO 639-1 codes that `detect` can tell."""
+"""ISO 639-1 codes that `detect` knows."""
 
 _EDGES = "\"'“”‘’«»()[]{}<>.,;:!?…–—-*_#`~|/\\।॥،؛؟"
 _NOT_PROSE = re.compile(r"```.*?```|`[^`\n]*`|\$\$.*?\$\$|\$[^$\n]*\$|\\[A-Za-z]+|https?://\S+|</?think>", re.DOTALL)
@@ -86,38 +86,38 @@ _SENTENCE = re.compile(r"[^.!?\n。！？।؟]+")
 
 
 def language(task: Task, text: str) -> Verdict:
-    """The share of the reply's letters, thoughts included, that are in the prompt's language; 0 without any letter.
+    """The share of the reply's letters, thinking included, that are in the prompt's language; 0 without letters.
 
-    Sentence by sentence: one in another language counts nothing, one too short to tell counts the letters of the right
-    script. Code, formulas and links do not count. Columns: `language` (ISO 639-1; else the prompt's is detected) and
-    `least` 0.9, the share from which a reply passes. DeepSeek-R1's reward (arXiv 2501.12948).
+    Computed per sentence: a sentence in another language counts 0; one too short to tell counts its letters of the
+    right script. Code, formulas and links are ignored. Columns: `language` (ISO 639-1; by default detected from the
+    prompt) and `least` 0.9, the share from which a reply passes. DeepSeek-R1's reward (arXiv 2501.12948).
     """
-    wanted = column(task, "language", str, "language") if task.meta.get("language") else detect(task.prompt)
-    if wanted not in LANGUAGES:
+    expected = column(task, "language", str, "language") if task.meta.get("language") else detect(task.prompt)
+    if expected not in LANGUAGES:
         raise RolloutError(
-            f"task {task.id!r}: the language of its prompt is {wanted or 'not clear'}. Give it a column `language`, "
+            f"task {task.id!r}: the language of its prompt is {expected or 'unclear'}. Set its column `language` to "
             f"one of {', '.join(sorted(LANGUAGES))}.",
             boundary="reward",
         )
-    share = share_in(wanted, text)
+    share = share_in(expected, text)
     passed = share is not None and share >= number(task, "least", 0.9, "language")
-    return Verdict(share or 0.0, passed, f"{share or 0:.0%} {wanted}")
+    return Verdict(share or 0.0, passed, f"{share or 0:.0%} {expected}")
 
 
-def share_in(wanted: str, text: str) -> float | None:
-    """The share of a text's letters that are in a language, as `language` counts them; None where there are none."""
-    right = letters = 0
+def share_in(expected: str, text: str) -> float | None:
+    """The share of a text's letters in a language, counted as by `language`; None for a text without letters."""
+    matching = letters = 0
     for sentence in _SENTENCE.findall(_NOT_PROSE.sub(" ", text)):
         scripts = _scripts(sentence)
         count = sum(scripts.values())
         letters += count
-        if count and (wanted == "ja" or detect(sentence) in (wanted, None)):
-            right += sum(n for script, n in scripts.items() if wanted in _languages_of(script))
-    return right / letters if letters else None
+        if count and (expected == "ja" or detect(sentence) in (expected, None)):
+            matching += sum(n for script, n in scripts.items() if expected in _languages_of(script))
+    return matching / letters if letters else None
 
 
 def detect(text: str) -> str | None:
-    """The ISO 639-1 code of a text's language, or None where nothing speaks for one more than for another."""
+    """The ISO 639-1 code of a text's language, or None if it is ambiguous."""
     scripts = _scripts(text)
     if not scripts:
         return None
@@ -137,10 +137,10 @@ def detect(text: str) -> str | None:
 
 
 def could_be(text: str, code: str) -> bool:
-    """True where the text is in a language, or too short to tell and in its script."""
-    found = detect(text)
-    if found is not None:
-        return found == code
+    """True if the text is in the language, or too short to tell but in its script."""
+    detected = detect(text)
+    if detected is not None:
+        return detected == code
     scripts = _scripts(text)
     return bool(scripts) and code in _languages_of(scripts.most_common(1)[0][0])
 
@@ -151,7 +151,7 @@ def _common(script: str) -> dict[str, frozenset[str]]:
 
 
 def _scripts(text: str) -> Counter[str]:
-    """How many letters of each script a text holds."""
+    """Number of letters of each script in a text."""
     return Counter(_script(char) for char in text if char.isalpha())
 
 

@@ -1,4 +1,4 @@
-"""Numbers as people and models write them: where they stand in a text, what they may mean, and when two are equal."""
+"""Finds, parses and compares numbers in text, as people and models write them."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from fractions import Fraction
 from posttrain.types import RolloutError, Task
 
 TOLERANCE = Fraction(1, 10**6)
-"""Numbers that are not both whole may differ by this much, or by a billionth of the gold."""
+"""Two numbers that are not both whole may differ by this much, or by a billionth of the gold number."""
 
 Values = tuple[Fraction, ...]
-"""What a number may stand for: one value, two for a percentage, none where there is no number."""
+"""Possible values of a number: one, two for a percentage, none if there is no number."""
 Tolerance = tuple[Fraction, Fraction]
-"""The most two numbers may differ by: absolutely, or as a share of the gold."""
+"""Maximum difference: absolute, and relative to the gold number."""
 
 NUMBER = re.compile(
-    # A sign counts only where no word or bracket precedes it: `10-5` holds 10 and 5, not 10 and -5.
+    # A sign counts only if no word or bracket precedes it: `10-5` contains 10 and 5, not 10 and -5.
     r"(?:(?<![\w)])(?P<sign>[-+])\s?)?(?:[$£€]\s?(?P<sign2>[-+])?)?(?<![A-Za-z_\d.])"
     r"(?P<body>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?P<exponent>[eE][-+]?\d{1,3}(?!\w))?"
     r"(?:\s+(?P<part>\d+)\s?/\s?(?P<of>\d+)|\s?/\s?(?P<under>\d+(?:\.\d+)?))?\s?(?P<percent>%)?"
@@ -27,14 +27,14 @@ _DIGITS = 400
 
 
 def plain(text: str) -> str:
-    """The text with LaTeX's spaces, signs and simple fractions written in plain characters."""
+    """Replaces LaTeX spaces, signs and simple fractions by plain characters."""
     for old, new in _CLEAN:
         text = text.replace(old, new)
     return _LATEX_FRACTION.sub(lambda m: f" {m[1] or m[3]}/{m[2] or m[4]}", text)
 
 
 def values(match: re.Match[str]) -> Values:
-    """What a match of NUMBER may stand for: one value, two for a percentage, none for a division by zero."""
+    """Possible values of a match of NUMBER: one, two for a percentage, none for a division by zero."""
     if len(match["body"]) > _DIGITS:
         return ()
     value = Fraction(match["body"].replace(",", "") + (match["exponent"] or ""))
@@ -49,23 +49,23 @@ def values(match: re.Match[str]) -> Values:
 
 
 def last_number(text: str) -> Values:
-    """The last number of a text."""
-    found: Values = ()
+    """The last number in a text."""
+    last: Values = ()
     for match in NUMBER.finditer(plain(text)):
-        found = values(match) or found
-    return found
+        last = values(match) or last
+    return last
 
 
 def whole_number(text: str) -> Values:
-    """The values of a text that is one number and nothing else."""
+    """The values of a text that consists of one number only."""
     match = NUMBER.fullmatch(plain(text).strip().strip("$").strip().rstrip(".").strip())
     return values(match) if match else ()
 
 
 def equal(gold: Values, given: Values, tolerance: Tolerance | None = None) -> bool:
-    """True where any value of one is any value of the other: whole numbers exactly, others within TOLERANCE.
+    """True if any value of one equals any value of the other: whole numbers exactly, others within TOLERANCE.
 
-    A tolerance that is given holds for whole numbers too.
+    An explicit `tolerance` applies to whole numbers too.
     """
 
     def same(a: Fraction, b: Fraction) -> bool:
@@ -79,19 +79,19 @@ def equal(gold: Values, given: Values, tolerance: Tolerance | None = None) -> bo
 
 
 def tolerance_of(task: Task) -> Tolerance | None:
-    """What the task's column `tolerance` says: 0.01 is absolute, "1%" relative to the gold; None without one.
+    """Parses the task's column `tolerance`: 0.01 is absolute, "1%" relative to the gold answer; None if absent.
 
     Raises RolloutError for anything else.
     """
-    said = task.meta.get("tolerance")
-    if said is None:
+    given = task.meta.get("tolerance")
+    if given is None:
         return None
-    text = str(said).strip()
+    text = str(given).strip()
     match = re.fullmatch(r"(\d{1,30}(?:\.\d{1,30})?(?:[eE][-+]?\d{1,2})?)\s*(%?)", text)
-    if match is None or isinstance(said, bool):
+    if match is None or isinstance(given, bool):
         raise RolloutError(
-            f"task {task.id!r} has tolerance={said!r}, expected a number such as 0.01 (absolute) or a text such as "
-            '"1%" (of the gold answer).',
+            f"task {task.id!r} has tolerance={given!r}, expected a number such as 0.01 (absolute) or a string such as "
+            '"1%" (relative to the gold answer).',
             boundary="reward",
         )
     bound = Fraction(match[1])

@@ -1,4 +1,4 @@
-"""Replies that must be JSON of a given form (JSON Schema), read so that no reply can take long or reach further."""
+"""The verifier `json_schema`, hardened so that no reply can take long to check or access anything else."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from posttrain.rewards.patterns import compiled
 from posttrain.types import RolloutError, Task, Verdict
 
 LONGEST = 50_000
-"""Characters of JSON that are read; longer replies fail."""
+"""Maximum length of the JSON in characters; longer replies fail."""
 DEEPEST = 64
-"""Brackets within brackets that are read; deeper replies fail."""
+"""Maximum nesting depth; deeper replies fail."""
 
 _FENCED = re.compile(r"```(?:[ \t]*(?:json|JSON))?[ \t]*\n([^`]*)```")
-_STRING = re.compile(r'"(?:[^"\\]|\\.)*(?:"|$)', re.DOTALL)  # one that never ends is a string too: time stays linear
+_STRING = re.compile(r'"(?:[^"\\]|\\.)*(?:"|$)', re.DOTALL)  # also matches an unclosed string, to stay linear in time
 
 
 def json_schema(task: Task, text: str) -> Verdict:
-    """Passes where the final answer is JSON that the column `schema` (an object, or its text) allows.
+    """Passes if the final answer is JSON that is valid under the column `schema` (an object, or JSON text).
 
-    The answer is all of the reply's final part, or its last ``` block; NaN and Infinity are not JSON. Parts: `parses`
-    and `valid`. Raises RolloutError for a schema that cannot be used.
+    The answer is the reply's whole final part or its last ``` block; NaN and Infinity are not JSON. Parts: `parses`
+    and `valid`. Raises RolloutError for an invalid schema.
     """
     check = _validator(task)
     final = final_part(text)
@@ -44,26 +44,26 @@ def json_schema(task: Task, text: str) -> Verdict:
         fault = next(check.iter_errors(value), None)
     except Unresolvable as error:
         raise RolloutError(
-            f"task {task.id!r}: its schema refers to {error.ref!r}, which is not in it.", "reward"
+            f"task {task.id!r}: its schema refers to {error.ref!r}, which it does not define.", "reward"
         ) from None
     except (OverflowError, RecursionError) as error:
-        return failed(f"cannot be checked: {error}", {"parses": 1.0, "valid": 0.0})
+        return failed(f"cannot be validated: {error}", {"parses": 1.0, "valid": 0.0})
     if fault is None:
         return Verdict(1.0, True, "valid", {"parses": 1.0, "valid": 1.0})
-    where = "/".join(map(str, fault.absolute_path)) or "the whole"
+    where = "/".join(map(str, fault.absolute_path)) or "the top level"
     return failed(f"{where}: {fault.message[:200]}", {"parses": 1.0, "valid": 0.0})
 
 
 def read_json(text: str) -> Any:
-    """What a text says in JSON. Raises ValueError for anything else, and for what is too long or too deep."""
+    """Parses JSON. Raises ValueError for invalid JSON, and for text that is too long or too deeply nested."""
     if len(text) > LONGEST:
-        raise ValueError(f"{len(text)} characters, at most {LONGEST} are read")
+        raise ValueError(f"{len(text)} characters, expected at most {LONGEST}")
     depth = deepest = 0
     for bracket in re.findall(r"[\[\]{}]", _STRING.sub("", text)):
         depth += 1 if bracket in "[{" else -1
         deepest = max(deepest, depth)
     if deepest > DEEPEST:
-        raise ValueError(f"{deepest} levels, at most {DEEPEST} are read")
+        raise ValueError(f"{deepest} levels of nesting, expected at most {DEEPEST}")
     return json.loads(text, parse_constant=_refuse, parse_float=_finite)
 
 
@@ -79,22 +79,22 @@ def _finite(digits: str) -> float:
 
 
 def _validator(task: Task) -> Any:
-    """A validator of the task's schema that fetches nothing and whose patterns are RE2's."""
+    """A validator for the task's schema that fetches no references and matches patterns with RE2."""
     schema = column(task, "schema", (Mapping, str), "json_schema")
     try:
         schema = json.loads(schema) if isinstance(schema, str) else schema
-        known = validator_for(schema, default=jsonschema.Draft202012Validator)
-        known.check_schema(schema)
+        base = validator_for(schema, default=jsonschema.Draft202012Validator)
+        base.check_schema(schema)
     except (ValueError, jsonschema.SchemaError) as error:
-        said = error.message if isinstance(error, jsonschema.SchemaError) else error
-        raise RolloutError(f"task {task.id!r}: its schema cannot be used: {said}.", boundary="reward") from None
+        message = error.message if isinstance(error, jsonschema.SchemaError) else error
+        raise RolloutError(f"task {task.id!r}: invalid schema: {message}.", boundary="reward") from None
     if "patternProperties" in _keys(schema):
         raise RolloutError(
-            f"task {task.id!r}: its schema has patternProperties, whose patterns could run away on a reply. Use "
-            "properties, or propertyNames with pattern.",
+            f"task {task.id!r}: its schema has patternProperties, whose patterns could take exponential time on a "
+            "reply. Use properties, or propertyNames with pattern.",
             boundary="reward",
         )
-    return extend(known, {"pattern": _pattern, "uniqueItems": _unique})(schema, registry=Registry())
+    return extend(base, {"pattern": _pattern, "uniqueItems": _unique})(schema, registry=Registry())
 
 
 def _keys(value: Any) -> Iterator[str]:
@@ -111,13 +111,13 @@ def _pattern(_: Any, pattern: str, value: Any, __: Any) -> Iterator[jsonschema.V
 
 
 def _unique(_: Any, wanted: bool, value: Any, __: Any) -> Iterator[jsonschema.ValidationError]:
-    """In linear time; the package compares every pair where items cannot be sorted."""
+    """Checks `uniqueItems` in linear time; jsonschema compares all pairs if items cannot be sorted."""
     if wanted and isinstance(value, list) and len({_canonical(item) for item in value}) < len(value):
-        yield jsonschema.ValidationError("has items that are equal")
+        yield jsonschema.ValidationError("has duplicate items")
 
 
 def _canonical(value: Any) -> str:
-    """Equal exactly for values that JSON Schema calls equal: 1 is 1.0, but not true."""
+    """A string that is equal exactly for values that JSON Schema considers equal: 1 equals 1.0, but not true."""
 
     def plain(inner: Any) -> Any:
         if isinstance(inner, list):

@@ -1,7 +1,7 @@
-r"""Quantities: a number and a unit are equal to the same quantity in other units (1.5 m = 150 cm, 36 km/h = 10 m/s).
+r"""The verifier `units`: compares physical quantities across units (1.5 m = 150 cm, 36 km/h = 10 m/s).
 
-A unit is a product of powers: `kg m/s^2`, `m·s⁻¹`, `\text{ cm}^2`, "metres per second". Its size is exact, and its kind
-is a power of each base unit, so that a length is never equal to a time.
+A unit is a product of powers: `kg m/s^2`, `m·s⁻¹`, `\text{ cm}^2`, "metres per second". Sizes are exact, and a unit's
+kind (its dimension) is the power of each base unit, so that a length never equals a time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from posttrain.rewards.numbers import NUMBER, Tolerance, Values, equal, plain, t
 from posttrain.types import RolloutError, Task, Verdict
 
 CONVERTED: Tolerance = (Fraction(0), Fraction(1, 1000))
-"""A quantity in another unit than the gold's may differ by a thousandth: conversions are rounded (27.8 m/s)."""
+"""Tolerance for a quantity in another unit than the gold's: conversions are often rounded (27.8 m/s)."""
 
 Kind = tuple[tuple[str, int], ...]
 """Base units and their powers, sorted; empty for pure numbers."""
@@ -26,7 +26,7 @@ PREFIXES = {"n": -9, "µ": -6, "μ": -6, "u": -6, "m": -3, "c": -2, "d": -1, "h"
 LONG_PREFIXES = {"nano": -9, "micro": -6, "milli": -3, "centi": -2, "deci": -1, "hecto": 2, "kilo": 3}
 LONG_PREFIXES |= {"mega": 6, "giga": 9, "tera": 12}
 BASES: dict[str, tuple[str, str, str]] = {
-    # symbols that take a prefix · its names, which take a long one · what it is worth, in base units
+    # symbols (with optional prefixes) · names (with optional long prefixes) · size in base units
     "metre": ("m", "metre meter", "1 m"),
     "gram": ("g", "gram gramme", "1/1000 kg"),
     "second": ("s", "second sec", "1 s"),
@@ -98,25 +98,25 @@ _FACTOR = re.compile(
 
 
 def units(task: Task, text: str) -> Verdict:
-    """Passes where the final answer is the gold quantity, in the gold's unit or any other of the same kind.
+    """Passes if the final answer is the gold quantity, in the gold's unit or another of the same kind.
 
-    In the gold's own unit numbers are equal as for `numeric`, in another within CONVERTED; a column `tolerance`
-    replaces both. A reply without a unit fails where the gold has one, unless a column `unit_optional` is true: then
-    its number is read in the gold's unit. Where the gold has no unit, a reply's unit is not judged.
+    Numbers in the gold's unit are compared as by `numeric`, in another unit within CONVERTED; a column `tolerance`
+    replaces both. A reply without a unit fails if the gold has one, unless the column `unit_optional` is true: then
+    its number is taken to be in the gold's unit. If the gold has no unit, the reply's unit is ignored.
     """
     gold = gold_text(task)
-    wanted = _quantity(gold)
-    if wanted is None:
+    expected = _quantity(gold)
+    if expected is None:
         raise RolloutError(
-            f"task {task.id!r} has the answer {gold[:60]!r}, which is not a number with a unit that is known. "
+            f"task {task.id!r} has the gold answer {gold[:60]!r}, expected a number with a known unit. "
             "Use reward.name = 'math' or 'exact'.",
             boundary="reward",
         )
     final = final_part(text)
-    said = _quantity(marked_answer(final) or final, anywhere=True)
-    if said is None:
+    found = _quantity(marked_answer(final) or final, anywhere=True)
+    if found is None:
         return verdict(False, final, gold)
-    (value, unit), (given, given_unit) = wanted, said
+    (value, unit), (given, given_unit) = expected, found
     tolerance = tolerance_of(task)
     if given_unit == unit or not unit or (not given_unit and task.meta.get("unit_optional")):
         return verdict(equal(value, given, tolerance), final, gold)
@@ -126,10 +126,10 @@ def units(task: Task, text: str) -> Verdict:
 
 
 def _quantity(text: str, anywhere: bool = False) -> tuple[Values, str] | None:
-    """The number of a text and the unit after it ("" for none), or None; `anywhere` takes the last number there is."""
+    """The number in a text and the unit after it ("" for none), or None; `anywhere` takes the text's last number."""
     text = _readable(text)
     found: tuple[Values, str] | None = None
-    end = 0  # of the last unit, whose powers are no numbers
+    end = 0  # of the last unit, whose exponents are not numbers of their own
     for match in NUMBER.finditer(text):
         value = values(match)
         if not value or match.start() < end:
@@ -148,7 +148,7 @@ def _quantity(text: str, anywhere: bool = False) -> tuple[Values, str] | None:
 
 
 def _readable(text: str) -> str:
-    """The text without LaTeX's wrappings, with powers and degrees in plain characters."""
+    """Removes LaTeX markup and writes powers and degrees in plain characters."""
     text = plain(_MATH_MODE.sub(r" \1 ", text[-2000:])).translate(_SUPERSCRIPTS)
     text = _SCIENTIFIC.sub(r"\1e\2 ", text)
     text = re.sub(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\\degree|\\circ|º", "°", text)
@@ -165,7 +165,7 @@ def _readable(text: str) -> str:
 
 
 def _leading_unit(text: str) -> str:
-    """The longest unit that a text begins with; "" where it begins with none."""
+    """The longest unit at the start of a text, or ""."""
     stripped = text.lstrip()
     for temperature in _TEMPERATURES:
         if re.match(temperature + r"(?![A-Za-z])", stripped):
@@ -173,14 +173,14 @@ def _leading_unit(text: str) -> str:
     end = 0
     for _ in range(8):
         match = _FACTOR.match(stripped, end)
-        if match is None or _named(match["name"]) is None or (not end and match["op"] not in (None, "/", "per")):
+        if match is None or _lookup(match["name"]) is None or (not end and match["op"] not in (None, "/", "per")):
             break
         end = match.end()
     return stripped[:end]
 
 
 def _in_base_units(value: Values, unit: str) -> tuple[Values, Kind] | None:
-    """The values in base units and their kind, or None for a unit that is not known."""
+    """The values in base units and their kind, or None for an unknown unit."""
     if unit in _TEMPERATURES:
         slope, offset = _TEMPERATURES[unit]
         return tuple(v * slope + offset for v in value), (("K", 1),)
@@ -188,12 +188,12 @@ def _in_base_units(value: Values, unit: str) -> tuple[Values, Kind] | None:
     position = 0
     while position < len(unit):
         match = _FACTOR.match(unit, position)
-        known = match and _named(match["name"])
-        if match is None or not known:
+        factor = match and _lookup(match["name"])
+        if match is None or not factor:
             return None
         power = int(match["power"] or 1) * (-1 if match["op"] in ("/", "per") else 1)
-        size *= known[0] ** power
-        for base, times in known[1]:
+        size *= factor[0] ** power
+        for base, times in factor[1]:
             powers[base] = powers.get(base, 0) + times * power
         position = match.end()
     kind = tuple(sorted((base, times) for base, times in powers.items() if times))
@@ -202,30 +202,30 @@ def _in_base_units(value: Values, unit: str) -> tuple[Values, Kind] | None:
 
 @cache
 def _table() -> dict[str, tuple[Fraction, Kind]]:
-    """Every spelling of every unit → its size in base units and its kind."""
+    """Every spelling of a unit → its size in base units and its kind."""
     table: dict[str, tuple[Fraction, Kind]] = {}
-    for symbols, names, worth in BASES.values():
-        size, kind = _worth(worth)
+    for symbols, names, definition in BASES.values():
+        size, kind = _parse_size(definition)
         for symbol in symbols.split():
             table |= {prefix + symbol: (size * Fraction(10) ** power, kind) for prefix, power in PREFIXES.items()}
         for name in names.split():
             for prefix, power in {"": 0, **LONG_PREFIXES}.items():
                 table |= {prefix + name + plural: (size * Fraction(10) ** power, kind) for plural in ("", "s")}
-    for symbols, _, worth in BASES.values():
-        table |= {symbol: _worth(worth) for symbol in symbols.split()}  # `cd` is candela, not a hundredth of a day
-    for names, worth in OTHERS.items():
+    for symbols, _, definition in BASES.values():
+        table |= {symbol: _parse_size(definition) for symbol in symbols.split()}  # `cd` is candela, not a centiday
+    for names, definition in OTHERS.items():
         for name in names.split():
-            table |= {name + plural: _worth(worth) for plural in ("", "s" if len(name) > 2 else "")}
+            table |= {name + plural: _parse_size(definition) for plural in ("", "s" if len(name) > 2 else "")}
     return table
 
 
-def _worth(text: str) -> tuple[Fraction, Kind]:
+def _parse_size(text: str) -> tuple[Fraction, Kind]:
     size, *bases = text.split()
     powers = [(base.partition("^")[0], int(base.partition("^")[2] or 1)) for base in bases]
     return Fraction(size), tuple(sorted(powers))
 
 
-def _named(name: str) -> tuple[Fraction, Kind] | None:
-    """What a unit's name is worth; words may be capitalised, symbols mean what their case says."""
+def _lookup(name: str) -> tuple[Fraction, Kind] | None:
+    """A unit's size and kind by name; case matters for symbols but not for words."""
     table = _table()
     return table.get(name) or (table.get(name.lower()) if len(name) > 3 else None)

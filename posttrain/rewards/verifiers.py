@@ -1,8 +1,8 @@
-r"""Pure functions that judge a reply: `(task, text) -> Verdict`. A wrong reply scores 0; it is never an error.
+r"""Verifiers: pure functions `(task, text) -> Verdict`. A wrong reply scores 0; it is never an error.
 
-What a reply's answer is: the text after `</think>` where there is thinking; in it, the last of what follows `####`,
-stands in `\boxed{}` or follows "the answer is"; else the last number, or the reply itself. A task whose *gold* answer
-cannot be read raises RolloutError, because no reply to it could be judged.
+The answer is extracted from the text after `</think>`, if any: the last text after `####`, in `\boxed{}` or after "the
+answer is"; else the last number, or the whole text. A task whose *gold* answer cannot be parsed raises RolloutError,
+because no reply to it could be scored.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from posttrain.types import RolloutError, Task, Verdict
 
 _INLINE_MATH = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _THINKING = re.compile(r"\s*<think>(?P<think>.*?)</think>(?P<answer>.*)", re.DOTALL)
-_BUDGET = 4_000_000  # calls and returns, two to three seconds; ordinary comparisons take 1 to 5 % of it
+_BUDGET = 4_000_000  # Python calls and returns, two to three seconds; ordinary comparisons use 1 to 5 % of it
 
 
 def exact(task: Task, text: str) -> Verdict:
-    """Passes where the final answer, or the whole reply after thinking, is the gold text character for character."""
+    """Passes if the final answer, or the whole reply after thinking, equals the gold answer exactly."""
     gold, final = gold_text(task), final_part(text)
     return verdict(gold in (final, marked_answer(final)), marked_answer(final) or final, gold)
 
 
 def numeric(task: Task, text: str) -> Verdict:
-    """Passes where the last number of the final answer equals the gold number.
+    """Passes if the last number of the final answer equals the gold number.
 
-    Commas, signs, currency, fractions, mixed numbers and exponents are read; `50%` is both 50 and 0.5. Whole numbers
-    are compared exactly, others within TOLERANCE; a column `tolerance` replaces both (`tolerance_of`).
+    Commas, signs, currency, fractions, mixed numbers and exponents are supported; `50%` is both 50 and 0.5. Whole
+    numbers are compared exactly, others within TOLERANCE; a column `tolerance` replaces both (`tolerance_of`).
     """
     gold = last_number(gold_text(task))
     if not gold:
         raise RolloutError(
-            f"task {task.id!r} has the answer {task.answer!r}, which holds no number. Use reward.name = 'exact'.",
+            f"task {task.id!r} has the gold answer {task.answer!r}, which has no number. Use reward.name = 'exact'.",
             boundary="reward",
         )
     final = final_part(text)
@@ -53,11 +53,11 @@ def numeric(task: Task, text: str) -> Verdict:
 
 
 def math(task: Task, text: str) -> Verdict:
-    r"""Passes where the final answer is mathematically the gold answer: LaTeX, sets, intervals, matrices, numbers.
+    r"""Passes if the final answer mathematically equals the gold answer: LaTeX, sets, intervals, matrices, numbers.
 
-    Callable from any thread, and no clock decides: answers whose evaluation could run away (towers of powers, sums,
-    integrals, over 300 characters) are compared as text only, and a comparison that takes more than a fixed number of
-    Python calls fails.
+    Thread-safe and independent of the clock: answers whose evaluation could explode (nested powers, sums, integrals,
+    over 300 characters) are compared as text only, and a comparison that needs more than a fixed number of Python calls
+    fails.
     """
     gold, final = gold_text(task), final_part(text)
     given = _math_candidate(final, numeric_gold=bool(whole_number(gold)))
@@ -68,14 +68,14 @@ def math(task: Task, text: str) -> Verdict:
     gold_number, given_number = whole_number(gold), whole_number(given)
     if gold_number and given_number:
         return verdict(equal(gold_number, given_number), given, gold)
-    words = re.compile(r"[A-Za-z][A-Za-z ,.-]+")  # math-verify would read `yes` as y·e·s
-    if words.fullmatch(gold) or words.fullmatch(given) or _runs_away(gold) or _runs_away(given):
+    words = re.compile(r"[A-Za-z][A-Za-z ,.-]+")  # math-verify would parse `yes` as y·e·s
+    if words.fullmatch(gold) or words.fullmatch(given) or _too_expensive(gold) or _too_expensive(given):
         return verdict(False, given, gold)
-    return verdict(_same_mathematics(gold, given), given, gold)
+    return verdict(_mathematically_equal(gold, given), given, gold)
 
 
 def format(task: Task, text: str) -> Verdict:
-    """Passes where the reply is one `<think>…</think>` with thoughts in it, followed by an answer; not what it says."""
+    """Passes if the reply is one non-empty `<think>…</think>` followed by an answer, whatever the answer."""
     match = _THINKING.fullmatch(text)
     once = text.count("<think>") == 1 and text.count("</think>") == 1
     parts = {
@@ -90,23 +90,23 @@ def format(task: Task, text: str) -> Verdict:
 
 
 def cosine_length(task: Task, text: str) -> Verdict:
-    """A right or wrong answer's length reward: `shaping.cosine` between two scores, on the reply's characters.
+    """Cosine length reward in characters: `shaping.cosine` between two scores that depend on correctness.
 
-    Columns: `limit` (characters; needed), `right_short` 1, `right_long` 0.5, `wrong_short` 0, `wrong_long` 0 and
-    `exceed` 0, which is what a reply of `limit` characters or more scores. Right is what `math` passes where the gold
-    answer is a number or a formula, else `exact`. Formula: arXiv 2502.03373.
+    Columns: `limit` (characters; required), `right_short` 1, `right_long` 0.5, `wrong_short` 0, `wrong_long` 0 and
+    `exceed` 0, the score of a reply of `limit` characters or more. Correctness is decided by `math` if the gold answer
+    is a number or a formula, else by `exact`. Formula: arXiv 2502.03373.
     """
     limit = number(task, "limit", 0.0, "cosine_length")
     if limit <= 0:
         raise RolloutError(
-            f"task {task.id!r}: cosine_length needs the most characters of a reply. Write cosine_length(limit=4000).",
+            f"task {task.id!r}: cosine_length needs a limit in characters, e.g. cosine_length(limit=4000).",
             boundary="reward",
         )
     right = (math if is_mathematical(task.answer) else exact)(task, text)
     parts = {"right": right.score, "length": min(1.0, len(text) / limit)}
     if len(text) >= limit:
-        why = f"{len(text)} characters, {limit:g} is the limit"
-        return Verdict(number(task, "exceed", 0.0, "cosine_length"), right.passed, why, parts)
+        detail = f"{len(text)} characters, the limit is {limit:g}"
+        return Verdict(number(task, "exceed", 0.0, "cosine_length"), right.passed, detail, parts)
     kind, defaults = ("right", (1.0, 0.5)) if right.passed else ("wrong", (0.0, 0.0))
     short, long = (
         number(task, f"{kind}_{size}", default, "cosine_length")
@@ -137,7 +137,7 @@ VERIFIERS: dict[str, Verifier] = {
 
 
 def is_mathematical(answer: object) -> bool:
-    """True for a gold answer that `math` reads better than `exact`: a number, LaTeX, or an expression."""
+    """True for a gold answer that `math` suits better than `exact`: a number, LaTeX, or an expression."""
     if isinstance(answer, int | float) and not isinstance(answer, bool):
         return True
     text = str(answer).strip()
@@ -148,7 +148,7 @@ def is_mathematical(answer: object) -> bool:
 
 
 def _math_candidate(final: str, numeric_gold: bool) -> str:
-    """The text that is compared: what the reply announces, else its last formula, else its last number or line."""
+    """The text to compare: the announced answer, else the last formula, else the last number or line."""
     announced = marked_answer(final)
     if announced:
         inline = _INLINE_MATH.findall(announced)
@@ -166,16 +166,16 @@ def _squeeze(text: str) -> str:
     return "".join(plain(text).split()).strip("$").rstrip(".").replace("dfrac", "frac").replace("tfrac", "frac")
 
 
-def _runs_away(text: str) -> bool:
-    """True where evaluating the text could take unbounded time or memory."""
+def _too_expensive(text: str) -> bool:
+    """True if evaluating the text could take unbounded time or memory."""
     text = plain(text)
     if len(text) > 300 or re.search(r"\\(?:sum|prod|i*nt|oint|lim|binom|dbinom|tbinom|uparrow)(?![a-z])", text):
         return True
     if "!" in re.sub(r"(?<!\d)\d{1,2}!(?!\s*!)", "", text):
-        return True  # only small factorials
+        return True  # a factorial that is not small
     powers = r"(?:\^|\*\*)\s*"
     if re.search(powers + r"(?:\{[^{}]*\}|\w+)\s*(?:\^|\*\*)", text):
-        return True  # a tower of powers
+        return True  # nested powers
     letters = set(re.findall(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", text)))
     expanded = [int(n[:9]) for n in re.findall(r"[)}\]]\s*" + powers + r"\{?(\d+)", text)]
     if sum(expanded) * len(letters) > 60:
@@ -190,14 +190,14 @@ def _runs_away(text: str) -> bool:
 
 
 _log = logging.getLogger("math_verify")
-_log.setLevel(logging.ERROR)  # it warns that timeouts are off; `_runs_away` and `_BUDGET` stand in for them
+_log.setLevel(logging.ERROR)  # it warns that timeouts are off; `_too_expensive` and `_BUDGET` replace them
 
 
-_one_at_a_time = threading.Lock()  # neither the parser nor sympy promises to be usable from several threads
+_lock = threading.Lock()  # neither the parser nor sympy is guaranteed to be thread-safe
 
 
 class _OutOfBudget(BaseException):
-    """Not an Exception: math-verify swallows those and would go on."""
+    """Not an Exception, because math-verify would catch that and continue."""
 
 
 def _compare(gold: str, given: str) -> bool:
@@ -210,13 +210,13 @@ def _compare(gold: str, given: str) -> bool:
 
 @cache
 def _warm_up() -> None:
-    """Lets the parser and sympy load their tables, so that no reply's verdict depends on who came first."""
+    """Makes the parser and sympy load their tables, so that verdicts do not depend on the order of calls."""
     for gold, given in (("x^2+2x+1", "(x+1)^2"), ("(1,2]", "[1,2]"), (r"\sin(2x)", r"2\sin(x)\cos(x)")):
         _compare(gold, given)
 
 
-def _same_mathematics(gold: str, given: str) -> bool:
-    with _one_at_a_time:
+def _mathematically_equal(gold: str, given: str) -> bool:
+    with _lock:
         return _within_budget(gold, given)
 
 
@@ -231,7 +231,7 @@ def _within_budget(gold: str, given: str) -> bool:
             raise _OutOfBudget
 
     profiler = sys.getprofile()
-    sys.setprofile(count)  # of this thread alone
+    sys.setprofile(count)  # for this thread only
     try:
         return _compare(gold, given)
     except (_OutOfBudget, RecursionError):
