@@ -116,11 +116,11 @@ def test_whole_numbers_and_text_become_the_fields_type() -> None:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        ({"algo__group_size": 1}, "group_size=1 gives every answer advantage 0 and nothing would train"),
+        ({"algo__group_size": 1}, "group_size=1 gives every completion an advantage of 0, so nothing would be trained"),
         ({"algo__minibatches": 3}, "32 prompts × 8 completions do not divide into 3 minibatches"),
         ({"algo__prompts": 0}, "prompts=0 must be 1 or more"),
         ({"algo__max_flat_steps": 0}, "max_flat_steps=0 must be 1 or more"),
-        ({"rollout__temperature": 0.0}, "rollout.temperature=0 makes all answers of a group equal"),
+        ({"rollout__temperature": 0.0}, "rollout.temperature=0 makes all completions of a group equal"),
         ({"rollout__temperature": -1.0}, "rollout.temperature"),
         ({"rollout__slots": 0}, "slots=0 must be 1 or more"),
         ({"rollout__max_tokens": 0}, "max_tokens=0 must be 1 or more"),

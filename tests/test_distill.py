@@ -413,7 +413,7 @@ def test_a_teacher_may_have_more_rows_for_padding_but_not_fewer(
         ({"estimator": "sampled", "divergence": "jsd"}, "estimates the reverse KL only, not 'jsd'"),
         ({"beta": 1.0}, "is not between 0 and 1"),
         ({"group_size": 0}, "group_size=0 must be 1 or more"),
-        ({"rollout.temperature": 0}, "leaves no distribution to compare"),
+        ({"rollout.temperature": 0}, "gives no distribution to compare"),
         ({"divergence": "kl"}, "is not one of reverse-kl, forward-kl, jsd"),
         ({"max_mismatch": -1}, "cannot be negative"),
     ],

@@ -383,16 +383,16 @@ def test_losses_of_the_recipe_are_those_of_the_dict() -> None:
 @pytest.mark.parametrize(
     ("algo", "sentence"),
     [
-        ({"group_size": 1}, "gives every answer advantage 0"),
-        ({"group_size": 1, "std": "sample", "baseline": "none"}, "gives every answer advantage 0"),
+        ({"group_size": 1}, "gives every completion an advantage of 0"),
+        ({"group_size": 1, "std": "sample", "baseline": "none"}, "gives every completion an advantage of 0"),
         ({"baseline": "leave-one-out", "std": "sample"}, 'needs algo.baseline = "group-mean"'),
-        ({"baseline": "ema", "std": "batch"}, 'does not go with algo.baseline = "ema"'),
+        ({"baseline": "ema", "std": "batch"}, 'cannot be used with algo.baseline = "ema"'),
         ({"ema_decay": 1.0}, "algo.ema_decay=1.0 is not in [0, 1)."),
-        ({"group_size": 1, "baseline": "none", "max_refills": 1}, "a group of 1 never differs"),
+        ({"group_size": 1, "baseline": "none", "max_refills": 1}, "a group of 1 is always one"),
         ({"overlong_share": 1.5}, "algo.overlong_share=1.5 is not in [0, 1]."),
         ({"is_cap": 1.0, "is_floor": 2.0}, "is above algo.is_cap"),
         ({"max_lag": -1}, "algo.max_lag=-1 cannot be negative"),
-        ({"policy_loss": "gspo", "kl_coef": 0.1, "kl_place": "reward-to-go"}, 'use "gspo-token"'),
+        ({"policy_loss": "gspo", "kl_coef": 0.1, "kl_place": "reward-to-go"}, 'Use "gspo-token"'),
         ({"preset": "dappo"}, "unknown preset 'dappo'. Did you mean 'dapo'?"),
     ],
 )

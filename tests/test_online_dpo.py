@@ -168,12 +168,12 @@ def test_tasks_can_be_given_from_python(model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "why"),
     [
-        ("algo.group_size", 1, "leaves nothing to compare. Set algo.group_size to 2 or more"),
-        ("algo.beta", 0, r"algo\.beta=0\.0 cannot weigh a pair"),
+        ("algo.group_size", 1, "gives no pair to compare. Set algo.group_size to 2 or more"),
+        ("algo.beta", 0, r"algo\.beta=0\.0 must be positive"),
         ("algo.label_smoothing", 0.5, r"is not in \[0, 0\.5\)"),
         ("algo.loss", "simpo", "is not one of sigmoid, robust, ipo, hinge"),
         ("algo.margin_coef", -1, "cannot be negative"),
-        ("rollout.temperature", 0, "makes all answers of a group equal"),
+        ("rollout.temperature", 0, "makes all completions of a group equal"),
         ("eval.temperature", -1, "is negative; 0 is greedy"),
         ("algo.prompts", 0, "prompts=0 must be 1 or more"),
     ],

@@ -378,7 +378,7 @@ def test_an_error_of_the_sampler_ahead_ends_the_run_and_its_thread(model: Path, 
 
 
 def test_overlap_and_a_lag_of_ones_own_choice_exclude_each_other() -> None:
-    with pytest.raises(ConfigError, match=r"leave algo\.max_lag=2 at 0"):
+    with pytest.raises(ConfigError, match=r"algo\.max_lag=2 must be 0"):
         config.resolve("grpo", {"algo": {"overlap": True, "max_lag": 2}})
     with pytest.raises(ConfigError, match="reward_workers=-1 is negative"):
         config.resolve("grpo", {"rollout": {"reward_workers": -1}})

@@ -406,13 +406,13 @@ def test_a_critic_that_does_not_fit_is_refused(folder: Path, tmp_path: Path) -> 
         ({"kl_controller": "adaptive", "algo.kl_coef": 0}, "multiplies algo.kl_coef, which is 0"),
         ({"kl_controller": "adaptive", "kl_target": 0}, "algo.kl_target=0.0 and kl_horizon"),
         ({"kl_controller": "adaptive", "kl_horizon": -1}, "kl_horizon=-1.0 must both be above 0"),
-        ({"ptx_coef": 1}, "algo.ptx_data names nothing to imitate"),
+        ({"ptx_coef": 1}, "algo.ptx_data is empty"),
         ({"ptx_data": "sums"}, "is not used while algo.ptx_coef is 0"),
-        ({"unfinished": "penalise", "unfinished_value": 1}, "which is no penalty"),
-        ({"critic_warmup": 60}, "leaves none of train.steps=60 to the policy"),
+        ({"unfinished": "penalise", "unfinished_value": 1}, "which is not a penalty"),
+        ({"critic_warmup": 60}, "leaves none of the train.steps=60 for the policy"),
         ({"critic": "shared", "vf_coef": 0}, "would never train a shared critic"),
-        ({"critic": "shared", "critic_warmup": 1, "weight_decay": 0.1}, "would still shrink the policy's weights"),
-        ({"rollout.temperature": 0}, "rollout.temperature=0 explores nothing"),
+        ({"critic": "shared", "critic_warmup": 1, "weight_decay": 0.1}, "would still change the policy's weights"),
+        ({"rollout.temperature": 0}, "rollout.temperature=0 does not explore"),
         ({"epochs": 0}, "epochs=0 must be 1 or more"),
         *(
             ({name: -1}, rf"algo.{name}=-1(.0)? cannot be negative")

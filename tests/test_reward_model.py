@@ -304,7 +304,7 @@ def test_bad_settings_and_data_are_refused_before_the_first_step(root: Path) -> 
     for settings, sentence in (
         ({"algo__heads": 0}, "heads=0 must be 1 or more"),
         ({"algo__centre_coef": -1}, "centre_coef=-1.0 cannot be negative"),
-        ({"pairs__samples": 1}, "pairs.samples=1 makes no pair"),
+        ({"pairs__samples": 1}, "pairs.samples=1 is too few for a pair"),
     ):
         with pytest.raises(ConfigError, match=sentence):
             train(root, "refused", **settings)

@@ -145,7 +145,7 @@ def test_a_tool_cannot_forge_a_turn_of_the_assistant(folder: Path) -> None:
     [
         (tiny.TEMPLATE, "no place for tools: it leaves out the assistant's tool_calls"),
         (DEAF, "no place for tools: it leaves out what a tool returned"),
-        (STRICT, "refuses messages by user, assistant, tool"),
+        (STRICT, "rejects messages with roles user, assistant, tool"),
     ],
 )
 def test_a_template_without_tools_is_refused_where_tools_are_used(folder: Path, template: str, says: str) -> None:
@@ -261,10 +261,10 @@ def test_what_one_source_holds_out_is_not_trained_from_another(tmp_path: Path) -
         f"{rest}: 2 rows to train on, 66.7% of the draws.",
         f"{names[0]}: 18 rows to train on, 33.3% of the draws.",
         "2 rows held out.",
-        f"{rest}: 2 training rows that ask what a held-out row asks were dropped.",
-        f"{names[0]}: 2 training rows that ask what a held-out row asks were dropped.",
+        f"{rest}: 2 training rows with a held-out prompt were dropped.",
+        f"{names[0]}: 2 training rows with a held-out prompt were dropped.",
     ]
-    with pytest.raises(DataError, match="all 20 training rows ask what a held-out row asks"):
+    with pytest.raises(DataError, match="all 20 training rows have a prompt that is held out"):
         load_conversations(DataConfig(tasks=names[0], eval_tasks=names[1]), 0)
 
 
@@ -300,7 +300,7 @@ def test_bad_rows_are_all_counted_and_one_prompt_cannot_be_split(tmp_path: Path)
     with pytest.raises(DataError, match=r"(?s)bad.jsonl:2: .*bad.jsonl:3: .*2 of 3 rows cannot be used"):
         load_conversations(DataConfig(tasks=bad), 0)
     one = write(tmp_path / "one.jsonl", [{"prompt": "a", "completion": "b"}] * 3)
-    with pytest.raises(DataError, match=r"one.jsonl: 1 distinct question cannot be split .* data.holdout = 0"):
+    with pytest.raises(DataError, match=r"one.jsonl: 1 distinct prompt cannot be split .* data.holdout = 0"):
         load_conversations(DataConfig(tasks=one), 0)
 
 

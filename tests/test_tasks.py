@@ -158,7 +158,7 @@ def test_a_question_in_both_files_leaves_training(tmp_path: Path) -> None:
     sets = load_tasks(DataConfig(tasks=train, eval_tasks=test), 0)
     assert (len(sets.train), len(sets.test)) == (3, 6)
     assert sets.notes == ["2 training tasks that the evaluation set also asks were dropped."]
-    with pytest.raises(DataError, match="all 5 training questions are also in the evaluation"):
+    with pytest.raises(DataError, match="all 5 training prompts are also in the evaluation"):
         load_tasks(DataConfig(tasks=train, eval_tasks=train), 0)
 
 

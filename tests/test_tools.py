@@ -112,10 +112,10 @@ def keys(x: dict[int, str]) -> None:
     [
         (untyped, "parameter 'x' of tool untyped has no type"),
         (undocumented, "tool undocumented has no docstring"),
-        (complex_number, "parameter 'x' of tool complex_number has the type complex, expected str"),
+        (complex_number, "parameter 'x' of tool complex_number has type complex, expected str"),
         (many, "parameter 'numbers' of tool many is variadic positional"),
-        (keys, "parameter 'x' of tool keys has the type dict"),
-        (lambda: 1, "a tool needs a name of its own"),
+        (keys, "parameter 'x' of tool keys has type dict"),
+        (lambda: 1, "a tool cannot be named '<lambda>'"),
     ],
 )
 def test_a_function_that_cannot_be_described_is_refused_by_name(function: Callable[..., Any], said: str) -> None:
@@ -648,7 +648,7 @@ def test_every_row_of_bfcl_is_a_task_whose_gold_calls_pass_and_whose_null_answer
 
 def test_bfcl_files_of_several_turns_are_refused() -> None:
     path = shared("data", "bfcl", "BFCL_v4_multi_turn_base.json")
-    with pytest.raises(DataError, match="has several turns, which need BFCL's own services"):
+    with pytest.raises(DataError, match="has several turns, which need BFCL's simulated services"):
         load_tasks(DataConfig(tasks=str(path)), seed=0)
 
 

@@ -118,7 +118,7 @@ def test_without_vllm_a_run_is_refused_before_it_begins_and_told_what_to_install
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.5])
 def test_a_cache_of_no_memory_or_all_of_it_is_refused(share: float) -> None:
-    with pytest.raises(ConfigError, match="is not a share between 0 and 1"):
+    with pytest.raises(ConfigError, match="is not between 0 and 1"):
         config.resolve("grpo", {}, {"rollout.vllm_memory": share})
 
 

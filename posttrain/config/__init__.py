@@ -1,8 +1,8 @@
-"""Every setting of the system: a field of a dataclass here, explained once by the string under it.
+"""All settings: each is a dataclass field in this package, explained by the string under it.
 
-`sections` holds what recipes share, one file more for each algorithm, `presets` what papers and other implementations
-chose, `resolve` turns TOML and overrides into a recipe. `docs/reference/config.md` is made from the strings. Only the standard
-library is imported, so the command line answers before torch is loaded.
+`sections` has the sections that recipes share, one module per algorithm has its own settings, `presets` has the choices
+of papers and other implementations, and `resolve` turns TOML and overrides into a recipe. The strings are also the
+source of `docs/reference/config.md`. Only the standard library is imported, so the command line starts fast.
 """
 
 from posttrain.config.algorithms import RECIPES

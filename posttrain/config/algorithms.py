@@ -23,4 +23,4 @@ RECIPES: dict[str, type] = {
     "raft": RaftRecipe,
     "distill": DistillRecipe,
 }
-"""Every algorithm there is, in the order the command line shows them."""
+"""All algorithms, in the order of the command line."""

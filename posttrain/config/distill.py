@@ -22,29 +22,29 @@ from posttrain.types import ConfigError
 @dataclass(frozen=True)
 class DistillConfig:
     teacher: str = ""
-    """Folder, hub id, `abacus`, or finished run folder of the model to learn from; same tokenizer as the student's."""
+    """Teacher model: a folder, hub id, `abacus` or finished run folder, with the same tokenizer as the student."""
     prompts: int = 32
     """Tasks per step."""
     group_size: int = 4
-    """Answers the student writes to each task; one is enough, since no answer is compared with another."""
+    """Completions the student samples per task; they are not compared with each other, so 1 is enough."""
     estimator: Literal["full", "sampled"] = "full"
-    """`full` sums over the vocabulary at each sampled position; `sampled` is the policy gradient of the drawn token."""
+    """`full` sums over the vocabulary at each sampled position; `sampled` is a policy gradient on sampled tokens."""
     divergence: Literal["reverse-kl", "forward-kl", "jsd"] = "reverse-kl"
-    """What `full` minimises: KL(student ‖ teacher), KL(teacher ‖ student), or GKD's generalised Jensen–Shannon."""
+    """Divergence for `full`: KL(student ‖ teacher), KL(teacher ‖ student), or GKD's generalised Jensen–Shannon."""
     beta: float = 0.5
-    """The teacher's weight in the mixture of `jsd`, between 0 and 1."""
+    """Weight of the teacher in the mixture of `jsd`, between 0 and 1."""
     aggregate: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant"] = "token-mean"
-    """How tokens are weighted over the optimizer batch (see grpo's setting)."""
+    """How token losses are averaged over the optimizer batch (see grpo's aggregate)."""
     max_mismatch: float = 0.5
-    """Stop when sampler and learner differ by more than this in one token's log-probability."""
+    """Stop if the log-probabilities of sampler and learner differ by more than this on any token."""
 
 
 @dataclass(frozen=True)
 class DistillRecipe:
-    """On-policy distillation from a teacher.
+    """On-policy distillation from a teacher model.
 
-    The student answers, and at each token it wrote it is moved towards what the teacher would have said there. The
-    reward only measures.
+    The student samples completions and is trained to match the teacher's distribution at each of its own tokens. The
+    reward is only measured, not optimised.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -65,10 +65,10 @@ class DistillRecipe:
             )
         if not 0 < algo.beta < 1:
             raise ConfigError(
-                f"algo.beta={algo.beta} is not between 0 and 1; use forward-kl or reverse-kl at the ends."
+                f"algo.beta={algo.beta} is not between 0 and 1. For 0 and 1, use forward-kl or reverse-kl instead."
             )
         if self.rollout.temperature <= 0:
-            raise ConfigError("rollout.temperature=0 leaves no distribution to compare. Set it above 0, usually 1.")
+            raise ConfigError("rollout.temperature=0 gives no distribution to compare. Set it above 0, usually 1.")
         if self.eval.temperature < 0:
             raise ConfigError(f"eval.temperature={self.eval.temperature} is negative; 0 is greedy.")
         if algo.max_mismatch < 0:

@@ -21,45 +21,45 @@ from posttrain.config.sections import (
 from posttrain.types import ConfigError
 
 NO_REFERENCE = ("simpo", "orpo", "cpo")
-"""Losses that never read a reference."""
+"""Losses that use no reference model."""
 
 
 @dataclass(frozen=True)
 class DPOConfig:
     preset: str = ""
-    """Paper whose choices fill the settings not given here."""
+    """Paper whose settings to use as defaults (`posttrain presets` lists them)."""
     loss: Literal["sigmoid", "robust", "ipo", "hinge", "simpo", "orpo", "cpo", "kto"] = "sigmoid"
-    """`sigmoid` is DPO (cDPO with label_smoothing), `hinge` SLiC and RSO, `kto` learns from unpaired judgements."""
+    """`sigmoid` is DPO (cDPO with label_smoothing), `hinge` is SLiC and RSO, `kto` uses unpaired judgements."""
     batch_pairs: int = 32
-    """Pairs per optimizer step (judgements with kto)."""
+    """Pairs per optimizer step (judgements for kto)."""
     beta: float = 0.1
-    """How strongly the implicit reward weighs a log-ratio; τ in IPO, λ in ORPO."""
+    """Scale of the implicit reward, β times the log-ratio; τ in IPO, λ in ORPO."""
     beta_end: float = 0.0
-    """Beta of the last step, where beta_schedule is not constant."""
+    """Beta at the last step, if beta_schedule is not constant."""
     beta_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How beta goes from beta to beta_end over the run."""
+    """Schedule from beta to beta_end over the run."""
     label_smoothing: float = 0.0
-    """Probability that a label is wrong, in [0, 0.5): makes sigmoid cDPO, and is ε of robust."""
+    """Probability that a label is wrong, in [0, 0.5); turns sigmoid into cDPO, and is ε of robust."""
     margin: float = 0.0
-    """By how much the better answer should win, in units of reward; γ in SimPO."""
+    """Margin by which the better answer should win, in units of the implicit reward; γ in SimPO."""
     margin_coef: float = 0.0
-    """Weight of the data's own margins, added to margin; 0 ignores them."""
+    """Weight of the margins in the data, which are added to margin; 0 ignores them."""
     length_normalise: Literal["paper", "yes", "no"] = "paper"
-    """Mean instead of summed log-probabilities of an answer; `paper` does so for simpo and orpo."""
+    """Use the mean instead of the sum of an answer's token log-probabilities; `paper` does so for simpo and orpo."""
     nll_coef: float = -1.0
-    """Weight of the better answer's negative log-likelihood; −1 is the paper's: 1 for orpo and cpo, 0 for others."""
+    """Weight of the better answer's negative log-likelihood; −1 uses the paper's: 1 for orpo and cpo, 0 for others."""
     reference: str = ""
-    """Model the policy is compared with, of the same vocabulary; empty is the starting model."""
+    """Reference model, with the same vocabulary as the policy; empty uses the starting model."""
     reference_free: bool = False
-    """Compare with nothing: reference log-probabilities of 0. Always so for simpo, orpo and cpo."""
+    """Use no reference model (log-probabilities of 0); always the case for simpo, orpo and cpo."""
     desirable_weight: float = 1.0
-    """Weight of a desirable answer (kto), λ_D."""
+    """λ_D of kto: weight of desirable answers."""
     undesirable_weight: float = 1.0
-    """Weight of an undesirable answer (kto), λ_U."""
+    """λ_U of kto: weight of undesirable answers."""
 
     @property
     def normalised(self) -> bool:
-        """Whether an answer's log-probability is its mean per token."""
+        """Whether an answer's log-probability is the mean over its tokens."""
         return self.loss in ("simpo", "orpo") if self.length_normalise == "paper" else self.length_normalise == "yes"
 
     @property
@@ -68,15 +68,15 @@ class DPOConfig:
 
     @property
     def referenced(self) -> bool:
-        """Whether the loss compares with a reference model."""
+        """Whether the loss uses a reference model."""
         return not self.reference_free and self.loss not in NO_REFERENCE
 
 
 @dataclass(frozen=True)
 class DPORecipe:
-    """Offline preference optimisation: learn from pairs of answers, or from judged single ones.
+    """Offline preference optimisation on pairs of answers, or on single judged answers.
 
-    `--loss` chooses DPO (sigmoid), robust, ipo, hinge, simpo, orpo, cpo or kto; `--preset` a paper with its values.
+    `--loss` selects DPO (sigmoid), robust, ipo, hinge, simpo, orpo, cpo or kto; `--preset` selects a paper's settings.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -96,7 +96,7 @@ class DPORecipe:
         if algo.margin < 0 or algo.margin_coef < 0:
             raise ConfigError(f"algo.margin={algo.margin} and margin_coef={algo.margin_coef} cannot be negative.")
         if algo.reference and not algo.referenced:
-            why = "algo.reference_free is set" if algo.reference_free else f"algo.loss={algo.loss} has no reference"
+            why = "algo.reference_free is set" if algo.reference_free else f"algo.loss={algo.loss} uses none"
             raise ConfigError(f"algo.reference={algo.reference!r} would not be used, because {why}. Unset one.")
         _check_kto(algo)
         check_pairs(self)
@@ -104,22 +104,22 @@ class DPORecipe:
 
 
 def check_beta(algo: DPOConfig) -> None:
-    """The checks of beta, its schedule and label smoothing."""
+    """Checks beta, its schedule and label smoothing."""
     if not 0 < algo.beta < math.inf:
-        raise ConfigError(f"algo.beta={algo.beta} cannot weigh a pair; set it above 0, often to 0.1.")
+        raise ConfigError(f"algo.beta={algo.beta} must be positive and finite; 0.1 is common.")
     if algo.beta_schedule != "constant" and not algo.beta_end > 0:
         raise ConfigError(
-            f"algo.beta_end={algo.beta_end} is where a {algo.beta_schedule} beta_schedule would end; set it above 0."
+            f"algo.beta_end={algo.beta_end} must be above 0 with a {algo.beta_schedule} algo.beta_schedule."
         )
     if algo.beta_schedule == "constant" and algo.beta_end:
         raise ConfigError(
-            f"algo.beta_end={algo.beta_end} changes nothing while algo.beta_schedule is constant. Set it to linear or "
-            "cosine, or leave beta_end out."
+            f"algo.beta_end={algo.beta_end} has no effect while algo.beta_schedule is constant. Set it to linear or "
+            "cosine, or remove beta_end."
         )
     if not 0 <= algo.label_smoothing < 0.5:
         raise ConfigError(
-            f"algo.label_smoothing={algo.label_smoothing} is not in [0, 0.5): at 0.5 labels say nothing, and above it "
-            "the worse answer would be learned."
+            f"algo.label_smoothing={algo.label_smoothing} is not in [0, 0.5): at 0.5 labels carry no information, and "
+            "above it the worse answer would be preferred."
         )
 
 
@@ -128,17 +128,17 @@ def _check_kto(algo: DPOConfig) -> None:
     if algo.loss != "kto":
         if weights != (1.0, 1.0):
             raise ConfigError(
-                f"algo.desirable_weight and undesirable_weight are for kto; algo.loss={algo.loss} has none."
+                f"algo.desirable_weight and undesirable_weight are for kto; algo.loss={algo.loss} does not use them."
             )
         return
     if min(weights) <= 0:
         raise ConfigError(f"algo.desirable_weight, undesirable_weight = {weights}; both must be above 0.")
     for name in ("label_smoothing", "margin", "margin_coef"):
         if getattr(algo, name):
-            raise ConfigError(f"algo.{name}={getattr(algo, name)} is for pairs; kto learns from single answers.")
+            raise ConfigError(f"algo.{name}={getattr(algo, name)} is for pairs, but kto uses single answers. Unset it.")
     if algo.nll_coef > 0:
-        raise ConfigError(f"algo.nll_coef={algo.nll_coef} is for pairs; kto learns from single answers.")
+        raise ConfigError(f"algo.nll_coef={algo.nll_coef} is for pairs, but kto uses single answers. Unset it.")
     if algo.reference_free:
         raise ConfigError(
-            "kto compares with a reference to place its baseline; unset algo.reference_free or choose another loss."
+            "kto needs a reference model for its baseline. Unset algo.reference_free or choose another loss."
         )

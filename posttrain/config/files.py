@@ -1,4 +1,4 @@
-"""Settings files beside a recipe, as of a judge: a TOML file read into a dataclass, each fault named."""
+"""Reads TOML settings files other than recipes, such as a judge's, into dataclasses."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from posttrain.types import ConfigError
 
 T = TypeVar("T")
 SHIPPED_RECIPES = Path(__file__).parent / "recipes"
-"""The folder of the recipes in the package."""
+"""Folder of the recipes that ship with the package."""
 
 
 def read_settings(cls: type[T], path: Path, what: str, usage: str) -> T:
-    """A `cls` from a TOML file; its fields may be dataclasses, tuples and mappings.
+    """Reads a TOML file into the dataclass `cls`, whose fields may be dataclasses, tuples and mappings.
 
-    Raises ConfigError that begins with `what` (as in "judge") and the file; one that cannot be read tells the `usage`.
+    Raises ConfigError that begins with `what` (e.g. "judge") and the file; if the file is unreadable, it gives `usage`.
     """
     try:
         return settings_from(cls, tomllib.loads(path.read_text(encoding="utf-8")), "")
@@ -33,7 +33,7 @@ def read_settings(cls: type[T], path: Path, what: str, usage: str) -> T:
 
 
 def settings_from(cls: Any, values: Any, where: str) -> Any:
-    """A dataclass from a table of the file; `where` names the table. Raises ConfigError, also for unknown names."""
+    """Converts a TOML table named `where` into a dataclass. Raises ConfigError, also for unknown names."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where}={values!r} is {type(values).__name__}, expected a table of settings.")
     hints, known = typing.get_type_hints(cls), [f.name for f in fields(cls)]

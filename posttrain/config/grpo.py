@@ -20,53 +20,53 @@ from posttrain.config.sections import (
 from posttrain.types import ConfigError
 
 COMPARE_IN_GROUP = ("group-mean", "leave-one-out")
-"""Baselines that compare the answers to one task, so that a single answer learns nothing."""
+"""Baselines computed within a group, which give a group of one completion no learning signal."""
 
 
 @dataclass(frozen=True)
 class GRPOConfig:
     preset: str = ""
-    """Paper or implementation whose choices fill the settings not given here (`posttrain presets` lists them)."""
+    """Paper or implementation whose settings to use as defaults (`posttrain presets` lists them)."""
     prompts: int = 32
     """Tasks per step."""
     group_size: int = 8
     """Completions per task."""
     minibatches: int = 1
-    """Optimizer steps per pass over a step's completions; 1 (and 1 epoch) is strictly on-policy."""
+    """Optimizer steps per epoch; with 1 minibatch and 1 epoch, training is strictly on-policy."""
     epochs: int = 1
     """Passes over a step's completions."""
     baseline: Literal["group-mean", "leave-one-out", "batch-mean", "greedy", "ema", "none"] = "group-mean"
-    """What rewards are compared with: the mean of group, others or batch, the greedy answer's, a running mean."""
+    """Baseline: mean reward of the group, of its other completions or of the batch; greedy reward; running mean."""
     ema_decay: float = 0.9
-    """How slowly the running mean of `baseline = "ema"` moves."""
+    """Decay of the running mean with `baseline = "ema"`."""
     std: Literal["none", "sample", "population", "batch", "mean"] = "none"
-    """Divide by nothing, the group's standard deviation with n − 1 (GRPO) or n, the batch's, or the group's mean."""
+    """Divisor of advantages: none, group std with n − 1 (`sample`, GRPO) or n (`population`), batch std, group mean."""
     std_eps: float = 0.0
-    """Added to that standard deviation: 1e-4 in TRL, 1e-6 in verl, 1e-9 in OpenRLHF."""
+    """Added to the standard deviation: 1e-4 in TRL, 1e-6 in verl, 1e-9 in OpenRLHF."""
     whiten: Literal["none", "sample", "population"] = "none"
-    """Shift and scale the advantages of all tokens of a step to mean 0 and variance 1 (REINFORCE++)."""
+    """Normalise the advantages of all tokens in a step to mean 0 and variance 1 (REINFORCE++)."""
     policy_loss: Literal["clip", "dual-clip", "gspo", "gspo-token", "cispo", "sapo", "importance", "reinforce"] = "clip"
-    """`clip` is PPO's pessimistic ratio, `reinforce` the plain policy gradient; docs/guides/grpo.md has the formulas."""
+    """`clip` is PPO's clipped ratio, `reinforce` the plain policy gradient; docs/guides/grpo.md has the formulas."""
     clip_low: float = 0.2
-    """Ratios below 1 − clip_low earn nothing more."""
+    """Lower clip: ratio ≥ 1 − clip_low."""
     clip_high: float = 0.2
-    """Ratios above 1 + clip_high earn nothing more (DAPO's clip-higher uses 0.28)."""
+    """Upper clip: ratio ≤ 1 + clip_high (0.28 in DAPO's clip-higher)."""
     aggregate: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant", "chunk-mean"] = (
         "token-mean"
     )
-    """How tokens are weighted over the optimizer batch: DAPO, GRPO, sequence sum, Dr. GRPO, nanochat."""
+    """Loss aggregation over the optimizer batch: as in DAPO, GRPO, a sum per sequence, Dr. GRPO or nanochat."""
     kl_coef: float = 0.0
-    """Weight of the KL penalty towards the starting model; 0 keeps no reference."""
+    """Weight of the KL penalty to the starting model; 0 loads no reference model."""
     kl_estimator: Literal["k1", "k2", "k3", "k3+"] = "k3+"
-    """Estimator of the KL per token; `k3+` has the value of k3 and, in the loss, the gradient that is right."""
+    """Per-token KL estimator; `k3+` has the value of k3 and, in the loss, the unbiased gradient of k2."""
     kl_place: Literal["loss", "reward", "reward-to-go"] = "loss"
-    """Into the loss; summed, into the answer's reward before the baseline; or to go, into each token's advantage."""
+    """Where the KL goes: the loss, each completion's reward (summed), or each token's advantage (sum from there on)."""
     entropy_coef: float = 0.0
-    """Weight of an entropy bonus per token."""
+    """Weight of the per-token entropy bonus."""
     credit: Literal["episode", "turn"] = "episode"
-    """With env: all replies share the episode's advantage, or each is compared by what was earned from its turn on."""
+    """With env: all turns share the episode's advantage, or each turn's advantage uses the rewards from it onwards."""
     is_cap: float = 0.0
-    """Cap of the importance weight that corrects sampler against learner; 0 does not correct."""
+    """Upper limit of the importance weight that corrects for sampler–learner mismatch; 0 turns the correction off."""
     is_mode: Literal[
         "token-truncate",
         "token-mask",
@@ -75,34 +75,34 @@ class GRPOConfig:
         "sequence-sum-truncate",
         "sequence-sum-mask",
     ] = "token-truncate"
-    """One weight per token or per answer; over the cap it is cut to the cap, or the token or answer is left out."""
+    """One weight per token or sequence; beyond the limits the weight is clipped, or the token or sequence is masked."""
     is_floor: float = 0.0
-    """Smallest importance weight, treated like the cap."""
+    """Lower limit of the importance weight, handled like is_cap."""
     max_lag: int = 0
-    """Steps by which the sampler's weights may be older than the learner's; 0 samples from the newest."""
+    """Maximum number of steps by which the sampler's weights lag the learner's; 0 always samples with the newest."""
     overlap: bool = False
-    """Write the next step's answers while this one's are learned from, with the weights before the update: lag 1."""
+    """Sample the next step's completions during the update, with the weights before it (a lag of 1)."""
     max_refills: int = 0
-    """Times flat groups are replaced by groups of fresh tasks within a step (DAPO's dynamic sampling); 0 keeps them."""
+    """Rounds per step that replace groups of equal rewards by new tasks (DAPO's dynamic sampling); 0: none."""
     curriculum: Literal["none", "pass-rate"] = "none"
-    """Ask all tasks in turn, or those more often that are neither always solved nor never (a running pass rate)."""
+    """`none` uses all tasks in turn; `pass-rate` prefers tasks that are solved sometimes (running pass rate)."""
     overlong_share: float = 0.0
-    """Last share of max_tokens over which a penalty for length grows from 0 to 1 (DAPO: 0.2); 0 has none."""
+    """Final share of max_tokens over which a length penalty grows from 0 to 1 (0.2 in DAPO); 0 turns it off."""
     drop_truncated: bool = False
-    """Leave answers that were cut by max_tokens out of the loss (DAPO's overlong filtering)."""
+    """Exclude completions truncated at max_tokens from the loss (DAPO's overlong filtering)."""
     old_logp: Literal["learner", "sampler"] = "learner"
-    """Where the ratio of several updates starts: `learner` takes one more pass, `sampler` lets rounding into it."""
+    """Old log-probabilities: `learner` computes them in an extra pass; `sampler` reuses the sampler's, skipping it."""
     max_mismatch: float = 0.5
-    """Stop when sampler and learner differ by more than this in one token's log-probability."""
+    """Stop if the log-probabilities of sampler and learner differ by more than this on any token."""
     max_flat_steps: int = 20
-    """Stop after this many steps in a row in which no group had differing rewards."""
+    """Stop after this many consecutive steps in which the rewards were equal within every group."""
 
 
 @dataclass(frozen=True)
 class GRPORecipe:
-    """Reinforcement learning on a reward that a program computes.
+    """Policy-gradient RL with group baselines (GRPO and its family).
 
-    An answer's advantage is its reward minus the mean of the answers to the same question (GRPO and its family).
+    A completion's advantage is its reward minus the mean reward of the completions for the same prompt.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -124,14 +124,14 @@ class GRPORecipe:
                 raise ConfigError(f"algo.{name}={getattr(algo, name)} cannot be negative.")
         for name in ("max_lag", "max_refills"):
             if getattr(algo, name) < 0:
-                raise ConfigError(f"algo.{name}={getattr(algo, name)} cannot be negative; 0 switches it off.")
+                raise ConfigError(f"algo.{name}={getattr(algo, name)} cannot be negative. Use 0 to turn it off.")
         if algo.prompts * algo.group_size % algo.minibatches:
             raise ConfigError(
                 f"{algo.prompts} prompts × {algo.group_size} completions do not divide into "
                 f"{algo.minibatches} minibatches. Choose algo.minibatches to divide {algo.prompts * algo.group_size}."
             )
         if self.rollout.temperature <= 0:
-            raise ConfigError("rollout.temperature=0 makes all answers of a group equal. Set it above 0, usually 1.")
+            raise ConfigError("rollout.temperature=0 makes all completions of a group equal. Set it above 0, e.g. 1.")
         if self.eval.temperature < 0:
             raise ConfigError(f"eval.temperature={self.eval.temperature} is negative; 0 is greedy.")
         check_credit(algo)
@@ -139,32 +139,35 @@ class GRPORecipe:
 
 
 def check_credit(algo: GRPOConfig) -> None:
-    """Refuses combinations that would train nothing, or something else than they say."""
+    """Rejects combinations that would train nothing or not do what they say."""
     if algo.group_size < 2 and (algo.baseline in COMPARE_IN_GROUP or algo.std in ("sample", "population", "mean")):
         raise ConfigError(
-            f"group_size={algo.group_size} gives every answer advantage 0 and nothing would train. "
+            f"group_size={algo.group_size} gives every completion an advantage of 0, so nothing would be trained. "
             'Set algo.group_size to 2 or more, or algo.baseline = "ema" with algo.std = "none".'
         )
     if algo.baseline != "group-mean" and algo.std not in ("none", "batch"):
         raise ConfigError(f'algo.std = "{algo.std}" needs algo.baseline = "group-mean", not "{algo.baseline}".')
     if algo.std == "batch" and algo.baseline not in ("group-mean", "batch-mean"):
-        raise ConfigError(f'algo.std = "batch" does not go with algo.baseline = "{algo.baseline}"; use "none".')
+        raise ConfigError(f'algo.std = "batch" cannot be used with algo.baseline = "{algo.baseline}". Use "none".')
     if not 0 <= algo.ema_decay < 1:
         raise ConfigError(f"algo.ema_decay={algo.ema_decay} is not in [0, 1).")
     if algo.credit == "turn" and (algo.overlong_share or (algo.kl_coef and algo.kl_place == "reward")):
         raise ConfigError(
-            'algo.credit = "turn" compares what each turn earned; algo.overlong_share and algo.kl_place = "reward" '
-            'change whole episodes only. Leave them off, or use algo.credit = "episode".'
+            'algo.credit = "turn" compares the rewards of turns, but algo.overlong_share and algo.kl_place = "reward" '
+            'only change those of whole episodes. Leave them off, or use algo.credit = "episode".'
         )
     if algo.overlap and algo.max_lag:
-        raise ConfigError(f"algo.overlap has a lag of 1 by itself; leave algo.max_lag={algo.max_lag} at 0.")
+        raise ConfigError(f"algo.overlap already has a lag of 1, so algo.max_lag={algo.max_lag} must be 0.")
     if algo.max_refills and algo.group_size < 2:
-        raise ConfigError("algo.max_refills replaces groups without differing rewards; a group of 1 never differs.")
+        raise ConfigError("algo.max_refills replaces groups of equal rewards, but a group of 1 is always one. Set it to 0.")
     if not 0 <= algo.overlong_share <= 1:
         raise ConfigError(f"algo.overlong_share={algo.overlong_share} is not in [0, 1].")
     if algo.old_logp == "sampler" and algo.is_cap:
-        raise ConfigError('algo.is_cap corrects sampler against learner, so it needs algo.old_logp = "learner".')
+        raise ConfigError('algo.is_cap corrects for sampler–learner mismatch, so it needs algo.old_logp = "learner".')
     if algo.is_cap and algo.is_floor > algo.is_cap:
         raise ConfigError(f"algo.is_floor={algo.is_floor} is above algo.is_cap={algo.is_cap}.")
     if algo.policy_loss == "gspo" and (algo.kl_place == "reward-to-go" and algo.kl_coef):
-        raise ConfigError('policy_loss = "gspo" needs equal advantages in a row; use "gspo-token" with reward-to-go.')
+        raise ConfigError(
+            'policy_loss = "gspo" needs the same advantage for all tokens of a completion. Use "gspo-token" with '
+            'algo.kl_place = "reward-to-go".'
+        )

@@ -23,28 +23,28 @@ from posttrain.types import ConfigError
 @dataclass(frozen=True)
 class OnlineDPOConfig:
     prompts: int = 32
-    """Tasks per step, each of which gives at most one pair."""
+    """Tasks per step; each gives at most one pair."""
     group_size: int = 4
-    """Answers per task; the best and the worst of them are the pair."""
+    """Completions per task; the best and the worst of them form the pair."""
     loss: Literal["sigmoid", "robust", "ipo", "hinge"] = "sigmoid"
-    """What the pair is learned by: DPO, its robust form, IPO or SLiC's hinge."""
+    """Pair loss: `sigmoid` (DPO), `robust` DPO, `ipo`, or `hinge` (SLiC)."""
     beta: float = 0.1
-    """How strongly the implicit reward weighs a log-ratio; τ in IPO."""
+    """Scale of the implicit reward, β times the log-ratio; τ in IPO."""
     label_smoothing: float = 0.0
     """Probability that the judge is wrong, in [0, 0.5)."""
     length_normalise: bool = False
-    """Mean instead of summed log-probabilities of an answer."""
+    """Use the mean instead of the sum of a completion's token log-probabilities."""
     margin_coef: float = 0.0
-    """Weight of the pair's difference in reward, as a margin by which the better answer should win; 0 ignores it."""
+    """Margin of the loss, as a multiple of the pair's reward difference; 0 uses no margin."""
     max_mismatch: float = 0.5
-    """Stop when sampler and learner differ by more than this in one token's log-probability."""
+    """Stop if the log-probabilities of sampler and learner differ by more than this on any token."""
     max_flat_steps: int = 20
-    """Stop after this many steps in a row without a single pair."""
+    """Stop after this many consecutive steps without any pair."""
 
 
 @dataclass(frozen=True)
 class OnlineDPORecipe:
-    """DPO on answers of the current policy: the best against the worst of a few, as a program or model judges them.
+    """DPO on pairs sampled from the current policy: the best and the worst completion of each task, by reward.
 
     The reference is the starting model (Guo et al., OAIF, arXiv 2402.04792).
     """
@@ -62,17 +62,17 @@ class OnlineDPORecipe:
         algo = self.algo
         if algo.group_size < 2:
             raise ConfigError(
-                f"group_size={algo.group_size} leaves nothing to compare. Set algo.group_size to 2 or more."
+                f"group_size={algo.group_size} gives no pair to compare. Set algo.group_size to 2 or more."
             )
         if not 0 < algo.beta < math.inf:
-            raise ConfigError(f"algo.beta={algo.beta} cannot weigh a pair; set it above 0, often to 0.1.")
+            raise ConfigError(f"algo.beta={algo.beta} must be positive and finite; 0.1 is common.")
         if not 0 <= algo.label_smoothing < 0.5:
             raise ConfigError(
-                f"algo.label_smoothing={algo.label_smoothing} is not in [0, 0.5): at 0.5 judgements say nothing, and "
-                "above it the worse answer would be learned."
+                f"algo.label_smoothing={algo.label_smoothing} is not in [0, 0.5): at 0.5 rewards carry no information, "
+                "and above it the worse completion would be preferred."
             )
         if self.rollout.temperature <= 0:
-            raise ConfigError("rollout.temperature=0 makes all answers of a group equal. Set it above 0, usually 1.")
+            raise ConfigError("rollout.temperature=0 makes all completions of a group equal. Set it above 0, e.g. 1.")
         if self.eval.temperature < 0:
             raise ConfigError(f"eval.temperature={self.eval.temperature} is negative; 0 is greedy.")
         for name in ("margin_coef", "max_mismatch"):

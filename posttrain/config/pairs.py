@@ -12,23 +12,23 @@ from posttrain.types import ConfigError
 @dataclass(frozen=True)
 class PairsConfig:
     samples: int = 8
-    """Answers sampled from the starting model per task, where data.tasks names tasks rather than preferences."""
+    """Completions to sample from the starting model per task, if data.tasks has tasks instead of preferences."""
     opening: str = ""
-    """Text that every sampled answer begins with and the model continues, e.g. `<think>`."""
+    """Prefix of every sampled completion, e.g. `<think>`."""
     per_task: int = 2
-    """Most pairs kept of one task's sampled answers."""
+    """Maximum number of pairs from one task's sampled completions."""
     held_out: int = 128
-    """Most held-out tasks whose sampled answers make held-out pairs; 0 makes none."""
+    """Maximum number of held-out tasks to sample held-out pairs from; 0 for none."""
     max_tokens: int = 1024
-    """Longest row, prompt and answer; longer ones are cut at the end and counted, never silently."""
+    """Maximum row length, prompt included; longer rows are truncated at the end and counted."""
 
 
 def check_pairs(recipe: Any) -> None:
     pairs = recipe.pairs
     require_positive(pairs, "per_task", "max_tokens")
     if pairs.held_out < 0:
-        raise ConfigError(f"pairs.held_out={pairs.held_out} is negative; 0 makes no held-out pairs.")
+        raise ConfigError(f"pairs.held_out={pairs.held_out} is negative. Use 0 for no held-out pairs.")
     if pairs.samples < 2:
-        raise ConfigError(f"pairs.samples={pairs.samples} makes no pair of answers; set it to 2 or more.")
+        raise ConfigError(f"pairs.samples={pairs.samples} is too few for a pair. Set it to 2 or more.")
     if recipe.rollout.temperature <= 0:
-        raise ConfigError("rollout.temperature=0 makes all answers of a task equal. Set it above 0, usually 1.")
+        raise ConfigError("rollout.temperature=0 makes all completions of a task equal. Set it above 0, e.g. 1.")

@@ -24,74 +24,75 @@ class PPOConfig:
     prompts: int = 256
     """Tasks per step."""
     group_size: int = 1
-    """Completions per task; the critic is the baseline, so they are not compared with each other."""
+    """Completions per task; the critic is the baseline, so a group is not needed."""
     epochs: int = 1
-    """Passes over the frozen rollout buffer of a step."""
+    """Passes over a step's rollouts."""
     minibatches: int = 2
-    """Optimizer steps per epoch; the completions of a step are dealt into this many equal parts."""
+    """Optimizer steps per epoch; must divide the number of completions in a step."""
     clip_low: float = 0.2
-    """Ratios below 1 − clip_low earn nothing more."""
+    """Lower clip: ratio ≥ 1 − clip_low."""
     clip_high: float = 0.2
-    """Ratios above 1 + clip_high earn nothing more."""
+    """Upper clip: ratio ≤ 1 + clip_high."""
     target_kl: float = 0.0
-    """End a step's epochs once the policy is this far from the one that sampled, in nats per token; 0 never does."""
+    """Stop a step's updates early once the KL to the sampling policy exceeds this, in nats per token; 0: never."""
     gamma: float = 1.0
-    """Discount per trained token."""
+    """Discount factor γ per trained token."""
     lam: float = 0.95
-    """GAE's λ: 1 gives return − value, 0 the TD error."""
+    """λ of GAE: 1 gives return − value, 0 gives the TD error."""
     kl_coef: float = 0.02
-    """Weight of the per-token KL to the starting model in the reward; 0 keeps no reference."""
+    """Weight of the per-token KL penalty to the starting model in the reward; 0 loads no reference model."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
-    """Per-token estimate of that KL."""
+    """Per-token KL estimator."""
     kl_controller: Literal["fixed", "adaptive"] = "fixed"
-    """`adaptive` raises or lowers kl_coef until the KL is kl_target."""
+    """`adaptive` adjusts kl_coef to keep the KL at kl_target."""
     kl_target: float = 6.0
-    """The KL that the adaptive controller aims at, in nats per completion."""
+    """KL target of the adaptive controller, in nats per completion."""
     kl_horizon: float = 10000.0
-    """Completions over which the adaptive controller changes kl_coef by at most a fifth."""
+    """Number of completions over which the adaptive controller changes kl_coef by at most 20 %."""
     whiten_rewards: bool = False
-    """Divide the step's token rewards by their standard deviation, the mean kept."""
+    """Divide the step's token rewards by their standard deviation without shifting their mean."""
     whiten_advantages: bool = True
-    """Shift and scale the step's advantages to mean 0 and variance 1."""
+    """Normalise the step's advantages to mean 0 and variance 1."""
     whiten_returns: bool = False
-    """The critic predicts returns in units of their running mean and standard deviation (PopArt)."""
+    """Train the critic on returns normalised by their running mean and standard deviation (PopArt)."""
     entropy_coef: float = 0.0
-    """Weight of the entropy bonus."""
+    """Weight of the per-token entropy bonus."""
     critic: Literal["separate", "shared"] = "separate"
     """`separate` is a second model with a value head; `shared` puts the head on the policy itself."""
     critic_init: str = ""
-    """Reward model (run or model folder) to start the critic from, head included; empty: from the policy, values 0."""
+    """Reward model (run or model folder) to initialise the critic; empty: the policy, with values starting at 0."""
     critic_lr: float = 3e-4
     """Peak learning rate of a separate critic."""
     critic_warmup: int = 0
-    """Steps at the beginning that train only the critic."""
+    """Initial steps that train only the critic."""
     vf_coef: float = 0.1
-    """Weight of a shared critic's loss beside the policy's."""
+    """Weight of the value loss of a shared critic."""
     value_clip: float = 0.2
-    """Values further than this from those at sampling time earn nothing more; 0 does not clip."""
+    """Clip range of values around those at sampling time; 0 turns clipping off."""
     unfinished: Literal["score", "replace", "penalise"] = "score"
     """Answers cut by max_tokens: keep their score, replace it by unfinished_value, or add unfinished_value to it."""
     unfinished_value: float = -1.0
     """See unfinished."""
     ptx_coef: float = 0.0
-    """Weight of the supervised loss on ptx_data in every update of the policy (PPO-ptx); 0 has none."""
+    """Weight of a supervised loss on ptx_data in every policy update (PPO-ptx); 0 turns it off."""
     ptx_data: str = ""
-    """File or data set of texts or conversations, or a built-in task, for the ptx term."""
+    """Data of the ptx term: a file or hub dataset of texts or conversations, or a built-in task."""
     ptx_rows: int = 32
     """Rows of ptx_data per optimizer step."""
     ptx_max_tokens: int = 1024
-    """Longest row of ptx_data; longer ones are cut at the end and counted."""
+    """Maximum length of ptx_data rows; longer rows are truncated and counted."""
     max_mismatch: float = 0.5
-    """Stop when sampler and learner differ by more than this in one token's log-probability."""
+    """Stop if the log-probabilities of sampler and learner differ by more than this on any token."""
     max_flat_steps: int = 20
-    """Stop after this many steps in a row in which all completions had the same score."""
+    """Stop after this many consecutive steps in which all completions had the same score."""
 
 
 @dataclass(frozen=True)
 class PPORecipe:
-    """Reinforcement learning with a critic, as in InstructGPT.
+    """PPO with a critic, as in InstructGPT.
 
-    A value head learns what to expect after every token; what turns out better than expected is made likelier.
+    A value head predicts the return at every token; tokens that lead to a better return than predicted become more
+    likely.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -121,7 +122,7 @@ class PPORecipe:
                 f"{algo.minibatches} minibatches. Choose algo.minibatches to divide {algo.prompts * algo.group_size}."
             )
         if self.rollout.temperature <= 0:
-            raise ConfigError("rollout.temperature=0 explores nothing. Set it above 0, usually 1.")
+            raise ConfigError("rollout.temperature=0 does not explore. Set it above 0, usually 1.")
         if self.eval.temperature < 0:
             raise ConfigError(f"eval.temperature={self.eval.temperature} is negative; 0 is greedy.")
         check_terms(algo)
@@ -134,18 +135,18 @@ def check_terms(algo: PPOConfig) -> None:
     if algo.kl_controller == "adaptive":
         if algo.kl_coef <= 0:
             raise ConfigError(
-                'algo.kl_controller = "adaptive" multiplies algo.kl_coef, which is 0 and would stay so. Set a '
+                'algo.kl_controller = "adaptive" multiplies algo.kl_coef, which is 0 and would stay 0. Set a '
                 'starting value above 0, or kl_controller = "fixed".'
             )
         if algo.kl_target <= 0 or algo.kl_horizon <= 0:
             raise ConfigError(
-                f"algo.kl_target={algo.kl_target} and kl_horizon={algo.kl_horizon} must both be above 0: nats per "
-                "completion, and a number of completions."
+                f"algo.kl_target={algo.kl_target} (nats per completion) and kl_horizon={algo.kl_horizon} (completions) "
+                "must both be above 0."
             )
     if algo.ptx_coef and not algo.ptx_data:
         raise ConfigError(
-            f"algo.ptx_coef={algo.ptx_coef} mixes in a supervised loss, but algo.ptx_data names nothing to imitate. "
-            "Give a file of texts or conversations, or a built-in task."
+            f"algo.ptx_coef={algo.ptx_coef} adds a supervised loss, but algo.ptx_data is empty. Set it to a file of "
+            "texts or conversations, or to a built-in task."
         )
     if algo.ptx_data and not algo.ptx_coef:
         raise ConfigError(f"algo.ptx_data={algo.ptx_data!r} is not used while algo.ptx_coef is 0. Set both or neither.")
@@ -157,18 +158,18 @@ def check_terms(algo: PPOConfig) -> None:
 
 
 def check_critic(algo: PPOConfig, train: TrainConfig) -> None:
-    """Refuses a critic that could not learn, or a warm-up that would move the policy."""
+    """Rejects a critic that could not learn, and a warmup that would change the policy."""
     if algo.critic_warmup and algo.critic_warmup >= train.steps:
         raise ConfigError(
-            f"algo.critic_warmup={algo.critic_warmup} leaves none of train.steps={train.steps} to the policy. "
+            f"algo.critic_warmup={algo.critic_warmup} leaves none of the train.steps={train.steps} for the policy. "
             "Raise train.steps."
         )
     if algo.critic == "shared" and not algo.vf_coef:
         raise ConfigError("algo.vf_coef=0 would never train a shared critic. Set it above 0.")
     if algo.critic == "shared" and algo.critic_warmup and train.weight_decay:
         raise ConfigError(
-            "algo.critic_warmup of a shared critic trains its head alone, but train.weight_decay would still shrink "
-            "the policy's weights. Set it to 0, or use a separate critic."
+            "algo.critic_warmup of a shared critic trains only its head, but train.weight_decay would still change the "
+            "policy's weights. Set it to 0, or use a separate critic."
         )
 
 

@@ -22,32 +22,32 @@ from posttrain.types import ConfigError
 @dataclass(frozen=True)
 class PRMConfig:
     level: Literal["step", "outcome"] = "step"
-    """`step` judges every step of an answer (a process model), `outcome` the answer as a whole, at its end."""
+    """`step` scores every step of a solution (process reward model), `outcome` scores the whole solution at its end."""
     separator: str = "\n"
-    """What stands between two steps of an answer."""
+    """Text between two steps of a solution."""
     aggregate: Literal["min", "product", "last", "mean"] = "min"
-    """How the steps' probabilities become one score of the answer."""
+    """How the probabilities of the steps are combined into one score for the solution."""
     after_mistake: Literal["drop", "wrong"] = "drop"
-    """Steps after a first mistake, which nobody labelled: left out, or labelled wrong."""
+    """What to do with the unlabelled steps after the first mistake: leave them out, or label them wrong."""
     batch_rows: int = 32
     """Solutions per optimizer step."""
     max_tokens: int = 1024
-    """Longest row, prompt and answer; longer ones are left out and counted."""
+    """Maximum row length, prompt included; longer rows are dropped and counted."""
     solutions: int = 4
-    """Solutions sampled from the starting model per task, where data.tasks names tasks rather than solutions."""
+    """Solutions to sample from the starting model per task, if data.tasks has tasks instead of labelled solutions."""
     completions: int = 8
-    """Completions sampled after each step of those; the share that ends right is the step's label."""
+    """Completions to sample after each step of a sampled solution; the share of correct ones labels the step."""
     labels: Literal["soft", "hard"] = "soft"
-    """Labels of sampled steps: `soft` is that share, `hard` is 1 where any completion ends right."""
+    """Labels of sampled steps: `soft` is the share of correct completions, `hard` is 1 if any is correct."""
     opening: str = ""
-    """Text that every sampled solution begins with, e.g. `<think>`."""
+    """Prefix of every sampled solution, e.g. `<think>`."""
 
 
 @dataclass(frozen=True)
 class PRMRecipe:
-    """A model of which steps of an answer are right, or whether the whole is (process and outcome verifiers).
+    """Process and outcome reward models: predict whether each step of a solution, or the whole solution, is correct.
 
-    Learns from labelled solutions, or from the model's own with steps labelled by completing them (Math-Shepherd).
+    Trains on labelled solutions, or on sampled solutions whose steps are labelled by rollouts (Math-Shepherd).
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -63,7 +63,7 @@ class PRMRecipe:
         require_positive(self.algo, "batch_rows", "max_tokens", "solutions", "completions")
         if not self.algo.separator:
             raise ConfigError(
-                "algo.separator is empty, so every answer would be one step. Give the text between steps."
+                "algo.separator is empty, so every solution would be one step. Set it to the text between steps."
             )
         if self.rollout.temperature <= 0:
             raise ConfigError("rollout.temperature=0 makes all solutions of a task equal. Set it above 0, usually 1.")

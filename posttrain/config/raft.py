@@ -23,34 +23,34 @@ from posttrain.types import ConfigError
 @dataclass(frozen=True)
 class RaftConfig:
     preset: str = ""
-    """Settings of a paper, as a start: `raft`, `rejection-sampling`, `expert-iteration`, `star` or `rest-em`."""
+    """Method whose settings to use as defaults: `raft`, `rejection-sampling`, `expert-iteration`, `star`, `rest-em`."""
     prompts: int = 64
     """Tasks per round."""
     group_size: int = 8
-    """Answers sampled to each task of a round."""
+    """Completions per task."""
     select: Literal["best", "passed", "threshold"] = "best"
-    """What is kept of a task's answers: the highest rewards, those that passed, or rewards of at least `threshold`."""
+    """Which completions of a task to keep: the best by reward, those that passed, or those with reward ≥ threshold."""
     threshold: float = 1.0
-    """Lowest reward that `select = "threshold"` keeps."""
+    """Minimum reward with `select = "threshold"`."""
     max_per_task: int = 1
-    """Most answers kept of one task in a round, all different; ties and surplus are settled by a seeded draw."""
+    """Maximum number of distinct completions kept per task and round; ties and excess are resolved at random."""
     epochs: int = 1
-    """Passes over the selected answers in each round."""
+    """Passes over the selected completions in each round."""
     batch_rows: int = 32
-    """Answers per optimizer step; the last one of a pass takes what is left."""
+    """Completions per optimizer step; the last step of a pass may have fewer."""
     restart: bool = False
     """Start each round's training from the starting model (STaR, ReST-EM) instead of the current one (RAFT)."""
     pool: Literal["round", "all"] = "round"
-    """Train on what this round selected, or on all different answers selected so far."""
+    """Train on the completions selected in this round, or on all distinct ones selected so far."""
     max_empty: int = 5
-    """Stop after this many rounds in a row in which nothing was selected."""
+    """Stop after this many consecutive rounds in which nothing was selected."""
 
 
 @dataclass(frozen=True)
 class RaftRecipe:
-    """Learning from the model's own best answers: sample, select, fine-tune, repeat.
+    """Iterated fine-tuning on the model's own best completions: sample, select, train, repeat.
 
-    Rejection sampling, RAFT, expert iteration, STaR and ReST-EM are settings of it. A step is one round.
+    Covers rejection sampling, RAFT, expert iteration, STaR and ReST-EM, by settings. A step is one round.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -68,23 +68,23 @@ class RaftRecipe:
         require_positive(self.train, "steps")
         if algo.max_per_task > algo.group_size:
             raise ConfigError(
-                f"algo.max_per_task={algo.max_per_task} is more than the algo.group_size={algo.group_size} answers "
-                "sampled to a task."
+                f"algo.max_per_task={algo.max_per_task} is more than the algo.group_size={algo.group_size} completions "
+                "sampled per task."
             )
         if algo.select == "best" and algo.max_per_task == algo.group_size:
             raise ConfigError(
-                f"the best {algo.max_per_task} of {algo.group_size} answers are all of them, so nothing would be "
-                "selected. Raise algo.group_size or lower algo.max_per_task."
+                f"the best {algo.max_per_task} of {algo.group_size} completions are all of them, so there is no "
+                "selection. Raise algo.group_size or lower algo.max_per_task."
             )
         if not math.isfinite(algo.threshold):
             raise ConfigError(f"algo.threshold={algo.threshold} is not a finite reward.")
         if not algo.restart and self.train.schedule != "constant":
             raise ConfigError(
                 f"train.schedule={self.train.schedule!r} needs the number of updates, which depends on how many "
-                "answers are selected. Use 'constant', or algo.restart = true, where each round has its own schedule."
+                "completions are selected. Use 'constant', or algo.restart = true, with a schedule for each round."
             )
         if self.rollout.temperature <= 0:
-            raise ConfigError("rollout.temperature=0 makes all answers to a task equal. Set it above 0, usually 1.")
+            raise ConfigError("rollout.temperature=0 makes all completions of a task equal. Set it above 0, e.g. 1.")
         if self.eval.temperature < 0:
             raise ConfigError(f"eval.temperature={self.eval.temperature} is negative; 0 is greedy.")
         check_shared(self)

@@ -1,6 +1,6 @@
-"""Recipes: TOML plus `--section.key value` overrides become frozen dataclasses, or one clear error.
+"""Resolves recipes: TOML and `--section.key value` overrides become frozen dataclasses.
 
-Settings come from three places, later ones winning: the preset that `algo.preset` names, the recipe file, overrides.
+Settings come from the preset in `algo.preset`, the recipe file and the overrides; later ones take precedence.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def read_toml(path: str | Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
 
 
 def resolve(algorithm: str, settings: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Any:
-    """Builds the recipe of `algorithm` from nested settings, then from overrides named `section.key` or just `key`."""
+    """Builds the recipe of `algorithm` from nested settings and then overrides named `section.key` or just `key`."""
     cls = RECIPES[algorithm]
     given: dict[str, Any] = {s: dict(v) if isinstance(v, Mapping) else v for s, v in settings.items()}
     for name, value in (overrides or {}).items():
@@ -55,7 +55,7 @@ def resolve(algorithm: str, settings: Mapping[str, Any], overrides: Mapping[str,
 
 
 def _with_preset(default: Any, algorithm: str, algo: Any) -> Any:
-    """The defaults of `algorithm`, changed by the preset that the settings name."""
+    """The defaults of `algorithm` with the preset in the settings, if any."""
     name = algo.get("preset") if isinstance(algo, Mapping) else None
     if not name:
         return default
@@ -66,7 +66,7 @@ def _with_preset(default: Any, algorithm: str, algo: Any) -> Any:
 
 
 def locate(cls: type, name: str) -> tuple[str, str]:
-    """Finds the (section, key) that `section.key`, or a key only one section has, stands for."""
+    """Finds the (section, key) for `section.key`, or for a key that only one section has."""
     known = {f"{s.name}.{k.name}": (s.name, k.name) for s in fields(cls) for k in fields(_section_type(cls, s.name))}
     name = name.replace("-", "_")
     if name in known:
@@ -80,7 +80,7 @@ def locate(cls: type, name: str) -> tuple[str, str]:
 
 
 def nearest(name: str, options: list[str]) -> str:
-    """` Did you mean 'x'?`, or the end of the sentence when nothing is near."""
+    """`. Did you mean 'x'?`, or `; known: …` if no option is similar."""
     close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
     return f". Did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(set(options)))}."
 
@@ -95,7 +95,7 @@ def _section_type(cls: type, name: str) -> type:
 
 
 def _build(default: Any, values: Mapping[str, Any], where: str) -> Any:
-    """`default` with the values given; a recipe's own defaults (sft's steps) outlive a section that sets others."""
+    """`default` with the given values; other defaults of a recipe's section, such as sft's steps, are kept."""
     cls = type(default)
     known = {f.name for f in fields(cls)}
     built: dict[str, Any] = {}
@@ -113,7 +113,7 @@ def _build(default: Any, values: Mapping[str, Any], where: str) -> Any:
 
 
 def coerce(value: Any, hint: Any, name: str) -> Any:
-    """Turns a TOML value or command-line text into the field's type, or says what was expected."""
+    """Converts a TOML value or command-line text to the field's type. Raises ConfigError saying what was expected."""
     origin = typing.get_origin(hint)
     if origin is Literal:
         choices = typing.get_args(hint)
@@ -129,7 +129,7 @@ def coerce(value: Any, hint: Any, name: str) -> Any:
             number = hint(value)
         except ValueError:
             number = math.nan
-        if number != number:  # NaN would pass every range check below and poison the weights
+        if number != number:  # NaN would pass every range check and end up in the weights
             raise ConfigError(f"{name}={value!r} is not {'a whole number' if hint is int else 'a number'}.")
         return number
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
@@ -141,7 +141,7 @@ def coerce(value: Any, hint: Any, name: str) -> Any:
 
 @cache
 def field_docs(cls: type) -> dict[str, str]:
-    """The string under each field of a config dataclass."""
+    """The docstring under each field of a config dataclass, by field name."""
     body = typing.cast(ast.ClassDef, ast.parse(inspect.getsource(cls)).body[0]).body
     docs: dict[str, str] = {}
     for node, after in zip(body, body[1:], strict=False):
@@ -157,7 +157,7 @@ def field_docs(cls: type) -> dict[str, str]:
 
 
 def as_dict(recipe: Any) -> dict[str, dict[str, Any]]:
-    """Section → key → value, ready for JSON."""
+    """The recipe as section → key → value, for JSON."""
     return {
         s.name: {k.name: getattr(getattr(recipe, s.name), k.name) for k in fields(getattr(recipe, s.name))}
         for s in fields(recipe)
@@ -165,7 +165,7 @@ def as_dict(recipe: Any) -> dict[str, dict[str, Any]]:
 
 
 def as_toml(algorithm: str, recipe: Any, explain: bool = True) -> str:
-    """The resolved recipe as TOML that resolves to itself, each setting explained unless `explain` is off."""
+    """The recipe as TOML that resolves to the same recipe, with an explanation of each setting if `explain`."""
     lines = [f'algorithm = "{algorithm}"']
     for section in fields(recipe):
         value = getattr(recipe, section.name)
@@ -182,5 +182,5 @@ def _toml_value(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # TOML's escapes are JSON's, plus DEL
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # TOML's escapes: JSON's and DEL
     return repr(value)

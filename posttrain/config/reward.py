@@ -24,20 +24,20 @@ class RewardModelConfig:
     batch_pairs: int = 32
     """Pairs per optimizer step."""
     heads: int = 1
-    """Scalar heads on the shared body; 2 or more make an ensemble, each head trained on its own bootstrap."""
+    """Number of scalar heads; 2 or more form an ensemble on a shared body, each trained on its own bootstrap sample."""
     centre_coef: float = 0.0
-    """Weight of (chosen + rejected)², which keeps the scores of a pair around 0; 0 leaves their zero free."""
+    """Weight of the penalty (chosen + rejected)², which keeps scores centred around 0; 0 turns it off."""
     margin: bool = False
-    """Subtract each pair's own margin from its score difference (Llama 2); off is the plain loss."""
+    """Subtract each pair's margin from its score difference (Llama 2)."""
     normalise: bool = True
-    """After training, shift each head's bias so that its scores of the training answers have mean 0."""
+    """After training, shift the bias of each head so that its scores on the training answers have mean 0."""
 
 
 @dataclass(frozen=True)
 class RewardModelRecipe:
-    """A reward model from preferences: a score for whole answers, the better one higher (Bradley–Terry).
+    """Reward model trained on preference pairs (Bradley–Terry): one score per completion.
 
-    Learns from a file of pairs, or from the model's own answers to tasks, paired by what a program says of them.
+    Trains on a file of pairs, or on the model's own completions, paired by the rewards of a verifier.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -53,6 +53,6 @@ class RewardModelRecipe:
     def __post_init__(self) -> None:
         require_positive(self.algo, "batch_pairs", "heads")
         if self.algo.centre_coef < 0:
-            raise ConfigError(f"algo.centre_coef={self.algo.centre_coef} cannot be negative; 0 does not centre.")
+            raise ConfigError(f"algo.centre_coef={self.algo.centre_coef} cannot be negative. Use 0 to turn it off.")
         check_pairs(self)
         check_shared(self)

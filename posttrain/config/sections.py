@@ -1,4 +1,4 @@
-"""The sections every recipe is made of, and the checks they share."""
+"""Configuration sections shared by the recipes, and their checks."""
 
 from __future__ import annotations
 
@@ -11,141 +11,141 @@ from posttrain.types import ConfigError
 @dataclass(frozen=True)
 class ModelConfig:
     path: str = "abacus"
-    """Folder or hub id of a Hugging Face causal language model, or `abacus`, the tiny base model that ships here."""
+    """Folder or hub id of a Hugging Face causal LM, or `abacus`, the tiny base model in this package."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the weights, for sampling and for training alike."""
+    """Precision of the weights, for sampling and training."""
     lora_rank: int = 0
     """Rank of LoRA adapters on every linear layer; 0 trains all weights."""
     lora_alpha: int = 32
-    """LoRA scale: adapters are multiplied by lora_alpha / lora_rank."""
+    """LoRA scaling: adapter outputs are multiplied by lora_alpha / lora_rank."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    """Recompute activations in the backward pass: saves memory, takes about a third more time."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
     tasks: str = "arithmetic"
-    """What to train on: a built-in task, `gym:NAME`, a mixture (`a*3 + b`), a JSONL or Parquet file, a data set id."""
+    """Training data: a built-in task, `gym:NAME`, a mixture (`a*3 + b`), a JSONL or Parquet file, or a hub dataset."""
     eval_tasks: str = ""
-    """What to evaluate on; empty uses the built-in task's held-out split, or holds out rows of the file."""
+    """Evaluation data; empty uses the held-out split of a built-in task, or holds out rows of the file."""
     holdout: float = 0.1
-    """Share of a file's rows kept out of training for evaluation when eval_tasks is empty."""
+    """Share of a file's rows held out for evaluation when eval_tasks is empty."""
     count: int = 4096
-    """Problems to generate for a built-in task, or the most rows to read from a file (0 reads all)."""
+    """Number of problems to generate for a built-in task, or maximum number of rows to read from a file (0: all)."""
     system: str = ""
-    """System message put before every task; empty adds none."""
+    """System message to prepend to every task; empty adds none."""
     instruction: str = ""
-    """Text appended to each question after a blank line, e.g. how to format the answer."""
+    """Text to append to each question after a blank line, e.g. how to format the answer."""
     max_prompt_tokens: int = 1024
-    """Prompts longer than this are refused before step 0, or dropped and counted (see overlong)."""
+    """Maximum prompt length; longer prompts are an error before step 0, or are dropped and counted (see overlong)."""
     format: Literal["chat", "plain"] = "chat"
-    """`chat` uses the tokenizer's chat template; `plain` feeds the text as it is, for base models without one."""
+    """`chat` applies the tokenizer's chat template; `plain` uses the text as it is, for base models without one."""
     bad_rows: Literal["refuse", "drop"] = "refuse"
-    """Rows of a file that cannot be used: refuse the file and list them, or drop and count them."""
+    """What to do with unusable rows of a file: `refuse` the file and list them, or `drop` and count them."""
     overlong: Literal["refuse", "drop"] = "refuse"
-    """What to do with prompts over max_prompt_tokens; nothing is ever cut silently."""
+    """What to do with prompts over max_prompt_tokens: `refuse` to start, or `drop` and count them."""
 
 
 @dataclass(frozen=True)
 class RewardConfig:
     name: str = "auto"
-    """`auto` (each task's own verifier), a verifier, `FILE.py:FUNCTION`, `model:FOLDER`, or `judge:FILE.toml`."""
+    """`auto` (each task's own verifier), a verifier's name, `FILE.py:FUNCTION`, `model:FOLDER` or `judge:FILE.toml`."""
     ensemble: Literal["mean", "min", "penalised"] = "mean"
-    """How the scores of several reward models or heads are joined; `penalised` is their mean minus the next setting."""
+    """How scores of several reward models or heads are combined; `penalised`: mean − uncertainty_coef × variance."""
     uncertainty_coef: float = 1.0
-    """With `penalised`, how much of the variance between the scores is subtracted."""
+    """With `penalised`, the weight of the variance between the scores."""
     sandbox: Literal["auto", "namespaces", "landlock", "none"] = "auto"
-    """What isolates code that the model wrote: `auto` takes the first tier that holds here, and else refuses."""
+    """How model-written code is isolated; `auto` uses the first kind that works on this machine, or refuses to run."""
     accept_arbitrary_code: bool = False
-    """With sandbox `none`, execute code that the model wrote with your rights and nothing in between."""
+    """Required for sandbox `none`: run model-written code with your permissions and without isolation."""
     max_failure_rate: float = 0.01
-    """Stop when more than this share of a step's attempts could not be scored (and more than one attempt)."""
+    """Stop if more than this share of a step's completions, and more than one, could not be scored."""
 
 
 @dataclass(frozen=True)
 class EnvConfig:
     name: str = ""
-    """A world that answers over several turns: a built-in one, `FILE.py:NAME` or an adapter's; empty asks once."""
+    """Multi-turn environment: a built-in one, `FILE.py:NAME` or one of an adapter; empty for single-turn tasks."""
     max_turns: int = 8
-    """Most replies in one episode; after the last the world is heard once more and the episode ends."""
+    """Maximum replies per episode; after the last one the environment steps once more, then the episode ends."""
     timeout: float = 30.0
-    """Seconds that a world may take to answer; then the attempt is unscored and goes on no further."""
+    """Maximum seconds per environment step; an episode that exceeds it ends unscored."""
     workers: int = 16
-    """Worlds that think at the same time; others wait."""
+    """Maximum number of environments that step at the same time."""
     tools: str = "calculator"
-    """What `tools` offers, comma separated: `calculator`, `python`, `search:PATH`, `FILE.py:FUNCTION`."""
+    """Tools of the environment `tools`, comma-separated: `calculator`, `python`, `search:PATH`, `FILE.py:FUNCTION`."""
     call_syntax: Literal["json", "inline"] = "json"
-    """How `tools` asks for calls: `<tool_call>` with JSON, or `<name>text</name>`; it understands both."""
+    """Call format described to the model: `<tool_call>` with JSON, or `<name>text</name>`; both are accepted."""
     call_reward: float = 0.0
-    """With `tools`, what an episode's first call that succeeds earns, beside the answer."""
+    """With `tools`, extra reward for the first successful call of an episode."""
 
 
 @dataclass(frozen=True)
 class RolloutConfig:
     engine: Literal["embedded", "vllm"] = "embedded"
-    """What samples completions: this package's own generator, or vLLM in the same process (docs/guides/vllm.md)."""
+    """Sampling engine: `embedded`, this package's generator, or `vllm` in the same process (docs/guides/vllm.md)."""
     slots: int = 128
-    """Sequences decoded at once; a slot is refilled the moment its sequence ends."""
+    """Number of sequences decoded at once; a slot is refilled as soon as its sequence ends."""
     max_tokens: int = 256
-    """Longest completion, stop token included; longer ones are cut and marked `length`."""
+    """Maximum completion length, stop token included; longer completions are truncated (stop reason `length`)."""
     dtype: Literal["model", "bfloat16"] = "model"
-    """The embedded engine's matrix products: as the model, or bfloat16 beside a float32 learner."""
+    """Precision of the embedded engine's matrix products: that of the model, or bfloat16 with a float32 learner."""
     temperature: float = 1.0
-    """Sampling temperature; the learner's log-probabilities use the same one."""
+    """Sampling temperature; also used for the learner's log-probabilities."""
     vllm_memory: float = 0.3
-    """With vllm, the largest share of the device's memory that its key-value cache may take."""
+    """With `vllm`, maximum share of the device's memory for the KV cache."""
     reward_workers: int = 1
-    """Threads that call the reward while other answers are being written; 0 calls it when all are finished."""
+    """Threads that compute rewards while other completions are still being sampled; 0 computes them afterwards."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     steps: int = 60
-    """Updates to run. For sft the default is 0: one pass over the data."""
+    """Number of training steps; 0, the default of sft, dpo, reward and prm, is one pass over the data."""
     lr: float = 1e-4
     """Peak learning rate of AdamW."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Learning rate after warm-up: constant, or falling so that it would be 0 one update after the last."""
+    """Learning rate after warmup: constant, or decaying to reach 0 one update after the last."""
     warmup_steps: int = 0
-    """Optimizer updates over which the learning rate rises linearly from 0."""
+    """Optimizer updates over which the learning rate increases linearly from 0."""
     weight_decay: float = 0.0
-    """AdamW weight decay, on matrices only."""
+    """AdamW weight decay, applied to matrices only."""
     beta1: float = 0.9
-    """AdamW first-moment decay."""
+    """AdamW β1."""
     beta2: float = 0.95
-    """AdamW second-moment decay."""
+    """AdamW β2."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this global norm; 0 leaves them."""
+    """Maximum global gradient norm for clipping; 0 disables clipping."""
     tokens_per_pass: int = 8192
-    """Most tokens in one forward-backward pass. Memory only: the gradient does not depend on it."""
+    """Maximum number of tokens per forward-backward pass; affects memory and speed, but not the gradient."""
     threads: int = 0
-    """CPU threads; 0 leaves torch's choice."""
+    """Number of CPU threads; 0 uses torch's default."""
     device: str = "auto"
-    """`auto` (cuda when present, else cpu), `cpu`, or a cuda device."""
+    """`auto` (cuda if available, else cpu), `cpu`, or a cuda device."""
 
 
 @dataclass(frozen=True)
 class EvalConfig:
     every: int = 0
-    """Evaluate on held-out tasks every this many steps; 0 evaluates only before and after."""
+    """Steps between evaluations on held-out tasks; 0 evaluates only before and after training."""
     problems: int = 256
-    """Held-out tasks per evaluation."""
+    """Number of held-out tasks per evaluation."""
     samples: int = 1
-    """Answers per task."""
+    """Completions per task."""
     temperature: float = 1.0
-    """Sampling temperature of evaluations."""
+    """Sampling temperature for evaluation; 0 is greedy."""
 
 
 @dataclass(frozen=True)
 class RunConfig:
     out: str = ""
-    """Run folder; empty picks `runs/<algorithm>-<number>`."""
+    """Run folder; empty uses `runs/<algorithm>-<number>`."""
     seed: int = 0
-    """Everything random in the run is a function of this number."""
+    """Random seed; all randomness in the run derives from it."""
     checkpoint_every: int = 10
-    """Steps between checkpoints. A killed run loses at most this much work, and no exactness."""
+    """Steps between checkpoints; a killed run resumes exactly from the last one."""
     keep: int = 2
-    """Newest checkpoints kept; the last one is always whole."""
+    """Number of newest checkpoints to keep."""
 
 
 def require_positive(section: Any, *names: str) -> None:
@@ -163,17 +163,17 @@ def check_shared(recipe: Any) -> None:
     if not 0 <= data.holdout < 1:
         raise ConfigError(f"data.holdout={data.holdout} is not in [0, 1).")
     if data.count < 0:
-        raise ConfigError(f"data.count={data.count} is negative; 0 reads all rows of a file.")
+        raise ConfigError(f"data.count={data.count} is negative. Use 0 to read all rows of a file.")
     if hasattr(recipe, "rollout") and recipe.rollout.reward_workers < 0:
-        raise ConfigError(f"rollout.reward_workers={recipe.rollout.reward_workers} is negative; 0 switches them off.")
+        raise ConfigError(f"rollout.reward_workers={recipe.rollout.reward_workers} is negative. Use 0 for none.")
     if hasattr(recipe, "rollout") and not 0 < recipe.rollout.vllm_memory < 1:
-        raise ConfigError(f"rollout.vllm_memory={recipe.rollout.vllm_memory} is not a share between 0 and 1.")
+        raise ConfigError(f"rollout.vllm_memory={recipe.rollout.vllm_memory} is not between 0 and 1.")
     if recipe.model.lora_rank < 0:
-        raise ConfigError(f"model.lora_rank={recipe.model.lora_rank} is negative; 0 trains all weights.")
+        raise ConfigError(f"model.lora_rank={recipe.model.lora_rank} is negative. Use 0 to train all weights.")
     require_positive(train, "tokens_per_pass")
     require_positive(run, "checkpoint_every", "keep")
     if hasattr(recipe, "env") and not recipe.env.timeout > 0:
-        raise ConfigError(f"env.timeout={recipe.env.timeout} leaves no time to answer; give it some seconds.")
+        raise ConfigError(f"env.timeout={recipe.env.timeout} must be above 0 seconds.")
     counts = {"rollout": ("slots", "max_tokens"), "eval": ("problems", "samples"), "env": ("max_turns", "workers")}
     for section, names in counts.items():
         if hasattr(recipe, section):

@@ -22,20 +22,20 @@ class SFTConfig:
     batch_rows: int = 32
     """Conversations or texts per optimizer step."""
     max_tokens: int = 1024
-    """Longest row; what happens to longer ones is `overlong`, and they are counted, never silent."""
+    """Maximum row length; longer rows are handled by `overlong` and counted."""
     overlong: Literal["cut", "drop"] = "cut"
-    """Rows over max_tokens are cut at their end, or dropped whole."""
+    """What to do with rows over max_tokens: truncate them at the end, or drop them."""
     train_on: Literal["assistant", "completion", "all"] = "assistant"
-    """`assistant` trains what the assistant wrote, stop tokens included; `completion` its last turn; `all` all text."""
+    """`assistant` trains all assistant turns, stop tokens included; `completion` only the last one; `all` all text."""
     neftune_alpha: float = 0.0
-    """Noise on the input embeddings while training (NEFTune): uniform, times alpha / sqrt(row length × width)."""
+    """NEFTune: uniform noise on the input embeddings, scaled by alpha / sqrt(row length × width); 0 adds none."""
 
 
 @dataclass(frozen=True)
 class SFTRecipe:
     """Supervised fine-tuning on texts or conversations.
 
-    In conversations only what the assistant wrote is trained. Several sources are mixed by weights:
+    In conversations, only the assistant's turns are trained. Several sources can be mixed with weights:
     a.jsonl*3 + b.jsonl*1.
     """
 
@@ -52,7 +52,7 @@ class SFTRecipe:
             raise ConfigError(f"algo.neftune_alpha={alpha} must be 0 (no noise) or a positive number; 5 is common.")
         if self.data.overlong != "refuse":
             raise ConfigError(
-                f'data.overlong="{self.data.overlong}" is about prompts to be answered; rows to learn from are limited '
-                "by algo.max_tokens. Set algo.overlong."
+                f'data.overlong="{self.data.overlong}" applies to prompts for sampling; training rows are limited by '
+                "algo.max_tokens. Set algo.overlong."
             )
         check_shared(self)

@@ -1,4 +1,4 @@
-"""Where the final answer stands in a text: pure functions that data files and verifiers share."""
+"""Extracts the final answer from a text; pure functions shared by data loading and verifiers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _COMMA_NUMBER = re.compile(r"(?<=\d),(?=\d{3})")
 
 
 def final_part(text: str) -> str:
-    """What follows the last `</think>`; everything where there is no thinking; "" where thinking never ended."""
+    """The text after the last `</think>`; the whole text if there is no thinking, "" if the thinking never ends."""
     head, closed, tail = text.rpartition("</think>")
     if "<think>" in tail:
         return ""
@@ -19,7 +19,7 @@ def final_part(text: str) -> str:
 
 
 def boxed(text: str) -> list[tuple[int, str]]:
-    r"""Start and content of every complete `\boxed{…}`, braces balanced, inner before outer."""
+    r"""Start and content of every complete `\boxed{…}` with balanced braces, inner before outer."""
     found: list[tuple[int, str]] = []
     opened: list[re.Match[str]] = []
     for brace in re.finditer(r"\\(?:boxed|fbox)\s*\{|[{}]", text):
@@ -31,9 +31,9 @@ def boxed(text: str) -> list[tuple[int, str]]:
 
 
 def marked_answer(text: str) -> str | None:
-    r"""The answer a text announces by `####`, `\boxed{}` or "the answer is"; the last one counts. None without one.
+    r"""The last answer that a text marks with `####`, `\boxed{}` or "the answer is", or None.
 
-    A sentence is read up to its end: "The answer is 3.5. Done." gives "3.5".
+    After "the answer is", the rest of the sentence counts: "The answer is 3.5. Done." gives "3.5".
     """
     found = boxed(text) + [(m.start(), m.group(1).strip()) for m in _MARKED.finditer(text)]
     found += [(m.start(), _SENTENCE_END.split(m.group(1))[0].strip(" *")) for m in _SAID.finditer(text)]
@@ -41,10 +41,10 @@ def marked_answer(text: str) -> str | None:
 
 
 def split_gold(text: str) -> tuple[str, str]:
-    r"""(gold, worked) of a reference solution.
+    r"""Splits a reference solution into (gold answer, worked solution).
 
-    GSM8K's `… #### 1,072` gives ("1072", "…") and a solution with `\boxed{}` gives (its content, the whole solution).
-    Any other text is the gold itself, with nothing worked.
+    GSM8K's `… #### 1,072` gives ("1072", "…"), and a solution with `\boxed{}` gives (its content, the whole solution).
+    Any other text is the gold answer itself, with an empty worked solution.
     """
     marks = list(_MARKED.finditer(text))
     if marks:
