@@ -1,9 +1,9 @@
-"""posttrain: post-train language models with reinforcement learning, from a laptop's CPU to a cluster.
+"""posttrain: post-train language models with reinforcement learning on one machine, from a laptop's CPU to a GPU.
 
 >>> import posttrain as pt
 >>> result = pt.grpo(model="abacus", tasks="arithmetic", out="runs/first")   # doctest: +SKIP
 
-Names are loaded on first use, so that importing the package does not load torch.
+Names are imported on first use, so importing the package does not load torch.
 """
 
 from __future__ import annotations

@@ -17,48 +17,31 @@ from typing import Any, Literal
 
 import torch
 
-import posttrain.algos.distill
-import posttrain.algos.dpo
-import posttrain.algos.grpo
-import posttrain.algos.online_dpo
-import posttrain.algos.ppo
-import posttrain.algos.prm
-import posttrain.algos.raft
-import posttrain.algos.reward
-import posttrain.algos.sft
-from posttrain import __version__, config, rng
-from posttrain.config import GRPORecipe
-from posttrain.data.tasks import load as task_sets
-from posttrain.evaluation import bias_probes as probes
+from posttrain import __version__, algos, config, rng
+from posttrain.config import EvalRecipe, Recipe
+from posttrain.data.tasks.load import TaskSets, read_tasks, write_tasks
+from posttrain.evaluation import bias_probes
 from posttrain.evaluation.accuracy import Report
 from posttrain.evaluation.accuracy import evaluate as evaluate_tasks
 from posttrain.evaluation.bias_probes import Finding
 from posttrain.models import heads
-from posttrain.models.load import Policy, load_policy, load_weights, save_pretrained
+from posttrain.models.load import Policy, load_policy, load_weights, save_pretrained, with_chat_format
 from posttrain.planner import estimate
 from posttrain.rewards.models import load_reward_model
-from posttrain.rollout import vllm
-from posttrain.rollout.build import Job, OnStep, Setup, final_answer, make_collector, speak, world_tasks
+from posttrain.rollout.build import engine_versions, make_collector
 from posttrain.rollout.collector import Collector, check_failures
+from posttrain.rollout.tasks import env_tasks
 from posttrain.store import checkpoint
-from posttrain.store.run import Event, Run, next_folder
-from posttrain.train import device as machine
+from posttrain.store.listing import next_folder
+from posttrain.store.run import Event, Run
+from posttrain.store.tracker import open_trackers
+from posttrain.train import device
 from posttrain.train.interrupt import Interrupt
+from posttrain.train.job import Job, Loop, OnStep, Setup
 from posttrain.types import ConfigError, Episode, ResumeError, Task
 
-ALGORITHMS: dict[str, Any] = {
-    "grpo": posttrain.algos.grpo,
-    "sft": posttrain.algos.sft,
-    "dpo": posttrain.algos.dpo,
-    "online-dpo": posttrain.algos.online_dpo,
-    "reward": posttrain.algos.reward,
-    "prm": posttrain.algos.prm,
-    "ppo": posttrain.algos.ppo,
-    "raft": posttrain.algos.raft,
-    "distill": posttrain.algos.distill,
-}
-"""Name → the algorithm's file: a module with `prepare(setup) -> Job`, one for every recipe class."""
-
+GIVEN = "given from Python"
+"""Stands in a header's recipe for tasks or a reward that were Python objects; the header's `given` names them."""
 Reward = str | Callable[..., Any]
 
 
@@ -86,19 +69,19 @@ def train(
     on_step: OnStep | None = None,
     **settings: Any,
 ) -> Result:
-    """Trains `model` with an algorithm of ALGORITHMS on `tasks`, a built-in name, file, hub id or list of Task.
+    """Trains `model` with an algorithm of `config.RECIPES` on `tasks`, a built-in name, file, hub id or list of Task.
 
     `reward`, where the algorithm has one, is `auto`, a verifier's name, `FILE.py:FUNCTION`, `model:FOLDER`, or a
     function `(completion, answer, **task) -> float`; None leaves the recipe's. Raises ConfigError for an unknown
     algorithm or setting.
     """
-    if algorithm not in ALGORITHMS:
-        raise ConfigError(f"unknown algorithm {algorithm!r}{config.nearest(algorithm, list(ALGORITHMS))}")
+    if algorithm not in config.RECIPES:
+        raise ConfigError(f"unknown algorithm {algorithm!r}{config.nearest(algorithm, list(config.RECIPES))}")
     given = None if isinstance(tasks, str) else list(tasks)
-    overrides = {"model.path": model, "data.tasks": tasks if given is None else "given from Python"}
+    overrides = {"model.path": model, "data.tasks": tasks if given is None else GIVEN}
     overrides |= {"run.out": str(out), **_dotted(settings)}
     if reward is not None:
-        overrides["reward.name"] = reward if isinstance(reward, str) else "given from Python"
+        overrides["reward.name"] = reward if isinstance(reward, str) else GIVEN
     recipe = config.resolve(algorithm, {}, overrides)
     return start(algorithm, recipe, on_step, given, None if isinstance(reward, str) else reward)
 
@@ -128,7 +111,7 @@ def sft(
 
 def start(
     algorithm: str,
-    recipe: Any,
+    recipe: Recipe,
     on_step: OnStep | None = None,
     given: list[Task] | None = None,
     reward: Callable[..., Any] | None = None,
@@ -136,9 +119,9 @@ def start(
 ) -> Result:
     """Makes a new run folder for a resolved recipe and runs it to the end.
 
-    `on_warning` hears before the model is loaded what `estimate.warning` says; the run folder keeps it, too.
+    `on_warning` gets the text of `estimate.warning` before the model is loaded; the run folder keeps it, too.
     """
-    warning = estimate.warning(algorithm, recipe)
+    warning = estimate.warning(recipe)
     if warning and on_warning:
         on_warning(warning)
     folder = Path(recipe.run.out) if recipe.run.out else next_folder(Path("runs"), algorithm)
@@ -159,16 +142,16 @@ def start(
     }
     with Run.create(folder, header) as store:
         if given is not None:
-            task_sets.write_tasks(folder / "tasks.jsonl", given)
+            write_tasks(folder / "tasks.jsonl", given)
         for note in job.notes:
             store.note(0, Event("info", "data", note))
         if warning:
             store.note(0, Event("warning", "memory", warning))
-        return _drive(store, job, on_step)
+        return _drive(store, recipe, job, on_step)
 
 
 def resume(folder: str | Path, reward: Callable[..., Any] | None = None, on_step: OnStep | None = None) -> Result:
-    """Continues a run from its newest checkpoint, to the same bits an uninterrupted run gives on this machine.
+    """Continues a run from its newest checkpoint; on the same machine the result is bit-exact.
 
     A reward that was given as a Python function has to be given again. Raises ResumeError for changed data, or a run
     that another process holds.
@@ -177,7 +160,7 @@ def resume(folder: str | Path, reward: Callable[..., Any] | None = None, on_step
     with Run.open(folder) as store:
         header = store.header
         algorithm = header["algorithm"]
-        recipe = config.resolve(algorithm, header["recipe"])
+        recipe: Recipe = config.stored(algorithm, header["recipe"])
         if done := store.summary():
             return Result(folder, done)
         if "reward" in header["given"] and reward is None:
@@ -185,8 +168,8 @@ def resume(folder: str | Path, reward: Callable[..., Any] | None = None, on_step
                 f"{folder} was started from Python with a reward function; continue it there with "
                 "posttrain.resume(folder, reward=function)."
             )
-        machine.set_threads(header["fingerprint"]["threads"])
-        given = task_sets.read_tasks(folder / "tasks.jsonl") if "tasks" in header["given"] else None
+        device.set_threads(header["fingerprint"]["threads"])
+        given = read_tasks(folder / "tasks.jsonl") if "tasks" in header["given"] else None
         job, fingerprint = prepare(algorithm, recipe, folder, given, reward)
         if job.data_hash != header["data"]:
             raise ResumeError(
@@ -197,34 +180,33 @@ def resume(folder: str | Path, reward: Callable[..., Any] | None = None, on_step
         step = saved.step if saved else 0
         for damaged in saved.skipped if saved else ():
             store.note(step, Event("warning", "checkpoint", f"passed over: {damaged}"))
-        if changed := machine.differences(header["fingerprint"], fingerprint):
-            text = f"Resumed on something else ({'; '.join(changed)}): the result may differ in its last bits."
+        if changed := device.differences(header["fingerprint"], fingerprint):
+            text = f"Resumed on a different setup ({'; '.join(changed)}): the result may differ by rounding."
             store.rewind(step + 1 if saved else 0)
             store.note(step, Event("warning", "fingerprint", text))
-        return _drive(store, job, on_step)
+        return _drive(store, recipe, job, on_step)
 
 
 def prepare(
-    algorithm: str, recipe: Any, folder: Path, given: list[Task] | None, reward: Callable[..., Any] | None
+    algorithm: str, recipe: Recipe, folder: Path, given: list[Task] | None, reward: Callable[..., Any] | None
 ) -> tuple[Job, dict[str, Any]]:
-    """Loads the model and the data and checks both; every refusal happens here, before step 0.
+    """Loads and checks the model and the data; everything that is refused is refused here, before step 0.
 
-    Returns the job and the fingerprint of the machine and model under which its bits repeat.
+    Returns the job and the fingerprint of the machine and model under which it is bit-exact.
     """
-    machine.set_threads(recipe.train.threads)
-    device = machine.device(recipe.train.device)
-    rng.seed_global(recipe.run.seed, "init")  # LoRA's first weights
-    policy = load_policy(recipe.model, device)
-    setup = Setup(recipe, policy, speak(policy, recipe.data.format), folder, given, reward)
-    job, made_by = ALGORITHMS[algorithm].prepare(setup), machine.fingerprint(policy, device)
-    if hasattr(recipe, "rollout") and recipe.rollout.engine == "vllm":
-        made_by["vllm"] = vllm.version()
-    return job, made_by
+    device.set_threads(recipe.train.threads)
+    on = device.resolve(recipe.train.device)
+    rng.seed_global(recipe.run.seed, "init")  # LoRA's initial weights
+    policy = load_policy(recipe.model, on)
+    setup = Setup(recipe, policy, with_chat_format(policy, recipe.data.format), folder, given, reward)
+    job = algos.load(algorithm).prepare(setup)
+    versions = engine_versions(recipe.rollout.engine) if isinstance(recipe, config.Sampling) else {}
+    return job, device.fingerprint(policy, on) | versions
 
 
-def _drive(store: Run, job: Job, on_step: OnStep | None) -> Result:
-    with Interrupt() as interrupt:
-        summary = job.run(store, on_step or (lambda step, values: None), interrupt)
+def _drive(store: Run, recipe: Recipe, job: Job, on_step: OnStep | None) -> Result:
+    with Interrupt() as interrupt, open_trackers(recipe.run.track, store):
+        summary = job.run(Loop(store, recipe.run, on_step or (lambda step, values: None), interrupt))
         if summary is not None:
             save_pretrained(job.policy, store.folder / "model")
             if job.policy.scalar is not None:
@@ -233,22 +215,21 @@ def _drive(store: Run, job: Job, on_step: OnStep | None) -> Result:
     return Result(store.folder, summary, interrupt.requested)
 
 
-def open_policy(path: str, cfg: config.ModelConfig | None = None, device: torch.device | str = "cpu") -> Policy:
+def open_policy(path: str, cfg: config.ModelConfig | None = None, on: torch.device | str = "cpu") -> Policy:
     """A model from a folder, hub id, `abacus`, or a run folder (its newest checkpoint, finished or not)."""
     if not (Path(path) / "run.json").exists():
-        return load_policy(replace(cfg or config.ModelConfig(), path=path), device)
+        return load_policy(replace(cfg or config.ModelConfig(), path=path), on)
     with Run.read(Path(path)) as store:
-        algorithm = store.header["algorithm"]
-        recipe = config.resolve(algorithm, store.header["recipe"])
+        recipe: Recipe = config.stored(store.header["algorithm"], store.header["recipe"])
     rng.seed_global(recipe.run.seed, "init")
-    policy = load_policy(recipe.model, device)
+    policy = load_policy(recipe.model, on)
     saved = checkpoint.latest(Path(path))
     if saved is None:
         raise ResumeError(f"{path} has no checkpoint yet; resume it, or use its base model {recipe.model.path!r}.")
     tensors = checkpoint.load(saved, only=["model"])[0]["model"]
     if (head := tensors.get("scalar.weight")) is not None:
         heads.attach_scalar(policy, len(head))
-        if algorithm in ("reward", "prm"):
+        if recipe.facts().trains == "scorer":
             heads.as_critic(policy)
     load_weights(policy, tensors)
     return policy
@@ -261,47 +242,49 @@ def evaluate(
     overrides = {"data.tasks": tasks, **_dotted(settings)}
     if isinstance(reward, str):
         overrides["reward.name"] = reward
-    return evaluate_recipe(model, config.resolve("grpo", {}, overrides), None if isinstance(reward, str) else reward)
+    return evaluate_recipe(
+        model, config.resolve_as(EvalRecipe, {}, overrides), None if isinstance(reward, str) else reward
+    )
 
 
 def evaluate_recipe(
-    model: str, recipe: GRPORecipe, reward: Callable[..., Any] | None = None
+    model: str, recipe: EvalRecipe, reward: Callable[..., Any] | None = None
 ) -> tuple[Report, list[list[Episode]]]:
     """The same for a resolved recipe: its data, rollout, eval and run.seed settings apply."""
-    sets, collector = _examination(model, recipe, reward)
-    return evaluate_tasks(collector, sets.test, recipe.eval.samples, 0, final_answer)
+    sets, collector = _held_out(model, recipe, reward)
+    return evaluate_tasks(collector, sets.test, recipe.eval.samples, 0)
 
 
 def sample_many(
-    model: str, recipe: GRPORecipe, split: Literal["held-out", "train"] = "held-out"
+    model: str, recipe: EvalRecipe, split: Literal["held-out", "train"] = "held-out"
 ) -> tuple[list[Task], list[list[Episode]]]:
     """`eval.samples` scored answers to each of `eval.problems` tasks, for posttrain.search.best_of_n to choose among.
 
     Raises RolloutError where more than `reward.max_failure_rate` of them could not be scored.
     """
-    sets, collector = _examination(model, recipe, None)
+    sets, collector = _held_out(model, recipe, None)
     tasks = sets.test if split == "held-out" else sets.train[: recipe.eval.problems]
     groups = collector.groups(tasks, recipe.eval.samples, 0, "best-of-n")
     check_failures(groups, recipe.reward.max_failure_rate)
     return tasks, groups
 
 
-def _examination(
-    model: str, recipe: GRPORecipe, reward: Callable[..., Any] | None
-) -> tuple[task_sets.TaskSets, Collector]:
+def _held_out(model: str, recipe: EvalRecipe, reward: Callable[..., Any] | None) -> tuple[TaskSets, Collector]:
     """The judged tasks of a recipe and a collector of the model's answers at `eval.temperature`."""
-    machine.set_threads(recipe.train.threads)
-    policy = open_policy(model, recipe.model, machine.device(recipe.train.device))
-    chat = speak(policy, recipe.data.format)
-    sets, verify, env = world_tasks(recipe, chat, None, reward)
+    device.set_threads(recipe.train.threads)
+    policy = open_policy(model, recipe.model, device.resolve(recipe.train.device))
+    chat = with_chat_format(policy, recipe.data.format)
+    sets, verify, env = env_tasks(recipe, chat, None, reward)
     collector = make_collector(policy, chat, verify, recipe, env)
     return sets, replace(collector, params=replace(collector.params, temperature=recipe.eval.temperature))
 
 
 def probe(model: str, tasks: str = "arithmetic", count: int = 64, seed: int = 0) -> list[Finding]:
     """Bias probes of the reward model in a folder (`A+B` for several), each with an interval and an example."""
-    scorer = load_reward_model(model, config.RewardConfig(), machine.device("auto"))
-    return probes.probe(scorer.scores, probes.load_items(config.DataConfig(tasks=tasks, count=count), count, seed))
+    scorer = load_reward_model(model, config.RewardConfig(), device.resolve("auto"))
+    return bias_probes.probe(
+        scorer.scores, bias_probes.load_items(config.DataConfig(tasks=tasks, count=count), count, seed)
+    )
 
 
 def _dotted(settings: Mapping[str, Any]) -> dict[str, Any]:

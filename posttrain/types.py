@@ -387,3 +387,8 @@ def add_stats(rows: Sequence[Mapping[str, Stat]]) -> dict[str, Stat]:
         for name, stat in row.items():
             out[name] = out[name] + stat if name in out else stat
     return out
+
+
+def stat_values(rows: Sequence[Mapping[str, Stat]]) -> dict[str, float]:
+    """Adds stats key by key and takes their values: the metrics of a step."""
+    return {name: stat.value for name, stat in add_stats(rows).items()}

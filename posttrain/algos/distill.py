@@ -13,8 +13,7 @@ so it is strictly on-policy; answers of the teacher or of a data set are not mix
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,39 +24,36 @@ from posttrain import rng
 from posttrain.config import ModelConfig
 from posttrain.config.distill import DistillConfig, DistillRecipe
 from posttrain.data import batching
-from posttrain.evaluation.accuracy import Examiner
+from posttrain.evaluation.accuracy import Evaluator
 from posttrain.models.load import Policy, load_policy
 from posttrain.objectives.advantages import flat_groups
 from posttrain.objectives.distill import DIVERGENCES, reverse_kl, sampled_reverse_kl
-from posttrain.rollout.build import Job, OnStep, Setup, final_answer, judged_tasks, make_collector
+from posttrain.rollout.build import make_collector
 from posttrain.rollout.collector import (
     Collector,
-    check_failures,
     episode_rows,
     episode_stats,
     rewards_tensor,
-    timings,
+    sample_step,
+    sampled_tokens,
     to_sample,
 )
-from posttrain.store import checkpoint
-from posttrain.store.failpoints import failpoint
-from posttrain.store.run import Event, Run
-from posttrain.train import forward
-from posttrain.train.interrupt import Interrupt
-from posttrain.train.learner import Learner
-from posttrain.types import Batch, ConfigError, ResumeError, Stat, Task, TrainingDiverged, add_stats
+from posttrain.rollout.tasks import judged_tasks
+from posttrain.store.checkpoint import weights_digest
+from posttrain.train import forward, health
+from posttrain.train.job import Job, Loop, Setup, Summary
+from posttrain.train.learner import make_learner
+from posttrain.types import Batch, ConfigError, ResumeError, Stat, Task, stat_values
 
 
-def prepare(setup: Setup) -> Job:
-    """The job of a recipe: judged tasks, the teacher, a collector on the policy being trained, an examination."""
+def prepare(setup: Setup[DistillRecipe]) -> Job:
+    """The teacher, judged tasks, a collector on the policy being trained, held-out evaluation."""
     recipe, policy = setup.recipe, setup.policy
     teacher = load_teacher(recipe, policy)
     sets, verify = judged_tasks(recipe, setup.chat, setup.given, setup.reward)
     collector = make_collector(policy, setup.chat, verify, recipe)
-    examine = Examiner(collector, sets.test, recipe.eval.samples, recipe.eval.temperature, final_answer)
-    return Job(
-        policy, sets.hash, sets.notes, lambda *rest: run(recipe, policy, teacher, collector, sets.train, examine, *rest)
-    )
+    parts = (recipe, policy, teacher, collector, sets.train, Evaluator(collector, sets.test, recipe.eval))
+    return Job(policy, sets.hash, sets.notes, lambda loop: run(*parts, loop))
 
 
 def load_teacher(recipe: DistillRecipe, student: Policy) -> Policy:
@@ -160,92 +156,43 @@ def run(
     policy: Policy,
     teacher: Policy,
     collector: Collector,
-    train_tasks: Sequence[Task],
-    examine: Examiner,
-    store: Run,
-    on_step: OnStep,
-    interrupt: Interrupt,
-) -> dict[str, Any] | None:
-    """Trains until `train.steps`, from the run's newest checkpoint if it has one.
+    tasks: Sequence[Task],
+    evaluator: Evaluator,
+    loop: Loop,
+) -> Summary | None:
+    """Trains until `train.steps`. Everything random is a function of (run.seed, step, task, completion).
 
-    Everything random is a function of (run.seed, step, task, attempt), so a run that was killed anywhere and resumed
-    ends with the same bits. Returns the summary, or None when `interrupt` asked it to stop (saved, resumable). Raises
-    ResumeError where the teacher is not the one the run was saved with.
+    Raises ResumeError where the teacher is not the one the run was saved with.
     """
-    cfg, seed = recipe.algo, recipe.run.seed
-    temperature = recipe.rollout.temperature
-    learner = Learner(policy, recipe.train, recipe.train.steps, temperature, make_forward(teacher, cfg))
-    digest = checkpoint.weights_digest(dict(teacher.model.named_parameters()))
-    step = 0
-    if saved := checkpoint.latest(store.folder):
-        tensors, state = checkpoint.load(saved)
+    cfg, train = recipe.algo, recipe.train
+    learner = make_learner(policy, train, train.steps, recipe.rollout.temperature, make_forward(teacher, cfg))
+    digest = weights_digest(dict(teacher.model.named_parameters()))
+
+    def check(state: Mapping[str, Any]) -> None:
         if state["teacher"] != digest:
             raise ResumeError(
-                f"the teacher {cfg.teacher!r} of {store.folder} has other weights than when the run was saved. "
+                f"the teacher {cfg.teacher!r} of {loop.store.folder} has other weights than when the run was saved. "
                 "Restore it, or start a new run."
             )
-        learner.load(tensors, state["learner"])
-        step = state["step"]
 
-    if step == 0:
-        values, rows = examine(0)
-        store.write(0, values, {}, rows)
-        on_step(0, values)
-
-    while step < recipe.train.steps and not interrupt.requested:
-        failpoint("step:start")
-        start = time.monotonic()
-        collector.generator.load(learner.weights(), version=step)
-        tasks = [train_tasks[i] for i in rng.draw_order(len(train_tasks), step * cfg.prompts, cfg.prompts, seed)]
-        groups = collector.groups(tasks, cfg.group_size, step)  # P lists of G episodes
-        check_failures(groups, recipe.reward.max_failure_rate)
-        sampled = time.monotonic()
-        failpoint("step:rollouts-done")
-
+    loop.restore(learner, check)
+    for step in loop.steps(train.steps, lambda at: evaluator(at, learner.weights()), recipe.eval.every):
+        asked, groups = sample_step(collector, tasks, recipe, learner.weights(), step)
+        loop.sampled(sampled_tokens(groups))
         samples = [to_sample(e, 0.0) for g in groups for e in g]
-        rng.seed_global(seed, "update", step)  # dropout, if the model has any
+        rng.seed_global(recipe.run.seed, "update", step)  # dropout, if the model has any
         batches = batching.micro(
-            samples, recipe.train.tokens_per_pass, cfg.aggregate, recipe.rollout.max_tokens, policy.device
+            samples, train.micro_batch_tokens, cfg.aggregate, recipe.rollout.max_tokens, policy.device
         )
         stats = [episode_stats(groups, int(flat_groups(rewards_tensor(groups)).sum()))]
-        stats += [learner.forward_backward(batch, loss) for batch in batches]
-        stats.append(learner.step())
-        step += 1
-        failpoint("step:updated")
-
-        values = {name: stat.value for name, stat in add_stats(stats).items()}
-        times = timings(groups, start, sampled)
-        rows = episode_rows("train", step, groups, tasks)
-        if step == recipe.train.steps or (recipe.eval.every and step % recipe.eval.every == 0):
-            measured, eval_rows = examine(step, learner.weights())
-            values, rows = values | measured, rows + eval_rows
-        failpoint("step:before-store")
-        store.write(step, values, times, rows, _events(values))
-        failpoint("step:after-store")
-        on_step(step, values | times)
-        _stop_on_mismatch(recipe, step, values)
-        if step % recipe.run.checkpoint_every == 0 or step == recipe.train.steps or interrupt.requested:
-            failpoint("step:before-checkpoint")
-            tensors, state = learner.state()
-            whole = {"step": step, "teacher": digest, "learner": state}
-            checkpoint.save(store.folder, step, tensors, whole, recipe.run.keep)
-            failpoint("step:after-checkpoint")
-    if step < recipe.train.steps:
-        return None
-    before, after = store.at(0), store.at(step)
-    return {"steps": step, "before": before, "after": after, "weights": checkpoint.weights_digest(learner.weights())}
-
-
-def _events(values: dict[str, float]) -> list[Event]:
-    """What a person should know about this step."""
-    unscored = values["unscored"]
-    return [Event("warning", "unscored", f"{unscored:.0f} attempts could not be scored.")] if unscored else []
-
-
-def _stop_on_mismatch(recipe: DistillRecipe, step: int, values: dict[str, float]) -> None:
-    """Raises TrainingDiverged when sampler and learner disagree."""
-    if values["mismatch"] > recipe.algo.max_mismatch:
-        raise TrainingDiverged(
-            f"step {step}: sampler and learner differ by {values['mismatch']:.3g} in a token's log-probability "
-            f"(allowed: algo.max_mismatch={recipe.algo.max_mismatch}). The rollouts are not from this policy."
+        stats += [*learner.forward_backward(batches, loss), learner.step()]
+        values = stat_values(stats)
+        loop.end(
+            learner,
+            values,
+            episode_rows("train", step + 1, groups, asked),
+            events=health.unscored(values),
+            hopeless=health.mismatch(values, cfg.max_mismatch),
+            state={"teacher": digest},
         )
+    return loop.summary(learner)

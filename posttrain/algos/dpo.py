@@ -16,7 +16,6 @@ model has it in training, and off in the reference.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -27,28 +26,20 @@ import torch
 from posttrain import rng
 from posttrain.config.dpo import DPOConfig, DPORecipe
 from posttrain.data import batching
-from posttrain.evaluation.accuracy import Examiner, bootstrap
+from posttrain.data.pairs import judgement_rows, pair_rows
+from posttrain.evaluation.accuracy import Evaluator, bootstrap
 from posttrain.models.load import Policy, load_policy
 from posttrain.objectives.preference import PAIR_LOSSES, implicit_rewards, kto, kto_baseline, sequence_logp
 from posttrain.objectives.tokens import kl_k2
-from posttrain.rollout.build import Job, OnStep, Setup, final_answer, make_collector
+from posttrain.rollout.build import make_collector
 from posttrain.rollout.collector import with_logp
-from posttrain.rollout.sample_pairs import (
-    JudgementSets,
-    PairSets,
-    judgement_rows,
-    load_judgements,
-    load_pairs,
-    pair_rows,
-)
-from posttrain.store import checkpoint
-from posttrain.store.failpoints import failpoint
-from posttrain.store.run import EpisodeRow, Run
-from posttrain.train import device as machine
-from posttrain.train.interrupt import Interrupt
-from posttrain.train.learner import Learner, Loss
-from posttrain.train.reference import reference_logprobs
-from posttrain.types import Batch, ConfigError, DataError, Sample, Stat, add_stats
+from posttrain.rollout.sample_pairs import JudgementSets, PairSets, load_judgements, load_pairs
+from posttrain.store.run import EpisodeRow
+from posttrain.train.device import model_hash
+from posttrain.train.job import Job, Loop, Metrics, Setup, Summary
+from posttrain.train.learner import Learner, Loss, make_learner
+from posttrain.train.reference_cache import reference_logprobs
+from posttrain.types import Batch, ConfigError, DataError, Sample, Stat, stat_values
 
 
 @dataclass(frozen=True)
@@ -69,14 +60,14 @@ class Feedback:
     def __len__(self) -> int:
         return len(self.rows) // self.together
 
-    def take(self, order: Sequence[int]) -> Feedback:
+    def subset(self, order: Sequence[int]) -> Feedback:
         """The pieces of feedback of these numbers."""
         rows = [self.rows[i * self.together + k] for i in order for k in range(self.together)]
         return Feedback(rows, self.together, [self.mismatched[i] for i in order] if self.mismatched else [])
 
 
-def prepare(setup: Setup) -> Job:
-    """The job of a recipe: feedback as token rows with the reference's log-probabilities, a share of it held out."""
+def prepare(setup: Setup[DPORecipe]) -> Job:
+    """Feedback as token rows with the reference's log-probabilities, a share of it held out."""
     recipe, policy = setup.recipe, setup.policy
     unpaired = recipe.algo.loss == "kto"
     sets = load_judgements(setup) if unpaired else load_pairs(setup)
@@ -85,9 +76,9 @@ def prepare(setup: Setup) -> Job:
     if recipe.algo.referenced:
         train, test, more = with_reference(train, test, recipe, policy)
         notes += more
-    examine = make_examiner(setup, sets)
-    content = f"{sets.hash}+{machine.model_hash(recipe.algo.reference)}" if recipe.algo.reference else sets.hash
-    return Job(policy, content, sets.notes + notes, lambda *rest: run(recipe, policy, train, test, examine, *rest))
+    evaluator = make_evaluator(setup, sets)
+    content = f"{sets.hash}+{model_hash(recipe.algo.reference)}" if recipe.algo.reference else sets.hash
+    return Job(policy, content, sets.notes + notes, lambda loop: run(recipe, policy, train, test, evaluator, loop))
 
 
 def make_loss(cfg: DPOConfig, beta: float, baseline: torch.Tensor | None = None) -> Loss:
@@ -151,83 +142,40 @@ def beta_at(cfg: DPOConfig, step: int, steps: int) -> float:
 
 
 def run(
-    recipe: DPORecipe,
-    policy: Policy,
-    train: Feedback,
-    test: Feedback,
-    examine: Examiner | None,
-    store: Run,
-    on_step: OnStep,
-    interrupt: Interrupt,
-) -> dict[str, Any] | None:
-    """Trains for `train.steps` steps (0: one pass over the feedback), from the newest checkpoint if there is one.
+    recipe: DPORecipe, policy: Policy, train: Feedback, test: Feedback, evaluator: Evaluator | None, loop: Loop
+) -> Summary | None:
+    """Trains for `train.steps` steps (0: one pass over the feedback)."""
+    cfg, room, seed = recipe.algo, recipe.train.micro_batch_tokens, recipe.run.seed
+    total = recipe.train.steps or math.ceil(len(train) / cfg.batch_pairs)
+    learner = make_learner(policy, recipe.train, total)
+    loop.restore(learner)
 
-    Returns the summary, or None when `interrupt` asked it to stop (then it is saved and resumable).
-    """
-    cfg, seed = recipe.algo, recipe.run.seed
-    steps = recipe.train.steps or math.ceil(len(train) / cfg.batch_pairs)
-    learner = Learner(policy, recipe.train, steps)
-    step = 0
-    if saved := checkpoint.latest(store.folder):
-        tensors, state = checkpoint.load(saved)
-        learner.load(tensors, state["learner"])
-        step = state["step"]
+    def evaluate(step: int) -> tuple[Metrics, list[EpisodeRow]]:
+        values = held_out(learner, test, cfg)
+        if evaluator is None:
+            return values, []
+        sampled, episodes = evaluator(step, learner.weights())
+        return values | sampled, episodes
 
-    def measure() -> tuple[dict[str, float], list[EpisodeRow]]:
-        values, rows = held_out(learner, test, cfg), []
-        if examine is not None:
-            sampled, rows = examine(step, learner.weights())
-            values |= sampled
-        return values, rows
-
-    if step == 0:
-        values, episodes = measure()
-        store.write(0, values, {}, episodes)
-        on_step(0, values)
-
-    while step < steps and not interrupt.requested:
-        failpoint("step:start")
-        start = time.monotonic()
+    for step in loop.steps(total, evaluate, recipe.eval.every):
         order = rng.draw_order(len(train), step * cfg.batch_pairs, cfg.batch_pairs, seed)
         if not recipe.train.steps:  # one pass: the last step takes what is left
             order = order[: len(train) - step * cfg.batch_pairs]
-        part = train.take(order)
-        beta = beta_at(cfg, step, steps)
+        part, beta = train.subset(order), beta_at(cfg, step, total)
         baseline = mismatch_kl(learner, part, cfg)  # over the whole optimizer batch
         rng.seed_global(seed, "update", step)  # dropout, if the model has any
-        room = recipe.train.tokens_per_pass
         batches = batching.micro(
             part.rows, room, "seq-mean-token-sum", device=policy.device, together=part.together
         )  # a row's tokens all weigh 1 / rows
-        stats = [learner.forward_backward(batch, make_loss(cfg, beta, baseline)) for batch in batches]
+        stats = learner.forward_backward(batches, make_loss(cfg, beta, baseline))
         stats += [learner.step(), {"beta": Stat(beta)}]
         if baseline is not None:
             stats.append({"kl_baseline": Stat(baseline.item())})
-        step += 1
-        failpoint("step:updated")
-        values = {name: stat.value for name, stat in add_stats(stats).items()}
-        tokens, seconds = sum(len(r.tokens) for r in part.rows), time.monotonic() - start
-        timings = {"seconds": seconds, "tokens_per_second": tokens / seconds}
-        episodes: list[EpisodeRow] = []
-        if step == steps or (recipe.eval.every and step % recipe.eval.every == 0):
-            measured, episodes = measure()
-            values |= measured
-        failpoint("step:before-store")
-        store.write(step, values, timings, episodes)
-        failpoint("step:after-store")
-        on_step(step, values | timings)
-        if step % recipe.run.checkpoint_every == 0 or step == steps or interrupt.requested:
-            failpoint("step:before-checkpoint")
-            tensors, state = learner.state()
-            checkpoint.save(store.folder, step, tensors, {"step": step, "learner": state}, recipe.run.keep)
-            failpoint("step:after-checkpoint")
-    if step < steps:
-        return None
-    before, after = store.at(0), store.at(step)
-    return {"steps": step, "before": before, "after": after, "weights": checkpoint.weights_digest(learner.weights())}
+        loop.end(learner, stat_values(stats), tokens=sum(len(r.tokens) for r in part.rows))
+    return loop.summary(learner)
 
 
-def feedback(items: Sequence[Any], setup: Setup, unpaired: bool) -> tuple[Feedback, list[str]]:
+def feedback(items: Sequence[Any], setup: Setup[DPORecipe], unpaired: bool) -> tuple[Feedback, list[str]]:
     """Token rows of preferences or judgements, and notes on what was cut."""
     most = setup.recipe.pairs.max_tokens
     if not unpaired:
@@ -266,7 +214,7 @@ def mismatch_kl(learner: Learner, part: Feedback, cfg: DPOConfig) -> torch.Tenso
     """KTO's z₀ of one optimizer batch, a scalar under the current weights; None for pairs."""
     if not part.mismatched:
         return None
-    now = learner.sample_logprobs(part.mismatched)
+    now = learner.logprobs(part.mismatched)
     return kto_baseline(answer_logp(now, part.mismatched, cfg), answer_logp(None, part.mismatched, cfg))
 
 
@@ -288,7 +236,7 @@ def held_out(learner: Learner, test: Feedback, cfg: DPOConfig) -> dict[str, floa
     if not len(test):
         return {}
     labels, margins = (torch.tensor([getattr(row, name) for row in test.rows]) for name in ("label", "margin"))
-    answers = answer_logp(learner.sample_logprobs(test.rows), test.rows, cfg)
+    answers = answer_logp(learner.logprobs(test.rows), test.rows, cfg)
     refs = answer_logp(None, test.rows, cfg)
     each, right, stats = compare(cfg, cfg.beta, answers, refs, labels, margins, mismatch_kl(learner, test, cfg))
     by_prompt: dict[bytes, list[float]] = {}
@@ -311,7 +259,7 @@ def with_reference(
     """Both with the reference's log-probabilities: those of the weights as they are before training. And notes."""
     model = load_reference(recipe, policy) if recipe.algo.reference else policy
     parts = (train.rows, train.mismatched, test.rows, test.mismatched)
-    values, notes = reference_logprobs(model, [row for part in parts for row in part], recipe.train.tokens_per_pass)
+    values, notes = reference_logprobs(model, [row for part in parts for row in part], recipe.train.micro_batch_tokens)
     left = iter(values)
     filled = [with_logp(part, "ref_logp", lambda rows: [next(left) for _ in rows]) for part in parts]
     return Feedback(filled[0], train.together, filled[1]), Feedback(filled[2], test.together, filled[3]), notes
@@ -324,7 +272,7 @@ def load_reference(recipe: DPORecipe, policy: Policy) -> Policy:
         model = load_policy(replace(recipe.model, path=name, lora_rank=0), str(policy.device))
     except ConfigError as error:
         raise ConfigError(
-            f"the reference cannot be had: {error} Or set algo.reference_free, to compare with nothing."
+            f"cannot load the reference model: {error} Or set algo.reference_free, to train without one."
         ) from None
     if model.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
         raise ConfigError(
@@ -346,13 +294,12 @@ def check(train: Feedback, cfg: DPOConfig) -> None:
         raise DataError(f"{labels.count(0.5)} pairs are ties (label 0.5), which robust divides by 0. Remove them.")
 
 
-def make_examiner(setup: Setup, sets: PairSets | JudgementSets) -> Examiner | None:
-    """A sampled examination on the held-out tasks, where the feedback came from judged tasks."""
+def make_evaluator(setup: Setup[DPORecipe], sets: PairSets | JudgementSets) -> Evaluator | None:
+    """Sampled evaluation on the held-out tasks, where the feedback came from judged tasks."""
     if sets.tasks is None or sets.verify is None:
         return None
     collector = make_collector(setup.policy, setup.chat, sets.verify, setup.recipe)
-    eval = setup.recipe.eval
-    return Examiner(collector, sets.tasks.test, eval.samples, eval.temperature, final_answer)
+    return Evaluator(collector, sets.tasks.test, setup.recipe.eval)
 
 
 def _right(gap: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ is no critic and, by default, no reference model.
 What this file decides, and where implementations differ: advantages are not divided by the group's standard deviation
 (Dr. GRPO) unless `std`; tokens are weighted equally over the whole optimizer batch (DAPO's token-mean) unless
 `aggregate` says otherwise; the stop token is trained; answers cut by max_tokens are trained as they were scored unless
-`drop_truncated`; an answer that could not be scored has weight 0. With one minibatch, one epoch and no lag the update
+`mask_truncated`; an answer that could not be scored has weight 0. With one minibatch, one epoch and no lag the update
 is strictly on-policy: `old_logp` is `logp` itself, the ratio is 1 and nothing clips. `posttrain presets` lists the
 choices of papers and other implementations, each of which is a set of the settings in config/grpo.py.
 """
@@ -15,11 +15,10 @@ choices of papers and other implementations, each of which is a set of the setti
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Sequence
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +26,7 @@ import torch
 from posttrain import rng
 from posttrain.config import GRPOConfig, GRPORecipe
 from posttrain.data import batching
-from posttrain.evaluation.accuracy import Examiner
+from posttrain.evaluation.accuracy import Evaluator
 from posttrain.models.load import Policy
 from posttrain.objectives.advantages import (
     batch_relative,
@@ -40,44 +39,53 @@ from posttrain.objectives.advantages import (
 )
 from posttrain.objectives.policy import POLICY_LOSSES, is_correction
 from posttrain.objectives.tokens import KL_ESTIMATORS, whiten
-from posttrain.rollout.build import Job, OnStep, Setup, final_answer, make_collector, world_tasks
+from posttrain.rollout.build import make_collector
 from posttrain.rollout.collector import (
     Collector,
     check_failures,
     episode_rows,
     episode_stats,
-    timings,
+    sampled_tokens,
     to_samples,
     turn_returns,
     turns_of,
     with_logp,
 )
 from posttrain.rollout.curriculum import Curriculum
-from posttrain.rollout.dynamic_sampling import Sampled, gather, shaped_rewards
-from posttrain.rollout.prefetch import Ahead
-from posttrain.store import checkpoint
-from posttrain.store.failpoints import failpoint
-from posttrain.store.run import Event, Run
+from posttrain.rollout.dynamic_sampling import SampledGroups, sample_groups, shaped_rewards
+from posttrain.rollout.prefetch import Prefetcher
+from posttrain.rollout.tasks import env_tasks
+from posttrain.store.run import EpisodeRow, Event
+from posttrain.train import health
 from posttrain.train.forward import token_stats, token_stats_with_entropy
-from posttrain.train.frozen import frozen_start
-from posttrain.train.interrupt import Interrupt
-from posttrain.train.learner import Learner, Loss
-from posttrain.types import Batch, Episode, Sample, Stat, Task, TrainingDiverged, add_stats
+from posttrain.train.job import Job, Loop, Metrics, Setup, Summary
+from posttrain.train.learner import Learner, Loss, make_learner
+from posttrain.train.reference import frozen_reference
+from posttrain.types import Batch, Episode, Sample, Stat, Task, stat_values
 
 
-def prepare(setup: Setup) -> Job:
-    """The job of a recipe: judged tasks, a collector on the policy being trained, an examination."""
+@dataclass
+class Progress:
+    """What a run carries from step to step besides weights and optimizer. All of it is in the checkpoint."""
+
+    flat_steps: int = 0
+    cursor: int = 0  # position in the tasks
+    ema: float | None = None  # running mean of the rewards
+
+
+def prepare(setup: Setup[GRPORecipe]) -> Job:
+    """Judged tasks, a collector on the policy being trained (or on a copy whose weights lag), held-out evaluation."""
     recipe, policy = setup.recipe, setup.policy
-    sets, verify, env = world_tasks(recipe, setup.chat, setup.given, setup.reward)
+    sets, verify, env = env_tasks(recipe, setup.chat, setup.given, setup.reward)
     collector = make_collector(policy, setup.chat, verify, recipe, env)
-    examine = Examiner(collector, sets.test, recipe.eval.samples, recipe.eval.temperature, final_answer)
+    evaluate = Evaluator(collector, sets.test, recipe.eval)
     if recipe.algo.max_lag or recipe.algo.overlap:  # a sampler that lags has weights of its own
         collector = make_collector(copy.deepcopy(policy), setup.chat, verify, recipe, env)
 
-    def start(store: Run, on_step: OnStep, interrupt: Interrupt) -> dict[str, Any] | None:
-        with Ahead[Sampled](recipe.algo.overlap) as ahead:
-            stoppable = replace(collector, check=ahead.check)
-            return run(recipe, policy, stoppable, sets.train, examine, ahead, store, on_step, interrupt)
+    def start(loop: Loop) -> Summary | None:
+        with Prefetcher[SampledGroups]() if recipe.algo.overlap else nullcontext() as prefetch:
+            sampler = replace(collector, check=prefetch.check) if prefetch else collector
+            return run(recipe, policy, sampler, sets.train, evaluate, prefetch, loop)
 
     return Job(policy, sets.hash, sets.notes, start)
 
@@ -116,75 +124,56 @@ def run(
     recipe: GRPORecipe,
     policy: Policy,
     collector: Collector,
-    train_tasks: Sequence[Task],
-    examine: Examiner,
-    ahead: Ahead[Sampled],
-    store: Run,
-    on_step: OnStep,
-    interrupt: Interrupt,
-) -> dict[str, Any] | None:
-    """Trains until `train.steps`, from the run's newest checkpoint if it has one.
-
-    Everything random is a function of (run.seed, step, task, attempt), so a run that was killed anywhere and resumed
-    ends with the same bits. Returns the summary, or None when `interrupt` asked it to stop (saved, resumable).
-    """
-    cfg, seed, sampler = recipe.algo, recipe.run.seed, collector.generator
-    updates = cfg.minibatches * cfg.epochs
-    lags = cfg.overlap or cfg.max_lag > 0
+    tasks: Sequence[Task],
+    evaluator: Evaluator,
+    prefetch: Prefetcher[SampledGroups] | None,
+    loop: Loop,
+) -> Summary | None:
+    """Trains until `train.steps`. Everything random is a function of (run.seed, step, task, completion)."""
+    cfg, train, seed, sampler = recipe.algo, recipe.train, recipe.run.seed, collector.generator
+    updates, lags = cfg.minibatches * cfg.epochs, cfg.overlap or cfg.max_lag > 0
     forward = token_stats_with_entropy if cfg.entropy_coef else token_stats
-    room, temperature = recipe.train.tokens_per_pass, recipe.rollout.temperature
-    learner = Learner(policy, recipe.train, recipe.train.steps * updates, temperature, forward)
-    reference = frozen_start(recipe.model, policy, room, temperature) if cfg.kl_coef else None
+    temperature = recipe.rollout.temperature
+    learner = make_learner(policy, train, train.steps * updates, temperature, forward)
+    reference = None
+    if cfg.kl_coef:
+        reference = frozen_reference(recipe.model, policy, train.micro_batch_tokens, temperature)
     loss = make_loss(recipe)
-    curriculum = Curriculum(train_tasks, cfg.curriculum, seed)
-    step, flat_steps, cursor, ema = 0, 0, 0, None
-    if saved := checkpoint.latest(store.folder):
-        tensors, state = checkpoint.load(saved)
-        learner.load(tensors, state["learner"])
-        step, flat_steps, cursor, ema = (state[name] for name in ("step", "flat_steps", "cursor", "ema"))
-        curriculum.load(state.get("curriculum", {}))
-        if "sampler" in tensors:
-            sampler.load(tensors["sampler"], state["sampler"])
+    curriculum, at = Curriculum(tasks, cfg.curriculum, seed), Progress()
+    if saved := loop.restore(learner):
+        at = Progress(*(saved[name] for name in ("flat_steps", "cursor", "ema")))
+        curriculum.load(saved.get("curriculum", {}))
+        if "sampler" in saved["tensors"]:
+            sampler.load(saved["tensors"]["sampler"], saved["sampler"])
+    sample = partial(sample_groups, recipe, collector, tasks, curriculum)
 
-    if step == 0:
-        values, rows = examine(0)
-        store.write(0, values, {}, rows)
-        on_step(0, values)
+    def evaluate(step: int) -> tuple[Metrics, list[EpisodeRow]]:
+        if prefetch:
+            prefetch.wait()  # so that the reward is not called from two threads at once
+        return evaluator(step, learner.weights())
 
-    while step < recipe.train.steps and not interrupt.requested:
-        failpoint("step:start")
-        start = time.monotonic()
+    for step in loop.steps(train.steps, evaluate, recipe.eval.every):
         if step == 0 or not (cfg.overlap or step % (cfg.max_lag + 1)):
             sampler.load(learner.weights(), version=step)
-        now = partial(gather, recipe, collector, train_tasks, curriculum, cursor, step)
-        sampled, hidden = ahead.take(now)  # P groups of G episodes, some of them dropped
-        groups, cursor = sampled.groups, cursor + len(sampled.groups)
+        sampled, hidden = prefetch.take() if prefetch and prefetch.started else (sample(at.cursor, step), 0.0)
+        groups = sampled.groups  # P groups of G episodes; dynamic sampling drops some of them
+        at.cursor += len(groups)
         difficulty = curriculum.learn(groups)
         check_failures(groups, recipe.reward.max_failure_rate)
-        finished = time.monotonic()
-        failpoint("step:rollouts-done")
-        if cfg.overlap:  # the next answers are written while these are learned from, with the weights of this moment
+        loop.sampled(sampled_tokens(groups), hidden)
+        if cfg.overlap:  # sample the next step while training on this one, with the weights of this moment
             sampler.load(learner.weights(), version=step)
-            if step + 1 < recipe.train.steps:
-                ahead.start(partial(gather, recipe, collector, train_tasks, curriculum, cursor, step + 1))
+            if prefetch and step + 1 < train.steps:
+                prefetch.start(partial(sample, at.cursor, step + 1))
 
         rewards = shaped_rewards(recipe, groups)  # (P, G)
-        episodes = [e for group in groups for e in group]  # P·G, group after group
-        rows_of = [to_samples(e, 0.0) for e in episodes]  # one row each, more where a history was edited
-        samples = [sample for own in rows_of for sample in own]
-        owner = torch.tensor([i for i, own in enumerate(rows_of) for _ in own])  # row → attempt
-        trusted = cfg.old_logp == "sampler" and updates > 1
-        if trusted:  # the first minibatch's passes measure whether it may be
-            samples = [replace(s, old_logp=s.behaviour_logp) for s in samples]
-        elif updates > 1 or (lags and cfg.is_cap):  # remember the policy before this step's first update
-            samples = with_logp(samples, "old_logp", learner.sample_logprobs)
-        elif lags:  # the ratio itself corrects for the older sampler
-            samples = [replace(s, old_logp=s.behaviour_logp) for s in samples]
+        samples, owner = training_rows(groups)
+        samples = with_old_logp(cfg, samples, learner, lags)
         if reference is not None:
             samples = with_logp(samples, "ref_logp", reference)
-        baseline = ema if sampled.greedy is None else sampled.greedy
+        baseline = at.ema if sampled.greedy is None else sampled.greedy
         samples, rewards, advantages = credit(cfg, samples, rewards, baseline, learner, owner, groups)
-        ema = moving_mean(ema, rewards, cfg.ema_decay)
+        at.ema = moving_mean(at.ema, rewards, cfg.ema_decay)
         samples = trained(cfg, samples, groups, sampled.kept, owner)
 
         rng.seed_global(seed, "update", step)  # dropout, if the model has any
@@ -196,48 +185,56 @@ def run(
             for minibatch in batching.minibatches(samples, cfg.minibatches, rng.key(seed, "minibatch", step, epoch)):
                 batches = batching.micro(
                     minibatch,
-                    room,
+                    train.micro_batch_tokens,
                     cfg.aggregate,
                     recipe.rollout.max_tokens,
                     policy.device,
                     # without KL and entropy in the loss, a row with advantage 0 has gradient 0
                     skip_zero_advantage=not cfg.entropy_coef and (reference is None or cfg.kl_place != "loss"),
                 )
-                made = [learner.forward_backward(batch, loss) for batch in batches]
-                if trusted and learner.steps > first:  # by now the policy itself has moved
+                made = learner.forward_backward(batches, loss)
+                if cfg.old_logp == "sampler" and learner.steps > first:  # by now the policy itself has moved
                     made = [{k: v for k, v in row.items() if not k.startswith("mismatch")} for row in made]
                 stats += made
                 if batches:  # without a signal nothing moves, momentum included
                     stats.append(learner.step())
-        step += 1
-        flat_steps = flat_steps + 1 if bool(flat.all()) else 0
-        failpoint("step:updated")
+        at.flat_steps = at.flat_steps + 1 if bool(flat.all()) else 0
+        values = stat_values(stats) | difficulty
+        tensors, state = {}, asdict(at) | {"curriculum": curriculum.state()}
+        if cfg.overlap or (step + 1) % (cfg.max_lag + 1):  # the next steps still sample from older weights
+            tensors["sampler"], state["sampler"] = sampler.weights(), sampler.version
+        loop.end(
+            learner,
+            values,
+            episode_rows("train", step + 1, groups, sampled.tasks, advantages),
+            events=events(values, at.flat_steps),
+            hopeless=hopeless(cfg, values, at.flat_steps),
+            state=state,
+            tensors=tensors,
+        )
+    return loop.summary(learner)
 
-        values = {name: stat.value for name, stat in add_stats(stats).items()} | difficulty
-        times = timings(groups, start, finished, hidden)
-        rows = episode_rows("train", step, groups, sampled.tasks, advantages)
-        if step == recipe.train.steps or (recipe.eval.every and step % recipe.eval.every == 0):
-            ahead.wait()  # so that the reward is not called from here and from there at once
-            measured, eval_rows = examine(step, learner.weights())
-            values, rows = values | measured, rows + eval_rows
-        failpoint("step:before-store")
-        store.write(step, values, times, rows, _events(values, flat_steps))
-        failpoint("step:after-store")
-        on_step(step, values | times)
-        _stop_if_hopeless(recipe, step, values, flat_steps)
-        if step % recipe.run.checkpoint_every == 0 or step == recipe.train.steps or interrupt.requested:
-            failpoint("step:before-checkpoint")
-            tensors, state = learner.state()
-            whole = {"step": step, "flat_steps": flat_steps, "cursor": cursor, "ema": ema, "learner": state}
-            whole["curriculum"] = curriculum.state()
-            if cfg.overlap or step % (cfg.max_lag + 1):  # the next steps still sample from older weights
-                tensors["sampler"], whole["sampler"] = sampler.weights(), sampler.version
-            checkpoint.save(store.folder, step, tensors, whole, recipe.run.keep)
-            failpoint("step:after-checkpoint")
-    if step < recipe.train.steps:
-        return None
-    before, after = store.at(0), store.at(step)
-    return {"steps": step, "before": before, "after": after, "weights": checkpoint.weights_digest(learner.weights())}
+
+def training_rows(groups: Sequence[Sequence[Episode]]) -> tuple[list[Sample], torch.Tensor]:
+    """The rows of all episodes, group after group, and which episode each is from (rows,).
+
+    An episode is one row, or several where its history was edited.
+    """
+    rows = [to_samples(e, 0.0) for group in groups for e in group]
+    samples = [sample for own in rows for sample in own]
+    return samples, torch.tensor([i for i, own in enumerate(rows) for _ in own])
+
+
+def with_old_logp(cfg: GRPOConfig, samples: list[Sample], learner: Learner, lags: bool) -> list[Sample]:
+    """Samples with `old_logp`, where the ratio of the policy loss starts; None where that is the current policy."""
+    updates = cfg.minibatches * cfg.epochs
+    if cfg.old_logp == "sampler" and updates > 1:  # the first minibatch's passes measure whether it may be
+        return [replace(s, old_logp=s.behaviour_logp) for s in samples]
+    if updates > 1 or (lags and cfg.is_cap):  # the policy before this step's first update
+        return with_logp(samples, "old_logp", learner.logprobs)
+    if lags:  # the ratio itself corrects for the older sampler
+        return [replace(s, old_logp=s.behaviour_logp) for s in samples]
+    return samples
 
 
 def credit(
@@ -261,7 +258,7 @@ def credit(
     mask = batching.loss_masks(samples)  # (rows, T)
     penalty = torch.zeros(mask.shape)
     if cfg.kl_coef and cfg.kl_place != "loss":
-        now = learner.sample_logprobs(samples) if samples[0].old_logp is None else [s.old_logp for s in samples]
+        now = learner.logprobs(samples) if samples[0].old_logp is None else [s.old_logp for s in samples]
         for i, (sample, logp) in enumerate(zip(samples, now, strict=True)):
             assert sample.ref_logp is not None and logp is not None
             kl = KL_ESTIMATORS[cfg.kl_estimator](torch.from_numpy(logp), torch.from_numpy(sample.ref_logp))
@@ -316,37 +313,30 @@ def trained(
     kept: Sequence[bool],
     owner: torch.Tensor,
 ) -> list[Sample]:
-    """The samples of kept groups; with `drop_truncated`, answers that were cut keep no trained token."""
+    """The samples of kept groups; with `mask_truncated`, answers that were cut keep no trained token."""
     episodes = [(e, keep) for group, keep in zip(groups, kept, strict=True) for e in group]
     out: list[Sample] = []
     for sample, (episode, keep) in zip(samples, (episodes[i] for i in owner.tolist()), strict=True):
-        if keep and cfg.drop_truncated and episode.stop == "length":
+        if keep and cfg.mask_truncated and episode.stop == "length":
             out.append(replace(sample, loss_mask=np.zeros_like(sample.loss_mask), advantages=sample.advantages * 0))
         elif keep:
             out.append(sample)
     return out
 
 
-def _events(values: dict[str, float], flat_steps: int) -> list[Event]:
-    """What a person should know about this step."""
-    events: list[Event] = []
-    if values["unscored"]:
-        events.append(Event("warning", "unscored", f"{values['unscored']:.0f} attempts could not be scored."))
-    if flat_steps >= 3:
-        events.append(Event("warning", "flat", f"No group had differing rewards for {flat_steps} steps in a row."))
-    return events
+def events(values: Metrics, flat_steps: int) -> list[Event]:
+    """Warnings about this step."""
+    flat = "No group had differing rewards for {steps} steps in a row."
+    return health.unscored(values) + health.repeated("flat", flat, flat_steps)
 
 
-def _stop_if_hopeless(recipe: GRPORecipe, step: int, values: dict[str, float], flat_steps: int) -> None:
-    """Raises TrainingDiverged when sampler and learner disagree, or when nothing has been learnable for long."""
-    if not values["lag"] and values.get("mismatch", 0.0) > recipe.algo.max_mismatch:
-        raise TrainingDiverged(
-            f"step {step}: sampler and learner differ by {values['mismatch']:.3g} in a token's log-probability "
-            f"(allowed: algo.max_mismatch={recipe.algo.max_mismatch}). The rollouts are not from this policy."
-        )
-    if flat_steps >= recipe.algo.max_flat_steps:
-        raise TrainingDiverged(
-            f"step {step}: in the last {flat_steps} steps every group's answers had equal rewards (mean "
-            f"{values['reward']:.3g}), so nothing was learned. Use easier or harder tasks, a larger "
-            "algo.group_size, or a reward that tells answers apart."
-        )
+def hopeless(cfg: GRPOConfig, values: Metrics, flat_steps: int) -> str:
+    """Why to stop: sampler and learner disagree, or nothing has been learnable for long. Empty: go on."""
+    apart = "" if values["lag"] else health.mismatch(values, cfg.max_mismatch)
+    if apart or flat_steps < cfg.max_flat_steps:
+        return apart
+    return (
+        f"in the last {flat_steps} steps all completions of each task had equal rewards (mean {values['reward']:.3g}), "
+        "so nothing was learned. Use easier or harder tasks, a larger algo.group_size, or a reward that tells "
+        "completions apart."
+    )

@@ -12,46 +12,45 @@ it is, without a stop token it never wrote.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 
 from posttrain import rng
 from posttrain.config.online_dpo import OnlineDPOConfig, OnlineDPORecipe
 from posttrain.data import batching
-from posttrain.evaluation.accuracy import Examiner
+from posttrain.evaluation.accuracy import Evaluator
 from posttrain.models.load import Policy
 from posttrain.objectives.preference import PAIR_LOSSES, implicit_rewards, sequence_logp
 from posttrain.objectives.tokens import kl_k1
-from posttrain.rollout.build import Job, OnStep, Setup, final_answer, judged_tasks, make_collector
+from posttrain.rollout.build import make_collector
 from posttrain.rollout.collector import (
     Collector,
-    check_failures,
     episode_rows,
     episode_stats,
-    timings,
+    sample_step,
+    sampled_tokens,
     to_sample,
     with_logp,
 )
-from posttrain.store import checkpoint
-from posttrain.store.failpoints import failpoint
-from posttrain.store.run import Event, Run
-from posttrain.train.frozen import frozen_start
-from posttrain.train.interrupt import Interrupt
-from posttrain.train.learner import Learner, Loss
-from posttrain.types import Batch, Episode, Sample, Stat, Task, TrainingDiverged, add_stats
+from posttrain.rollout.tasks import judged_tasks
+from posttrain.train import health
+from posttrain.train.job import Job, Loop, Metrics, Setup, Summary
+from posttrain.train.learner import Loss, make_learner
+from posttrain.train.reference import frozen_reference
+from posttrain.types import Batch, Episode, Sample, Stat, Task, stat_values
+
+FLAT = "No task had completions of different reward for {steps} steps in a row."
 
 
-def prepare(setup: Setup) -> Job:
-    """The job of a recipe: judged tasks, a collector on the policy being trained, an examination."""
+def prepare(setup: Setup[OnlineDPORecipe]) -> Job:
+    """Judged tasks, a collector on the policy being trained, held-out evaluation."""
     recipe, policy = setup.recipe, setup.policy
     sets, verify = judged_tasks(recipe, setup.chat, setup.given, setup.reward)
     collector = make_collector(policy, setup.chat, verify, recipe)
-    examine = Examiner(collector, sets.test, recipe.eval.samples, recipe.eval.temperature, final_answer)
-    return Job(policy, sets.hash, sets.notes, lambda *rest: run(recipe, policy, collector, sets.train, examine, *rest))
+    evaluator = Evaluator(collector, sets.test, recipe.eval)
+    return Job(policy, sets.hash, sets.notes, lambda loop: run(recipe, policy, collector, sets.train, evaluator, loop))
 
 
 def make_loss(cfg: OnlineDPOConfig) -> Loss:
@@ -84,7 +83,7 @@ def make_loss(cfg: OnlineDPOConfig) -> Loss:
     return loss
 
 
-def pairs_of(groups: Sequence[Sequence[Episode]]) -> list[tuple[Episode, Episode]]:
+def best_and_worst(groups: Sequence[Sequence[Episode]]) -> list[tuple[Episode, Episode]]:
     """(best, worst) of each group whose scored answers differ in reward; of equals, the first written."""
     pairs: list[tuple[Episode, Episode]] = []
     for group in groups:
@@ -107,81 +106,41 @@ def run(
     recipe: OnlineDPORecipe,
     policy: Policy,
     collector: Collector,
-    train_tasks: Sequence[Task],
-    examine: Examiner,
-    store: Run,
-    on_step: OnStep,
-    interrupt: Interrupt,
-) -> dict[str, Any] | None:
-    """Trains until `train.steps`, from the run's newest checkpoint if it has one.
+    tasks: Sequence[Task],
+    evaluator: Evaluator,
+    loop: Loop,
+) -> Summary | None:
+    """Trains until `train.steps`. Everything random is a function of (run.seed, step, task, completion)."""
+    cfg, train, temperature = recipe.algo, recipe.train, recipe.rollout.temperature
+    learner = make_learner(policy, train, train.steps, temperature)
+    reference = frozen_reference(recipe.model, policy, train.micro_batch_tokens, temperature)
+    loss, flat_steps = make_loss(cfg), loop.restore(learner).get("flat_steps", 0)
 
-    Everything random is a function of (run.seed, step, task, attempt), so a run that was killed anywhere and resumed
-    ends with the same bits. Returns the summary, or None when `interrupt` asked it to stop (saved, resumable).
-    """
-    cfg, seed = recipe.algo, recipe.run.seed
-    learner = Learner(policy, recipe.train, recipe.train.steps, recipe.rollout.temperature)
-    room, temperature = recipe.train.tokens_per_pass, recipe.rollout.temperature
-    reference = frozen_start(recipe.model, policy, room, temperature)
-    loss = make_loss(cfg)
-    step, flat_steps = 0, 0
-    if saved := checkpoint.latest(store.folder):
-        tensors, state = checkpoint.load(saved)
-        learner.load(tensors, state["learner"])
-        step, flat_steps = state["step"], state["flat_steps"]
-
-    if step == 0:
-        values, rows = examine(0)
-        store.write(0, values, {}, rows)
-        on_step(0, values)
-
-    while step < recipe.train.steps and not interrupt.requested:
-        failpoint("step:start")
-        start = time.monotonic()
-        collector.generator.load(learner.weights(), version=step)
-        tasks = [train_tasks[i] for i in rng.draw_order(len(train_tasks), step * cfg.prompts, cfg.prompts, seed)]
-        groups = collector.groups(tasks, cfg.group_size, step)  # P lists of G episodes
-        check_failures(groups, recipe.reward.max_failure_rate)
-        sampled = time.monotonic()
-        failpoint("step:rollouts-done")
-
-        pairs = pairs_of(groups)
-        samples = pair_samples(pairs)
-        samples = with_logp(samples, "ref_logp", reference)
+    for step in loop.steps(train.steps, lambda at: evaluator(at, learner.weights()), recipe.eval.every):
+        asked, groups = sample_step(collector, tasks, recipe, learner.weights(), step)
+        loop.sampled(sampled_tokens(groups))
+        pairs = best_and_worst(groups)
+        samples = with_logp(pair_samples(pairs), "ref_logp", reference)
         stats = [episode_stats(groups, len(groups) - len(pairs)), {"pairs": Stat(len(pairs), 1, "sum")}]
         stats.append({"pair_kl": policy_kl(samples)})
 
-        rng.seed_global(seed, "update", step)  # dropout, if the model has any
+        rng.seed_global(recipe.run.seed, "update", step)  # dropout, if the model has any
         batches = batching.micro(
-            samples, recipe.train.tokens_per_pass, "seq-mean-token-sum", device=policy.device, together=2
+            samples, train.micro_batch_tokens, "seq-mean-token-sum", device=policy.device, together=2
         )  # a row's tokens all weigh 1 / rows
-        stats += [learner.forward_backward(batch, loss) for batch in batches]
+        stats += learner.forward_backward(batches, loss)
         if batches:  # without a pair nothing moves, momentum included
             stats.append(learner.step())
-        step += 1
-        flat_steps = 0 if pairs else flat_steps + 1
-        failpoint("step:updated")
-
-        values = {name: stat.value for name, stat in add_stats(stats).items()}
-        times = timings(groups, start, sampled)
-        rows = episode_rows("train", step, groups, tasks, pair_roles(groups, pairs))
-        if step == recipe.train.steps or (recipe.eval.every and step % recipe.eval.every == 0):
-            measured, eval_rows = examine(step, learner.weights())
-            values, rows = values | measured, rows + eval_rows
-        failpoint("step:before-store")
-        store.write(step, values, times, rows, _events(values, flat_steps))
-        failpoint("step:after-store")
-        on_step(step, values | times)
-        _stop_if_hopeless(recipe, step, values, flat_steps)
-        if step % recipe.run.checkpoint_every == 0 or step == recipe.train.steps or interrupt.requested:
-            failpoint("step:before-checkpoint")
-            tensors, state = learner.state()
-            whole = {"step": step, "flat_steps": flat_steps, "learner": state}
-            checkpoint.save(store.folder, step, tensors, whole, recipe.run.keep)
-            failpoint("step:after-checkpoint")
-    if step < recipe.train.steps:
-        return None
-    before, after = store.at(0), store.at(step)
-    return {"steps": step, "before": before, "after": after, "weights": checkpoint.weights_digest(learner.weights())}
+        values, flat_steps = stat_values(stats), 0 if pairs else flat_steps + 1
+        loop.end(
+            learner,
+            values,
+            episode_rows("train", step + 1, groups, asked, pair_roles(groups, pairs)),
+            events=health.unscored(values) + health.repeated("flat", FLAT, flat_steps),
+            hopeless=hopeless(cfg, values, flat_steps),
+            state={"flat_steps": flat_steps},
+        )
+    return loop.summary(learner)
 
 
 def policy_kl(samples: Sequence[Sample]) -> Stat:
@@ -205,26 +164,13 @@ def pair_roles(groups: Sequence[Sequence[Episode]], pairs: Sequence[tuple[Episod
     return roles
 
 
-def _events(values: dict[str, float], flat_steps: int) -> list[Event]:
-    """What a person should know about this step."""
-    events: list[Event] = []
-    if values["unscored"]:
-        events.append(Event("warning", "unscored", f"{values['unscored']:.0f} attempts could not be scored."))
-    if flat_steps >= 3:
-        events.append(Event("warning", "flat", f"No two answers to a task differed for {flat_steps} steps in a row."))
-    return events
-
-
-def _stop_if_hopeless(recipe: OnlineDPORecipe, step: int, values: dict[str, float], flat_steps: int) -> None:
-    """Raises TrainingDiverged when sampler and learner disagree, or when there has been no pair for long."""
-    if values.get("mismatch", 0.0) > recipe.algo.max_mismatch:
-        raise TrainingDiverged(
-            f"step {step}: sampler and learner differ by {values['mismatch']:.3g} in a token's log-probability "
-            f"(allowed: algo.max_mismatch={recipe.algo.max_mismatch}). The rollouts are not from this policy."
-        )
-    if flat_steps >= recipe.algo.max_flat_steps:
-        raise TrainingDiverged(
-            f"step {step}: in the last {flat_steps} steps all answers to a task had equal rewards (mean "
-            f"{values['reward']:.3g}), so there was no pair to learn from. Use easier or harder tasks, a larger "
-            "algo.group_size, or a reward that tells answers apart."
-        )
+def hopeless(cfg: OnlineDPOConfig, values: Metrics, flat_steps: int) -> str:
+    """Why to stop: sampler and learner disagree, or there has been no pair for long. Empty: go on."""
+    apart = health.mismatch(values, cfg.max_mismatch)
+    if apart or flat_steps < cfg.max_flat_steps:
+        return apart
+    return (
+        f"in the last {flat_steps} steps all completions of each task had equal rewards (mean {values['reward']:.3g}), "
+        "so there was no pair to learn from. Use easier or harder tasks, a larger algo.group_size, or a reward that "
+        "tells completions apart."
+    )

@@ -21,7 +21,6 @@ What this file decides, and where implementations differ:
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -34,26 +33,26 @@ from posttrain.config.ppo import PPOConfig, PPORecipe
 from posttrain.data import batching
 from posttrain.data.conversations import load_conversations
 from posttrain.data.demonstrations import demonstration_rows
-from posttrain.evaluation.accuracy import Examiner
+from posttrain.evaluation.accuracy import Evaluator
 from posttrain.models.load import Policy
 from posttrain.objectives.policy import clip
 from posttrain.objectives.tokens import kl, kl_k3, masked_mean, masked_var, whiten
 from posttrain.objectives.values import adaptive_kl, gae, token_rewards, value_loss
 from posttrain.rollout import collector as collect
-from posttrain.rollout.build import Job, OnStep, Setup, final_answer, judged_tasks, make_collector
+from posttrain.rollout.build import make_collector
 from posttrain.rollout.collector import Collector
-from posttrain.store import checkpoint
-from posttrain.store.failpoints import failpoint
-from posttrain.store.run import Event, Run
+from posttrain.rollout.tasks import judged_tasks
 from posttrain.train import forward as passes
-from posttrain.train.critic import ReturnScale, keep_only_head, make_critic
+from posttrain.train import health
+from posttrain.train.critic import ReturnScale, make_critic
 from posttrain.train.forward import Forward
-from posttrain.train.frozen import PerRow, frozen_start
-from posttrain.train.interrupt import Interrupt
-from posttrain.train.learner import Learner, Loss
-from posttrain.types import Batch, Episode, Sample, Stat, Task, TrainingDiverged, add_stats
+from posttrain.train.job import Job, Loop, Metrics, Setup, Summary
+from posttrain.train.learner import Learner, Loss, make_learner
+from posttrain.train.reference import PerRow, frozen_reference
+from posttrain.types import Batch, Episode, Sample, Stat, Task, add_stats, stat_values
 
 Rows = Sequence[Sample]
+FLAT = "All scores were equal for {steps} steps in a row."
 
 
 @dataclass
@@ -67,13 +66,12 @@ class Progress:
     scale: ReturnScale = field(default_factory=ReturnScale)  # moved by whiten_returns alone
 
 
-def prepare(setup: Setup) -> Job:
-    """The job of a recipe: judged tasks, a collector on the policy, a critic that fits it, rows for the ptx term."""
+def prepare(setup: Setup[PPORecipe]) -> Job:
+    """Judged tasks, a critic that fits the policy, a collector, held-out evaluation, rows for the ptx term."""
     recipe, policy, cfg = setup.recipe, setup.policy, setup.recipe.algo
     sets, verify = judged_tasks(recipe, setup.chat, setup.given, setup.reward)
     critic = make_critic(recipe.model, policy, cfg.critic == "shared", cfg.critic_init, recipe.run.seed)
     collector = make_collector(policy, setup.chat, verify, recipe)
-    examine = Examiner(collector, sets.test, recipe.eval.samples, recipe.eval.temperature, final_answer)
     data_hash, notes, shown = sets.hash, list(sets.notes), list[Sample]()
     if cfg.ptx_coef:
         data = replace(recipe.data, tasks=cfg.ptx_data, eval_tasks="", holdout=0.0)
@@ -81,8 +79,8 @@ def prepare(setup: Setup) -> Job:
         shown, cut = demonstration_rows(found.train, setup.chat, cfg.ptx_max_tokens)
         data_hash += f"+{found.hash}"
         notes += [f"{cut} rows of algo.ptx_data were cut at algo.ptx_max_tokens={cfg.ptx_max_tokens}."] * bool(cut)
-    parts = (recipe, policy, critic, collector, sets.train, shown, examine)
-    return Job(policy, data_hash, notes, lambda *rest: run(*parts, *rest))
+    parts = (recipe, policy, critic, collector, sets.train, shown, Evaluator(collector, sets.test, recipe.eval))
+    return Job(policy, data_hash, notes, lambda loop: run(*parts, loop))
 
 
 def policy_loss(cfg: PPOConfig) -> Loss:
@@ -158,120 +156,88 @@ def run(
     policy: Policy,
     critic_policy: Policy,
     collector: Collector,
-    train_tasks: Sequence[Task],
+    tasks: Sequence[Task],
     shown: Rows,
-    examine: Examiner,
-    store: Run,
-    on_step: OnStep,
-    interrupt: Interrupt,
-) -> dict[str, Any] | None:
-    """Trains until `train.steps`, from the run's newest checkpoint if it has one.
-
-    Everything random is a function of (run.seed, step, task, attempt), so a run that was killed anywhere and resumed
-    ends with the same bits. Returns the summary, or None when `interrupt` asked it to stop (saved, resumable).
-    """
-    cfg, train, seed = recipe.algo, recipe.train, recipe.run.seed
+    evaluator: Evaluator,
+    loop: Loop,
+) -> Summary | None:
+    """Trains until `train.steps`. Everything random is a function of (run.seed, step, task, completion)."""
+    cfg, train, temperature = recipe.algo, recipe.train, recipe.rollout.temperature
     learner, critic = make_learners(recipe, policy, critic_policy)
-    room, temperature = train.tokens_per_pass, recipe.rollout.temperature
-    reference = frozen_start(recipe.model, policy, room, temperature) if cfg.kl_coef else None
-    at = Progress(kl_coef=cfg.kl_coef)
-    if saved := checkpoint.latest(store.folder):
-        tensors, state = checkpoint.load(saved)
-        at = Progress(**{**state["progress"], "scale": ReturnScale(**state["progress"]["scale"])})
-        learner.load(tensors, state["learner"])
+    room, at = train.micro_batch_tokens, Progress(kl_coef=cfg.kl_coef)
+    reference = frozen_reference(recipe.model, policy, room, temperature) if cfg.kl_coef else None
+    if saved := loop.restore(learner):
+        at = Progress(**{**saved["progress"], "scale": ReturnScale(**saved["progress"]["scale"])})
         if critic:
-            critic.load({"model": tensors["critic"], "optim": tensors["critic_optim"]}, state["critic"])
+            own = saved["tensors"]
+            critic.load({"model": own["critic"], "optim": own["critic_optim"]}, saved["critic"])
 
-    if at.step == 0:
-        values, rows = examine(0)
-        store.write(0, values, {}, rows)
-        on_step(0, values)
-
-    while at.step < train.steps and not interrupt.requested:
-        failpoint("step:start")
-        start = time.monotonic()
-        collector.generator.load(learner.weights(), version=at.step)
-        tasks = [train_tasks[i] for i in rng.draw_order(len(train_tasks), at.step * cfg.prompts, cfg.prompts, seed)]
-        groups = collector.groups(tasks, cfg.group_size, at.step)  # P lists of G episodes
-        collect.check_failures(groups, recipe.reward.max_failure_rate)
-        sampled = time.monotonic()
-        failpoint("step:rollouts-done")
+    for step in loop.steps(train.steps, lambda n: evaluator(n, learner.weights()), recipe.eval.every):
+        asked, groups = collect.sample_step(collector, tasks, recipe, learner.weights(), step)
+        loop.sampled(collect.sampled_tokens(groups))
 
         scores = terminal_scores([e for group in groups for e in group], cfg)  # (B,)
         samples = [collect.to_sample(e, 0.0) for group in groups for e in group]
-        first = deal(recipe, at.step, 0)
-        samples = fill(samples, first, "old_logp", learner.sample_logprobs)
+        first = minibatch_rows(recipe, step, 0)
+        samples = fill(samples, first, "old_logp", learner.logprobs)
         if reference is not None:
             samples = fill(samples, first, "ref_logp", reference)
         samples = fill(samples, first, "old_values", lambda part: passes.sample_values(critic_policy, part, room))
-        samples, stats = freeze(samples, scores, cfg, at, critic_policy)
+        samples, frozen = freeze(samples, scores, cfg, at, critic_policy)
 
-        rng.seed_global(seed, "update", at.step)  # dropout, if the model has any
-        stats = [collect.episode_stats(groups, 0), stats, *improve(recipe, at, learner, critic, samples, shown)]
-        values = {name: stat.value for name, stat in add_stats(stats).items() if name != "flat_groups"}
+        rng.seed_global(recipe.run.seed, "update", step)  # dropout, if the model has any
+        stats = [collect.episode_stats(groups, 0), frozen, *improve(recipe, at, learner, critic, samples, shown)]
+        values = {name: value for name, value in stat_values(stats).items() if name != "flat_groups"}
         known = scores[scores.isfinite()]
-        if cfg.kl_controller == "adaptive" and len(known) and at.step >= cfg.critic_warmup:
+        if cfg.kl_controller == "adaptive" and len(known) and step >= cfg.critic_warmup:
             at.kl_coef = adaptive_kl(at.kl_coef, values["kl_episode"], cfg.kl_target, cfg.kl_horizon, len(known))
         at.flat_steps = at.flat_steps + 1 if len(known.unique()) < 2 else 0
-        at.step += 1
-        failpoint("step:updated")
-
-        times = collect.timings(groups, start, sampled)
-        rows = collect.episode_rows("train", at.step, groups, tasks, mean_advantages(samples).view(len(groups), -1))
-        if at.step == train.steps or (recipe.eval.every and at.step % recipe.eval.every == 0):
-            measured, eval_rows = examine(at.step, learner.weights())
-            values, rows = values | measured, rows + eval_rows
-        failpoint("step:before-store")
-        store.write(at.step, values, times, rows, _events(values, at.flat_steps))
-        failpoint("step:after-store")
-        on_step(at.step, values | times)
-        _stop_if_hopeless(cfg, at, values)
-        if at.step % recipe.run.checkpoint_every == 0 or at.step == train.steps or interrupt.requested:
-            failpoint("step:before-checkpoint")
-            tensors, state = learner.state()
-            whole: dict[str, Any] = {"step": at.step, "progress": asdict(at), "learner": state}
-            if critic:
-                own, whole["critic"] = critic.state()
-                tensors |= {"critic": own["model"], "critic_optim": own["optim"]}
-            checkpoint.save(store.folder, at.step, tensors, whole, recipe.run.keep)
-            failpoint("step:after-checkpoint")
-    if at.step < train.steps:
-        return None
-    before, after = store.at(0), store.at(at.step)
-    return {"steps": at.step, "before": before, "after": after, "weights": checkpoint.weights_digest(learner.weights())}
+        at.step = step + 1
+        tensors, state = {}, {"progress": asdict(at)}
+        if critic:
+            learned, state["critic"] = critic.state()
+            tensors = {"critic": learned["model"], "critic_optim": learned["optim"]}
+        loop.end(
+            learner,
+            values,
+            collect.episode_rows("train", step + 1, groups, asked, mean_advantages(samples).view(len(groups), -1)),
+            events=health.unscored(values) + health.repeated("flat", FLAT, at.flat_steps),
+            hopeless=hopeless(cfg, values, at.flat_steps),
+            state=state,
+            tensors=tensors,
+        )
+    return loop.summary(learner)
 
 
 def improve(
     recipe: PPORecipe, at: Progress, learner: Learner, critic: Learner | None, samples: Rows, shown: Rows
 ) -> list[dict[str, Stat]]:
     """Epochs × minibatches over the frozen buffer, one optimizer step each."""
-    cfg, room, device = recipe.algo, recipe.train.tokens_per_pass, learner.policy.device
+    cfg, room, device = recipe.algo, recipe.train.micro_batch_tokens, learner.policy.device
     warming = at.step < cfg.critic_warmup
     ours = policy_loss(cfg) if critic else shared_loss(cfg, only_critic=warming)
     out: list[dict[str, Stat]] = []
     for epoch in range(cfg.epochs):
         stats: list[dict[str, Stat]] = []  # of the newest minibatch
-        for part in deal(recipe, at.step, epoch):
+        for part in minibatch_rows(recipe, at.step, epoch):
             rows = [samples[i] for i in part]
             if not any(row.loss_mask.any() for row in rows):
                 continue  # without a signal nothing moves, momentum included
             stats = []
-            for batch in batching.micro(rows, room, "token-mean", device=device):
-                if critic:
-                    stats.append(_of_critic(critic.forward_backward(batch, critic_loss(cfg))))
-                if not (critic and warming):
-                    stats.append(learner.forward_backward(batch, ours))
+            batches = batching.micro(rows, room, "token-mean", device=device)
+            if critic:
+                stats += map(_of_critic, critic.forward_backward(batches, critic_loss(cfg)))
+            if not (critic and warming):
+                stats += learner.forward_backward(batches, ours)
             if shown and not warming:
                 order = rng.draw_order(len(shown), at.ptx_rows, cfg.ptx_rows, rng.key(recipe.run.seed, "ptx"))
-                for batch in batching.micro([shown[i] for i in order], room, "token-mean", device=device):
-                    stats.append(learner.forward_backward(batch, ptx_loss(cfg.ptx_coef)))
+                demonstrations = batching.micro([shown[i] for i in order], room, "token-mean", device=device)
+                stats += learner.forward_backward(demonstrations, ptx_loss(cfg.ptx_coef))
                 at.ptx_rows += cfg.ptx_rows
             if critic:
                 stats.append(_of_critic(critic.step()))
-            elif warming:
-                keep_only_head(learner)
-            if not (critic and warming):
-                stats.append(learner.step())
+            if not (critic and warming):  # warming up a shared critic moves its head alone
+                stats.append(learner.step(only="scalar." if warming else ""))
             out += stats
         moved = add_stats(stats).get("approx_kl")
         if cfg.target_kl and moved is not None and moved.value > cfg.target_kl:
@@ -327,17 +293,17 @@ def freeze(
 
 
 def terminal_scores(episodes: Sequence[Episode], cfg: PPOConfig) -> torch.Tensor:
-    """(B,) float32, NaN where unscored; answers cut by max_tokens as `unfinished` says."""
+    """(B,) float32, NaN where unscored; answers cut by max_tokens as `truncated` says."""
     scores = collect.rewards_tensor([episodes])[0]
     cut = torch.tensor([e.stop == "length" for e in episodes])
-    if cfg.unfinished == "penalise":
-        return torch.where(cut, scores + cfg.unfinished_value, scores)
-    if cfg.unfinished == "replace":
-        return torch.where(cut & scores.isfinite(), cfg.unfinished_value, scores)
+    if cfg.truncated == "penalise":
+        return torch.where(cut, scores + cfg.truncated_value, scores)
+    if cfg.truncated == "replace":
+        return torch.where(cut & scores.isfinite(), cfg.truncated_value, scores)
     return scores
 
 
-def deal(recipe: PPORecipe, step: int, epoch: int) -> list[np.ndarray]:
+def minibatch_rows(recipe: PPORecipe, step: int, epoch: int) -> list[np.ndarray]:
     """The rows of each of an epoch's minibatches."""
     count = recipe.algo.prompts * recipe.algo.group_size
     order = rng.permutation(count, recipe.run.seed, "minibatch", step, epoch)
@@ -358,11 +324,11 @@ def make_learners(recipe: PPORecipe, policy: Policy, critic: Policy) -> tuple[Le
     cfg, train = recipe.algo, recipe.train
     per_step, waits = cfg.epochs * cfg.minibatches, 0 if critic is policy else cfg.critic_warmup
     total, temperature = (train.steps - waits) * per_step, recipe.rollout.temperature
-    learner = Learner(policy, train, total, temperature, make_forward(cfg))
+    learner = make_learner(policy, train, total, temperature, make_forward(cfg))
     if critic is policy:
         return learner, None
     own = replace(train, lr=cfg.critic_lr)
-    return learner, Learner(critic, own, train.steps * per_step, forward=passes.token_values)
+    return learner, make_learner(critic, own, train.steps * per_step, forward=passes.token_values)
 
 
 def mean_advantages(samples: Rows) -> torch.Tensor:
@@ -376,25 +342,12 @@ def _of_critic(stats: dict[str, Stat]) -> dict[str, Stat]:
     return {names.get(name, name): stat for name, stat in stats.items() if name != "loss"}
 
 
-def _events(values: dict[str, float], flat_steps: int) -> list[Event]:
-    """What a person should know about this step."""
-    events: list[Event] = []
-    if values["unscored"]:
-        events.append(Event("warning", "unscored", f"{values['unscored']:.0f} attempts could not be scored."))
-    if flat_steps >= 3:
-        events.append(Event("warning", "flat", f"All scores were equal for {flat_steps} steps in a row."))
-    return events
-
-
-def _stop_if_hopeless(cfg: PPOConfig, at: Progress, values: dict[str, float]) -> None:
-    """Raises TrainingDiverged when sampler and learner disagree, or when scores have long been the same for all."""
-    if values["mismatch"] > cfg.max_mismatch:
-        raise TrainingDiverged(
-            f"step {at.step}: sampler and learner differ by {values['mismatch']:.3g} in a token's log-probability "
-            f"(allowed: algo.max_mismatch={cfg.max_mismatch}). The rollouts are not from this policy."
-        )
-    if at.flat_steps >= cfg.max_flat_steps:
-        raise TrainingDiverged(
-            f"step {at.step}: in the last {at.flat_steps} steps all answers had the same score (now "
-            f"{values['score']:.3g}). Use easier or harder tasks, or a reward that tells answers apart."
-        )
+def hopeless(cfg: PPOConfig, values: Metrics, flat_steps: int) -> str:
+    """Why to stop: sampler and learner disagree, or all scores have long been the same. Empty: go on."""
+    apart = health.mismatch(values, cfg.max_mismatch)
+    if apart or flat_steps < cfg.max_flat_steps:
+        return apart
+    return (
+        f"in the last {flat_steps} steps all completions had the same score (now {values['score']:.3g}). Use easier or "
+        "harder tasks, or a reward that tells completions apart."
+    )

@@ -13,9 +13,7 @@ changed to score it; an ORM is read at the end of the answer, not at every token
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +22,7 @@ from posttrain import rng
 from posttrain.config.prm import PRMConfig, PRMRecipe
 from posttrain.data import batching
 from posttrain.data.chat import ChatFormat
+from posttrain.data.solutions import Graded
 from posttrain.data.steps import step_ends, step_row
 from posttrain.evaluation.accuracy import Estimate, wilson
 from posttrain.evaluation.calibration import Bin, calibration
@@ -31,22 +30,19 @@ from posttrain.models.heads import as_critic, attach_scalar
 from posttrain.models.load import Policy
 from posttrain.objectives.reward import binary
 from posttrain.rewards.models import joined_steps
-from posttrain.rollout.build import Job, OnStep, Setup
-from posttrain.rollout.sample_solutions import Graded, load_solutions
-from posttrain.store import checkpoint
-from posttrain.store.failpoints import failpoint
-from posttrain.store.run import Run
+from posttrain.rollout.sample_solutions import load_solutions
+from posttrain.store.run import EpisodeRow
 from posttrain.train.forward import sample_step_scores, step_scores
-from posttrain.train.interrupt import Interrupt
-from posttrain.train.learner import Learner
-from posttrain.types import Batch, DataError, Message, Sample, Stat, add_stats
+from posttrain.train.job import Job, Loop, Metrics, Setup, Summary
+from posttrain.train.learner import make_learner
+from posttrain.types import Batch, DataError, Message, Sample, Stat, stat_values
 
 BINS = 10  # of predicted probability
 RESAMPLES = 1000  # of the bootstrap over solutions
 
 
-def prepare(setup: Setup) -> Job:
-    """The job of a recipe: labelled solutions as token rows, a share of them held out, and a head on the model."""
+def prepare(setup: Setup[PRMRecipe]) -> Job:
+    """Labelled solutions as token rows, a share of them held out, and a scalar head on the model."""
     recipe, policy, cfg = setup.recipe, setup.policy, setup.recipe.algo
     sets = load_solutions(setup)
     train, notes = labelled_rows(sets.train, setup.chat, cfg)
@@ -54,7 +50,7 @@ def prepare(setup: Setup) -> Job:
     about = {"kind": cfg.level, "format": recipe.data.format, "separator": cfg.separator, "aggregate": cfg.aggregate}
     as_critic(attach_scalar(policy, 1, recipe.run.seed, about=about))
     rows = [row for _, row in train]
-    return Job(policy, sets.hash, sets.notes + notes, lambda *rest: run(recipe, policy, rows, test, *rest))
+    return Job(policy, sets.hash, sets.notes + notes, lambda loop: run(recipe, policy, rows, test, loop))
 
 
 def labelled_rows(
@@ -91,67 +87,32 @@ def loss(logits: torch.Tensor, b: Batch) -> tuple[torch.Tensor, dict[str, Stat]]
 
 
 def run(
-    recipe: PRMRecipe,
-    policy: Policy,
-    train: Sequence[Sample],
-    test: Sequence[tuple[Graded, Sample]],
-    store: Run,
-    on_step: OnStep,
-    interrupt: Interrupt,
-) -> dict[str, Any] | None:
-    """Trains for `train.steps` steps (0: one pass over the solutions), from the newest checkpoint if there is one.
+    recipe: PRMRecipe, policy: Policy, train: Sequence[Sample], test: Sequence[tuple[Graded, Sample]], loop: Loop
+) -> Summary | None:
+    """Trains for `train.steps` steps (0: one pass over the solutions). The summary has the calibration table, too."""
+    cfg, seed, room = recipe.algo, recipe.run.seed, recipe.train.micro_batch_tokens
+    total = recipe.train.steps or math.ceil(len(train) / cfg.batch_rows)
+    learner = make_learner(policy, recipe.train, total, forward=step_scores)
+    loop.restore(learner)
 
-    Returns the summary, or None when `interrupt` asked it to stop (then it is saved and resumable).
-    """
-    cfg, seed, room = recipe.algo, recipe.run.seed, recipe.train.tokens_per_pass
-    per_step = cfg.batch_rows
-    steps = recipe.train.steps or math.ceil(len(train) / per_step)
-    learner = Learner(policy, recipe.train, steps, forward=step_scores)
-    step = 0
-    if saved := checkpoint.latest(store.folder):
-        tensors, state = checkpoint.load(saved)
-        learner.load(tensors, state["learner"])
-        step = state["step"]
-    if step == 0:
-        values, _ = held_out(policy, test, cfg, room)
-        store.write(0, values, {})
-        on_step(0, values)
-    while step < steps and not interrupt.requested:
-        failpoint("step:start")
-        start = time.monotonic()
-        order = rng.draw_order(len(train), step * per_step, per_step, seed)
+    def evaluate(step: int) -> tuple[Metrics, list[EpisodeRow]]:
+        return held_out(policy, test, cfg, room)[0], []
+
+    for step in loop.steps(total, evaluate, recipe.eval.every):
+        order = rng.draw_order(len(train), step * cfg.batch_rows, cfg.batch_rows, seed)
         if not recipe.train.steps:  # one pass: the last step takes what is left
-            order = order[: len(train) - step * per_step]
+            order = order[: len(train) - step * cfg.batch_rows]
         rows = [train[i] for i in order]
-        rng.seed_global(seed, "update", step)
+        rng.seed_global(seed, "update", step)  # dropout, if the model has any
         batches = batching.micro(rows, room, "token-mean", device=policy.device)
-        stats = [learner.forward_backward(batch, loss) for batch in batches]
-        stats.append(learner.step())
-        step += 1
-        failpoint("step:updated")
-        values = {name: stat.value for name, stat in add_stats(stats).items()}
-        tokens, seconds = sum(len(row.tokens) for row in rows), time.monotonic() - start
-        timings = {"seconds": seconds, "tokens_per_second": tokens / seconds}
-        if step == steps or (recipe.eval.every and step % recipe.eval.every == 0):
-            values |= held_out(policy, test, cfg, room)[0]
-        failpoint("step:before-store")
-        store.write(step, values, timings)
-        failpoint("step:after-store")
-        on_step(step, values | timings)
-        if step % recipe.run.checkpoint_every == 0 or step == steps or interrupt.requested:
-            failpoint("step:before-checkpoint")
-            tensors, state = learner.state()
-            checkpoint.save(store.folder, step, tensors, {"step": step, "learner": state}, recipe.run.keep)
-            failpoint("step:after-checkpoint")
-    if step < steps:
-        return None
-    before, after = store.at(0), store.at(step)
-    found = {"steps": step, "before": before, "after": after, "calibration": held_out(policy, test, cfg, room)[1]}
-    return {**found, "weights": checkpoint.weights_digest(learner.weights())}
+        values = stat_values([*learner.forward_backward(batches, loss), learner.step()])
+        loop.end(learner, values, tokens=sum(len(row.tokens) for row in rows))
+    found = loop.summary(learner)
+    return found and found | {"calibration": held_out(policy, test, cfg, room)[1]}
 
 
 def held_out(
-    policy: Policy, solutions: Sequence[tuple[Graded, Sample]], cfg: PRMConfig, tokens_per_pass: int
+    policy: Policy, solutions: Sequence[tuple[Graded, Sample]], cfg: PRMConfig, micro_batch_tokens: int
 ) -> tuple[dict[str, float], list[Bin]]:
     """Metrics `eval/…` of solutions that are not trained on, and the calibration table; both empty without them.
 
@@ -161,7 +122,7 @@ def held_out(
     if not solutions:
         return {}, []
     rows = [row for _, row in solutions]
-    scores = sample_step_scores(policy, rows, tokens_per_pass)
+    scores = sample_step_scores(policy, rows, micro_batch_tokens)
     logits = [at[row.loss_mask].astype(np.float64) for at, row in zip(scores, rows, strict=True)]
     known = [part[: one.known] for part, (one, _) in zip(logits, solutions, strict=True)]
     labels = [np.array(one.solution.labels[: one.known]) for one, _ in solutions]

@@ -16,9 +16,7 @@ answers or on all so far (`pool`; expert iteration, arXiv 1705.08439, keeps them
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,35 +24,35 @@ import torch
 from posttrain import rng
 from posttrain.config.raft import RaftConfig, RaftRecipe
 from posttrain.data import batching
-from posttrain.evaluation.accuracy import Examiner
+from posttrain.evaluation.accuracy import Evaluator
 from posttrain.models.load import Policy, load_weights, trainable
 from posttrain.objectives.advantages import flat_groups
-from posttrain.rollout.build import Job, OnStep, Setup, final_answer, judged_tasks, make_collector
+from posttrain.rollout.build import make_collector
 from posttrain.rollout.collector import (
     Collector,
-    check_failures,
     episode_rows,
     episode_stats,
     rewards_tensor,
-    timings,
+    sample_step,
+    sampled_tokens,
     to_sample,
 )
+from posttrain.rollout.tasks import judged_tasks
 from posttrain.search.best_of_n import bon_kl
-from posttrain.store import checkpoint
-from posttrain.store.failpoints import failpoint
-from posttrain.store.run import Event, Run
-from posttrain.train.interrupt import Interrupt
-from posttrain.train.learner import Learner
-from posttrain.types import Batch, Episode, Sample, Stat, Task, TrainingDiverged, add_stats
+from posttrain.store.run import EpisodeRow
+from posttrain.train import health
+from posttrain.train.job import Job, Loop, Metrics, Setup, Summary
+from posttrain.train.learner import make_learner
+from posttrain.types import Batch, Episode, Sample, Stat, Task, stat_values
 
 
-def prepare(setup: Setup) -> Job:
-    """The job of a recipe: judged tasks, a collector on the policy being trained, an examination."""
+def prepare(setup: Setup[RaftRecipe]) -> Job:
+    """Judged tasks, a collector on the policy being trained, held-out evaluation."""
     recipe, policy = setup.recipe, setup.policy
     sets, verify = judged_tasks(recipe, setup.chat, setup.given, setup.reward)
     collector = make_collector(policy, setup.chat, verify, recipe)
-    examine = Examiner(collector, sets.test, recipe.eval.samples, recipe.eval.temperature, final_answer)
-    return Job(policy, sets.hash, sets.notes, lambda *rest: run(recipe, policy, collector, sets.train, examine, *rest))
+    evaluator = Evaluator(collector, sets.test, recipe.eval)
+    return Job(policy, sets.hash, sets.notes, lambda loop: run(recipe, policy, collector, sets.train, evaluator, loop))
 
 
 def loss(logp: torch.Tensor, entropy: torch.Tensor, b: Batch) -> tuple[torch.Tensor, dict[str, Stat]]:
@@ -119,91 +117,52 @@ def selection_stats(
 
 
 def run(
-    recipe: RaftRecipe,
-    policy: Policy,
-    collector: Collector,
-    train_tasks: Sequence[Task],
-    examine: Examiner,
-    store: Run,
-    on_step: OnStep,
-    interrupt: Interrupt,
-) -> dict[str, Any] | None:
-    """Runs `train.steps` rounds, from the run's newest checkpoint if it has one.
-
-    Everything random is a function of (run.seed, round, task, attempt), and the pool is part of the checkpoint, so a
-    run that was killed anywhere and resumed ends with the same bits. Returns the summary, or None when `interrupt`
-    asked it to stop (saved, resumable).
-    """
-    cfg, seed = recipe.algo, recipe.run.seed
+    recipe: RaftRecipe, policy: Policy, collector: Collector, tasks: Sequence[Task], evaluator: Evaluator, loop: Loop
+) -> Summary | None:
+    """Runs `train.steps` rounds. The pool is part of the checkpoint; everything random is a function of
+    (run.seed, round, task, completion)."""
+    cfg, train, seed = recipe.algo, recipe.train, recipe.run.seed
     starting = {n: w.detach().clone() for n, w in trainable(policy).items()} if cfg.restart else {}
-    learner = Learner(policy, recipe.train, 0)  # without restart the rate is constant, whatever the number of updates
-    step, empty_rounds = 0, 0
-    pool: list[Sample] = []
-    if saved := checkpoint.latest(store.folder):
-        tensors, state = checkpoint.load(saved)
-        learner.load(tensors, state["learner"])
-        step, empty_rounds = state["step"], state["empty_rounds"]
-        pool = unpack(tensors["pool"]) if "pool" in tensors else []
+    learner = make_learner(policy, train, 0)  # without restart the rate is constant, whatever the number of updates
+    saved = loop.restore(learner)
+    empty_rounds, pool = saved.get("empty_rounds", 0), list[Sample]()
+    if "pool" in saved.get("tensors", {}):
+        pool = unpack(saved["tensors"]["pool"])
 
-    if step == 0:
-        values, rows = examine(0)
-        store.write(0, values, {}, rows)
-        on_step(0, values)
+    def evaluate(step: int) -> tuple[Metrics, list[EpisodeRow]]:
+        return evaluator(step, learner.weights())  # of the newest learner
 
-    while step < recipe.train.steps and not interrupt.requested:
-        failpoint("step:start")
-        start = time.monotonic()
-        collector.generator.load(learner.weights(), version=step)
-        tasks = [train_tasks[i] for i in rng.draw_order(len(train_tasks), step * cfg.prompts, cfg.prompts, seed)]
-        groups = collector.groups(tasks, cfg.group_size, step)  # P lists of G episodes
-        check_failures(groups, recipe.reward.max_failure_rate)
-        sampled = time.monotonic()
-        failpoint("step:rollouts-done")
-
+    for step in loop.steps(train.steps, evaluate, recipe.eval.every):
+        asked, groups = sample_step(collector, tasks, recipe, learner.weights(), step)
+        loop.sampled(sampled_tokens(groups))
         chosen = [choose(g, cfg, seed, "select", step, i) for i, g in enumerate(groups)]
         fresh = [to_sample(e, 1.0) for picks in chosen for e in picks]
         pool = joined(pool, fresh) if cfg.pool == "all" else fresh
         stats = [episode_stats(groups, int(flat_groups(rewards_tensor(groups)).sum()))]
         stats.append({**selection_stats(groups, chosen, cfg), "pool": Stat(len(pool), 1, "sum")})
-        if fresh:  # a round without a selected answer changes nothing, momentum included
+        if fresh:  # a round in which nothing was selected changes nothing, momentum included
             if cfg.restart:
                 load_weights(policy, starting)
-                learner = Learner(policy, recipe.train, cfg.epochs * math.ceil(len(pool) / cfg.batch_rows))
+                learner = make_learner(policy, train, cfg.epochs * math.ceil(len(pool) / cfg.batch_rows))
             rng.seed_global(seed, "update", step)  # dropout, if the model has any
             for epoch in range(cfg.epochs):
                 order = rng.permutation(len(pool), seed, "epoch", step, epoch)
                 for i in range(0, len(pool), cfg.batch_rows):
                     rows = [pool[j] for j in order[i : i + cfg.batch_rows]]
-                    batches = batching.micro(rows, recipe.train.tokens_per_pass, "token-mean", device=policy.device)
-                    stats += [learner.forward_backward(batch, loss) for batch in batches]
-                    stats.append(learner.step())
-        step += 1
-        empty_rounds = 0 if fresh else empty_rounds + 1
-        failpoint("step:updated")
-
-        values = {name: stat.value for name, stat in add_stats(stats).items()}
-        times = timings(groups, start, sampled)
-        rows = episode_rows("train", step, groups, tasks, weights_of(groups, chosen))
-        if step == recipe.train.steps or (recipe.eval.every and step % recipe.eval.every == 0):
-            measured, eval_rows = examine(step, learner.weights())
-            values, rows = values | measured, rows + eval_rows
-        failpoint("step:before-store")
-        store.write(step, values, times, rows, _events(values, empty_rounds))
-        failpoint("step:after-store")
-        on_step(step, values | times)
-        _stop_if_empty(cfg, step, values, empty_rounds)
-        if step % recipe.run.checkpoint_every == 0 or step == recipe.train.steps or interrupt.requested:
-            failpoint("step:before-checkpoint")
-            tensors, state = learner.state()
-            if pool and cfg.pool == "all":  # a round's own answers are not needed after it
-                tensors["pool"] = pack(pool)
-            whole = {"step": step, "empty_rounds": empty_rounds, "learner": state}
-            checkpoint.save(store.folder, step, tensors, whole, recipe.run.keep)
-            failpoint("step:after-checkpoint")
-    if step < recipe.train.steps:
-        return None
-    before, after = store.at(0), store.at(step)
-    return {"steps": step, "before": before, "after": after, "weights": checkpoint.weights_digest(learner.weights())}
+                    batches = batching.micro(rows, train.micro_batch_tokens, "token-mean", device=policy.device)
+                    stats += [*learner.forward_backward(batches, loss), learner.step()]
+        values, empty_rounds = stat_values(stats), 0 if fresh else empty_rounds + 1
+        loop.end(
+            learner,
+            values,
+            episode_rows("train", step + 1, groups, asked, weights_of(groups, chosen)),
+            events=health.unscored(values)
+            + health.repeated("empty", "Nothing was selected for {steps} rounds in a row.", empty_rounds, 1),
+            hopeless=hopeless(cfg, values, empty_rounds),
+            state={"empty_rounds": empty_rounds},
+            tensors={"pool": pack(pool)} if pool and cfg.pool == "all" else {},  # a round's own are not needed later
+        )
+    return loop.summary(learner)
 
 
 def joined(pool: Sequence[Sample], fresh: Sequence[Sample]) -> list[Sample]:
@@ -239,21 +198,12 @@ def _reward(episode: Episode) -> float:
     return episode.reward
 
 
-def _events(values: dict[str, float], empty_rounds: int) -> list[Event]:
-    """What a person should know about this round."""
-    events: list[Event] = []
-    if values["unscored"]:
-        events.append(Event("warning", "unscored", f"{values['unscored']:.0f} attempts could not be scored."))
-    if empty_rounds:
-        events.append(Event("warning", "empty", f"Nothing was selected for {empty_rounds} rounds in a row."))
-    return events
-
-
-def _stop_if_empty(cfg: RaftConfig, step: int, values: dict[str, float], empty_rounds: int) -> None:
-    """Raises TrainingDiverged when nothing has been selected for long."""
-    if empty_rounds >= cfg.max_empty:
-        raise TrainingDiverged(
-            f"round {step}: nothing was selected for {empty_rounds} rounds in a row (mean reward "
-            f"{values['reward']:.3g}, algo.select={cfg.select!r}), so nothing was learned. Use easier tasks, a larger "
-            "algo.group_size, a lower algo.threshold, or a better starting model."
-        )
+def hopeless(cfg: RaftConfig, values: Metrics, empty_rounds: int) -> str:
+    """Why to stop: nothing has been selected for long. Empty: go on."""
+    if empty_rounds < cfg.max_empty:
+        return ""
+    return (
+        f"nothing was selected for {empty_rounds} rounds in a row (mean reward {values['reward']:.3g}, "
+        f"algo.select={cfg.select!r}), so nothing was learned. Use easier tasks, a larger algo.group_size, a lower "
+        "algo.threshold, or a better starting model."
+    )

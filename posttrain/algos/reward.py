@@ -15,9 +15,8 @@ bootstrap (Oza and Russell, 2001), fixed for the whole run by the seed.
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -26,20 +25,18 @@ from posttrain import rng
 from posttrain.config.reward import RewardModelConfig, RewardModelRecipe
 from posttrain.data import batching
 from posttrain.data.chat import ChatFormat
+from posttrain.data.pairs import pair_rows
 from posttrain.evaluation.accuracy import wilson
 from posttrain.evaluation.calibration import Bin, calibration
 from posttrain.models.heads import as_critic, attach_scalar
 from posttrain.models.load import Policy
 from posttrain.objectives.reward import bradley_terry, centring
-from posttrain.rollout.build import Job, OnStep, Setup
-from posttrain.rollout.sample_pairs import load_pairs, pair_rows
-from posttrain.store import checkpoint
-from posttrain.store.failpoints import failpoint
-from posttrain.store.run import Run
+from posttrain.rollout.sample_pairs import load_pairs
+from posttrain.store.run import EpisodeRow
 from posttrain.train.forward import row_scores, sample_scores
-from posttrain.train.interrupt import Interrupt
-from posttrain.train.learner import Learner, Loss
-from posttrain.types import Batch, DataError, Preference, Sample, Stat, add_stats
+from posttrain.train.job import Job, Loop, Metrics, Setup, Summary
+from posttrain.train.learner import Loss, make_learner
+from posttrain.types import Batch, DataError, Preference, Sample, Stat, stat_values
 
 BINS = 20  # of predicted probability, from 0 to 1; confidences fall into the upper half
 
@@ -47,15 +44,15 @@ Pair = tuple[Sample, Sample]
 """The rows of a preference: chosen, rejected."""
 
 
-def prepare(setup: Setup) -> Job:
-    """The job of a recipe: pairs as token rows, a share of them held out, and a head on the model."""
+def prepare(setup: Setup[RewardModelRecipe]) -> Job:
+    """Pairs as token rows, a share of them held out, and a scalar head on the model."""
     recipe, policy = setup.recipe, setup.policy
     sets = load_pairs(setup)
     train, notes = whole_pairs(sets.train, setup.chat, recipe.pairs.max_tokens)
     test, _ = whole_pairs(sets.test, setup.chat, recipe.pairs.max_tokens)
     about = {"kind": "reward", "format": recipe.data.format}
     as_critic(attach_scalar(policy, recipe.algo.heads, recipe.run.seed, about=about))
-    return Job(policy, sets.hash, sets.notes + notes, lambda *rest: run(recipe, policy, train, test, *rest))
+    return Job(policy, sets.hash, sets.notes + notes, lambda loop: run(recipe, policy, train, test, loop))
 
 
 def whole_pairs(preferences: Sequence[Preference], chat: ChatFormat, max_tokens: int) -> tuple[list[Pair], list[str]]:
@@ -72,7 +69,7 @@ def whole_pairs(preferences: Sequence[Preference], chat: ChatFormat, max_tokens:
 
 
 def make_loss(cfg: RewardModelConfig, weights: torch.Tensor) -> Loss:
-    """The loss of one pass of n pairs; weights (n, K) say what each counts for each head."""
+    """The loss of an optimizer batch of N pairs, pass by pass; weights (N, K): what each counts for each head."""
 
     def loss(scores: torch.Tensor, b: Batch) -> tuple[torch.Tensor, dict[str, Stat]]:  # (2n, K), better answers first
         assert b.labels is not None and b.margins is not None
@@ -88,73 +85,38 @@ def make_loss(cfg: RewardModelConfig, weights: torch.Tensor) -> Loss:
             "score_gap": Stat(float(gap.sum()), int(told.sum())),
             "score_mean": Stat(float(scores.detach().sum()), scores.numel()),
         }
-        return (weights * per_pair).sum(), stats
+        part = weights[[row // 2 for row in b.rows[0::2]]]  # (n, K)
+        return (part.to(per_pair) * per_pair).sum(), stats
 
     return loss
 
 
 def run(
-    recipe: RewardModelRecipe,
-    policy: Policy,
-    train: Sequence[Pair],
-    test: Sequence[Pair],
-    store: Run,
-    on_step: OnStep,
-    interrupt: Interrupt,
-) -> dict[str, Any] | None:
-    """Trains for `train.steps` steps (0: one pass over the pairs), from the newest checkpoint if there is one.
-
-    Returns the summary, or None when `interrupt` asked it to stop (then it is saved and resumable).
-    """
-    cfg, seed, room = recipe.algo, recipe.run.seed, recipe.train.tokens_per_pass
-    per_step = cfg.batch_pairs
-    steps = recipe.train.steps or math.ceil(len(train) / per_step)
-    learner = Learner(policy, recipe.train, steps, forward=row_scores)
+    recipe: RewardModelRecipe, policy: Policy, train: Sequence[Pair], test: Sequence[Pair], loop: Loop
+) -> Summary | None:
+    """Trains for `train.steps` steps (0: one pass over the pairs). The summary has the calibration table, too."""
+    cfg, seed, room = recipe.algo, recipe.run.seed, recipe.train.micro_batch_tokens
+    total = recipe.train.steps or math.ceil(len(train) / cfg.batch_pairs)
+    learner = make_learner(policy, recipe.train, total, forward=row_scores)
     counts = bootstrap_counts(len(train), cfg.heads, seed)
-    step = 0
-    if saved := checkpoint.latest(store.folder):
-        tensors, state = checkpoint.load(saved)
-        learner.load(tensors, state["learner"])
-        step = state["step"]
-    if step == 0:
-        values, _ = held_out(policy, test, room)
-        store.write(0, values, {})
-        on_step(0, values)
-    while step < steps and not interrupt.requested:
-        failpoint("step:start")
-        start = time.monotonic()
-        order = rng.draw_order(len(train), step * per_step, per_step, seed)
+    loop.restore(learner)
+
+    def evaluate(step: int) -> tuple[Metrics, list[EpisodeRow]]:
+        return held_out(policy, test, room)[0], []
+
+    for step in loop.steps(total, evaluate, recipe.eval.every):
+        order = rng.draw_order(len(train), step * cfg.batch_pairs, cfg.batch_pairs, seed)
         if not recipe.train.steps:  # one pass: the last step takes what is left
-            order = order[: len(train) - step * per_step]
-        rng.seed_global(seed, "update", step)
-        stats: list[dict[str, Stat]] = []
-        for part, batch in pair_batches([train[i] for i in order], room, policy.device):
-            weights = counts[[order[i] for i in part]] / (len(order) * cfg.heads)
-            stats.append(learner.forward_backward(batch, make_loss(cfg, weights.to(policy.device))))
-        stats.append(learner.step())
-        step += 1
-        failpoint("step:updated")
-        values = {name: stat.value for name, stat in add_stats(stats).items()}
-        tokens, seconds = sum(len(row.tokens) for i in order for row in train[i]), time.monotonic() - start
-        timings = {"seconds": seconds, "tokens_per_second": tokens / seconds}
-        if step == steps and cfg.normalise:
+            order = order[: len(train) - step * cfg.batch_pairs]
+        pairs, weights = [train[i] for i in order], counts[list(order)] / (len(order) * cfg.heads)
+        rng.seed_global(seed, "update", step)  # dropout, if the model has any
+        stats = learner.forward_backward(pair_batches(pairs, room, policy.device), make_loss(cfg, weights))
+        values = stat_values([*stats, learner.step()])
+        if step + 1 == total and cfg.normalise:
             shift_to_zero(policy, train, room)
-        if step == steps or (recipe.eval.every and step % recipe.eval.every == 0):
-            values |= held_out(policy, test, room)[0]
-        failpoint("step:before-store")
-        store.write(step, values, timings)
-        failpoint("step:after-store")
-        on_step(step, values | timings)
-        if step % recipe.run.checkpoint_every == 0 or step == steps or interrupt.requested:
-            failpoint("step:before-checkpoint")
-            tensors, state = learner.state()
-            checkpoint.save(store.folder, step, tensors, {"step": step, "learner": state}, recipe.run.keep)
-            failpoint("step:after-checkpoint")
-    if step < steps:
-        return None
-    before, after = store.at(0), store.at(step)
-    found = {"steps": step, "before": before, "after": after, "calibration": held_out(policy, test, room)[1]}
-    return {**found, "weights": checkpoint.weights_digest(learner.weights())}
+        loop.end(learner, values, tokens=sum(len(row.tokens) for pair in pairs for row in pair))
+    found = loop.summary(learner)
+    return found and found | {"calibration": held_out(policy, test, room)[1]}
 
 
 def bootstrap_counts(pairs: int, heads: int, seed: int) -> torch.Tensor:
@@ -166,24 +128,26 @@ def bootstrap_counts(pairs: int, heads: int, seed: int) -> torch.Tensor:
     return torch.from_numpy(np.searchsorted(below, uniforms, side="right").astype(np.float32))
 
 
-def pair_batches(
-    pairs: Sequence[Pair], tokens_per_pass: int, device: torch.device
-) -> Iterator[tuple[list[int], Batch]]:
-    """Passes of at most `tokens_per_pass` tokens: which pairs, and their rows, chosen and rejected adjacent."""
-    for part in batching.passes([sum(len(row.tokens) for row in pair) for pair in pairs], tokens_per_pass):
+def pair_batches(pairs: Sequence[Pair], micro_batch_tokens: int, device: torch.device) -> list[Batch]:
+    """Micro-batches of at most `micro_batch_tokens` tokens, chosen and rejected rows adjacent; `rows` 2i, 2i + 1 are
+    pair i."""
+    batches: list[Batch] = []
+    for part in batching.passes([sum(len(row.tokens) for row in pair) for pair in pairs], micro_batch_tokens):
         rows = [row for i in part for row in pairs[i]]
-        yield part, batching.pad(rows, batching.loss_masks(rows).float(), device)
+        batch = batching.pad(rows, batching.loss_masks(rows).float(), device)
+        batches.append(replace(batch, rows=tuple(2 * i + k for i in part for k in (0, 1))))
+    return batches
 
 
-def shift_to_zero(policy: Policy, train: Sequence[Pair], tokens_per_pass: int) -> None:
+def shift_to_zero(policy: Policy, train: Sequence[Pair], micro_batch_tokens: int) -> None:
     """Moves each head's bias so that its mean score of the training answers is 0; no difference of scores changes."""
     assert policy.scalar is not None
-    scores = sample_scores(policy, [row for pair in train for row in pair], tokens_per_pass)
+    scores = sample_scores(policy, [row for pair in train for row in pair], micro_batch_tokens)
     with torch.no_grad():
         policy.scalar.bias.sub_(torch.from_numpy(scores.mean(0, dtype=np.float64)).to(policy.scalar.bias))
 
 
-def held_out(policy: Policy, pairs: Sequence[Pair], tokens_per_pass: int) -> tuple[dict[str, float], list[Bin]]:
+def held_out(policy: Policy, pairs: Sequence[Pair], micro_batch_tokens: int) -> tuple[dict[str, float], list[Bin]]:
     """Metrics `eval/…` of pairs that are not trained on, and the calibration table; both empty without such pairs.
 
     Several heads are judged by the mean of their scores. A tie (label 0.5) is left out of accuracy and gap. A
@@ -191,7 +155,7 @@ def held_out(policy: Policy, pairs: Sequence[Pair], tokens_per_pass: int) -> tup
     """
     if not pairs:
         return {}, []
-    heads = sample_scores(policy, [row for pair in pairs for row in pair], tokens_per_pass).astype(np.float64)
+    heads = sample_scores(policy, [row for pair in pairs for row in pair], micro_batch_tokens).astype(np.float64)
     scores = heads.mean(1)
     label = np.array([chosen.label for chosen, _ in pairs])
     gap = scores[0::2] - scores[1::2]

@@ -10,38 +10,34 @@ schedule (data/mixing.py).
 from __future__ import annotations
 
 import math
-import time
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from posttrain import rng
-from posttrain.config import SFTConfig, SFTRecipe
+from posttrain.config import SFTRecipe
 from posttrain.data import batching
-from posttrain.data.chat import ChatFormat
-from posttrain.data.conversations import Conversation, Source, load_conversations
+from posttrain.data.conversation_rows import training_rows
+from posttrain.data.conversations import load_conversations
 from posttrain.data.mixing import Mixture
 from posttrain.models import lora
 from posttrain.models.load import Policy
-from posttrain.rollout.build import Job, OnStep, Setup
-from posttrain.store import checkpoint
-from posttrain.store.failpoints import failpoint
-from posttrain.store.run import Run
-from posttrain.train.interrupt import Interrupt
-from posttrain.train.learner import Learner
-from posttrain.types import Batch, DataError, Message, Sample, Stat, TemplateError, add_stats
+from posttrain.store.run import EpisodeRow
+from posttrain.train.forward import Forward, token_stats
+from posttrain.train.job import Job, Loop, Metrics, Setup, Summary
+from posttrain.train.learner import Learner, make_learner
+from posttrain.types import Batch, DataError, Sample, Stat, stat_values
 
 Rows = Mapping[str, Sequence[Sample]]
 """Source → its rows."""
 
 
-def prepare(setup: Setup) -> Job:
-    """The job of a recipe: conversations or texts as token rows, source by source, a share of them held out."""
+def prepare(setup: Setup[SFTRecipe]) -> Job:
+    """Conversations or texts as token rows, source by source, a share of them held out."""
     recipe, policy = setup.recipe, setup.policy
     sets = load_conversations(recipe.data, recipe.run.seed)
     notes = list(sets.notes)
@@ -55,7 +51,7 @@ def prepare(setup: Setup) -> Job:
         rows, drawn = one_pass(mixture), mixture.drawn(one_pass(mixture))
         parts = [f"{n} of {len(train[name])} from {name}" for name, n in zip(train, drawn, strict=True)]
         notes.append(f"One pass is {rows} rows, until the first source is used up: {', '.join(parts)}.")
-    return Job(policy, sets.hash, notes, lambda *rest: run(recipe, policy, mixture, train, test, *rest))
+    return Job(policy, sets.hash, notes, lambda loop: run(recipe, policy, mixture, train, test, loop))
 
 
 def loss(logp: torch.Tensor, entropy: torch.Tensor, b: Batch) -> tuple[torch.Tensor, dict[str, Stat]]:
@@ -66,76 +62,6 @@ def loss(logp: torch.Tensor, entropy: torch.Tensor, b: Batch) -> tuple[torch.Ten
         "entropy": Stat(entropy[mask].sum().item(), int(mask.sum())),
     }
     return -(b.weights * torch.where(mask, logp, 0)).sum(), stats
-
-
-def training_rows(source: Source, chat: ChatFormat, cfg: SFTConfig, notes: list[str], kind: str = "") -> list[Sample]:
-    """A source's rows as tokens and loss masks; what was cut or dropped at `max_tokens` is added to `notes`.
-
-    A row in which nothing would be trained is refused with a DataError that names it: its loss would be reported as 0.
-    So no batch can have all its labels masked.
-    """
-    samples: list[Sample] = []
-    lengths: list[int] = []
-    for where, row in source.rows:
-        try:
-            tokens, mask = trained_tokens(row, chat, cfg.train_on)
-        except (DataError, TemplateError) as error:
-            raise type(error)(f"{where}: {error}") from None
-        lengths.append(len(tokens))
-        if len(tokens) > cfg.max_tokens and cfg.overlong == "drop":
-            continue
-        if not mask[1 : cfg.max_tokens].any():
-            late = f"none of its trained tokens is among the first {cfg.max_tokens}; raise algo.max_tokens, or set "
-            why = late + 'algo.overlong = "drop"' if mask[1:].any() else "no token of this row would be trained"
-            raise DataError(f"{where}: {why}.")
-        tokens, mask = tokens[: cfg.max_tokens], mask[: cfg.max_tokens]
-        blank = np.zeros(len(tokens), np.float32)
-        samples.append(Sample(tokens, mask, blank, blank + 1))
-    if over := sum(length > cfg.max_tokens for length in lengths):
-        lost, done = sum(lengths) - sum(len(s.tokens) for s in samples), "cut" if cfg.overlong == "cut" else "dropped"
-        notes.append(
-            f"{source.name}: {over} of {len(lengths)} {kind}rows were over algo.max_tokens={cfg.max_tokens} "
-            f"and {done}, losing {lost} of {sum(lengths)} tokens."
-        )
-    return samples
-
-
-def trained_tokens(row: Conversation, chat: ChatFormat, train_on: str) -> tuple[np.ndarray, np.ndarray]:
-    """A row's ids [L] int32 and a mask [L] of the tokens that `train_on` trains, never the first.
-
-    `assistant` is every assistant turn, `completion` the last of them, `all` everything; of a text, all three are all
-    of it.
-    """
-    if isinstance(row, str):
-        return chat.text_tokens(row)
-    tokens, mask = chat.conversation_tokens(row)
-    require_tools_shown(row, tokens, chat)
-    if train_on == "all":
-        return tokens, np.arange(len(tokens)) > 0
-    turns = [i for i, message in enumerate(row) if message.role == "assistant"]
-    if train_on == "completion" and len(turns) > 1:
-        # The conversation up to the turn before the last one begins with the same tokens.
-        _, earlier = chat.conversation_tokens(row[: turns[-2] + 1])
-        mask[np.flatnonzero(earlier)] = False
-    return tokens, mask
-
-
-def require_tools_shown(row: tuple[Message, ...], tokens: np.ndarray, chat: ChatFormat) -> None:
-    """Raises TemplateError where the chat template leaves out which tools were called, or what they returned."""
-    uncalled = tuple(replace(m, tool_calls=()) for m in row)
-    answered = tuple(replace(m, content=m.content + ".") if m.role == "tool" else m for m in row)
-    for other, what in ((uncalled, "the assistant's tool_calls"), (answered, "what a tool returned")):
-        if other == row:
-            continue
-        try:
-            same = np.array_equal(chat.conversation_tokens(other)[0], tokens)
-        except TemplateError:
-            continue  # it noticed the difference
-        if same:
-            raise TemplateError(
-                f"the chat template has no place for tools: it leaves out {what}, so the model would learn to answer "
-                "without. Use a tokenizer whose template writes tool turns, or write them as text."
-            )
 
 
 def one_pass(mixture: Mixture) -> int:
@@ -174,74 +100,45 @@ def noisy_embeddings(policy: Policy, batch: Batch, keys: Sequence[int], alpha: f
         hook.remove()
 
 
-def run(
-    recipe: SFTRecipe,
-    policy: Policy,
-    mixture: Mixture,
-    train: Rows,
-    test: Rows,
-    store: Run,
-    on_step: OnStep,
-    interrupt: Interrupt,
-) -> dict[str, Any] | None:
-    """Trains for `train.steps` steps (0: one pass over the rows), from the newest checkpoint if there is one.
+def noisy_forward(alpha: float, seed: int, loop: Loop) -> Forward:
+    """The learner's forward pass with NEFTune's noise on the input embeddings; alpha = 0 adds none."""
 
-    Row n of the run is draw n of the mixture, so a resumed run needs no other cursor than its step. Returns the
-    summary, or None when `interrupt` asked it to stop (then it is saved and resumable).
+    def forward(policy: Policy, batch: Batch, temperature: float) -> tuple[torch.Tensor, ...]:
+        keys = [rng.key("neftune", seed, loop.step, row) for row in batch.rows]
+        with noisy_embeddings(policy, batch, keys, alpha):
+            return token_stats(policy, batch, temperature)
+
+    return forward if alpha else token_stats
+
+
+def run(recipe: SFTRecipe, policy: Policy, mixture: Mixture, train: Rows, test: Rows, loop: Loop) -> Summary | None:
+    """Trains for `train.steps` steps (0: one pass over the rows).
+
+    Row n of the run is draw n of the mixture, so a resumed run needs no other cursor than its step.
     """
     cfg, seed = recipe.algo, recipe.run.seed
     sources = list(train.values())
-    steps = recipe.train.steps or math.ceil(one_pass(mixture) / cfg.batch_rows)
-    last_row = steps * cfg.batch_rows if recipe.train.steps else one_pass(mixture)
-    learner = Learner(policy, recipe.train, steps)
-    step = 0
-    if saved := checkpoint.latest(store.folder):
-        tensors, state = checkpoint.load(saved)
-        learner.load(tensors, state["learner"])
-        step = state["step"]
-    if step == 0:
-        values = held_out_loss(learner, test)
-        store.write(0, values, {})
-        on_step(0, values)
-    while step < steps and not interrupt.requested:
-        failpoint("step:start")
-        start = time.monotonic()
+    total = recipe.train.steps or math.ceil(one_pass(mixture) / cfg.batch_rows)
+    last_row = total * cfg.batch_rows if recipe.train.steps else one_pass(mixture)
+    learner = make_learner(policy, recipe.train, total, forward=noisy_forward(cfg.neftune_alpha, seed, loop))
+    loop.restore(learner)
+
+    def evaluate(step: int) -> tuple[Metrics, list[EpisodeRow]]:
+        return held_out_loss(learner, test), []
+
+    for step in loop.steps(total, evaluate):
         begun = step * cfg.batch_rows
         drawn = mixture.draw(begun, min(cfg.batch_rows, last_row - begun))  # a pass's last step takes what is left
         rows = [sources[source][row] for source, row in drawn]
-        rng.seed_global(seed, "update", step)
-        share = not cfg.neftune_alpha  # noise is drawn for each row, so then no two rows begin alike
-        room = recipe.train.tokens_per_pass
-        batches = batching.micro(rows, room, "token-mean", device=policy.device, share=share)
-        stats: list[dict[str, Stat]] = []
-        for batch in batches:
-            keys = [rng.key("neftune", seed, step, row) for row in batch.rows]
-            with noisy_embeddings(policy, batch, keys, cfg.neftune_alpha):
-                stats.append(learner.forward_backward(batch, loss))
-        stats.append(learner.step())
-        step += 1
-        failpoint("step:updated")
-        values = {name: stat.value for name, stat in add_stats(stats).items()}
+        rng.seed_global(seed, "update", step)  # dropout, if the model has any
+        share = not cfg.neftune_alpha  # noise is drawn per row, so no two rows share a prefix
+        batches = batching.micro(rows, recipe.train.micro_batch_tokens, "token-mean", device=policy.device, share=share)
+        values = stat_values([*learner.forward_backward(batches, loss), learner.step()])
         if len(train) > 1:
             counts = mixture.drawn(begun + len(rows))
             values |= {f"rows/{name}": float(count) for name, count in zip(train, counts, strict=True)}
-        tokens, seconds = sum(len(r.tokens) for r in rows), time.monotonic() - start
-        timings = {"seconds": seconds, "tokens_per_second": tokens / seconds}
-        if step == steps:
-            values |= held_out_loss(learner, test)
-        failpoint("step:before-store")
-        store.write(step, values, timings)
-        failpoint("step:after-store")
-        on_step(step, values | timings)
-        if step % recipe.run.checkpoint_every == 0 or step == steps or interrupt.requested:
-            failpoint("step:before-checkpoint")
-            tensors, state = learner.state()
-            checkpoint.save(store.folder, step, tensors, {"step": step, "learner": state}, recipe.run.keep)
-            failpoint("step:after-checkpoint")
-    if step < steps:
-        return None
-    before, after = store.at(0), store.at(step)
-    return {"steps": step, "before": before, "after": after, "weights": checkpoint.weights_digest(learner.weights())}
+        loop.end(learner, values, tokens=sum(len(r.tokens) for r in rows))
+    return loop.summary(learner)
 
 
 def held_out_loss(learner: Learner, rows: Rows) -> dict[str, float]:
@@ -250,7 +147,7 @@ def held_out_loss(learner: Learner, rows: Rows) -> dict[str, float]:
     totals: dict[str, tuple[float, int]] = {}
     for name, mine in rows.items():
         if mine:
-            logp = [row[s.loss_mask] for row, s in zip(learner.sample_logprobs(mine), mine, strict=True)]
+            logp = [row[s.loss_mask] for row, s in zip(learner.logprobs(mine), mine, strict=True)]
             totals[name] = -sum(float(row.sum(dtype=np.float64)) for row in logp), sum(len(row) for row in logp)
     if not totals:
         return {}

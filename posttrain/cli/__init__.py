@@ -1,1 +1,1 @@
-"""The command line: commands, tables, reports."""
+"""Command-line interface: commands, tables, reports."""

@@ -1,4 +1,4 @@
-"""What the words after a command mean: a recipe, the settings of a run, and `--section.key value` settings."""
+"""Parses CLI arguments: recipes, a run's settings, and `--section.key value` settings."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from posttrain.config.files import SHIPPED_RECIPES
 from posttrain.types import ConfigError
 
 FREE = {"ignore_unknown_options": True, "allow_extra_args": True}
-"""Context settings of a command that takes free `--section.key value` settings besides its own options."""
-RECIPE_HELP = "RECIPE is a TOML file or the name of a shipped recipe; any setting follows as `--section.key value`."
+"""Context settings of a command that takes `--section.key value` settings besides its own options."""
+RECIPE_HELP = "RECIPE is a TOML file or a shipped recipe's name. Override any setting with `--section.key value`."
 
 
 def split_settings(args: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -36,7 +36,7 @@ def split_settings(args: Sequence[str]) -> tuple[list[str], dict[str, str]]:
 
 
 def find_recipe(name: str) -> Path:
-    """A recipe file, or a shipped recipe by its name."""
+    """Path of a recipe file, or of a shipped recipe by name."""
     shipped = SHIPPED_RECIPES
     for path in (Path(name), shipped / name, shipped / f"{name}.toml"):
         if path.is_file():
@@ -46,22 +46,31 @@ def find_recipe(name: str) -> Path:
 
 
 def shipped_recipes(kind: str = "algorithm") -> list[str]:
-    """Names of the recipes in the package: of single runs, or of pipelines."""
+    """Names of the shipped recipes, of single runs or of pipelines."""
     found = sorted(SHIPPED_RECIPES.glob("*.toml"))
     return [path.stem for path in found if kind in tomllib.loads(path.read_text(encoding="utf-8"))]
 
 
-def sections_of(model: str) -> dict[str, Any]:
-    """The settings a run was made with, as far as an evaluation has them; nothing for other models."""
+def sections_of(model: str) -> dict[str, dict[str, object]]:
+    """The settings of a run that an evaluation has, too; nothing for other models."""
     if not (Path(model) / "run.json").exists():
         return {}
-    from posttrain.store.run import Run
+    from posttrain.store.run import Run  # listing commands should not wait for SQLite and NumPy
 
     with Run.read(Path(model)) as store:
-        recipe = store.header["recipe"]
-    known = config.as_dict(config.GRPORecipe())
-    shared = {name: recipe[name] for name in known if name in recipe and name != "algo"}
-    return {name: {k: v for k, v in values.items() if k in known[name]} for name, values in shared.items()}
+        recipe = config.as_dict(config.stored(store.header["algorithm"], store.header["recipe"]))
+    known = config.as_dict(config.EvalRecipe())
+    return {name: {k: v for k, v in recipe[name].items() if k in known[name]} for name in known if name in recipe}
+
+
+def read_evaluation(
+    args: Sequence[str], given: Mapping[str, str | None], base: Mapping[str, object]
+) -> config.EvalRecipe:
+    """The resolved settings of an evaluation; options that were not given change nothing."""
+    words, settings = split_settings(args)
+    if words:
+        raise ConfigError(f"unexpected argument {words[0]!r}; settings are written --section.key value.")
+    return config.resolve_as(config.EvalRecipe, base, {k: v for k, v in given.items() if v is not None} | settings)
 
 
 def read_recipe(
@@ -70,7 +79,7 @@ def read_recipe(
     given: Mapping[str, str | None] | None = None,
     base: Mapping[str, Any] | None = None,
 ) -> tuple[str, Any]:
-    """The algorithm and the resolved recipe of a command's arguments; options that were not given change nothing."""
+    """Algorithm and resolved recipe from a command's arguments; options that were not given change nothing."""
     words, settings = split_settings(args)
     if len(words) > 1:
         raise ConfigError(f"expected one recipe, got {len(words)}: {' '.join(words)}.")

@@ -1,4 +1,4 @@
-"""Asking a model things: samples for one prompt, and a chat in the terminal."""
+"""`posttrain sample` and `posttrain chat`: completions of one prompt, and a chat in the terminal."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ import numpy as np
 from posttrain import api
 from posttrain.cli.arguments import sections_of
 from posttrain.cli.tables import printable
-from posttrain.models.load import Policy
-from posttrain.rollout.build import speak
-from posttrain.rollout.engine import EmbeddedGenerator
-from posttrain.rollout.generator import Request, attempt_seed
-from posttrain.train import device as machine
+from posttrain.models.load import Policy, with_chat_format
+from posttrain.rollout.engines.embedded import EmbeddedGenerator
+from posttrain.rollout.generator import Request, completion_seed
+from posttrain.train.device import resolve
 from posttrain.types import Completion, Message, SamplingParams
 
 
@@ -26,14 +25,14 @@ def text_of(policy: Policy, completion: Completion) -> str:
     return policy.tokenizer.decode(tokens, skip_special_tokens=True)
 
 
-def say_where_it_was_trained(model: str) -> None:
-    """Tells on stderr where a run, or the model of one, was trained in a world: none is played here."""
+def warn_about_environment(model: str) -> None:
+    """Notes on stderr if a run, or the model of one, was trained in an environment, which is not used here."""
     folder = Path(model)
     run = folder.parent if folder.name == "model" else folder
-    if world := sections_of(str(run)).get("env", {}).get("name"):
+    if env := sections_of(str(run)).get("env", {}).get("name"):
         print(
-            f"note: {run} was trained in the world {world!r}, which is not played here: what you read is answered to "
-            f"your words alone. `posttrain eval {run}` plays and scores whole episodes.",
+            f"note: {run} was trained in the environment {env!r}, which is not used here: the model sees only your "
+            f"prompt. `posttrain eval {run}` runs and scores whole episodes.",
             file=sys.stderr,
         )
 
@@ -49,12 +48,12 @@ def sample(
     max_tokens: int,
     seed: int,
 ) -> list[dict[str, Any]]:
-    """`count` answers: text, stop reason, tokens and log-probabilities."""
-    say_where_it_was_trained(model)
+    """`count` completions: text, stop reason, tokens and log-probabilities."""
+    warn_about_environment(model)
     params = SamplingParams(temperature, top_p, top_k, max_tokens)
-    policy = api.open_policy(model, device=machine.device("auto"))
-    tokens = speak(policy, "plain" if plain else "chat").prompt_tokens((Message("user", prompt),))
-    request = Request(tokens, tuple(attempt_seed(seed, "sample", 0, prompt, i) for i in range(count)))
+    policy = api.open_policy(model, on=resolve("auto"))
+    tokens = with_chat_format(policy, "plain" if plain else "chat").prompt_tokens((Message("user", prompt),))
+    request = Request(tokens, tuple(completion_seed(seed, "sample", 0, prompt, i) for i in range(count)))
     (completions,) = EmbeddedGenerator(policy, slots=min(count, 128)).generate([request], params)
     return [
         {
@@ -69,23 +68,23 @@ def sample(
 
 def chat(model: str, temperature: float, max_tokens: int, system: str) -> None:
     """Reads lines and streams replies until an empty line or end of input."""
-    say_where_it_was_trained(model)
-    policy = api.open_policy(model, device=machine.device("auto"))
-    form = speak(policy, "chat")
+    warn_about_environment(model)
+    policy = api.open_policy(model, on=resolve("auto"))
+    form = with_chat_format(policy, "chat")
     engine = EmbeddedGenerator(policy, slots=1)
     history = [Message("system", system)] if system else []
     params = SamplingParams(temperature, max_tokens=max_tokens)
-    print(f"Talking to {model}. An empty line or Ctrl-D ends.")
+    print(f"Chatting with {model}. An empty line or Ctrl-D quits.")
     while line := _ask():
         history.append(Message("user", line))
-        request = Request(form.prompt_tokens(tuple(history)), (attempt_seed(0, "chat", len(history), line, 0),))
+        request = Request(form.prompt_tokens(tuple(history)), (completion_seed(0, "chat", len(history), line, 0),))
         ((reply,),) = engine.generate([request], params, on_token=Stream(policy, _print).add)
         print()
         history.append(Message("assistant", text_of(policy, reply)))
 
 
 class Stream:
-    """Hands on text as its tokens arrive, holding back characters that are not complete yet."""
+    """Streams text as its tokens arrive, holding back incomplete characters."""
 
     def __init__(self, policy: Policy, write: Callable[[str], None]) -> None:
         self.policy = policy
@@ -94,7 +93,7 @@ class Stream:
         self.written = ""
 
     def add(self, request: int, index: int, token: int) -> None:
-        """Writes what this token adds (there is one request with one completion)."""
+        """Writes the text that this token adds (there is one request with one completion)."""
         if token in self.policy.stop_ids:
             return
         self.tokens.append(token)

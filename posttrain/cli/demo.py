@@ -1,4 +1,4 @@
-"""`posttrain demo`: the whole main job on the shipped model, told as it happens. Every number comes from this run."""
+"""`posttrain demo`: GRPO on the shipped model, explained as it runs. Every number comes from this run."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from rich.console import Console
 from rich.text import Text
 
 from posttrain import api, config
-from posttrain.cli import tables as show
+from posttrain.cli import tables
 from posttrain.config.files import SHIPPED_RECIPES
 from posttrain.models.load import ABACUS
-from posttrain.store.run import Run, next_folder
+from posttrain.store.listing import next_folder
+from posttrain.store.run import Run
 
 RECIPE = SHIPPED_RECIPES / "demo.toml"
 SHOWN = 4
 
 
 def run_demo(out: str, steps: int | None, seed: int, as_json: bool) -> None:
-    """Loads abacus, shows what it can do, trains it by reinforcement alone, and shows what changed."""
-    screen = show.console(as_json)
+    """Evaluates abacus, trains it with GRPO, and shows what changed."""
+    screen = tables.console(as_json)
     began = time.monotonic()
     algorithm, sections, _ = config.read_toml(RECIPE)
     folder = Path(out) if out else next_folder(Path("runs"), algorithm)
@@ -33,12 +34,12 @@ def run_demo(out: str, steps: int | None, seed: int, as_json: bool) -> None:
     parameters = json.loads((ABACUS / "build.json").read_text())["parameters"]
     screen.print("[bold]posttrain demo[/]: teach a small language model to think, with rewards alone.\n")
     screen.print(
-        f"abacus is a base model of {parameters / 1e6:.1f}M parameters. It is asked {recipe.eval.problems} held-out "
-        f"problems at temperature {recipe.eval.temperature:g}, then gets {recipe.train.steps} GRPO steps of "
-        f"{recipe.algo.prompts} × {recipe.algo.group_size} answers. The only reward: is the answer right?\n"
-        "Ctrl-C stops safely at any moment.\n"
+        f"abacus is a base model with {parameters / 1e6:.1f}M parameters. It is evaluated on {recipe.eval.problems} "
+        f"held-out problems at temperature {recipe.eval.temperature:g}, then trained for {recipe.train.steps} GRPO "
+        f"steps of {recipe.algo.prompts} × {recipe.algo.group_size} answers. The only reward: is the answer right?\n"
+        "Ctrl-C stops safely at any time.\n"
     )
-    with show.StepLine(screen, recipe) as line:
+    with tables.StepLine(screen, recipe) as line:
 
         def tell(step: int, values: Mapping[str, float]) -> None:
             line(step, values)
@@ -47,12 +48,10 @@ def run_demo(out: str, steps: int | None, seed: int, as_json: bool) -> None:
 
         result = api.start(algorithm, recipe, tell)
     if result.summary is None:
-        screen.print(
-            f"\nStopped and saved. Finish it, to the same bits, with: posttrain resume {folder}", soft_wrap=True
-        )
+        screen.print(f"\nStopped and saved. Continue with: posttrain resume {folder}", soft_wrap=True)
         sys.exit(128 + result.stopped_by)
-    show.finished(screen, folder)
-    screen.print(f"whole demo:     {show.duration(time.monotonic() - began)}\n")
+    tables.finished(screen, folder)
+    screen.print(f"whole demo:     {tables.duration(time.monotonic() - began)}\n")
     screen.print("[bold]What next[/]")
     for command, why in (
         (f"posttrain chat {folder}", "talk to it"),
@@ -61,7 +60,7 @@ def run_demo(out: str, steps: int | None, seed: int, as_json: bool) -> None:
         ("posttrain grpo --tasks countdown", "another task"),
         ("posttrain grpo --reward my_rewards.py:score --tasks my_tasks.jsonl", "your reward, your tasks"),
         ("posttrain config demo", "every setting, explained"),
-        (f"posttrain lab {folder.parent}", "this run, five explorers and a course, in the browser"),
+        (f"posttrain lab {folder.parent}", "this run, five explorers and a course in the browser"),
     ):
         screen.print(Text(f"  {command.ljust(66)} ") + Text(why, style="dim"), soft_wrap=True)
     if as_json:
@@ -69,14 +68,14 @@ def run_demo(out: str, steps: int | None, seed: int, as_json: bool) -> None:
 
 
 def introduce(screen: Console, folder: Path, values: Mapping[str, float]) -> None:
-    """Shows a few of the base model's own answers, the first ones asked, and its accuracy."""
+    """Shows the base model's first few answers and its accuracy."""
     with Run.read(folder) as store:
         first = store.episodes("eval", 0, limit=SHOWN)
-    screen.print("[bold]Before training[/], in its own words:")
+    screen.print("[bold]Before training[/]:")
     for episode in first:
-        screen.print(Text("  " + episode.prompt + "  → ") + show.marked(episode.text, episode.passed), soft_wrap=True)
+        screen.print(Text("  " + episode.prompt + "  → ") + tables.marked(episode.text, episode.passed), soft_wrap=True)
     screen.print(
-        f"Right {values['eval/accuracy']:.1%} of the time (95 % interval {values['eval/accuracy_low']:.1%} – "
-        f"{values['eval/accuracy_high']:.1%}); it thinks before answering {values['eval/think_share']:.0%} of the "
+        f"It is right {values['eval/accuracy']:.1%} of the time (95 % interval {values['eval/accuracy_low']:.1%} – "
+        f"{values['eval/accuracy_high']:.1%}) and thinks before answering {values['eval/think_share']:.0%} of the "
         "time.\n"
     )

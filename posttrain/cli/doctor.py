@@ -1,4 +1,4 @@
-"""What this machine offers, measured: device, matrix-product speed by dtype, sandbox layers, hub."""
+"""Machine check of `posttrain doctor`: device, matrix-product speed by dtype, sandbox tiers, hub access."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from posttrain.models.kernels.build import library, why_not
 from posttrain.rewards.sandbox.pool import probe
 from posttrain.rollout.products import product_of
 
-WIDTH = 1024  # of the weight whose products are timed
+WIDTH = 1024  # width of the weight whose products are timed
 Finding = dict[str, Any]  # name, value, ok (True, False, or None for a plain fact)
 
 
-def examine() -> list[Finding]:
-    """All findings, in the order a person wants them. Takes a few seconds."""
+def measure_machine() -> list[Finding]:
+    """All findings, in display order. Takes a few seconds."""
     return [*_software(), *_speed(), *_sandbox(), _hub()]
 
 
@@ -69,13 +69,13 @@ def _speed() -> list[Finding]:
 def _kernels() -> Finding:
     made = library()
     if made is None:
-        return _fact("fused kernels", f"none: {why_not()}; torch's own operations are used, slower", False)
+        return _fact("fused kernels", f"none: {why_not()}; using torch's slower operations", False)
     return _fact("fused kernels", f"{made.identity}, compiled by {made.made_by}", True)
 
 
 @torch.no_grad()
 def _gflops(rows: int, dtype: torch.dtype, device: str) -> float:
-    """Speed of torch's product of `rows` rows with a WIDTH × WIDTH weight."""
+    """GFLOP/s of torch's product of `rows` rows with a WIDTH × WIDTH weight."""
     left = torch.randn(rows, WIDTH, device=device).to(dtype)
     weight = torch.randn(WIDTH, WIDTH, device=device).to(dtype)
 
@@ -88,7 +88,7 @@ def _gflops(rows: int, dtype: torch.dtype, device: str) -> float:
 
 
 def _packed_gflops(rows: int) -> float:
-    """The same of the product that decoding makes in float32 on a CPU."""
+    """GFLOP/s of the product that float32 decoding uses on a CPU."""
     product = product_of(torch.float32, torch.nn.Linear(WIDTH, WIDTH, bias=False))
     product.refresh()
     left = torch.randn(rows, WIDTH)
@@ -107,10 +107,10 @@ def _rate(rows: int, call: Callable[[], object]) -> float:
 
 
 def _sandbox() -> list[Finding]:
-    """Which tiers of the sandbox hold for this user; each is started, and a program in it tries to get out."""
+    """Which sandbox tiers work for this user; each is started, and a program in it tries to escape."""
     if platform.system() != "Linux":
         return [_fact("code sandbox", f"not available on {platform.system()}", False)]
-    return [_fact(f"sandbox: {name}", said, holds) for name, holds, said in probe()]
+    return [_fact(f"sandbox: {name}", detail, works) for name, works, detail in probe()]
 
 
 def _hub() -> Finding:
@@ -119,6 +119,6 @@ def _hub() -> Finding:
     host = urlparse(constants.ENDPOINT).hostname or ""
     try:
         with socket.create_connection((host, 443), timeout=2):
-            return _fact("model hub", f"{host} answers", True)
+            return _fact("model hub", f"{host} is reachable", True)
     except OSError as error:
-        return _fact("model hub", f"{host} cannot be reached ({error}); local folders work", False)
+        return _fact("model hub", f"{host} cannot be reached ({error}); local models still work", False)

@@ -1,6 +1,6 @@
-"""One self-contained HTML page: tables, pictures and text, with everything that is not markup escaped.
+"""Builds one self-contained HTML page of tables, pictures and text, escaping everything that is not markup.
 
-Nothing is loaded from anywhere, and the page says so to the browser: no scripts, pictures only as data.
+The page loads nothing, and its content security policy enforces that: no scripts, pictures only as data.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ td { max-width: 34rem; white-space: pre-wrap; }
 .box { background: var(--box); border: 1px solid var(--line); border-radius: 6px; padding: .5rem .75rem; min-width: 0; }
 .box h4 { margin: 0 0 .25rem; font-size: .875rem; }
 .note { color: var(--soft); font-size: .875rem; }
-.said { margin: .25rem 0; white-space: pre-wrap; overflow-wrap: anywhere; font: .875rem/1.45 ui-monospace, monospace; }
+.text { margin: .25rem 0; white-space: pre-wrap; overflow-wrap: anywhere; font: .875rem/1.45 ui-monospace, monospace; }
 figure { margin: 0 0 1rem; break-inside: avoid; }
 figure img { width: 100%; max-width: 40rem; height: auto; background: #ffffff; border-radius: 6px; padding: .25rem; }
 summary { cursor: pointer; padding: .25rem 0; }
@@ -46,27 +46,27 @@ summary { cursor: pointer; padding: .25rem 0; }
 
 
 class Html(str):
-    """Text that is markup already; any other text is escaped where it is put in."""
+    """Text that is already markup; any other text is escaped when it is inserted."""
 
 
 def put(value: object) -> Html:
-    """A value as markup: escaped, and control characters made visible, unless it is markup already."""
+    """A value as markup: escaped, with control characters made visible, unless it is already markup."""
     return value if isinstance(value, Html) else Html(html.escape(printable(str(value))))
 
 
 def tag(name: str, *children: object, **attributes: str) -> Html:
     """`<name …>children</name>`; a trailing underscore in an attribute's name is dropped (`class_`)."""
-    said = "".join(f' {key.rstrip("_").replace("_", "-")}="{html.escape(value)}"' for key, value in attributes.items())
-    return Html(f"<{name}{said}>{join(*children)}</{name}>")
+    attrs = "".join(f' {key.rstrip("_").replace("_", "-")}="{html.escape(value)}"' for key, value in attributes.items())
+    return Html(f"<{name}{attrs}>{join(*children)}</{name}>")
 
 
 def join(*children: object) -> Html:
-    """Several values one after the other."""
+    """Concatenates values as markup."""
     return Html("".join(put(child) for child in children))
 
 
 def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[object]]) -> Html:
-    """A table whose first column names its rows; it scrolls by itself where it is wider than the page."""
+    """A table whose first column has the row headers; it scrolls on its own if it is wider than the page."""
     top = tag("tr", *(tag("th", name, scope="col") for name in head))
     body = [tag("tr", tag("th", row[0], scope="row"), *(tag("td", cell) for cell in row[1:])) for row in rows]
     made = tag("table", tag("caption", tag("span", caption)), tag("thead", top), tag("tbody", *body))
@@ -74,33 +74,33 @@ def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[object]]) -
 
 
 def picture(svg: Path, about: str) -> Html:
-    """An SVG file as part of the page; `about` says what it shows to those who do not see it."""
+    """An embedded SVG file, with `about` as its alternative text."""
     data = base64.b64encode(svg.read_bytes()).decode("ascii")
     return Html(f'<img src="data:image/svg+xml;base64,{data}" alt="{put(about)}">')
 
 
 def box(title: object, *children: object) -> Html:
-    """A titled box of a grid."""
+    """A titled box in a grid."""
     return tag("div", tag("h4", title), *children, class_="box")
 
 
-def said(text: str) -> Html:
-    """What a model wrote, as it wrote it."""
-    return tag("div", text, class_="said") if text else tag("div", "(nothing)", class_="note")
+def model_text(text: str) -> Html:
+    """Model output, verbatim."""
+    return tag("div", text, class_="text") if text else tag("div", "(nothing)", class_="note")
 
 
 def section(title: str, *children: object) -> Html:
-    """A part of the page with a heading that the top of the page links to."""
+    """A section of the page, with a heading that the navigation links to."""
     return tag("section", tag("h2", title, id=anchor(title)), *children)
 
 
 def anchor(title: str) -> str:
-    """The fragment of a heading."""
+    """The anchor id of a heading."""
     return "".join(c if c.isalnum() else "-" for c in title.lower())
 
 
 def page(title: str, about: object, sections: Sequence[tuple[str, Html]]) -> str:
-    """The whole document, from (heading, content) pairs; empty ones are left out."""
+    """The whole document from (heading, content) pairs; empty sections are left out."""
     kept = [(name, content) for name, content in sections if content]
     links = tag("nav", *(tag("a", name, href=f"#{anchor(name)}") for name, _ in kept), aria_label="Sections")
     body = tag("main", tag("h1", title), about, links, *(section(name, content) for name, content in kept))

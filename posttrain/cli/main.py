@@ -1,8 +1,8 @@
-"""The command line. One function a command; everything heavy is imported inside it, so that `--help` is quick.
+"""The command line. One function per command; heavy imports are inside the functions, so that `--help` is fast.
 
-Exit codes: 0 done · 1 unexpected error · 2 bad setting or usage · 3 bad data · 4 template or tokenizer · 5 rollout or
-reward · 6 training diverged · 7 run folder · 8 disk · 9 `doctor --fail-on` found it · 130 stopped by Ctrl-C · 143
-stopped by SIGTERM (both resumable).
+Exit codes: 0 success · 1 unexpected error · 2 bad setting or usage · 3 bad data · 4 template or tokenizer · 5 rollout
+or reward · 6 training diverged · 7 run folder · 8 disk · 9 `doctor --fail-on` found a problem · 130 stopped by Ctrl-C ·
+143 stopped by SIGTERM (both resumable).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from posttrain.cli.arguments import (
     FREE,
     RECIPE_HELP,
     find_recipe,
+    read_evaluation,
     read_recipe,
     sections_of,
     shipped_recipes,
@@ -31,7 +32,7 @@ from posttrain.types import ConfigError, PosttrainError
 
 
 class Cli(click.Group):
-    """Shows commands in the order they are defined and turns our errors into one line and an exit code."""
+    """Lists commands in definition order and turns our errors into one line and an exit code."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
@@ -52,43 +53,43 @@ class Cli(click.Group):
 def main() -> None:
     """Post-train language models with reinforcement learning on one machine, from a laptop's CPU to a GPU.
 
-    Start with `posttrain demo`: it trains the little model that ships here to think, in minutes.
+    Start with `posttrain demo`: it trains the small built-in model to think, in minutes.
     """
 
 
 def settings_command(name: str, **extra: Any) -> Any:
-    """A command that takes free `--section.key value` settings besides its own options."""
+    """Decorator for a command that takes `--section.key value` settings besides its own options."""
     return main.command(name, context_settings=FREE, **extra)
 
 
 def run_training(algorithm: str, recipe: Any, as_json: bool, resume: str | None = None) -> None:
-    """Runs or resumes with the live progress line, then says what happened and what to do next."""
-    from posttrain.cli import tables as show
+    """Runs or resumes training with the live progress line, then prints the results."""
+    from posttrain.cli import tables
 
-    out = show.console(as_json)
+    out = tables.console(as_json)
     with out.status("loading model and data"):
         from posttrain import api
 
     def warn(text: str) -> None:
         out.print(f"warning: {text}", style="yellow", soft_wrap=True)
 
-    with show.StepLine(out, recipe) as line:
+    with tables.StepLine(out, recipe) as line:
         result = api.resume(resume, on_step=line) if resume else api.start(algorithm, recipe, line, on_warning=warn)
     if result.summary is None:
         out.print(f"Stopped and saved. Continue with: posttrain resume {result.folder}", soft_wrap=True)
         sys.exit(128 + result.stopped_by)
-    show.finished(out, result.folder)
+    tables.finished(out, result.folder)
     if as_json:
         click.echo(json.dumps({"folder": str(result.folder), "summary": result.summary}))
 
 
 @main.command()
 @click.option("--out", default="", help="Run folder.  [default: runs/grpo-NUMBER]")
-@click.option("--steps", type=int, help="Fewer or more updates than the recipe's.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--steps", type=int, help="Training steps.  [default: the recipe's]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Random seed.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 def demo(out: str, steps: int | None, seed: int, as_json: bool) -> None:
-    """Train the shipped model to think, in minutes.
+    """Train the built-in model to think, in minutes.
 
     R1-Zero in miniature, on this machine: the only reward is whether the answer is right.
     """
@@ -98,15 +99,15 @@ def demo(out: str, steps: int | None, seed: int, as_json: bool) -> None:
 
 
 def training_command(algorithm: str) -> None:
-    """The command of an algorithm: what its recipe class says, with its most used settings as options."""
+    """Adds an algorithm's command: its help is the recipe's docstring, its options the most used settings."""
     recipe = config.RECIPES[algorithm]
     sections = {section.name for section in fields(recipe)}
     shown = [("--model", "model.path", "Model folder, hub id, or `abacus`.")]
     judged = "reward" in sections
     if judged and "pairs" not in sections:
-        shown.append(("--tasks", "data.tasks", "Built-in task, JSONL/Parquet file, or data set id."))
+        shown.append(("--tasks", "data.tasks", "Built-in task, JSONL/Parquet file, or dataset id."))
     else:
-        shown.append(("--data", "data.tasks", "JSONL/Parquet file, data set id, or task."))
+        shown.append(("--data", "data.tasks", "JSONL/Parquet file, dataset id, or task."))
     if judged:
         shown.append(
             ("--reward", "reward.name", "`auto`, a verifier, FILE.py:FUNCTION, model:FOLDER, or judge:FILE.toml.")
@@ -135,24 +136,24 @@ for _algorithm in config.RECIPES:
 
 
 @settings_command(
-    "pipeline", epilog="Settings of a stage follow as --STAGE.section.key value, of the cards as --card.key."
+    "pipeline", epilog="Override a stage's settings with --STAGE.section.key value, the cards' with --card.key value."
 )
 @click.argument("args", nargs=-1, type=click.UNPROCESSED, metavar="RECIPE [--stage.section.key value]...")
-@click.option("--out", default="", help="Folder.  [default: runs/NAME]")
-@click.option("--mini", is_flag=True, help="The recipe's miniature: every stage, in a minute or so.")
-@click.option("--again", default="", metavar="STAGE", help="Make this stage anew although its inputs are the same.")
+@click.option("--out", default="", help="Pipeline folder.  [default: runs/NAME]")
+@click.option("--mini", is_flag=True, help="Run the recipe's miniature: every stage, in about a minute.")
+@click.option("--again", default="", metavar="STAGE", help="Rerun this stage even if its inputs have not changed.")
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON on stdout.")
 def pipeline(args: tuple[str, ...], out: str, mini: bool, again: str, as_json: bool) -> None:
-    """Several stages from one file: data, training runs and an examination of every model.
+    """Run several stages from one file: data, training and an evaluation of every model.
 
-    A stage whose inputs have not changed is not run again; called again after a stop, it goes on where it was.
+    Stages whose inputs have not changed are not rerun. After an interruption, run the same command to continue.
     """
-    from posttrain.cli import tables as show
+    from posttrain.cli import tables
 
     words, settings = split_settings(args)
     if len(words) != 1:
         raise ConfigError(f"name one pipeline ({', '.join(shipped_recipes('pipeline'))}) or a TOML file.")
-    screen = show.console(as_json)
+    screen = tables.console(as_json)
     with screen.status("reading the pipeline"):
         from posttrain.cli.pipeline import run_command
     run_command(screen, find_recipe(words[0]), settings, out, mini, again, as_json)
@@ -162,39 +163,36 @@ def pipeline(args: tuple[str, ...], out: str, mini: bool, again: str, as_json: b
 @click.argument("run")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 def resume(run: str, as_json: bool) -> None:
-    """Continue a run that was stopped or killed, to the same bits."""
+    """Resume a run that was stopped or killed; the result is bit-exact."""
     from posttrain.store.run import Run
 
     with Run.read(Path(run)) as store:
         algorithm = store.header["algorithm"]
-        recipe = config.resolve(algorithm, store.header["recipe"])
+        recipe = config.stored(algorithm, store.header["recipe"])
         if store.summary():
             click.echo(f"{run} is finished; there is nothing to resume.", err=True)
     run_training(algorithm, recipe, as_json, resume=run)
 
 
-@settings_command("eval", epilog="Settings of the data, rollout, eval and run sections follow as --section.key value.")
+@settings_command("eval", epilog="Override data, rollout, eval and run settings with --section.key value.")
 @click.argument("model")
 @click.argument("args", nargs=-1, type=click.UNPROCESSED, metavar="[--section.key value]...")
-@click.option("--tasks", help="Built-in task, file, or data set id.")
+@click.option("--tasks", help="Built-in task, file, or dataset id.")
 @click.option("--reward", help="`auto`, a verifier, or FILE.py:FUNCTION.")
-@click.option("--samples", help="Answers per task; 2 or more adds pass@k and maj@k.")
+@click.option("--samples", help="Completions per task; 2 or more adds pass@k and maj@k.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on stdout.")
 def evaluate(
     model: str, args: tuple[str, ...], tasks: str | None, reward: str | None, samples: str | None, as_json: bool
 ) -> None:
-    """Held-out accuracy of a model or run, with intervals.
+    """Evaluate a model or run on held-out tasks, with confidence intervals.
 
-    With --samples 2 or more also pass@k and maj@k.
+    With --samples 2 or more, also reports pass@k and maj@k.
     """
-    from posttrain.cli import tables as show
+    from posttrain.cli import tables
 
-    words, _ = split_settings(args)
-    if words:
-        raise ConfigError(f"unexpected argument {words[0]!r}; settings are written --section.key value.")
     given = {"data.tasks": tasks, "reward.name": reward, "eval.samples": samples}
-    _, recipe = read_recipe("grpo", args, given, sections_of(model))
-    out = show.console(as_json)
+    recipe = read_evaluation(args, given, sections_of(model))
+    out = tables.console(as_json)
     with out.status(f"evaluating {model} on {recipe.data.tasks}"):
         from posttrain import api
 
@@ -202,39 +200,39 @@ def evaluate(
     if as_json:
         click.echo(json.dumps(report.as_dict()))
     else:
-        show.report(out, model, report, groups)
+        tables.report(out, model, report, groups)
 
 
-@settings_command("best-of-n", epilog="Settings of the data, rollout, eval and run sections follow as for `eval`.")
+@settings_command("best-of-n", epilog="Override data, rollout, eval and run settings with --section.key value.")
 @click.argument("model")
 @click.argument("args", nargs=-1, type=click.UNPROCESSED, metavar="[--section.key value]...")
-@click.option("--tasks", help="Built-in task, file, or data set id.")
-@click.option("--n", "count", default="16", show_default=True, help="Answers per task.")
+@click.option("--tasks", help="Built-in task, file, or dataset id.")
+@click.option("--n", "count", default="16", show_default=True, help="Completions per task.")
 @click.option(
     "--scorer",
     default="auto",
     show_default=True,
-    help="A verifier, FILE.py:FUNCTION, model:FOLDER, or judge:FILE.toml.",
+    help="`auto`, a verifier, FILE.py:FUNCTION, model:FOLDER, or judge:FILE.toml.",
 )
-@click.option("--split", type=click.Choice(["held-out", "train"]), default="held-out", help="Which tasks.")
-@click.option("--out", help="Write each task's best answer here, as rows for `posttrain sft`.")
-@click.option("--least", type=float, help="Lowest score that --out takes; without it, any.")
-@click.option("--pairs", help="Write best against worst answers here, for `posttrain dpo` and `posttrain reward`.")
+@click.option("--split", type=click.Choice(["held-out", "train"]), default="held-out", help="Which tasks to use.")
+@click.option("--out", help="File for each task's best completion, as rows for `posttrain sft`.")
+@click.option("--least", type=float, help="Minimum score for --out.  [default: none]")
+@click.option("--pairs", help="File for best-worst pairs, for `posttrain dpo` and `posttrain reward`.")
 @click.option("--json", "as_json", is_flag=True, help="Print the numbers as JSON on stdout.")
 def best_of_n(model: str, args: tuple[str, ...], out: str, least: float | None, pairs: str, **given: Any) -> None:
-    """What the best of n answers is worth, for n = 1, 2, 4 … N.
+    """Measure the score and accuracy of the best of n completions, for n = 1, 2, 4 … N.
 
-    With --out or --pairs the answers become training data.
+    With --out or --pairs, the completions become training data.
     """
-    from posttrain.cli import tables as show
+    from posttrain.cli import tables
 
     for path in filter(None, (out, pairs)):
         if not Path(path).parent.is_dir():
             raise ConfigError(f"{path} cannot be written: the folder {Path(path).parent} does not exist.")
     named = {"data.tasks": given["tasks"], "eval.samples": given["count"], "reward.name": given["scorer"]}
-    _, recipe = read_recipe("grpo", args, named, sections_of(model))
-    console = show.console(given["as_json"])
-    with console.status(f"sampling {recipe.eval.samples} answers of {model} to each task of {recipe.data.tasks}"):
+    recipe = read_evaluation(args, named, sections_of(model))
+    console = tables.console(given["as_json"])
+    with console.status(f"sampling {recipe.eval.samples} completions per task of {recipe.data.tasks} from {model}"):
         from posttrain import api
         from posttrain.search import best_of_n as search
 
@@ -244,23 +242,23 @@ def best_of_n(model: str, args: tuple[str, ...], out: str, least: float | None, 
     if given["as_json"]:
         click.echo(json.dumps({**found.as_dict(), "written": written}))
     else:
-        show.best_of_n(console, model, found, written)
+        tables.best_of_n(console, model, found, written)
 
 
 @main.command()
 @click.argument("model")
 @click.option("--tasks", default="arithmetic", show_default=True, help="Built-in task, or file with gold answers.")
-@click.option("--count", default=64, show_default=True, help="Questions.")
+@click.option("--count", default=64, show_default=True, help="Number of questions.")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON on stdout.")
 def probe(model: str, tasks: str, count: int, as_json: bool) -> None:
-    """What a reward model pays for besides being right: bias probes with intervals."""
-    from posttrain.cli import tables as show
+    """Probe a reward model for biases: what does it reward besides being right?"""
+    from posttrain.cli import tables
 
-    with show.console(as_json).status(f"probing {model}"):
+    with tables.console(as_json).status(f"probing {model}"):
         from posttrain import api
 
         found = api.probe(model, tasks, count)
-    show.findings(show.console(as_json), model, found)
+    tables.findings(tables.console(as_json), model, found)
     if as_json:
         click.echo(json.dumps([finding.as_dict() for finding in found]))
 
@@ -268,44 +266,44 @@ def probe(model: str, tasks: str, count: int, as_json: bool) -> None:
 @main.command()
 @click.argument("model")
 @click.argument("prompt")
-@click.option("-n", "count", default=1, show_default=True, help="Answers.")
-@click.option("--temperature", default=1.0, show_default=True, help="0 is greedy.")
-@click.option("--top-p", default=1.0, show_default=True)
-@click.option("--top-k", default=0, show_default=True, help="0 keeps every token.")
-@click.option("--max-tokens", default=256, show_default=True)
-@click.option("--seed", default=0, show_default=True)
-@click.option("--plain", is_flag=True, help="Feed the text as it is, without a chat template.")
-@click.option("--json", "as_json", is_flag=True, help="Print tokens and log-probabilities too, as JSON.")
+@click.option("-n", "count", default=1, show_default=True, help="Number of completions.")
+@click.option("--temperature", default=1.0, show_default=True, help="Sampling temperature; 0 is greedy.")
+@click.option("--top-p", default=1.0, show_default=True, help="Nucleus sampling; 1 keeps every token.")
+@click.option("--top-k", default=0, show_default=True, help="Sample from the k most likely tokens; 0 keeps all.")
+@click.option("--max-tokens", default=256, show_default=True, help="Maximum tokens per completion.")
+@click.option("--seed", default=0, show_default=True, help="Random seed.")
+@click.option("--plain", is_flag=True, help="Use the prompt as it is, without a chat template.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON with tokens and log-probabilities.")
 def sample(model: str, prompt: str, plain: bool, as_json: bool, **options: Any) -> None:
-    """Answers of a model or run to one prompt."""
-    from posttrain.cli import tables as show
+    """Sample completions of one prompt from a model or run."""
+    from posttrain.cli import tables
 
-    out = show.console(as_json)
+    out = tables.console(as_json)
     with out.status(f"loading {model}"):
-        from posttrain.cli import chat as talk
-    answers = talk.sample(model, prompt, plain, **options)
+        from posttrain.cli import chat as session
+    answers = session.sample(model, prompt, plain, **options)
     if as_json:
         click.echo(json.dumps(answers))
     else:
         for answer in answers:
-            click.echo(show.printable(answer["text"]) + ("" if answer["stop"] == "stop" else " …"))
+            click.echo(tables.printable(answer["text"]) + ("" if answer["stop"] == "stop" else " …"))
 
 
 @main.command()
 @click.argument("model")
-@click.option("--temperature", default=1.0, show_default=True, help="0 is greedy.")
-@click.option("--max-tokens", default=256, show_default=True)
+@click.option("--temperature", default=1.0, show_default=True, help="Sampling temperature; 0 is greedy.")
+@click.option("--max-tokens", default=256, show_default=True, help="Maximum tokens per reply.")
 @click.option("--system", default="", help="System message.")
 def chat(model: str, temperature: float, max_tokens: int, system: str) -> None:
-    """Talk to a model or run in the terminal.
+    """Chat with a model or run in the terminal.
 
-    An empty line or Ctrl-D ends.
+    An empty line or Ctrl-D quits.
     """
-    from posttrain.cli import tables as show
+    from posttrain.cli import tables
 
-    with show.console().status(f"loading {model}"):
-        from posttrain.cli import chat as talk
-    talk.chat(model, temperature, max_tokens, system)
+    with tables.console().status(f"loading {model}"):
+        from posttrain.cli import chat as session
+    session.chat(model, temperature, max_tokens, system)
 
 
 for _command in COMMANDS:

@@ -1,4 +1,4 @@
-"""`posttrain pipeline`: the live lines of each stage, then the table of cards and what was expected."""
+"""`posttrain pipeline`: live progress of each stage, then the table of cards and the expected results."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from posttrain.cli import tables as show
+from posttrain.cli import tables
 from posttrain.cli.report import write_report
 from posttrain.pipelines import card
 from posttrain.pipelines.recipe import read_pipeline
-from posttrain.pipelines.runner import Ended, Record, Screen, run_pipeline
+from posttrain.pipelines.runner import PipelineResult, Record, Screen, run_pipeline
 
 
 def run_command(
     out: Console, file: Path, settings: Mapping[str, str], folder: str, mini: bool, again: str, as_json: bool
 ) -> None:
-    """Reads, runs and reports. Exits with 128 + the signal's number where one stopped it."""
+    """Reads and runs a pipeline and writes its report. Exits with 128 + the signal's number if a signal stopped it."""
     pipeline = read_pipeline(file, settings, mini)
     place = Path(folder or f"runs/{pipeline.name}{'-mini' if mini else ''}")
-    screen = Screen(lambda text: out.print(Text(text), soft_wrap=True), lambda recipe: show.StepLine(out, recipe))
+    screen = Screen(lambda text: out.print(Text(text), soft_wrap=True), lambda recipe: tables.StepLine(out, recipe))
     if pipeline.about:
         out.print(Text(pipeline.about))
     ended = run_pipeline(pipeline, place, screen, again)
     if ended.stopped_by:
-        out.print(f"Stopped and saved. Go on with the same command; {place} keeps what is done.", soft_wrap=True)
+        out.print(f"Stopped and saved in {place}. Continue with the same command.", soft_wrap=True)
         sys.exit(128 + ended.stopped_by)
     out.print(cards_table(ended.records))
     for name, (low, high) in ended.missed.items():
@@ -45,18 +45,18 @@ def run_command(
 
 
 def cards_table(records: list[Record]) -> Table:
-    """One line of numbers for every capability, one column for every examined stage."""
-    examined = [record for record in records if record.card]
-    table = Table(title="Every model, examined on the same held-out tasks (95 % intervals)", title_justify="left")
+    """One row per card metric, one column per evaluated stage."""
+    evaluated = [record for record in records if record.card]
+    table = Table(title="Every model on the same held-out tasks (95 % intervals)", title_justify="left")
     table.add_column("")
-    for record in examined:
+    for record in evaluated:
         table.add_column(record.name, justify="right")
-    columns = [dict(card.rows(record.card or {})) for record in examined]
+    columns = [dict(card.rows(record.card or {})) for record in evaluated]
     for label in dict.fromkeys(label for column in columns for label in column):
         table.add_row(label, *(column.get(label, "–") for column in columns))
     return table
 
 
-def as_dict(ended: Ended) -> dict[str, Any]:
-    """For JSON."""
+def as_dict(ended: PipelineResult) -> dict[str, Any]:
+    """A JSON-serialisable dict."""
     return {"folder": str(ended.folder), "results": ended.results, "missed": sorted(ended.missed)}

@@ -1,6 +1,6 @@
-"""`posttrain report`: a training run, or a whole pipeline, as one HTML page to keep and to send.
+"""`posttrain report`: a training run or pipeline as one HTML page.
 
-Both may be unfinished: the page then shows what there is.
+Either may be unfinished; the page then shows what there is so far.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from posttrain import config, rng
-from posttrain.cli import tables as show
-from posttrain.cli.html import Html, box, join, page, picture, put, said, table, tag
+from posttrain.cli import tables
+from posttrain.cli.html import Html, box, join, model_text, page, picture, put, table, tag
 from posttrain.evaluation.diagnose import SEVERITY, diagnose_run
 from posttrain.pipelines.card import LABELS
 from posttrain.pipelines.figure import Figure, Finished, label
@@ -31,15 +31,15 @@ MAIN = (
     "eval/nll", "divergence", "preference_accuracy", "eval/preference_accuracy", "pair_accuracy", "eval/pair_accuracy",
     "step_accuracy", "eval/step_accuracy", "loss", "grad_norm",
 )  # fmt: skip
-"""Metrics whose curves a run's page shows, of those that the run has."""
+"""Metrics whose curves a run's page shows, if the run has them."""
 MOST_CURVES, SHOWN = 10, 3
 MARKS = {"alarm": "✗ alarm", "warn": "! warn", "ok": "✓ ok", "no data": "no data"}
 
 
 def write_report(folder: Path, out: Path | None = None) -> Path:
-    """Writes the page of a run folder or a pipeline's folder to `out`, or `report.html` in it, and returns its path.
+    """Writes the page of a run or pipeline folder to `out`, by default its `report.html`, and returns the path.
 
-    Raises ResumeError where there is neither, ConfigError where the page cannot be written.
+    Raises ResumeError if the folder holds neither, ConfigError if the page cannot be written.
     """
     path = out or folder / PAGE
     if not path.parent.is_dir():
@@ -60,7 +60,9 @@ def run_page(folder: Path) -> str:
     with Run.read(folder) as run, tempfile.TemporaryDirectory() as drawings:
         about = f"{run.header.get('algorithm', '')} · {run.status()} · step {run.last_step() or 0}"
         seconds = sum(value for _, _, value in run.timings("seconds"))
-        about += f" · {show.duration(seconds)} of training · started {run.header.get('created', 'at an unknown time')}"
+        about += (
+            f" · {tables.duration(seconds)} of training · started {run.header.get('created', 'at an unknown time')}"
+        )
         sections = [
             ("Before and after", changes(run)),
             ("Curves", run_curves(run, Path(drawings))),
@@ -68,7 +70,7 @@ def run_page(folder: Path) -> str:
             ("Samples", samples(run)),
             ("Held-out answers", held_out(run)),
             ("Settings", settings(run)),
-            ("Notes of the run", events(run)),
+            ("Events", events(run)),
         ]
     return page(f"Run {folder.resolve().name}", tag("p", about), sections)
 
@@ -77,16 +79,16 @@ def changes(run: Run) -> Html:
     """Held-out metrics before training and at the last evaluation, with intervals."""
     before, after, last = evaluations(run)
     rows: list[list[str]] = []
-    for name, text, form in show.CHANGES:
+    for name, text, form in tables.CHANGES:
         if name in before or name in after:
             rows.append([text, *(_measured(values, name, form) for values in (before, after))])
     if not rows:
         return Html()
-    return table("Held-out, with 95 % intervals where they are known", ["", "before", f"after step {last}"], rows)
+    return table("Held-out metrics, with 95 % intervals where known", ["", "before", f"after step {last}"], rows)
 
 
 def evaluations(run: Run) -> tuple[dict[str, float], dict[str, float], int]:
-    """Held-out metrics of the first and the last evaluation, and the step of the last."""
+    """Held-out metrics of the first and last evaluation, and the step of the last."""
     steps = sorted({step for step, name, _ in run.metrics() if name.startswith("eval/")})
     if not steps:
         return {}, {}, 0
@@ -102,7 +104,7 @@ def _measured(values: Mapping[str, float], name: str, form: str) -> str:
 
 
 def run_curves(run: Run, drawings: Path) -> Html:
-    """The main metrics over the steps, a picture each."""
+    """The main metrics over the steps, one plot each."""
     known = [name for name in MAIN if any(math.isfinite(v) for v in run.curve(name)[1])]
     stage = Finished("", run.folder)  # one line needs no name
     made: list[Html] = []
@@ -116,19 +118,19 @@ def run_curves(run: Run, drawings: Path) -> Html:
 
 
 def verdicts(folder: Path) -> Html:
-    """What `posttrain doctor` says of the run, worst first."""
+    """The verdicts of `posttrain doctor`, worst first."""
     found = sorted(diagnose_run(folder), key=lambda one: -SEVERITY.index(one.level))
     rows = [
         [one.name, MARKS[one.level], "" if one.since is None else str(one.since), one.evidence, one.advice]
         for one in found
     ]
     return table(
-        "Checks of the run's curves and answers", ["check", "verdict", "since step", "evidence", "what to do"], rows
+        "Checks of the run's curves and completions", ["check", "verdict", "since step", "evidence", "what to do"], rows
     )
 
 
 def samples(run: Run) -> Html:
-    """The best, the worst and some random answers of the newest step that stored any."""
+    """The best, the worst and some random completions of the latest step that stored any."""
     newest = run.episodes("train", limit=1, order="-step")
     if not newest:
         return Html()
@@ -137,16 +139,16 @@ def samples(run: Run) -> Html:
     picks = {
         "highest reward": _of_different_tasks(run.episodes("train", step, order="-reward")),
         "lowest reward": _of_different_tasks(run.episodes("train", step, order="reward")),
-        "drawn at random": [rows[int(i)] for i in rng.permutation(len(rows), "report", step)[:SHOWN]],
+        "random": [rows[int(i)] for i in rng.permutation(len(rows), "report", step)[:SHOWN]],
     }
-    made = [tag("p", f"Training answers of step {step}, {len(rows)} in all.")]
+    made = [tag("p", f"Training completions of step {step}, {len(rows)} in total.")]
     for name, chosen in picks.items():
         made += [tag("h3", name.capitalize()), tag("div", *(answer(row) for row in chosen), class_="grid")]
     return join(*made)
 
 
 def _of_different_tasks(rows: Sequence[EpisodeRow]) -> list[EpisodeRow]:
-    """The first answers, at most one to a task."""
+    """The first completions, at most one per task."""
     first: dict[int, EpisodeRow] = {}
     for row in rows:
         first.setdefault(row.group, row)
@@ -154,31 +156,31 @@ def _of_different_tasks(rows: Sequence[EpisodeRow]) -> list[EpisodeRow]:
 
 
 def answer(row: EpisodeRow) -> Html:
-    """One stored attempt with what it earned."""
-    reward = "not scored" if row.reward is None else f"reward {row.reward:.3g}"
+    """One stored completion with its reward."""
+    reward = "unscored" if row.reward is None else f"reward {row.reward:.3g}"
     parts = ", ".join(f"{name} {value:.3g}" for name, value in sorted(row.parts.items()))
     facts = f"{'✓ passed' if row.passed else '✗ not passed'} · {reward} · {row.length} tokens"
-    facts += " · cut at the limit" if row.stop == "length" else ""
+    facts += " · truncated" if row.stop == "length" else ""
     notes = [tag("div", text, class_="note") for text in (facts, parts, row.error or "") if text]
-    return box(row.prompt, said(row.text), *notes)
+    return box(row.prompt, model_text(row.text), *notes)
 
 
 def held_out(run: Run) -> Html:
-    """The same held-out questions at the first and the last evaluation."""
+    """The same held-out questions at the first and last evaluation."""
     last = run.episodes("eval", limit=1, order="-step")
     if not last or last[0].step == 0:
         return Html()
-    found = show.side_by_side(run.episodes("eval", 0), run.episodes("eval", last[0].step))
+    found = tables.side_by_side(run.episodes("eval", 0), run.episodes("eval", last[0].step))
     rows = [[q, _marked(a, a_right), _marked(b, b_right)] for q, a, a_right, b, b_right in found]
-    return table("The first held-out questions, not chosen by result", ["question", "before", "after"], rows)
+    return table("The first held-out questions, whatever their result", ["question", "before", "after"], rows)
 
 
 def _marked(text: str, right: bool) -> Html:
-    return join("✓ " if right else "✗ ", tag("span", text, class_="said"))
+    return join("✓ " if right else "✗ ", tag("span", text, class_="text"))
 
 
 def settings(run: Run) -> Html:
-    """Every setting of the run; those that differ from the algorithm's defaults first."""
+    """All settings of the run, those that differ from the algorithm's defaults first."""
     algorithm, recipe = str(run.header.get("algorithm", "")), run.header.get("recipe", {})
     default = config.as_dict(config.resolve(algorithm, {})) if algorithm in config.RECIPES else {}
     changed: list[list[str]] = []
@@ -192,20 +194,20 @@ def settings(run: Run) -> Html:
                 changed.append([f"{part}.{name}", str(value), str(usual)])
     rest = tag("details", tag("summary", f"{len(same)} settings at their defaults"),
                table("Settings at their defaults", ["setting", "value"], same))  # fmt: skip
-    return join(table("Settings that were chosen", ["setting", "value", "default"], changed), rest)
+    return join(table("Settings that differ from their defaults", ["setting", "value", "default"], changed), rest)
 
 
 def events(run: Run) -> Html:
-    """What the run noted about its data, its memory and what went wrong."""
+    """Events that the run logged about its data, its memory and errors."""
     rows = [[event.kind, str(event.step), event.level, event.message] for event in run.events()]
-    return table("In order of step", ["what", "step", "level", "message"], rows) if rows else Html()
+    return table("In order of step", ["kind", "step", "level", "message"], rows) if rows else Html()
 
 
 # --- a pipeline -----------------------------------------------------------------------------------------------------
 
 
 def pipeline_page(folder: Path) -> str:
-    """The page of a pipeline, of as many stages as have ended."""
+    """The page of a pipeline, with the stages that have finished."""
     record = read_record(folder)
     stages = cast(list[dict[str, Any]], record["stages"])
     with tempfile.TemporaryDirectory() as drawings:
@@ -215,20 +217,20 @@ def pipeline_page(folder: Path) -> str:
             ("Figures", figures(record, folder, Path(drawings))),
             ("Answers", answers(stages, folder)),
             ("Stages", stage_table(stages)),
-            ("Recipe", tag("div", record.get("recipe", ""), class_="said")),
+            ("Recipe", tag("div", record.get("recipe", ""), class_="text")),
         ]
     state = "not finished" if record.get("results") is None else "finished"
-    about = f"{state} · {len(stages)} stages have ended" + (" · miniature" if record.get("mini") else "")
+    about = f"{state} · stages done: {len(stages)}" + (" · miniature" if record.get("mini") else "")
     title = f"Pipeline {record.get('pipeline', folder.resolve().name)}"
     return page(title, join(tag("p", record.get("about", "")), tag("p", about)), sections)
 
 
 def cards(stages: Sequence[Mapping[str, Any]]) -> Html:
-    """Every examined model's card, a column each; the best of a row is starred."""
-    examined = [stage for stage in stages if stage.get("card")]
+    """Every evaluated model's card, one column each; the best value of a row is starred."""
+    evaluated = [stage for stage in stages if stage.get("card")]
     rows: list[list[object]] = []
     for name, (text, share) in LABELS.items():
-        found = [stage["card"].get(name) for stage in examined]
+        found = [stage["card"].get(name) for stage in evaluated]
         known = [one["value"] for one in found if one]
         if known:
             best = max(known) if "higher is better" in text else min(known) if "lower is better" in text else None
@@ -237,7 +239,7 @@ def cards(stages: Sequence[Mapping[str, Any]]) -> Html:
     if not rows:
         return Html()
     caption = "The same held-out tasks for every model, with 95 % intervals over tasks. ★ is the best value of a row; "
-    return table(caption + "where intervals overlap, it may be chance.", ["", *(s["name"] for s in examined)], rows)
+    return table(caption + "where intervals overlap, it may be chance.", ["", *(s["name"] for s in evaluated)], rows)
 
 
 def _estimate(one: Mapping[str, float] | None, share: bool, best: float | None) -> Html:
@@ -249,7 +251,7 @@ def _estimate(one: Mapping[str, float] | None, share: bool, best: float | None) 
 
 
 def expectations(record: Mapping[str, Any]) -> Html:
-    """What the recipe expects against what came out."""
+    """The recipe's expected results against the measured ones."""
     results = record.get("results")
     rows: list[list[str]] = []
     for name, (low, high) in record.get("expect", {}).items():
@@ -257,7 +259,7 @@ def expectations(record: Mapping[str, Any]) -> Html:
         verdict = "not measured yet" if value is None else "✓ met" if low <= value <= high else "✗ missed"
         rows.append([name, f"{low:g} to {high:g}", "–" if value is None else f"{value:.4g}", verdict])
     return (
-        table("Results with the bounds that the recipe states", ["result", "expected", "found", ""], rows)
+        table("Results and the bounds stated in the recipe", ["result", "expected", "found", ""], rows)
         if rows
         else Html()
     )
@@ -273,13 +275,13 @@ def figures(record: Mapping[str, Any], folder: Path, drawings: Path) -> Html:
     for given in recipe.get("figure", []):
         figure = read_figure(given, names)
         numbers = draw(figure, finished, drawings)
-        shown = picture(drawings / f"{figure.name}.svg", f"{numbers['title']}; its numbers are below it")
+        shown = picture(drawings / f"{figure.name}.svg", f"{numbers['title']}; its numbers follow below")
         made.append(tag("figure", shown, _values(numbers)))
     return tag("div", *made, class_="wide") if made else Html()
 
 
 def _values(numbers: Mapping[str, Any]) -> Html:
-    """The numbers of a figure as tables, folded away."""
+    """The numbers of a figure as tables, collapsed."""
     tables = [_panel(panel) for panel in numbers["panels"]]
     if fits := numbers.get("fits"):
         rows = [
@@ -287,12 +289,14 @@ def _values(numbers: Mapping[str, Any]) -> Html:
              "none" if fit["peak"] is None else f"{fit['peak']:.3g}"]
             for name, fit in fits.items()
         ]  # fmt: skip
-        tables.append(table("Fits, √KL as d", ["stage", "form", "α", "β", "at d = 0", "residual", "peak at d"], rows))
+        tables.append(
+            table("Fits over d = √KL", ["stage", "form", "α", "β", "at d = 0", "residual", "peak at d"], rows)
+        )
     for name, ends in numbers.get("counts", {}).items():
         keys = [key for key in ends["first"] if key != "words"]
         rows = [[key, str(ends["first"][key]), str(ends["last"][key])] for key in keys]
         rows += [[f'"{w}"', str(ends["first"]["words"][w]), str(n)] for w, n in ends["last"]["words"].items()]
-        tables.append(table(f"{name}: counted in all answers of a step", ["", "first step", "last step"], rows))
+        tables.append(table(f"{name}: counts over all answers of a step", ["", "first step", "last step"], rows))
     notes = [tag("p", text, class_="note") for text in numbers.get("notes", [])]
     return tag("details", tag("summary", f"Numbers of “{numbers['title']}”"), *tables, *notes)
 
@@ -322,7 +326,7 @@ def _range(one: Mapping[str, float]) -> str:
 
 
 def answers(stages: Sequence[Mapping[str, Any]], folder: Path) -> Html:
-    """The kept answers to the fixed prompts, those of all stages to one prompt together."""
+    """The kept answers to the fixed prompts, grouped by prompt across stages."""
     asked: dict[tuple[str, str], list[Html]] = {}
     for stage in stages:
         file = folder / (stage.get("card_folder") or stage["folder"]) / "answers.jsonl"
@@ -331,7 +335,7 @@ def answers(stages: Sequence[Mapping[str, Any]], folder: Path) -> Html:
             mark = "✓ passed" if row["passed"] else "✗ not passed"
             notes = tag("div", f"{row['tokens']} tokens{'. ' if row['detail'] else ''}{row['detail']}", class_="note")
             asked.setdefault((row["capability"], row["prompt"]), []).append(
-                box(f"{stage['name']} · {mark}", said(row["answer"]), notes)
+                box(f"{stage['name']} · {mark}", model_text(row["answer"]), notes)
             )
     made = [
         join(tag("h3", f"{capability.replace('_', ' ')}: {prompt}"), tag("div", *boxes, class_="grid"))
@@ -341,24 +345,24 @@ def answers(stages: Sequence[Mapping[str, Any]], folder: Path) -> Html:
 
 
 def stage_table(stages: Sequence[Mapping[str, Any]]) -> Html:
-    """What ran, how long it took, how much memory it held and what came out."""
+    """What ran, how long it took, its peak memory and its result."""
     rows: list[list[str]] = []
     for stage in stages:
         seconds, peak = stage.get("seconds"), stage.get("peak_mib")
-        took = "–" if seconds is None else show.duration(seconds)
+        took = "–" if seconds is None else tables.duration(seconds)
         held = "–" if peak is None else f"{peak:,.0f} MiB"
         rows.append([stage["name"], stage["run"], took, held, outcome(stage)])
     total = sum(stage.get("seconds") or 0 for stage in stages)
-    caption = f"{show.duration(total)} together, without examinations; – where a stage did not run in one go"
-    return table(caption, ["stage", "what ran", "time", "peak memory", "what came out"], rows)
+    caption = f"{tables.duration(total)} in total, without evaluations; – if a stage did not run in one go"
+    return table(caption, ["stage", "kind", "time", "peak memory", "result"], rows)
 
 
 def outcome(stage: Mapping[str, Any]) -> str:
-    """A maker's counts, or what changed on a run's held-out tasks."""
+    """A data stage's counts, or the change in a run's held-out metrics."""
     made, summary = stage.get("made"), stage.get("summary")
     if made:
         counts = [(name, value) for name, value in made.items() if isinstance(value, int | float)]
         return ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in counts)
     before, after = ((summary or {}).get(at) or {} for at in ("before", "after"))
-    shown = [(text, form, name) for name, text, form in show.CHANGES if name in before and name in after]
+    shown = [(text, form, name) for name, text, form in tables.CHANGES if name in before and name in after]
     return "; ".join(f"{text} {form.format(before[n])} → {form.format(after[n])}" for text, form, n in shown[:2])

@@ -1,4 +1,4 @@
-"""What a person sees: the learning curve in the terminal and as a picture, and tables of answers."""
+"""Terminal output: progress line, learning curves, and tables of results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from posttrain import config
-from posttrain.store.run import EpisodeRow, Run, RunInfo
+from posttrain.store.listing import RunInfo
+from posttrain.store.run import EpisodeRow, Run
 from posttrain.types import Episode
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ BLOCKS = " ▁▂▃▄▅▆▇█"
 def terminal_curve(
     steps: Sequence[int], values: Sequence[float], title: str, width: int = 64, height: int = 8, top: float = 1.0
 ) -> str:
-    """A filled curve of `values` in [0, top] drawn with block characters; NaN leaves a gap."""
+    """A filled curve of `values` in [0, top], drawn with block characters; NaN leaves a gap."""
     if not steps:
         return f"{title}: nothing measured yet"
     columns = min(width, len(values))
@@ -82,18 +83,18 @@ def answers_table(rows: Sequence[tuple[str, str, bool, str, bool]], title: str) 
 
 
 def marked(answer: str, right: bool) -> Text:
-    """An answer with a tick or a cross; model text is never read as markup, and control characters are shown."""
+    """An answer with a tick or a cross; model text is never parsed as markup, and control characters are escaped."""
     mark = Text("✓ ", style="green") if right else Text("✗ ", style="red")
     return mark + Text(printable(answer))
 
 
 def printable(text: str) -> str:
-    """Model text made safe for a terminal: control characters become visible escapes."""
+    """Makes model text safe for a terminal: control characters become visible escapes."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def console(json: bool = False) -> Console:
-    """Where people read; with --json everything human goes to stderr."""
+    """Console for human-readable output; with --json that goes to stderr."""
     return Console(stderr=json, highlight=False)
 
 
@@ -104,13 +105,13 @@ def duration(seconds: float) -> str:
 
 
 class StepLine:
-    """The live line of a run: step, reward, accuracy, thinking, length, speed and time left; plain lines in a pipe."""
+    """Live progress line of a run; prints plain lines if the output is not a terminal."""
 
     def __init__(self, out: Console, recipe: Any) -> None:
         self.out, self.total = out, recipe.train.steps
         self._began: tuple[int, float] | None = None
-        self._live = Live(Text("loading, then measuring before training …"), console=out, refresh_per_second=8)
-        self._every = max(1, self.total // 20) if self.total else 10  # 0: one pass of a length not known here
+        self._live = Live(Text("loading, then evaluating before training …"), console=out, refresh_per_second=8)
+        self._every = max(1, self.total // 20) if self.total else 10  # 0: one pass, of unknown length
 
     def __enter__(self) -> StepLine:
         if self.out.is_terminal:
@@ -133,7 +134,7 @@ class StepLine:
             self.out.print(line, soft_wrap=True)
 
     def line(self, step: int, values: Mapping[str, float], now: float) -> str:
-        """One line of text for a step."""
+        """The progress line of a step."""
         parts = [f"step {step}/{self.total}" if self.total else f"step {step}"]
         for name, label, form in FIELDS:
             if name in values and math.isfinite(values[name]):
@@ -153,13 +154,13 @@ FIELDS = (
     ("kl_episode", "KL", "{:.2f}"),
     ("reverse_kl", "KL to the teacher", "{:.3f}"),
     ("nll", "loss", "{:.3f}"),
-    ("pair_accuracy", "pairs right", "{:.0%}"),
-    ("preference_accuracy", "preferred right", "{:.0%}"),
+    ("pair_accuracy", "pair accuracy", "{:.0%}"),
+    ("preference_accuracy", "preference accuracy", "{:.0%}"),
     ("chosen_logp", "log π(chosen)", "{:.1f}"),
-    ("step_accuracy", "steps right", "{:.0%}"),
+    ("step_accuracy", "step accuracy", "{:.0%}"),
     ("eval/accuracy", "held-out accuracy", "{:.1%}"),
-    ("eval/pair_accuracy", "held-out pairs right", "{:.1%}"),
-    ("eval/step_accuracy", "held-out steps right", "{:.1%}"),
+    ("eval/pair_accuracy", "held-out pair accuracy", "{:.1%}"),
+    ("eval/step_accuracy", "held-out step accuracy", "{:.1%}"),
     ("eval/nll", "held-out loss", "{:.3f}"),
     ("tokens_per_second", "tokens/s", "{:,.0f}"),
 )
@@ -167,7 +168,7 @@ FIELDS = (
 
 
 def finished(out: Console, folder: Path) -> None:
-    """After a run: what changed on held-out tasks, answers before and after, the curve, and where things are."""
+    """Prints a finished run's held-out results and answers before and after, its learning curve and its files."""
     with Run.read(folder) as store:
         summary = store.summary() or {}
         before, after = summary.get("before", {}), summary.get("after", {})
@@ -180,12 +181,12 @@ def finished(out: Console, folder: Path) -> None:
     if first and last:
         out.print(answers_table(side_by_side(first, last), "The same held-out questions, before and after"))
         steps, values = curves["accuracy"]
-        if steps:  # offline algorithms train on answers that were there before
-            out.print(Text(terminal_curve(steps, values, "accuracy of the answers it trained on, sampled")))
+        if steps:  # offline algorithms sample no training answers
+            out.print(Text(terminal_curve(steps, values, "accuracy of the sampled training answers")))
     out.print(change_table(before, after))
     if gaps := [gap for gap in mismatch if math.isfinite(gap)]:
         out.print(
-            f"sampler and learner: at most {max(gaps):.1g} apart in any token's log-probability\n", soft_wrap=True
+            f"sampler and learner log-probabilities differ by at most {max(gaps):.1g} per token\n", soft_wrap=True
         )
     for message in dict.fromkeys(data):
         out.print(Text(f"data: {message}"), soft_wrap=True)
@@ -206,23 +207,23 @@ CHANGES = (
     ("eval/accuracy", "held-out accuracy (sampled)", "{:.1%}"),
     ("eval/think_share", "share of answers that think", "{:.0%}"),
     ("eval/length", "mean answer length (tokens)", "{:.1f}"),
-    ("eval/truncated", "cut by max_tokens", "{:.1%}"),
+    ("eval/truncated", "truncated at max_tokens", "{:.1%}"),
     ("eval/nll", "held-out loss (nats per token)", "{:.4f}"),
-    ("eval/preference_accuracy", "held-out preferences told apart", "{:.1%}"),
-    ("eval/chosen_logp", "log-probability of a held-out better answer", "{:.2f}"),
-    ("eval/pair_accuracy", "held-out pairs whose better answer scores higher", "{:.1%}"),
-    ("eval/score_gap", "mean score difference of a held-out pair", "{:.2f}"),
-    ("eval/step_accuracy", "held-out steps judged right", "{:.1%}"),
-    ("eval/step_auc", "a right step scores above a wrong one (AUC)", "{:.1%}"),
-    ("eval/outcome_auc", "a right answer scores above a wrong one (AUC)", "{:.1%}"),
-    ("eval/first_mistake", "first mistake found, or that there is none", "{:.1%}"),
+    ("eval/preference_accuracy", "held-out preference accuracy", "{:.1%}"),
+    ("eval/chosen_logp", "log-probability of held-out chosen answers", "{:.2f}"),
+    ("eval/pair_accuracy", "held-out pair accuracy", "{:.1%}"),
+    ("eval/score_gap", "mean score gap of held-out pairs", "{:.2f}"),
+    ("eval/step_accuracy", "held-out step accuracy", "{:.1%}"),
+    ("eval/step_auc", "AUC of step scores, right against wrong", "{:.1%}"),
+    ("eval/outcome_auc", "AUC of answer scores, right against wrong", "{:.1%}"),
+    ("eval/first_mistake", "first mistake (or that there is none) found", "{:.1%}"),
     ("eval/ece", "expected calibration error", "{:.3f}"),
 )
 """Rows of the before/after table: metric, label, format."""
 
 
 def change_table(before: Mapping[str, float], after: Mapping[str, float]) -> Table:
-    """Before and after, with the 95 % intervals of shares."""
+    """Metrics before and after training, with 95 % intervals of shares."""
     table = Table(title_justify="left")
     table.add_column("")
     table.add_column("before", justify="right")
@@ -237,7 +238,7 @@ def change_table(before: Mapping[str, float], after: Mapping[str, float]) -> Tab
 
 
 def calibration_table(rows: Sequence[Bin]) -> Table:
-    """Predicted against observed, one line per bin that holds anything."""
+    """Predicted against observed, one row per non-empty bin."""
     table = Table(title="Calibration on held-out data", title_justify="left")
     for name in ("predicted", "observed", "95 % interval", "number"):
         table.add_column(name, justify="right")
@@ -248,7 +249,7 @@ def calibration_table(rows: Sequence[Bin]) -> Table:
 
 
 def calibration_picture(rows: Sequence[Bin], path: Path, title: str) -> None:
-    """Observed share against predicted probability with intervals, as a PNG that is readable without colour."""
+    """Writes observed share against predicted probability with intervals to a PNG, readable without colour."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -272,9 +273,9 @@ def calibration_picture(rows: Sequence[Bin], path: Path, title: str) -> None:
 
 
 def findings(out: Console, model: str, found: Sequence[Finding]) -> None:
-    """Bias probes of a reward model as a table, each with two replies and their scores."""
+    """Prints bias probes of a reward model as a table, each with two example replies and their scores."""
     table = Table(title=f"{model}: {found[0].estimate.n} questions", title_justify="left", show_lines=True)
-    for name in ("probe", "bias", "95 % interval", "for example"):
+    for name in ("probe", "bias", "95 % interval", "example"):
         table.add_column(name, overflow="fold")
     for one in found:
         form = "{:+.1%}" if one.unit == "share" else "{:+.2f} SD"
@@ -288,14 +289,14 @@ def findings(out: Console, model: str, found: Sequence[Finding]) -> None:
 def side_by_side(
     first: Sequence[EpisodeRow], last: Sequence[EpisodeRow], count: int = 5
 ) -> list[tuple[str, str, bool, str, bool]]:
-    """Answers to the same questions at two steps: the first `count`, one answer each, not chosen by result."""
+    """Answers to the same questions at two steps: the first `count`, one answer each, whatever their result."""
     after = {(e.group, e.index): e for e in last}
     rows = [(e, after[e.group, 0]) for e in first if e.index == 0 and (e.group, 0) in after]
     return [(a.prompt, a.text, a.passed, b.text, b.passed) for a, b in rows[:count]]
 
 
 def report(out: Console, model: str, found: Report, groups: Sequence[Sequence[Episode]]) -> None:
-    """An evaluation as a table."""
+    """Prints an evaluation as a table."""
     table = Table(title=f"{model}: {found.tasks} held-out tasks × {found.samples}", title_justify="left")
     table.add_column("")
     table.add_column("value", justify="right")
@@ -306,11 +307,11 @@ def report(out: Console, model: str, found: Report, groups: Sequence[Sequence[Ep
         table.add_row(name, f"{estimate.value:.1%}", f"{estimate.low:.1%} – {estimate.high:.1%}")
     table.add_row("share that think", f"{found.think_share:.0%}", "")
     table.add_row("mean length (tokens)", f"{found.length:.1f}", "")
-    table.add_row("cut by max_tokens", f"{found.truncated:.1%}", "")
+    table.add_row("truncated at max_tokens", f"{found.truncated:.1%}", "")
     for name, mean in found.parts.items():
         table.add_row(Text(f"part {printable(name)}"), f"{mean:.3g}", "")
     if found.unscored:
-        table.add_row("not scored", str(found.unscored), "")
+        table.add_row("unscored", str(found.unscored), "")
     out.print(table)
     errors = {e.error for group in groups for e in group if e.error}
     for error in sorted(errors)[:3]:
@@ -318,8 +319,8 @@ def report(out: Console, model: str, found: Report, groups: Sequence[Sequence[Ep
 
 
 def best_of_n(out: Console, model: str, found: Search, written: Mapping[str, int]) -> None:
-    """What the best of n answers is worth, and which files were written."""
-    table = Table(title=f"{model}: the best of n answers, {found.tasks} tasks", title_justify="left")
+    """Prints best-of-n results and the files written."""
+    table = Table(title=f"{model}: best of n answers, {found.tasks} tasks", title_justify="left")
     for name in ("n", "score", "95 % interval", "accuracy", "95 % interval", "KL at most"):
         table.add_column(name, justify="right")
     for row in found.rows:
@@ -328,13 +329,13 @@ def best_of_n(out: Console, model: str, found: Search, written: Mapping[str, int
         table.add_row(str(row.n), f"{score.value:.3g}", spans[0], f"{right.value:.1%}", spans[1], f"{row.kl:.2f}")
     out.print(table)
     if found.left_out:
-        out.print(f"{found.left_out} tasks with an answer that could not be scored are left out")
+        out.print(f"{found.left_out} tasks are left out because an answer could not be scored")
     for path, count in written.items():
         out.print(f"{count} rows: {path}", soft_wrap=True)
 
 
 def runs_table(found: Sequence[RunInfo]) -> Table:
-    """One line a run."""
+    """One row per run."""
     table = Table()
     for name in ("run", "algorithm", "model", "tasks", "status", "step", "held-out accuracy"):
         table.add_column(name)
@@ -351,7 +352,7 @@ def runs_table(found: Sequence[RunInfo]) -> Table:
 
 
 def presets(out: Console, algorithm: str) -> None:
-    """Each preset's settings, the ones in which it differs from the defaults, and where it is from."""
+    """Prints each preset's settings that differ from the defaults, and its source."""
     default = config.as_dict(config.resolve(algorithm, {}))
     found = config.PRESETS[algorithm]
     resolved = {name: config.as_dict(config.resolve(algorithm, {"algo": {"preset": name}})) for name in found}
@@ -376,7 +377,7 @@ def presets(out: Console, algorithm: str) -> None:
 
 
 def doctor(out: Console, findings: Sequence[Mapping[str, Any]]) -> None:
-    """The machine's findings as a table."""
+    """Prints the machine's findings as a table."""
     table = Table()
     table.add_column("what")
     table.add_column("found")

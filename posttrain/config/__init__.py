@@ -1,15 +1,32 @@
-"""All settings: each is a dataclass field in this package, explained by the string under it.
+"""Every setting: a field of a dataclass here, explained once by the string under it.
 
-`sections` has the sections that recipes share, one module per algorithm has its own settings, `presets` has the choices
-of papers and other implementations, and `resolve` turns TOML and overrides into a recipe. The strings are also the
-source of `docs/reference/config.md`. Only the standard library is imported, so the command line starts fast.
+`sections` has the sections that recipes share, one file per algorithm its own settings and what it declares about
+itself (`facts`), `presets` the choices of papers and implementations; `resolve` turns TOML and overrides into a recipe.
+`docs/reference/config.md` is generated from the strings. Only the standard library is imported, so the command line
+responds before torch is loaded.
 """
 
-from posttrain.config.algorithms import RECIPES
+from posttrain.config.algorithms import RECIPES, algorithm_of
+from posttrain.config.evaluation import EvalRecipe
+from posttrain.config.facts import Facts, Saving
 from posttrain.config.files import read_settings, settings_from
 from posttrain.config.grpo import GRPOConfig, GRPORecipe
 from posttrain.config.presets import PRESETS
-from posttrain.config.resolve import as_dict, as_toml, coerce, field_docs, locate, nearest, read_toml, resolve
+from posttrain.config.recipe import EnvRecipe, PairRecipe, Recipe, Sampling, SamplingRecipe
+from posttrain.config.renamed import SettingRenamed, current_name, identity
+from posttrain.config.resolve import (
+    as_dict,
+    as_toml,
+    choices,
+    coerce,
+    field_docs,
+    locate,
+    nearest,
+    read_toml,
+    resolve,
+    resolve_as,
+    stored,
+)
 from posttrain.config.sections import (
     DataConfig,
     EnvConfig,
@@ -27,24 +44,39 @@ __all__ = [
     "RECIPES",
     "DataConfig",
     "EnvConfig",
+    "EnvRecipe",
     "EvalConfig",
+    "EvalRecipe",
+    "Facts",
     "GRPOConfig",
     "GRPORecipe",
+    "PairRecipe",
+    "Recipe",
     "ModelConfig",
     "RewardConfig",
     "RolloutConfig",
     "RunConfig",
     "SFTConfig",
     "SFTRecipe",
+    "Sampling",
+    "SamplingRecipe",
+    "Saving",
+    "SettingRenamed",
     "TrainConfig",
+    "algorithm_of",
     "as_dict",
     "as_toml",
+    "choices",
     "coerce",
+    "current_name",
     "field_docs",
+    "identity",
     "locate",
     "nearest",
     "read_settings",
     "read_toml",
     "resolve",
+    "resolve_as",
     "settings_from",
+    "stored",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from posttrain.config.distill import DistillRecipe
 from posttrain.config.dpo import DPORecipe
 from posttrain.config.grpo import GRPORecipe
@@ -12,7 +14,7 @@ from posttrain.config.raft import RaftRecipe
 from posttrain.config.reward import RewardModelRecipe
 from posttrain.config.sft import SFTRecipe
 
-RECIPES: dict[str, type] = {
+RECIPES: dict[str, type[Any]] = {
     "grpo": GRPORecipe,
     "sft": SFTRecipe,
     "dpo": DPORecipe,
@@ -24,3 +26,8 @@ RECIPES: dict[str, type] = {
     "distill": DistillRecipe,
 }
 """All algorithms, in the order of the command line."""
+
+
+def algorithm_of(recipe: object) -> str:
+    """The name of the algorithm whose recipe this is."""
+    return next(name for name, cls in RECIPES.items() if type(recipe) is cls)

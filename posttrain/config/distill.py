@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
+from posttrain.config.choices import KeysOf
+from posttrain.config.facts import Facts
 from posttrain.config.sections import (
     DataConfig,
     EvalConfig,
@@ -29,7 +31,7 @@ class DistillConfig:
     """Completions the student samples per task; they are not compared with each other, so 1 is enough."""
     estimator: Literal["full", "sampled"] = "full"
     """`full` sums over the vocabulary at each sampled position; `sampled` is a policy gradient on sampled tokens."""
-    divergence: Literal["reverse-kl", "forward-kl", "jsd"] = "reverse-kl"
+    divergence: Annotated[str, KeysOf("objectives/distill.py", "DIVERGENCES")] = "reverse-kl"
     """Divergence for `full`: KL(student ‖ teacher), KL(teacher ‖ student), or GKD's generalised Jensen–Shannon."""
     beta: float = 0.5
     """Weight of the teacher in the mixture of `jsd`, between 0 and 1."""
@@ -55,6 +57,17 @@ class DistillRecipe:
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+    def facts(self) -> Facts:
+        """The models a run holds, what it samples and the passes it makes, with these settings."""
+        return Facts(
+            teacher=True,
+            prompts=self.algo.prompts,
+            group_size=self.algo.group_size,
+            batch_rows=self.algo.prompts * self.algo.group_size,
+            shared_prompt=self.algo.group_size,
+            scoring_passes=1,  # the teacher's
+        )
 
     def __post_init__(self) -> None:
         algo = self.algo

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
+from posttrain.config.choices import KeysOf
+from posttrain.config.facts import Facts, names_tasks
 from posttrain.config.pairs import PairsConfig, check_pairs
 from posttrain.config.sections import (
     DataConfig,
@@ -20,7 +22,8 @@ from posttrain.config.sections import (
 )
 from posttrain.types import ConfigError
 
-NO_REFERENCE = ("simpo", "orpo", "cpo")
+_LOSSES = "objectives/preference.py"
+NO_REFERENCE = KeysOf(_LOSSES, "REFERENCE_FREE").names()
 """Losses that use no reference model."""
 
 
@@ -28,7 +31,7 @@ NO_REFERENCE = ("simpo", "orpo", "cpo")
 class DPOConfig:
     preset: str = ""
     """Paper whose settings to use as defaults (`posttrain presets` lists them)."""
-    loss: Literal["sigmoid", "robust", "ipo", "hinge", "simpo", "orpo", "cpo", "kto"] = "sigmoid"
+    loss: Annotated[str, KeysOf(_LOSSES, "PAIR_LOSSES", more=("kto",))] = "sigmoid"
     """`sigmoid` is DPO (cDPO with label_smoothing), `hinge` is SLiC and RSO, `kto` uses unpaired judgements."""
     batch_pairs: int = 32
     """Pairs per optimizer step (judgements for kto)."""
@@ -60,11 +63,15 @@ class DPOConfig:
     @property
     def normalised(self) -> bool:
         """Whether an answer's log-probability is the mean over its tokens."""
-        return self.loss in ("simpo", "orpo") if self.length_normalise == "paper" else self.length_normalise == "yes"
+        return (
+            self.loss in KeysOf(_LOSSES, "LENGTH_NORMALISED").names()
+            if self.length_normalise == "paper"
+            else self.length_normalise == "yes"
+        )
 
     @property
     def nll_weight(self) -> float:
-        return float(self.loss in ("orpo", "cpo")) if self.nll_coef < 0 else self.nll_coef
+        return float(self.loss in KeysOf(_LOSSES, "WITH_NLL").names()) if self.nll_coef < 0 else self.nll_coef
 
     @property
     def referenced(self) -> bool:
@@ -88,6 +95,20 @@ class DPORecipe:
     train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=0))
     eval: EvalConfig = field(default_factory=EvalConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+    def facts(self) -> Facts:
+        """The models a run holds, what it samples and the passes it makes, with these settings."""
+        pairs = self.algo.loss != "kto"
+        return Facts(
+            data="pairs",
+            reference="precomputed" if self.algo.referenced else "none",
+            samples="before training" if names_tasks(self.data.tasks) else "never",
+            batch_rows=self.algo.batch_pairs * (2 if pairs else 1),
+            shared_prompt=2 if pairs else 1,
+            paired=pairs,
+            held_out_pass=True,
+            max_tokens=self.pairs.max_tokens,
+        )
 
     def __post_init__(self) -> None:
         algo = self.algo

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
+from posttrain.config.choices import KeysOf
+from posttrain.config.facts import Facts, Saving
 from posttrain.config.sections import (
     DataConfig,
     EnvConfig,
@@ -45,7 +47,7 @@ class GRPOConfig:
     """Added to the standard deviation: 1e-4 in TRL, 1e-6 in verl, 1e-9 in OpenRLHF."""
     whiten: Literal["none", "sample", "population"] = "none"
     """Normalise the advantages of all tokens in a step to mean 0 and variance 1 (REINFORCE++)."""
-    policy_loss: Literal["clip", "dual-clip", "gspo", "gspo-token", "cispo", "sapo", "importance", "reinforce"] = "clip"
+    policy_loss: Annotated[str, KeysOf("objectives/policy.py", "POLICY_LOSSES")] = "clip"
     """`clip` is PPO's clipped ratio, `reinforce` the plain policy gradient; docs/guides/grpo.md has the formulas."""
     clip_low: float = 0.2
     """Lower clip: ratio ≥ 1 − clip_low."""
@@ -57,7 +59,7 @@ class GRPOConfig:
     """Loss aggregation over the optimizer batch: as in DAPO, GRPO, a sum per sequence, Dr. GRPO or nanochat."""
     kl_coef: float = 0.0
     """Weight of the KL penalty to the starting model; 0 loads no reference model."""
-    kl_estimator: Literal["k1", "k2", "k3", "k3+"] = "k3+"
+    kl_estimator: Annotated[str, KeysOf("objectives/tokens.py", "KL_ESTIMATORS")] = "k3+"
     """Per-token KL estimator; `k3+` has the value of k3 and, in the loss, the unbiased gradient of k2."""
     kl_place: Literal["loss", "reward", "reward-to-go"] = "loss"
     """Where the KL goes: the loss, each completion's reward (summed), or each token's advantage (sum from there on)."""
@@ -82,13 +84,13 @@ class GRPOConfig:
     """Maximum number of steps by which the sampler's weights lag the learner's; 0 always samples with the newest."""
     overlap: bool = False
     """Sample the next step's completions during the update, with the weights before it (a lag of 1)."""
-    max_refills: int = 0
+    max_resamples: int = 0
     """Rounds per step that replace groups of equal rewards by new tasks (DAPO's dynamic sampling); 0: none."""
     curriculum: Literal["none", "pass-rate"] = "none"
     """`none` uses all tasks in turn; `pass-rate` prefers tasks that are solved sometimes (running pass rate)."""
     overlong_share: float = 0.0
     """Final share of max_tokens over which a length penalty grows from 0 to 1 (0.2 in DAPO); 0 turns it off."""
-    drop_truncated: bool = False
+    mask_truncated: bool = False
     """Exclude completions truncated at max_tokens from the loss (DAPO's overlong filtering)."""
     old_logp: Literal["learner", "sampler"] = "learner"
     """Old log-probabilities: `learner` computes them in an extra pass; `sampler` reuses the sampler's, skipping it."""
@@ -115,6 +117,24 @@ class GRPORecipe:
     eval: EvalConfig = field(default_factory=EvalConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
+    def facts(self) -> Facts:
+        """The models a run holds, what it samples and the passes it makes, with these settings."""
+        algo = self.algo
+        updates = algo.minibatches * algo.epochs
+        old_logp = algo.old_logp == "learner" and (updates > 1 or bool(algo.is_cap and (algo.overlap or algo.max_lag)))
+        return Facts(
+            reference="frozen" if algo.kl_coef else "none",
+            sampler_copy=bool(algo.max_lag or algo.overlap),
+            prompts=algo.prompts,
+            group_size=algo.group_size,
+            batch_rows=algo.prompts * algo.group_size // algo.minibatches,
+            minibatches=algo.minibatches,
+            epochs=algo.epochs,
+            shared_prompt=algo.group_size,
+            scoring_passes=int(algo.kl_coef > 0) + int(old_logp),
+            savings=(Saving("algo.overlap", False, "sampling no longer overlaps with training"),) * algo.overlap,
+        )
+
     def __post_init__(self) -> None:
         algo = self.algo
         require_positive(algo, "prompts", "group_size", "minibatches", "epochs", "max_flat_steps")
@@ -122,7 +142,7 @@ class GRPORecipe:
         for name in ("clip_low", "clip_high", "kl_coef", "is_cap", "is_floor", "max_mismatch", "std_eps"):
             if getattr(algo, name) < 0:
                 raise ConfigError(f"algo.{name}={getattr(algo, name)} cannot be negative.")
-        for name in ("max_lag", "max_refills"):
+        for name in ("max_lag", "max_resamples"):
             if getattr(algo, name) < 0:
                 raise ConfigError(f"algo.{name}={getattr(algo, name)} cannot be negative. Use 0 to turn it off.")
         if algo.prompts * algo.group_size % algo.minibatches:
@@ -158,8 +178,10 @@ def check_credit(algo: GRPOConfig) -> None:
         )
     if algo.overlap and algo.max_lag:
         raise ConfigError(f"algo.overlap already has a lag of 1, so algo.max_lag={algo.max_lag} must be 0.")
-    if algo.max_refills and algo.group_size < 2:
-        raise ConfigError("algo.max_refills replaces groups of equal rewards, but a group of 1 is always one. Set it to 0.")
+    if algo.max_resamples and algo.group_size < 2:
+        raise ConfigError(
+            "algo.max_resamples replaces groups of equal rewards, but a group of 1 is always one. Set it to 0."
+        )
     if not 0 <= algo.overlong_share <= 1:
         raise ConfigError(f"algo.overlong_share={algo.overlong_share} is not in [0, 1].")
     if algo.old_logp == "sampler" and algo.is_cap:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated
 
+from posttrain.config.choices import KeysOf
+from posttrain.config.dpo import NO_REFERENCE
+from posttrain.config.facts import Facts
 from posttrain.config.sections import (
     DataConfig,
     EvalConfig,
@@ -26,7 +29,7 @@ class OnlineDPOConfig:
     """Tasks per step; each gives at most one pair."""
     group_size: int = 4
     """Completions per task; the best and the worst of them form the pair."""
-    loss: Literal["sigmoid", "robust", "ipo", "hinge"] = "sigmoid"
+    loss: Annotated[str, KeysOf("objectives/preference.py", "PAIR_LOSSES", without=NO_REFERENCE)] = "sigmoid"
     """Pair loss: `sigmoid` (DPO), `robust` DPO, `ipo`, or `hinge` (SLiC)."""
     beta: float = 0.1
     """Scale of the implicit reward, β times the log-ratio; τ in IPO."""
@@ -57,6 +60,18 @@ class OnlineDPORecipe:
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+    def facts(self) -> Facts:
+        """The models a run holds, what it samples and the passes it makes, with these settings."""
+        return Facts(
+            reference="frozen",
+            prompts=self.algo.prompts,
+            group_size=self.algo.group_size,
+            batch_rows=2 * self.algo.prompts,
+            shared_prompt=2,
+            paired=True,
+            scoring_passes=1,
+        )
 
     def __post_init__(self) -> None:
         algo = self.algo

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
+from posttrain.config.choices import KeysOf
+from posttrain.config.facts import Facts, Saving
 from posttrain.config.sections import (
     DataConfig,
     EvalConfig,
@@ -41,7 +43,7 @@ class PPOConfig:
     """λ of GAE: 1 gives return − value, 0 gives the TD error."""
     kl_coef: float = 0.02
     """Weight of the per-token KL penalty to the starting model in the reward; 0 loads no reference model."""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    kl_estimator: Annotated[str, KeysOf("objectives/tokens.py", "KL_ESTIMATORS", without=("k3+",))] = "k1"
     """Per-token KL estimator."""
     kl_controller: Literal["fixed", "adaptive"] = "fixed"
     """`adaptive` adjusts kl_coef to keep the KL at kl_target."""
@@ -69,10 +71,10 @@ class PPOConfig:
     """Weight of the value loss of a shared critic."""
     value_clip: float = 0.2
     """Clip range of values around those at sampling time; 0 turns clipping off."""
-    unfinished: Literal["score", "replace", "penalise"] = "score"
-    """Answers cut by max_tokens: keep their score, replace it by unfinished_value, or add unfinished_value to it."""
-    unfinished_value: float = -1.0
-    """See unfinished."""
+    truncated: Literal["score", "replace", "penalise"] = "score"
+    """Completions truncated at max_tokens: keep the score, replace it by truncated_value, or add truncated_value."""
+    truncated_value: float = -1.0
+    """Value for `truncated`: the score to use with `replace`, or the amount to add with `penalise`."""
     ptx_coef: float = 0.0
     """Weight of a supervised loss on ptx_data in every policy update (PPO-ptx); 0 turns it off."""
     ptx_data: str = ""
@@ -104,6 +106,23 @@ class PPORecipe:
     eval: EvalConfig = field(default_factory=EvalConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
+    def facts(self) -> Facts:
+        """The models a run holds, what it samples and the passes it makes, with these settings."""
+        algo = self.algo
+        shared = Saving("algo.critic", "shared", "the critic's loss also moves the policy")
+        return Facts(
+            reference="frozen" if algo.kl_coef else "none",
+            critic=algo.critic,
+            prompts=algo.prompts,
+            group_size=algo.group_size,
+            batch_rows=algo.prompts * algo.group_size // algo.minibatches,
+            minibatches=algo.minibatches,
+            epochs=algo.epochs,
+            shared_prompt=algo.group_size,
+            scoring_passes=int(algo.kl_coef > 0) + 2,  # old log-probabilities and old values
+            savings=(shared,) * (algo.critic == "separate"),
+        )
+
     def __post_init__(self) -> None:
         algo = self.algo
         require_positive(algo, "prompts", "group_size", "epochs", "minibatches", "ptx_rows", "ptx_max_tokens")
@@ -131,7 +150,7 @@ class PPORecipe:
 
 
 def check_terms(algo: PPOConfig) -> None:
-    """Refuses KL, ptx and unfinished settings that contradict each other."""
+    """Rejects KL, ptx and truncation settings that contradict each other."""
     if algo.kl_controller == "adaptive":
         if algo.kl_coef <= 0:
             raise ConfigError(
@@ -150,10 +169,10 @@ def check_terms(algo: PPOConfig) -> None:
         )
     if algo.ptx_data and not algo.ptx_coef:
         raise ConfigError(f"algo.ptx_data={algo.ptx_data!r} is not used while algo.ptx_coef is 0. Set both or neither.")
-    if algo.unfinished == "penalise" and algo.unfinished_value >= 0:
+    if algo.truncated == "penalise" and algo.truncated_value >= 0:
         raise ConfigError(
-            f'algo.unfinished = "penalise" adds unfinished_value={algo.unfinished_value} to the score of answers that '
-            "do not end, which is no penalty. Set it below 0."
+            f'algo.truncated = "penalise" adds truncated_value={algo.truncated_value} to the score of truncated '
+            "completions, which is not a penalty. Set it below 0."
         )
 
 

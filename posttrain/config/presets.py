@@ -90,9 +90,9 @@ PRESETS: dict[str, dict[str, Preset]] = {
             group_size=16,
             std="sample",
             clip_high=0.28,
-            max_refills=10,
+            max_resamples=10,
             overlong_share=0.2,
-            drop_truncated=True,
+            mask_truncated=True,
             minibatches=16,
         ),
         "gspo": _grpo(

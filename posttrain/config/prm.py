@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from posttrain.config.facts import Facts, names_tasks
 from posttrain.config.sections import (
     DataConfig,
     EvalConfig,
@@ -58,6 +59,17 @@ class PRMRecipe:
     train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=0))
     eval: EvalConfig = field(default_factory=EvalConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+    def facts(self) -> Facts:
+        """The models a run holds, what it samples and the passes it makes, with these settings."""
+        return Facts(
+            data="solutions",
+            trains="scorer",
+            samples="before training" if names_tasks(self.data.tasks) else "never",
+            batch_rows=self.algo.batch_rows,
+            held_out_pass=True,
+            max_tokens=self.algo.max_tokens,
+        )
 
     def __post_init__(self) -> None:
         require_positive(self.algo, "batch_rows", "max_tokens", "solutions", "completions")

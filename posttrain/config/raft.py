@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from posttrain.config.facts import Facts
 from posttrain.config.sections import (
     DataConfig,
     EvalConfig,
@@ -61,6 +62,16 @@ class RaftRecipe:
     train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=10))
     eval: EvalConfig = field(default_factory=EvalConfig)
     run: RunConfig = field(default_factory=lambda: RunConfig(checkpoint_every=1))
+
+    def facts(self) -> Facts:
+        """The models a run holds, what it samples and the passes it makes, with these settings."""
+        return Facts(
+            starting_weights=self.algo.restart,
+            prompts=self.algo.prompts,
+            group_size=self.algo.group_size,
+            batch_rows=self.algo.batch_rows,
+            epochs=self.algo.epochs,
+        )
 
     def __post_init__(self) -> None:
         algo = self.algo

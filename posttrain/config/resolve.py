@@ -17,11 +17,15 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from posttrain.config.algorithms import RECIPES
+from posttrain.config.choices import FilesIn, KeysOf
 from posttrain.config.presets import PRESETS
+from posttrain.config.renamed import current_name, current_settings
 from posttrain.types import ConfigError
+
+T = TypeVar("T")
 
 
 def read_toml(path: str | Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
@@ -44,14 +48,29 @@ def read_toml(path: str | Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
 
 def resolve(algorithm: str, settings: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Any:
     """Builds the recipe of `algorithm` from nested settings and then overrides named `section.key` or just `key`."""
-    cls = RECIPES[algorithm]
-    given: dict[str, Any] = {s: dict(v) if isinstance(v, Mapping) else v for s, v in settings.items()}
-    for name, value in (overrides or {}).items():
+    given = _given(RECIPES[algorithm], settings, overrides or {})
+    return _build(_with_preset(RECIPES[algorithm](), algorithm, given.get("algo")), given, "")
+
+
+def resolve_as(cls: type[T], settings: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> T:
+    """The same for a recipe class that is no algorithm's, such as `EvalRecipe`."""
+    return _build(cls(), _given(cls, settings, overrides or {}), "")
+
+
+def _given(cls: type, settings: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by section, with the overrides in their places, under their present names."""
+    given = current_settings(settings, _full_names(cls))
+    for name, value in overrides.items():
         section, key = locate(cls, name)
         values = given.setdefault(section, {})
         if isinstance(values, dict):  # anything else is refused, with its name, by _build
             values[key] = value
-    return _build(_with_preset(cls(), algorithm, given.get("algo")), given, "")
+    return given
+
+
+def stored(algorithm: str, settings: Mapping[str, Any]) -> Any:
+    """The recipe of a run folder's header, which may have been written when settings had other names."""
+    return resolve(algorithm, current_settings(settings, _full_names(RECIPES[algorithm]), warn=False))
 
 
 def _with_preset(default: Any, algorithm: str, algo: Any) -> Any:
@@ -67,8 +86,8 @@ def _with_preset(default: Any, algorithm: str, algo: Any) -> Any:
 
 def locate(cls: type, name: str) -> tuple[str, str]:
     """Finds the (section, key) for `section.key`, or for a key that only one section has."""
-    known = {f"{s.name}.{k.name}": (s.name, k.name) for s in fields(cls) for k in fields(_section_type(cls, s.name))}
-    name = name.replace("-", "_")
+    known = _full_names(cls)
+    name = current_name(name.replace("-", "_"), known)
     if name in known:
         return known[name]
     hits = [full for full, (_, key) in known.items() if key == name]
@@ -86,8 +105,22 @@ def nearest(name: str, options: list[str]) -> str:
 
 
 @cache
+def _full_names(cls: type) -> dict[str, tuple[str, str]]:
+    """`section.key` → (section, key) of every setting of a recipe class."""
+    return {f"{s.name}.{k.name}": (s.name, k.name) for s in fields(cls) for k in fields(_section_type(cls, s.name))}
+
+
+@cache
 def _hints(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
+    return typing.get_type_hints(cls, include_extras=True)
+
+
+def choices(hint: Any) -> tuple[str, ...]:
+    """What a setting of this type may be, where that is a fixed list; else nothing."""
+    if typing.get_origin(hint) is Literal:
+        return typing.get_args(hint)
+    listed = [extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, KeysOf | FilesIn)]
+    return listed[0].names() if listed else ()
 
 
 def _section_type(cls: type, name: str) -> type:
@@ -115,10 +148,12 @@ def _build(default: Any, values: Mapping[str, Any], where: str) -> Any:
 def coerce(value: Any, hint: Any, name: str) -> Any:
     """Converts a TOML value or command-line text to the field's type. Raises ConfigError saying what was expected."""
     origin = typing.get_origin(hint)
-    if origin is Literal:
-        choices = typing.get_args(hint)
-        if value not in choices:
-            raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(str, choices))}.")
+    if allowed := choices(hint):
+        several = any(isinstance(extra, FilesIn) and extra.several for extra in getattr(hint, "__metadata__", ()))
+        chosen = [part.strip() for part in str(value).split(",") if part.strip()] if several else [value]
+        for one in chosen:
+            if one not in allowed:
+                raise ConfigError(f"{name}={one!r} is not one of {', '.join(map(str, allowed))}.")
         return value
     if origin in (types.UnionType, typing.Union):
         return coerce(value, next(a for a in typing.get_args(hint) if a is not type(None)), name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from posttrain.config.facts import Facts, names_tasks
 from posttrain.config.pairs import PairsConfig, check_pairs
 from posttrain.config.sections import (
     DataConfig,
@@ -49,6 +50,19 @@ class RewardModelRecipe:
     train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=0))
     eval: EvalConfig = field(default_factory=EvalConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+    def facts(self) -> Facts:
+        """The models a run holds, what it samples and the passes it makes, with these settings."""
+        return Facts(
+            data="pairs",
+            trains="scorer",
+            samples="before training" if names_tasks(self.data.tasks) else "never",
+            batch_rows=self.algo.batch_pairs * 2,
+            shared_prompt=2,
+            paired=True,
+            held_out_pass=True,
+            max_tokens=self.pairs.max_tokens,
+        )
 
     def __post_init__(self) -> None:
         require_positive(self.algo, "batch_pairs", "heads")

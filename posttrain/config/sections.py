@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from posttrain.config.choices import FilesIn
 from posttrain.types import ConfigError
 
 
@@ -82,7 +83,7 @@ class EnvConfig:
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    engine: Literal["embedded", "vllm"] = "embedded"
+    engine: Annotated[str, FilesIn("rollout/engines")] = "embedded"
     """Sampling engine: `embedded`, this package's generator, or `vllm` in the same process (docs/guides/vllm.md)."""
     slots: int = 128
     """Number of sequences decoded at once; a slot is refilled as soon as its sequence ends."""
@@ -116,8 +117,10 @@ class TrainConfig:
     """AdamW β2."""
     max_grad_norm: float = 1.0
     """Maximum global gradient norm for clipping; 0 disables clipping."""
-    tokens_per_pass: int = 8192
+    micro_batch_tokens: int = 8192
     """Maximum number of tokens per forward-backward pass; affects memory and speed, but not the gradient."""
+    learner: Annotated[str, FilesIn("train/learners")] = "local"
+    """What computes gradients and updates: `local` is one process."""
     threads: int = 0
     """Number of CPU threads; 0 uses torch's default."""
     device: str = "auto"
@@ -146,6 +149,8 @@ class RunConfig:
     """Steps between checkpoints; a killed run resumes exactly from the last one."""
     keep: int = 2
     """Number of newest checkpoints to keep."""
+    track: Annotated[str, FilesIn("store/trackers", several=True)] = ""
+    """Trackers that receive what the run stores, comma separated (docs/guides/runs.md); empty: none."""
 
 
 def require_positive(section: Any, *names: str) -> None:
@@ -170,7 +175,7 @@ def check_shared(recipe: Any) -> None:
         raise ConfigError(f"rollout.vllm_memory={recipe.rollout.vllm_memory} is not between 0 and 1.")
     if recipe.model.lora_rank < 0:
         raise ConfigError(f"model.lora_rank={recipe.model.lora_rank} is negative. Use 0 to train all weights.")
-    require_positive(train, "tokens_per_pass")
+    require_positive(train, "micro_batch_tokens")
     require_positive(run, "checkpoint_every", "keep")
     if hasattr(recipe, "env") and not recipe.env.timeout > 0:
         raise ConfigError(f"env.timeout={recipe.env.timeout} must be above 0 seconds.")

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from posttrain.config.facts import Facts
 from posttrain.config.sections import (
     DataConfig,
     ModelConfig,
@@ -44,6 +45,17 @@ class SFTRecipe:
     algo: SFTConfig = field(default_factory=SFTConfig)
     train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=0))
     run: RunConfig = field(default_factory=RunConfig)
+
+    def facts(self) -> Facts:
+        """The models a run holds, what it samples and the passes it makes, with these settings."""
+        algo = self.algo
+        return Facts(
+            data="conversations",
+            samples="never",
+            batch_rows=algo.batch_rows,
+            held_out_pass=True,
+            max_tokens=algo.max_tokens,
+        )
 
     def __post_init__(self) -> None:
         require_positive(self.algo, "batch_rows", "max_tokens")

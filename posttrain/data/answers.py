@@ -40,6 +40,11 @@ def marked_answer(text: str) -> str | None:
     return max(found)[1] if found else None
 
 
+def final_answer(text: str) -> str:
+    """What two completions must share to count as the same vote: the marked answer, else the text after thinking."""
+    return marked_answer(final_part(text)) or final_part(text)
+
+
 def split_gold(text: str) -> tuple[str, str]:
     r"""Splits a reference solution into (gold answer, worked solution).
 

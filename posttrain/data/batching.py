@@ -1,4 +1,4 @@
-"""From samples to the padded micro-batches of one optimizer step. Normalisation is data: weights are fixed here."""
+"""Splits the samples of an optimizer step into padded micro-batches and computes their loss weights."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from posttrain import rng
 from posttrain.objectives.tokens import token_weights
 from posttrain.types import Batch, Sample
 
-WORTH = 16  # fewer saved tokens do not pay for the separate attention of a run
+WORTH = 16  # sharing a prefix must save at least this many tokens to pay for the separate attention of a run
 
 
 def minibatches(samples: Sequence[Sample], count: int, seed: int) -> list[list[Sample]]:
-    """Deals samples into `count` optimizer batches, in an order that is a function of the seed."""
+    """Splits samples into `count` optimizer batches, in an order determined by the seed."""
     if count == 1:
         return [list(samples)]
     order = rng.permutation(len(samples), seed)
@@ -26,7 +26,7 @@ def minibatches(samples: Sequence[Sample], count: int, seed: int) -> list[list[S
 
 def micro(
     samples: Sequence[Sample],
-    tokens_per_pass: int,
+    micro_batch_tokens: int,
     how: str,
     max_len: int | None = None,
     device: torch.device | str = "cpu",
@@ -34,32 +34,32 @@ def micro(
     together: int = 1,
     share: bool = True,
 ) -> list[Batch]:
-    """Splits one optimizer batch into passes of about equal size and at most `tokens_per_pass` computed tokens each.
+    """Splits one optimizer batch into passes of about equal size and at most `micro_batch_tokens` computed tokens each.
 
-    Weights are computed over all samples first, so the split cannot change the gradient. Rows without a trained token
-    are counted but not computed; with `skip_zero_advantage`, so are rows whose advantages are all 0, because their
-    policy gradient is exactly 0. With `together` = 2, rows 2i and 2i + 1 are a pair and stay neighbours in one pass.
-    With `share`, rows that begin alike come to lie side by side, and what they share is computed once.
+    Weights are computed over all samples first, so the split does not change the gradient. Rows without a trained token
+    count for the weights but are not computed; with `skip_zero_advantage`, neither are rows whose advantages are all 0,
+    because their policy gradient is exactly 0. With `together` = 2, rows 2i and 2i + 1 are a pair and stay adjacent in
+    one pass. With `share`, rows with a common prefix become adjacent, and the prefix is computed once.
     """
     if not samples:
         return []
     weights = token_weights(loss_masks(samples), how, max_len)
     kept = [s.loss_mask.any() and (not skip_zero_advantage or bool(np.any(s.advantages))) for s in samples]
     units = [list(range(i, min(i + together, len(samples)))) for i in range(0, len(samples), together)]
-    parts = plan(samples, [u for u in units if any(kept[i] for i in u)], tokens_per_pass, share)
+    parts = plan(samples, [u for u in units if any(kept[i] for i in u)], micro_batch_tokens, share)
     return [pad([samples[i] for i in part], weights[part], device, share, part) for part in parts]
 
 
 def plan(
-    samples: Sequence[Sample], units: Sequence[Sequence[int]], tokens_per_pass: int, share: bool = True
+    samples: Sequence[Sample], units: Sequence[Sequence[int]], micro_batch_tokens: int, share: bool = True
 ) -> list[list[int]]:
-    """Row numbers of each pass. Units of rows are never torn; rows that begin alike are side by side.
+    """Row numbers of each pass. Units of rows stay together; rows with a common prefix are adjacent.
 
-    Units that share a beginning go into one pass if they fit; more of them are split evenly, and each part computes the
-    beginning again. A unit alone may exceed `tokens_per_pass`. The same input gives the same passes.
+    Units with a common prefix go into one pass if they fit; otherwise they are split evenly, and each part computes the
+    prefix again. A unit alone may exceed `micro_batch_tokens`. The same input gives the same passes.
     """
     if not share:
-        parts = passes([sum(len(samples[i].tokens) for i in unit) for unit in units], tokens_per_pass)
+        parts = passes([sum(len(samples[i].tokens) for i in unit) for unit in units], micro_batch_tokens)
         return [[i for number in part for i in units[number]] for part in parts]
     prompts = [prompt(s) for s in samples]
     order = sorted(units, key=lambda unit: (prompts[unit[0]].tolist(), unit[0]))
@@ -72,19 +72,19 @@ def plan(
     pieces: list[list[Sequence[int]]] = []
     for item in _alike(order, runs([prompts[i] for unit in order for i in unit])):
         lengths = [sum(len(samples[i].tokens) for i in unit) for unit in item]
-        for count in range(min(len(item), -(-cost(item) // tokens_per_pass)), len(item) + 1):
+        for count in range(min(len(item), -(-cost(item) // micro_batch_tokens)), len(item) + 1):
             parts = [[item[i] for i in part] for part in spread(lengths, count)]
-            if all(len(part) == 1 or cost(part) <= tokens_per_pass for part in parts):
+            if all(len(part) == 1 or cost(part) <= micro_batch_tokens for part in parts):
                 pieces += parts
                 break
     return [
         [i for number in part for unit in pieces[number] for i in unit]
-        for part in passes([cost(piece) for piece in pieces], tokens_per_pass)
+        for part in passes([cost(piece) for piece in pieces], micro_batch_tokens)
     ]
 
 
 def _alike(units: Sequence[Sequence[int]], found: Sequence[tuple[int, int]]) -> list[list[Sequence[int]]]:
-    """Units that have a row in one run, put together; `found` are the runs of all the units' rows."""
+    """Groups units that have rows in the same run; `found` are the runs of all the units' rows."""
     owner = [number for number, (count, _) in enumerate(found) for _ in range(count)]
     out: list[list[Sequence[int]]] = []
     at = 0
@@ -98,10 +98,10 @@ def _alike(units: Sequence[Sequence[int]], found: Sequence[tuple[int, int]]) -> 
 
 
 def passes(costs: Sequence[int], most: int) -> list[list[int]]:
-    """Deals things of these costs into lists of their numbers of at most `most` each, and of nearly equal cost.
+    """Groups items with these costs into lists of item numbers, of at most `most` and nearly equal total cost each.
 
-    As few lists as can be found; one thing that costs more goes alone. The costliest list comes first: if memory is
-    short, it shows at once.
+    Uses as few lists as `spread` allows; an item that costs more than `most` is alone in its list. The most expensive
+    list comes first, so that a lack of memory shows up immediately.
     """
     parts: list[list[int]] = []
     for count in range(-(-sum(min(cost, most) for cost in costs) // most), len(costs) + 1):
@@ -112,30 +112,31 @@ def passes(costs: Sequence[int], most: int) -> list[list[int]]:
 
 
 def spread(costs: Sequence[int], count: int) -> list[list[int]]:
-    """Deals things into `count` lists: the costliest first, each to the list that costs least so far.
+    """Distributes items over `count` lists: the most expensive item first, each to the cheapest list so far.
 
-    The costliest list is at most 4/3 of the best possible (Graham, "Bounds on multiprocessing timing anomalies", 1969).
-    Lists without anything are left out; within a list numbers ascend.
+    The most expensive list costs at most 4/3 of the optimum (Graham, "Bounds on multiprocessing timing anomalies",
+    1969). Empty lists are left out; within a list, item numbers ascend.
     """
     parts: list[list[int]] = [[] for _ in range(count)]
     loads = [(0, number) for number in range(count)]
-    for thing in sorted(range(len(costs)), key=lambda i: -costs[i]):
+    for item in sorted(range(len(costs)), key=lambda i: -costs[i]):
         load, number = heapq.heappop(loads)
-        parts[number].append(thing)
-        heapq.heappush(loads, (load + costs[thing], number))
+        parts[number].append(item)
+        heapq.heappush(loads, (load + costs[item], number))
     return [sorted(part) for part in parts if part]
 
 
 def prompt(sample: Sample) -> np.ndarray:
-    """The tokens before the first trained one, or all but the last: what rows may share."""
+    """The tokens that rows may share: those before the first trained token, or all but the last."""
     trained = np.flatnonzero(sample.loss_mask)
     return sample.tokens[: trained[0] if len(trained) else len(sample.tokens) - 1]
 
 
 def runs(prompts: Sequence[np.ndarray]) -> list[tuple[int, int]]:
-    """Cuts rows, in the order given, into runs of (rows, tokens they all begin with), to save as much as possible.
+    """Splits rows, in the given order, into runs (rows, common prefix tokens) that save as many tokens as possible.
 
-    A run of n rows that share P tokens saves (n − 1) · P. Runs that would save fewer than WORTH tokens share none.
+    A run of n rows with a common prefix of P tokens saves (n − 1) · P tokens. Runs that would save fewer than WORTH
+    tokens share nothing.
     """
     common = [_common(a, b) for a, b in pairwise(prompts)]
 
@@ -154,14 +155,14 @@ def runs(prompts: Sequence[np.ndarray]) -> list[tuple[int, int]]:
 
 
 def _common(a: np.ndarray, b: np.ndarray) -> int:
-    """How many first tokens are equal."""
+    """Length of the common prefix."""
     n = min(len(a), len(b))
     differ = np.flatnonzero(a[:n] != b[:n])
     return int(differ[0]) if len(differ) else n
 
 
 def loss_masks(samples: Sequence[Sample]) -> torch.Tensor:
-    """The samples' loss masks (B, T) bool, False on padding."""
+    """The loss masks of the samples, (B, T) bool, False on padding."""
     return _stack([s.loss_mask for s in samples], torch.bool)
 
 
@@ -172,10 +173,10 @@ def pad(
     share: bool = True,
     rows: Sequence[int] = (),
 ) -> Batch:
-    """Right-pads samples to their longest; weights (B, ≥T) are cut to that length.
+    """Right-pads samples to the longest one; weights (B, ≥T) are cut to that length.
 
-    With `share`, neighbours that begin alike are marked, for a pass to compute that once. `rows` says which rows of
-    the optimizer batch these are.
+    With `share`, common prefixes of adjacent rows are recorded, so that a pass computes them once. `rows` are the
+    samples' row numbers in the optimizer batch.
     """
 
     def optional(name: str) -> torch.Tensor | None:

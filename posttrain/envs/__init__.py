@@ -1,4 +1,4 @@
-"""Tasks and environments."""
+"""Multi-turn environments and the registry of their names."""
 
 from typing import Any
 
@@ -20,4 +20,4 @@ ENVS: dict[str, Any] = {
     "gymnasium:": load_gymnasium,
     "verifiers:": load_verifiers,
 }
-"""Name in `env.name` → environment; with a colon at its end, what makes one of the text after it."""
+"""Value of `env.name` → environment. A name ending in a colon maps to a loader, called with the text after it."""

@@ -1,4 +1,4 @@
-"""A small text adventure: rooms made from a seed, a key in one of them, a chest to open in another."""
+"""A small text adventure: seeded random rooms, a key in one of them and a chest to open in another."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from posttrain.types import Message, Task
 STEPS = {"north": (0, 1), "east": (1, 0), "south": (0, -1), "west": (-1, 0)}
 ROOMS = "hall kitchen cellar attic library garden bedroom study pantry workshop".split()
 COMMANDS = (*(f"go {way}" for way in STEPS), "take key", "open chest", "look")
-LONGEST = 8  # commands of the shortest solution, at most: what `env.max_turns` is unless a recipe says otherwise
-FOR_KEY = 0.2
+LONGEST = 8  # maximum length of a shortest solution: the default of `env.max_turns`
+FOR_KEY = 0.2  # reward for picking up the key
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where the player is and what is done."""
+    """Game state: the player's room and progress."""
 
     room: str
     has_key: bool = False
@@ -29,10 +29,10 @@ class Place:
 
 
 class Adventure:
-    """Find the key and open the chest, one command a turn. The key earns 0.2 and the chest 0.8.
+    """Find the key and open the chest, one command per turn. The key earns 0.2 and the chest 0.8.
 
-    A task holds the map: `exits` (room → way → room), `start`, `key` and `chest`. Nothing but the open chest and
-    `env.max_turns` ends the game.
+    The task's `meta` holds the map: `exits` (room → direction → room), `start`, `key` and `chest`. The game ends only
+    when the chest is open or after `env.max_turns`.
     """
 
     def __init__(self, task: Task, seed: int) -> None:
@@ -49,19 +49,19 @@ class Adventure:
         parts["understood"] = self.understood / self.turns
         if self.place.opened:
             return Turn(reward=reward, done=True, passed=True, parts=parts)
-        said = described(self.map, self.place)
+        text = described(self.map, self.place)
         if self.place == before and command != "look":
-            said = f"That does not work. {said}" if command in COMMANDS else f"I do not know how to do that. {said}"
+            text = f"That does not work. {text}" if command in COMMANDS else f"I do not know how to do that. {text}"
         elif self.place.has_key and not before.has_key:
-            said = f"You take the key. {said}"
-        return Turn((Message("user", said),), reward, parts=parts)
+            text = f"You take the key. {text}"
+        return Turn((Message("user", text),), reward, parts=parts)
 
     @staticmethod
     def tasks(count: int, seed: int) -> list[Task]:
         """`count` games of four to six rooms; the answer is a shortest solution, `difficulty` its length."""
-        draw, found = random.Random(seed), list[Task]()
-        while len(found) < count:
-            plan = drawn_map(draw)
+        rng, tasks = random.Random(seed), list[Task]()
+        while len(tasks) < count:
+            plan = drawn_map(rng)
             answer = solution(plan)
             if len(answer) > LONGEST:
                 continue
@@ -70,12 +70,12 @@ class Adventure:
                 f"take key, open chest or look. {described(plan, Place(plan['start']))}"
             )
             meta = {**plan, "difficulty": len(answer)}
-            found.append(Task(f"adventure-{len(found)}", "adventure", (Message("user", question),), answer, meta))
-        return found
+            tasks.append(Task(f"adventure-{len(tasks)}", "adventure", (Message("user", question),), answer, meta))
+        return tasks
 
 
 def after(plan: Mapping[str, Any], place: Place, command: str) -> Place:
-    """Where a command leads; what does not work changes nothing."""
+    """The state after a command; an invalid command leaves it unchanged."""
     if command.startswith("go ") and (room := plan["exits"][place.room].get(command.removeprefix("go "))):
         return replace(place, room=room)
     if command == "take key" and place.room == plan["key"]:
@@ -86,39 +86,39 @@ def after(plan: Mapping[str, Any], place: Place, command: str) -> Place:
 
 
 def described(plan: Mapping[str, Any], place: Place) -> str:
-    """What the player sees."""
+    """Description of the room, as shown to the player."""
     things = ["a key"] * (place.room == plan["key"] and not place.has_key) + ["a chest"] * (place.room == plan["chest"])
     here = f" You see {' and '.join(things)}." if things else ""
     return f"You are in the {place.room}.{here} Exits: {', '.join(sorted(plan['exits'][place.room]))}."
 
 
-def drawn_map(draw: random.Random) -> dict[str, Any]:
-    """Rooms on a grid, each beside an earlier one and joined to it; key and chest lie in two rooms but the first."""
-    names = draw.sample(ROOMS, draw.randint(4, 6))
+def drawn_map(rng: random.Random) -> dict[str, Any]:
+    """A random map: rooms on a grid, each connected to an earlier one; key and chest in two rooms, never the first."""
+    names = rng.sample(ROOMS, rng.randint(4, 6))
     at, exits = {(0, 0): names[0]}, {name: dict[str, str]() for name in names}
     for name in names[1:]:
         free = [(x, y, w) for x, y in at for w, (dx, dy) in STEPS.items() if (x + dx, y + dy) not in at]
-        x, y, way = draw.choice(free)
+        x, y, way = rng.choice(free)
         dx, dy = STEPS[way]
         back = next(w for w, step in STEPS.items() if step == (-dx, -dy))
         exits[at[x, y]][way], exits[name][back] = name, at[x, y]
         at[x + dx, y + dy] = name
-    key, chest = draw.sample(names[1:], 2)
+    key, chest = rng.sample(names[1:], 2)
     return {"exits": exits, "start": names[0], "key": key, "chest": chest}
 
 
 def solution(plan: Mapping[str, Any]) -> list[str]:
-    """A shortest list of commands that opens the chest, by breadth-first search."""
+    """A shortest list of commands that opens the chest, found by breadth-first search."""
     start = Place(plan["start"])
     paths: dict[Place, list[str]] = {start: []}
-    waiting = deque([start])
-    while waiting:
-        place = waiting.popleft()
+    queue = deque([start])
+    while queue:
+        place = queue.popleft()
         if place.opened:
             return paths[place]
         for command in COMMANDS:
             there = after(plan, place, command)
             if there not in paths:
                 paths[there] = [*paths[place], command]
-                waiting.append(there)
-    raise ValueError("the chest of this map cannot be reached and opened; its rooms must be joined.")
+                queue.append(there)
+    raise ValueError("the chest of this map cannot be opened; all rooms must be connected.")

@@ -1,8 +1,8 @@
-"""Worlds that answer a model: what an environment is, in messages and scores, never in tokens.
+"""The environment interface: multi-turn episodes in terms of messages and rewards, never tokens.
 
-An environment makes a world for each attempt at a task. The world reads each reply and says what the model reads next,
-what the reply earned, and whether the episode is over. Who wrote which token is settled elsewhere (play.py): a world
-cannot get it wrong.
+An `EnvFactory` creates one `Env` per rollout of a task. The environment reads each of the model's replies and returns
+the next messages, the reward of the reply, and whether the episode is over. Which tokens the model generated and which
+are trained is tracked by `posttrain.rollout.multi_turn`, so an environment cannot get it wrong.
 
     class Guess:
         def __init__(self, task, seed):
@@ -33,12 +33,12 @@ from posttrain.types import ConfigError, Message, Role, RolloutError, Task
 
 @dataclass(frozen=True)
 class Turn:
-    """What a world says to one reply.
+    """An environment's response to one reply of the model.
 
-    `messages` are what the model reads next; without any the episode is over, as with `done`. `reward` is what the
-    reply earned; an episode's reward is the sum over its turns. `passed` and `parts` of the last turn are the
-    episode's. `history` replaces the conversation so far (a summary in place of a long past): what was said before
-    stays trained as it was sampled, and a new stretch of tokens begins.
+    `messages` are what the model reads next; the episode ends if there are none or if `done` is set. `reward` is the
+    reward of the reply; an episode's reward is the sum over its turns. The last turn's `passed` and `parts` are those
+    of the episode. `history` replaces the conversation so far, e.g. by a summary: earlier turns are still trained as
+    they were sampled, and a new token sequence begins.
     """
 
     messages: tuple[Message, ...] = ()
@@ -53,32 +53,32 @@ class Turn:
             raise RolloutError(f"a turn's reward is {self.reward!r}, expected a finite number.", boundary="env")
         if wrong := [m.role for m in self.messages if m.role == "assistant"]:
             raise RolloutError(
-                f"a turn has {len(wrong)} messages by the assistant, whose words only the model writes. Use the role "
-                "user or tool.",
+                f"a turn has {len(wrong)} messages with the role assistant, which only the model may write. Use the "
+                "role user or tool.",
                 boundary="env",
             )
 
     @staticmethod
     def say(content: str, role: Role = "user", reward: float = 0.0) -> Turn:
-        """A turn of one message."""
+        """A turn with a single message."""
         return Turn((Message(role, content),), reward)
 
     @property
     def over(self) -> bool:
-        """Whether the episode ends here."""
+        """Whether the episode ends with this turn."""
         return self.done or not self.messages
 
 
-class World(Protocol):
-    """The world of one attempt. It may have `opening`, messages that replace the task's, and a method `close()`."""
+class Env(Protocol):
+    """The environment of one rollout. Optional: `opening`, messages that replace the task's, and a method `close()`."""
 
     def step(self, reply: str) -> Turn:
-        """Answers a reply; called by one thread at a time. What it raises leaves the attempt unscored."""
+        """Responds to the model's reply; called by one thread at a time. An exception leaves the rollout unscored."""
         ...
 
 
-Env = Callable[[Task, int], World]
-"""env(task, seed) → the world of one attempt. The seed is the attempt's own: randomness from it is reproducible."""
+EnvFactory = Callable[[Task, int], Env]
+"""env(task, seed) → the environment of one rollout. Each rollout has its own seed, which makes it reproducible."""
 
 
 def load_env(
@@ -87,46 +87,46 @@ def load_env(
     verify: Verifier | None = None,
     settings: EnvConfig | None = None,
     sandbox: Callable[[], Sandbox] = Sandbox,
-) -> Env:
-    """The environment a recipe names: one of `known`, or `FILE.py:NAME` of a class or function.
+) -> EnvFactory:
+    """Loads the environment that a recipe names: one of `known`, or `FILE.py:NAME` of a class or function.
 
-    A name in `known` that ends in a colon is an adapter: called with what follows, it gives the environment.
-    One that has a parameter `verify` gets the recipe's verifier, `settings` its section env, and `tools` the tools that
-    `env.tools` names, of which `python` runs programs in the `sandbox`. Raises ConfigError for an unknown name, and for
-    one that cannot be called with a task and a seed.
+    A name in `known` that ends in a colon is an adapter, called with the rest of `spec`. An environment with a
+    parameter `verify` gets the recipe's verifier, with `settings` the recipe's section env, and with `tools` the tools
+    of `env.tools`, whose `python` runs programs in the `sandbox`. Raises ConfigError for an unknown name and for an
+    environment that cannot be called with a task and a seed.
     """
     settings = settings or EnvConfig()
     if spec in known:
-        made = known[spec]
+        factory = known[spec]
     elif (adapter := spec.partition(":")[0] + ":") in known:
-        made = known[adapter](spec.removeprefix(adapter))
+        factory = known[adapter](spec.removeprefix(adapter))
     elif ".py" in spec:
-        made = load_function(spec, "environment")
+        factory = load_function(spec, "environment")
     else:
         raise ConfigError(f"unknown environment {spec!r}{nearest(spec, [*known])} Or give FILE.py:NAME.")
     try:
-        parameters = inspect.signature(made).parameters
-        offered: dict[str, Callable[[], Any]] = {
+        parameters = inspect.signature(factory).parameters
+        available: dict[str, Callable[[], Any]] = {
             "verify": lambda: verify,
             "settings": lambda: settings,
             "tools": lambda: load_tools(settings.tools, sandbox),
         }
-        more = {name: get() for name, get in offered.items() if name in parameters}
-        inspect.signature(made).bind(None, 0, **more)
+        extra = {name: get() for name, get in available.items() if name in parameters}
+        inspect.signature(factory).bind(None, 0, **extra)
     except ConfigError:
         raise
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"environment {spec!r} must take a task and a seed: {error}.") from None
-    if inspect.isclass(made) and not callable(getattr(made, "step", None)):
+        raise ConfigError(f"environment {spec!r} must accept a task and a seed: {error}.") from None
+    if inspect.isclass(factory) and not callable(getattr(factory, "step", None)):
         raise ConfigError(f"environment {spec!r} has no method step(reply).")
-    return partial(made, **more) if more else made
+    return partial(factory, **extra) if extra else factory
 
 
-def own_tasks(env: Env) -> Callable[[int, int], list[Task]] | None:
-    """The environment's own tasks, `tasks(count, seed)`, if it has any."""
+def own_tasks(env: EnvFactory) -> Callable[[int, int], list[Task]] | None:
+    """The environment's own task generator `tasks(count, seed)`, or None."""
     return getattr(env.func if isinstance(env, partial) else env, "tasks", None)
 
 
-def takes(env: Env, what: str) -> bool:
-    """Whether the environment was given that: with `verify` its tasks need answers that pass the recipe's verifier."""
+def takes(env: EnvFactory, what: str) -> bool:
+    """Whether `load_env` passed this argument; with `verify`, answers must suit the recipe's verifier."""
     return isinstance(env, partial) and what in env.keywords

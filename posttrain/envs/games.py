@@ -1,4 +1,4 @@
-"""Games that a small model can learn to play, each with tasks of its own."""
+"""Games that a small model can learn, each with its own task generator."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from posttrain.envs.words import WORDS
 from posttrain.types import Message, Task
 
 HIGHEST = 15
-LONGEST = 100  # characters of an expression that are read
+LONGEST = 100  # maximum length of an expression in characters
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
-PATIENCE = 1000  # draws without a new game after which there are no more
-LATER = 0.1  # of a win is lost with each try before it, in countdown and word
+PATIENCE = 1000  # consecutive duplicates after which no more games are generated
+LATER = 0.1  # reward lost per earlier try, in countdown and word
 RIGHT, ELSEWHERE, ABSENT = "+", "?", "-"
 
 
 class Number:
-    """Guess a number; after each guess the model reads whether it is higher or lower.
+    """Guess a number; after each wrong guess the model is told whether the number is higher or lower.
 
-    A right guess earns 1, less a twentieth for each guess before it; what is no number in range ends the game.
+    A correct guess earns 1 minus 0.05 per earlier guess. A reply that is not a number in range ends the game.
     """
 
     def __init__(self, task: Task, seed: int) -> None:
@@ -45,16 +45,17 @@ class Number:
 
     @staticmethod
     def tasks(count: int, seed: int) -> list[Task]:
-        """`count` games; the secrets are drawn from 1 to HIGHEST."""
-        draw = random.Random(seed)
+        """`count` games with secrets sampled from 1 to HIGHEST."""
+        rng = random.Random(seed)
         question = Message("user", f"Guess my number from 1 to {HIGHEST}.")
-        return [Task(f"number-{i}", "number", (question,), draw.randint(1, HIGHEST)) for i in range(count)]
+        return [Task(f"number-{i}", "number", (question,), rng.randint(1, HIGHEST)) for i in range(count)]
 
 
 class Countdown:
-    """Make a target of given numbers, each used once, with + - * / and brackets; in four tries unless `tries` says.
+    """Reach a target from given numbers, each used once, with + - * / and brackets, in `tries` tries (default 4).
 
-    After a wrong try the model reads what it came to, or why it cannot be read. A task has `numbers` and `target`.
+    After a wrong try the model is told the value of its expression, or why it could not be parsed. The task's `meta`
+    has `numbers` and `target`.
     """
 
     def __init__(self, task: Task, seed: int) -> None:
@@ -67,31 +68,31 @@ class Countdown:
             value, numbers = value_of(final_part(reply))
             self.readable += 1
             found = numbers == self.numbers and value == self.target
-            said = f"That is {value}." if numbers == self.numbers else f"Use each of {_listed(self.numbers)} once."
+            text = f"That is {value}." if numbers == self.numbers else f"Use each of {_listed(self.numbers)} once."
         except ValueError as error:
-            found, said = False, f"That cannot be read: {error}."
+            found, text = False, f"That cannot be read: {error}."
         parts = {"solved": float(found), "tries": float(self.used), "readable": self.readable / self.used}
-        return _tried(found, said, self.used, self.tries, parts)
+        return _turn(found, text, self.used, self.tries, parts)
 
     @staticmethod
     def tasks(count: int, seed: int) -> list[Task]:
-        """`count` different games of four numbers from 1 to 12, fewer where no new one turns up; with a solution."""
-        draw, found, stale = random.Random(seed), dict[str, Task](), 0
-        while len(found) < count and stale < PATIENCE:
-            numbers = sorted(draw.randint(1, 12) for _ in range(4))
-            answer, target = _combined(numbers, draw)
+        """Up to `count` distinct solvable games with four numbers from 1 to 12; the answer is a solution."""
+        rng, tasks, stale = random.Random(seed), dict[str, Task](), 0
+        while len(tasks) < count and stale < PATIENCE:
+            numbers = sorted(rng.randint(1, 12) for _ in range(4))
+            answer, target = _random_expression(numbers, rng)
             name = f"countdown:{target}={','.join(map(str, numbers))}"
             question = f"Make {target} from {_listed(numbers)}. Use each number once, with + - * / and brackets."
             meta = {"numbers": numbers, "target": target}
-            stale = stale + 1 if name in found else 0
-            found.setdefault(name, Task(name, "countdown", (Message("user", question),), answer, meta))
-        return list(found.values())
+            stale = stale + 1 if name in tasks else 0
+            tasks.setdefault(name, Task(name, "countdown", (Message("user", question),), answer, meta))
+        return list(tasks.values())
 
 
 def value_of(text: str) -> tuple[Fraction, list[int]]:
-    """The exact value of an expression of whole numbers, + - * / and brackets, and the numbers in it, sorted.
+    """Exact value of an expression of whole numbers, + - * / and brackets, and the sorted numbers it uses.
 
-    Raises ValueError, with a short reason, for anything else and for a division by zero.
+    Raises ValueError with a short reason for anything else and for division by zero.
     """
     if len(text) > LONGEST:
         raise ValueError(f"it has more than {LONGEST} characters")
@@ -132,13 +133,13 @@ def value_of(text: str) -> tuple[Fraction, list[int]]:
     return value, sorted(numbers)
 
 
-def _combined(numbers: Sequence[int], draw: random.Random) -> tuple[str, int]:
-    """An expression that uses each number once, and its value, a whole number from 1 to 99."""
+def _random_expression(numbers: Sequence[int], rng: random.Random) -> tuple[str, int]:
+    """A random expression that uses each number once, and its value, a whole number from 1 to 99."""
     while True:
         terms = [str(n) for n in numbers]
         while len(terms) > 1:
-            left, right = (terms.pop(draw.randrange(len(terms))) for _ in range(2))
-            terms.append(f"({left}{draw.choice('+-*/')}{right})")
+            left, right = (terms.pop(rng.randrange(len(terms))) for _ in range(2))
+            terms.append(f"({left}{rng.choice('+-*/')}{right})")
         expression = terms[0][1:-1]
         try:
             value, _ = value_of(expression)
@@ -149,10 +150,10 @@ def _combined(numbers: Sequence[int], draw: random.Random) -> tuple[str, int]:
 
 
 class Word:
-    """Find a word of five letters in six tries.
+    """Guess a five-letter word in six tries.
 
-    After each try every letter is marked: + stands right, ? is in the word but elsewhere, - is not in the word. A
-    letter is marked no more often than the word has it. What is not five letters costs a try, too.
+    After each try every letter is marked: + is in the right place, ? is elsewhere in the word, - is not in the word. A
+    letter is marked at most as often as the word contains it. A reply that is not five letters also costs a try.
     """
 
     def __init__(self, task: Task, seed: int) -> None:
@@ -161,15 +162,15 @@ class Word:
     def step(self, reply: str) -> Turn:
         self.used += 1
         guess = final_part(reply).strip().lower()
-        known = re.fullmatch("[a-z]{5}", guess) is not None
-        self.valid += known
-        said = " ".join(map("".join, zip(guess, marks(guess, self.secret), strict=True))) if known else "Five letters."
+        valid = re.fullmatch("[a-z]{5}", guess) is not None
+        self.valid += valid
+        text = " ".join(map("".join, zip(guess, marks(guess, self.secret), strict=True))) if valid else "Five letters."
         parts = {"solved": float(guess == self.secret), "tries": float(self.used), "valid": self.valid / self.used}
-        return _tried(guess == self.secret, said, self.used, 6, parts)
+        return _turn(guess == self.secret, text, self.used, 6, parts)
 
     @staticmethod
     def tasks(count: int, seed: int) -> list[Task]:
-        """`count` games, each with a word of its own; no more than there are words."""
+        """Up to `count` games, each with a different word; at most one per word in the list."""
         secrets = random.Random(seed).sample(WORDS, min(count, len(WORDS)))
         question = (
             "Find my word of five letters in six tries. Reply with one word. I mark each letter: "
@@ -179,7 +180,7 @@ class Word:
 
 
 def marks(guess: str, secret: str) -> str:
-    """A mark for each letter of a guess; of a letter that is guessed too often the first ones not in place count."""
+    """One mark per letter of a guess; if a letter is guessed too often, the first misplaced ones are marked."""
     left = [s for g, s in zip(guess, secret, strict=True) if g != s]
     out = ""
     for g, s in zip(guess, secret, strict=True):
@@ -193,12 +194,12 @@ def marks(guess: str, secret: str) -> str:
     return out
 
 
-def _tried(found: bool, said: str, used: int, most: int, parts: dict[str, float]) -> Turn:
-    """The turn after try number `used` of `most`."""
-    if found or used >= most:
+def _turn(found: bool, text: str, used: int, tries: int, parts: dict[str, float]) -> Turn:
+    """The turn after try number `used` of `tries`."""
+    if found or used >= tries:
         return Turn(reward=(1.0 - LATER * (used - 1)) * found, done=True, passed=found, parts=parts)
-    left = most - used
-    return Turn((Message("user", f"{said} {left} {'try' if left == 1 else 'tries'} left."),), parts=parts)
+    left = tries - used
+    return Turn((Message("user", f"{text} {left} {'try' if left == 1 else 'tries'} left."),), parts=parts)
 
 
 def _listed(numbers: Sequence[int]) -> str:

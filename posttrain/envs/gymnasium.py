@@ -1,8 +1,8 @@
-"""Environments with the interface of Gymnasium (https://gymnasium.farama.org/api/env/) whose observations are text.
+"""Adapter for Gymnasium environments (https://gymnasium.farama.org/api/env/) with text observations.
 
-`env.name = "gymnasium:ID"` makes what is registered as ID, `gymnasium:MODULE:ID` imports the module first, and
-`gymnasium:FILE.py:NAME` calls a class or function of a file, which needs no package. Actions are the replies' texts,
-or the numbers in them where the action space is discrete.
+`env.name = "gymnasium:ID"` creates the environment registered as ID, `gymnasium:MODULE:ID` imports the module first,
+and `gymnasium:FILE.py:NAME` calls a class or function from a file, for which the package gymnasium is not needed.
+Actions are the replies' texts or, for a discrete action space, the numbers in them.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from posttrain.rng import key
 from posttrain.types import ConfigError, Message, RolloutError, Task
 
 SUCCESS = ("is_success", "success")
-"""Where `info` says whether the goal was reached; without them an episode passes that ends with a positive return."""
+"""Keys of `info` for success; without them an episode passes if it terminates with a positive return."""
 
 
 @dataclass(frozen=True)
 class Gymnasium:
-    """Every attempt makes an environment of its own and resets it with the task's seed."""
+    """Creates a new Gymnasium environment per rollout and resets it with the task's seed."""
 
     name: str
     make: Callable[[], Any]
@@ -33,27 +33,27 @@ class Gymnasium:
         return Adapted(self.make(), task, seed)
 
     def tasks(self, count: int, seed: int) -> list[Task]:
-        """`count` tasks: seeds, each with the observation that the environment then begins with as its question."""
-        env, found = self.make(), list[Task]()
+        """`count` tasks: a reset seed each, with the environment's first observation as the prompt."""
+        env, tasks = self.make(), list[Task]()
         try:
             for i in range(count):
-                own = key("gymnasium", self.name, seed, i) % 2**31
-                observation, _ = env.reset(seed=own)
+                reset_seed = key("gymnasium", self.name, seed, i) % 2**31
+                observation, _ = env.reset(seed=reset_seed)
                 question = Message("user", _text(observation))
-                found.append(Task(f"{self.name}-{seed}-{i}", self.name, (question,), None, {"seed": own}))
+                tasks.append(Task(f"{self.name}-{seed}-{i}", self.name, (question,), None, {"seed": reset_seed}))
         finally:
             env.close()
-        return found
+        return tasks
 
 
 class Adapted:
-    """One environment while it is played."""
+    """One rollout of a Gymnasium environment."""
 
     def __init__(self, env: Any, task: Task, seed: int) -> None:
         self.env, self.earned, self.turns = env, 0.0, 0
         observation, _ = env.reset(seed=int(task.meta.get("seed", seed)))
         first = _text(observation)
-        if first not in task.prompt:  # a task from elsewhere, or one that its seed does not repeat
+        if first not in task.prompt:  # a user's own task, or an environment that is not reproducible from its seed
             self.opening = (*(m for m in task.messages if m.role == "system"), Message("user", first))
 
     def step(self, reply: str) -> Turn:
@@ -63,8 +63,8 @@ class Adapted:
         result: Any = self.env.step(action)
         if not isinstance(result, tuple) or len(result) != 5:
             raise RolloutError(
-                f"step of the environment gave {type(result).__name__}, expected (observation, reward, terminated, "
-                "truncated, info). Wrap it in one that follows the present interface of Gymnasium.",
+                f"the environment's step returned {type(result).__name__}, expected (observation, reward, terminated, "
+                "truncated, info). Wrap it so that it follows the current Gymnasium interface.",
                 boundary="env",
             )
         observation, reward, terminated, truncated, info = result
@@ -72,8 +72,8 @@ class Adapted:
         parts = {"valid": 1.0, "turns": float(self.turns)}
         if not (terminated or truncated):
             return Turn((Message("user", _text(observation)),), float(reward), parts=parts)
-        said = [bool(info[name]) for name in SUCCESS if name in info]
-        passed = said[0] if said else bool(terminated) and self.earned > 0
+        successes = [bool(info[name]) for name in SUCCESS if name in info]
+        passed = successes[0] if successes else bool(terminated) and self.earned > 0
         return Turn(reward=float(reward), done=True, passed=passed, parts=parts)
 
     def close(self) -> None:
@@ -81,7 +81,7 @@ class Adapted:
 
 
 def load_gymnasium(spec: str) -> Gymnasium:
-    """The environment that `gymnasium:SPEC` names. Raises ConfigError where it, or the package, is not there."""
+    """Loads the environment named by `gymnasium:SPEC`. Raises ConfigError if it or the package is missing."""
     if ".py:" in spec:
         return Gymnasium(f"gymnasium:{spec.rpartition(':')[2]}", load_function(spec, "environment"))
     try:
@@ -89,13 +89,13 @@ def load_gymnasium(spec: str) -> Gymnasium:
     except ImportError:
         raise ConfigError(
             f"env.name = gymnasium:{spec} needs the package gymnasium, which is not installed. "
-            "Install it: pip install gymnasium. Or give gymnasium:FILE.py:CLASS."
+            "Run pip install gymnasium, or give gymnasium:FILE.py:CLASS."
         ) from None
     try:
         gymnasium.make(spec).close()
     except (gymnasium.error.Error, ImportError) as error:
         raise ConfigError(
-            f"gymnasium cannot make {spec!r}: {error} Write gymnasium:MODULE:ID where MODULE registers ID."
+            f"gymnasium cannot make {spec!r}: {error} If a module registers the ID, give gymnasium:MODULE:ID."
         ) from None
     return Gymnasium(f"gymnasium:{spec}", lambda: gymnasium.make(spec))
 
@@ -104,14 +104,14 @@ def _text(observation: Any) -> str:
     if isinstance(observation, str):
         return observation
     raise RolloutError(
-        f"an observation of the environment is {type(observation).__name__}, expected text. Wrap it, for example in "
-        "gymnasium.wrappers.TransformObservation with a function that describes it.",
+        f"the environment's observation is {type(observation).__name__}, expected text. Wrap the environment, e.g. in "
+        "gymnasium.wrappers.TransformObservation, to describe observations in words.",
         boundary="env",
     )
 
 
 def _action(env: Any, text: str) -> Any:
-    """The text, or for a discrete action space the last whole number in it; None where that is no action."""
+    """The text or, for a discrete action space, the last whole number in it; None if that is not a valid action."""
     space = getattr(env, "action_space", None)
     if space is None or not hasattr(space, "n"):
         return text

@@ -1,9 +1,9 @@
-"""Environments of the package verifiers (https://github.com/PrimeIntellect-ai/verifiers) that hold conversations.
+"""Adapter for environments of the package verifiers (https://github.com/PrimeIntellect-ai/verifiers).
 
-`env.name = "verifiers:NAME"` loads NAME as `verifiers.load_environment` does, `verifiers:FILE.py:FUNCTION` calls a
-function that returns one. What is adapted is the class `Environment` (version 0 of its interface) with
+`env.name = "verifiers:NAME"` loads NAME with `verifiers.load_environment`; `verifiers:FILE.py:FUNCTION` calls a
+function that returns an environment. It adapts the class `Environment` (version 0 of its interface) with
 `rollout(input, client, model, sampling_args)`. A rollout asks a client for each reply; here the client waits until the
-policy has written it. So whatever an environment does between two replies it does as it would elsewhere.
+policy has generated it. What an environment does between two replies is therefore unchanged.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from posttrain.rewards.functions import load_function
 from posttrain.types import ConfigError, Message, RolloutError, Task
 
 PASSES = 1.0
-"""The reward from which an episode passes where the environment has no `pass_threshold`."""
-CLEAN_UP = 5.0  # seconds that a rollout which is given up may take to clean up
+"""Minimum reward for an episode to pass if the environment has no `pass_threshold`."""
+CLEAN_UP = 5.0  # seconds that a cancelled rollout may take to clean up
 
 
 @dataclass(frozen=True)
 class Verifiers:
-    """One environment, whose rollouts all attempts share."""
+    """A verifiers environment, shared by all rollouts."""
 
     name: str
     env: Any
-    package: Any  # `client` and `response`, the classes that a rollout expects
+    package: Any  # has `client` and `response`, the classes that a rollout expects
 
     def __call__(self, task: Task, seed: int) -> Rollout:
         return Rollout(self.env, self.package, task)
@@ -47,35 +47,35 @@ class Verifiers:
 
 
 class Rollout:
-    """One rollout, which goes on whenever a reply comes and stands still until then."""
+    """One rollout, which runs in the event loop and waits there for each reply."""
 
     def __init__(self, env: Any, package: Any, task: Task) -> None:
-        self._asked: queue.Queue[Any] = queue.Queue()  # prompts; at the end the state, or what was raised
+        self._prompts: queue.Queue[Any] = queue.Queue()  # prompts, then the final state or the exception raised
         self._env, self._reply = env, asyncio.Queue[str]()
-        self._read: list[Message] = []
+        self._prompt: list[Message] = []
         self._task: asyncio.Task[Any] | None = None
         row = json.loads(task.meta["row"])
         self._future = asyncio.run_coroutine_threadsafe(self._run(row, _client(package, self._answer)), _loop())
         self._future.add_done_callback(self._ended)
         first = self._next()
         if not isinstance(first, list):
-            raise RolloutError(f"task {task.id!r} was over before the first reply.", boundary="env")
-        self.opening, self._read = tuple(first), first
+            raise RolloutError(f"the environment ended task {task.id!r} before the first reply.", boundary="env")
+        self.opening, self._prompt = tuple(first), first
 
     def step(self, reply: str) -> Turn:
-        said = [*self._read, Message("assistant", final_part(reply))]
-        _loop().call_soon_threadsafe(self._reply.put_nowait, said[-1].content)
-        found = self._next()
-        if not isinstance(found, list):
-            return _scored(found, getattr(self._env, "pass_threshold", PASSES))
-        self._read = found
-        kept = len(said)
-        if found[:kept] == said and len(found) > kept:
-            return Turn(tuple(found[kept:]))
-        return Turn((found[-1],), history=tuple(found[:-1]))  # the environment has rewritten what was said
+        messages = [*self._prompt, Message("assistant", final_part(reply))]
+        _loop().call_soon_threadsafe(self._reply.put_nowait, messages[-1].content)
+        following = self._next()
+        if not isinstance(following, list):
+            return _last_turn(following, getattr(self._env, "pass_threshold", PASSES))
+        self._prompt = following
+        kept = len(messages)
+        if following[:kept] == messages and len(following) > kept:
+            return Turn(tuple(following[kept:]))
+        return Turn((following[-1],), history=tuple(following[:-1]))  # the environment rewrote the conversation
 
     def close(self) -> None:
-        """Ends a rollout that is still under way, and lets it clean up."""
+        """Cancels a rollout that is still running and lets it clean up."""
         asyncio.run_coroutine_threadsafe(self._stop(), _loop()).result(CLEAN_UP + 1)
 
     async def _stop(self) -> None:
@@ -93,34 +93,36 @@ class Rollout:
 
     async def _answer(self, prompt: Sequence[Any], tools: Any) -> str:
         if tools:
-            raise RolloutError("the environment offers tools, which this adapter cannot pass on.", boundary="env")
-        self._asked.put([_message(message) for message in prompt])
+            raise RolloutError("the environment uses tools, which this adapter does not support.", boundary="env")
+        self._prompts.put([_message(message) for message in prompt])
         return await self._reply.get()
 
     def _ended(self, future: Any) -> None:
         if future.cancelled():
-            self._asked.put(RolloutError("the rollout was given up.", boundary="env"))
+            self._prompts.put(RolloutError("the rollout was cancelled.", boundary="env"))
         else:
-            self._asked.put(future.exception() or future.result())
+            self._prompts.put(future.exception() or future.result())
 
     def _next(self) -> Any:
-        found = self._asked.get()
-        if isinstance(found, BaseException):
-            raise found
-        return found
+        item = self._prompts.get()
+        if isinstance(item, BaseException):
+            raise item
+        return item
 
 
 def load_verifiers(spec: str) -> Verifiers:
-    """The environment that `verifiers:SPEC` names. Raises ConfigError where it, or the package, is not there, and for
-    one that cannot be played a turn at a time."""
+    """Loads the environment named by `verifiers:SPEC`.
+
+    Raises ConfigError if it or the package is missing, or if it cannot be run one turn at a time.
+    """
     try:
         import verifiers  # pyright: ignore[reportMissingImports]
         from verifiers.clients import Client  # pyright: ignore[reportMissingImports]
         from verifiers.types import Response  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ConfigError(
-            f"env.name = verifiers:{spec} needs the package verifiers with the interface of version 0 "
-            f"(pip install verifiers), but: {error}."
+            f"env.name = verifiers:{spec} needs the package verifiers with its version 0 interface, but importing it "
+            f"failed: {error}. Run pip install verifiers."
         ) from None
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -130,57 +132,61 @@ def load_verifiers(spec: str) -> Verifiers:
     except (ValueError, RuntimeError, AttributeError) as error:
         raise ConfigError(f"verifiers cannot load the environment {spec!r}: {error}") from None
     finally:
-        for number, handler in handlers.items():  # the package sets its own; a signal must end a run as it always does
+        for number, handler in handlers.items():  # the package installs its own, which would prevent a clean shutdown
             signal.signal(number, handler)
     if not all(callable(getattr(env, name, None)) for name in ("rollout", "get_dataset")):
-        raise ConfigError(f"verifiers environment {spec!r} has no rollout and get_dataset; it is a {type(env)}.")
+        raise ConfigError(
+            f"verifiers environment {spec!r} is a {type(env)}, expected an object with methods rollout and get_dataset."
+        )
     if getattr(env, "tool_defs", None):
-        raise ConfigError(f"verifiers environment {spec!r} offers tools, which this adapter cannot pass on.")
+        raise ConfigError(f"verifiers environment {spec!r} uses tools, which this adapter does not support.")
     if getattr(env, "requires_group_rollouts", False):
-        raise ConfigError(f"verifiers environment {spec!r} scores groups together, which this adapter cannot do.")
+        raise ConfigError(
+            f"verifiers environment {spec!r} scores groups together, which this adapter does not support."
+        )
     name = f"verifiers:{spec.rpartition(':')[2]}"
     return Verifiers(name, env, SimpleNamespace(client=Client, response=Response))
 
 
 def _client(package: Any, answer: Any) -> Any:
-    """A client of the package whose replies `answer(prompt, tools)` gives."""
+    """A client of the package that gets its replies from `answer(prompt, tools)`."""
 
     async def get_response(self: Any, prompt: Any, model: str, sampling_args: Any, tools: Any = None, **_: Any) -> Any:
         message = {"role": "assistant", "content": await answer(prompt, tools), "finish_reason": "stop"}
         return package.response(id="reply", created=0, model=model, message={**message, "is_truncated": False})
 
-    def never(self: Any, *_: Any, **__: Any) -> Any:
-        raise NotImplementedError("this client has no endpoint behind it")
+    def unsupported(self: Any, *_: Any, **__: Any) -> Any:
+        raise NotImplementedError("this client has no endpoint; it only supports get_response")
 
-    rest = dict.fromkeys(getattr(package.client, "__abstractmethods__", ()), never)
-    return type("PolicyClient", (package.client,), {**rest, "get_response": get_response})(None)
+    abstract = dict.fromkeys(getattr(package.client, "__abstractmethods__", ()), unsupported)
+    return type("PolicyClient", (package.client,), {**abstract, "get_response": get_response})(None)
 
 
 @cache
 def _loop() -> asyncio.AbstractEventLoop:
-    """The event loop of all rollouts, in a thread of its own."""
+    """The event loop of all rollouts, running in a background thread."""
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="verifiers", daemon=True).start()
     return loop
 
 
 def _task(name: str, number: int, row: dict[str, Any]) -> Task:
-    asked = row["prompt"] if isinstance(row["prompt"], list) else [{"role": "user", "content": row["prompt"]}]
-    messages = tuple(_message(message) for message in asked)
+    prompt = row["prompt"] if isinstance(row["prompt"], list) else [{"role": "user", "content": row["prompt"]}]
+    messages = tuple(_message(message) for message in prompt)
     meta = {"row": json.dumps(row, default=str)}
     return Task(f"{name}-{row.get('example_id', number)}", name, messages, row.get("answer"), meta)
 
 
 def _message(message: Any) -> Message:
-    """A message of the package, a mapping or an object that is read like one."""
+    """Converts a message of the package: a mapping, or an object that supports indexing."""
     content = message["content"]
     if isinstance(content, list):
         content = "".join(str(part["text"]) for part in content if part["type"] == "text")
     return Message(message["role"], content or "")
 
 
-def _scored(state: Any, passes: float) -> Turn:
-    """The last turn. What each step earned, where the environment says so, is not part of its reward and not used."""
+def _last_turn(state: Any, threshold: float) -> Turn:
+    """The last turn of a rollout. Per-step rewards of the environment are not part of its reward and are ignored."""
     reward = float(state["reward"])
     parts = {name: float(value) for name, value in (state.get("metrics") or {}).items()}
-    return Turn(reward=reward, done=True, passed=reward >= passes, parts=parts)
+    return Turn(reward=reward, done=True, passed=reward >= threshold, parts=parts)

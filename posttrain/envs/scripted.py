@@ -1,8 +1,8 @@
-"""Playing a world without a model: a program writes the replies. For tests, demonstrations and a first look.
+"""Runs an environment with a scripted policy instead of a model, for tests, demonstrations and SFT data.
 
     python -m posttrain.envs.scripted number games.jsonl 2000
 
-writes games as rows for `posttrain sft`, played by someone who knows the form of the game and nothing of its art.
+writes games as rows for `posttrain sft`, played by a beginner that makes legal but random moves.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from posttrain.envs import ENVS
-from posttrain.envs.env import Env
+from posttrain.envs.env import EnvFactory
 from posttrain.envs.games import HIGHEST
 from posttrain.types import Message, Task
 
 PlayedBy = Callable[[Sequence[Message]], str]
-"""player(conversation so far) → the next reply."""
+"""player(conversation so far) → next reply."""
 
 
 @dataclass(frozen=True)
 class Played:
-    """A conversation that is over: all of it, what each reply earned, and whether it passed."""
+    """A finished episode: its messages, the reward of each reply, and whether it passed."""
 
     messages: tuple[Message, ...]
     rewards: tuple[float, ...]
@@ -33,43 +33,43 @@ class Played:
 
     @property
     def reward(self) -> float:
-        """What the episode earned."""
+        """Total reward of the episode."""
         return sum(self.rewards)
 
 
-def played(env: Env, task: Task, player: PlayedBy, seed: int = 0, max_turns: int = 8) -> Played:
-    """One episode of a scripted player, by the rules of training: after `max_turns` replies it is over."""
-    world = env(task, seed)
-    said, rewards, passed = list(getattr(world, "opening", task.messages)), list[float](), False
+def played(env: EnvFactory, task: Task, player: PlayedBy, seed: int = 0, max_turns: int = 8) -> Played:
+    """Runs one episode with a scripted player, by the rules of training: it ends after `max_turns` replies."""
+    episode = env(task, seed)
+    messages, rewards, passed = list(getattr(episode, "opening", task.messages)), list[float](), False
     try:
         while len(rewards) < max_turns:
-            reply = player(said)
-            turn = world.step(reply)
-            said.append(Message("assistant", reply))
+            reply = player(messages)
+            turn = episode.step(reply)
+            messages.append(Message("assistant", reply))
             rewards.append(turn.reward)
             passed = turn.passed
             if turn.over:
                 break
-            said = [*(said if turn.history is None else turn.history), *turn.messages]
+            messages = [*(messages if turn.history is None else turn.history), *turn.messages]
     finally:
-        close = getattr(world, "close", None)
+        close = getattr(episode, "close", None)
         if close is not None:
             close()
-    return Played(tuple(said), tuple(rewards), passed)
+    return Played(tuple(messages), tuple(rewards), passed)
 
 
 BEGINNERS: dict[str, Callable[[random.Random], PlayedBy]] = {
-    "number": lambda draw: lambda said: str(draw.randint(1, HIGHEST)),
+    "number": lambda rng: lambda messages: str(rng.randint(1, HIGHEST)),
 }
-"""Environment → a player of it, from a source of randomness, who makes allowed moves at random."""
+"""Environment → function from a random generator to a player that makes random legal moves."""
 
 
 def write_games(name: str, path: Path, count: int, seed: int = 0) -> float:
-    """Writes `count` games of a beginner as rows with `messages`; returns the share that was won."""
-    draw, won = random.Random(f"beginner/{seed}"), 0  # not the source that the secrets are drawn from
+    """Writes `count` games of a beginner as rows with `messages`; returns the fraction won."""
+    rng, won = random.Random(f"beginner/{seed}"), 0  # independent of the seed that samples the tasks
     with path.open("w", encoding="utf-8", newline="\n") as file:
         for task in ENVS[name].tasks(count, seed):
-            game = played(ENVS[name], task, BEGINNERS[name](draw))
+            game = played(ENVS[name], task, BEGINNERS[name](rng))
             won += game.passed
             rows = [{"role": m.role, "content": m.content} for m in game.messages]
             file.write(json.dumps({"messages": rows}) + "\n")

@@ -1,7 +1,7 @@
-"""Calls into environments: many at once, but not too many, and none that the others wait for.
+"""Concurrent environment calls with a concurrency limit and a timeout per call.
 
-Each call has a thread of its own. One that does not return in time is given up: its result is a TimeoutError, its
-thread is left behind, and its place is taken by the next.
+Each call runs in its own thread. A call that times out is abandoned: its result is a TimeoutError, its thread keeps
+running in the background, and its slot goes to the next call.
 """
 
 from __future__ import annotations
@@ -15,47 +15,47 @@ from typing import Any, Generic, TypeVar
 from posttrain.types import RolloutError
 
 K = TypeVar("K", bound=Hashable)
-MOST_LEFT = 64  # calls that never returned, before a run is stopped
+MOST_LEFT = 64  # abandoned calls still running, above which the run stops
 
 
 class Calls(Generic[K]):
-    """At most `limit` calls at once, each for `timeout` seconds at most; others wait for their turn.
+    """Runs at most `limit` calls at once, each for at most `timeout` seconds; further calls are queued.
 
-    A call is named by a key, which is free again when its result has been taken.
+    A call is identified by a key, which can be reused once its result has been collected.
     """
 
     def __init__(self, limit: int, timeout: float) -> None:
         self.limit, self.timeout = limit, timeout
         self._changed = threading.Condition()
         self._waiting: deque[tuple[K, Callable[[], Any], Callable[[], None]]] = deque()
-        self._running: dict[K, tuple[float, object]] = {}  # deadline, and what names this very call
+        self._running: dict[K, tuple[float, object]] = {}  # deadline, and a token that identifies this call
         self._results: list[tuple[K, Any]] = []
-        self._left = 0
+        self._abandoned = 0
 
     def submit(self, key: K, call: Callable[[], Any], late: Callable[[], None]) -> None:
-        """Makes `call` as soon as there is room. Where it returns after it was given up, `late` is called after it."""
+        """Runs `call` as soon as a slot is free. If it returns after it timed out, `late` is called."""
         with self._changed:
             self._waiting.append((key, call, late))
             self._start()
 
     @property
     def pending(self) -> int:
-        """Calls whose result has not been taken."""
+        """Number of calls whose result has not been collected."""
         with self._changed:
             return len(self._waiting) + len(self._running) + len(self._results)
 
     def finished(self, patience: float, linger: float = 0.0) -> list[tuple[K, Any]]:
-        """Results by key: what a call returned, or the exception it raised.
+        """Collects finished calls: pairs of key and return value, or the exception raised.
 
-        Waits up to `patience` seconds for the first, then up to `linger` more for others. Raises RolloutError when too
-        many calls were given up and still have not returned.
+        Waits up to `patience` seconds for the first result, then up to `linger` seconds for more. Raises RolloutError
+        if too many timed-out calls are still running.
         """
         end: float | None = None
         until = time.monotonic() + patience
         with self._changed:
             while True:
                 now = time.monotonic()
-                self._give_up(now)
+                self._abandon_late(now)
                 busy = bool(self._running or self._waiting)
                 if self._results and end is None:
                     end = now + linger
@@ -65,15 +65,15 @@ class Calls(Generic[K]):
                 soonest = min((deadline for deadline, _ in self._running.values()), default=until)
                 self._changed.wait(max(0.0, min(soonest, until if end is None else end) - now))
 
-    def _give_up(self, now: float) -> None:
+    def _abandon_late(self, now: float) -> None:
         for key in [k for k, (deadline, _) in self._running.items() if deadline <= now]:
             del self._running[key]
-            self._left += 1
+            self._abandoned += 1
             self._results.append((key, TimeoutError(f"it took longer than {self.timeout:g} seconds")))
-        if self._left > MOST_LEFT:
+        if self._abandoned > MOST_LEFT:
             raise RolloutError(
-                f"{self._left} calls into the environment have not returned, each given {self.timeout:g} s "
-                "(env.timeout). Look at what it waits for, or raise the limit.",
+                f"{self._abandoned} calls into the environment timed out after {self.timeout:g} s (env.timeout) and "
+                "are still running. Find out what they wait for, or raise env.timeout.",
                 boundary="env",
             )
         self._start()
@@ -83,12 +83,12 @@ class Calls(Generic[K]):
             key, call, late = self._waiting.popleft()
             token = object()
             self._running[key] = (time.monotonic() + self.timeout, token)
-            threading.Thread(target=self._make, args=(key, token, call, late), daemon=True).start()
+            threading.Thread(target=self._run, args=(key, token, call, late), daemon=True).start()
 
-    def _make(self, key: K, token: object, call: Callable[[], Any], late: Callable[[], None]) -> None:
+    def _run(self, key: K, token: object, call: Callable[[], Any], late: Callable[[], None]) -> None:
         try:
             result = call()
-        except BaseException as error:  # handed to whoever asks for the result
+        except BaseException as error:  # returned by `finished`
             result = error
         with self._changed:
             wanted = self._running.get(key, (0.0, None))[1] is token
@@ -97,7 +97,7 @@ class Calls(Generic[K]):
                 self._results.append((key, result))
                 self._start()
             else:
-                self._left -= 1
+                self._abandoned -= 1
             self._changed.notify_all()
         if not wanted:
             late()

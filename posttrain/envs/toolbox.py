@@ -1,4 +1,4 @@
-"""Tools by name: a calculator, Python in the sandbox, search over local files, and functions that users write."""
+"""Tools by name: a calculator, Python in the sandbox, search over local files, and user-defined functions."""
 
 from __future__ import annotations
 
@@ -19,40 +19,42 @@ from posttrain.rewards.sandbox.tasks import run_python
 from posttrain.types import ConfigError, RolloutError
 
 MOST_CHARACTERS = 2000
-"""Longest result that a model is shown; of a longer one it reads the beginning and how long it is."""
+"""Maximum length of a result; a longer one is truncated and its full length is stated."""
 MOST_PASSAGES = 10
 PYTHON, SEARCH = "python", "search:"
 NAMES = ("calculator", PYTHON)
-"""Names in `env.tools`. `search:PATH` and `FILE.py:FUNCTION` are tools too."""
+"""Fixed names allowed in `env.tools`, besides `search:PATH` and `FILE.py:FUNCTION`."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a call: the text that the model reads, and whether the call succeeded."""
+    """Result of a tool call: the text shown to the model, and whether the call succeeded."""
 
     text: str
     ok: bool
 
 
 def load_tools(names: str, sandbox: Callable[[], Sandbox] = Sandbox) -> dict[str, Tool]:
-    """The tools that `env.tools` names, by the name a model calls them. `python` runs programs in the `sandbox`.
+    """Loads the tools listed in `env.tools`, keyed by the name the model calls. `python` runs in the `sandbox`.
 
-    Raises ConfigError for a tool that is unknown, and where `python` is named and the sandbox is not to be had: a
-    machine without isolation is told before the first episode.
+    Raises ConfigError for an unknown tool, and if `python` is listed but the sandbox is unavailable, so that a machine
+    without isolation fails before the first episode.
     """
     tools: dict[str, Tool] = {}
     for name in _split(names):
         tool = _load(name, sandbox)
         if tool.name in tools:
-            raise ConfigError(f"env.tools={names!r} has two tools called {tool.name}. Rename one.")
+            raise ConfigError(f"env.tools={names!r} has two tools named {tool.name}. Rename one.")
         tools[tool.name] = tool
     if not tools:
-        raise ConfigError(f"env.tools={names!r} names no tool. Give at least one of {', '.join(NAMES)}.")
+        raise ConfigError(
+            f"env.tools={names!r} lists no tool. Give at least one, e.g. {', '.join(NAMES)} or search:PATH."
+        )
     return tools
 
 
 def tools_hash(names: str) -> str:
-    """Names what files behind the tools hold, so that a changed one is noticed when a run is resumed."""
+    """Hash of the files behind the tools, so that a change is detected when a run is resumed."""
     digest = hashlib.sha256()
     for name in _split(names):
         digest.update(name.encode())
@@ -64,9 +66,9 @@ def tools_hash(names: str) -> str:
 
 
 def run_call(call: Call, tools: Mapping[str, Tool]) -> Result:
-    """Makes a call. Whatever the model or the tool got wrong is a result that says so.
+    """Runs a tool call. An error of the model or the tool becomes a result that describes it.
 
-    Raises RolloutError where the tool itself does: then no call could have succeeded.
+    Raises RolloutError only if the tool itself does, because then no call could have succeeded.
     """
     try:
         if call.error:
@@ -80,7 +82,7 @@ def run_call(call: Call, tools: Mapping[str, Tool]) -> Result:
         return Result(_cut(f"Error: {error}"), False)
     except RolloutError:
         raise
-    except Exception as error:  # a tool may raise anything; the model reads it and goes on
+    except Exception as error:  # a tool may raise anything; the model sees the error and can continue
         return Result(_cut(f"Error: {type(error).__name__}: {error}"), False)
     return Result(_cut(text), True)
 
@@ -120,7 +122,7 @@ def python_in(sandbox: Sandbox) -> Tool:
 
 
 def runs_python(names: str) -> bool:
-    """Whether `env.tools` offers a model to run programs of its own."""
+    """Whether `env.tools` lets the model run its own programs."""
     return PYTHON in _split(names)
 
 
@@ -141,7 +143,7 @@ def _split(names: str) -> Sequence[str]:
 
 
 def _cut(text: str) -> str:
-    text = text.encode("utf-8", "replace").decode()  # half of a surrogate pair is no text, and JSON can hold one
+    text = text.encode("utf-8", "replace").decode()  # JSON may contain lone surrogates, which are not valid text
     if len(text) <= MOST_CHARACTERS:
         return text
     return f"{text[:MOST_CHARACTERS]}… ({len(text)} characters in all)"

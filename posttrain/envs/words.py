@@ -1,4 +1,4 @@
-"""Common words of five letters."""
+"""List of common five-letter words."""
 
 WORDS = (
     "about above actor adult after again agent alarm album alert alien alone angel anger angle ankle apple apron "

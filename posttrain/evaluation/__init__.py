@@ -1,1 +1,1 @@
-"""Measuring models and runs: accuracy, intervals, calibration, bias probes, diagnosis."""
+"""Evaluation of models and runs: accuracy, intervals, calibration, bias probes, diagnosis."""

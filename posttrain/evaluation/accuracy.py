@@ -13,6 +13,8 @@ import numpy as np
 import torch
 
 from posttrain import rng
+from posttrain.config import EvalConfig
+from posttrain.data.answers import final_answer
 from posttrain.evaluation.intervals import Estimate, wilson
 from posttrain.rollout.collector import Collector, episode_rows, part_stats
 from posttrain.store.run import EpisodeRow
@@ -23,7 +25,7 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Report:
-    """One evaluation of `tasks` tasks with `samples` answers each. Intervals treat tasks as the random unit."""
+    """Result of evaluating `tasks` tasks with `samples` completions each. Tasks are the random unit of intervals."""
 
     accuracy: Estimate
     reward: float
@@ -35,10 +37,10 @@ class Report:
     samples: int
     pass_at: dict[int, Estimate]
     maj_at: dict[int, Estimate]
-    parts: dict[str, float] = field(default_factory=lambda: {})  # means of the verdicts' parts
+    parts: dict[str, float] = field(default_factory=lambda: {})  # mean of each part of the verdicts
 
     def metrics(self) -> dict[str, float]:
-        """Flat numbers for the store, named `eval/…`."""
+        """Flat `eval/…` metrics for the run store."""
         out = {
             "eval/accuracy": self.accuracy.value,
             "eval/accuracy_low": self.accuracy.low,
@@ -54,15 +56,15 @@ class Report:
         return out | {f"eval/part/{name}": mean for name, mean in self.parts.items()}
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """A JSON-serialisable dict."""
         return asdict(self)
 
 
 def bootstrap(values: Sequence[float], seed: int = 0) -> Estimate:
-    """Mean of per-task values with a percentile bootstrap over tasks (2,000 resamples, a function of the seed).
+    """Mean of per-task values with a 95 % percentile bootstrap interval over tasks (2,000 seeded resamples).
 
-    Where every value is 0, or every value 1, all resamples are equal and would claim certainty; then the interval is
-    Wilson's for as many yes/no results.
+    If all values are 0 or all are 1, every resample is the same and the interval would have zero width; then the
+    interval is Wilson's for that many yes/no results.
     """
     data = np.asarray(values, float)
     if len(data) == 0:
@@ -76,65 +78,58 @@ def bootstrap(values: Sequence[float], seed: int = 0) -> Estimate:
 
 @lru_cache(maxsize=4)
 def _resamples(count: int, seed: int) -> np.ndarray:
-    """(RESAMPLES, count) indices; kept, because one report asks for the same ones many times."""
+    """Bootstrap indices (RESAMPLES, count); cached because one report uses the same ones many times."""
     return (rng.uniforms(rng.key("bootstrap", seed), RESAMPLES * count) * count).astype(int).reshape(RESAMPLES, count)
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
-    """Unbiased chance that one of k answers is right, given `correct` of n (Chen et al., arXiv 2107.03374, eq. 1)."""
+    """Unbiased pass@k, given `correct` of n completions (Chen et al., arXiv 2107.03374, eq. 1)."""
     if not 1 <= k <= n or not 0 <= correct <= n:
         raise ValueError(f"pass@k needs 1 ≤ k ≤ n and 0 ≤ correct ≤ n; got k={k}, n={n}, correct={correct}.")
     return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
 
 def majority(answers: Sequence[str], passed: Sequence[bool]) -> bool:
-    """Whether the most common answer is right; a tie goes to the answer given first."""
+    """Whether the most common answer is right; ties go to the answer that came first."""
     top = Counter(answers).most_common(1)[0][0]  # insertion order breaks ties
     return passed[answers.index(top)]
 
 
 def evaluate(
-    collector: Collector,
-    tasks: Sequence[Task],
-    samples: int,
-    step: int,
-    final_answer: Callable[[str], str],
-    purpose: str = "eval",
+    collector: Collector, tasks: Sequence[Task], samples: int, step: int, purpose: str = "eval"
 ) -> tuple[Report, list[list[Episode]]]:
-    """Samples `samples` answers to each task and summarises them."""
+    """Samples `samples` completions for each task and summarises them."""
     groups = collector.groups(tasks, samples, step, purpose)
-    return summarise(groups, samples, final_answer), groups
+    return summarise(groups, samples), groups
 
 
 @dataclass(frozen=True)
-class Examiner:
-    """A fixed held-out examination, the same tasks and random numbers each time it is called."""
+class Evaluator:
+    """Evaluation on a fixed held-out set, with the same tasks and seeds on every call."""
 
     collector: Collector
     tasks: Sequence[Task]
-    samples: int
-    temperature: float
-    final_answer: Callable[[str], str]
+    cfg: EvalConfig
 
-    def __call__(
-        self, step: int, weights: Mapping[str, torch.Tensor] | None = None
-    ) -> tuple[dict[str, float], list[EpisodeRow]]:
-        """Metrics named `eval/…` of these weights (None: of those at the start) and the episodes, stamped `step`."""
-        if weights is not None:
-            self.collector.generator.load(weights, version=step)
-        collector = replace(self.collector, params=replace(self.collector.params, temperature=self.temperature))
-        report, groups = evaluate(collector, self.tasks, self.samples, 0, self.final_answer)
+    def __call__(self, step: int, weights: Mapping[str, torch.Tensor]) -> tuple[dict[str, float], list[EpisodeRow]]:
+        """`eval/…` metrics of these weights, and the episodes, stamped with `step`."""
+        self.collector.generator.load(weights, version=step)
+        collector = replace(self.collector, params=replace(self.collector.params, temperature=self.cfg.temperature))
+        report, groups = evaluate(collector, self.tasks, self.cfg.samples, 0)
         return report.metrics(), episode_rows("eval", step, groups, self.tasks)
 
 
-def summarise(groups: Sequence[Sequence[Episode]], samples: int, final_answer: Callable[[str], str]) -> Report:
-    """The report of one or more episodes. Tasks with an unscored answer are left out of pass@k and maj@k."""
+def summarise(groups: Sequence[Sequence[Episode]], samples: int, vote: Callable[[str], str] = final_answer) -> Report:
+    """Report over one or more episodes. Tasks with an unscored completion are left out of pass@k and maj@k.
+
+    `vote` maps a completion to what counts as its answer in maj@k.
+    """
     episodes = [e for group in groups for e in group]
     rewards = [e.reward for e in episodes if e.reward is not None]
     scored = [e for e in episodes if e.reward is not None]
     whole = [g for g in groups if all(e.reward is not None for e in g)]
     sizes = [k for k in (1, 2, 4, 8, 16, 32, 64) if 1 < k <= samples]
-    answers = [([final_answer(e.text).strip() for e in g], [e.passed for e in g]) for g in whole]
+    answers = [([vote(e.text).strip() for e in g], [e.passed for e in g]) for g in whole]
     return Report(
         accuracy=wilson(sum(e.passed for e in scored), len(scored))
         if samples == 1

@@ -1,4 +1,4 @@
-"""Do things that are predicted with probability p happen in a share p of cases?"""
+"""Calibration of predicted probabilities: expected calibration error (ECE) and its table of bins."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from posttrain.objectives.reward import expected_calibration_error
 
 
 class Bin(TypedDict):
-    """Predictions of about the same probability: how many, their mean, the share that came true and its interval."""
+    """One bin of predictions: their count and mean, the observed share and its interval."""
 
     count: int
     predicted: float
@@ -22,10 +22,10 @@ class Bin(TypedDict):
 
 
 def calibration(probability: np.ndarray, outcome: np.ndarray, bins: int) -> tuple[float, list[Bin]]:
-    """The expected calibration error, and the table of the bins that hold anything.
+    """Expected calibration error, and the table of non-empty bins.
 
-    probability, outcome (N,) in [0, 1]. The intervals are Wilson's, 95 %; an outcome between 0 and 1 counts as that
-    part of a case, which makes them a little too wide.
+    probability, outcome (N,) in [0, 1]. Intervals are 95 % Wilson; an outcome between 0 and 1 counts as a fraction of
+    a case, which makes them slightly too wide.
     """
     found = expected_calibration_error(torch.from_numpy(probability), torch.from_numpy(outcome), bins)
     table: list[Bin] = []

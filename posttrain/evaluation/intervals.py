@@ -1,4 +1,4 @@
-"""A measured share and its 95 % interval, by arithmetic alone: who only reads results waits for no tensor library."""
+"""Confidence intervals; imports no torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Z95 = 1.959963984540054
 
 @dataclass(frozen=True)
 class Estimate:
-    """A measured share with its 95 % interval."""
+    """An estimate with its 95 % interval."""
 
     value: float
     low: float
@@ -22,7 +22,7 @@ class Estimate:
 
 
 def wilson(passed: int, n: int) -> Estimate:
-    """Wilson's score interval for a share of independent yes/no results (Wilson, 1927)."""
+    """Wilson score interval for a share of independent yes/no results (Wilson, 1927)."""
     if n == 0:
         return Estimate(math.nan, 0.0, 1.0, 0)
     p, z2 = passed / n, Z95 * Z95
@@ -32,10 +32,10 @@ def wilson(passed: int, n: int) -> Estimate:
 
 
 def difference(before: Estimate, after: Estimate) -> Estimate:
-    """`after` less `before`, with the 95 % interval that the two own ones imply (square-and-add; Newcombe, Statistics
-    in Medicine 17, 1998; Zou and Donner, Statistics in Medicine 27, 2008).
+    """`after` minus `before`, with the 95 % interval that theirs imply (square-and-add; Newcombe, Statistics in
+    Medicine 17, 1998; Zou and Donner, Statistics in Medicine 27, 2008).
 
-    It takes the two as independent. Of two models that are asked the same tasks, it is rather too wide than too narrow.
+    Assumes the two are independent. For two models evaluated on the same tasks it tends to be too wide.
     """
     value = after.value - before.value
     low = value - math.hypot(after.value - after.low, before.high - before.value)

@@ -1,7 +1,7 @@
-"""What a run folder says about how its training went: curves and answers by step, and the statistics checks share.
+"""Evidence from a run folder: curves and completions by step, and the statistics that the checks share.
 
-Nothing here loads a model, or torch. A long run is read at MOST_STEPS evenly spaced steps and MOST_ANSWERS answers a
-step (whole groups), so that a diagnosis takes seconds however long the run was.
+Loads no model and no torch. A long run is read at MOST_STEPS evenly spaced steps and MOST_ANSWERS completions per step
+(whole groups), so a diagnosis takes seconds however long the run.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from posttrain.store.run import EpisodeRow, Run
 
 Level = Literal["ok", "warn", "alarm", "no data"]
 TRUE = "true"
-"""The part of a verdict that says what an answer is really worth; a score beside it is a proxy."""
+"""The part of a verdict that holds the true reward; the score beside it is a proxy."""
 MOST_STEPS, MOST_ANSWERS = 100, 512
-SURE = 3.0  # standard errors from which on a change is believed
-SMALL = 0.2  # standard deviations of the answers below which a change is too small to matter (Cohen's small effect)
+SURE = 3.0  # standard errors from which a change counts as significant
+SMALL = 0.2  # standard deviations of single completions below which a change is too small to matter (Cohen)
 LEAST_STEPS = 4
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What one check found. `since` is the step where it began; `numbers` are the evidence as JSON wants it."""
+    """Result of one check. `since` is the step where the problem began; `numbers` is the evidence for JSON."""
 
     name: str
     level: Level
@@ -38,19 +38,19 @@ class Diagnosis:
     numbers: Mapping[str, float] = field(default_factory=lambda: {})
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """A JSON-serialisable dict."""
         shown = {"name": self.name, "level": self.level, "since": self.since}
         return {**shown, "evidence": self.evidence, "advice": self.advice, "numbers": dict(self.numbers)}
 
 
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """The N attempts of one training step, as columns; NaN where an attempt was not scored or has no such part."""
+    """The N completions of one training step, as columns; NaN where one is unscored or lacks that part."""
 
     step: int
     prompts: tuple[str, ...]
     texts: tuple[str, ...]
-    errors: tuple[str, ...]  # of the attempts that were not scored
+    errors: tuple[str, ...]  # of the unscored completions
     group: np.ndarray  # (N,) int
     reward: np.ndarray  # (N,) float
     passed: np.ndarray  # (N,) float, 0 or 1
@@ -59,7 +59,7 @@ class Answers:
 
     @staticmethod
     def of(step: int, rows: Sequence[EpisodeRow]) -> Answers:
-        """The columns of stored rows."""
+        """Columns from stored rows."""
         scored = np.array([row.reward is not None for row in rows], bool)
         names = sorted({name for row in rows for name in row.parts})
         return Answers(
@@ -76,39 +76,39 @@ class Answers:
 
     @cached_property
     def cluster(self) -> np.ndarray:
-        """(N,) What an answer is compared with: its group; the whole step where every task has one answer."""
+        """(N,) What each completion is compared with: its group, or the whole step if each task has one completion."""
         return self.group if len(np.unique(self.group)) < len(self.group) else np.zeros_like(self.group)
 
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """A run as the checks see it: metrics by name and step, and the answers of its training steps in order."""
+    """A run as the checks see it: metrics by name and step, and the completions of its training steps in order."""
 
     algorithm: str
     metrics: Mapping[str, Mapping[int, float]]
     answers: tuple[Answers, ...]
 
     def curve(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """(steps, values) of a metric from step 1 on, both (S,); without NaN, which is a mean over nothing."""
+        """(steps, values) of a metric from step 1 on, both (S,), without NaN (a mean over nothing)."""
         known = self.metrics.get(name, {}).items()
         rows = sorted((step, value) for step, value in known if step > 0 and not math.isnan(value))
         return np.array([step for step, _ in rows], int), np.array([value for _, value in rows], float)
 
     def until(self, step: int) -> Evidence:
-        """The same run as it was known after `step`."""
+        """The same run up to and including `step`."""
         metrics = {name: {s: v for s, v in curve.items() if s <= step} for name, curve in self.metrics.items()}
         return replace(self, metrics=metrics, answers=tuple(a for a in self.answers if a.step <= step))
 
     def without_truth(self) -> Evidence:
-        """The same run as if nobody had stored what answers are really worth."""
+        """The same run with the stored true reward hidden."""
         hidden = [{n: v for n, v in a.parts.items() if n != TRUE} for a in self.answers]
         return replace(self, answers=tuple(replace(a, parts=p) for a, p in zip(self.answers, hidden, strict=True)))
 
     @cached_property
     def truth(self) -> tuple[str, list[np.ndarray]] | None:
-        """What answers are really worth, step by step (N,), and where that was read; None where only the score says it.
+        """Name and values of the true reward, one (N,) per step; None if only the score is known.
 
-        It is the part named `true`; else whether an answer passed, where that is no threshold on the score.
+        It is the part named `true`, else whether a completion passed, unless that is just a threshold on the score.
         """
         if any(TRUE in a.parts for a in self.answers):
             return f"part `{TRUE}`", [a.parts.get(TRUE, np.full(len(a.reward), math.nan)) for a in self.answers]
@@ -116,21 +116,21 @@ class Evidence:
         reward = np.concatenate([a.reward for a in self.answers]) if self.answers else np.zeros(0)
         right, wrong = reward[passed == 1], reward[passed == 0]
         if len(right) and len(wrong) and right.min() < wrong.max():
-            return "share that passed", [a.passed for a in self.answers]
+            return "pass rate", [a.passed for a in self.answers]
         return None
 
     @property
     def success(self) -> list[np.ndarray]:
-        """The truth where there is one, else whether an answer passed; one (N,) a step."""
+        """The true reward if there is one, else whether a completion passed; one (N,) per step."""
         return self.truth[1] if self.truth else [a.passed for a in self.answers]
 
     def change(self, values: Sequence[np.ndarray]) -> Change | None:
-        """How a number of the answers, (N,) a step, changed from the first to the last part of the run."""
+        """Change of a per-completion value, one (N,) per step, from the first to the last part of the run."""
         return change([a.step for a in self.answers], values, [a.group for a in self.answers])
 
 
 def read_evidence(folder: Path) -> Evidence:
-    """The evidence in a run folder, also of a run that is still going. Raises ResumeError where there is no run."""
+    """Reads the evidence from a run folder, also while the run is going. Raises ResumeError if it holds no run."""
     with Run.read(folder) as run:
         metrics: dict[str, dict[int, float]] = {}
         for step, name, value in run.metrics():
@@ -144,12 +144,12 @@ def read_evidence(folder: Path) -> Evidence:
 
 
 def span(count: int) -> int:
-    """Steps in the first and in the last part of `count`: a quarter, 2 to 10; 0 where there are too few to compare."""
+    """Length of the first and last part of `count` steps: a quarter, 2 to 10; 0 if there are too few to compare."""
     return min(10, max(2, count // 4)) if count >= LEAST_STEPS else 0
 
 
 def ends(values: np.ndarray) -> tuple[float, float] | None:
-    """Means over the first and the last part of a curve; None where it is too short or a part has no finite value."""
+    """Means over the first and last part of a curve; None if it is too short or a part has no finite value."""
     k = span(len(values))
     parts = [part[np.isfinite(part)] for part in (values[:k], values[-k:])] if k else []
     if not parts or not all(len(part) for part in parts):
@@ -158,7 +158,7 @@ def ends(values: np.ndarray) -> tuple[float, float] | None:
 
 
 def since(steps: Sequence[int] | np.ndarray, bad: Sequence[bool] | np.ndarray) -> int | None:
-    """The first bad step from which on at least three quarters of the steps are bad."""
+    """The first bad step from which at least three quarters of the steps are bad."""
     flags = np.asarray(bad, bool)
     for i in np.flatnonzero(flags):
         if flags[i:].mean() >= 0.75:
@@ -168,10 +168,10 @@ def since(steps: Sequence[int] | np.ndarray, bad: Sequence[bool] | np.ndarray) -
 
 @dataclass(frozen=True)
 class Change:
-    """A mean of the answers in the first and in the last part of a run.
+    """Mean of a per-completion value in the first and in the last part of a run.
 
-    `z` is the difference in standard errors, with groups as the random unit (at most 99 either way); `size` in standard
-    deviations of single answers; `since` the step from which on it was more than half done.
+    `z` is the difference in standard errors, with groups as the random unit (clipped to ±99); `size` is in standard
+    deviations of single completions; `since` is the step from which the change was more than half done.
     """
 
     before: float
@@ -182,12 +182,12 @@ class Change:
 
     @property
     def rose(self) -> bool:
-        """Whether the rise is both certain and large enough to matter."""
+        """Whether the rise is both significant and large enough to matter."""
         return self.z >= SURE and self.size >= SMALL
 
     @property
     def fell(self) -> bool:
-        """Whether the fall is."""
+        """Whether the fall is both significant and large enough to matter."""
         return self.z <= -SURE and self.size <= -SMALL
 
     def __str__(self) -> str:
@@ -195,7 +195,7 @@ class Change:
 
 
 def change(steps: Sequence[int], values: Sequence[np.ndarray], groups: Sequence[np.ndarray]) -> Change | None:
-    """The change of a number of the answers, (N,) a step; NaN entries are left out, None if too few steps remain."""
+    """Change of a per-completion value, one (N,) per step; NaN entries are ignored, None if too few steps remain."""
     kept = [(s, v[np.isfinite(v)], g[np.isfinite(v)]) for s, v, g in zip(steps, values, groups, strict=True)]
     kept = [(s, v, g) for s, v, g in kept if len(v)]
     k = span(len(kept))
@@ -207,7 +207,7 @@ def change(steps: Sequence[int], values: Sequence[np.ndarray], groups: Sequence[
     difference = after - before
     error = math.sqrt(squares[:k].sum() + squares[-k:].sum()) / k
     spread = float(np.concatenate([v for _, v, _ in kept[:k] + kept[-k:]]).std())
-    if abs(difference) <= 1e-9 * max(abs(before), abs(after)):  # rounding is no change
+    if abs(difference) <= 1e-9 * max(abs(before), abs(after)):  # equal up to rounding
         return Change(before, after, 0.0, 0.0, None)
     z = float(np.clip(difference / error if error else math.copysign(99, difference), -99, 99))
     half = (means - (before + after) / 2) * difference > 0
@@ -215,7 +215,7 @@ def change(steps: Sequence[int], values: Sequence[np.ndarray], groups: Sequence[
 
 
 def differences(values: np.ndarray) -> np.ndarray:
-    """(N,) finite values less their mean; exactly 0 where they differ by no more than rounding."""
+    """(N,) finite values minus their mean; exactly 0 if they differ only by rounding."""
     return (values - values.mean()) * (np.ptp(values) > 1e-9 * np.abs(values).max())
 
 
@@ -227,7 +227,7 @@ def ranks(values: np.ndarray) -> np.ndarray:
 
 @dataclass
 class Correlation:
-    """A correlation within the clusters that differ in y, added up over steps; `count` are their answers."""
+    """Correlation within clusters, accumulated over steps; `count` is the completions in clusters where y varies."""
 
     xx: float = 0.0
     yy: float = 0.0
@@ -235,23 +235,23 @@ class Correlation:
     count: int = 0
 
     def add(self, x: np.ndarray, y: np.ndarray, cluster: np.ndarray, ranked: bool = False) -> None:
-        """Takes in a step: x and y (N,), but for rows where one is not finite. `ranked` makes it Spearman's."""
+        """Adds a step: x and y (N,), without rows where either is not finite. `ranked` makes it Spearman's."""
         known = np.isfinite(x) & np.isfinite(y)
         for one in np.unique(cluster[known]):
-            mine = known & (cluster == one)
-            a, b = (differences(ranks(v[mine]) if ranked else v[mine]) for v in (x, y))
-            if b.any():  # a cluster that is flat in y has no say about what y goes with
+            inside = known & (cluster == one)
+            a, b = (differences(ranks(v[inside]) if ranked else v[inside]) for v in (x, y))
+            if b.any():  # a cluster with constant y says nothing about what y correlates with
                 self.xx, self.yy, self.xy = self.xx + float(a @ a), self.yy + float(b @ b), self.xy + float(a @ b)
                 self.count += len(b)
 
     @property
     def value(self) -> float:
-        """Between -1 and 1; NaN where x or y never differed."""
+        """Between -1 and 1; NaN if x or y never varied."""
         return self.xy / math.sqrt(self.xx * self.yy) if self.xx > 0 and self.yy > 0 else math.nan
 
 
 def _standard_error(values: np.ndarray, group: np.ndarray) -> float:
-    """Of the mean, with groups as the random unit; with one group, its answers."""
+    """Standard error of the mean, with groups as the random unit, or completions if there is one group."""
     _, at = np.unique(group, return_inverse=True)
     units = np.bincount(at, values) / np.bincount(at)
     units = units if len(units) > 1 else values
@@ -263,7 +263,7 @@ def _number(value: Any) -> float:
 
 
 def _whole_groups(rows: Sequence[EpisodeRow]) -> list[EpisodeRow]:
-    """The first MOST_ANSWERS attempts, without the rest of a group that would be cut."""
+    """The first MOST_ANSWERS rows, without a group that would be cut."""
     if len(rows) <= MOST_ANSWERS:
         return list(rows)
     last = rows[MOST_ANSWERS].group

@@ -220,13 +220,12 @@ def describe_model(place: Place, name: str) -> dict[str, Any]:
 
 def _open(folder: Path, name: str) -> Opened:
     from posttrain.config import ModelConfig
-    from posttrain.models.load import load_policy
-    from posttrain.rollout.build import speak
-    from posttrain.train import device as machine
+    from posttrain.models.load import load_policy, with_chat_format
+    from posttrain.train.device import resolve
 
-    policy = load_policy(ModelConfig(path=str(folder)), machine.device("auto"))
+    policy = load_policy(ModelConfig(path=str(folder)), resolve("auto"))
     form = "chat" if policy.tokenizer.chat_template else "plain"
-    return Opened(name, policy, speak(policy, form))
+    return Opened(name, policy, with_chat_format(policy, form))
 
 
 def _can_answer(folder: Path) -> bool:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from posttrain import config
+from posttrain.config import Facts
 from posttrain.evaluation.labels import LABELS
 from posttrain.store.database import connect, is_run, run_folders
 from posttrain.store.pipeline import RECORD, damaged, is_pipeline, read_record
@@ -51,6 +53,14 @@ class Place:
     def pipeline(self, name: str) -> Path:
         """The folder of a pipeline. Raises ResumeError if there is no pipeline of that name."""
         return _look_up(self.pipelines(), name, "pipeline", self.root)
+
+
+def trained(header: Mapping[str, Any]) -> Facts | None:
+    """The facts of the algorithm that made a run; None where this version does not know it or its settings."""
+    try:
+        return config.stored(header["algorithm"], header["recipe"]).facts()
+    except (KeyError, TypeError, PosttrainError):
+        return None
 
 
 def _look_up(found: Mapping[str, Path], name: str, what: str, root: Path) -> Path:

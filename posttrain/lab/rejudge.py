@@ -67,7 +67,7 @@ def _tasks(folder: Path, stamp: int) -> dict[str, Task]:
 
     with Run.read(folder) as run:
         header = run.header
-    recipe = config.resolve(header["algorithm"], header["recipe"])
+    recipe = config.stored(header["algorithm"], header["recipe"])
     if is_hub_id(recipe.data.tasks) or is_hub_id(recipe.data.eval_tasks):
         raise _refused(f"its tasks, {recipe.data.tasks!r}, are not on this machine")
     given = read_tasks(folder / "tasks.jsonl") if "tasks" in header.get("given", []) else None

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from posttrain import config
+from posttrain.lab.folders import trained
 from posttrain.lab.tokens import start_folders
 from posttrain.store.run import EpisodeRow, Run
 from posttrain.types import ConfigError
@@ -62,7 +63,8 @@ def _weights(folder: Path, header: Mapping[str, Any], last: int) -> dict[int, Pa
     """Step → folder of a run's language models on this machine: the starting model and the trained one."""
     starts = (path for path in start_folders(folder, header) if (path / "config.json").is_file())
     found = {0: next(starts, None)}
-    if (folder / "model" / "tokenizer.json").is_file() and header.get("algorithm") not in ("reward", "prm"):
+    facts = trained(header)
+    if (folder / "model" / "tokenizer.json").is_file() and (facts is None or facts.trains == "policy"):
         found[last] = folder / "model"
     return {step: path for step, path in found.items() if path is not None}
 

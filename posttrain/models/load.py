@@ -11,7 +11,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import transformers
@@ -19,6 +19,7 @@ from torch import nn
 from transformers import LlamaConfig
 
 from posttrain.config import ModelConfig
+from posttrain.data.chat import ChatFormat
 from posttrain.models import decoder, lora
 from posttrain.models.attention import NAME, Layout
 from posttrain.models.packing import Packed
@@ -223,3 +224,15 @@ def check_forward(policy: Policy) -> float:
             f"forward pass and the packed one (allowed: {limit:.2g})."
         )
     return difference
+
+
+def with_chat_format(policy: Policy, form: Literal["chat", "plain"]) -> ChatFormat:
+    """The chat format of the policy's tokenizer. Tokens that end a turn in it become stop tokens of the policy."""
+    chat = ChatFormat(policy.tokenizer, form)
+    add_stop_ids(policy, chat.stop_ids)
+    return chat
+
+
+def add_stop_ids(policy: Policy, ids: Sequence[int]) -> None:
+    """Adds tokens that end a completion, after those that the model names itself."""
+    policy.stop_ids = tuple(dict.fromkeys([*policy.stop_ids, *ids]))

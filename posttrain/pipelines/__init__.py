@@ -1,1 +1,1 @@
-"""Pipelines: stages of training and making data, each run once, from one file."""
+"""Pipelines: training and data stages from one file, each run once."""

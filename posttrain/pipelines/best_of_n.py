@@ -1,4 +1,4 @@
-"""Best of n as a stage: how much a reward model's choice among n answers is worth, by its own score and in truth."""
+"""Data stage `best-of-n`: what a reward model's choice among n completions is worth, by its own and the true score."""
 
 from __future__ import annotations
 
@@ -18,37 +18,37 @@ from posttrain.types import ConfigError, SamplingParams
 @dataclass(frozen=True)
 class BestOfN:
     model: str = "abacus"
-    """Whose answers are chosen among."""
+    """Model that is sampled."""
     tasks: str = "arithmetic"
-    """Held-out tasks of these, as `data.tasks` names them."""
+    """Tasks, as in `data.tasks`; their held-out part is used."""
     reward: str = "auto"
-    """What chooses, as `reward.name`: usually `model:{STAGE}`. Whether an answer passes is the task's own affair."""
+    """Scorer that chooses, as in `reward.name`, usually `model:{STAGE}`; passing is up to the task's own verifier."""
     n: int = 16
-    """Answers to each task, 2 or more; smaller numbers are estimated from the same answers."""
+    """Completions per task, 2 or more; smaller n are estimated from the same completions."""
     count: int = 256
-    """Most tasks."""
+    """Maximum number of tasks."""
     max_tokens: int = 96
-    """Longest answer, stop token included."""
+    """Maximum tokens per completion, stop token included."""
     temperature: float = 1.0
     """Sampling temperature."""
     slots: int = 128
-    """Answers written at once."""
+    """Sequences decoded at once."""
     seed: int = 0
-    """Which answers are drawn."""
+    """Seed for sampling."""
 
     def __post_init__(self) -> None:
         require_positive(self, "count", "slots")
         if self.n < 2:
-            raise ConfigError(f"n={self.n} leaves nothing to choose from; a search needs 2 answers or more.")
+            raise ConfigError(f"n={self.n} leaves nothing to choose from; use 2 or more.")
         SamplingParams(temperature=self.temperature, max_tokens=self.max_tokens)
 
 
 def make(cfg: BestOfN, folder: Path) -> dict[str, Any]:
-    """Writes `search.json` for the figure `overoptimisation`, and no data: the tasks are held out.
+    """Writes `search.json` for the figure `overoptimisation`, and no data, because the tasks are held out.
 
-    It has the rows of `posttrain.search.best_of_n.measure`, and `proxy_by_task` and `gold_by_task`, (P, rows): what the
-    best of n is expected to score, and how likely it passes. Raises RolloutError where more answers could not be scored
-    than a run allows.
+    It has the rows of `posttrain.search.best_of_n.measure`, and `proxy_by_task` and `gold_by_task`, (P, rows): the
+    expected score and pass rate of the best of n. Raises RolloutError if more completions could not be scored than a
+    run allows.
     """
     tasks, groups = sampled(cfg, cfg.n, cfg.reward, "held-out")
     best = picks(groups)

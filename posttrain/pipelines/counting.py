@@ -1,8 +1,8 @@
-"""What can be counted in a worked answer: equations, which of them are right, and what looks like self-checking.
+"""Counts in a written-out thought: equations, how many are right, and what looks like self-checking.
 
-A count is not a claim. That a value is reached a second time does not say that the writer doubted the first (two steps
-may share a value by chance), that the word "wait" is there does not say that anything was looked at again, and a model
-may check without writing it down. Only whole arithmetic on plain numbers is read: no words, units, powers or letters.
+A count is not a claim. Reaching a value a second time does not show that the model doubted the first (two steps may
+share a value by chance), the word "wait" does not show that anything was re-examined, and a model may check without
+writing it down. Only arithmetic on plain numbers is parsed: no words, units, powers or variables.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from itertools import pairwise
 
 OPEN, CLOSE = "<think>", "</think>"
 LONGEST = 64
-"""Characters of an expression that are read; a longer one is passed over."""
+"""Maximum characters of an expression; longer ones are skipped."""
 WORDS = {
     "wait": re.compile(r"\bwait\b", re.IGNORECASE),
     "check": re.compile(r"\b(?:double[- ])?(?:check|verif(?:y|ies))(?:s|ed|ing)?\b", re.IGNORECASE),
     "again": re.compile(r"\bagain\b", re.IGNORECASE),
     "let me": re.compile(r"\blet me\b", re.IGNORECASE),
 }
-"""Words that often go with looking at something again."""
+"""Words that often accompany self-checking."""
 _NUMBER = r"\(*-?\d+(?:\.\d+)?\)*"
 _EXPRESSION = rf"{_NUMBER}(?:[ \t]*[-+*/×÷][ \t]*{_NUMBER})*"
 _SIDE = re.compile(rf"(?<![\w.]){_EXPRESSION}(?!\w|\.\d)")
 _EQUALS = re.compile(r"[ \t]*=[ \t]*")
-_CUT_OFF = re.compile(r"[\w)][ \t]*[-+*/×÷^][ \t]*$")  # before a side that goes on to its left: x - 3
+_CUT_OFF = re.compile(r"[\w)][ \t]*[-+*/×÷^][ \t]*$")  # before a side that continues to the left: x - 3
 _OPERATORS: Mapping[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -57,32 +57,32 @@ class Equation:
 
 @dataclass(frozen=True)
 class Counts:
-    """What was counted in one text, or in several added together."""
+    """Counts of one text, or of several added together."""
 
     equations: int = 0
     right: int = 0  # equations that hold
-    repeated: int = 0  # written before, side for side
-    recomputed: int = 0  # a value that an earlier equation stated, reached from another left side
-    corrections: int = 0  # the left side of an earlier equation with another right side
-    corrected: int = 0  # corrections in which the earlier one was wrong and the later one holds
+    repeated: int = 0  # both sides as in an earlier equation
+    recomputed: int = 0  # the value of an earlier equation, from a different left side
+    corrections: int = 0  # the left side of an earlier equation, with a different right side
+    corrected: int = 0  # corrections of a wrong equation to one that holds
     words: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(WORDS, 0))
 
     @property
     def checks(self) -> int:
-        """Equations that look at something a second time: repeated, recomputed and corrections."""
+        """Equations that revisit something: repeated, recomputed and corrections."""
         return self.repeated + self.recomputed + self.corrections
 
 
 def thought(text: str) -> str:
-    """What stands between the first `<think>` and the last `</think>`, or the end; "" where nothing is thought."""
+    """The text between the first `<think>` and the last `</think>`, or the end; "" if there is no `<think>`."""
     _, opened, rest = text.partition(OPEN)
     inside, closed, _ = rest.rpartition(CLOSE)
     return (inside if closed else rest) if opened else ""
 
 
-@lru_cache(maxsize=65536)  # the same few facts, thousands of times
+@lru_cache(maxsize=65536)  # the same few expressions recur thousands of times
 def value_of(expression: str) -> Fraction | None:
-    """The exact value of numbers joined by + - * / × ÷ and brackets; None for anything else, and for x/0."""
+    """Exact value of numbers joined by + - * / × ÷ and brackets; None for anything else, and for x/0."""
     if len(expression) > LONGEST:
         return None
     text = expression.replace("×", "*").replace("÷", "/")
@@ -103,7 +103,7 @@ def _value(node: ast.expr, text: str) -> Fraction:
 
 
 def equations(text: str) -> list[Equation]:
-    """Every equation of a text in order; `12*4=40+8=48` is two. One side at least has to compute something."""
+    """All equations of a text in order; `12*4=40+8=48` is two. At least one side must compute something."""
     found: list[Equation] = []
     for one, other in pairwise(_SIDE.finditer(text)):
         if not _EQUALS.fullmatch(text, one.end(), other.start()):
@@ -122,13 +122,13 @@ def _computes(side: str) -> bool:
 
 
 def _balanced(side: str) -> str:
-    """A side without the brackets of the sentence around it, as in `(20+5=25)`."""
+    """A side without the unbalanced brackets of the surrounding text, as in `(20+5=25)`."""
     extra = side.count("(") - side.count(")")
     return side.removeprefix("(" * extra) if extra > 0 else side.removesuffix(")" * -extra)
 
 
 def count(text: str) -> Counts:
-    """The counts of one text, usually a `thought`. An equation is one of repeated, correction, recomputed or none."""
+    """Counts of one text, usually a `thought`. An equation is one of repeated, correction, recomputed or none."""
     sides: dict[str, list[Equation]] = {}
     stated: set[Fraction] = set()
     kinds: Counter[str] = Counter()
@@ -149,7 +149,7 @@ def count(text: str) -> Counts:
 
 
 def add(counts: Sequence[Counts]) -> Counts:
-    """The counts of several texts together."""
+    """The sum of several counts."""
     names = ("equations", "right", "repeated", "recomputed", "corrections", "corrected")
     totals = {name: sum(getattr(one, name) for one in counts) for name in names}
     return Counts(**totals, words={word: sum(one.words.get(word, 0) for one in counts) for word in WORDS})

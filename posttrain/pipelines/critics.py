@@ -1,7 +1,7 @@
-"""Who criticises and revises: the program of the constitution, or a language model behind an endpoint.
+"""Critics, which critique and revise completions: the constitution's program, or a language model behind an endpoint.
 
-What a model is shown was written by others, so it stands between tags that it cannot contain, as for a judge
-(posttrain/rewards/judge.py), and only a critique in the form that was asked for counts.
+Text shown to a model was written by others, so it is enclosed in tags that it cannot contain, as for a judge
+(posttrain/rewards/judge.py), and only a critique in the requested form counts.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PROGRAM = "program"
 
 @dataclass(frozen=True)
 class Critique:
-    """What a critic says of an answer, and the ids of the principles that it finds violated."""
+    """A critic's text about a completion, and the ids of the principles it finds violated."""
 
     text: str
     violated: tuple[str, ...]
@@ -40,7 +40,7 @@ Revise = Callable[[Sequence[tuple[Task, str, Critique]]], list[str | RolloutErro
 
 @dataclass(frozen=True)
 class CriticConfig:
-    """What a critic's file says; the settings are a judge's of the same names (docs/guides/judges.md)."""
+    """Settings of a critic's file; they mean the same as a judge's (docs/guides/judges.md)."""
 
     endpoint: str = ""
     model: str = ""
@@ -56,15 +56,15 @@ class CriticConfig:
     def __post_init__(self) -> None:
         address(self.endpoint)
         if not self.model:
-            raise ConfigError("`model` is empty: name the model that criticises, as its endpoint knows it.")
+            raise ConfigError("`model` is empty; set it to the critic's name at the endpoint.")
         if self.reply_tokens < 1:
-            raise ConfigError(f"reply_tokens={self.reply_tokens} leaves no room for a reply; give 1 or more.")
+            raise ConfigError(f"reply_tokens={self.reply_tokens} leaves no room for a reply; use 1 or more.")
         if taken := [name for name in self.request if name in OURS]:
             raise ConfigError(f"[request] cannot set {taken[0]!r}: the critique depends on it. Remove the line.")
 
 
 def load_critic(name: str, principles: Sequence[Principle], seed: int) -> tuple[Criticise, Revise]:
-    """The critic that `program` or `judge:FILE.toml` names. Raises ConfigError for a file that cannot be used."""
+    """The functions of the critic `program` or `judge:FILE.toml`. Raises ConfigError for a file that cannot be used."""
     if name == PROGRAM:
         return partial(_checked, principles), partial(_rewritten, seed)
     cfg = read_settings(CriticConfig, Path(name.removeprefix(PREFIX)), "critic", "judge:FILE.toml")
@@ -81,7 +81,7 @@ def _checked(principles: Sequence[Principle], pairs: Sequence[tuple[Task, str]])
 
 def _rewritten(seed: int, triples: Sequence[tuple[Task, str, Critique]]) -> list[str | RolloutError]:
     texts = [constitution.revised(task, random.Random(f"revision/{seed}/{task.id}")) for task, _, _ in triples]
-    why = "the program revises with the gold answer, and the task has none."
+    why = "the program needs a gold answer to revise with, and the task has none."
     return [text or RolloutError(why, boundary="critic") for text in texts]
 
 
@@ -105,7 +105,7 @@ def _revised(
 
 
 def critique_question(cfg: CriticConfig, principles: Sequence[Principle], task: Task, text: str) -> Question:
-    """Which principles does the answer violate?"""
+    """The request that asks which principles a completion violates."""
     ids = ", ".join(json.dumps(p.id) for p in principles)
     job = "You examine an assistant's answer to a user. These are the principles it should keep to:"
     form = f"Say in a few sentences where it violates them. Then end with one line, and write {MARK} nowhere else:\n"
@@ -116,7 +116,7 @@ def critique_question(cfg: CriticConfig, principles: Sequence[Principle], task: 
 def revision_question(
     cfg: CriticConfig, principles: Sequence[Principle], task: Task, text: str, found: Critique
 ) -> Question:
-    """How should the answer be written instead?"""
+    """The request for a revision."""
     job = "You rewrite an assistant's answer so that it keeps to these principles:"
     form = "The critique says what is wrong with it. Reply with the new answer alone: what the user will read."
     return _question(cfg, principles, job, form, task, answer=text, critique=found.text)
@@ -146,7 +146,7 @@ def _read_critique(ids: Sequence[str], reply: str) -> Critique:
 
 
 def _read_revision(reply: str) -> str:
-    said = final_part(reply)
-    if not writable(said):
-        raise Unreadable("it holds no answer")
-    return said
+    revision = final_part(reply)
+    if not writable(revision):
+        raise Unreadable("it contains no answer")
+    return revision

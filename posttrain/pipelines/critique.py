@@ -1,7 +1,7 @@
-"""Critique and revision, the first stage of constitutional AI (Bai et al., arXiv 2212.08073).
+"""Data stage `critique`: critique and revision, the first phase of constitutional AI (Bai et al., arXiv 2212.08073).
 
-A model answers, a critic says which principles the answer violates, and the answer is written anew. What the critic
-finds nothing wrong with becomes a demonstration: first answers as they are, revisions after a second critique.
+A model responds, a critic says which principles the completion violates, and the completion is revised. What passes the
+critic becomes a demonstration: first completions as they are, revisions after a second critique.
 """
 
 from __future__ import annotations
@@ -21,43 +21,43 @@ from posttrain.rewards.judge import PREFIX
 from posttrain.types import ConfigError, RolloutError, Task
 
 CRITIQUES = "critiques.jsonl"
-"""Beside the data, to be read: each prompt with its first answer, the critique and the revision."""
+"""File for reading, beside the data: each prompt with its first completion, the critique and the revision."""
 
 
 @dataclass(frozen=True)
 class Critiques:
     model: str = "abacus"
-    """Who answers first."""
+    """Model that writes the first completions."""
     tasks: str = "instructions + requests*2"
-    """Training tasks, as `data.tasks` names them."""
+    """Training tasks, as in `data.tasks`."""
     count: int = 512
-    """Tasks."""
+    """Number of tasks."""
     samples: int = 1
-    """Answers to each task; different ones are criticised one by one."""
+    """Completions per task; distinct ones are critiqued separately."""
     max_tokens: int = 64
-    """Longest first answer."""
+    """Maximum tokens of a first completion."""
     temperature: float = 1.0
-    """Sampling temperature of the first answers."""
+    """Sampling temperature of the first completions."""
     slots: int = 128
-    """Answers written at once."""
+    """Sequences decoded at once."""
     critic: str = PROGRAM
-    """Who criticises and revises: `program`, or `judge:FILE.toml`, a model behind an OpenAI-compatible endpoint."""
+    """What critiques and revises: `program`, or `judge:FILE.toml`, a model behind an OpenAI-compatible endpoint."""
     constitution: str = ""
-    """A file of principles; empty is the one that ships here."""
+    """File of principles; empty uses the built-in one."""
     keep_good: bool = True
-    """Keep first answers that violate nothing as they are; otherwise revisions alone."""
+    """Keep first completions that violate nothing; otherwise keep revisions only."""
     seed: int = 0
-    """Which tasks, first answers and phrases."""
+    """Seed for tasks, first completions and phrases."""
 
     def __post_init__(self) -> None:
         require_positive(self, "count", "samples", "max_tokens", "slots")
         if self.critic != PROGRAM and not self.critic.startswith(PREFIX):
-            raise ConfigError(f"critic={self.critic!r} is neither {PROGRAM} nor {PREFIX}FILE.toml.")
+            raise ConfigError(f"critic={self.critic!r} is unknown; use {PROGRAM} or {PREFIX}FILE.toml.")
 
 
 @dataclass(frozen=True)
 class Case:
-    """A first answer and what became of it; `revision` is empty where there is none."""
+    """A first completion with its critique and revision; `revision` is empty if there is none."""
 
     task: Task
     answer: str
@@ -67,21 +67,21 @@ class Case:
 
     @property
     def kept(self) -> str:
-        """What the critic has nothing to say against, or ""."""
+        """The text that passes the critic, or ""."""
         if not self.before.violated:
             return self.answer
         return self.revision if self.after is not None and not self.after.violated else ""
 
 
 def make(cfg: Critiques, folder: Path) -> dict[str, Any]:
-    """Writes the model's answers as the critic leaves them; see `revised`."""
+    """Samples completions and writes those that pass the critic; see `revised`."""
     groups = zip(*sampled(cfg, cfg.samples), strict=True)
     answers = ((task, dict.fromkeys(e.text for e in group if writable(e.text))) for task, group in groups)
     return revised(cfg, [(task, text) for task, texts in answers for text in texts], folder)
 
 
 def revised(cfg: Critiques, asked: Sequence[tuple[Task, str]], folder: Path) -> dict[str, Any]:
-    """Writes rows for `posttrain sft` and, to be read, all that was said; counts violations before and after."""
+    """Writes rows for `posttrain sft`, and all critiques for reading; counts violations before and after."""
     principles = load_constitution(cfg.constitution)
     cases, failed = _cases(cfg, principles, asked)
     (folder / CRITIQUES).write_text(json_lines(map(_row, cases)), encoding="utf-8", newline="\n")
@@ -105,11 +105,11 @@ def revised(cfg: Critiques, asked: Sequence[tuple[Task, str]], folder: Path) -> 
 def _cases(
     cfg: Critiques, principles: Sequence[Principle], asked: Sequence[tuple[Task, str]]
 ) -> tuple[list[Case], int]:
-    """Each answer with its critique and revision, and how many answers got no critique."""
+    """Each completion with its critique and revision, and the number of completions without a critique."""
     criticise, revise = load_critic(cfg.critic, principles, cfg.seed)
-    said = list(zip(asked, criticise(asked), strict=True))
-    cases = [Case(task, text, found) for (task, text), found in said if isinstance(found, Critique)]
-    failures = [found for _, found in said if isinstance(found, RolloutError)]
+    results = list(zip(asked, criticise(asked), strict=True))
+    cases = [Case(task, text, found) for (task, text), found in results if isinstance(found, Critique)]
+    failures = [found for _, found in results if isinstance(found, RolloutError)]
     if failures and not cases:
         raise failures[0]
     faulty = [case for case in cases if case.before.violated]

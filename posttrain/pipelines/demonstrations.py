@@ -1,8 +1,7 @@
-"""Demonstrations that a program writes: what a good assistant says to training problems of built-in tasks.
+"""Data stage `demonstrations`: program-written answers to training problems of built-in tasks.
 
-`direct` answers at once, `worked` shows the correct steps in abacus' own notation, and `long` thinks in sentences: a
-plan, the steps, a check of the result by another way. Whatever the style, a task that is not arithmetic is answered
-directly.
+`direct` gives the answer alone, `worked` shows the correct steps in abacus' own notation, and `long` thinks in
+sentences: a plan, the steps, and a check by another method. Tasks that are not arithmetic are always answered directly.
 """
 
 from __future__ import annotations
@@ -25,37 +24,37 @@ from posttrain.pipelines.rows import DATA, conversation, training_tasks, write_r
 from posttrain.types import ConfigError, Task
 
 ARITHMETIC = ("sums", "products", "countdown")
-"""Kinds of problems that are worked out; of other tasks the answer is all there is to show."""
-MOST_TRIES = 2  # expressions that do not fit, before the one that does, in thoughts about a countdown
+"""Kinds of problems with worked steps; other tasks show only the answer."""
+MOST_TRIES = 2  # wrong expressions before the right one, in thoughts about a countdown
 
 
 @dataclass(frozen=True)
 class Demonstrations:
     tasks: str = "arithmetic"
-    """Built-in tasks, or a mixture of them by weight such as `instructions*2 + safety`; training problems only."""
+    """Built-in tasks, or a weighted mixture such as `instructions*2 + safety`; training problems only."""
     count: int = 512
-    """Problems, one row each; fewer where a task has fewer."""
+    """Number of problems, one row each; fewer if a task has fewer."""
     style: Literal["direct", "worked", "long"] = "direct"
-    """Arithmetic answered at once, with bare steps in `<think>`, or with a plan, steps and a check in sentences."""
+    """Arithmetic answered directly, with bare steps in `<think>`, or with a plan, steps and a check in sentences."""
     mixing: float = 0.0
-    """With `long`, the share of thoughts that change into German part way: a fault planted on purpose."""
+    """With `long`, the share of thoughts that switch to German part-way: a deliberate fault."""
     seed: int = 0
-    """Which problems and which words."""
+    """Seed for problems and wording."""
 
     def __post_init__(self) -> None:
         require_positive(self, "count")
         for name, _ in parse_mixture(self.tasks):
             if name not in BUILT_IN:
                 near = nearest(name, [*BUILT_IN])
-                raise ConfigError(f"demonstrations are written for built-in tasks, not for {name!r}{near}")
+                raise ConfigError(f"demonstrations need built-in tasks; {name!r} is not one{near}")
         if not 0 <= self.mixing <= 1:
             raise ConfigError(f"mixing={self.mixing} is not a share between 0 and 1.")
         if self.mixing and self.style != "long":
-            raise ConfigError(f"mixing={self.mixing} changes the language of long thoughts; style is {self.style!r}.")
+            raise ConfigError(f"mixing={self.mixing} only applies to style = 'long'; style is {self.style!r}.")
 
 
 def make(cfg: Demonstrations, folder: Path) -> dict[str, Any]:
-    """Writes one row per problem and counts them: `rows`, `worked_out`, `mixed`, and `tasks` by name."""
+    """Writes one row per problem; returns the counts `rows`, `worked_out`, `mixed`, and `tasks` by name."""
     tasks, notes = training_tasks(cfg.tasks, cfg.count, cfg.seed)
     rows: list[dict[str, Any]] = []
     for task in tasks:
@@ -73,27 +72,27 @@ def make(cfg: Demonstrations, folder: Path) -> dict[str, Any]:
 
 
 def is_arithmetic(task: Task) -> bool:
-    """Whether a task is one of abacus' reasoning problems."""
+    """Whether a task is an abacus reasoning problem."""
     return task.meta.get("skill") == "reasoning" and task.meta.get("kind") in ARITHMETIC
 
 
 def answer(task: Task, style: Literal["direct", "worked", "long"], rng: random.Random, mixed: bool = False) -> str:
-    """A reply that the task's own checker passes."""
+    """A reply that passes the task's verifier."""
     if style == "direct" or not is_arithmetic(task):
         return direct(task, rng)
-    thought, said = worked(task, rng) if style == "worked" else long(task, rng, mixed)
-    return f"{THINK}{thought}{END_THINK}{said}"
+    thought, final = worked(task, rng) if style == "worked" else long(task, rng, mixed)
+    return f"{THINK}{thought}{END_THINK}{final}"
 
 
 def direct(task: Task, rng: random.Random) -> str:
-    """The gold answer; a refusal of some kind, or help with some opening, where the task is a request to judge."""
+    """The gold answer; for requests, a refusal if harmful, else help with a random opening."""
     if "harmful" not in task.meta:
         return gold_reply(task)
     return rng.choice(REFUSALS) if task.meta["harmful"] else rng.choice(OPENINGS) + gold_reply(task)
 
 
 def worked(task: Task, rng: random.Random) -> tuple[str, str]:
-    """(thought, answer) in the notation of abacus' pretraining text, without a wrong step."""
+    """(thought, answer) in the notation of abacus' pretraining text, without wrong steps."""
     if task.meta["kind"] != "countdown":
         problem = Problem(task.id, "reasoning", task.meta["kind"], task.prompt, task.answer, dict(task.meta))
         return work(problem, 0.0, rng)[0], str(task.answer)
@@ -102,21 +101,24 @@ def worked(task: Task, rng: random.Random) -> tuple[str, str]:
 
 
 def long(task: Task, rng: random.Random, mixed: bool = False) -> tuple[str, str]:
-    """(thought, answer): a plan in words, the steps, a check by another way and what it shows, sentence by sentence.
+    """(thought, answer): a plan in words, the steps, and a check by another method, sentence by sentence.
 
-    A `mixed` thought is German from some sentence after the first on.
+    A `mixed` thought switches to German at some sentence after the first.
     """
-    sentences, said = _countdown(task, rng) if task.meta["kind"] == "countdown" else _sum_or_product(task)
+    sentences, final = _countdown(task, rng) if task.meta["kind"] == "countdown" else _sum_or_product(task)
     change = rng.randrange(1, len(sentences)) if mixed else len(sentences)
     spoken = [
         rng.choice(THOUGHTS["de" if i >= change else "en"][role]).format(text)
         for i, (role, text) in enumerate(sentences)
     ]
-    return " ".join(spoken), said
+    return " ".join(spoken), final
 
 
 def _sum_or_product(task: Task) -> tuple[list[tuple[str, str]], str]:
-    """What is said, and the arithmetic in it: sums by places, then in order; products by parts, then from the last."""
+    """(role, arithmetic) of each sentence, and the answer.
+
+    Sums are added by place value and checked in order; products by partial products, checked in reverse order.
+    """
     numbers: list[int] = task.meta["numbers"]
     if task.meta["kind"] == "sums":
         tens, ones = [n - n % 10 for n in numbers], [n % 10 for n in numbers]
@@ -141,7 +143,7 @@ def _countdown(task: Task, rng: random.Random) -> tuple[list[tuple[str, str]], s
 
 
 def _tries(task: Task, rng: random.Random) -> list[str]:
-    """Up to MOST_TRIES expressions that miss the target, and the gold one."""
+    """Up to MOST_TRIES expressions that miss the target, then the gold one."""
     drawn = [rng.choice(SHAPES).format(*rng.sample(task.meta["numbers"], 3)) for _ in range(rng.randint(0, MOST_TRIES))]
     return [*(text for text in drawn if evaluate(text)[0] != task.meta["target"]), str(task.answer)]
 
@@ -155,7 +157,7 @@ def _added(numbers: list[int]) -> str:
 
 
 def _chain(numbers: list[int]) -> str:
-    """`a+b=c, c+d=e`: the numbers added one after the other; of a single number, that it is itself."""
+    """Running sums as `a+b=c, c+d=e`; a single number by itself."""
     sums = list(accumulate(numbers))
     steps = [f"{before}+{n}={total}" for before, n, total in zip(sums, numbers[1:], sums[1:], strict=False)]
     return ", ".join(steps) or f"{numbers[0]}"

@@ -1,4 +1,4 @@
-"""Methods at one KL: what each is worth at the divergence that all of them reach, read off between its own models."""
+"""Figure `equal-kl`: methods compared at the largest KL that all of them reach, interpolated between their models."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ Points = list[tuple[float, Finished]]
 
 
 def equal_kl(figure: Figure, stages: Sequence[Finished]) -> Drawn:
-    """Entries of the card over sqrt(KL), one line a method, and their values at the largest KL that all reach.
+    """Card metrics over sqrt(KL), one line per method, and their values at the largest KL that all methods reach.
 
-    The first examined stage is where all methods began. A method's stages are NAME and NAME-something; between them,
-    and from the first stage, values are interpolated linearly in sqrt(KL), which bounds the change of a mean (Pinsker).
-    Numbers: `kl`, and `at_equal_kl.METHOD.ENTRY`.
+    The first evaluated stage is the starting model of all methods. A method's stages are NAME and NAME-something;
+    between them, and from the first stage, values are interpolated linearly in sqrt(KL), which bounds the change of a
+    mean (Pinsker). Numbers: `kl`, and `at_equal_kl.METHOD.METRIC`.
     """
-    examined = [stage for stage in stages if estimate_of(stage.card, "kl") is not None]
-    methods = methods_of(examined[1:])
+    evaluated = [stage for stage in stages if estimate_of(stage.card, "kl") is not None]
+    methods = methods_of(evaluated[1:])
     if not methods:
         return Drawn(())
     common = min(points[-1][0] for points in methods.values())
     panels: list[Panel] = []
     at: dict[str, dict[str, float]] = {name: {} for name in methods}
-    for entry in figure.metrics or STANDARD:
-        begun = estimate_of(examined[0].card, entry)
-        if begun is None:
+    for metric in figure.metrics or STANDARD:
+        start = estimate_of(evaluated[0].card, metric)
+        if start is None:
             continue
         lines: list[Series] = []
         for name, points in methods.items():
-            known = [(d, found[0]) for d, stage in points if (found := estimate_of(stage.card, entry)) is not None]
-            x, y = (0.0, *(d for d, _ in known)), (begun[0], *(value for _, value in known))
+            known = [(d, found[0]) for d, stage in points if (found := estimate_of(stage.card, metric)) is not None]
+            x, y = (0.0, *(d for d, _ in known)), (start[0], *(value for _, value in known))
             lines.append(Series(name, x, y))
-            at[name][entry] = float(np.interp(common, x, y))
-        said, share = LABELS.get(entry, (entry, False))
+            at[name][metric] = float(np.interp(common, x, y))
+        label, share = LABELS.get(metric, (metric, False))
         panels.append(
-            Panel(entry.replace("_", " "), "square root of the KL", said.partition(",")[0], tuple(lines), share)
+            Panel(metric.replace("_", " "), "square root of the KL", label.partition(",")[0], tuple(lines), share)
         )
     return Drawn(tuple(panels), {"kl": common**2, "at_equal_kl": at})
 
 
 def methods_of(stages: Sequence[Finished]) -> Mapping[str, Points]:
-    """Method → its stages with their sqrt(KL), nearest first; `NAME-x` belongs to NAME where that is a stage, too."""
+    """Method → its stages with their sqrt(KL), nearest first; `NAME-x` belongs to NAME if that is a stage, too."""
     names = {stage.name for stage in stages}
     found: dict[str, Points] = {}
     for stage in stages:

@@ -1,4 +1,4 @@
-"""The figures a pipeline's recipe asks for: numbers from finished stages, drawn as PNG and SVG.
+"""Figures of a pipeline's recipe: numbers from finished stages, drawn as PNG and SVG.
 
     [[figure]]
     kind = "curves"
@@ -6,7 +6,7 @@
     stages = ["ppo", "ppo-ptx"]
     metrics = ["eval/accuracy", "reward"]
 
-A kind turns a figure and the stages into panels; `draw` draws them and gives the same numbers back.
+A kind turns a figure and the stages into panels; `draw` draws them and returns the same numbers.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ __all__ = ["FIGURES", "Figure", "Finished", "as_json", "cards", "curves", "draw"
 
 
 def cards(figure: Figure, stages: Sequence[Finished]) -> Drawn:
-    """The capabilities (or other `metrics`) of every examined stage with their intervals, one panel each."""
+    """Capabilities (or other `metrics`) of every evaluated stage with their intervals, one panel each."""
     panels: list[Panel] = []
     for name in figure.metrics or CAPABILITIES:
         known = [(stage.name, found) for stage in stages if (found := estimate_of(stage.card, name))]
         value, low, high = (tuple(found[i] for _, found in known) for i in range(3))
         series = Series(name, value, value, *bounded(low, high))
-        said, share = LABELS.get(name, (name, False))
+        text, share = LABELS.get(name, (name, False))
         labels = tuple(stage for stage, _ in known)
-        panels.append(Panel(name.replace("_", " "), said, "", (series,), share, labels))
+        panels.append(Panel(name.replace("_", " "), text, "", (series,), share, labels))
     return Drawn(tuple(panels))
 
 
 def curves(figure: Figure, stages: Sequence[Finished]) -> Drawn:
-    """Metrics of stages over their steps, one panel a metric; with intervals where `NAME_low` and `NAME_high` are."""
+    """Metrics over the steps of each stage, one panel per metric, with intervals from `NAME_low` and `NAME_high`."""
     found: dict[str, list[Series]] = {metric: [] for metric in figure.metrics}
     longest = 0
     for stage in stages:
@@ -81,15 +81,15 @@ FIGURES: dict[str, Kind] = {
     "diversity": diversity,
     "thinking": thinking,
 }
-"""Kind → what turns a figure and the finished stages into panels. A stage without what it needs is left out."""
+"""Kind → function from a figure and the finished stages to panels. Stages without the data are left out."""
 
 
 def read_figure(table: Mapping[str, Any], stages: Sequence[str]) -> Figure:
-    """A figure from its table in a recipe with these stages. Raises ConfigError naming what is wrong with it."""
+    """Reads a figure from its table in a recipe with these stages. Raises ConfigError if it is invalid."""
     named = f"figure {table.get('name', '')!r}"
     for wanted in ("kind", "name"):
         if not isinstance(table.get(wanted), str):
-            raise ConfigError(f'{named} has no {wanted}; write for example {wanted} = "curves".')
+            raise ConfigError(f'{named} has no {wanted}; write one, for example {wanted} = "curves".')
     try:
         figure = cast(Figure, config.settings_from(Figure, table, ""))
     except ConfigError as error:
@@ -103,10 +103,10 @@ def read_figure(table: Mapping[str, Any], stages: Sequence[str]) -> Figure:
 
 
 def draw(figure: Figure, stages: Sequence[Finished], folder: Path) -> dict[str, Any]:
-    """Writes NAME.png and NAME.svg into a folder and returns what they show, as JSON.
+    """Writes NAME.png and NAME.svg to a folder and returns what they show, as JSON.
 
-    `panels` hold the series as drawn, `first` and `last` their ends by stage and panel, and what a kind measures
-    besides (`fits`, `counts`) stands beside them. Stages that have not ended are simply missing.
+    `panels` holds the series as drawn, `first` and `last` their end values by stage and panel; some kinds add numbers
+    (`fits`, `counts`). Unfinished stages are left out.
     """
     by_name = {stage.name: stage for stage in stages}
     chosen = [by_name[name] for name in figure.stages if name in by_name] if figure.stages else [*by_name.values()]
@@ -116,12 +116,12 @@ def draw(figure: Figure, stages: Sequence[Finished], folder: Path) -> dict[str, 
 
 
 def title_of(figure: Figure) -> str:
-    """What stands above a figure."""
+    """Title of a figure."""
     return figure.title or figure.name.replace("-", " ")
 
 
 def as_json(figure: Figure, drawn: Drawn) -> dict[str, Any]:
-    """What `draw` returns."""
+    """The JSON that `draw` returns."""
     ends = {"first": _ends(drawn.panels, 0), "last": _ends(drawn.panels, -1)}
     panels = [asdict(panel) for panel in drawn.panels]
     return cast(
@@ -131,7 +131,7 @@ def as_json(figure: Figure, drawn: Drawn) -> dict[str, Any]:
 
 
 def _ends(panels: Sequence[Panel], which: int) -> dict[str, dict[str, float]]:
-    """Series → panel → its first or last value, of panels with lines."""
+    """Series → panel → first or last value, for panels with lines."""
     found: dict[str, dict[str, float]] = {}
     for panel in panels:
         for series in panel.series:
@@ -141,7 +141,7 @@ def _ends(panels: Sequence[Panel], which: int) -> dict[str, dict[str, float]]:
 
 
 def _json(value: Any) -> Any:
-    """The same value as JSON has it: lists for tuples, None for numbers that are not finite."""
+    """The value in JSON types: lists for tuples, None for numbers that are not finite."""
     if isinstance(value, Mapping):
         return {str(name): _json(inner) for name, inner in cast(Mapping[Any, Any], value).items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Figures over the KL divergence from where a stage began: what a reward costs, and where it stops being worth it."""
+"""Figures over the KL from a stage's starting model: `frontier` and `overoptimisation`."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from posttrain.pipelines.plots import Panel, Series
 from posttrain.store.run import Run
 
 SEARCH = "search.json"
-"""What a best-of-n stage keeps in its folder."""
-KL_LABEL = "KL from the stage's first model, nats per answer"
+"""File with the results of a best-of-n stage."""
+KL_LABEL = "KL from the stage's starting model, nats per answer"
 FEW = 24
-"""Points of a run in these figures, each of longer runs a mean over consecutive steps."""
+"""Maximum points per run in these figures; in longer runs each averages consecutive steps."""
 
 
 def answer_kl(run: Run) -> dict[int, float]:
-    """Step → KL from the run's first model in nats per answer; empty where it was not measured.
+    """Step → KL from the run's starting model in nats per completion; empty if it was not measured.
 
-    `kl_episode`, or `pair_kl`, or the mean per token times the mean length. All are those of the weights before the
-    step's update, like the other training metrics.
+    `kl_episode`, else `pair_kl`, else the mean per token times the mean length. Like other training metrics, all belong
+    to the weights before the step's update.
     """
     for name in ("kl_episode", "pair_kl"):
         steps, values = run.curve(name)
@@ -38,22 +38,22 @@ def answer_kl(run: Run) -> dict[int, float]:
 
 
 def paired(run: Run, metric: str) -> tuple[list[float], list[float]]:
-    """(KL, value) of the same weights: an evaluation of step n goes with the KL measured in step n + 1."""
+    """(KL, value) of the same weights: an evaluation at step n is paired with the KL measured in step n + 1."""
     kl, later = answer_kl(run), 1 if metric.startswith("eval/") else 0
     rows = [(kl[step + later], value) for step, value in zip(*run.curve(metric), strict=True) if step + later in kl]
     return [a for a, _ in rows], [b for _, b in rows]
 
 
 def frontier(figure: Figure, stages: Sequence[Finished]) -> Drawn:
-    """A metric against the KL it cost: a line over the steps of each stage, or with `card/NAME` one point a stage."""
+    """A metric against KL: points over the steps of each stage, or with `card/NAME` one point per stage."""
     metric = figure.y or "accuracy"
     on_card = metric.startswith("card/")
     name = metric.removeprefix("card/")
-    said, share = LABELS.get(name, (name, False)) if on_card else label(metric)
-    made = _of_card if on_card else _of_run
-    series = [one for stage in stages if (one := made(stage, metric)) is not None]
-    x_label = "KL from the reference, nats per answer" if on_card else KL_LABEL
-    return Drawn((Panel(f"{name} against KL", x_label, said.partition(",")[0], tuple(series), share),))
+    y_label, share = LABELS.get(name, (name, False)) if on_card else label(metric)
+    series_for = _of_card if on_card else _of_run
+    series = [one for stage in stages if (one := series_for(stage, metric)) is not None]
+    x_label = "KL from the reference model, nats per answer" if on_card else KL_LABEL
+    return Drawn((Panel(f"{name} against KL", x_label, y_label.partition(",")[0], tuple(series), share),))
 
 
 def _of_card(stage: Finished, metric: str) -> Series | None:
@@ -72,9 +72,9 @@ def _of_run(stage: Finished, metric: str) -> Series | None:
 
 
 def overoptimisation(figure: Figure, stages: Sequence[Finished]) -> Drawn:
-    """Proxy and true score over d = sqrt(KL), of best-of-n stages and of training steps, with Gao et al.'s fits.
+    """Proxy and true score over d = sqrt(KL), for best-of-n stages and training steps, with Gao et al.'s fits.
 
-    Only the true score is fitted, as in the paper. The KL of best-of-n is its upper bound log n − (n − 1)/n.
+    Only the true score is fitted, as in the paper. The KL of best-of-n is the upper bound log n − (n − 1)/n.
     """
     proxy_name, true_name = figure.metrics or ("reward", "accuracy")
     proxy: list[Series] = []
@@ -95,10 +95,10 @@ def overoptimisation(figure: Figure, stages: Sequence[Finished]) -> Drawn:
         else:
             notes.append(f"{stage.name}: {fit}")
     x_label = "√KL, KL in nats per answer"
-    said, share = label(true_name)
+    y_label, share = label(true_name)
     panels = (
         Panel("proxy: the score that is optimised", x_label, "mean score", tuple(proxy)),
-        Panel("true score; thick lines are fits", x_label, said, tuple(true), share),
+        Panel("true score; thick lines are fits", x_label, y_label, tuple(true), share),
     )
     return Drawn(panels, {"fits": fits, "notes": notes})
 
@@ -143,9 +143,9 @@ def _tried(fit: Any) -> Fit | str:
     try:
         return fit()
     except ValueError as error:
-        return f"no fit, {error}"
+        return f"no fit: {error}"
 
 
 def read_search(folder: Path) -> dict[str, Any]:
-    """What a best-of-n stage measured."""
+    """Reads the results of a best-of-n stage."""
     return json.loads((folder / SEARCH).read_text(encoding="utf-8"))

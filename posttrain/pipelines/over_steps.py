@@ -1,4 +1,4 @@
-"""Figures from the answers a run stored: how diverse they stayed, and what of thinking and checking can be counted."""
+"""Figures from a run's stored completions: `diversity`, and `thinking` with countable signs of self-checking."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from typing import Any
 
 import numpy as np
 
+from posttrain.data.answers import final_answer
 from posttrain.evaluation.intervals import Z95, wilson
 from posttrain.pipelines.card import distinct
 from posttrain.pipelines.counting import Counts, add, count, thought
 from posttrain.pipelines.figure import MOST_POINTS, Drawn, Figure, Finished, bounded
 from posttrain.pipelines.plots import Panel, Series
-from posttrain.rollout.build import final_answer
 from posttrain.store.run import EpisodeRow, Run
 
 Point = tuple[float, float, float]
-"""A value and the ends of its 95 % interval, NaN where it has none."""
+"""A value and the ends of its 95 % interval, NaN if it has none."""
 STEP = f"step (at most {MOST_POINTS} evenly spaced steps are read)"
 UNKNOWN: Point = (math.nan, math.nan, math.nan)
 
 
 def read_answers(run: Run, most: int = MOST_POINTS) -> Iterator[tuple[int, list[EpisodeRow]]]:
-    """(step, its stored training answers) of at most `most` evenly spaced steps, first and last among them."""
+    """(step, its stored training completions) for at most `most` evenly spaced steps, including the first and last."""
     steps = [step for step, _, _ in run.metrics("length") if step > 0]
     if len(steps) > most:
         steps = [steps[int(i)] for i in np.linspace(0, len(steps) - 1, most).round()]
@@ -34,10 +34,10 @@ def read_answers(run: Run, most: int = MOST_POINTS) -> Iterator[tuple[int, list[
 
 
 def diversity(figure: Figure, stages: Sequence[Finished]) -> Drawn:
-    """Distinct-1, -2 and -3 of the answers to one task, the share that answer differently, and the policy's entropy.
+    """Distinct-1, -2 and -3 of the completions of one task, the share of different final answers, and the entropy.
 
-    Distinct-n is the card's. Answers differ where what they answer does, not how they get there. An algorithm that
-    samples one answer to a task has no group to compare and only an entropy.
+    Distinct-n is the card's. An algorithm that samples one completion per task has no groups to compare and only
+    an entropy.
     """
     panels = (
         *((f"distinct-{n}", "share of n-grams in a group", True) for n in (1, 2, 3)),
@@ -65,10 +65,10 @@ def _diversity_of(stage: Finished) -> dict[int, dict[str, Point]]:
 
 
 def thinking(figure: Figure, stages: Sequence[Finished]) -> Drawn:
-    """Share that think, length, and of the thoughts: equations, how many hold, and what looks like self-checking.
+    """Share that think, length, and for thoughts: equations, how many hold, and what looks like self-checking.
 
-    What a count does not prove is said in counting.py. `counts` has the sums of the first and the last step. What looks
-    like checking is rare, so its panels show shares without intervals.
+    counting.py says what a count does not prove. `counts` has the sums of the first and the last step. Self-checking is
+    rare, so its panels show shares without intervals.
     """
     kinds = ("a repeated equation", "a recomputed value", "a correction", "a checking word")
     panels = (
@@ -95,13 +95,13 @@ def thinking(figure: Figure, stages: Sequence[Finished]) -> Drawn:
 
 
 def _thoughts_of(rows: Sequence[EpisodeRow]) -> tuple[dict[str, Point], Counts]:
-    """What one step's answers hold, means over groups, and the counts of all of them."""
+    """One step's values, as means over groups, and the counts over all of its completions."""
     groups = by_group(rows)
     counted = [[count(thought(row.text)) for row in group] for group in groups]
     every = [one for group in counted for one in group]
     thinks = [[bool(thought(row.text).strip()) for row in group] for group in groups]
-    pairs = zip(every, [does for group in thinks for does in group], strict=True)
-    equations = [one.equations for one, does in pairs if does]
+    pairs = zip(every, [has_thought for group in thinks for has_thought in group], strict=True)
+    equations = [one.equations for one, has_thought in pairs if has_thought]
     right = [(sum(c.right for c in group), sum(c.equations for c in group)) for group in counted]
 
     def share(test: Callable[[Counts], bool]) -> Point:
@@ -121,7 +121,7 @@ def _thoughts_of(rows: Sequence[EpisodeRow]) -> tuple[dict[str, Point], Counts]:
 
 
 def by_group(rows: Sequence[EpisodeRow]) -> list[list[EpisodeRow]]:
-    """The answers to each task of a step."""
+    """The completions of a step, grouped by task."""
     groups: dict[int, list[EpisodeRow]] = {}
     for row in rows:
         groups.setdefault(row.group, []).append(row)
@@ -129,7 +129,7 @@ def by_group(rows: Sequence[EpisodeRow]) -> list[list[EpisodeRow]]:
 
 
 def interval(values: Sequence[float]) -> Point:
-    """The mean over groups ± 1.96 standard errors; Wilson's interval where all are 0 or all 1, unknown without any."""
+    """Mean over groups ± 1.96 standard errors; Wilson's interval if all are 0 or all 1, UNKNOWN if there are none."""
     if not values:
         return UNKNOWN
     if set(values) in ({0.0}, {1.0}):
@@ -143,14 +143,14 @@ def interval(values: Sequence[float]) -> Point:
 def _panels(
     wanted: Sequence[tuple[str, str, bool]], stages: Mapping[str, Mapping[int, Mapping[str, Point]]]
 ) -> tuple[Panel, ...]:
-    """One panel a quantity with a line for each stage that has it."""
+    """One panel per quantity, with a line for each stage that has it."""
     panels: list[Panel] = []
-    for title, said, share in wanted:
+    for title, y_label, share in wanted:
         lines: list[Series] = []
         for stage, steps in stages.items():
             rows = [(float(s), *points[title]) for s, points in steps.items() if math.isfinite(points[title][0])]
             if rows:
                 x, y, low, high = zip(*rows, strict=True)
                 lines.append(Series(stage, x, y, *bounded(low, high)))
-        panels.append(Panel(title, STEP, said, tuple(lines), share))
+        panels.append(Panel(title, STEP, y_label, tuple(lines), share))
     return tuple(panels)

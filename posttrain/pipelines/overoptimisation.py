@@ -1,6 +1,6 @@
-"""Gao et al.'s curves (arXiv 2210.10760): what a proxy reward is worth, as the policy moves away from where it began.
+"""Over-optimisation curves of Gao et al. (arXiv 2210.10760): the true score as the policy moves away from its start.
 
-With d = sqrt(KL(policy ‖ start)), KL in nats per answer, and R the true score less its value at d = 0, they find
+With d = sqrt(KL(policy ‖ start)), KL in nats per completion, and R the true score minus its value at d = 0, they find
 
     best of n:               R(d) = d (α − β d)
     reinforcement learning:  R(d) = d (α − β log d)
@@ -28,7 +28,7 @@ RESAMPLES = 1000
 class Fit:
     """R(d) = d (α − β d) or d (α − β log d) above `base`, with 95 % intervals; `rms` is the root mean square residual.
 
-    `peak` is the distance at which the fitted curve is highest, None where it never turns down.
+    `peak` is the distance at which the fitted curve is highest, None if it never turns down.
     """
 
     form: Form
@@ -44,19 +44,19 @@ class Fit:
         return self.base + terms @ np.array([self.alpha.value, self.beta.value])
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """A JSON-serialisable dict."""
         return asdict(self)
 
 
 def columns(distance: np.ndarray, form: Form) -> np.ndarray:
-    """What α and β are multiplied by, (K, 2): d and −d² or −d log d, whose limit at 0 is 0."""
+    """Regressors of α and β, (K, 2): d and −d² or −d log d, whose limit at 0 is 0."""
     safe = np.where(distance > 0, distance, 1.0)
     bend = distance**2 if form == "best-of-n" else distance * np.log(safe)
     return np.stack([distance, -bend], axis=1)
 
 
 def peak_of(alpha: float, beta: float, form: Form) -> float | None:
-    """Where the curve is highest: α / 2β, or exp(α/β − 1); None without a bend downwards or a rise before it."""
+    """Where the curve peaks: α / 2β, or exp(α/β − 1); None if it does not rise and then fall."""
     if beta <= 0 or (form == "best-of-n" and alpha <= 0):
         return None
     power = alpha / beta - 1
@@ -64,14 +64,14 @@ def peak_of(alpha: float, beta: float, form: Form) -> float | None:
 
 
 def fit_tasks(distance: np.ndarray, values: np.ndarray, form: Form = "best-of-n", seed: int = 0) -> Fit:
-    """A fit to distances (K,), the first of them 0, and the mean values (P, K) of P tasks, relative to the first.
+    """Fits the mean values (P, K) of P tasks at distances (K,), the first of them 0, relative to the first value.
 
-    Intervals are percentiles of a bootstrap over tasks. Raises ValueError with fewer than two distances above 0.
+    Intervals are percentiles of a bootstrap over tasks. Raises ValueError for fewer than two distances above 0.
     """
     distance, values = np.asarray(distance, float), np.asarray(values, float)
     _enough(distance, 2)
     if distance[0] != 0:
-        raise ValueError(f"the first distance is {distance[0]}, expected 0: where nothing has been chosen yet.")
+        raise ValueError(f"the first distance is {distance[0]}, expected 0, the starting policy.")
     solve = np.linalg.pinv(columns(distance[1:], form))  # (2, K − 1)
 
     def coefficients(means: np.ndarray) -> np.ndarray:
@@ -85,10 +85,10 @@ def fit_tasks(distance: np.ndarray, values: np.ndarray, form: Form = "best-of-n"
 
 
 def fit_points(distance: np.ndarray, value: np.ndarray, form: Form = "rl", seed: int = 0) -> Fit:
-    """A fit to points (S,) of a run, one a step; the value at d = 0 is a third coefficient of the same least squares.
+    """Fits points (S,) of a run, one per step; the value at d = 0 is a third coefficient of the same least squares.
 
     Intervals are percentiles of a bootstrap over points, as if they were independent: they say how well this run's
-    curve is known, not what another seed would give. Raises ValueError with fewer than three different distances.
+    curve is known, not what another seed would give. Raises ValueError for fewer than three different distances.
     """
     distance, value = np.asarray(distance, float), np.asarray(value, float)
     _enough(distance, 3)
@@ -125,4 +125,4 @@ def _enough(distance: np.ndarray, least: int) -> None:
 
 
 FITS: dict[Form, Callable[..., Fit]] = {"best-of-n": fit_tasks, "rl": fit_points}
-"""Form → the fit that its points need."""
+"""Form → its fitting function."""

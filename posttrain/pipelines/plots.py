@@ -1,7 +1,7 @@
-"""Panels of series as one picture, PNG and SVG, readable without colour.
+"""Draws panels of series as one picture, PNG and SVG, readable without colour.
 
-Every series has its own marker and dashes, and its name stands at its last point. Panels stand below each other, so
-that a picture is as readable on a telephone as on paper.
+Every series has its own marker and dashes and is labelled at its last point. Panels are stacked vertically, so that a
+picture is as readable on a phone as on paper.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from typing import Any, Literal
 import numpy as np
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
-"""Okabe and Ito's palette, ochre for yellow: told apart by most colour-blind people and dark enough on white."""
+"""Okabe and Ito's palette with ochre for yellow: safe for most colour-blind readers and dark enough on white."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
-WIDTH, HEIGHT, LOW, LINE = 5.4, 2.75, 2.2, 0.31  # inches: a panel, one of more than four, a line of estimates
-LABEL_GAP = 0.075  # of a panel's height, between two labels at line ends
+WIDTH, HEIGHT, LOW, LINE = 5.4, 2.75, 2.2, 0.31  # inches: panel width, height, height if over four, estimate row
+LABEL_GAP = 0.075  # between two labels at line ends, as a share of the panel's height
 Mark = tuple[str, str, Any]
 """Colour, marker and dashes of a name, the same in every panel of a picture."""
 
 
 @dataclass(frozen=True)
 class Series:
-    """Points (K,) in order, with 95 % intervals where `low` and `high` are given.
+    """Points (K,) in order, with 95 % intervals if `low` and `high` are given.
 
-    `points` are joined by a faint line only. A fit is a smooth curve without points, in the colour and dashes of the
-    series named like it. A series without a name gets no label.
+    `points` are joined only by a faint line. A `fit` is a smooth curve without points, in the colour and dashes of the
+    series with the same name. A series without a name gets no label.
     """
 
     name: str
@@ -42,18 +42,18 @@ class Series:
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes. With `labels`, which name the points of its only series, it is a list of estimates."""
+    """One pair of axes. With `labels`, which name the points of its only series, it is drawn as a list of estimates."""
 
     title: str
     x_label: str
     y_label: str
     series: tuple[Series, ...]
-    share: bool = False  # values between 0 and 1, shown in percent
+    share: bool = False  # values between 0 and 1, shown in per cent
     labels: tuple[str, ...] = ()
 
 
 def save(title: str, panels: Sequence[Panel], folder: Path, name: str) -> None:
-    """Writes NAME.png and NAME.svg. The same panels give the same bytes with the same version of matplotlib."""
+    """Writes NAME.png and NAME.svg. With one version of matplotlib, the same panels give the same bytes."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -84,7 +84,7 @@ def save(title: str, panels: Sequence[Panel], folder: Path, name: str) -> None:
                 else:
                     _curves(axis, panel, marks)
             figure.savefig(folder / f"{name}.png", dpi=160, metadata={"Software": None})
-            figure.set_layout_engine("none")  # it is laid out
+            figure.set_layout_engine("none")  # keep the layout of the PNG
             figure.savefig(folder / f"{name}.svg", metadata={"Date": None, "Creator": None})
         finally:
             plt.close(figure)
@@ -97,7 +97,7 @@ def _empty(axis: Any, panel: Panel) -> None:
 
 
 def _estimates(axis: Any, panel: Panel, marks: Mapping[str, Mark]) -> None:
-    """One line of text, point and interval for each label, from the top down."""
+    """One row per label from the top down: label, point, interval and value."""
     series = panel.series[0]
     rows = np.arange(len(panel.labels))
     if series.low:
@@ -118,7 +118,7 @@ def _estimates(axis: Any, panel: Panel, marks: Mapping[str, Mark]) -> None:
 
 
 def _curves(axis: Any, panel: Panel, marks: Mapping[str, Mark]) -> None:
-    """Lines or points with bands, their names at the right."""
+    """Lines or points with bands, labelled at the right."""
     ends: list[tuple[float, float, str, str]] = []
     for series in panel.series:
         if not series.x:
@@ -152,15 +152,15 @@ def _interval(axis: Any, series: Series, colour: str) -> None:
 
 
 def _frame(axis: Any, panel: Panel, values: Literal["x", "y"], share: bool) -> None:
-    """Title, labels, grid, and percent on the axis of the values where they are shares."""
+    """Title, labels, grid, and per cent ticks on the value axis if values are shares."""
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     axis.set_title(panel.title, fontsize=10, loc="left")
     axis.set(xlabel=panel.x_label, ylabel=panel.y_label)
     axis.grid(alpha=0.3, linewidth=0.6)
-    own = axis.xaxis if values == "x" else axis.yaxis
+    value_axis = axis.xaxis if values == "x" else axis.yaxis
     if share:
-        own.set_major_formatter(PercentFormatter(1.0))
+        value_axis.set_major_formatter(PercentFormatter(1.0))
         if values == "y":
             bottom, top = axis.get_ylim()
             axis.set_ylim(max(bottom, -0.04 * max(top, 0.05)), max(top, 0.05))
@@ -169,7 +169,7 @@ def _frame(axis: Any, panel: Panel, values: Literal["x", "y"], share: bool) -> N
 
 
 def _name_ends(axis: Any, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Each line's name right of the axes at the height of its last point, moved where two would touch."""
+    """Writes each line's name right of the axes at the height of its last point, moved apart if two would overlap."""
     bottom, top = axis.get_ylim()
     heights = [(y - bottom) / (top - bottom) for _, y, _, _ in ends]
     _, right = axis.get_xlim()
@@ -183,9 +183,9 @@ def _name_ends(axis: Any, ends: Sequence[tuple[float, float, str, str]]) -> None
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """The same heights in the same order, moved as little as a pass upwards needs so that neighbours are `gap` apart.
+    """Heights in the same order, pushed upwards as little as needed so that neighbours are `gap` apart.
 
-    What is pushed over 1 moves the whole stack down.
+    If that would exceed 1, the stack moves down.
     """
     order = sorted(range(len(heights)), key=lambda i: heights[i])
     out = [0.0] * len(heights)

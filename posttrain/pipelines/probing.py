@@ -1,4 +1,4 @@
-"""The bias probes as a stage: what a pipeline's reward model pays for besides being right."""
+"""Data stage `probes`: bias probes of a pipeline's reward model."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from posttrain.pipelines.rows import DATA
 @dataclass(frozen=True)
 class Probes:
     model: str = ""
-    """The reward model that is asked, usually `{STAGE}`; several are joined with +."""
+    """Reward model to probe, usually `{STAGE}`; several are joined with +."""
     tasks: str = "arithmetic"
-    """Held-out tasks whose gold answers are dressed up: longer, in Markdown, as the user expects."""
+    """Held-out tasks whose gold answers are varied: longer, in Markdown, as the user expects."""
     count: int = 64
-    """Questions."""
+    """Number of questions."""
     seed: int = 0
-    """Which wrong answers and fillers are used."""
+    """Seed for wrong answers and fillers."""
 
     def __post_init__(self) -> None:
         require_positive(self, "count")
 
 
 def make(cfg: Probes, folder: Path) -> dict[str, Any]:
-    """Asks every probe of posttrain/evaluation/bias_probes.py; returns each finding's value with its interval, and keeps examples."""
+    """Runs all bias probes; writes the findings with examples, and returns each one's value with its interval."""
     found = [finding.as_dict() for finding in api.probe(cfg.model, cfg.tasks, cfg.count, cfg.seed)]
     lines = "".join(json.dumps(finding, ensure_ascii=False) + "\n" for finding in found)
     (folder / DATA).write_text(lines, encoding="utf-8", newline="\n")

@@ -1,7 +1,7 @@
-"""A pipeline as one TOML file says it: stages in order, each an algorithm or a maker of data, and what to expect.
+"""Pipeline recipes: one TOML file with stages in order, training or data, and the expected results.
 
-A stage's settings are those of its algorithm's recipe. `{name}` in them is what an earlier stage made: a model's
-folder, or a file of data. Everything is checked before the first stage begins.
+A training stage has the settings of its algorithm's recipe. `{name}` in a setting is the product of an earlier stage: a
+model's folder or a data file. Everything is checked before the first stage starts.
 """
 
 from __future__ import annotations
@@ -20,54 +20,53 @@ from posttrain.pipelines.figures import Figure, read_figure
 from posttrain.types import ConfigError
 
 GIVEN = "model"
-"""The kind of a stage that only names a model which exists already, so that it is examined like the others."""
-JUDGES = ("reward", "prm")
-"""Algorithms whose model scores answers and writes none."""
+"""Kind of a stage that only names an existing model, so that it is evaluated like the others."""
+"""Algorithms that train a model to score completions, not to write them."""
 REFERENCE = re.compile(r"\{([A-Za-z0-9_-]+)\}")
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
 _RESERVED = ("card", "defaults", "figure")
-"""What settings and results are called that are no stage's."""
+"""Names that a stage cannot have, because settings and results use them."""
 TABLES = {
-    "pipeline": "Its name, which is also that of its folder: lower-case letters, digits and hyphens.",
-    "about": "A line that is printed first and stands in the report.",
-    "time": "What it took when it was measured; for readers.",
-    "defaults": "[defaults.SECTION]: settings of every stage that trains, where its recipe has them; its own win.",
-    "card": "How every model is examined.",
+    "pipeline": "The pipeline's name and that of its folder: lower-case letters, digits and hyphens.",
+    "about": "One line, printed first and shown in the report.",
+    "time": "Measured duration, for readers.",
+    "defaults": "[defaults.SECTION]: settings for all training stages whose recipe has them; a stage's own win.",
+    "card": "How every model is evaluated.",
     "stage": "[[stage]]: the stages in order.",
-    "mini": "The miniature's settings, as `'STAGE.section.key' = value`; `--mini` applies them and expects nothing.",
-    "figure": "[[figure]]: what is drawn at the end.",
-    "expect": "What results should be, as `'STAGE.number' = [lowest, highest]`; others are named at the end.",
+    "mini": "Settings of the miniature, as `'STAGE.section.key' = value`; `--mini` applies them and expects nothing.",
+    "figure": "[[figure]]: figures drawn at the end.",
+    "expect": "Expected results, as `'STAGE.number' = [lowest, highest]`; results outside are reported at the end.",
 }
-"""What a pipeline's file may hold."""
+"""Tables of a pipeline's file."""
 STAGE = {
-    "name": "What later stages call it: lower-case letters, digits and hyphens.",
+    "name": "Name used by later stages: lower-case letters, digits and hyphens.",
     "run": "An algorithm, a data stage, or `model` for an existing model.",
-    "card": "Whether its model is examined; else true for a given model and for what an algorithm made to answer.",
-    "reference": "Model from which the card's KL is taken; else the first stage's, where that is given, or abacus.",
+    "card": "Whether its model is evaluated; by default true for models that write completions.",
+    "reference": "Reference model for the card's KL; by default the first stage's model if it existed, else abacus.",
 }
-"""What a stage's table may hold besides its settings."""
+"""Keys of a stage's table besides its settings."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of a pipeline. `settings` are as written; `overrides` are dotted and win over them."""
+    """One stage of a pipeline. `settings` are as written; `overrides` have dotted names and win over them."""
 
     name: str
     run: str
     settings: Mapping[str, Any]
     card: bool = True
-    """Whether the model that comes out is examined."""
+    """Whether the stage's model is evaluated."""
     reference: str = ""
-    """What the card's KL is taken from; empty is the pipeline's first model."""
+    """Reference model for the card's KL; empty is the pipeline's first model."""
     overrides: Mapping[str, Any] = field(default_factory=lambda: {})
 
     @property
     def is_training(self) -> bool:
-        """Whether an algorithm runs here."""
+        """Whether the stage runs a training algorithm."""
         return self.run in config.RECIPES
 
     def resolve(self, made: Mapping[str, str]) -> Any:
-        """The algorithm's recipe, or the maker's settings, with `made` (stage → its product) put in for references."""
+        """The algorithm's recipe or the data stage's settings, with references filled from `made` (stage → product)."""
         settings, overrides = filled(self.settings, made), filled(self.overrides, made)
         if self.is_training:
             return config.resolve(self.run, settings, overrides)
@@ -75,14 +74,14 @@ class Stage:
         return config.settings_from(cls, {**settings, **overrides}, "")
 
     def described(self, made: Mapping[str, str]) -> dict[str, Any]:
-        """What `resolve` gives as JSON, but for the run folder: where a run is kept is not what it computes."""
+        """What `resolve` gives, for JSON, without the run folder, which does not change the result."""
         resolved = self.resolve(made)
         if not self.is_training:
             return asdict(resolved)
-        return config.as_dict(replace(resolved, run=replace(resolved.run, out="")))
+        return config.identity(config.as_dict(replace(resolved, run=replace(resolved.run, out=""))))
 
     def needs(self) -> set[str]:
-        """The names of the stages whose products it reads."""
+        """Names of the stages whose products this one uses."""
         found: set[str] = set()
         _collect([self.settings, self.overrides, self.reference], found)
         return found
@@ -91,12 +90,12 @@ class Stage:
 @dataclass(frozen=True)
 class GivenModel:
     path: str = "abacus"
-    """Folder or hub id of the model that the pipeline begins with, or `abacus`."""
+    """Folder or hub id of an existing model, or `abacus`."""
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A checked pipeline. `expect` maps a result's name to its lowest and highest value; `text` is the file itself."""
+    """A checked pipeline. `expect` maps a result's name to its lowest and highest value; `text` is the file's text."""
 
     name: str
     about: str
@@ -109,7 +108,7 @@ class Pipeline:
     mini: bool = False
 
     def missed(self, results: Mapping[str, float]) -> dict[str, tuple[float, float]]:
-        """The expectations that results do not meet, also where a result is not there at all."""
+        """The expectations that the results do not meet; a missing result meets none."""
         nothing = float("nan")
         return {
             name: (low, high)
@@ -119,11 +118,11 @@ class Pipeline:
 
 
 def read_pipeline(path: Path, settings: Mapping[str, Any] | None = None, mini: bool = False) -> Pipeline:
-    """A pipeline from its file. `settings` are `stage.section.key`, `card.key` or `defaults.section.key`; `mini` puts
-    those of the `[mini]` table below them.
+    """Reads a pipeline from its file. `settings` are named `stage.section.key`, `card.key` or `defaults.section.key`;
+    `mini` applies the `[mini]` table, with lower priority.
 
-    Raises ConfigError naming the file and the stage: for unknown settings, references to no earlier stage, and all that
-    a recipe refuses by itself.
+    Raises ConfigError naming the file and the stage: for unknown settings, for references that are not to an earlier
+    stage, and for anything that a recipe itself rejects.
     """
     text, raw = _read(path)
     try:
@@ -154,11 +153,11 @@ def _read(path: Path) -> tuple[str, dict[str, Any]]:
         raise ConfigError(f"pipeline {path} is not valid TOML: {error}.") from None
     if "algorithm" in raw and "pipeline" not in raw:
         command = f"posttrain {raw['algorithm']} {path}"
-        raise ConfigError(f"{path} has `algorithm = ` and so is one run, not a pipeline; use `{command}`.")
+        raise ConfigError(f"{path} sets `algorithm`, so it is a single run, not a pipeline; use `{command}`.")
     if not isinstance(raw.get("pipeline"), str) or not _NAME.fullmatch(raw["pipeline"]):
         raise ConfigError(
-            f"pipeline {path}: the line `pipeline = {raw.get('pipeline')!r}` is not a name; write one of lower-case "
-            "letters, digits and hyphens."
+            f"pipeline {path}: `pipeline = {raw.get('pipeline')!r}` is not a valid name; use lower-case letters, "
+            "digits and hyphens."
         )
     for name in raw:
         if name not in TABLES:
@@ -169,7 +168,7 @@ def _read(path: Path) -> tuple[str, dict[str, Any]]:
 def _table(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
     found = raw.get(name, {})
     if not isinstance(found, dict):
-        raise ConfigError(f"{name}={found!r} is no table; write [{name}] with settings below it.")
+        raise ConfigError(f"{name}={found!r} is not a table; write [{name}] with settings below it.")
     return found
 
 
@@ -184,20 +183,22 @@ def _stage(table: Mapping[str, Any], defaults: Mapping[str, Any], overrides: Map
     rest = dict(table)
     name, run = str(rest.pop("name", "")), str(rest.pop("run", ""))
     if not _NAME.fullmatch(name):
-        raise ConfigError(f"a stage has the name {name!r}; write `name = ` with lower-case letters, digits, hyphens.")
+        raise ConfigError(f"stage name {name!r} is not valid; set `name` to lower-case letters, digits and hyphens.")
     kinds = [*config.RECIPES, *DATA_STAGES, GIVEN]
     if run not in kinds:
         raise ConfigError(f"stage {name!r}: unknown run = {run!r}{config.nearest(run, kinds)}")
-    examined = rest.pop("card", run == GIVEN or (run in config.RECIPES and run not in JUDGES))
-    if not isinstance(examined, bool):
-        raise ConfigError(f"stage {name!r}: card={examined!r} is not true or false.")
+    has_card = rest.pop(
+        "card", run == GIVEN or (run in config.RECIPES and config.RECIPES[run]().facts().trains == "policy")
+    )
+    if not isinstance(has_card, bool):
+        raise ConfigError(f"stage {name!r}: card={has_card!r} is not true or false.")
     reference = str(rest.pop("reference", ""))
     settings = _with_defaults(run, rest, defaults) if run in config.RECIPES else rest
-    return Stage(name, run, settings, examined, reference, overrides)
+    return Stage(name, run, settings, has_card, reference, overrides)
 
 
 def _with_defaults(run: str, settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """A stage's sections with the defaults that its recipe knows below them."""
+    """A stage's sections merged over the defaults that its recipe knows."""
     known = _settings_of(run)
     found = {
         section: {key: value for key, value in values.items() if f"{section}.{key}" in known}
@@ -209,10 +210,11 @@ def _with_defaults(run: str, settings: Mapping[str, Any], defaults: Mapping[str,
 
 
 def _defaults(written: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Section → setting → value for all training stages, each of which some algorithm knows."""
+    """Section → setting → value for all training stages; each setting must belong to some algorithm."""
     known = sorted(set().union(*map(_settings_of, config.RECIPES)))
     found: dict[str, dict[str, Any]] = {}
-    for name, value in {**_flat(written), **overrides}.items():
+    for written_name, value in {**_flat(written), **overrides}.items():
+        name = config.current_name(written_name, known)
         if name not in known:
             raise ConfigError(f"unknown setting {'defaults.' + name!r}{config.nearest(name, known)}")
         section, _, key = name.partition(".")
@@ -226,7 +228,7 @@ def _settings_of(algorithm: str) -> set[str]:
 
 
 def _flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """Settings by their dotted names: `sft.train.steps = 2` is the same with quotes around the name and without."""
+    """Settings by dotted name, so that `sft.train.steps = 2` means the same with and without quotes around the name."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         inner = _flat(value, f"{before}{name}.") if isinstance(value, Mapping) else {f"{before}{name}": value}
@@ -241,15 +243,15 @@ def _overrides(settings: Mapping[str, Any], names: Sequence[str]) -> dict[str, d
         stage, _, key = name.partition(".")
         if stage not in names or not key:
             close = config.nearest(stage, list(names))
-            raise ConfigError(f"setting {name!r} is written STAGE.SETTING, and no stage is named {stage!r}{close}")
+            raise ConfigError(f"setting {name!r} must be STAGE.SETTING, but no stage is named {stage!r}{close}")
         found.setdefault(stage, {})[key.replace("-", "_")] = value
     return found
 
 
 def _check(stages: Sequence[Stage]) -> None:
-    """Refuses a pipeline whose stages name each other wrongly or do not resolve."""
+    """Rejects a pipeline whose stages have invalid names, references or settings."""
     if not stages:
-        raise ConfigError("it has no [[stage]].")
+        raise ConfigError("there is no [[stage]].")
     before: list[str] = []
     for stage in stages:
         if stage.name in before or stage.name in _RESERVED:
@@ -257,7 +259,7 @@ def _check(stages: Sequence[Stage]) -> None:
         for name in sorted(stage.needs()):
             if name not in before:
                 why = config.nearest(name, before) if before else "; it is the first."
-                raise ConfigError(f"stage {stage.name!r} uses {{{name}}}, which no earlier stage makes{why}")
+                raise ConfigError(f"stage {stage.name!r} uses {{{name}}}, but no earlier stage has that name{why}")
         try:
             stage.resolve({name: name for name in before})
         except ConfigError as error:
@@ -270,13 +272,13 @@ def _figures(tables: Sequence[Mapping[str, Any]], stages: Sequence[str]) -> tupl
     names = [figure.name for figure in figures]
     for name in names:
         if names.count(name) > 1:
-            raise ConfigError(f"two figures are named {name!r}, and one's files would replace the other's.")
+            raise ConfigError(f"two figures are named {name!r}; rename one, or its files replace the other's.")
     return figures
 
 
 def _bounds(name: str, value: Any, stages: Sequence[str]) -> tuple[float, float]:
     numbers = isinstance(value, list) and len(value) == 2 and all(isinstance(x, int | float) for x in value)
-    if not numbers or not value[0] <= value[1]:  # a NaN is not below anything
+    if not numbers or not value[0] <= value[1]:  # also catches NaN
         raise ConfigError(f"expect.{name}={value!r} is not [lowest, highest].")
     stage = name.partition(".")[0]
     if stage not in [*stages, "figure"]:
@@ -285,7 +287,7 @@ def _bounds(name: str, value: Any, stages: Sequence[str]) -> tuple[float, float]
 
 
 def filled(value: Any, made: Mapping[str, str]) -> Any:
-    """The same value with references in its texts replaced by what `made` holds for them."""
+    """The value with the `{name}` references in its strings replaced from `made`."""
     if isinstance(value, str):
         return REFERENCE.sub(lambda found: made[found[1]], value)
     if isinstance(value, Mapping):

@@ -56,7 +56,7 @@ def sampled(
         "reward.name": reward,
         "run.seed": cfg.seed,
     }
-    return api.sample_many(cfg.model, config.resolve("grpo", {}, settings), split)
+    return api.sample_many(cfg.model, config.resolve_as(config.EvalRecipe, {}, settings), split)
 
 
 def conversation(task: Task, answer: str, **columns: Any) -> dict[str, Any]:

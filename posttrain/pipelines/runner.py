@@ -1,8 +1,8 @@
-"""Runs a pipeline: each stage once, in a folder named by the hash of its inputs, and an examination of what it made.
+"""Runs a pipeline: each stage once, in a folder named by the hash of its inputs, then evaluates the stage's model.
 
-The hash covers a stage's settings, what earlier stages it reads were made from, and the contents of the files and
-models it names. So a changed setting makes the stages below it anew and no others, and a pipeline that was killed goes
-on where it was: an algorithm from its newest checkpoint, a maker from its beginning.
+The hash covers a stage's settings, the hashes of the earlier stages it uses, and the contents of the files and models
+it names. A changed setting therefore reruns only the stages that depend on it, and a killed pipeline continues where it
+stopped: training from its newest checkpoint, a data stage from its beginning.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from posttrain import __version__, api, config
-from posttrain.pipelines.card import CardConfig, examine
+from posttrain.pipelines.card import CardConfig, make_card
 from posttrain.pipelines.data_stages import DATA_STAGES
 from posttrain.pipelines.figures import Finished, draw
 from posttrain.pipelines.recipe import GIVEN, Pipeline, Stage, filled
-from posttrain.rollout.build import OnStep
 from posttrain.store import durable
 from posttrain.store.pipeline import RECORD, is_pipeline, read_record
 from posttrain.store.run import Run
-from posttrain.train import device as machine
+from posttrain.train.device import file_hash, model_hash
+from posttrain.train.job import OnStep
 from posttrain.types import ConfigError
 
 Outcome = tuple[dict[str, Any] | None, dict[str, Any] | None]
@@ -36,7 +36,7 @@ _SEPARATORS = re.compile(r"[\s*+,()&]+")
 
 @dataclass
 class Record:
-    """What is known of one stage; `seconds` and `cpu_seconds` are None where it did not run in one go."""
+    """Record of one stage; `seconds` and `cpu_seconds` are None if it did not run in one go."""
 
     name: str
     run: str
@@ -46,40 +46,40 @@ class Record:
     seconds: float | None = None
     cpu_seconds: float | None = None
     peak_mib: float | None = None
-    """Highest resident memory of the process while the stage ran, where the kernel tells."""
+    """Peak resident memory of the process while the stage ran, if the kernel reports it."""
     made: dict[str, Any] | None = None
-    """What a maker counted."""
+    """A data stage's counts."""
     summary: dict[str, Any] | None = None
-    """What an algorithm's run ended with."""
+    """A training run's summary."""
     card: dict[str, Any] | None = None
     card_folder: str = ""
 
 
 @dataclass(frozen=True)
-class Ended:
-    """A pipeline that ran to its end, or that signal `stopped_by` stopped: then calling it again continues it."""
+class PipelineResult:
+    """A pipeline that finished, or that signal `stopped_by` stopped; running it again then continues it."""
 
     folder: Path
     records: list[Record]
     results: dict[str, float] = field(default_factory=lambda: {})
-    """Every number by `stage.name`, and `figure.name.number` of the figures."""
+    """Every number as `stage.name`, those of figures as `figure.name.number`."""
     missed: dict[str, tuple[float, float]] = field(default_factory=lambda: {})
-    """Expected results that are not between their bounds."""
+    """Expected results outside their bounds."""
     stopped_by: int = 0
 
 
 @dataclass(frozen=True)
 class Screen:
-    """Where a pipeline says what it does: `say` a line, and a live line for a training stage."""
+    """Progress output: `say` prints a line, `line` opens the live line of a training stage."""
 
     say: Callable[[str], None] = lambda text: None
     line: Callable[[Any], AbstractContextManager[OnStep]] = lambda recipe: nullcontext(lambda step, values: None)
 
 
-def run_pipeline(pipeline: Pipeline, folder: Path, screen: Screen | None = None, again: str = "") -> Ended:
-    """Runs what is not there yet and examines every model; `again` names a stage to make anew.
+def run_pipeline(pipeline: Pipeline, folder: Path, screen: Screen | None = None, again: str = "") -> PipelineResult:
+    """Runs the stages that are not done yet and evaluates every model; `again` names a stage to rerun.
 
-    Raises ConfigError for an unknown `again`, ResumeError where another process runs this pipeline.
+    Raises ConfigError for an unknown `again`, ResumeError if another process is running this pipeline.
     """
     screen = screen or Screen()
     if again and again not in [stage.name for stage in pipeline.stages]:
@@ -92,7 +92,7 @@ def run_pipeline(pipeline: Pipeline, folder: Path, screen: Screen | None = None,
         lock.release()
 
 
-def _run(pipeline: Pipeline, folder: Path, screen: Screen, again: str) -> Ended:
+def _run(pipeline: Pipeline, folder: Path, screen: Screen, again: str) -> PipelineResult:
     before = {r.folder: r for r in read_records(folder)}
     keys = stage_keys(pipeline)
     products: dict[str, str] = {}
@@ -113,20 +113,20 @@ def _run(pipeline: Pipeline, folder: Path, screen: Screen, again: str) -> Ended:
         elif stage.run != GIVEN:
             stopped = _advance(stage, place, products, record, screen)
         records.append(record)
-        _write(pipeline, folder, records)  # also before its card, which may be killed
+        _write(pipeline, folder, records)  # also before the evaluation, which may be killed
         if stopped:
-            return Ended(folder, records, stopped_by=stopped)
+            return PipelineResult(folder, records, stopped_by=stopped)
         products[stage.name] = _product(stage, place, products)
         if stage.card:
             first = products[pipeline.stages[0].name] if pipeline.stages[0].run == GIVEN else "abacus"
             reference = filled(stage.reference, products) or first
-            _examine(stage, products[stage.name], reference, pipeline.card, folder, record, screen)
+            _evaluate(stage, products[stage.name], reference, pipeline.card, folder, record, screen)
             _write(pipeline, folder, records)
     return _close(pipeline, folder, records, screen)
 
 
 def _advance(stage: Stage, place: Path, products: Mapping[str, str], record: Record, screen: Screen) -> int:
-    """Runs a stage that has not ended to its end; the number of the signal that stopped it, else 0."""
+    """Runs an unfinished stage; returns the number of the signal that stopped it, else 0."""
     whole, stopped = not place.exists(), 0
     _forget_peak()
     began, cpu = time.monotonic(), time.process_time()
@@ -153,7 +153,7 @@ def _train(stage: Stage, place: Path, products: Mapping[str, str], screen: Scree
 
 
 def _make(stage: Stage, place: Path, products: Mapping[str, str]) -> dict[str, Any]:
-    """Runs a maker in a clean folder; `made.json` is written last, so that a folder with one is whole."""
+    """Runs a data stage in an empty folder; `made.json` is written last, so a folder that has it is complete."""
     if place.exists():
         durable.remove_folder(place)
     place.mkdir(parents=True)
@@ -162,23 +162,23 @@ def _make(stage: Stage, place: Path, products: Mapping[str, str]) -> dict[str, A
     return counts
 
 
-def _examine(
+def _evaluate(
     stage: Stage, model: str, reference: str, cfg: CardConfig, folder: Path, record: Record, screen: Screen
 ) -> None:
-    """The card of a model, kept in a folder that names how it was examined."""
-    examined = {**asdict(cfg), **_contents(asdict(cfg))}  # tasks may be files
-    key = _digest({"card": examined, "model": machine.model_hash(model), "from": machine.model_hash(reference)})
+    """Evaluates a model; the card's folder is named by the hash of its settings, the model and the reference."""
+    settings = {**asdict(cfg), **_contents(asdict(cfg))}  # tasks may be files
+    key = _digest({"card": settings, "model": model_hash(model), "from": model_hash(reference)})
     place = folder / record.folder / f"card-{key[:8]}"
     record.card_folder = str(place.relative_to(folder))
     if not (place / "card.json").exists():
-        screen.say(f"  examining {stage.name}")
+        screen.say(f"  evaluating {stage.name}")
         place.mkdir(parents=True, exist_ok=True)
-        examine(model, reference, cfg, place)
+        make_card(model, reference, cfg, place)
     record.card = json.loads((place / "card.json").read_text(encoding="utf-8"))
 
 
-def _close(pipeline: Pipeline, folder: Path, records: list[Record], screen: Screen) -> Ended:
-    """Figures, results and what was expected of them."""
+def _close(pipeline: Pipeline, folder: Path, records: list[Record], screen: Screen) -> PipelineResult:
+    """Draws the figures, collects the results and compares them with what is expected."""
     finished = [Finished(r.name, folder / r.folder, r.card) for r in records]
     results = dict(_numbers(records))
     for figure in pipeline.figures:
@@ -188,14 +188,14 @@ def _close(pipeline: Pipeline, folder: Path, records: list[Record], screen: Scre
     unknown = [name for name in pipeline.expect if name not in results]
     if unknown:
         close = config.nearest(unknown[0], list(results))
-        raise ConfigError(f"pipeline {pipeline.name}: expect.{unknown[0]} is no result of it{close}")
+        raise ConfigError(f"pipeline {pipeline.name}: expect.{unknown[0]} is not one of its results{close}")
     missed = pipeline.missed(results)
     _write(pipeline, folder, records, results, missed)
-    return Ended(folder, records, results, missed)
+    return PipelineResult(folder, records, results, missed)
 
 
 def read_records(folder: Path) -> list[Record]:
-    """The stages that `pipeline.json` knows, also of an earlier version of the recipe."""
+    """The stages in `pipeline.json`, including those of earlier versions of the recipe."""
     if not is_pipeline(folder):
         return []
     known = {f.name for f in fields(Record)}
@@ -230,7 +230,7 @@ def _write(
 
 
 def _found(stage: Stage, place: Path) -> Outcome | None:
-    """What a maker counted, and what an algorithm's run ended with, where the stage has ended before."""
+    """A data stage's counts or a training run's summary, if the stage has already finished."""
     if not stage.is_training:
         made = place / "made.json"
         return (json.loads(made.read_text(encoding="utf-8")), None) if made.exists() else None
@@ -243,21 +243,21 @@ def _found(stage: Stage, place: Path) -> Outcome | None:
 
 def _state(stage: Stage, place: Path, found: Outcome | None) -> str:
     if stage.run == GIVEN:
-        return "given"
+        return "existing model"
     if found is not None:
-        return "done before"
-    return "continued" if (place / "run.json").exists() else "begun"
+        return "already done"
+    return "resuming" if (place / "run.json").exists() else "starting"
 
 
 def _product(stage: Stage, place: Path, products: Mapping[str, str]) -> str:
-    """What `{name}` stands for: a given model, a trained or made one, or the file of data."""
+    """What `{name}` stands for: the folder of a given, trained or built model, or a data file."""
     if stage.run == GIVEN:
         return stage.resolve(products).path
     return str(place / "model") if (place / "model").exists() else str(place / "data.jsonl")
 
 
 def stage_keys(pipeline: Pipeline) -> dict[str, str]:
-    """Stage → the hash of everything that decides what it makes."""
+    """Stage → hash of everything that determines its output."""
     keys: dict[str, str] = {}
     for stage in pipeline.stages:
         keys[stage.name] = _key(stage, keys)
@@ -265,13 +265,13 @@ def stage_keys(pipeline: Pipeline) -> dict[str, str]:
 
 
 def _key(stage: Stage, keys: Mapping[str, str]) -> str:
-    """`stage_keys` of a stage, given those of the stages before it."""
+    """The hash of one stage, given those of the stages before it."""
     settings = stage.described({name: f"made-{key}" for name, key in keys.items()})
     return _digest({"posttrain": __version__, "run": stage.run, "settings": settings, "files": _contents(settings)})
 
 
 def _contents(settings: Any) -> dict[str, str]:
-    """Hashes of the files and models that the texts among some settings name."""
+    """Hashes of the files and models that the strings in some settings name."""
     if isinstance(settings, Mapping):
         return {name: digest for value in settings.values() for name, digest in _contents(value).items()}
     if not isinstance(settings, str):
@@ -281,7 +281,7 @@ def _contents(settings: Any) -> dict[str, str]:
 
 
 def _content(name: str) -> str:
-    return machine.file_hash(name) if Path(name).is_file() else machine.model_hash(name)
+    return file_hash(name) if Path(name).is_file() else model_hash(name)
 
 
 def _digest(value: Any) -> str:
@@ -298,7 +298,7 @@ def _numbers(records: list[Record]) -> list[tuple[str, float]]:
 
 
 def _flat(values: Any, before: str = "") -> list[tuple[str, float]]:
-    """The numbers in nested tables by dotted names; a table with a `value` is that number."""
+    """The numbers in nested tables, by dotted name; a table with a `value` counts as that number."""
     if isinstance(values, bool) or values is None or isinstance(values, str | list):
         return []
     if not isinstance(values, Mapping):
@@ -310,7 +310,7 @@ def _flat(values: Any, before: str = "") -> list[tuple[str, float]]:
 
 
 def _forget_peak() -> None:
-    """Lets the kernel measure this process's highest memory anew, where it can."""
+    """Resets the kernel's record of this process's peak memory, if it can."""
     gc.collect()
     try:
         Path("/proc/self/clear_refs").write_text("5")
@@ -319,7 +319,7 @@ def _forget_peak() -> None:
 
 
 def _peak() -> float | None:
-    """Highest resident memory since `_forget_peak`, in MiB."""
+    """Peak resident memory since `_forget_peak`, in MiB."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Rejection sampling: several answers of a model to each task, of which the right or the best are kept to imitate."""
+"""Data stage `selection`: rejection sampling, which keeps the right or the best of several completions of each task."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ from posttrain.types import ConfigError, Episode, RolloutError, Task
 @dataclass(frozen=True)
 class Selection:
     model: str = "abacus"
-    """Whose answers are kept."""
+    """Model that is sampled."""
     tasks: str = "arithmetic"
-    """Training tasks, as `data.tasks` names them."""
+    """Training tasks, as in `data.tasks`."""
     count: int = 512
-    """Tasks."""
+    """Number of tasks."""
     samples: int = 4
-    """Answers to each task."""
+    """Completions per task."""
     max_tokens: int = 256
-    """Longest answer; one that does not end by then is never kept."""
+    """Maximum tokens per completion; truncated completions are never kept."""
     temperature: float = 1.0
     """Sampling temperature."""
     slots: int = 128
-    """Answers written at once."""
+    """Sequences decoded at once."""
     reward: str = "auto"
-    """What judges answers, as `reward.name`."""
+    """Scorer of the completions, as in `reward.name`."""
     select: Literal["passed", "best"] = "passed"
-    """Keep answers that pass, or those with the highest reward, passed or not."""
+    """Keep completions that pass, or those with the highest reward, passed or not."""
     max_per_task: int = 1
-    """Most answers kept of one task, all different."""
+    """Maximum completions kept per task, all different."""
     keep_language: bool = False
-    """Drop answers with less than 90 % of their letters in the question's language; those without letters stay."""
+    """Drop completions with less than 90 % of their letters in the prompt's language; without letters they stay."""
     keep_format: bool = False
-    """Drop answers whose thought is not closed, is empty or does not come first, or that say nothing after it."""
+    """Drop completions whose thought is unclosed, empty or not at the start, or that say nothing after it."""
     longest: int = 0
-    """Drop answers of more tokens; 0 keeps all lengths."""
+    """Drop completions with more tokens than this; 0 keeps all lengths."""
     seed: int = 0
-    """Which tasks and answers."""
+    """Seed for tasks and completions."""
 
     def __post_init__(self) -> None:
         require_positive(self, "count", "samples", "max_tokens", "slots", "max_per_task")
@@ -55,10 +55,10 @@ class Selection:
 
 
 def make(cfg: Selection, folder: Path) -> dict[str, Any]:
-    """Writes a row for each answer that is kept.
+    """Writes a row for each kept completion.
 
-    Counts the answers, those that `passed`, those dropped by each filter (the first that applies), the rows by task,
-    and the shares of answers kept and of tasks with one.
+    Returns the number of completions, the share that `passed`, how many each filter dropped (the first that applies),
+    the rows by task, and the shares of completions kept and of tasks with one.
     """
     tasks, groups = sampled(cfg, cfg.samples, cfg.reward)
     dropped: Counter[str] = Counter()
@@ -71,8 +71,8 @@ def make(cfg: Selection, folder: Path) -> dict[str, Any]:
     for _ in range(cfg.max_per_task):
         best = chosen_rows(tasks, left, 1.0 if cfg.select == "passed" else None)
         rows += best
-        said = {row["id"]: row["messages"][-1]["content"] for row in best}
-        left = [_without(said.get(task.id), group) for task, group in zip(tasks, left, strict=True)]
+        kept = {row["id"]: row["messages"][-1]["content"] for row in best}
+        left = [_without(kept.get(task.id), group) for task, group in zip(tasks, left, strict=True)]
     write_rows(folder / DATA, rows)
     answers = sum(map(len, groups))
     kinds = {task.id: task.env for task in tasks}
@@ -89,7 +89,7 @@ def make(cfg: Selection, folder: Path) -> dict[str, Any]:
 
 
 def _scored(cfg: Selection, episode: Episode, unfit: bool) -> Episode:
-    """The episode as it is chosen by: unfit ones have no reward, and passing is worth 1 where that is what counts."""
+    """The episode with the reward that selection uses: none if unfit, 0 or 1 if selection is by passing."""
     if unfit or episode.reward is None:
         return replace(episode, reward=None)
     return replace(episode, reward=float(episode.passed)) if cfg.select == "passed" else episode
@@ -100,7 +100,7 @@ def _without(text: str | None, group: list[Episode]) -> list[Episode]:
 
 
 def _fault(cfg: Selection, task: Task, episode: Episode) -> str:
-    """The first filter that an answer fails, or ""."""
+    """The first filter that a completion fails, or ""."""
     checks: dict[str, Callable[[], bool]] = {
         "truncated": lambda: episode.stop == "length",
         "format": lambda: cfg.keep_format and not well_formed(episode.text),
@@ -111,16 +111,16 @@ def _fault(cfg: Selection, task: Task, episode: Episode) -> str:
 
 
 def well_formed(text: str) -> bool:
-    """At most one thought, which comes first, is closed and holds something; and an answer."""
+    """Whether a text has an answer, and at most one thought, which comes first, is closed and is not empty."""
     marks = text.count(OPEN), text.count(CLOSE)
     return bool(final_part(text)) and (marks == (0, 0) or (marks == (1, 1) and thinks(text)))
 
 
 def in_language(task: Task, text: str) -> bool:
-    """Whether a text is in its prompt's language (posttrain.rewards.language); nothing speaks against bare numbers."""
+    """Whether a text is in its prompt's language (posttrain.rewards.language); bare numbers always are."""
     if not any(char.isalpha() for char in text.replace(OPEN, "").replace(CLOSE, "")):
         return True
     try:
         return language(task, text).passed
-    except RolloutError:  # the prompt's own language is not clear
+    except RolloutError:  # the prompt's language is unclear
         return True

@@ -1,4 +1,4 @@
-"""A smaller model from a larger one: its first layers, for reward models of several sizes (Gao et al., 2210.10760)."""
+"""Data stage `shrink`: a model's first layers, for reward models of several sizes (Gao et al., arXiv 2210.10760)."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from posttrain.types import ConfigError
 @dataclass(frozen=True)
 class Shrink:
     model: str = "abacus"
-    """The model whose first layers are kept, with its embeddings, last norm and tokenizer."""
+    """Model whose first layers are kept, with its embeddings, final norm and tokenizer."""
     layers: int = 1
-    """How many."""
+    """Number of layers to keep."""
 
     def __post_init__(self) -> None:
         require_positive(self, "layers")
@@ -26,14 +26,14 @@ class Shrink:
 def make(cfg: Shrink, folder: Path) -> dict[str, Any]:
     """Writes the model to `folder/model`; returns its layers and parameters. Raises ConfigError for too many layers.
 
-    What is cut off is not made up for: the model writes nothing sensible until it is trained.
+    Nothing makes up for the removed layers: the model writes nonsense until it is trained.
     """
     policy = api.open_policy(cfg.model)
     body: Any = policy.body
     if not hasattr(body, "layers"):
-        raise ConfigError(f"model {cfg.model!r} keeps its layers elsewhere than Llama does, so it cannot be cut.")
+        raise ConfigError(f"model {cfg.model!r} has no Llama-like list of layers, so it cannot be cut.")
     if cfg.layers > len(body.layers):
-        raise ConfigError(f"layers={cfg.layers}, but {cfg.model!r} has {len(body.layers)}. Give as many or fewer.")
+        raise ConfigError(f"layers={cfg.layers}, but {cfg.model!r} has {len(body.layers)}. Use that many or fewer.")
     body.layers = body.layers[: cfg.layers]
     policy.config.num_hidden_layers = cfg.layers
     if getattr(policy.config, "layer_types", None):

@@ -11,8 +11,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from posttrain.config import Recipe, RolloutConfig, Sampling
 from posttrain.models.shapes import ModelShape, shape_of
 
 BASELINE = 356 << 20
@@ -80,19 +80,19 @@ class Memory:
         return sum(self.held.values()) + sum(self.phases[phase].values())
 
 
-def memory(algorithm: str, recipe: Any, shape: ModelShape, rows: Rows, where: Where | None = None) -> Memory:
+def plan_memory(recipe: Recipe, shape: ModelShape, rows: Rows, where: Where | None = None) -> Memory:
     """The memory of a resolved recipe on a model of `shape` whose rows of data are `rows` tokens long."""
     where = where or Where()
-    held = {"process": where.baseline, **states(algorithm, recipe, shape, where)}
-    if samples(algorithm, recipe):
-        copies = 2 if lags(algorithm, recipe) else 1  # one generator samples, another examines
+    held = {"process": where.baseline, **states(recipe, shape, where)}
+    if samples(recipe):
+        copies = 2 if lags(recipe) else 1  # one generator samples, another examines
         held |= {name: size * copies for name, size in generator(recipe, shape, rows, where).items()}
-    training = training_pass(algorithm, recipe, shape, largest_pass(algorithm, recipe, rows), where)
+    training = training_pass(recipe, shape, largest_pass(recipe, rows), where)
     phases: dict[str, dict[str, int]] = {"training pass": training}
-    if scores(algorithm, recipe):
-        whole = largest_pass(algorithm, recipe, rows, all_rows=True)
-        phases["scoring"] = scoring_phase(algorithm, recipe, shape, whole, where)
-    if samples(algorithm, recipe):
+    if scores(recipe):
+        whole = largest_pass(recipe, rows, all_rows=True)
+        phases["scoring"] = scoring_phase(recipe, shape, whole, where)
+    if samples(recipe):
         phases["sampling"] = sampling_phase(recipe, shape, rows, where)
     if not where.cuda:  # a later phase takes its blocks from what the passes have left in the heap
         left = HEAP_KEPT * (training["activations"] + training["gaps in the heap"])
@@ -104,67 +104,71 @@ def memory(algorithm: str, recipe: Any, shape: ModelShape, rows: Rows, where: Wh
 # --- what is held throughout ----------------------------------------------------------------------------------------
 
 
-def width_of(recipe: Any) -> int:
+def width_of(recipe: Recipe) -> int:
     """Bytes of one weight."""
     return 4 if recipe.model.dtype == "float32" else 2
 
 
-def trainable(recipe: Any, shape: ModelShape) -> int:
+def trainable(recipe: Recipe, shape: ModelShape) -> int:
     """Weights that learn."""
     return shape.adapters(recipe.model.lora_rank) if recipe.model.lora_rank else shape.parameters
 
 
-def samples(algorithm: str, recipe: Any) -> bool:
-    """Whether answers are sampled: for feedback only where data.tasks names a task."""
-    if algorithm in ("dpo", "reward", "prm"):
-        return not ("." in recipe.data.tasks or "/" in recipe.data.tasks)
-    return algorithm != "sft"
+def samples(recipe: Recipe) -> bool:
+    """Whether completions are sampled to learn from, in every step or before the first."""
+    return recipe.facts().samples != "never"
 
 
-def scores(algorithm: str, recipe: Any) -> bool:
+def scores(recipe: Recipe) -> bool:
     """Whether there are passes without gradient: of a reference, old log-probabilities and values, held-out rows."""
-    if algorithm != "grpo":
-        return True
-    cfg = recipe.algo
-    return cfg.kl_coef > 0 or (cfg.epochs * cfg.minibatches > 1 and cfg.old_logp == "learner")
+    facts = recipe.facts()
+    return facts.scoring_passes > 0 or facts.held_out_pass
 
 
-def states(algorithm: str, recipe: Any, shape: ModelShape, where: Where) -> dict[str, int]:
-    """Weights of every model and the optimizers' numbers: posttrain/train/learner.py, frozen.py and critic.py.
+def states(recipe: Recipe, shape: ModelShape, where: Where) -> dict[str, int]:
+    """Weights of every model and the optimizers' numbers: posttrain/train/learners/local.py, frozen.py and critic.py.
 
     Gradients live from a step's first pass to its update, so they belong to the training pass. On N devices each holds
     one Nth of them.
     """
-    size, learns, cfg = width_of(recipe), trainable(recipe, shape), recipe.algo
+    size, learns, facts = width_of(recipe), trainable(recipe, shape), recipe.facts()
     model = shape.parameters * size
     adapters = learns * 4 if recipe.model.lora_rank else 0  # PEFT keeps adapters in float32
     masters = learns * 4 if size == 2 and not recipe.model.lora_rank else 0
     found = {"weights": model + adapters, "float32 masters": masters, "optimizer": learns * 8}
-    if keeps_reference(algorithm, recipe):
-        found["reference model"] = model
-    if algorithm == "ppo" and cfg.critic == "separate":
+    if keeps_reference(recipe):
+        found["reference model"] = reference_bytes(recipe, shape)
+    if facts.critic == "separate":
         found["critic"] = model + adapters + masters + learns * 8
-    if lags(algorithm, recipe):
+    if lags(recipe):
         found["sampler's copy"] = model + adapters
-    if algorithm == "raft" and cfg.restart:
+    if facts.starting_weights:
         found["starting weights"] = learns * (4 if recipe.model.lora_rank else size)
-    if algorithm == "distill":
+    if facts.teacher:
         found["teacher"] = model
     for folder in reward_folders(recipe):
         found["reward model"] = found.get("reward model", 0) + shape_of(folder).parameters * 4
     return {name: -(-count // where.gpus) for name, count in found.items() if count}
 
 
-def keeps_reference(algorithm: str, recipe: Any) -> bool:
-    """Whether a frozen copy stays (train/frozen.py); with LoRA it is the policy, and DPO's is read once and cached."""
-    if recipe.model.lora_rank:
-        return False
-    return algorithm == "online-dpo" or (algorithm in ("grpo", "ppo") and recipe.algo.kl_coef > 0)
+def reference_bytes(recipe: Recipe, shape: ModelShape) -> int:
+    """Bytes of a frozen copy of the starting model; 0 with LoRA, where the policy without its adapters serves."""
+    return 0 if recipe.model.lora_rank else shape.parameters * width_of(recipe)
 
 
-def reward_folders(recipe: Any) -> list[Path]:
+def keeps_reference(recipe: Recipe) -> bool:
+    """Whether a frozen copy stays in memory (train/reference.py); with LoRA it is the policy without its adapters."""
+    return recipe.facts().reference == "frozen" and not recipe.model.lora_rank
+
+
+def rollout_of(recipe: Recipe) -> RolloutConfig:
+    """The section of a recipe that samples; the defaults where it has none."""
+    return recipe.rollout if isinstance(recipe, Sampling) else RolloutConfig()
+
+
+def reward_folders(recipe: Recipe) -> list[Path]:
     """Model folders that `model:A+B` in `reward.name` names (posttrain/rewards/models.py)."""
-    name = getattr(getattr(recipe, "reward", None), "name", "")
+    name = recipe.reward.name if isinstance(recipe, Sampling) else ""
     said = re.findall(r"model:([^\s&*(),='\"]+)", name)
     if name.startswith("model:") and " & " not in name and all(Path(f).is_dir() for f in name[6:].split("+")):
         said = [name.removeprefix("model:")]  # folders may hold any sign
@@ -172,17 +176,17 @@ def reward_folders(recipe: Any) -> list[Path]:
     return [f / "model" if (f / "run.json").is_file() else f for f in folders]
 
 
-def lags(algorithm: str, recipe: Any) -> bool:
-    """Whether answers are sampled from a copy of the policy (posttrain/algos/grpo.py)."""
-    return algorithm == "grpo" and bool(recipe.algo.max_lag or recipe.algo.overlap)
+def lags(recipe: Recipe) -> bool:
+    """Whether completions are sampled from a copy of the policy."""
+    return recipe.facts().sampler_copy
 
 
-def by_kernels(recipe: Any, where: Where) -> bool:
+def by_kernels(recipe: Recipe, where: Where) -> bool:
     """Whether posttrain/models/kernels do the work between products."""
     return where.fused and not where.cuda and recipe.model.dtype == "float32"
 
 
-def generator(recipe: Any, shape: ModelShape, rows: Rows, where: Where) -> dict[str, int]:
+def generator(recipe: Recipe, shape: ModelShape, rows: Rows, where: Where) -> dict[str, int]:
     """What a generator keeps between steps: posttrain/rollout/fused.py with kernels, else plain.py.
 
     With kernels: weights once more in the order decoding reads them, slots for answers alone, and the newest logits.
@@ -190,40 +194,31 @@ def generator(recipe: Any, shape: ModelShape, rows: Rows, where: Where) -> dict[
     prompts, answers = at_once(recipe)
     kv = token_kv(shape, recipe)
     if by_kernels(recipe, where):
-        cache = (answers * -(-recipe.rollout.max_tokens // CACHE_BLOCK) * CACHE_BLOCK + prompts * rows.prompt) * kv
+        cache = (answers * -(-rollout_of(recipe).max_tokens // CACHE_BLOCK) * CACHE_BLOCK + prompts * rows.prompt) * kv
         head = shape.head * 4 if shape.vocab <= PACKED_HEAD else 0
-        packed = shape.matrices * (2 if recipe.rollout.dtype == "bfloat16" else 4) + head
+        packed = shape.matrices * (2 if rollout_of(recipe).dtype == "bfloat16" else 4) + head
         return {"weights for decoding": packed, "KV cache": cache, "newest logits": answers * shape.vocab * 4}
-    capacity = -(-(rows.prompt + recipe.rollout.max_tokens) // CACHE_BLOCK) * CACHE_BLOCK
+    capacity = -(-(rows.prompt + rollout_of(recipe).max_tokens) // CACHE_BLOCK) * CACHE_BLOCK
     return {"KV cache": -(-answers // TILE) * TILE * capacity * kv}
 
 
-def at_once(recipe: Any) -> tuple[int, int]:
+def at_once(recipe: Recipe) -> tuple[int, int]:
     """The most prompts and the most answers that a generator works on at once: a step's, or an examination's."""
-    cfg, examined, slots = recipe.algo, getattr(recipe, "eval", None), recipe.rollout.slots
-    asked = [(getattr(cfg, "prompts", 1), getattr(cfg, "group_size", 1))]
-    asked += [(examined.problems, examined.samples)] if examined else []
+    facts, slots = recipe.facts(), rollout_of(recipe).slots
+    asked = [(facts.prompts, facts.group_size)]
+    asked += [(recipe.eval.problems, recipe.eval.samples)] if isinstance(recipe, Sampling) else []
     prompts = max(min(count, -(-slots // each) + 1) for count, each in asked)
     return prompts, min(slots, max(count * each for count, each in asked))
 
 
-def token_kv(shape: ModelShape, recipe: Any) -> int:
+def token_kv(shape: ModelShape, recipe: Recipe) -> int:
     """Bytes of one token's keys and values in all layers."""
     return 2 * shape.layers * shape.kv_heads * shape.head_dim * width_of(recipe)
 
 
-def batch_rows(algorithm: str, recipe: Any) -> int:
+def batch_rows(recipe: Recipe) -> int:
     """Rows of data in one optimizer batch."""
-    cfg = recipe.algo
-    if algorithm in ("sft", "prm", "raft"):
-        return cfg.batch_rows
-    if algorithm in ("dpo", "reward"):
-        return cfg.batch_pairs * (1 if getattr(cfg, "loss", "") == "kto" else 2)
-    return (
-        2 * cfg.prompts
-        if algorithm == "online-dpo"
-        else max(1, cfg.prompts * cfg.group_size // getattr(cfg, "minibatches", 1))
-    )
+    return max(1, recipe.facts().batch_rows)
 
 
 @dataclass(frozen=True)
@@ -235,40 +230,38 @@ class Pass:
     alone: bool = True
 
 
-def largest_pass(algorithm: str, recipe: Any, rows: Rows, all_rows: bool = False) -> Pass:
+def largest_pass(recipe: Recipe, rows: Rows, all_rows: bool = False) -> Pass:
     """The largest pass of an optimizer batch, or over any number of rows (posttrain/data/batching.py:plan).
 
     Rows with one prompt are a unit whose prompt is computed once. As many units as fit make a pass, and the passes are
     of equal size; a unit that does not fit is split, and each part computes the prompt again.
     """
-    room, cfg = recipe.train.tokens_per_pass, recipe.algo
-    alike = sharing(algorithm, recipe, rows)
-    units = max(1, batch_rows(algorithm, recipe) // alike)
+    room = recipe.train.micro_batch_tokens
+    alike = sharing(recipe, rows)
+    units = max(1, batch_rows(recipe) // alike)
     if all_rows:
-        units = units * getattr(cfg, "minibatches", 1) if samples(algorithm, recipe) else max(units, room)
+        units = units * recipe.facts().minibatches if samples(recipe) else max(units, room)
     unit = rows.prompt + alike * rows.answer
     if unit <= room:
         passes = -(-units // (room // unit))
         count = -(-units // passes)
         return Pass(count * unit, count * alike * rows.answer, passes == 1)
-    fits = 2 if planned_in_pairs(algorithm, recipe) else max(1, (room - rows.prompt) // rows.answer)  # pairs stay whole
+    fits = 2 if planned_in_pairs(recipe) else max(1, (room - rows.prompt) // rows.answer)  # pairs stay whole
     count = -(-alike // -(-alike // fits))
     return Pass(rows.prompt + count * rows.answer, count * rows.answer, False)
 
 
-def sharing(algorithm: str, recipe: Any, rows: Rows) -> int:
+def sharing(recipe: Recipe, rows: Rows) -> int:
     """Rows whose prompt is computed once for all of them."""
-    if algorithm == "raft" or rows.prompt < WORTH:
-        return 1
-    return 2 if planned_in_pairs(algorithm, recipe) else getattr(recipe.algo, "group_size", 1)
+    return 1 if rows.prompt < WORTH else recipe.facts().shared_prompt
 
 
-def planned_in_pairs(algorithm: str, recipe: Any) -> bool:
-    """Whether rows 2i and 2i + 1 are two answers to one prompt."""
-    return algorithm in ("dpo", "online-dpo", "reward") and getattr(recipe.algo, "loss", "") != "kto"
+def planned_in_pairs(recipe: Recipe) -> bool:
+    """Whether rows 2i and 2i + 1 are two completions of one prompt."""
+    return recipe.facts().paired
 
 
-def layer_tensors(recipe: Any, shape: ModelShape, tokens: int, where: Where) -> list[tuple[float, float]]:
+def layer_tensors(recipe: Recipe, shape: ModelShape, tokens: int, where: Where) -> list[tuple[float, float]]:
     """(bytes, number) of the tensors that one layer keeps for its backward pass.
 
     posttrain/models/decoder.py with kernels, else transformers' Llama. Attention (posttrain/models/packing.py) keeps
@@ -286,7 +279,7 @@ def layer_tensors(recipe: Any, shape: ModelShape, tokens: int, where: Where) -> 
     return [*casts, (attention * 2, 3), (keys * 2, 2), (stream * 4, 2), (unit * 2, 3)]
 
 
-def layer_gaps(recipe: Any, shape: ModelShape, tokens: int, where: Where) -> float:
+def layer_gaps(recipe: Recipe, shape: ModelShape, tokens: int, where: Where) -> float:
     """Bytes of what a layer makes and frees between tensors it keeps, as far as that lies in the heap.
 
     Queries and keys before they are turned, and both parts' results before they join the residual stream; with an
@@ -304,7 +297,7 @@ def layer_gaps(recipe: Any, shape: ModelShape, tokens: int, where: Where) -> flo
     return sum(unit * size * max(0.0, 1 - unit * size / HEAP_BLOCK) for size in freed)
 
 
-def activations(recipe: Any, shape: ModelShape, tokens: int, where: Where) -> tuple[int, int]:
+def activations(recipe: Recipe, shape: ModelShape, tokens: int, where: Where) -> tuple[int, int]:
     """What the layers keep between the forward and the backward pass of `tokens` tokens, and the gaps among it."""
     gaps = round(shape.layers * layer_gaps(recipe, shape, tokens, where))
     if not recipe.model.gradient_checkpointing:
@@ -313,18 +306,18 @@ def activations(recipe: Any, shape: ModelShape, tokens: int, where: Where) -> tu
     return shape.layers * inputs, gaps
 
 
-def one_layer(recipe: Any, shape: ModelShape, tokens: int, where: Where) -> int:
+def one_layer(recipe: Recipe, shape: ModelShape, tokens: int, where: Where) -> int:
     """Bytes that one layer keeps."""
     return round(sum(each * count for each, count in layer_tensors(recipe, shape, tokens, where)))
 
 
-def projection(algorithm: str, recipe: Any, shape: ModelShape, trained: int, where: Where) -> int:
+def projection(recipe: Recipe, shape: ModelShape, trained: int, where: Where) -> int:
     """Blocks of logits in posttrain/train/projection.py; scores of whole rows need none.
 
     With kernels a block becomes its own gradient, and of several the last is alive while the next is made. Without,
     log-probabilities, their exponentials and a product of both are blocks of their own.
     """
-    if algorithm in ("reward", "prm"):
+    if recipe.facts().trains == "scorer":
         return 0
     chunk = min(trained, max(1, LOGITS_PER_CHUNK // shape.vocab))
     blocks = 2.0 if trained > chunk else 1.0
@@ -335,24 +328,24 @@ def projection(algorithm: str, recipe: Any, shape: ModelShape, trained: int, whe
     return round(chunk * shape.vocab * 4 * blocks)
 
 
-def training_pass(algorithm: str, recipe: Any, shape: ModelShape, update: Pass, where: Where) -> dict[str, int]:
-    """One forward and backward pass: posttrain/train/learner.py:forward_backward.
+def training_pass(recipe: Recipe, shape: ModelShape, update: Pass, where: Where) -> dict[str, int]:
+    """One forward and backward pass: posttrain/train/learners/local.py:forward_backward.
 
     A pass that is alone makes its gradients where activations were; of several, all find the gradients there.
     """
     size, learns = width_of(recipe), trainable(recipe, shape)
     whole = not recipe.model.lora_rank
-    head = shape.head * (4 if size == 4 else 6) if whole and algorithm not in ("reward", "prm") else 0
+    head = shape.head * (4 if size == 4 else 6) if whole and recipe.facts().trains == "policy" else 0
     low = learns * 2 if size == 2 and whole else 0  # bf16 gradients before they join the masters'
     kept, gaps = activations(recipe, shape, update.tokens, where)
     accumulated = 0 if update.alone else learns * 4
-    if algorithm == "ppo" and recipe.algo.critic == "separate":
+    if recipe.facts().critic == "separate":
         accumulated += learns * 4  # of the critic, whose passes alternate with the policy's
     late = low + learns * 4 if update.alone else low
     working = update.tokens * (3 * shape.ffn + 2 * shape.width) * size
     if recipe.model.gradient_checkpointing:  # which is computed again
         working += one_layer(recipe, shape, update.tokens, where)
-    logits = projection(algorithm, recipe, shape, update.trained, where)
+    logits = projection(recipe, shape, update.trained, where)
     return {
         "gradients": -(-(accumulated + max(0, late - kept)) // where.gpus),
         "activations": kept,
@@ -363,8 +356,8 @@ def training_pass(algorithm: str, recipe: Any, shape: ModelShape, update: Pass, 
     }
 
 
-def sampling_phase(recipe: Any, shape: ModelShape, rows: Rows, where: Where) -> dict[str, int]:
-    """Prompts' passes and a decode step's logits: posttrain/rollout/engine.py, plain.py and fused.py.
+def sampling_phase(recipe: Recipe, shape: ModelShape, rows: Rows, where: Where) -> dict[str, int]:
+    """Prompts' passes and a decode step's logits: posttrain/rollout/engines/embedded.py, plain.py and fused.py.
 
     A pass computes one layer at a time and keeps all layers' keys and values, which without kernels it stacks.
     """
@@ -378,7 +371,7 @@ def sampling_phase(recipe: Any, shape: ModelShape, rows: Rows, where: Where) -> 
     return {**found, "prompts' keys and values": tokens * kv, "decode logits": answers * shape.vocab * DRAW_BYTES}
 
 
-def scoring_phase(algorithm: str, recipe: Any, shape: ModelShape, one: Pass, where: Where) -> dict[str, int]:
+def scoring_phase(recipe: Recipe, shape: ModelShape, one: Pass, where: Where) -> dict[str, int]:
     """A pass without gradient (posttrain/train/forward.py): one layer at a time, then a chunk of logits."""
     layer = one_layer(recipe, shape, one.tokens, where)
-    return {"one layer": layer, "logits": projection(algorithm, recipe, shape, one.trained, where)}
+    return {"one layer": layer, "logits": projection(recipe, shape, one.trained, where)}

@@ -9,27 +9,26 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
+from posttrain.config import Recipe
 from posttrain.data import batching
 from posttrain.models.attention import NAME
 from posttrain.models.load import Policy, llama_config
 from posttrain.models.shapes import ModelShape
-from posttrain.planner import memory as planner
+from posttrain.planner import memory
 from posttrain.planner.memory import Rows
-from posttrain.rollout.engine import EmbeddedGenerator
+from posttrain.rollout.engines.embedded import EmbeddedGenerator
 from posttrain.rollout.generator import Request
-from posttrain.train.learner import Learner
+from posttrain.train.learner import make_learner
 from posttrain.types import Batch, Sample, SamplingParams, Stat
 
 PROBE_LAYERS, PROBE_TOKENS, PROBE_ANSWER = 2, 512, 12
-ROLLOUT = ("grpo", "ppo", "online-dpo", "raft", "distill")
-"""Algorithms that sample in every step."""
 
 
 @dataclass(frozen=True)
@@ -50,44 +49,34 @@ def forward_flops(shape: ModelShape, tokens: float, mean_context: float, logits:
     return tokens * (2 * shape.matrices + attention) + 2 * logits * shape.head
 
 
-def work(algorithm: str, recipe: Any, shape: ModelShape, rows: Rows) -> Work:
+def work(recipe: Recipe, shape: ModelShape, rows: Rows) -> Work:
     """What one step computes; rows have their mean length."""
-    cfg, prompt, answer = recipe.algo, rows.mean_prompt or rows.prompt, rows.mean_answer or rows.answer
+    facts, prompt, answer = recipe.facts(), rows.mean_prompt or rows.prompt, rows.mean_answer or rows.answer
     context = rows.mean / 2
-    updated = planner.batch_rows(algorithm, recipe) * getattr(cfg, "minibatches", 1) * getattr(cfg, "epochs", 1)
-    scalar = algorithm in ("reward", "prm")
-    tokens = answer + prompt / planner.sharing(algorithm, recipe, rows)
-    one = forward_flops(shape, tokens, context, 0 if scalar else answer)
+    tokens = answer + prompt / memory.sharing(recipe, rows)
+    one = forward_flops(shape, tokens, context, 0 if facts.trains == "scorer" else answer)
     backward = 1 if recipe.model.lora_rank else 2
     again = 1 if recipe.model.gradient_checkpointing else 0
-    training = updated * one * (1 + backward + again)
-    if algorithm not in ROLLOUT:
+    training = facts.step_rows * facts.epochs * one * (1 + backward + again)
+    if facts.samples != "every step":
         return Work(training=training)
-    count = cfg.prompts * cfg.group_size
-    passes = float(
-        planner.keeps_reference(algorithm, recipe) or (recipe.model.lora_rank and getattr(cfg, "kl_coef", 0) > 0)
-    )
-    if algorithm == "ppo":
-        passes += 2  # old log-probabilities and old values
-        training *= 2 if cfg.critic == "separate" else 1
-    elif algorithm == "distill" or algorithm == "grpo" and updated > count:
-        passes += 1
-    slots = min(recipe.rollout.slots, count)
+    count = facts.prompts * facts.group_size
+    slots = min(memory.rollout_of(recipe).slots, count)
     return Work(
-        prefill=cfg.prompts * forward_flops(shape, prompt, prompt / 2, 1),
+        prefill=facts.prompts * forward_flops(shape, prompt, prompt / 2, 1),
         decode=count * forward_flops(shape, answer, prompt + answer / 2, answer),
-        scoring=count * one * passes,
-        training=training,
+        scoring=count * one * facts.scoring_passes,
+        training=training * (2 if facts.critic == "separate" else 1),
         decode_steps=math.ceil(count / slots) * answer,
         decode_rows=slots,
     )
 
 
-def step_seconds(algorithm: str, recipe: Any, shape: ModelShape, rows: Rows, device: str) -> dict[str, float]:
+def step_seconds(recipe: Recipe, shape: ModelShape, rows: Rows, device: str) -> dict[str, float]:
     """Seconds of one step by part: its operations over speeds measured now on `PROBE_LAYERS` layers of this shape."""
     small = replace(shape, layers=min(PROBE_LAYERS, shape.layers))
     policy = random_policy(small, recipe, device)
-    todo = work(algorithm, recipe, shape, rows)
+    todo = work(recipe, shape, rows)
     speed = training_speed(policy, small, recipe, rows)
     out = {"training pass": todo.training / speed[0]}
     if todo.scoring:
@@ -99,7 +88,7 @@ def step_seconds(algorithm: str, recipe: Any, shape: ModelShape, rows: Rows, dev
     return out
 
 
-def random_policy(shape: ModelShape, recipe: Any, device: str) -> Policy:
+def random_policy(shape: ModelShape, recipe: Recipe, device: str) -> Policy:
     """A Llama of a shape with random weights and no tokenizer."""
     model = LlamaForCausalLM(llama_config(shape, max_position_embeddings=1 << 20))
     model.set_attn_implementation(NAME)
@@ -108,27 +97,27 @@ def random_policy(shape: ModelShape, recipe: Any, device: str) -> Policy:
     return Policy(model, None, "random", ())
 
 
-def training_speed(policy: Policy, shape: ModelShape, recipe: Any, rows: Rows) -> tuple[float, float]:
+def training_speed(policy: Policy, shape: ModelShape, recipe: Recipe, rows: Rows) -> tuple[float, float]:
     """FLOP/s of a training pass and of a pass without gradient, over about PROBE_TOKENS tokens of the run's rows."""
     length = min(max(2, round(rows.mean)), PROBE_TOKENS)
     answer = max(1, min(length - 1, round(length * (rows.mean_answer or rows.answer) / rows.mean)))
-    count = max(1, min(PROBE_TOKENS, recipe.train.tokens_per_pass) // length)
+    count = max(1, min(PROBE_TOKENS, recipe.train.micro_batch_tokens) // length)
     draw = np.random.default_rng(0)
     blank, mask = np.zeros(length, np.float32), np.arange(length) >= length - answer
     samples = [Sample(draw.integers(3, shape.vocab, length), mask, blank, blank) for _ in range(count)]
     (batch,) = batching.micro(samples, count * length, "token-mean", device=policy.device)
-    learner = Learner(policy, recipe.train, 1)
+    learner = make_learner(policy, recipe.train, 1)
     flops = count * forward_flops(shape, length, length / 2, answer)
 
     def loss(logp: torch.Tensor, entropy: torch.Tensor, b: Batch) -> tuple[torch.Tensor, dict[str, Stat]]:
         return -(b.weights * logp).sum(), {}
 
-    trained = best_time(lambda: learner.forward_backward(batch, loss))
-    scored = best_time(lambda: learner.logprobs(batch))
+    trained = best_time(lambda: learner.forward_backward([batch], loss))
+    scored = best_time(lambda: learner.logprobs(samples))
     return 3 * flops / trained, flops / scored  # the probe trains all weights
 
 
-def sampling_speed(policy: Policy, shape: ModelShape, recipe: Any, rows: Rows, slots: int) -> tuple[float, float]:
+def sampling_speed(policy: Policy, shape: ModelShape, recipe: Recipe, rows: Rows, slots: int) -> tuple[float, float]:
     """FLOP/s of a prompt's pass and of decoding with `slots` sequences at the run's mean context."""
     prompt, answer = max(1, round(rows.mean_prompt or rows.prompt)), rows.mean_answer or rows.answer
     generator = EmbeddedGenerator(policy, slots)

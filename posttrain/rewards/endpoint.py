@@ -1,7 +1,7 @@
-"""An OpenAI-compatible chat endpoint: questions in, replies out, with retries, a budget and replies kept on disk.
+"""Client for an OpenAI-compatible chat endpoint with retries, a budget and a reply cache on disk.
 
-The protocol is `POST {url}/chat/completions` (https://platform.openai.com/docs/api-reference/chat). The key is sent in
-one header and taken out of everything that comes back, so that nothing kept or printed can hold it.
+The protocol is `POST {url}/chat/completions` (https://platform.openai.com/docs/api-reference/chat). The API key is sent
+in one header and redacted from all responses, so that nothing stored or printed can contain it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import SplitResult, urlsplit
 
-from posttrain.rollout.prefetch import Threads
+from posttrain.rewards.workers import WorkerPool
 from posttrain.store import cache
 from posttrain.types import ConfigError, RolloutError
 
@@ -33,20 +33,20 @@ Question = tuple[tuple[str, str], ...]
 """(role, content) of each message."""
 
 DAY = 86_400  # seconds
-LONGEST_BODY = 16 * 2**20  # bytes of one response that are read
-BYTES_PER_TOKEN = 4  # how tokens are counted where an endpoint does not report them
+LONGEST_BODY = 16 * 2**20  # maximum bytes read from one response
+BYTES_PER_TOKEN = 4  # estimates tokens if the endpoint does not report them
 TRANSIENT = (408, 429, *range(500, 600))
 _VARIABLE = re.compile(r"[A-Z][A-Z0-9_]{0,63}")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How hard an endpoint may be asked. Nothing here changes what a reply says."""
+    """Rate, retry and budget limits for an endpoint. None of them affects the content of a reply."""
 
     concurrency: int = 8
-    timeout: float = 120.0  # seconds of one request, from its first byte to its last
+    timeout: float = 120.0  # seconds for one request, from the first byte to the last
     retries: int = 5
-    backoff: float = 1.0  # seconds before the first retry; each further wait is twice as long
+    backoff: float = 1.0  # seconds before the first retry; doubled for each further one
     longest_wait: float = 60.0  # seconds
     max_requests: int = 100_000
     max_tokens: int = 100_000_000
@@ -54,18 +54,18 @@ class Limits:
     def __post_init__(self) -> None:
         for name in ("concurrency", "max_requests", "max_tokens"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"limits.{name}={getattr(self, name)} must be 1 or more.")
+                raise ConfigError(f"limits.{name}={getattr(self, name)} must be at least 1.")
         for name, least in (("timeout", 0.001), ("retries", 0), ("backoff", 0.0), ("longest_wait", 0.0)):
             if not least <= getattr(self, name) <= DAY:
-                raise ConfigError(f"limits.{name}={getattr(self, name)} is not between {least} and {DAY:,}.")
+                raise ConfigError(f"limits.{name}={getattr(self, name)} must be between {least} and {DAY:,}.")
 
 
 class Unreadable(Exception):
-    """A reply that does not say what was asked for, in the form that was asked for."""
+    """A reply that is not in the requested format."""
 
 
 class _Transient(Exception):
-    """A request that may go well another time; `after` are the seconds the endpoint wants to be left alone."""
+    """A request that may succeed if retried; `after` is the endpoint's Retry-After in seconds."""
 
     def __init__(self, problem: str, after: float = 0.0) -> None:
         super().__init__(problem)
@@ -73,33 +73,33 @@ class _Transient(Exception):
 
 
 class Replies:
-    """What was replied to which request, in one SQLite file that any number of threads and processes share.
+    """Reply cache: one SQLite file that any number of threads and processes can share.
 
-    Only a hash of a request is kept, never its text.
+    Requests are stored as hashes only, never as text.
     """
 
     def __init__(self, path: Path) -> None:
-        """Raises ConfigError where the file cannot be made or is something else."""
+        """Raises ConfigError if the file cannot be created or is not such a cache."""
         self.path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with closing(self._open()) as database:
                 database.execute("CREATE TABLE IF NOT EXISTS replies(key TEXT PRIMARY KEY, reply TEXT) WITHOUT ROWID")
         except (OSError, sqlite3.Error) as error:
-            raise ConfigError(f"the judge's cache {path} cannot be used: {error}. Set `cache` anew.") from None
+            raise ConfigError(f"cannot use the judge's cache {path}: {error}. Set `cache` to another file.") from None
 
     @staticmethod
     def at(path: str) -> Replies:
-        """Those in the file of a settings file's `cache`; empty is where all are kept that name none."""
+        """The cache at the path given by the setting `cache`; empty means the shared default cache."""
         return Replies(Path(path) if path else cache.folder("judge") / "replies.db")
 
     def get(self, key: str) -> str | None:
-        """The reply kept under a key."""
+        """The reply stored under a key, or None."""
         rows = self._run("SELECT reply FROM replies WHERE key = ?", key)
         return rows[0][0] if rows else None
 
     def put(self, key: str, reply: str) -> str:
-        """Keeps a reply and returns the one that counts: where another process was quicker, its reply."""
+        """Stores a reply and returns the stored one; if another process was faster, that is its reply."""
         self._run("INSERT OR IGNORE INTO replies VALUES (?, ?)", key, reply)
         return self.get(key) or reply
 
@@ -109,7 +109,7 @@ class Replies:
                 return database.execute(statement, values).fetchall()
         except sqlite3.Error as error:
             raise RolloutError(
-                f"the judge's cache {self.path} cannot be used: {error}. Make room for it, or set `cache` to another.",
+                f"cannot use the judge's cache {self.path}: {error}. Free disk space, or set `cache` to another file.",
                 boundary="judge",
             ) from None
 
@@ -118,7 +118,7 @@ class Replies:
 
 
 class Endpoint:
-    """One model behind one address. `requests`, `tokens` and `kept` count what was sent, spent and not asked again."""
+    """One model at one endpoint. `requests`, `tokens` and `kept` count requests sent, tokens used and cache hits."""
 
     def __init__(
         self,
@@ -133,32 +133,32 @@ class Endpoint:
         self.url, self.model, self.params, self.limits, self.replies = url.rstrip("/"), model, params, limits, replies
         self.requests, self.tokens, self.kept = 0, 0, 0
         self._address, self._key, self._sleep = address(self.url), key, sleep
-        self._jitter = random.SystemRandom()  # a source of its own: waiting must not shift what a run draws
+        self._jitter = random.SystemRandom()  # separate, so that retries do not affect the run's random numbers
         self._lock = threading.Lock()
 
     def ask(self, questions: Iterable[Question], read: Callable[[str], T]) -> dict[Question, T | RolloutError]:
-        """What `read` makes of the reply to each question, `limits.concurrency` of them at once; equal ones are one.
+        """Asks all distinct questions, `limits.concurrency` at once, and returns `read(reply)` for each.
 
-        A reply that `read` finds Unreadable is asked for once more. A question that has no reading then, that could not
-        be asked, or for which there is no budget is answered by the RolloutError that says so.
+        If `read` raises Unreadable, the question is asked once more. The result is a RolloutError if the second reply
+        is unreadable too, if the request fails, or if the budget is spent.
         """
         distinct = list(dict.fromkeys(questions))
-        with Threads(min(self.limits.concurrency, len(distinct))) as threads:
-            futures = [threads.submit(partial(self._read, question, read)) for question in distinct]
+        with WorkerPool(min(self.limits.concurrency, len(distinct))) as workers:
+            futures = [workers.submit(partial(self._read, question, read)) for question in distinct]
             return {question: future.result() for question, future in zip(distinct, futures, strict=True)}
 
     def reply(self, question: Question, again: bool = False) -> str:
-        """The reply to one question, from the cache where it has been asked before. Raises RolloutError."""
+        """The reply to one question, from the cache if it was asked before. Raises RolloutError."""
         params = {**self.params, "seed": self.params["seed"] + 1} if again and "seed" in self.params else self.params
         messages = [{"role": role, "content": content} for role, content in question]
         body = json.dumps({"model": self.model, "messages": messages, **params}, sort_keys=True)
         key = hashlib.sha256(body.encode()).hexdigest()
-        known = self.replies.get(key)
-        if known is not None:
+        cached = self.replies.get(key)
+        if cached is not None:
             with self._lock:
                 self.kept += 1
-            return known
-        reply = self._patiently(body.encode())
+            return cached
+        reply = self._request_with_retries(body.encode())
         return self.replies.put(key, reply)
 
     def _read(self, question: Question, read: Callable[[str], T]) -> T | RolloutError:
@@ -171,31 +171,32 @@ class Endpoint:
                 return read(self.reply((*before, (role, reminder)), again=True))
         except Unreadable as problem:
             return RolloutError(
-                f"the judge {self.model} was asked twice and gave no verdict that can be read: {problem}.",
+                f"the judge {self.model} gave no readable verdict in two requests: {problem}.",
                 boundary="judge",
             )
         except RolloutError as error:
             return error
 
-    def _patiently(self, body: bytes) -> str:
-        """Asks until there is a reply. The waits double, with jitter so that threads do not all return at once."""
-        problem = _Transient("nothing was asked")
+    def _request_with_retries(self, body: bytes) -> str:
+        """Retries with exponential backoff; jitter keeps threads from retrying all at the same time."""
+        problem = _Transient("no request was sent")
         for attempt in range(self.limits.retries + 1):
             if attempt:
                 wait = min(self.limits.longest_wait, self.limits.backoff * 2.0 ** (attempt - 1))
                 self._sleep(max(wait * self._jitter.uniform(0.5, 1.0), min(problem.after, self.limits.longest_wait)))
-            self._spend()
+            self._count_request()
             try:
-                return self._once(body)
+                return self._request(body)
             except _Transient as error:
                 problem = error
         raise RolloutError(
-            f"the judge at {self.url} gave no reply in {self.limits.retries + 1} requests; the last: {problem}. "
-            "What was judged is kept: resume when it answers again.",
+            f"the judge at {self.url} gave no reply in {self.limits.retries + 1} requests; the last failed with: "
+            f"{problem}. Finished verdicts are cached: resume once the endpoint responds again.",
             boundary="judge",
         )
 
-    def _spend(self) -> None:
+    def _count_request(self) -> None:
+        """Counts a request against the budget. Raises RolloutError if it is spent."""
         with self._lock:
             for spent, most, what in (
                 (self.requests, self.limits.max_requests, "requests"),
@@ -204,26 +205,26 @@ class Endpoint:
                 if spent >= most:
                     raise RolloutError(
                         f"the judge's budget is spent: {spent:,} {what} since the start, limits.max_{what}={most:,}. "
-                        "Raise it and resume; what was judged is kept and not asked again.",
+                        "Raise the limit and resume; finished verdicts are cached and not requested again.",
                         boundary="judge",
                     )
             self.requests += 1
 
-    def _once(self, body: bytes) -> str:
+    def _request(self, body: bytes) -> str:
         status, after, text = self._post(body)
         if status in TRANSIENT:
             raise _Transient(f"HTTP {status}", after)
         if status in (401, 403):
-            raise self._refused(f"HTTP {status}. Check the key in the environment variable that `key` names")
+            raise self._refused(f"HTTP {status}. Check the API key in the environment variable given by `key`")
         if status != 200:
             raise self._refused(f"HTTP {status}: {' '.join(text[:300].split())}")
         try:
-            said = json.loads(text)
-            content = said["choices"][0]["message"]["content"] or ""
-            usage = said.get("usage") or {}
+            response = json.loads(text)
+            content = response["choices"][0]["message"]["content"] or ""
+            usage = response.get("usage") or {}
             if not isinstance(content, str):
                 raise TypeError
-            content = content.encode("utf-8", "replace").decode()  # JSON can spell what UTF-8 cannot hold
+            content = content.encode("utf-8", "replace").decode()  # JSON may contain lone surrogates
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
             raise _Transient(f"a body that is not a chat completion ({len(text)} characters)") from None
         used = usage.get("total_tokens") if isinstance(usage, dict) else None
@@ -231,16 +232,16 @@ class Endpoint:
             used = (len(body) + len(content.encode())) // BYTES_PER_TOKEN
         with self._lock:
             self.tokens += used
-        return self._clean(content)
+        return self._redact(content)
 
     def _refused(self, why: str) -> RolloutError:
         return RolloutError(f"the judge at {self.url} refused the request: {why}.", boundary="judge")
 
     def _post(self, body: bytes) -> tuple[int, float, str]:
-        """(status, seconds it wants to be left alone, text) of one request. No redirect is followed.
+        """Sends one request and returns (status, Retry-After in seconds, text). Redirects are not followed.
 
-        Raises _Transient where there is no whole response in time. The timer is what holds against a body that comes
-        drop by drop: a socket's own timeout begins anew with each of them.
+        Raises _Transient if the response is not complete in time. The timer guards against a body that trickles in,
+        because a socket's own timeout restarts with every packet.
         """
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if self._key:
@@ -251,7 +252,7 @@ class Endpoint:
         timer = None
         try:
             connection.connect()
-            timer = threading.Timer(self.limits.timeout, _cut, (connection.sock, late))
+            timer = threading.Timer(self.limits.timeout, _abort, (connection.sock, late))
             timer.daemon = True
             timer.start()
             connection.request("POST", f"{self._address.path}/chat/completions", body, headers)
@@ -260,55 +261,57 @@ class Endpoint:
             after = response.getheader("Retry-After", "").strip()
         except (OSError, HTTPException) as error:
             in_time = not late.is_set() and not isinstance(error, TimeoutError)
-            raise _Transient(self._clean(f"{type(error).__name__}: {error}") if in_time else self._slow()) from None
+            raise _Transient(
+                self._redact(f"{type(error).__name__}: {error}") if in_time else self._timed_out()
+            ) from None
         finally:
             if timer is not None:
                 timer.cancel()
             connection.close()
         if late.is_set():
-            raise _Transient(self._slow())
-        return response.status, float(after) if re.fullmatch(r"\d{1,6}(\.\d+)?", after) else 0.0, self._clean(text)
+            raise _Transient(self._timed_out())
+        return response.status, float(after) if re.fullmatch(r"\d{1,6}(\.\d+)?", after) else 0.0, self._redact(text)
 
-    def _slow(self) -> str:
-        return f"no whole response within {self.limits.timeout:g} s"
+    def _timed_out(self) -> str:
+        return f"no complete response within {self.limits.timeout:g} s"
 
-    def _clean(self, text: str) -> str:
+    def _redact(self, text: str) -> str:
         return text.replace(self._key, "[key]") if self._key else text
 
 
-def _cut(sock: socket.socket, late: threading.Event) -> None:
+def _abort(sock: socket.socket, late: threading.Event) -> None:
     late.set()
     with suppress(OSError):  # it may be closed by now
-        socket.socket.shutdown(sock, socket.SHUT_RDWR)  # the plain one: a TLS socket's own is not for other threads
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)  # the base class's: a TLS socket's own is not thread-safe
 
 
 def address(url: str) -> SplitResult:
-    """The parts of an endpoint's address. Raises ConfigError, which repeats none of it: it could hold a password."""
+    """Parses an endpoint's URL. Raises ConfigError, which never repeats the URL, because it could hold a password."""
     try:
         parts = urlsplit(url)
-        known = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
     except ValueError:
-        known, parts = False, SplitResult("", "", "", "", "")
-    if not known or parts.username is not None or parts.query or parts.fragment or not url.isascii() or " " in url:
+        valid, parts = False, SplitResult("", "", "", "", "")
+    if not valid or parts.username is not None or parts.query or parts.fragment or not url.isascii() or " " in url:
         raise ConfigError(
-            "`endpoint` is not a plain address such as http://127.0.0.1:8000/v1, without user, password and query. "
-            "A key belongs in the environment variable that `key` names."
+            "`endpoint` is not a plain URL such as http://127.0.0.1:8000/v1, without user, password and query. Put an "
+            "API key into the environment variable named by `key`."
         )
     return parts
 
 
 def key_from(variable: str) -> str:
-    """The API key in an environment variable, or "" where none is named. Raises ConfigError, which never holds it."""
+    """Reads the API key from an environment variable; "" for none. Raises ConfigError, which never contains the key."""
     if not variable:
         return ""
     if not _VARIABLE.fullmatch(variable):
         raise ConfigError(
-            "`key` is not the name of an environment variable, such as JUDGE_API_KEY (capitals, digits, underscores). "
-            "It names where the key is; the key itself must not stand in a file."
+            "`key` must be the name of an environment variable such as JUDGE_API_KEY (capitals, digits, underscores) "
+            "that holds the API key. Never put the key itself into a file."
         )
     key = os.environ.get(variable, "").strip()
     if not key:
-        raise ConfigError(f"the environment variable {variable}, which `key` names, is not set. Put the key there.")
+        raise ConfigError(f"the environment variable {variable}, named by `key`, is not set. Put the API key there.")
     if not re.fullmatch(r"[!-~]+", key):
-        raise ConfigError(f"the key in {variable} holds a character that no key has, such as a space. Set it anew.")
+        raise ConfigError(f"the API key in {variable} contains an invalid character, such as a space. Set it again.")
     return key

@@ -1,7 +1,7 @@
-"""Reward models as verifiers: an answer's reward is what one or more trained models say of it.
+"""Reward models as verifiers: the reward is the score of one or more trained models.
 
-Messages and reply are written anew in each reward model's own chat format, so it may have another tokenizer than the
-model it judges; that format also ends the reply, whether or not the sampler was cut off.
+Messages and completion are re-rendered in each reward model's own chat format, so its tokenizer may differ from the
+policy's; that format also terminates the completion, even if it was truncated.
 """
 
 from __future__ import annotations
@@ -27,60 +27,60 @@ from posttrain.types import ConfigError, RolloutError, Sample, Task, Verdict
 
 PREFIX = "model:"
 KINDS = {"reward": 0.0, "outcome": 0.5, "step": 0.5}
-"""What a head may score → the score above which an answer without a gold one counts as passed."""
+"""Kind of head → score above which a completion passes if the task has no gold answer."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """One trained model: scores (N, heads) of answers, or for step and outcome models probabilities (N, 1)."""
+    """One trained model: scores (N, heads) of completions, or probabilities (N, 1) for step and outcome models."""
 
     policy: Policy
     chat: ChatFormat
-    tokens_per_pass: int
+    micro_batch_tokens: int
 
     @property
     def kind(self) -> str:
         return about(self.policy)["kind"]
 
     def scores(self, pairs: Sequence[tuple[Task, str]]) -> np.ndarray:
-        """(N, heads) float64, in the order given. An answer without any step has probability 0 from a step model."""
-        said = about(self.policy)
-        rows = [self._row(task, text, said) for task, text in pairs]
+        """(N, heads) float64, in the order given. A step model gives a completion without steps probability 0."""
+        head = about(self.policy)
+        rows = [self._row(task, text, head) for task, text in pairs]
         if self.kind != "step":
-            scores = sample_scores(self.policy, rows, self.tokens_per_pass).astype(np.float64)
+            scores = sample_scores(self.policy, rows, self.micro_batch_tokens).astype(np.float64)
             return scores if self.kind == "reward" else 1 / (1 + np.exp(-scores))
-        steps = sample_step_scores(self.policy, rows, self.tokens_per_pass)
+        steps = sample_step_scores(self.policy, rows, self.micro_batch_tokens)
         at_ends = [torch.from_numpy(all_[row.loss_mask]) for all_, row in zip(steps, rows, strict=True)]
-        return np.array([[joined_steps(logits, said["aggregate"])] for logits in at_ends])
+        return np.array([[joined_steps(logits, head["aggregate"])] for logits in at_ends])
 
-    def _row(self, task: Task, text: str, said: dict[str, str]) -> Sample:
+    def _row(self, task: Task, text: str, head: dict[str, str]) -> Sample:
         ends: list[int] = []
         if self.kind == "step":
-            ends = step_ends(split_steps(text, said["separator"]), said["separator"])
+            ends = step_ends(split_steps(text, head["separator"]), head["separator"])
         row = step_row(self.chat, task.messages, text, ends)
         context = getattr(self.policy.config, "max_position_embeddings", None)
         if context and len(row.tokens) > context:
             raise RolloutError(
-                f"task {task.id!r} and its answer are {len(row.tokens)} tokens for the reward model "
-                f"{self.policy.source}, which reads {context}. Lower rollout.max_tokens.",
+                f"task {task.id!r} and its completion are {len(row.tokens)} tokens for the reward model "
+                f"{self.policy.source}, whose context is {context} tokens. Lower rollout.max_tokens.",
                 boundary="reward",
             )
         return row
 
 
 def joined_steps(logits: torch.Tensor, how: str) -> float:
-    """One probability from the logits (S,) of an answer's steps; 0 for an answer without any."""
+    """One probability from the logits (S,) of a completion's steps; 0 for a completion without steps."""
     probabilities = torch.sigmoid(logits.double()).unsqueeze(0)
     mask = torch.ones_like(probabilities, dtype=torch.bool)
     return float(aggregate_steps(probabilities, mask, how)) if len(logits) else 0.0
 
 
 class RewardModel:
-    """A verifier whose score is the reward models' own, joined over every head of every member.
+    """A verifier whose score is an ensemble of the reward models, over every head of every member.
 
-    `parts` hold each head's score (`head_0`, …), their standard deviation (`uncertainty`, with two heads or more) and,
-    for a task with a gold answer, whether `judge` finds it met (`gold`): that is `passed`, so that accuracy stays what
-    it is while the model decides what is learned. Without a gold answer a score above `KINDS` passes.
+    `parts` contain each head's score (`head_0`, …), their standard deviation (`uncertainty`, for two or more heads)
+    and, if the task has a gold answer, whether `judge` passes the completion (`gold`). That also decides `passed`, so
+    accuracy keeps its meaning while the model provides the reward. Without a gold answer, a score above `KINDS` passes.
     """
 
     def __init__(
@@ -92,27 +92,32 @@ class RewardModel:
     ) -> None:
         kinds = {member.kind for member in members}
         if len(kinds) != 1:
-            raise ConfigError(f"models of different kinds ({', '.join(sorted(kinds))}) cannot be joined in one score.")
+            raise ConfigError(
+                f"an ensemble needs reward models of the same kind; these are {', '.join(sorted(kinds))}."
+            )
         (self.kind,) = kinds
         self.members, self.how, self.coef, self.judge = members, how, coef, judge
 
     def __call__(self, task: Task, text: str) -> Verdict:
-        """The verdict on one reply; `score_all` is quicker for many."""
+        """The verdict on one completion; `score_all` is faster for many."""
         return self.score_all([(task, text)])[0]
 
     def scores(self, pairs: Sequence[tuple[Task, str]]) -> np.ndarray:
-        """One score (N,) for each reply."""
-        return self._joined(self._heads(pairs))
+        """One score (N,) per completion."""
+        return self._ensemble(self._heads(pairs))
 
     def score_all(self, pairs: Sequence[tuple[Task, str]]) -> list[Verdict]:
-        """Verdicts in the order given. Raises RolloutError where a score is not finite, or a row does not fit."""
+        """Verdicts in the order given. Raises RolloutError if a score is not finite or a row exceeds the context."""
         if not pairs:
             return []
         heads = self._heads(pairs)
         out: list[Verdict] = []
-        for (task, text), row, score in zip(pairs, heads, self._joined(heads).tolist(), strict=True):
+        for (task, text), row, score in zip(pairs, heads, self._ensemble(heads).tolist(), strict=True):
             if not math.isfinite(score):
-                raise RolloutError(f"the reward model scores task {task.id!r} with {score}.", boundary="reward")
+                raise RolloutError(
+                    f"the reward model's score for task {task.id!r} is {score}, expected a finite number.",
+                    boundary="reward",
+                )
             parts = {f"head_{k}": float(value) for k, value in enumerate(row)}
             if len(row) > 1:
                 parts["uncertainty"] = float(row.std())
@@ -126,7 +131,7 @@ class RewardModel:
     def _heads(self, pairs: Sequence[tuple[Task, str]]) -> np.ndarray:
         return np.concatenate([member.scores(pairs) for member in self.members], axis=1)
 
-    def _joined(self, heads: np.ndarray) -> np.ndarray:
+    def _ensemble(self, heads: np.ndarray) -> np.ndarray:
         return ensemble(torch.from_numpy(heads.T), self.how, self.coef).numpy()
 
 
@@ -135,19 +140,19 @@ def load_reward_model(
     cfg: RewardConfig,
     device: torch.device | str = "cpu",
     judge: Callable[[Task], Verifier] | None = None,
-    tokens_per_pass: int = 8192,
+    micro_batch_tokens: int = 8192,
 ) -> RewardModel:
-    """The verifier that `model:FOLDER`, or `model:A+B` for an ensemble of runs, names.
+    """Loads the verifier `model:FOLDER`, or `model:A+B` for an ensemble of runs.
 
     A folder is a finished `posttrain reward` or `posttrain prm` run, or the model folder in it. Raises ConfigError for
-    anything that cannot score.
+    anything else.
     """
-    members = [_member(folder, device, tokens_per_pass) for folder in model_folders(spec)]
+    members = [_member(folder, device, micro_batch_tokens) for folder in model_folders(spec)]
     return RewardModel(members, cfg.ensemble, cfg.uncertainty_coef, judge)
 
 
 def model_folders(spec: str) -> list[Path]:
-    """The folders that hold the weights `model:A+B` names. Raises ConfigError for one that is not there."""
+    """The folders with the weights of `model:A+B`. Raises ConfigError for a missing folder."""
     return [_model_folder(name) for name in spec.removeprefix(PREFIX).split("+")]
 
 
@@ -158,19 +163,19 @@ def _model_folder(name: str) -> Path:
     if (folder / "run.json").is_file():
         if not (folder / "model").is_dir():
             raise ConfigError(
-                f"run {name} has no model yet, because it has not finished. Continue it with `posttrain resume`."
+                f"run {name} has no model yet because it has not finished. Continue it with `posttrain resume`."
             )
         folder = folder / "model"
     return folder
 
 
-def _member(folder: Path, device: torch.device | str, tokens_per_pass: int) -> Member:
+def _member(folder: Path, device: torch.device | str, micro_batch_tokens: int) -> Member:
     policy = load_scorer(ModelConfig(path=str(folder)), device)
-    said = about(policy)
-    if said.get("kind") not in KINDS:
+    head = about(policy)
+    if head.get("kind") not in KINDS:
         raise ConfigError(
-            f"the scalar head of {folder} was not trained to score answers (a critic's predicts returns). Give a "
-            "`posttrain reward` or `posttrain prm` run."
+            f"the scalar head of {folder} was not trained to score completions (a critic's head predicts returns). "
+            "Give a `posttrain reward` or `posttrain prm` run."
         )
     policy.model.requires_grad_(False)
-    return Member(policy, ChatFormat(policy.tokenizer, cast(Any, said["format"])), tokens_per_pass)
+    return Member(policy, ChatFormat(policy.tokenizer, cast(Any, head["format"])), micro_batch_tokens)

@@ -1,11 +1,11 @@
-"""From tasks to scored groups of episodes, and from episodes to training samples."""
+"""Collects scored groups of episodes from tasks, and turns episodes into training samples."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,10 +15,13 @@ from typing import Literal
 import numpy as np
 import torch
 
+from posttrain import rng
+from posttrain.config import SamplingRecipe
 from posttrain.rewards.functions import score_all, score_safely
-from posttrain.rollout.generator import Generator, Request, attempt_seed
-from posttrain.rollout.multi_turn import Attempt, Player
-from posttrain.rollout.prefetch import Threads
+from posttrain.rewards.judging import BatchVerifier, Verifier
+from posttrain.rewards.workers import WorkerPool
+from posttrain.rollout.generator import Generator, Request, completion_seed
+from posttrain.rollout.multi_turn import MultiTurn, Trajectory
 from posttrain.store.run import EpisodeRow
 from posttrain.types import (
     Completion,
@@ -33,18 +36,17 @@ from posttrain.types import (
     add_stats,
 )
 
-Verifier = Callable[[Task, str], Verdict]
 Judged = tuple[str, Verdict | None, str | None]  # an answer's text, and its verdict or why there is none
-LOOK_UP = 0.2  # seconds between two calls of `Collector.check` while the last answers are judged
+POLL_SECONDS = 0.2  # between two calls of `Collector.check` while the last completions are scored
 
 
-def wanted() -> None:
-    """Nobody abandons what is being collected."""
+def never_cancelled() -> None:
+    """The default `Collector.check`: collection runs to its end."""
 
 
 @dataclass(frozen=True)
 class Collector:
-    """Everything that turns a task into scored attempts, but the tasks."""
+    """Samples and scores completions of tasks: generator, encoding, verifier and sampling parameters."""
 
     generator: Generator
     encode: Callable[[Task], np.ndarray]  # prompt token ids
@@ -52,28 +54,28 @@ class Collector:
     verify: Verifier
     params: SamplingParams
     seed: int
-    workers: int = 0  # threads that judge answers while others are being written; 0 judges all of them afterwards
-    check: Callable[[], None] = wanted  # called now and then; ends the collection by raising
-    player: Player | None = None  # plays episodes of several turns in place of asking once
+    workers: int = 0  # threads that score completions while others are sampled; 0 scores all of them afterwards
+    check: Callable[[], None] = never_cancelled  # called now and then; cancels by raising
+    multi_turn: MultiTurn | None = None  # rolls out in an environment instead of sampling one completion
 
-    def groups(self, tasks: Sequence[Task], attempts: int, step: int, purpose: str = "train") -> list[list[Episode]]:
-        """`attempts` episodes for each task. An attempt that cannot be scored has reward None and says why.
+    def groups(self, tasks: Sequence[Task], group_size: int, step: int, purpose: str = "train") -> list[list[Episode]]:
+        """`group_size` episodes per task. One that cannot be scored has reward None and an error that says why.
 
-        With `workers` an answer is judged the moment it ends, unless the verifier wants all of them together.
+        With `workers` a completion is scored the moment it ends, unless the verifier scores in batches.
         """
         seen: Counter[str] = Counter()
         seeds: list[tuple[int, ...]] = []
         for task in tasks:
-            first = seen[task.id] * attempts  # a task that is asked twice is answered anew
-            numbers = range(first, first + attempts)
-            seeds.append(tuple(attempt_seed(self.seed, purpose, step, task.id, i) for i in numbers))
+            first = seen[task.id] * group_size  # a task that comes twice gets fresh completions
+            numbers = range(first, first + group_size)
+            seeds.append(tuple(completion_seed(self.seed, purpose, step, task.id, i) for i in numbers))
             seen[task.id] += 1
-        if self.player is not None:
-            return self._play(self.player, tasks, seeds)
+        if self.multi_turn is not None:
+            return self._multi_turn(self.multi_turn, tasks, seeds)
         prompts = [self.encode(task) for task in tasks]
         requests = [Request(prompt, own) for prompt, own in zip(prompts, seeds, strict=True)]
         start = time.monotonic()
-        with Threads(0 if hasattr(self.verify, "score_all") else self.workers) as threads:
+        with WorkerPool(0 if isinstance(self.verify, BatchVerifier) else self.workers) as threads:
             futures: dict[tuple[int, int], Future[Judged]] = {}
 
             def ended(g: int, i: int, completion: Completion) -> None:
@@ -82,8 +84,8 @@ class Collector:
                     futures[g, i] = threads.submit(partial(self._judge, tasks[g], completion))
 
             completions = self.generator.generate(requests, self.params, on_done=ended)
-            seconds = (time.monotonic() - start) / max(1, len(tasks) * attempts)
-            while wait(futures.values(), timeout=LOOK_UP).not_done:
+            seconds = (time.monotonic() - start) / max(1, len(tasks) * group_size)
+            while wait(futures.values(), timeout=POLL_SECONDS).not_done:
                 self.check()
         judged = self._judge_rest(tasks, completions, {at: future.result() for at, future in futures.items()})
         out: list[list[Episode]] = []
@@ -97,10 +99,12 @@ class Collector:
             out.append(episodes)
         return out
 
-    def _play(self, player: Player, tasks: Sequence[Task], seeds: Sequence[tuple[int, ...]]) -> list[list[Episode]]:
+    def _multi_turn(
+        self, rollout: MultiTurn, tasks: Sequence[Task], seeds: Sequence[tuple[int, ...]]
+    ) -> list[list[Episode]]:
         pairs = enumerate(zip(tasks, seeds, strict=True))
-        attempts = [Attempt(task, g, i, seed) for g, (task, own) in pairs for i, seed in enumerate(own)]
-        episodes = iter(player.play(self.generator, self.params, attempts, self.check))
+        started = [Trajectory(task, g, i, seed) for g, (task, own) in pairs for i, seed in enumerate(own)]
+        episodes = iter(rollout.run(self.generator, self.params, started, self.check))
         return [list(islice(episodes, len(own))) for own in seeds]
 
     def _text(self, completion: Completion) -> str:
@@ -116,7 +120,7 @@ class Collector:
         completions: Sequence[Sequence[Completion]],
         judged: dict[tuple[int, int], Judged],
     ) -> dict[tuple[int, int], Judged]:
-        """`judged` with the answers that are not in it, or have no verdict: a reward may need the caller's thread."""
+        """`judged`, completed with the completions that have no verdict yet: a reward may need the caller's thread."""
         texts = {
             (g, i): judged[g, i][0] if (g, i) in judged else self._text(c)
             for g, group in enumerate(completions)
@@ -128,30 +132,30 @@ class Collector:
 
 
 def check_failures(groups: Sequence[Sequence[Episode]], limit: float) -> None:
-    """Raises RolloutError when more than `limit` of the attempts, and more than one, could not be scored."""
+    """Raises RolloutError when more than the share `limit` of the episodes, and more than one, are unscored."""
     episodes = [e for group in groups for e in group]
     failed = [e for e in episodes if e.reward is None]
     if len(failed) > max(1, limit * len(episodes)):
         raise RolloutError(
-            f"{len(failed)} of {len(episodes)} attempts could not be scored (allowed: {limit:.0%}); the first: "
+            f"{len(failed)} of {len(episodes)} completions could not be scored (allowed: {limit:.0%}); the first: "
             f"{failed[0].error} Fix the reward; the run resumes from its last checkpoint.",
             boundary="reward",
         )
 
 
 def rewards_tensor(groups: Sequence[Sequence[Episode]]) -> torch.Tensor:
-    """(P, G) float32; NaN where an attempt could not be scored."""
+    """Rewards (P, G) float32; NaN where unscored."""
     return torch.tensor([[np.nan if e.reward is None else e.reward for e in group] for group in groups])
 
 
 def to_sample(episode: Episode, advantage: float) -> Sample:
-    """The training row of an episode of one stretch. One that could not be scored trains nothing."""
+    """The training row of an episode whose history was never edited. An unscored episode trains nothing."""
     (sample,) = to_samples(episode, advantage)
     return sample
 
 
 def to_samples(episode: Episode, advantage: float) -> list[Sample]:
-    """The same for any episode: a row for each stretch in which tokens were read after all those before them."""
+    """The training rows of any episode: one per stretch between edits of its history."""
     samples: list[Sample] = []
     for spans in episode.segments:
         part = replace(episode, spans=spans, cuts=())
@@ -162,7 +166,7 @@ def to_samples(episode: Episode, advantage: float) -> list[Sample]:
 
 
 def turns_of(episode: Episode) -> list[np.ndarray]:
-    """For each row of `to_samples` the turn [L] that each of its tokens belongs to; 0 where the model did not write."""
+    """For each row of `to_samples`, the turn [L] of each token; 0 where the model did not write it."""
     turn, out = -1, []
     for spans in episode.segments:
         row: list[np.ndarray] = []
@@ -174,7 +178,7 @@ def turns_of(episode: Episode) -> list[np.ndarray]:
 
 
 def turn_returns(groups: Sequence[Sequence[Episode]]) -> torch.Tensor:
-    """(P, G, K) float32: what each attempt earned from its turn k on; NaN after its last turn and where unscored."""
+    """(P, G, K) float32: each episode's return from turn k on; NaN after its last turn and where unscored."""
     turns = max(1, max((len(e.turn_rewards) for group in groups for e in group), default=1))
     out = torch.full((len(groups), max(map(len, groups)), turns), torch.nan)
     for g, group in enumerate(groups):
@@ -193,7 +197,7 @@ def with_logp(
 
 
 def episode_stats(groups: Sequence[Sequence[Episode]], flat: int) -> dict[str, Stat]:
-    """What a step's episodes looked like; `flat` groups had equal rewards."""
+    """Metrics of a step's episodes; `flat` groups had equal rewards."""
     episodes = [e for group in groups for e in group]
     scored = [e for e in episodes if e.reward is not None]
     count = len(scored)
@@ -212,7 +216,7 @@ def episode_stats(groups: Sequence[Sequence[Episode]], flat: int) -> dict[str, S
 
 
 def part_stats(episodes: Sequence[Episode]) -> dict[str, Stat]:
-    """For each part of a verdict its mean over the scored episodes that have it as a finite number."""
+    """The mean of each part of the verdicts, over the scored episodes in which it is a finite number."""
     return add_stats(
         [
             {name: Stat(float(v)) for name, v in e.parts.items() if _is_finite(v)}
@@ -223,7 +227,7 @@ def part_stats(episodes: Sequence[Episode]) -> dict[str, Stat]:
 
 
 def _is_finite(value: object) -> bool:
-    """A world of the user's own may have put anything among its parts."""
+    """A user's environment may put anything among its parts."""
     return isinstance(value, int | float) and math.isfinite(value)
 
 
@@ -234,7 +238,7 @@ def episode_rows(
     tasks: Sequence[Task],
     advantages: torch.Tensor | None = None,
 ) -> list[EpisodeRow]:
-    """Groups as the store keeps them; advantages (P, G)."""
+    """Groups as rows of the store; advantages (P, G)."""
     return [
         EpisodeRow.of(kind, step, e, task.prompt, None if advantages is None else float(advantages[e.group, e.index]))
         for task, group in zip(tasks, groups, strict=True)
@@ -242,18 +246,21 @@ def episode_rows(
     ]
 
 
-def timings(
-    groups: Sequence[Sequence[Episode]], start: float, sampled: float, hidden: float | None = None
-) -> dict[str, float]:
-    """Seconds and tokens per second of a step that began at `start` and had its answers at `sampled`.
+def sample_step(
+    collector: Collector, tasks: Sequence[Task], recipe: SamplingRecipe, weights: Mapping[str, torch.Tensor], step: int
+) -> tuple[list[Task], list[list[Episode]]]:
+    """One on-policy step: the next `algo.prompts` tasks in seeded order, and `algo.group_size` episodes of each.
 
-    `hidden` are the seconds that went into its answers before the step began.
+    Raises RolloutError when more than `reward.max_failure_rate` of the episodes could not be scored.
     """
-    now, tokens = time.monotonic(), sum(e.length for g in groups for e in g)
-    rollout = sampled - start + (hidden or 0.0)
-    return {
-        "seconds": now - start,
-        "seconds_rollout": rollout,
-        "tokens_per_second": tokens / (now - start),
-        "rollout_tokens_per_second": tokens / rollout,
-    } | ({} if hidden is None else {"seconds_hidden": hidden})
+    cfg = recipe.algo
+    collector.generator.load(weights, version=step)
+    chosen = [tasks[i] for i in rng.draw_order(len(tasks), step * cfg.prompts, cfg.prompts, recipe.run.seed)]
+    groups = collector.groups(chosen, cfg.group_size, step)
+    check_failures(groups, recipe.reward.max_failure_rate)
+    return chosen, groups
+
+
+def sampled_tokens(groups: Sequence[Sequence[Episode]]) -> int:
+    """Tokens that the model wrote."""
+    return sum(e.length for group in groups for e in group)

@@ -1,7 +1,7 @@
-"""Which tasks are asked next: all in turn, or those more often that are neither always solved nor never.
+"""Task selection: in order, or by a curriculum that prefers tasks which are neither always nor never solved.
 
-The choice is a function of the seed, the position in the data and what was solved before, all of which a checkpoint
-holds; so a resumed run asks what it would have asked.
+The choice is a function of the seed, the position in the data and earlier pass rates, all of which are in the
+checkpoint, so a resumed run draws the tasks it would have drawn.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from posttrain import rng
 from posttrain.types import Episode, Task
 
 LEVELS = ("difficulty", "level")  # columns of a task's row that say how hard it is
-FORGET = 0.9  # of what was seen before remains each time a level is asked again
-FLOOR = 0.1  # of the largest weight is the least that any level has
+FORGET = 0.9  # share of earlier results kept each time a level is sampled again
+FLOOR = 0.1  # smallest weight of a level, as a share of the largest
 
 
 class Curriculum:
@@ -24,7 +24,7 @@ class Curriculum:
     itself) share a running pass rate p, and a level is drawn with weight p (1 − p), which is the variance of its
     rewards and vanishes where a group would be flat; but never less than FLOOR of the largest.
 
-    p starts at ½ and is (1 + passes) / (2 + attempts) over what was seen, older attempts fading by FORGET.
+    p starts at ½ and is (1 + passes) / (2 + episodes), with older episodes decayed by FORGET.
     """
 
     def __init__(self, tasks: Sequence[Task], how: str, seed: int) -> None:
@@ -34,7 +34,7 @@ class Curriculum:
         number = {name: i for i, name in enumerate(self._levels)}
         self._level_of = {task.id: number[name] for task, name in zip(tasks, names, strict=True)}
         self._members = [[i for i, name in enumerate(names) if name == level] for level in self._levels]
-        self._seen = np.zeros((len(self._levels), 2))  # attempts, passes
+        self._seen = np.zeros((len(self._levels), 2))  # episodes, passes
         self._drawn = np.zeros(len(self._levels), np.int64)
 
     def order(self, cursor: int, skip: int, take: int) -> list[int]:
@@ -58,7 +58,7 @@ class Curriculum:
         return np.array([len(m) for m in self._members]) * np.maximum(variance, FLOOR * variance.max())
 
     def learn(self, groups: Sequence[Sequence[Episode]]) -> dict[str, float]:
-        """Takes in a step's scored attempts; returns the mean running pass rate of the levels and of what was asked."""
+        """Updates the pass rates with a step's scored episodes; returns metrics `curriculum_…`."""
         if self.how == "none":
             return {}
         asked: list[int] = []

@@ -1,4 +1,4 @@
-"""What samples completions: the protocol, its request, and the pure functions that draw one token.
+"""The generator protocol, its requests, and the pure functions that draw one token.
 
 A completion is a function of (weights, prompt, seed) and the sampling parameters. Engines differ in speed only.
 """
@@ -6,7 +6,7 @@ A completion is a function of (weights, prompt, seed) and the sampling parameter
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -18,15 +18,19 @@ from posttrain.types import Completion, RolloutError, SamplingParams
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt and the seed of each completion wanted for it. The prompt is computed once for all of them.
+    """A prompt and the seed of each completion to sample. The prompt is computed once for all of them.
 
-    `limits` gives each completion a longest length of its own, where that is below the sampling parameters'
-    `max_tokens`; empty gives none.
+    `limits` caps the length of each completion below the sampling parameters' `max_tokens`; empty: no caps. With a
+    `prefix`, tokens that the model (or anyone) has already written after the prompt, completions continue from there:
+    only new tokens are returned and counted, and token t of a completion is drawn with the number that its seed has for
+    position len(prefix) + t. So continuing a completion's first tokens with its own seed gives the rest of it, up to
+    the rounding between a prompt's pass and decoding (docs/concepts/exactness.md).
     """
 
     prompt: np.ndarray  # [n] token ids
     seeds: tuple[int, ...]
     limits: tuple[int, ...] = ()
+    prefix: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))  # [k] token ids
 
     def __post_init__(self) -> None:
         if len(self.prompt) < 1 or not self.seeds:
@@ -40,8 +44,13 @@ class Request:
                 boundary="generator",
             )
 
+    @property
+    def context(self) -> np.ndarray:
+        """What the model reads before the first new token [n + k]."""
+        return np.concatenate([self.prompt, self.prefix.astype(self.prompt.dtype)]) if len(self.prefix) else self.prompt
+
     def limit(self, index: int, max_tokens: int) -> int:
-        """The longest length of completion `index` when `max_tokens` holds for all."""
+        """The maximum length of completion `index` when `max_tokens` holds for all."""
         return min(self.limits[index], max_tokens) if self.limits else max_tokens
 
 
@@ -53,7 +62,7 @@ OnDone = Callable[[int, int, Completion], None]
 
 
 class Generator(Protocol):
-    """Samples completions. `version` counts the weights it holds and is stamped on what it makes."""
+    """Samples completions. `version` identifies the weights it holds and is stamped on its completions."""
 
     version: int
 
@@ -68,7 +77,7 @@ class Generator(Protocol):
         ...
 
     def load(self, weights: Mapping[str, torch.Tensor], version: int) -> None:
-        """Takes new weights; what follows is sampled from them."""
+        """Loads new weights, from which later completions are sampled."""
         ...
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -76,8 +85,8 @@ class Generator(Protocol):
         ...
 
 
-def attempt_seed(run_seed: int, purpose: str, step: int, task_id: str, index: int) -> int:
-    """The seed of attempt `index` at a task in a step: batch-mates, slots and workers play no part."""
+def completion_seed(run_seed: int, purpose: str, step: int, task_id: str, index: int) -> int:
+    """The seed of completion `index` of a task in a step; it does not depend on batch-mates, slots or workers."""
     return rng.key(run_seed, purpose, step, task_id, index)
 
 

@@ -1,9 +1,9 @@
-"""Episodes of several turns: the model's replies and a world's, as spans of tokens that are never encoded again.
+"""Multi-turn rollouts: model replies and environment messages as spans of tokens that are never re-tokenised.
 
-Attempts go on independently. Each round samples a reply for every attempt whose world has answered; worlds answer in
-threads of their own, while others' replies are still being written. So a slow world delays its own attempt, and one
-that crashes, or takes too long, leaves its own attempt unscored. What is sampled is a function of weights, history
-and the attempt's seed, whatever the rounds were.
+Trajectories advance independently. Each round samples a reply for every trajectory whose environment has responded;
+environments step in threads of their own while other replies are being sampled. So a slow environment delays only its
+own trajectory, and one that crashes or times out leaves only its own trajectory unscored. A reply is a function of the
+weights, the history and the trajectory's seed, whatever rounds it was sampled in.
 """
 
 from __future__ import annotations
@@ -18,115 +18,122 @@ import numpy as np
 
 from posttrain import rng
 from posttrain.config import EnvConfig
-from posttrain.envs.env import Env, Turn, World
+from posttrain.envs.env import Env, EnvFactory, Turn
 from posttrain.envs.timeouts import Calls
 from posttrain.rollout.generator import Generator, Request
 from posttrain.types import Completion, Episode, Message, PosttrainError, SamplingParams, Span, Task
 
-LOOK_UP = 0.2  # seconds between two calls of `check` while worlds are thinking
-LINGER = 0.02  # seconds that a round waits for others once one attempt is ready
+POLL_SECONDS = 0.2  # between two calls of `check` while environments step
+LINGER_SECONDS = 0.02  # that a round waits for more trajectories once one is ready
 
 
 @dataclass(frozen=True)
-class Player:
-    """Everything that plays an episode, but the model."""
+class MultiTurn:
+    """Rolls out trajectories in an environment, with any generator."""
 
-    env: Env
+    make_env: EnvFactory
     encode: Callable[[Task], np.ndarray]  # prompt token ids
     follow: Callable[[Sequence[Message]], np.ndarray]  # ids of messages after a finished reply (ChatFormat)
     decode: Callable[[np.ndarray], str]
     limits: EnvConfig
-    context: int  # most tokens the model reads and writes in one stretch
+    context: int  # the model's context window, in tokens
 
-    def play(
-        self, generator: Generator, params: SamplingParams, attempts: Sequence[Attempt], check: Callable[[], None]
+    def run(
+        self,
+        generator: Generator,
+        params: SamplingParams,
+        trajectories: Sequence[Trajectory],
+        check: Callable[[], None],
     ) -> list[Episode]:
-        """One episode for each attempt, in their order."""
+        """One episode for each trajectory, in their order."""
         calls: Calls[int] = Calls(self.limits.workers, self.limits.timeout)
         start = time.monotonic()
-        for i, attempt in enumerate(attempts):
-            calls.submit(i, partial(self._open, attempt), attempt.close)
+        for i, trajectory in enumerate(trajectories):
+            calls.submit(i, partial(self._open, trajectory), trajectory.close)
         while calls.pending:
             check()
             ready: list[int] = []
-            for i, result in calls.finished(LOOK_UP, LINGER):
-                self._hear(attempts[i], result, params.max_tokens)
-                if not attempts[i].over:
+            for i, result in calls.finished(POLL_SECONDS, LINGER_SECONDS):
+                self._receive(trajectories[i], result, params.max_tokens)
+                if not trajectories[i].over:
                     ready.append(i)
             if ready:
-                self._round(generator, params, attempts, ready, calls, check)
-        seconds = (time.monotonic() - start) / max(1, len(attempts))
-        return [replace(attempt.episode(), seconds=seconds) for attempt in attempts]
+                self._round(generator, params, trajectories, ready, calls, check)
+        seconds = (time.monotonic() - start) / max(1, len(trajectories))
+        return [replace(trajectory.episode(), seconds=seconds) for trajectory in trajectories]
 
     def _round(
         self,
         generator: Generator,
         params: SamplingParams,
-        attempts: Sequence[Attempt],
+        trajectories: Sequence[Trajectory],
         ready: Sequence[int],
         calls: Calls[int],
         check: Callable[[], None],
     ) -> None:
-        """A reply for each of `ready`, and a call of its world the moment it ends; equal prompts are computed once."""
+        """Samples a reply for each of `ready`, and steps its environment the moment the reply ends.
+
+        Equal contexts are computed once.
+        """
         together: dict[bytes, list[int]] = {}
         for i in ready:
-            together.setdefault(attempts[i].context.tobytes(), []).append(i)
+            together.setdefault(trajectories[i].context.tobytes(), []).append(i)
         members = list(together.values())
-        requests = [Request(attempts[m[0]].context, tuple(attempts[i].turn_seed for i in m)) for m in members]
+        requests = [Request(trajectories[m[0]].context, tuple(trajectories[i].turn_seed for i in m)) for m in members]
 
         def ended(request: int, index: int, completion: Completion) -> None:
             check()
             i = members[request][index]
             reply = self.decode(completion.tokens[:-1] if completion.stop == "stop" else completion.tokens)
-            last = attempts[i].reply(completion, reply, self.limits.max_turns)
-            calls.submit(i, partial(self._step, attempts[i], reply, last), attempts[i].close)
+            last = trajectories[i].reply(completion, reply, self.limits.max_turns)
+            calls.submit(i, partial(self._step, trajectories[i], reply, last), trajectories[i].close)
 
         generator.generate(requests, params, on_done=ended)
 
-    def _open(self, attempt: Attempt) -> tuple[Message, ...]:
-        attempt.world = self.env(attempt.task, attempt.seed)
-        return tuple(getattr(attempt.world, "opening", attempt.task.messages))
+    def _open(self, trajectory: Trajectory) -> tuple[Message, ...]:
+        trajectory.env = self.make_env(trajectory.task, trajectory.seed)
+        return tuple(getattr(trajectory.env, "opening", trajectory.task.messages))
 
-    def _step(self, attempt: Attempt, reply: str, last: bool) -> Turn:
-        assert attempt.world is not None
+    def _step(self, trajectory: Trajectory, reply: str, last: bool) -> Turn:
+        assert trajectory.env is not None
         try:
-            turn: Any = attempt.world.step(reply)
+            turn: Any = trajectory.env.step(reply)
         except BaseException:
-            attempt.close()
+            trajectory.close()
             raise
         if last or not isinstance(turn, Turn) or turn.over:
-            attempt.close()
+            trajectory.close()
         return turn
 
-    def _hear(self, attempt: Attempt, result: Any, max_tokens: int) -> None:
-        """Takes what the attempt's world said, or why it said nothing."""
+    def _receive(self, trajectory: Trajectory, result: Any, max_tokens: int) -> None:
+        """Adds the environment's response, or the error it raised, to its trajectory."""
         if isinstance(result, BaseException):
-            if not isinstance(result, Exception):  # KeyboardInterrupt and its like are not the world's
+            if not isinstance(result, Exception):  # KeyboardInterrupt and its like are not the environment's
                 raise result
-            attempt.failed(_why(result))
+            trajectory.failed(_why(result))
             return
         try:
-            if not attempt.spans:
-                attempt.begin(result, self.encode(replace(attempt.task, messages=result)))
+            if not trajectory.spans:
+                trajectory.begin(result, self.encode(replace(trajectory.task, messages=result)))
             elif not isinstance(result, Turn):
-                attempt.failed(f"the environment answered with {type(result).__name__}, expected a Turn.")
+                trajectory.failed(f"the environment answered with {type(result).__name__}, expected a Turn.")
             else:
-                attempt.hear(result, self.encode, self.follow)
-        except Exception as error:  # the template, or the tokenizer, refuses what the world said
-            attempt.failed(_why(error))
-        if not attempt.over and len(attempt.context) + max_tokens > self.context:
-            attempt.over, attempt.stop = True, "length"
+                trajectory.receive(result, self.encode, self.follow)
+        except Exception as error:  # the template or the tokenizer refuses the environment's message
+            trajectory.failed(_why(error))
+        if not trajectory.over and len(trajectory.context) + max_tokens > self.context:
+            trajectory.over, trajectory.stop = True, "length"
 
 
 @dataclass
-class Attempt:
-    """One attempt while it is being played."""
+class Trajectory:
+    """One trajectory in progress."""
 
     task: Task
     group: int
     index: int
     seed: int
-    world: World | None = None
+    env: Env | None = None
     history: list[Message] = field(default_factory=lambda: [])
     spans: list[Span] = field(default_factory=lambda: [])
     cuts: list[int] = field(default_factory=lambda: [])
@@ -134,13 +141,13 @@ class Attempt:
     text: str = ""
     last: Turn | None = None
     over: bool = False
-    ends: bool = False  # with the world's next answer, whatever it is
+    ends: bool = False  # with the environment's next response, whatever it is
     stop: Any = "stop"
     error: str | None = None
 
     @property
     def context(self) -> np.ndarray:
-        """What the model reads before its next reply: the tokens of the current stretch."""
+        """What the model reads before its next reply: the tokens since the last edit of the history."""
         return np.concatenate([span.tokens for span in self.spans[self.cuts[-1] if self.cuts else 0 :]])
 
     @property
@@ -150,14 +157,14 @@ class Attempt:
 
     @property
     def turn_seed(self) -> int:
-        """The seed of the next reply; the first has the attempt's own, as in single-turn tasks."""
+        """The seed of the next reply; the first reply uses the trajectory's own, as in single-turn tasks."""
         return rng.key(self.seed, "turn", self.turns) if self.turns else self.seed
 
     def begin(self, messages: Sequence[Message], tokens: np.ndarray) -> None:
         self.history, self.spans = list(messages), [Span("prompt", tokens)]
 
     def reply(self, completion: Completion, text: str, max_turns: int) -> bool:
-        """Takes the model's reply; returns whether the episode ends after the world has heard it."""
+        """Adds the model's reply; returns whether the episode ends after the environment's next step."""
         self.spans.append(Span("model", completion.tokens, completion.logprobs, completion.version))
         self.history.append(Message("assistant", text))
         self.text += text
@@ -165,7 +172,7 @@ class Attempt:
         self.ends = completion.stop == "length" or self.turns >= max_turns
         return self.ends
 
-    def hear(
+    def receive(
         self,
         turn: Turn,
         encode: Callable[[Task], np.ndarray],
@@ -186,17 +193,17 @@ class Attempt:
         self.spans.append(Span("prompt", encode(replace(self.task, messages=tuple(self.history)))))
 
     def failed(self, why: str) -> None:
-        """The attempt cannot be scored. One that never began still has a prompt, of which nothing is trained."""
+        """Marks the trajectory unscored. One that never began still has a prompt, none of which is trained."""
         self.error, self.over = f"task {self.task.id!r}: {why}", True
 
     def close(self) -> None:
-        """Lets the world release what it holds."""
-        close = getattr(self.world, "close", None)
+        """Lets the environment release its resources."""
+        close = getattr(self.env, "close", None)
         if close is not None:
             close()
 
     def episode(self) -> Episode:
-        """The attempt as an episode; its reward is the sum of its turns'."""
+        """The trajectory as an episode; its reward is the sum over its turns."""
         scored = self.error is None and self.last is not None
         last = self.last or Turn()
         return Episode(

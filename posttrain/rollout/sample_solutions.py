@@ -1,4 +1,4 @@
-"""Solutions with labelled steps: read from a file, or sampled from the model and labelled by completing them.
+"""The labelled solutions a recipe names: read from rows, or sampled from the model and labelled by completing them.
 
 The label of a sampled step is the share of completions from there that reach a right answer (Math-Shepherd, arXiv
 2312.08935, section 3.3): an estimate of its value under the model that completes, not of its correctness.
@@ -7,64 +7,39 @@ The label of a sampled step is the share of completions from there that reach a 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import numpy as np
 
-from posttrain.config.prm import PRMConfig
+from posttrain.config.prm import PRMConfig, PRMRecipe
 from posttrain.data.chat import ChatFormat
 from posttrain.data.files import writable
+from posttrain.data.pairs import is_data
 from posttrain.data.preferences import (
-    STEP_COLUMNS,
     read_solutions,
-    row_to_judgement,
-    row_to_outcome,
-    row_to_solution,
     write_solutions,
 )
+from posttrain.data.solutions import Graded, SolutionSets, has_solutions, read_solution_sets
 from posttrain.data.sources import (
     Row,
-    content_key,
     data_hash,
-    is_file_name,
-    is_hub_id,
     read_rows,
-    split_by_key,
-    usable,
 )
 from posttrain.data.steps import split_steps, step_ends
-from posttrain.data.tasks.load import BUILT_IN
 from posttrain.rewards.functions import score_all
-from posttrain.rollout.build import Setup, judged_tasks, make_collector, opened
+from posttrain.rollout.build import make_collector, with_opening
 from posttrain.rollout.collector import Collector
-from posttrain.rollout.generator import Request, attempt_seed
+from posttrain.rollout.generator import Request, completion_seed
+from posttrain.rollout.tasks import judged_tasks
 from posttrain.store import samples as sampled
+from posttrain.train.job import Setup
 from posttrain.types import DataError, Message, Solution, Task
 
 TRAIN_FILE, TEST_FILE = "solutions.jsonl", "held-out-solutions.jsonl"
 """Where a run folder keeps the solutions it sampled."""
 
 
-@dataclass(frozen=True)
-class Graded:
-    """A whole solution, of which the first `known` steps have labels, and whether its final answer is right."""
-
-    solution: Solution
-    known: int
-    right: bool
-
-
-@dataclass(frozen=True)
-class SolutionSets:
-    """Solutions to learn from and held-out ones; `notes` say what was left out, `hash` names the content."""
-
-    train: list[Graded]
-    test: list[Graded]
-    notes: list[str]
-    hash: str
-
-
-def load_solutions(setup: Setup) -> SolutionSets:
+def load_solutions(setup: Setup[PRMRecipe]) -> SolutionSets:
     """The solutions of a recipe with sections data, algo (config/prm.py), reward, rollout and eval.
 
     `data.tasks` names a file or hub set of solutions, or tasks: then the starting model solves each and its steps are
@@ -72,64 +47,12 @@ def load_solutions(setup: Setup) -> SolutionSets:
     DataError where no solution is left.
     """
     cfg = setup.recipe.data
-    if setup.given is None and cfg.tasks not in BUILT_IN and (is_file_name(cfg.tasks) or is_hub_id(cfg.tasks)):
-        first = read_rows(cfg.tasks, 1)[0].values
-        if any(first.get(column) is not None for column in STEP_COLUMNS) or "label" in first:
-            return _from_rows(setup)
+    if setup.given is None and is_data(cfg.tasks) and has_solutions(read_rows(cfg.tasks, cfg.count)):
+        return read_solution_sets(cfg, setup.recipe.algo, setup.recipe.run.seed)
     return _sampled(setup)
 
 
-def graded(row: Row, cfg: PRMConfig, system: str = "", instruction: str = "") -> Graded:
-    """The solution a row describes; for `outcome` its steps joined into one whose label is the outcome.
-
-    Where a row does not say whether its final answer is right, it is taken to be where no step is labelled wrong.
-    """
-    steps = any(row.values.get(column) is not None for column in STEP_COLUMNS)
-    says = "final_answer_correct" in row.values or {"answer", "target"} <= row.values.keys()
-    if cfg.level == "outcome" and (says or not steps):
-        found = row_to_outcome(row, system, instruction, cfg.separator) if steps else row_to_judgement(row)
-        label = float(found.desirable)
-        return Graded(Solution(found.id, found.prompt, (found.answer,), (label,)), 1, found.desirable)
-    whole = row_to_solution(row, system, instruction, "wrong")
-    known = len(row_to_solution(row, system, instruction, cfg.after_mistake).steps)
-    right = row_to_outcome(row).desirable if says else min(whole.labels) >= 0.5
-    if cfg.level == "outcome":
-        whole = Solution(whole.id, whole.prompt, (cfg.separator.join(whole.steps),), (float(right),))
-        known = 1
-    return Graded(whole, known, right)
-
-
-def _from_rows(setup: Setup) -> SolutionSets:
-    cfg, algo = setup.recipe.data, setup.recipe.algo
-    rows = read_rows(cfg.tasks, cfg.count)
-    held = read_rows(cfg.eval_tasks, cfg.count) if cfg.eval_tasks else []
-    notes: list[str] = []
-    train, test = (
-        usable(part, lambda row: graded(row, algo, cfg.system, cfg.instruction), cfg, notes) for part in (rows, held)
-    )
-    if held:
-        asked = {content_key(one.solution) for one in test}
-        kept = [one for one in train if content_key(one.solution) not in asked]
-        notes.append(
-            f"{len(train) - len(kept)} training solutions whose prompt {cfg.eval_tasks} also has were dropped."
-        )
-        train = kept
-    else:
-        names = [content_key(one.solution) for one in train]
-        train, test = split_by_key(train, names, cfg.holdout, setup.recipe.run.seed)
-    if not train:
-        raise DataError(f"{cfg.tasks}: no solution is left to train on after holding out {len(test)}.")
-    inside = sum(algo.separator in step for one in train for step in one.solution.steps) * (algo.level == "step")
-    if inside:
-        notes.append(
-            f"{inside} labelled steps hold algo.separator={algo.separator!r} themselves; an answer that is scored "
-            "later is cut there, too."
-        )
-    notes.append(f"{len(train)} solutions to train on, {len(test)} held out.")
-    return SolutionSets(train, test, notes, data_hash([*rows, *held]))
-
-
-def _sampled(setup: Setup) -> SolutionSets:
+def _sampled(setup: Setup[PRMRecipe]) -> SolutionSets:
     """Solutions of the starting model, read back where this run has sampled them before."""
     recipe, folder = setup.recipe, setup.folder
     sets, verify = judged_tasks(recipe, setup.chat, setup.given, setup.reward)
@@ -167,7 +90,7 @@ def sample_solutions(
 
     An answer's last step is labelled by the answer itself; every other step by `cfg.completions` completions.
     """
-    solve = opened(collector, chat, cfg.opening)
+    solve = with_opening(collector, chat, cfg.opening)
     requests = [Request(solve.encode(task), _seeds(collector, "solve", task.id, cfg.solutions)) for task in tasks]
     groups = collector.generator.generate(requests, collector.params)
     answers = [
@@ -229,4 +152,4 @@ def _prefixes(chat: ChatFormat, task: Task, steps: list[str], separator: str) ->
 
 
 def _seeds(collector: Collector, purpose: str, name: str, count: int) -> tuple[int, ...]:
-    return tuple(attempt_seed(collector.seed, purpose, 0, name, i) for i in range(count))
+    return tuple(completion_seed(collector.seed, purpose, 0, name, i) for i in range(count))

@@ -1,1 +1,1 @@
-"""Test-time compute: choosing among several completions."""
+"""Test-time search: best-of-n sampling."""

@@ -1,6 +1,6 @@
-"""Choosing among several answers: best-of-n, what it is expected to give for every n, and what it costs in KL.
+"""Best-of-n sampling: the best of several completions, its expected value for every n, and its KL cost.
 
-P tasks, N answers each. Scores come from a verifier or a reward model; NaN is an answer that could not be scored.
+P tasks, N completions each. Scores come from a verifier or a reward model; NaN marks an unscored completion.
 """
 
 from __future__ import annotations
@@ -20,47 +20,47 @@ from posttrain.types import Episode, Preference, Task
 
 
 def best_of_n(scores: np.ndarray) -> np.ndarray:
-    """Index (P,) of the highest score in each row (P, N); the first of equals, −1 where nothing was scored."""
+    """Index (P,) of the highest score in each row (P, N); the first of ties, −1 if the row has no score."""
     known = np.where(np.isnan(scores), -np.inf, scores)
     return np.where(np.isnan(scores).all(1), -1, known.argmax(1))
 
 
 def expected_pick(scores: np.ndarray, values: np.ndarray, n: int) -> float:
-    """Unbiased mean value of the best-scored of n answers, from N ≥ n answers to one task.
+    """Unbiased mean value of the highest-scored of n completions, from N ≥ n completions for one task.
 
-    scores, values (N,). It is the average, over all C(N, n) subsets, of the value of the subset's highest score; equal
-    scores share their places, as if a fair draw settled them. Sorted ascending, place i (from 1) is the highest of
-    C(i − 1, n − 1) subsets. With `values = scores` it is the expected maximum, and with 0/1 scores Chen's pass@k
-    (arXiv 2107.03374, eq. 1). Raises ValueError unless 1 ≤ n ≤ N, or where a score is not a number.
+    scores, values (N,). This is the average, over all C(N, n) subsets, of the value of the highest-scored completion,
+    with ties broken at random. Sorted ascending, rank i (from 1) is the highest of C(i − 1, n − 1) subsets. With
+    `values = scores` it is the expected maximum, and with 0/1 scores Chen's pass@k (arXiv 2107.03374, eq. 1). Raises
+    ValueError unless 1 ≤ n ≤ N, or if a score is NaN.
     """
     total = len(scores)
     if not 1 <= n <= total or np.isnan(scores).any():
         unscored = int(np.isnan(scores).sum())
         raise ValueError(
-            f"best-of-n needs 1 ≤ n ≤ N scored answers; got n={n}, N={total}, of which {unscored} unscored."
+            f"best-of-n needs 1 ≤ n ≤ N scored completions; got n={n}, N={total}, of which {unscored} are unscored."
         )
-    places, subsets = np.zeros(total), math.comb(total, n)
+    chances, subsets = np.zeros(total), math.comb(total, n)
     order = np.argsort(scores, kind="stable")
-    for place, i in enumerate(order):
-        places[i] = math.comb(place, n - 1) / subsets
-    shares = [places[scores == score].mean() for score in scores]
-    return float(np.dot(shares, values))
+    for rank, i in enumerate(order):
+        chances[i] = math.comb(rank, n - 1) / subsets
+    shared = [chances[scores == score].mean() for score in scores]
+    return float(np.dot(shared, values))
 
 
 def bon_kl(n: int) -> float:
-    """log n − (n − 1)/n: the most that best-of-n moves away from the sampling policy, KL(best-of-n ‖ policy) in nats.
+    """Upper bound log n − (n − 1)/n on KL(best-of-n ‖ policy), in nats.
 
-    Exact where no two answers tie and none is likely to repeat; an upper bound otherwise (Beirami et al.,
-    arXiv 2401.01879). Raises ValueError for n < 1.
+    Exact if no two completions tie and none is likely to repeat (Beirami et al., arXiv 2401.01879). Raises ValueError
+    for n < 1.
     """
     if n < 1:
-        raise ValueError(f"n={n}: the best is chosen from one answer or more.")
+        raise ValueError(f"n={n} is too small; best-of-n needs n ≥ 1.")
     return math.log(n) - (n - 1) / n
 
 
 @dataclass(frozen=True)
 class BestOf:
-    """What the best-scored of n answers is worth; intervals treat tasks as the random unit."""
+    """Score and accuracy of the best of n completions, and its KL; tasks are the random unit of intervals."""
 
     n: int
     score: Estimate
@@ -70,14 +70,14 @@ class BestOf:
 
 @dataclass(frozen=True)
 class Search:
-    """Best-of-n for n = 1, 2, 4 … N over `tasks` tasks; tasks with an unscored answer (`left_out`) are not in it."""
+    """Best-of-n for n = 1, 2, 4 … N over `tasks` tasks, without those with an unscored completion (`left_out`)."""
 
     rows: tuple[BestOf, ...]
     tasks: int
     left_out: int
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """A JSON-serialisable dict."""
         return asdict(self)
 
 
@@ -85,9 +85,9 @@ Picks = tuple[list[int], np.ndarray, np.ndarray]
 
 
 def picks(groups: Sequence[Sequence[Episode]]) -> Picks:
-    """Every power of two up to N, and N; the best of so many's expected score and chance to pass, (tasks, sizes) each.
+    """Sizes n (the powers of two up to N, and N), and the expected score and pass rate of the best of n.
 
-    From N answers to each of P tasks; those with an unscored answer are left out.
+    The last two are (tasks, sizes), from N completions for each of P tasks, without tasks with an unscored completion.
     """
     scores = scores_of(groups)
     passed = np.array([[e.passed for e in group] for group in groups], float)
@@ -103,12 +103,12 @@ def picks(groups: Sequence[Sequence[Episode]]) -> Picks:
 
 
 def measure(groups: Sequence[Sequence[Episode]]) -> Search:
-    """Best-of-n for every power of two up to N and for N, from N scored answers to each of P tasks."""
+    """Best-of-n for every power of two up to N and for N, from N scored completions for each of P tasks."""
     return summary(picks(groups), len(groups))
 
 
 def summary(found: Picks, tasks: int) -> Search:
-    """What `picks` of so many tasks say, with intervals."""
+    """Means and intervals of the `picks` from this many tasks."""
     sizes, scores, passing = found
     rows = [
         BestOf(n, bootstrap(scores[:, i].tolist()), bootstrap(passing[:, i].tolist()), bon_kl(n))
@@ -118,14 +118,14 @@ def summary(found: Picks, tasks: int) -> Search:
 
 
 def scores_of(groups: Sequence[Sequence[Episode]]) -> np.ndarray:
-    """Rewards (P, N) float64, NaN where an answer could not be scored."""
+    """Rewards (P, N) float64, NaN for unscored completions."""
     return np.array([[math.nan if e.reward is None else e.reward for e in group] for group in groups])
 
 
 def chosen_rows(
     tasks: Sequence[Task], groups: Sequence[Sequence[Episode]], least: float | None = None
 ) -> list[dict[str, Any]]:
-    """Each task's best answer as a conversation that `posttrain sft` reads, where it scored at least `least`."""
+    """Each task's best completion as a conversation for `posttrain sft`, if it scored at least `least`."""
     rows: list[dict[str, Any]] = []
     scores = scores_of(groups)
     for task, group, row, best in zip(tasks, groups, scores, best_of_n(scores), strict=True):
@@ -138,7 +138,7 @@ def chosen_rows(
 
 
 def pairs_of(tasks: Sequence[Task], groups: Sequence[Sequence[Episode]]) -> list[Preference]:
-    """Each task's best against its worst answer, with the difference of scores as margin; none where all are equal."""
+    """Each task's best and worst completion as a pair, with their score difference as margin; none if all are equal."""
     found: list[Preference] = []
     scores = scores_of(groups)
     for task, group, row, best, worst in zip(tasks, groups, scores, best_of_n(scores), best_of_n(-scores), strict=True):
@@ -157,7 +157,7 @@ def write(
     least: float | None = None,
     pairs: str | None = None,
 ) -> dict[str, int]:
-    """Writes the best answers to `out` and best against worst to `pairs`, where given: file → rows written."""
+    """Writes the best completions to `out` and best-worst pairs to `pairs`, if given; returns file → rows written."""
     written: dict[str, int] = {}
     if out:
         rows = chosen_rows(tasks, groups, least)

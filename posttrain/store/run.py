@@ -10,10 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 import sqlite3
 import struct
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any, Literal, cast
 import numpy as np
 
 from posttrain.store import durable
-from posttrain.store.database import connect, explained, run_folders
+from posttrain.store.database import connect, explained
 from posttrain.store.durable import DiskError, FolderLock
 from posttrain.store.failpoints import failpoint
 from posttrain.types import DataError, Episode, PosttrainError, ResumeError
@@ -105,16 +104,11 @@ class Event:
     step: int = 0
 
 
-@dataclass(frozen=True)
-class RunInfo:
-    """Summary of a run for listings. `note` describes the damage of a damaged run."""
-
-    path: Path
-    status: Status
-    last_step: int | None = None
-    header: Mapping[str, Any] = field(default_factory=lambda: {})
-    summary: Mapping[str, Any] | None = None
-    note: str = ""
+OnWrite = Callable[
+    [int, Mapping[str, float], Mapping[str, float], Sequence[EpisodeRow], Sequence[Event]],
+    None,
+]
+"""(step, metrics, timings, episodes, events)."""
 
 
 class Run:
@@ -124,6 +118,7 @@ class Run:
         """Use `create`, `open` or `read`."""
         self.folder = folder
         self.header: dict[str, Any] = header
+        self.on_write: OnWrite | None = None  # called with what `write` was given once it is stored (store/tracker.py)
         self._lock = lock
         self._db = database
 
@@ -213,6 +208,8 @@ class Run:
             db.executemany(f"INSERT INTO episodes VALUES ({', '.join('?' * 17)})", rows)
             _put_events(db, step, events, exact=True)
             db.execute("DELETE FROM meta WHERE key = 'finished'")
+        if self.on_write:
+            self.on_write(step, metrics, timings, episodes, events)
 
     def note(self, step: int, event: Event) -> None:
         """Stores an event about the process rather than the training (resumed, stopped); not part of `digest`."""
@@ -316,32 +313,6 @@ class Run:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
         failpoint("store:committed")
-
-
-def list_runs(root: Path) -> list[RunInfo]:
-    """All runs directly below `root`, sorted by name. Other folders are skipped; damaged runs are listed as damaged."""
-    return [_info(path) for path in run_folders(root)]
-
-
-def next_folder(root: Path, algorithm: str) -> Path:
-    """Creates the next free folder, e.g. runs/grpo-0007; concurrent calls get different folders."""
-    root.mkdir(parents=True, exist_ok=True)
-    while True:
-        names = (re.fullmatch(rf"{re.escape(algorithm)}-(\d+)", path.name) for path in root.iterdir())
-        folder = root / f"{algorithm}-{max((int(m[1]) for m in names if m), default=0) + 1:04d}"
-        try:
-            folder.mkdir()
-            return folder
-        except FileExistsError:  # another process was faster
-            continue
-
-
-def _info(path: Path) -> RunInfo:
-    try:
-        with Run.read(path) as run:
-            return RunInfo(path, run.status(), run.last_step(), run.header, run.summary())
-    except (PosttrainError, OSError, ValueError) as error:
-        return RunInfo(path, "damaged", note=str(error))
 
 
 def _header(folder: Path) -> dict[str, Any]:

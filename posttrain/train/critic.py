@@ -12,7 +12,6 @@ from posttrain import rng
 from posttrain.config import ModelConfig
 from posttrain.models import heads
 from posttrain.models.load import Policy, load_policy
-from posttrain.train.learner import Learner
 from posttrain.types import ConfigError
 
 
@@ -87,10 +86,3 @@ def load_critic(cfg: ModelConfig, source: str, policy: Policy) -> Policy:
             f"({policy.vocab}), so it cannot read the policy's tokens. Use a reward model with the policy's tokenizer."
         )
     return scorer
-
-
-def keep_only_head(learner: Learner) -> None:
-    """Clears every gradient but the scalar head's, so that warming up a shared critic cannot move the policy."""
-    for name, master in learner.master.items():
-        if not name.startswith("scalar.") and master.grad is not None:
-            master.grad.zero_()

@@ -1,4 +1,4 @@
-"""The machine a run is on: threads, device, and the fingerprint under which its bits are promised to repeat."""
+"""The machine a run is on: CPU threads, device, and the fingerprint under which results are bit-exact."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from posttrain.types import ConfigError
 
 
 def set_threads(count: int) -> None:
-    """Uses `count` CPU threads; 0 leaves torch's choice."""
+    """Uses `count` CPU threads; 0 keeps torch's choice."""
     if count:
         torch.set_num_threads(count)
 
 
-def device(name: str) -> torch.device:
-    """The device a recipe means. Raises ConfigError for one that is not here."""
+def resolve(name: str) -> torch.device:
+    """The device that `train.device` names. Raises ConfigError for one that is not available."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -36,7 +36,7 @@ def device(name: str) -> torch.device:
 
 
 def fingerprint(policy: Policy, on: torch.device) -> dict[str, Any]:
-    """What must be equal for a resumed run to repeat every bit."""
+    """Everything that must be equal for a resumed run to be bit-exact."""
     return {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -51,7 +51,7 @@ def fingerprint(policy: Policy, on: torch.device) -> dict[str, Any]:
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """`name was X, is Y` for each part of two fingerprints that differs."""
+    """`name was X, is Y` for each part in which two fingerprints differ."""
     return [f"{name} was {then.get(name)}, is {value}" for name, value in now.items() if then.get(name) != value]
 
 

@@ -130,34 +130,34 @@ def logprobs(policy: Policy, batch: Batch, temperature: float = 1.0) -> torch.Te
 
 
 def sample_logprobs(
-    policy: Policy, samples: Sequence[Sample], tokens_per_pass: int, temperature: float = 1.0
+    policy: Policy, samples: Sequence[Sample], micro_batch_tokens: int, temperature: float = 1.0
 ) -> list[np.ndarray]:
     """Per-token log-probabilities [L] float32 of each sample's trained tokens under a policy, in the order given."""
-    return _per_token(policy, samples, tokens_per_pass, lambda b: logprobs(policy, b, temperature))
+    return _per_token(policy, samples, micro_batch_tokens, lambda b: logprobs(policy, b, temperature))
 
 
-def sample_values(policy: Policy, samples: Sequence[Sample], tokens_per_pass: int) -> list[np.ndarray]:
+def sample_values(policy: Policy, samples: Sequence[Sample], micro_batch_tokens: int) -> list[np.ndarray]:
     """Per-token values [L] float32 of the states before each trained token, in the order given."""
-    return _per_token(policy, samples, tokens_per_pass, lambda b: token_values(policy, b)[0])
+    return _per_token(policy, samples, micro_batch_tokens, lambda b: token_values(policy, b)[0])
 
 
-def sample_step_scores(policy: Policy, samples: Sequence[Sample], tokens_per_pass: int) -> list[np.ndarray]:
+def sample_step_scores(policy: Policy, samples: Sequence[Sample], micro_batch_tokens: int) -> list[np.ndarray]:
     """Scores [L] float32 at each masked token, 0 elsewhere, in the order given."""
-    return _per_token(policy, samples, tokens_per_pass, lambda b: step_scores(policy, b)[0])
+    return _per_token(policy, samples, micro_batch_tokens, lambda b: step_scores(policy, b)[0])
 
 
-def sample_scores(policy: Policy, samples: Sequence[Sample], tokens_per_pass: int) -> np.ndarray:
+def sample_scores(policy: Policy, samples: Sequence[Sample], micro_batch_tokens: int) -> np.ndarray:
     """Scores (N, heads) float32 of whole rows at their last token, in the order given."""
-    return np.stack(_in_passes(policy, samples, tokens_per_pass, lambda b: row_scores(policy, b)[0]))
+    return np.stack(_in_passes(policy, samples, micro_batch_tokens, lambda b: row_scores(policy, b)[0]))
 
 
 @torch.no_grad()
 def _in_passes(
-    policy: Policy, samples: Sequence[Sample], tokens_per_pass: int, of: Callable[[Batch], torch.Tensor]
+    policy: Policy, samples: Sequence[Sample], micro_batch_tokens: int, of: Callable[[Batch], torch.Tensor]
 ) -> list[np.ndarray]:
     policy.model.eval()
     out: list[np.ndarray] = [np.zeros(0, np.float32)] * len(samples)
-    for part in batching.plan(samples, [[i] for i in range(len(samples))], tokens_per_pass):
+    for part in batching.plan(samples, [[i] for i in range(len(samples))], micro_batch_tokens):
         rows = [samples[i] for i in part]
         batch = batching.pad(rows, batching.loss_masks(rows).float(), policy.device)
         for i, row in zip(part, of(batch).float().cpu().numpy(), strict=True):
@@ -166,12 +166,12 @@ def _in_passes(
 
 
 def _per_token(
-    policy: Policy, samples: Sequence[Sample], tokens_per_pass: int, of: Callable[[Batch], torch.Tensor]
+    policy: Policy, samples: Sequence[Sample], micro_batch_tokens: int, of: Callable[[Batch], torch.Tensor]
 ) -> list[np.ndarray]:
     """Rows [L] of `of`'s (B, T), in the very passes that an update on the samples makes; 0 for rows without any."""
     out = [np.zeros(len(s.tokens), np.float32) for s in samples]
     trained = [i for i, s in enumerate(samples) if s.loss_mask.any()]
-    rows = _in_passes(policy, [samples[i] for i in trained], tokens_per_pass, of)
+    rows = _in_passes(policy, [samples[i] for i in trained], micro_batch_tokens, of)
     for i, row in zip(trained, rows, strict=True):
         out[i] = row[: len(out[i])]
     return out

@@ -1,4 +1,4 @@
-"""Single-turn tasks: built-in problems, files, hub data sets and lists from Python, and what judges each of them."""
+"""Loads single-turn tasks: built-in problems, files, hub datasets and lists from Python."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from posttrain.config import DataConfig, nearest
 from posttrain.data.mixing import Mixture, parse_mixture
@@ -30,29 +30,24 @@ from posttrain.data.tasks import bfcl, reasoning_gym
 from posttrain.data.tasks.abacus import GENERATORS, HARMLESS, Problem, Split, stream
 from posttrain.data.tasks.one_liners import ONE_LINERS, one_liners
 from posttrain.data.tasks.products import CALLS, LARGE, calculator_calls, large_products
-from posttrain.rewards.code import code
-from posttrain.rewards.functions import score_safely
-from posttrain.rewards.skills import judge
-from posttrain.rewards.verifiers import Verifier, exact, is_mathematical, math, numeric
 from posttrain.rng import permutation
-from posttrain.types import ConfigError, DataError, Message, Task, Verdict
+from posttrain.types import ConfigError, DataError, Message, Task
 
 NUMBERS = ("addition", LARGE, CALLS)
-"""Built-in tasks whose answer is a number, for models other than abacus as well."""
+"""Built-in tasks whose answer is a number, also for models other than abacus."""
 PROGRAMS = (ONE_LINERS,)
 """Built-in tasks whose answer is a program, executed in the sandbox."""
 BUILT_IN = (*GENERATORS, *NUMBERS, *PROGRAMS)
-"""Names `data.tasks` may have besides files and hub ids."""
+"""Names of built-in tasks for `data.tasks`, in addition to files and hub ids."""
 PATIENCE = 1000
-"""Draws without a new problem after which a built-in task has no more to give."""
+"""Draws in a row without a new problem after which a built-in task counts as exhausted."""
 HELD_OUT = 512
-"""Most problems in the test split of a built-in task; the same ones for every seed, so that runs compare."""
-SHOWN = 20
+"""Maximum size of a built-in task's test split, which is the same for every seed, so that runs are comparable."""
 
 
 @dataclass(frozen=True)
 class TaskSets:
-    """What to train on and what to evaluate on; `notes` say what was left out, `hash` names the content."""
+    """Training and test tasks; `notes` report what was left out, `hash` identifies the content."""
 
     train: list[Task]
     test: list[Task]
@@ -61,11 +56,11 @@ class TaskSets:
 
 
 def load_tasks(cfg: DataConfig, seed: int, given: Sequence[Task] | None = None, needs_answer: bool = True) -> TaskSets:
-    """The tasks that `data.tasks` names, or the `given` ones, and held-out ones to evaluate on.
+    """Loads the tasks of `data.tasks`, or uses the `given` ones, and splits off or loads held-out tasks.
 
-    A question asked on both sides is dropped from training, so that the evaluation set stays whole. Raises ConfigError
-    for an unknown name and DataError for rows that cannot be used. `needs_answer=False` allows rows without an answer,
-    for rewards that do not look at it.
+    A training task whose prompt is also in the evaluation set is dropped, so that the evaluation set stays complete.
+    Raises ConfigError for an unknown name and DataError for unusable rows. `needs_answer=False` allows rows without an
+    answer, for rewards that do not use it.
     """
     notes: list[str] = []
     if given is not None:
@@ -78,7 +73,7 @@ def load_tasks(cfg: DataConfig, seed: int, given: Sequence[Task] | None = None, 
     if not train:
         raise DataError(f"there are no tasks to train on (data.tasks={cfg.tasks!r}, data.count={cfg.count}).")
     if copies := duplicates(train):
-        notes.append(f"{copies} training tasks repeat the question of another; they are kept.")
+        notes.append(f"{copies} training tasks repeat the prompt of another task; they are kept.")
     if is_generated(cfg.eval_tasks) or (not cfg.eval_tasks and given is None and is_generated(cfg.tasks)):
         test = [_framed(task, cfg) for task in _generated(cfg.eval_tasks or cfg.tasks, HELD_OUT, 0, "test", [])]
     elif cfg.eval_tasks:
@@ -87,28 +82,30 @@ def load_tasks(cfg: DataConfig, seed: int, given: Sequence[Task] | None = None, 
         train, test = split_holdout(train, cfg.holdout, seed)
     train, dropped = drop_leaks(train, test)
     if dropped:
-        notes.append(f"{dropped} training tasks that the evaluation set also asks were dropped.")
+        notes.append(f"{dropped} training tasks that are also in the evaluation set were dropped.")
     content = data_hash(Row(task.id, _as_values(task)) for task in (*train, *test))
     return TaskSets(train, test, notes, content)
 
 
 def is_generated(name: str) -> bool:
-    """Whether `data.tasks` names problems that a program makes, so that there are as many as one asks for.
+    """Whether `data.tasks` names generated problems, of which any number can be drawn.
 
-    Several are a mixture, `arithmetic*2 + instructions + safety`. Raises ConfigError where only some parts of one are.
+    A mixture, such as `arithmetic*2 + instructions + safety`, must consist of generated tasks only; otherwise raises
+    ConfigError.
     """
     parts = [part for part, _ in _parts(name)]
     others = [part for part in parts if part not in BUILT_IN and not part.startswith(reasoning_gym.PREFIX)]
     if others and len(others) < len(parts):
         near = nearest(others[0], [*BUILT_IN])
-        raise ConfigError(f"{name!r} mixes built-in tasks with {others[0]!r}{near} Files are mixed by sft alone.")
+        raise ConfigError(f"{name!r} mixes built-in tasks with {others[0]!r}{near} Only sft can mix in files.")
     return not others
 
 
 def held_out(tasks: Sequence[Task], cfg: DataConfig, seed: int) -> TaskSets:
-    """An environment's own tasks, `data.holdout` of them to evaluate on.
+    """Splits an environment's own tasks; the share `data.holdout` is held out for evaluation.
 
-    What such a task hides is not in its question, so equal questions on both sides are counted and kept.
+    The prompt of such a task does not contain its hidden state, so tasks with equal prompts on both sides are counted,
+    but kept.
     """
     tasks = [_framed(task, cfg) for task in tasks]
     _require_distinct_ids(tasks)
@@ -116,64 +113,18 @@ def held_out(tasks: Sequence[Task], cfg: DataConfig, seed: int) -> TaskSets:
     order = [int(i) for i in permutation(len(tasks), seed)]
     test, train = ([tasks[i] for i in sorted(part)] for part in (order[:cut], order[cut:]))
     if not train:
-        raise DataError(f"the environment gives {len(tasks)} tasks, {cut} of them held out; none is left to train on.")
+        raise DataError(
+            f"the environment has {len(tasks)} tasks, of which {cut} are held out, so none is left to train on. Give "
+            "more tasks or lower data.holdout."
+        )
     known = {(task.messages, repr(task.answer)) for task in test}
     same = sum((task.messages, repr(task.answer)) in known for task in train)
     notes = [f"{same} of {len(train)} training tasks are also among those held out."] if same else []
     return TaskSets(train, test, notes, data_hash(Row(task.id, _as_values(task)) for task in (*train, *test)))
 
 
-def verifier_for(task: Task) -> Verifier:
-    """What `reward.name = "auto"` means for a task.
-
-    Built-in abacus problems are judged by their skill's checker, other built-in tasks as a number or a program, and
-    those of BFCL by the calls they want; those of reasoning-gym as it scores them; other tasks by `math` where the gold
-    answer is a number or a formula, else by `exact`.
-    """
-    if task.env in GENERATORS and "skill" in task.meta:
-        return _judge_skill
-    if task.env in NUMBERS:
-        return numeric
-    if task.env in PROGRAMS:
-        return code
-    if task.env == bfcl.ENV:
-        return bfcl.verify
-    if task.env.startswith(reasoning_gym.PREFIX):
-        return reasoning_gym.score
-    return math if is_mathematical(task.answer) else exact
-
-
-def validate(
-    tasks: Sequence[Task], verifier: Verifier, gold: Literal["always", "where given", "never"] = "always"
-) -> None:
-    """Raises DataError listing tasks whose own gold answer fails its verifier, or whom an empty reply satisfies.
-
-    `gold` says which answers must pass: of all tasks, of those that have one, or none. A task whose empty reply cannot
-    be judged is at fault too.
-    """
-    faults: list[str] = []
-    for task in tasks:
-        if gold == "always" or (gold == "where given" and task.answer not in (None, "")):
-            verdict, error = score_safely(verifier, task, gold_reply(task))
-            if verdict is None or not verdict.passed:
-                why = error or "it fails"
-                faults.append(f"{task.id}: its own answer {str(task.answer)[:60]!r} does not pass ({why}).")
-                continue
-        empty, error = score_safely(verifier, task, "")
-        if empty is None:
-            faults.append(f"{task.id}: it cannot be judged ({error}).")
-        elif empty.passed:
-            faults.append(f"{task.id}: an empty reply passes.")
-    if faults:
-        more = f" (the first {SHOWN} are shown)" if len(faults) > SHOWN else ""
-        raise DataError(
-            "\n".join(faults[:SHOWN])
-            + f"\n{len(faults)} of {len(tasks)} tasks cannot be judged{more}. Fix their answers, or set another reward."
-        )
-
-
 def gold_reply(task: Task) -> str:
-    """A reply that gives the gold answer; for requests, whose gold is `decline` or `help`, one that does."""
+    """A reply with the gold answer; for a request, whose gold answer is `decline` or `help`, a reply that does so."""
     if task.meta.get("skill") in ("safety", "requests") and task.env in GENERATORS:
         if task.answer == "decline":
             return "Sorry, I can't help with that."
@@ -182,7 +133,7 @@ def gold_reply(task: Task) -> str:
 
 
 def write_tasks(path: str | Path, tasks: Sequence[Task]) -> None:
-    """Writes tasks as JSON Lines that `read_tasks` gives back equal. Raises DataError where JSON cannot hold one."""
+    """Writes tasks as JSON Lines that `read_tasks` reads back unchanged. Raises DataError if JSON cannot hold one."""
     lines: list[str] = []
     for task in tasks:
         values = _as_values(task)
@@ -194,15 +145,15 @@ def write_tasks(path: str | Path, tasks: Sequence[Task]) -> None:
             raise DataError(f"task {task.id!r} cannot be written as JSON: {error}.") from None
         if not same:
             raise DataError(
-                f"task {task.id!r} would come back changed from JSON (a tuple, or keys that are not text). "
-                "Use lists and text keys in answer and meta."
+                f"task {task.id!r} would not read back equal from JSON (it has a tuple, or keys that are not strings). "
+                "Use lists and string keys in answer and meta."
             )
         lines.append(line + "\n")
     Path(path).write_text("".join(lines), encoding="utf-8", newline="\n")
 
 
 def read_tasks(path: str | Path) -> list[Task]:
-    """Tasks written by `write_tasks`. Raises DataError naming `file:line`."""
+    """Reads tasks written by `write_tasks`. Raises DataError naming `file:line`."""
     tasks: list[Task] = []
     for row in read_rows(str(path)):
         v = row.values
@@ -210,17 +161,13 @@ def read_tasks(path: str | Path) -> list[Task]:
             messages = tuple(Message(m["role"], m["content"], tuple(m["tool_calls"])) for m in v["messages"])
             tasks.append(Task(v["id"], v["env"], messages, v["answer"], v["meta"]))
         except (KeyError, TypeError, DataError) as error:
-            raise DataError(f"{row.where}: not a task as write_tasks writes it: {error}.") from None
+            raise DataError(f"{row.where}: not a task written by write_tasks: {error}.") from None
     return tasks
 
 
 def _as_values(task: Task) -> dict[str, Any]:
     messages = [{"role": m.role, "content": m.content, "tool_calls": [*map(dict, m.tool_calls)]} for m in task.messages]
     return {"id": task.id, "env": task.env, "messages": messages, "answer": task.answer, "meta": dict(task.meta)}
-
-
-def _judge_skill(task: Task, text: str) -> Verdict:
-    return judge(task.answer, task.meta, text)
 
 
 def _framed(task: Task, cfg: DataConfig) -> Task:
@@ -232,7 +179,7 @@ def _require_distinct_ids(tasks: Sequence[Task]) -> None:
     seen: set[str] = set()
     for task in tasks:
         if task.id in seen:
-            raise DataError(f"two tasks have the id {task.id!r}; ids must differ, because randomness hangs on them.")
+            raise DataError(f"two tasks have the id {task.id!r}. Ids must be unique, because they seed the sampling.")
         seen.add(task.id)
 
 
@@ -247,14 +194,14 @@ def _from_source(source: str, cfg: DataConfig, needs_answer: bool, notes: list[s
 
 
 def _parts(name: str) -> list[tuple[str, float]]:
-    """The tasks that a mixture names, with their weights; anything else is one part of its own."""
+    """The tasks of a mixture with their weights; any other name is a single part."""
     return parse_mixture(name) if " + " in name or "*" in name else [(name, 1.0)]
 
 
 def _generated(name: str, count: int, seed: int, split: Split, notes: list[str]) -> list[Task]:
-    """Problems of one built-in task, or `count` by the weights of a mixture, in turns that are the same every time.
+    """`count` problems of a built-in task or of a mixture, interleaved by weight in a fixed order.
 
-    A part that has fewer gives what it has, which is noted, and the others go on without it.
+    A part with too few problems gives all it has, with a note, and the other parts are not increased.
     """
     parts = _parts(name)
     mixture = Mixture([max(1, count)] * len(parts), [weight for _, weight in parts], 0)
@@ -262,7 +209,7 @@ def _generated(name: str, count: int, seed: int, split: Split, notes: list[str])
     for (part, _), share in zip(parts, mixture.drawn(count), strict=True):
         found.append(_built_in(part, share, seed, split))
         if len(found[-1]) < share:
-            notes.append(f"{part} has only {len(found[-1])} training problems, {share} were asked for.")
+            notes.append(f"{part} has only {len(found[-1])} training problems; {share} were requested.")
     left = [iter(tasks) for tasks in found]
     turns = (next(left[source], None) for source, _ in mixture.draw(0, count))
     return [task for task in turns if task is not None]
@@ -279,7 +226,7 @@ def _built_in(name: str, count: int, seed: int, split: Split) -> list[Task]:
 
 @lru_cache(maxsize=16)
 def _of_abacus(name: str, count: int, seed: int, split: Split) -> tuple[Task, ...]:
-    """Kept, because every model that a pipeline trains or examines is asked the same ones."""
+    """Problems of one kind; cached, because the stages of a pipeline use the same ones."""
     found: dict[str, Problem] = {}
     stale = 0
     for problem in stream(name, random.Random(f"{name}/{split}/{seed}"), split):
@@ -291,9 +238,9 @@ def _of_abacus(name: str, count: int, seed: int, split: Split) -> tuple[Task, ..
 
 
 def _addition(count: int, seed: int, split: Split) -> list[Task]:
-    """One-digit sums for pretrained models: 80 pairs to train on, 20 held out; a + b and b + a on the same side."""
+    """One-digit sums for pretrained models: 80 training and 20 held-out pairs; a + b and b + a on the same side."""
     pairs = [(a, b) for a in range(10) for b in range(10)]
-    # Ten of the 45 unordered pairs of different digits are twenty questions.
+    # Ten of the 45 unordered pairs of different digits give twenty questions.
     unordered = [(a, b) for a, b in pairs if a < b]
     held = {unordered[i] for i in permutation(len(unordered), "addition")[:10]}
     mine = [(a, b) for a, b in pairs if ((min(a, b), max(a, b)) in held) == (split == "test")]

@@ -18,8 +18,7 @@ from posttrain import config
 from posttrain.lab.folders import Place
 from posttrain.lab.routing import get
 from posttrain.models.shapes import SHAPES, ModelShape
-from posttrain.planner import memory as planner
-from posttrain.planner.memory import Memory, Rows, Where
+from posttrain.planner.memory import Memory, Rows, Where, plan_memory, reference_bytes, samples
 from posttrain.types import ConfigError
 
 SIZES = {
@@ -124,9 +123,9 @@ def recipe_of(name: str, size: str, dtype: str, lora: bool, length: int, recompu
     settings: dict[str, Any] = {section: dict(values) for section, values in kind.settings.items()}
     settings["model"] = {"dtype": dtype, "lora_rank": RANK if lora else 0, "gradient_checkpointing": recompute}
     settings["train"] = {"micro_batch_tokens": 2 * length}
-    if "reward model" in kind.roles and kind.algorithm != "reward":
+    if "reward model" in kind.roles[1:]:
         settings["reward"] = {"name": f"model:{SIZES[size][0]}"}  # of the same size as the policy
-    if kind.algorithm in ("ppo", "grpo"):
+    if config.RECIPES[kind.algorithm]().facts().samples == "every step":
         settings["rollout"] = {"max_tokens": rows_of(length).answer, "slots": AT_ONCE}
     return config.resolve(kind.algorithm, settings)
 
@@ -140,7 +139,7 @@ def planned(name: str, asked: Asked, devices: int) -> tuple[Any, Memory]:
     """The recipe, and its memory plan on this many devices."""
     recipe = recipe_of(name, asked.size, asked.dtype, asked.lora, asked.length, asked.recompute)
     shape, where = shape_of_size(asked.size), Where(devices, True, False, PROCESS)
-    return recipe, planner.memory(KINDS[name].algorithm, recipe, shape, rows_of(asked.length), where)
+    return recipe, plan_memory(recipe, shape, rows_of(asked.length), where)
 
 
 def shape_of_size(size: str) -> ModelShape:
@@ -159,10 +158,8 @@ def parts_of(name: str, asked: Asked, devices: int) -> dict[str, int]:
         pieces[part] = pieces.get(part, 0) + count
     process = pieces.pop("process")
     found = {part: sum(pieces.pop(piece, 0) for piece in inside) for part, inside in PARTS.items()}
-    if KINDS[name].algorithm == "dpo" and not asked.cached:
-        where = Where(devices, True, False, PROCESS)
-        held = planner.states("online-dpo", recipe, shape_of_size(asked.size), where)
-        found["reference"] += held.get("reference model", 0)
+    if recipe.facts().reference == "precomputed" and not asked.cached:
+        found["reference"] += -(-reference_bytes(recipe, shape_of_size(asked.size)) // devices)
     return {**found, REST: sum(pieces.values()), "process": process}
 
 
@@ -188,7 +185,7 @@ def compute(asked: Asked) -> dict[str, Any]:
         rows.append({
             "name": name, "title": kind.title, "about": kind.about, "data": kind.data, "explores": kind.explores,
             "models": models, "held": sum(how == "held" for how in models.values()),
-            "online": planner.samples(kind.algorithm, recipe), "phase": memory.peak_phase,
+            "online": samples(recipe), "phase": memory.peak_phase,
             "parts": parts, "total": total, "fits": [card for card in CARDS if total <= card << 30],
             "fewest": [[card, count] for card, count in fewest.items()],
         })  # fmt: skip

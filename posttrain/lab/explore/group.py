@@ -17,13 +17,13 @@ import torch
 
 from posttrain.cli.chat import text_of
 from posttrain.data.chat import ChatFormat
-from posttrain.rewards.auto import verifier_for
 from posttrain.lab import checkpoints
 from posttrain.lab.explore.problems import task_of
 from posttrain.lab.folders import Place
 from posttrain.lab.tokens import pieces
 from posttrain.models.load import Policy
 from posttrain.objectives.advantages import flat_groups, group_relative, leave_one_out, max_rl
+from posttrain.rewards.auto import verifier_for
 from posttrain.rewards.functions import score_safely
 from posttrain.rewards.skills import CLOSE, OPEN
 from posttrain.rollout.engines.embedded import EmbeddedGenerator

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.lab.checkpoints import SHIPPED, find_model
-from posttrain.lab.folders import Place
+from posttrain.lab.folders import Place, trained
 from posttrain.lab.label import export
 from posttrain.lab.label.store import FOLDER, Queue
 from posttrain.store.run import Run
@@ -116,7 +116,8 @@ def _line(name: str, folder: Path, exported: dict[str, Path]) -> dict[str, Any] 
         with Run.read(folder) as run:
             recipe = run.header.get("recipe", {})
             file = Path(str(recipe.get("data", {}).get("tasks", ""))).name
-            if run.header.get("algorithm") != "reward" or file not in exported:
+            facts = trained(run.header)
+            if facts is None or (facts.trains, facts.data) != ("scorer", "pairs") or file not in exported:
                 return None
             steps = recipe.get("train", {}).get("steps")
             line = {"run": name, "status": run.status(), "step": run.last_step(), "steps": steps, "file": file}

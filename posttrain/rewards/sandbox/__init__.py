@@ -1,1 +1,1 @@
-"""Where code that a model wrote is executed: it gets arguments, never answers; what it returns is compared outside."""
+"""Sandbox for model-written code: it gets inputs, never expected values; its outputs are compared outside."""

@@ -1,6 +1,6 @@
-"""Control groups for executions, where this user may make them: a bound on memory and on processes, both together.
+"""Control groups (cgroups) that limit memory and processes of an execution, if this user may create them.
 
-Version 1 and version 2 alike. Where none can be made, limits of single processes and of a user's tasks must do.
+Supports versions 1 and 2. Without cgroups, only the limits per process and per user apply.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _count = itertools.count()
 
 
 class Group:
-    """One control group per hierarchy, named after this process. A zygote joins through `doors`."""
+    """One control group per hierarchy, named after this process. A zygote joins by writing to `procs_files`."""
 
     def __init__(self, memory: int, tasks: int) -> None:
-        """Raises OSError where none can be made."""
+        """Raises OSError if the groups cannot be created."""
         sweep()
         name = f"{PREFIX}{os.getpid()}-{next(_count)}"
         self.folders: list[Path] = []
@@ -35,28 +35,28 @@ class Group:
                 folder.mkdir()
                 self.folders.append(folder)
                 for file, value in files.items():
-                    with suppress(FileNotFoundError):  # a kernel without swap accounting has no file for it
+                    with suppress(FileNotFoundError):  # a kernel without swap accounting lacks the swap file
                         (folder / file).write_text(str(value))
         except (OSError, KeyError):
             self.close()
             raise
 
     @property
-    def doors(self) -> list[str]:
+    def procs_files(self) -> list[str]:
         return [str(folder / "cgroup.procs") for folder in self.folders]
 
     def killed(self) -> int:
-        """How many processes were killed for memory in here."""
+        """Number of processes in the group that were killed for exceeding the memory limit."""
         for folder in self.folders:
             for file in ("memory.oom_control", "memory.events"):
                 with suppress(OSError):
-                    found = re.search(r"^oom_kill (\d+)$", (folder / file).read_text(), re.MULTILINE)
-                    if found:
-                        return int(found[1])
+                    match = re.search(r"^oom_kill (\d+)$", (folder / file).read_text(), re.MULTILINE)
+                    if match:
+                        return int(match[1])
         return 0
 
     def close(self) -> None:
-        """Removes the groups; waits a second for dying tasks, and leaves what then is not empty to a later `sweep`."""
+        """Removes the groups; waits up to a second for dying tasks and leaves non-empty groups to a later `sweep`."""
         deadline = time.monotonic() + 1
         while self.folders:
             try:
@@ -71,7 +71,7 @@ class Group:
 
 
 def available() -> str:
-    """Which groups can be made here: `version 1`, `version 2`, or empty."""
+    """The cgroup version that can be used here, `version 1` or `version 2`, or an empty string."""
     try:
         group = Group(1 << 28, 16)
     except (OSError, KeyError):
@@ -82,7 +82,7 @@ def available() -> str:
 
 
 def sweep() -> None:
-    """Removes what killed processes have left."""
+    """Removes groups left behind by processes that were killed."""
     for parent in _parents().values():
         for folder in parent.glob(f"{PREFIX}*"):
             pid = folder.name.removeprefix(PREFIX).partition("-")[0]
@@ -92,20 +92,20 @@ def sweep() -> None:
 
 
 def _parents() -> dict[str, Path]:
-    """Where this process may make a group: `memory` and `pids` of version 1, or `both` of version 2."""
-    found: dict[str, Path] = {}
+    """Folders in which this process may create groups: `memory` and `pids` of version 1, or `both` of version 2."""
+    parents: dict[str, Path] = {}
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:
-        return found
+        return parents
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers:
             for kind in {"memory", "pids"} & set(controllers.split(",")):
-                here = ROOT / controllers
-                here = here if here.is_dir() else ROOT / kind
-                below = here / path.lstrip("/")
-                found[kind] = below if below.is_dir() else here
+                base = ROOT / controllers
+                base = base if base.is_dir() else ROOT / kind
+                own = base / path.lstrip("/")
+                parents[kind] = own if own.is_dir() else base
         else:
             own = ROOT / path.lstrip("/")
             for folder in (own, *own.parents):
@@ -113,4 +113,4 @@ def _parents() -> dict[str, Path]:
                     granted = set((folder / "cgroup.subtree_control").read_text().split())
                     if {"memory", "pids"} <= granted and os.access(folder, os.W_OK):
                         return {"both": folder}
-    return found
+    return parents

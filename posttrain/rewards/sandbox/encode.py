@@ -1,8 +1,8 @@
-"""Values as bytes, without pickle or any parser that executes: two encodings and one bounded decoder.
+"""Safe serialisation of plain values: two encodings and a bounded decoder, without pickle or code execution.
 
-`canonical` gives the same bytes for two values exactly where Python says they are equal: `1 == 1.0 == True`, sets and
-dictionaries in any order, but `[1] != (1,)`. It is made to be compared, not read. `dumps` keeps types and order, and
-`loads` gives the values back. Frames are what travels: a length of four bytes, then a tag and its content.
+`canonical` produces the same bytes for two values exactly if they are equal in Python: `1 == 1.0 == True`, sets and
+dictionaries in any order, but `[1] != (1,)`. It is only for comparison. `dumps` keeps types and order, and `loads`
+restores the values. Messages are sent as frames: a length of four bytes, then a tag and its content.
 """
 
 from __future__ import annotations
@@ -12,53 +12,53 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 DEPTH, NODES = 60, 200_000
-"""Deepest nesting and most values in one message."""
+"""Maximum nesting depth and number of values in one message."""
 TYPES = {kind.__name__: kind for kind in (bool, int, float, complex, str, bytes, list, tuple, set, frozenset, dict)}
-"""Types that can be sent, by name: some tests pass one."""
+"""Types that can be sent as values, by name; some tests pass one."""
 
 Refer = Callable[[Any], int | str]
 Resolve = Callable[[int | str], Any]
 
 
 class Reference:
-    """Something that lives on the other side, by the name or number it has there; `loads` gives it to `resolve`."""
+    """A reference to an object on the other side, by name or number; `loads` passes it to `resolve`."""
 
     def __init__(self, target: int | str) -> None:
         self.target = target
 
 
 class Unsendable(ValueError):
-    """A value that these bytes cannot hold: another type, NaN where values are compared, too deep or too many."""
+    """A value that cannot be encoded: unsupported type, NaN in a comparison, too deeply nested or too large."""
 
 
 def canonical(value: Any) -> bytes:
-    """Bytes that are equal where the values are. Raises Unsendable; NaN, which equals nothing, is unsendable."""
+    """Bytes that are equal if and only if the values are. Raises Unsendable, also for NaN, which equals nothing."""
     return _canonical(value, _Budget(), 0)
 
 
 def dumps(value: Any, refer: Refer | None = None) -> bytes:
-    """Bytes that `loads` reads. What is no plain data is given to `refer`, whose answer travels instead."""
+    """Encodes a value for `loads`. Anything but plain data is replaced by the name or number from `refer`."""
     out: list[bytes] = []
     _dump(value, out, _Budget(), 0, refer)
     return b"".join(out)
 
 
 def loads(data: bytes, resolve: Resolve | None = None) -> Any:
-    """The value that `dumps` wrote. Raises Unsendable for any other bytes."""
+    """Decodes a value written by `dumps`. Raises Unsendable for invalid bytes."""
     reader = _Reader(data, resolve)
     try:
         value = reader.value(0)
     except Unsendable:
         raise
     except (ValueError, TypeError, struct.error, OverflowError) as error:
-        raise Unsendable(f"not a message: {error}") from None
+        raise Unsendable(f"invalid message: {error}") from None
     if reader.at != len(data):
-        raise Unsendable(f"{len(data) - reader.at} bytes follow the message")
+        raise Unsendable(f"{len(data) - reader.at} extra bytes after the message")
     return value
 
 
 def frame(tag: bytes, content: bytes = b"") -> bytes:
-    """A tag of one byte and its content, with their length in front."""
+    """A frame: the length, a tag of one byte, and the content."""
     return struct.pack(">I", len(content) + 1) + tag + content
 
 
@@ -69,11 +69,11 @@ class _Budget:
     def spend(self, depth: int) -> None:
         self.nodes += 1
         if depth > DEPTH or self.nodes > NODES:
-            raise Unsendable(f"nested deeper than {DEPTH} or more than {NODES} values")
+            raise Unsendable(f"more than {DEPTH} levels of nesting or {NODES} values")
 
 
 def _number(value: Any) -> bytes:
-    """An exact ratio, so that equal numbers of different types have one form."""
+    """Encodes a number as an exact ratio, so that equal numbers of different types get the same bytes."""
     if isinstance(value, complex) and value.imag:
         return b"c" + _number(value.real) + _number(value.imag)
     real = value.real
@@ -112,7 +112,7 @@ def _tag(value: Any) -> bytes:
     for tag, kind in ((b"l", list), (b"t", tuple), (b"S", set), (b"Z", frozenset)):
         if isinstance(value, kind):
             return tag
-    raise Unsendable(f"{type(value).__name__} is no plain data")
+    raise Unsendable(f"{type(value).__name__} is not plain data")
 
 
 def _dump(value: Any, out: list[bytes], budget: _Budget, depth: int, refer: Refer | None) -> None:
@@ -148,11 +148,11 @@ def _dump(value: Any, out: list[bytes], budget: _Budget, depth: int, refer: Refe
         out.append(b"h")
         _dump(refer(value), out, budget, depth + 1, None)
     else:
-        raise Unsendable(f"{type(value).__name__} is no plain data")
+        raise Unsendable(f"{type(value).__name__} is not plain data")
 
 
 class _Reader:
-    """Reads one message; every length is held against what is there before anything is made of it."""
+    """Decodes one message; every length is checked against the remaining bytes before anything is allocated."""
 
     def __init__(self, data: bytes, resolve: Resolve | None) -> None:
         self.data, self.at, self.budget, self.resolve = data, 0, _Budget(), resolve
@@ -171,14 +171,14 @@ class _Reader:
         if tag == b"h":
             target = self.value(depth + 1)
             if self.resolve is None or not isinstance(target, int | str):
-                raise Unsendable("a reference where none can be")
+                raise Unsendable("unexpected reference")
             return self.resolve(target)
         return self.sized(tag, depth)
 
     def sized(self, tag: bytes, depth: int) -> Any:
         size = int(self.until(b":"))
         if not 0 <= size <= len(self.data) - self.at:
-            raise Unsendable(f"a length of {size} with {len(self.data) - self.at} bytes left")
+            raise Unsendable(f"length {size} with only {len(self.data) - self.at} bytes left")
         if tag == b"s":
             return self.take(size).decode("utf-8", "surrogatepass")
         if tag == b"b":
@@ -194,20 +194,20 @@ class _Reader:
 
     def type_named(self, name: str) -> type:
         if name not in TYPES:
-            raise Unsendable(f"{name!r} is no type that can be sent")
+            raise Unsendable(f"the type {name!r} cannot be sent")
         return TYPES[name]
 
     def take(self, count: int) -> bytes:
         piece = self.data[self.at : self.at + count]
         if len(piece) != count:
-            raise Unsendable("the message is cut off")
+            raise Unsendable("the message is truncated")
         self.at += count
         return piece
 
     def until(self, mark: bytes) -> bytes:
         end = self.data.find(mark, self.at)
         if end < 0:
-            raise Unsendable("the message is cut off")
+            raise Unsendable("the message is truncated")
         piece = self.data[self.at : end]
         self.at = end + 1
         return piece

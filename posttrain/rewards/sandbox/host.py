@@ -1,7 +1,7 @@
-"""The trusted side: starts zygotes, hands them orders, and reads what comes back, never more than a bounded amount.
+"""Host side of the sandbox: starts zygotes, sends them orders, and reads a bounded amount of output.
 
-What a candidate does ends in a Report, whatever it is. What goes wrong around it is `Lost`, and nothing that an
-execution does after it has begun is that: see `Sandbox.attempt`.
+Whatever a candidate does ends in a Report. A failure of the sandbox itself raises `Lost`; a candidate must not be able
+to profit from causing one: see `Sandbox.attempt`.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from typing import Any, Literal
 from posttrain.rewards.sandbox import cgroups, encode, jail
 
 How = Literal["exited", "timeout", "flood", "oom", "crashed", "killed"]
-"""`killed`: it was running when this side ended it."""
+"""`killed` means that the host ended it while it was running."""
 Tier = Literal["namespaces", "landlock", "none"]
 PACKAGES = str(Path(__file__).resolve().parents[3])
 BOOT = (
     "import sys; sys.path.append(sys.argv[1]); from posttrain.rewards.sandbox import encode, zygote; import socket; "
     "sys.path.pop(); zygote.main(socket.socket(fileno=int(sys.argv[2])), encode.loads(bytes.fromhex(sys.argv[3])))"
 )
-# -I would have Python ignore PYTHONHASHSEED; with an environment of our own -P, -s and -S leave out as much.
+# -I would make Python ignore PYTHONHASHSEED; with a clean environment, -P, -s and -S isolate it just as much.
 PYTHON = (sys.executable, "-P", "-s", "-S", "-X", "utf8", "-c", BOOT, PACKAGES)
 GRACE = 20.0
-"""Seconds past every limit after which a zygote that has not reported is taken for lost."""
+"""Seconds beyond all limits after which a zygote without a report counts as lost."""
 MESSAGE = 1 << 24
-"""Longest frame that is read from an execution."""
+"""Maximum length of a frame from an execution."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one execution may use. `seconds` of the clock run from when it is sealed; sizes are bytes."""
+    """Resource limits of one execution. `seconds` are wall-clock time once it is sealed; sizes are in bytes."""
 
     seconds: float = 5.0
     seconds_to_start: float = 20.0
@@ -57,7 +57,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Report:
-    """How an execution ended, and what it wrote."""
+    """How an execution ended, and its output."""
 
     how: How
     code: int
@@ -67,7 +67,7 @@ class Report:
 
 
 class Lost(Exception):
-    """An execution that never ended because its surroundings failed. `began`: the candidate was already running."""
+    """The sandbox failed around an execution. `began`: the candidate was already running."""
 
     def __init__(self, why: str, began: bool = False) -> None:
         super().__init__(why)
@@ -75,7 +75,7 @@ class Lost(Exception):
 
 
 class Zygote:
-    """One locked-in Python, one execution at a time. Raises Lost where it cannot be started."""
+    """One isolated Python process, which runs one execution at a time. Raises Lost if it cannot be started."""
 
     def __init__(self, tier: Tier, limits: Limits, group: cgroups.Group | None) -> None:
         self.tier: Tier = tier
@@ -85,7 +85,7 @@ class Zygote:
             "tier": tier,
             "folders": jail.python_folders(),
             "scratch": self.scratch,
-            "cgroups": group.doors if group else [],
+            "cgroups": group.procs_files if group else [],
             "tasks": limits.tasks if tier == "namespaces" else limits.tasks + 1024 + tasks_of_this_user(),
         }
         self.process: subprocess.Popen[bytes] | None = None
@@ -103,35 +103,35 @@ class Zygote:
                     env={"PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "1", "LANG": "C.UTF-8"},
                     start_new_session=True,
                 )
-            tag, why = self.hear()
+            tag, reason = self.receive()
             if tag != b"Z":
-                raise Lost(f"its zygote could not lock itself in: {why}")
+                raise Lost(f"its zygote could not isolate itself: {reason}")
         except Lost:
             self.close()
             raise
         except OSError as error:
             self.close()
-            raise Lost(f"its zygote cannot be started: {error}") from None
+            raise Lost(f"its zygote could not be started: {error}") from None
 
-    def hear(self) -> tuple[bytes, Any]:
+    def receive(self) -> tuple[bytes, Any]:
         """The next frame from the zygote, which is trusted."""
         try:
-            head = self._exactly(4)
-            body = self._exactly(struct.unpack(">I", head)[0])
+            head = self._read_exactly(4)
+            body = self._read_exactly(struct.unpack(">I", head)[0])
         except OSError as error:
-            raise Lost(f"its zygote does not answer ({error})") from None
+            raise Lost(f"its zygote does not respond ({error})") from None
         return body[:1], encode.loads(body[1:])
 
-    def _exactly(self, count: int) -> bytes:
+    def _read_exactly(self, count: int) -> bytes:
         data = bytearray()
         while len(data) < count:
             piece = self.control.recv(count - len(data))
             if not piece:
-                raise ConnectionError(f"it ended with code {self._code()}")
+                raise ConnectionError(f"it exited with code {self._exit_code()}")
             data += piece
         return bytes(data)
 
-    def _code(self) -> int | None:
+    def _exit_code(self) -> int | None:
         if self.process is None:
             return None
         with suppress(subprocess.TimeoutExpired):
@@ -139,12 +139,12 @@ class Zygote:
         return self.process.returncode
 
     def start(self, order: Mapping[str, Any], stdin: bytes, seconds: float, processes: bool) -> Execution:
-        """Begins an execution. `processes` allows it to fork, in the namespaces tier alone."""
+        """Starts an execution. `processes` allows it to fork, in the namespaces tier only."""
         self._empty_scratch()
         return Execution(self, order, stdin, seconds, processes and self.tier == "namespaces")
 
     def _empty_scratch(self) -> None:
-        """Without a mount of its own an execution's files stay behind; nothing but plain files can."""
+        """Removes the files of the last execution; with namespaces each has its own mount, so none are left."""
         if self.tier == "namespaces":
             return
         try:
@@ -154,10 +154,10 @@ class Zygote:
                 else:
                     os.unlink(entry.path)
         except OSError as error:
-            raise Lost(f"the last execution's files cannot be removed: {error}") from None
+            raise Lost(f"the last execution's files could not be removed: {error}") from None
 
     def close(self) -> None:
-        """Ends the zygote and whatever runs in it."""
+        """Kills the zygote and whatever runs in it."""
         self.control.close()
         if self.process is not None:
             self.process.kill()
@@ -169,7 +169,7 @@ class Zygote:
 
 
 class Execution:
-    """One execution under way: frames to and from it, and at the end its Report."""
+    """A running execution: exchanges frames with it and produces its Report."""
 
     def __init__(self, zygote: Zygote, order: Mapping[str, Any], stdin: bytes, seconds: float, processes: bool) -> None:
         self.zygote, self.began, self.flooded, self.asked_to_end = zygote, False, False, False
@@ -188,18 +188,18 @@ class Execution:
             socket.send_fds(zygote.control, [b"J" + struct.pack(">I", len(limits)) + limits], theirs)
         except OSError as error:
             self._close()
-            raise Lost(f"its zygote does not listen ({error})") from None
+            raise Lost(f"its zygote does not accept orders ({error})") from None
         finally:
             for fd in theirs:
                 os.close(fd)
         self.channel.setblocking(False)
-        self.listening = True  # it has not closed its end of the channel
+        self.listening = True  # until it closes its end of the channel
         self.poller = select.poll()
         for fd in (zygote.control.fileno(), out, err, self.channel.fileno()):
             self.poller.register(fd, select.POLLIN)
 
     def frame(self) -> bytes | None:
-        """The next frame that the execution has sent, or None when it has ended without one."""
+        """The next frame from the execution, or None if it ended without sending one."""
         while True:
             if len(self.inbox) >= 4:
                 size = struct.unpack_from(">I", self.inbox)[0]
@@ -215,7 +215,7 @@ class Execution:
             self._pump()
 
     def send(self, content: bytes) -> bool:
-        """Sends a frame; False where the execution has ended before it could be taken."""
+        """Sends a frame; False if the execution ended before reading it."""
         rest = memoryview(struct.pack(">I", len(content)) + content)
         while rest and self.listening:
             try:
@@ -230,56 +230,59 @@ class Execution:
         return not rest
 
     def ask(self, content: bytes) -> bytes | None:
-        """Sends a frame and reads the next one. None where it has ended, or takes no more; its report is then in."""
+        """Sends a frame and returns the next one; None if the execution has ended or stopped reading.
+
+        In that case its report is available.
+        """
         if self.send(content):
             return self.frame()
-        self.kill()  # what did not listen has mostly ended, and the word of it is on the way
+        self.kill()  # an execution that stopped reading has usually ended, and its report is on the way
         return None
 
     def kill(self, flooded: bool = False) -> Report:
-        """Ends the execution, if it has not ended, and waits for its report."""
+        """Kills the execution unless it has ended, and waits for its report."""
         if self.report is None:
-            self._end(flooded)
+            self._request_kill(flooded)
         return self.wait()
 
-    def _end(self, flooded: bool) -> None:
-        """Asks the zygote to end it; its report is still to come."""
+    def _request_kill(self, flooded: bool) -> None:
+        """Asks the zygote to kill the execution, without waiting for its report."""
         self.flooded |= flooded
         self.asked_to_end = True
         with suppress(OSError):
             self.zygote.control.send(b"K")
 
     def wait(self) -> Report:
-        """Its report, once it has ended."""
+        """Waits until the execution has ended and returns its report."""
         while self.report is None:
             self._pump()
         return self.report
 
     def _pump(self) -> None:
-        """Takes in what has arrived; waits for something to."""
+        """Waits for data and reads it."""
         left = self.give_up - time.monotonic()
-        found = self.poller.poll(max(0.0, left) * 1000)
-        if not found and left <= 0:
+        events = self.poller.poll(max(0.0, left) * 1000)
+        if not events and left <= 0:
             self._close()
-            raise Lost("its zygote has not reported in time", self.began)
-        for fd, event in found:
+            raise Lost("its zygote did not report in time", self.began)
+        for fd, event in events:
             if fd in self.written:
-                self._take(fd)
+                self._read_output(fd)
             elif fd == self.channel.fileno() and event & ~select.POLLOUT:
-                self._take_frames()
-        if any(fd == self.zygote.control.fileno() for fd, _ in found):
-            self._take_word()
+                self._read_channel()
+        if any(fd == self.zygote.control.fileno() for fd, _ in events):
+            self._read_control()
 
-    def _take(self, fd: int) -> None:
+    def _read_output(self, fd: int) -> None:
         piece = os.read(fd, 1 << 16)
         if not piece:
             self.poller.unregister(fd)
         elif sum(map(len, self.written.values())) + len(piece) <= self.zygote.limits.output:
             self.written[fd] += piece
         elif not self.flooded:
-            self._end(flooded=True)
+            self._request_kill(flooded=True)
 
-    def _take_frames(self) -> None:
+    def _read_channel(self) -> None:
         try:
             piece = self.channel.recv(1 << 16)
         except BlockingIOError:
@@ -287,18 +290,18 @@ class Execution:
         except OSError:
             piece = b""
         self.inbox += piece
-        self.began |= bool(piece)  # only a candidate that runs sends frames; the zygote's word may come after them
+        self.began |= bool(piece)  # only a running candidate sends frames; the zygote's message may arrive later
         full = len(self.inbox) > MESSAGE + 4
         if full or not piece:
             self.listening = False
             self.poller.unregister(self.channel)
         if full:
-            self._end(flooded=True)
+            self._request_kill(flooded=True)
 
-    def _take_word(self) -> None:
-        """A frame of the zygote: the execution has begun, or has ended."""
+    def _read_control(self) -> None:
+        """Reads a frame from the zygote: the execution has begun, or has ended."""
         try:
-            tag, value = self.zygote.hear()
+            tag, value = self.zygote.receive()
         except Lost as lost:
             self._close()
             raise Lost(str(lost), self.began) from None
@@ -306,10 +309,10 @@ class Execution:
             self.began = True
             return
         ready, code, late, seconds, reason = value
-        self._take_rest()
+        self._read_rest()
         self._close()
         if not ready:
-            raise Lost(reason or ("it was not sealed in time" if late else f"it ended early with code {code}"))
+            raise Lost(reason or ("it was not sealed in time" if late else f"it exited early with code {code}"))
         how: How = "crashed" if code < 0 else "exited"
         if self.asked_to_end and code == -signal.SIGKILL:
             how = "killed"
@@ -318,8 +321,8 @@ class Execution:
         how = "flood" if self.flooded else "timeout" if late else how
         self.report = Report(how, code, seconds, bytes(self.written[self.out]), bytes(self.written[self.err]))
 
-    def _take_rest(self) -> None:
-        """What is still in the pipes; without waiting, because another process may hold them open."""
+    def _read_rest(self) -> None:
+        """Reads what is left in the pipes without blocking, because another process may hold them open."""
         for fd in self.written:
             os.set_blocking(fd, False)
             with suppress(BlockingIOError):
@@ -338,7 +341,7 @@ class Execution:
 
 
 def memory_file(content: bytes) -> int:
-    """A file that is only in memory, at its beginning."""
+    """An in-memory file with this content, positioned at its start."""
     fd = os.memfd_create("posttrain")
     with open(fd, "wb", closefd=False) as file:
         file.write(content)
@@ -347,7 +350,7 @@ def memory_file(content: bytes) -> int:
 
 
 def tasks_of_this_user() -> int:
-    """Threads that this user's processes have now."""
+    """Current number of threads of this user's processes."""
     count = 0
     for status in Path("/proc").glob("[0-9]*/task"):
         with suppress(OSError):

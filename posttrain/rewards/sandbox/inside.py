@@ -1,7 +1,7 @@
-"""What an execution does once it is sealed: run a program, answer calls, or hold tests that call into another one.
+"""Runs inside a sealed execution: a program, a server for function calls, or tests that call a candidate elsewhere.
 
-This code shares its process with the candidate, which may read and change all of it. That is no loss: it knows no
-answers, and to forge what it sends is to answer.
+This code shares its process with the candidate, which can read and change all of it. That is harmless: it holds no
+expected values, and forging a reply is no different from returning it.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from typing import Any
 from posttrain.rewards.sandbox import encode
 
 CHANNEL = 3
-"""File descriptor through which frames come and go."""
+"""File descriptor for frames in both directions."""
 
 
 def run(order: Mapping[str, Any]) -> int:
-    """Does what `order["mode"]` says; returns the exit code of the process."""
+    """Executes an order by its `mode` and returns the exit code of the process."""
     if order["mode"] == "program":
         return program(order["source"])
     if order["mode"] == "serve":
@@ -33,7 +33,7 @@ def run(order: Mapping[str, Any]) -> int:
 
 
 def program(source: str) -> int:
-    """Runs a source as Python runs a file, to the last thread and exit hook; its exit code."""
+    """Runs a source like `python FILE`, including threads and exit hooks; returns its exit code."""
     try:
         code = _exit_code(_executed(source, "__main__"))
     except BaseException:
@@ -46,10 +46,10 @@ def program(source: str) -> int:
 
 
 def serve(source: str, reply_with: Callable[[Any], bytes] | None) -> int:
-    """Loads a source and answers requests until the channel ends. The first frame says whether it could be loaded.
+    """Loads a source and answers requests until the channel closes. The first frame reports whether it was loaded.
 
-    Replies are `reply_with` of the value, or without it `dumps`, in which objects that are no data stay here and are
-    known outside by a number.
+    Replies are encoded by `reply_with`, or by default with `dumps`, where objects that are not plain data stay in this
+    process and are referred to by a number.
     """
     objects: list[Any] = []
     numbers: dict[int, int] = {}
@@ -85,7 +85,7 @@ def serve(source: str, reply_with: Callable[[Any], bytes] | None) -> int:
 
 
 def examine(setup: str, tests: str, names: list[str], entry: str) -> int:
-    """Runs tests in which `names` stand for the candidate's, elsewhere. The last frame says whether they passed."""
+    """Runs tests in which `names` refer to a candidate in another process. The last frame reports if they passed."""
     try:
         namespace = _executed(setup, "tests")
         namespace |= {name: Remote(name) for name in names}
@@ -100,7 +100,7 @@ def examine(setup: str, tests: str, names: list[str], entry: str) -> int:
 
 
 class Remote:
-    """Something of the candidate's, by name or number: it can be called and looked into, never compared or believed."""
+    """Proxy for an object of the candidate: it supports calls and attributes, but no comparison or truth value."""
 
     __slots__ = ("_target",)
 
@@ -122,10 +122,10 @@ class Remote:
     def __eq__(self, other: object) -> bool:
         if isinstance(other, Remote):
             return object.__getattribute__(self, "_target") == object.__getattribute__(other, "_target")
-        raise TypeError("what the candidate returned is no plain data and cannot be compared")
+        raise TypeError("the candidate returned something that is not plain data, which cannot be compared")
 
     def __bool__(self) -> bool:
-        raise TypeError("what the candidate returned is no plain data and has no truth value")
+        raise TypeError("the candidate returned something that is not plain data, which has no truth value")
 
     __hash__ = None  # pyright: ignore[reportAssignmentType]
 
@@ -143,7 +143,7 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
 
 
 def _ask(*request: Any) -> Any:
-    """One request to the candidate and its reply; an exception there is raised here under the same built-in name."""
+    """Sends a request to the candidate and returns the reply; re-raises its exceptions by their built-in name."""
     _send(b"c", encode.dumps(request, lambda value: _target_of(value)))
     reply = _receive()
     if reply is None:
@@ -156,19 +156,19 @@ def _ask(*request: Any) -> Any:
         raise RuntimeError(name)
     try:
         error = kind()
-    except TypeError:  # a few cannot be made without arguments
+    except TypeError:  # a few cannot be constructed without arguments
         error = RuntimeError(name)
     raise error
 
 
 def _target_of(value: Any) -> int | str:
     if type(value) is not Remote:
-        raise encode.Unsendable(f"tests pass {type(value).__name__} to the candidate, which is no plain data")
+        raise encode.Unsendable(f"tests pass {type(value).__name__} to the candidate, which is not plain data")
     return object.__getattribute__(value, "_target")
 
 
 def _executed(source: str, name: str) -> dict[str, Any]:
-    """The namespace of a source run as a module; SystemExit ends it, and its code is under `__exit__`."""
+    """Runs a source as a module and returns its namespace; the code of a SystemExit is stored in `__exit__`."""
     module = ModuleType(name)
     sys.modules[name] = module
     try:
@@ -199,12 +199,12 @@ def _send(tag: bytes, content: bytes) -> None:
 
 
 def _receive() -> bytes | None:
-    """The next frame, or None when the other side is done."""
-    head = _exactly(4)
-    return None if head is None else _exactly(struct.unpack(">I", head)[0])
+    """The next frame, or None if the other side has closed the channel."""
+    head = _read_exactly(4)
+    return None if head is None else _read_exactly(struct.unpack(">I", head)[0])
 
 
-def _exactly(count: int) -> bytes | None:
+def _read_exactly(count: int) -> bytes | None:
     pieces: list[bytes] = []
     while count:
         piece = os.read(CHANNEL, min(count, 1 << 16))

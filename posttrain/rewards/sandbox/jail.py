@@ -1,9 +1,9 @@
-"""The namespaces tier: a root with nothing in it but Python, no network, and for each execution its own processes.
+"""The namespaces tier: a root file system with only Python, no network, and a new pid namespace per execution.
 
-`enter` is called once by a zygote, `fork` and `seal` for every execution. Each step raises OSError, and nothing runs
-after one that failed. No step needs a privilege of the host: inside a new user namespace the kernel grants what is
-needed, over nothing that is outside of it. There is no /proc, /sys, /etc or home; mounting /proc is what fails in most
-containers.
+A zygote calls `enter` once, and `fork` and `seal` for every execution. Each step raises OSError on failure, and then
+nothing is executed. No step needs privileges on the host: inside a new user namespace the kernel grants the necessary
+capabilities, which apply to nothing outside. There is no /proc, /sys, /etc or home; mounting /proc is not allowed in
+most containers.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from contextlib import suppress
 from posttrain.rewards.sandbox import kernel
 
 INSIDE = 65534
-"""User and group that an execution has, seen from inside."""
+"""User and group id of an execution, seen from inside."""
 OUTSIDE = 2_000_000_000
-"""The same seen from outside where root starts the zygote; for anybody else it is the own user."""
+"""The same ids seen from outside if root starts the zygote; for other users they are the user's own ids."""
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 LIBRARIES = ("/usr/lib", "/usr/lib32", "/usr/lib64", "/lib", "/lib32", "/lib64", "/usr/share/zoneinfo")
 OLD = "/.old"
@@ -29,23 +29,23 @@ SPACES = (
 
 
 def python_folders() -> list[str]:
-    """Existing folders that an interpreter reads, none inside another: its own, and the system's shared libraries."""
-    found: list[str] = []
+    """Existing folders that Python reads, without nested ones: its own and those of the system's shared libraries."""
+    folders: list[str] = []
     for path in sorted({sys.base_prefix, sys.base_exec_prefix, *LIBRARIES}):
-        if os.path.isdir(path) and not any(path.startswith(f"{other}/") for other in found):
-            found.append(path)
-    return found
+        if os.path.isdir(path) and not any(path.startswith(f"{other}/") for other in folders):
+            folders.append(path)
+    return folders
 
 
 def enter(folders: Sequence[str]) -> int:
-    """Moves into new namespaces with a root of their own; returns, in a new process, an fd of its pid namespace.
+    """Moves into new namespaces with a new root; returns, in a new process, a file descriptor of its pid namespace.
 
-    The calling process stays behind as the parent of the new one, and ends when that does.
+    The calling process stays outside as the parent of the new one, and exits when the new one does.
     """
-    ask, answer = _mapper(os.getpid())
-    user, group = os.geteuid(), os.getegid()  # inside they are not known any more
+    ask, answer = _start_mapper(os.getpid())
+    user, group = os.geteuid(), os.getegid()  # unknown once inside
     kernel.unshare(SPACES)
-    _take_users(ask, answer, user, group)
+    _map_users(ask, answer, user, group)
     child = os.fork()
     if child:
         os.closerange(3, os.sysconf("SC_OPEN_MAX"))
@@ -53,14 +53,14 @@ def enter(folders: Sequence[str]) -> int:
     kernel.prctl(kernel.PR_SET_PDEATHSIG, int(signal.SIGKILL))
     processes = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
     _new_root([(folder, os.path.realpath(folder)) for folder in folders])
-    with suppress(PermissionError):  # where only one's own user is mapped, groups cannot be changed
+    with suppress(PermissionError):  # groups cannot be changed if only the user's own id is mapped
         os.setgroups([])
     kernel.drop_bounding_set()
     return processes
 
 
 def fork(processes: int) -> int:
-    """os.fork with the child as the first process of a new pid namespace: when it ends, all in there are killed."""
+    """os.fork with the child as init of a new pid namespace: when it exits, all other processes there are killed."""
     kernel.unshare(kernel.NEWPID)
     try:
         child = os.fork()
@@ -73,7 +73,7 @@ def fork(processes: int) -> int:
 
 
 def seal(scratch: int, files: int) -> None:
-    """In the execution: an empty /tmp of at most `scratch` bytes and `files` files, and the powerless user."""
+    """In the execution: mounts an empty /tmp limited to `scratch` bytes and `files` files, and drops to user INSIDE."""
     kernel.unshare(kernel.NEWNS)
     flags = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
     kernel.mount("tmpfs", "/tmp", "tmpfs", flags, f"size={scratch},nr_inodes={files},mode=1777")
@@ -81,10 +81,10 @@ def seal(scratch: int, files: int) -> None:
     os.setresuid(INSIDE, INSIDE, INSIDE)
 
 
-def _mapper(pid: int) -> tuple[int, int]:
-    """Starts a process that stays outside; asked through the first fd, it maps two users for `pid` and answers.
+def _start_mapper(pid: int) -> tuple[int, int]:
+    """Starts a process outside that maps two users for `pid` when asked via the first fd, and replies on the second.
 
-    Only root may map a user that is not its own, and only from outside.
+    Only root may map a user id other than its own, and only from outside.
     """
     question, ask = os.pipe()
     answer, reply = os.pipe()
@@ -102,8 +102,8 @@ def _mapper(pid: int) -> tuple[int, int]:
     return ask, answer
 
 
-def _take_users(ask: int, answer: int, user: int, group: int) -> None:
-    """Lets the mapper map root and another user, or else maps one's own user alone."""
+def _map_users(ask: int, answer: int, user: int, group: int) -> None:
+    """Lets the mapper map root and another user; if that fails, maps only the own user."""
     os.write(ask, b"?")
     mapped = os.read(answer, 1) == b"y"
     os.close(ask)
@@ -116,7 +116,7 @@ def _take_users(ask: int, answer: int, user: int, group: int) -> None:
 
 
 def _new_root(folders: Sequence[tuple[str, str]]) -> None:
-    """Makes a read-only root of folders, given with what they resolve to, and three devices; the old one is gone."""
+    """Replaces the root by a read-only one with the given folders (path, resolved path) and three devices."""
     os.umask(0o022)
     kernel.mount("", "/", flags=kernel.MS_REC | kernel.MS_PRIVATE)
     base = next(path for path in ("/tmp", "/mnt", "/var", "/usr") if os.path.isdir(path))
@@ -143,7 +143,7 @@ def _new_root(folders: Sequence[tuple[str, str]]) -> None:
 
 
 def _write(path: str, text: str) -> None:
-    """One write, as these files ask for."""
+    """Writes a file in a single write call, as files in /proc require."""
     fd = os.open(path, os.O_WRONLY)
     try:
         os.write(fd, text.encode())

@@ -1,4 +1,4 @@
-"""What the standard library does not offer of Linux, through ctypes: one function per call, each raising OSError."""
+"""Linux system calls that the standard library lacks, via ctypes; every function raises OSError on failure."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import platform
 
 MACHINE = platform.machine()
-"""`x86_64` or `aarch64`; the numbers of system calls are known for these two."""
+"""`x86_64` or `aarch64`, the two architectures with known system call numbers."""
 
 NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET = (
     0x00020000, 0x02000000, 0x04000000, 0x08000000, 0x10000000, 0x20000000, 0x40000000,
@@ -26,7 +26,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def checked(result: int, what: str) -> int:
-    """`result`, or the OSError that errno holds, naming the call."""
+    """Returns `result`, or raises an OSError from errno that names the call."""
     if result < 0:
         number = ctypes.get_errno()
         raise OSError(number, f"{what}: {os.strerror(number)}")
@@ -34,7 +34,7 @@ def checked(result: int, what: str) -> int:
 
 
 def syscall(number: int, *args: object, what: str) -> int:
-    """A system call by number. Integers are passed as long."""
+    """Makes a system call by number. Integers are passed as long."""
     longs = [ctypes.c_long(a) if isinstance(a, int) else a for a in args]
     return checked(_libc.syscall(ctypes.c_long(number), *longs), what)
 
@@ -69,8 +69,8 @@ def pivot_root(new: str, old: str) -> None:
 
 
 def make_read_only(target: str, recursive: bool) -> None:
-    """Read-only, and no set-user-id, for a mount and with `recursive` for every mount below it (Linux 5.12)."""
-    attributes = (ctypes.c_uint64 * 4)(MS_RDONLY | MS_NOSUID, 0, 0, 0)  # these two bits are the same as in mount()
+    """Makes a mount read-only and nosuid, with `recursive` also every mount below it (Linux 5.12)."""
+    attributes = (ctypes.c_uint64 * 4)(MS_RDONLY | MS_NOSUID, 0, 0, 0)  # same flag values as in mount()
     syscall(
         MOUNT_SETATTR, AT_FDCWD, target.encode(), AT_RECURSIVE if recursive else 0, attributes,
         ctypes.sizeof(attributes), what=f"mount_setattr {target}",
@@ -78,23 +78,23 @@ def make_read_only(target: str, recursive: bool) -> None:
 
 
 def drop_capabilities() -> None:
-    """Takes every capability from this thread: permitted, effective and inheritable."""
+    """Drops all permitted, effective and inheritable capabilities of this thread."""
     header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0)
     syscall(CAPSET, header, (ctypes.c_uint32 * 6)(), what="capset")
 
 
 def never_gain() -> None:
-    """From here on neither exec nor a change of user gives this process or its children anything."""
+    """Sets no_new_privs: this process and its children can no longer gain privileges."""
     prctl(PR_SET_NO_NEW_PRIVS, 1)
 
 
 def drop_bounding_set() -> None:
-    """Empties the bounding set and keeps user 0 from being special; needs CAP_SETPCAP."""
+    """Empties the capability bounding set and removes the special role of user 0; needs CAP_SETPCAP."""
     capability = 0
     while True:
         try:
             prctl(PR_CAPBSET_DROP, capability)
-        except OSError:  # EINVAL past the last one that this kernel knows
+        except OSError:  # EINVAL beyond the last capability of this kernel
             if capability == 0:
                 raise
             break

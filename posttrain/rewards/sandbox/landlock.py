@@ -1,6 +1,6 @@
-"""Landlock: a process gives up every path that it does not name. The tier for where namespaces are forbidden.
+"""The Landlock tier, for machines without user namespaces: a process gives up access to all but the named paths.
 
-What it does not cover (metadata such as the existence of a file, and calls like chmod) is for the seccomp filter.
+The seccomp filter covers what Landlock does not restrict, such as chmod; file metadata remains visible.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from collections.abc import Sequence
 
 from posttrain.rewards.sandbox import kernel
 
-OLDEST = 3  # from Linux 6.2; before that `truncate` cannot be restricted
+OLDEST = 3  # Linux 6.2; older versions cannot restrict `truncate`
 EXECUTE, WRITE_FILE, READ_FILE, READ_DIR, REMOVE_FILE, MAKE_REG, TRUNCATE = (1 << bit for bit in (0, 1, 2, 3, 5, 8, 14))
 RULE_PATH_BENEATH = 1
 READ = READ_FILE | READ_DIR
 READ_WRITE_FILE = READ_FILE | WRITE_FILE | TRUNCATE
-SCRATCH = READ_WRITE_FILE | READ_DIR | MAKE_REG | REMOVE_FILE  # no directories, links or devices: easy to empty
+SCRATCH = READ_WRITE_FILE | READ_DIR | MAKE_REG | REMOVE_FILE  # plain files only, so that it is easy to empty
 
 
 def version() -> int:
-    """What this kernel's Landlock can do, 0 where there is none."""
+    """This kernel's Landlock ABI version, 0 without Landlock."""
     try:
         return kernel.syscall(kernel.LANDLOCK_CREATE_RULESET, None, 0, 1, what="landlock")
     except OSError:
@@ -29,14 +29,14 @@ def version() -> int:
 
 
 def restrict(read: Sequence[str], read_write: Sequence[str], scratch: str) -> None:
-    """Leaves this process only these folders and files, and from version 4 no network. Raises OSError."""
-    known = version()
-    if known < OLDEST:
-        raise OSError(f"Landlock is at version {known}, and {OLDEST} is needed (Linux 6.2)")
-    rights = (1 << 16) - 1 if known >= 5 else (1 << 15) - 1
+    """Restricts this process to these folders and files and, from version 4 on, to no network. Raises OSError."""
+    abi = version()
+    if abi < OLDEST:
+        raise OSError(f"Landlock has version {abi}, but at least {OLDEST} is needed (Linux 6.2)")
+    rights = (1 << 16) - 1 if abi >= 5 else (1 << 15) - 1
     attributes = struct.pack("=Q", rights)
-    attributes += struct.pack("=Q", 3) if known >= 4 else b""  # TCP: bind and connect
-    attributes += struct.pack("=Q", 3) if known >= 6 else b""  # abstract sockets and signals stay within
+    attributes += struct.pack("=Q", 3) if abi >= 4 else b""  # TCP: bind and connect
+    attributes += struct.pack("=Q", 3) if abi >= 6 else b""  # scopes abstract sockets and signals
     ruleset = kernel.syscall(
         kernel.LANDLOCK_CREATE_RULESET, attributes, len(attributes), 0, what="landlock_create_ruleset"
     )

@@ -1,7 +1,7 @@
-"""Which isolation there is, slots that execute side by side, and who is to blame when an execution does not end.
+"""The `Sandbox`: selects an isolation tier, runs executions in parallel slots, and retries failures of the sandbox.
 
-Two tiers, namespaces and Landlock; each has been seen to hold on this machine before it is used. Without either nothing
-is executed, unless somebody accepts that in so many words.
+There are two tiers, namespaces and Landlock; each is probed on this machine before it is used. Without either nothing
+is executed, unless the user explicitly accepts running without isolation.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TIERS: tuple[Tier, ...] = ("namespaces", "landlock")
 """In the order in which `auto` tries them."""
 RETRIES = 2
 ZYGOTE_BYTES, ZYGOTE_TASKS = 64 << 20, 8
-"""What a control group leaves for the zygote itself."""
+"""Allowance of a control group for the zygote itself."""
 T = TypeVar("T")
 
 PROBE = """
@@ -46,33 +46,34 @@ tried = {
 }
 print([name for name, act in tried.items() if refused(act) is not True])
 """
-"""A program that tries to get out; it prints what it managed."""
+"""A program that tries to escape; it prints the attempts that succeeded."""
 
 
 class Wrecked(Exception):
-    """Every time a candidate ran, its surroundings were lost after it had begun: that counts as its own failure."""
+    """The sandbox failed every time this candidate ran, so the failure is attributed to the candidate."""
 
 
 def start_zygote(tier: Tier, limits: Limits) -> Zygote:
-    """A zygote that has been seen to hold. Raises Lost, saying what does not."""
+    """Starts a zygote and probes its isolation. Raises Lost with the reason if it does not hold."""
     try:
         group: cgroups.Group | None = cgroups.Group(limits.memory + ZYGOTE_BYTES, limits.tasks + ZYGOTE_TASKS)
     except (OSError, KeyError):
         group = None
     try:
-        return _proven(Zygote(tier, limits, group))
+        return _probed(Zygote(tier, limits, group))
     except Lost:
         if group is None:
             raise
-        return _proven(Zygote(tier, limits, None))  # a group that exists but may not be joined
+        return _probed(Zygote(tier, limits, None))  # the group could be created but perhaps not joined
 
 
-def _proven(zygote: Zygote) -> Zygote:
+def _probed(zygote: Zygote) -> Zygote:
     try:
         report = zygote.start({"mode": "program", "source": PROBE}, b"", 10.0, False).wait()
-        said = report.stdout.decode("utf-8", "replace").strip()
-        if zygote.tier != "none" and said != "[]":
-            raise Lost(f"a program inside it managed {said or f'nothing, but ended with code {report.code}'}")
+        printed = report.stdout.decode("utf-8", "replace").strip()
+        if zygote.tier != "none" and printed != "[]":
+            escaped = f"it does not prevent {printed}" if printed else f"its probe exited with code {report.code}"
+            raise Lost(escaped)
     except Lost:
         zygote.close()
         raise
@@ -80,7 +81,7 @@ def _proven(zygote: Zygote) -> Zygote:
 
 
 class Slot:
-    """Room for one grading: a zygote for candidates, and another for tests, whose memory no candidate ever gets."""
+    """Resources to grade one program at a time: a zygote for candidates, and one for tests that no candidate shares."""
 
     def __init__(self, tier: Tier, limits: Limits) -> None:
         self.tier: Tier = tier
@@ -101,30 +102,30 @@ class Slot:
         return self._zygotes[role]
 
     def close(self) -> None:
-        """Ends both; the next use starts new ones."""
+        """Closes both zygotes; the next use starts new ones."""
         while self._zygotes:
             self._zygotes.popitem()[1].close()
 
 
 class Sandbox:
-    """Executions for any number of threads. Raises ConfigError where the chosen isolation is not to be had."""
+    """Thread-safe pool of sandboxed executions. Raises ConfigError if the chosen isolation is unavailable."""
 
     def __init__(
         self, choice: Choice = "auto", accept_arbitrary_code: bool = False, limits: Limits | None = None, slots: int = 0
     ) -> None:
         self.limits = limits or Limits()
-        self.tier: Tier = self._first(choice, accept_arbitrary_code)
+        self.tier: Tier = self._start_first(choice, accept_arbitrary_code)
         self.slots = slots or len(os.sched_getaffinity(0))
 
-    def _first(self, choice: Choice, accepted: bool) -> Tier:
-        """Starts the first slot in the tier that is chosen; `auto` takes the first that holds."""
+    def _start_first(self, choice: Choice, accepted: bool) -> Tier:
+        """Starts the first slot in the chosen tier; `auto` uses the first tier whose isolation holds."""
         if choice == "none" and not accepted:
             raise ConfigError(
-                "reward.sandbox = 'none' would execute code that a model wrote with your rights. To accept that, set "
-                "reward.accept_arbitrary_code = true as well."
+                "reward.sandbox = 'none' would execute model-written code with your permissions. To accept that, also "
+                "set reward.accept_arbitrary_code = true."
             )
         if sys.platform != "linux":
-            raise ConfigError(f"the code sandbox needs Linux, and this is {sys.platform}.")
+            raise ConfigError(f"the code sandbox needs Linux, but this is {sys.platform}.")
         tiers: Sequence[Tier] = TIERS if choice == "auto" else (choice,)
         reasons: list[str] = []
         for tier in tiers:
@@ -134,27 +135,27 @@ class Sandbox:
             except Lost as lost:
                 reasons.append(f"{tier}: {lost}")
                 continue
-            self._begin([slot])
+            self._set_slots([slot])
             return tier
         raise ConfigError(
-            f"the code sandbox cannot start, so code that a model wrote is not executed ({'; '.join(reasons)}). Allow "
-            "user namespaces, use Linux 6.2 or newer for Landlock, or see docs/guides/sandbox.md for running without."
+            f"the code sandbox cannot start, so model-written code is not executed ({'; '.join(reasons)}). Allow user "
+            "namespaces, use Linux 6.2 or newer for Landlock, or see docs/guides/sandbox.md for running without it."
         )
 
-    def _begin(self, slots: list[Slot]) -> None:
+    def _set_slots(self, slots: list[Slot]) -> None:
         self._pid, self._all, self._free = os.getpid(), slots, list(slots)
         self._room = threading.Condition()
         self._finalizer = weakref.finalize(self, _close_all, self._pid, self._all)
 
     def close(self) -> None:
-        """Ends every zygote. The sandbox can be used again; it then starts new ones."""
+        """Closes all zygotes. The sandbox can still be used; it then starts new ones."""
         _close_all(self._pid, self._all)
 
     def attempt(self, work: Callable[[Slot], T]) -> T:
-        """`work` with a slot, again in a fresh one where its surroundings were lost, at most twice.
+        """Runs `work` with a slot; if the sandbox fails, retries up to twice with fresh zygotes.
 
-        Raises RolloutError(boundary="sandbox") when that did not help, and Wrecked when each time the candidate was
-        running: what it does must not make it unjudged.
+        Raises RolloutError(boundary="sandbox") if all attempts fail, or Wrecked if the candidate was running each time:
+        a candidate must not be able to avoid being scored.
         """
         losses: list[Lost] = []
         for _ in range(1 + RETRIES):
@@ -165,19 +166,19 @@ class Sandbox:
                     slot.close()
                     losses.append(lost)
                 except BaseException:
-                    slot.close()  # an execution may be under way
+                    slot.close()  # an execution may still be running
                     raise
         if all(lost.began for lost in losses):
             raise Wrecked(str(losses[-1]))
         raise RolloutError(
-            f"the code sandbox failed {len(losses)} times; the last time {losses[-1]}. The code was not judged.",
+            f"the code sandbox failed {len(losses)} times; the last error: {losses[-1]}. The code was not scored.",
             boundary="sandbox",
         )
 
     @contextmanager
     def _slot(self) -> Iterator[Slot]:
-        if self._pid != os.getpid():  # in a fork the zygotes belong to the parent
-            self._begin([])
+        if self._pid != os.getpid():  # after a fork, the zygotes belong to the parent
+            self._set_slots([])
         with self._room:
             self._room.wait_for(lambda: self._free or len(self._all) < self.slots)
             if not self._free:
@@ -199,13 +200,13 @@ def _close_all(pid: int, slots: list[Slot]) -> None:
 
 
 def probe() -> list[tuple[str, bool, str]]:
-    """Each tier, and whether it holds here or why not; then the control groups."""
-    found: list[tuple[str, bool, str]] = []
+    """Each tier and the control groups with whether they work on this machine, and details or the reason why not."""
+    results: list[tuple[str, bool, str]] = []
     for tier in TIERS:
         try:
             start_zygote(tier, Limits()).close()
-            found.append((tier, True, "holds"))
+            results.append((tier, True, "works"))
         except Lost as lost:
-            found.append((tier, False, str(lost)))
+            results.append((tier, False, str(lost)))
     groups = cgroups.available()
-    return [*found, ("control groups", bool(groups), groups or "cannot be made by this user")]
+    return [*results, ("control groups", bool(groups), groups or "this user cannot create them")]

@@ -1,8 +1,8 @@
-"""The list of system calls that code under test may make, as a BPF program built here.
+"""The seccomp filter: a BPF program with the system calls that sandboxed code may make.
 
-Whatever is not named fails with EPERM, so that an honest program sees PermissionError and can go on. Calls of another
-architecture kill the process, because their numbers mean other things. The list has no call that reaches another
-process, opens a socket, changes the rights of a file or starts a program; Landlock could not forbid several of those.
+All other calls fail with EPERM, so an honest program sees PermissionError and can continue. Calls of another
+architecture kill the process, because the same numbers mean other calls there. No allowed call reaches another process,
+opens a socket, changes file permissions or starts a program; Landlock cannot forbid several of these.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from functools import cache
 
 from posttrain.rewards.sandbox import kernel
 
-# name: (number on x86_64, number on aarch64); -1 where an architecture has no such call
+# name: (number on x86_64, number on aarch64); -1 if the architecture has no such call
 _PLAIN = {
     "read": (0, 63), "write": (1, 64), "open": (2, -1), "close": (3, 57), "stat": (4, -1), "fstat": (5, 80),
     "lstat": (6, -1), "poll": (7, -1), "lseek": (8, 62), "mmap": (9, 222), "mprotect": (10, 226),
@@ -49,7 +49,7 @@ _PLAIN = {
     "statx": (332, 291), "rseq": (334, 293), "close_range": (436, 436), "faccessat2": (439, 439),
     "epoll_pwait2": (441, 441),
 }  # fmt: skip
-# What a program may also do that is allowed to fork: see and signal its own processes.
+# Additional calls for programs that may fork: wait for and signal their own processes.
 _PROCESSES = {
     "fork": (57, -1), "vfork": (58, -1), "wait4": (61, 260), "waitid": (247, 95), "kill": (62, 129),
     "tkill": (200, 130), "tgkill": (234, 131), "setsid": (112, 157),
@@ -65,11 +65,11 @@ ALLOW, KILL, ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 LOAD, AND, EQUAL, AT_LEAST, RETURN = 0x20, 0x54, 0x15, 0x35, 0x06
 
 FCNTL = (0, 1, 2, 3, 4, 5, 6, 7, 1030, 1032)
-"""Duplicating, flags and locks. Not F_SETOWN and F_SETSIG: with them a file sends signals to any process."""
+"""Duplicating, flags and locks. Not F_SETOWN and F_SETSIG, with which a file can signal any process."""
 IOCTL = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
 """TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX."""
 PRCTL = (15, 16)
-"""A thread's name."""
+"""Setting and getting a thread's name."""
 THREAD = 0x00010900  # CLONE_VM, CLONE_SIGHAND and CLONE_THREAD
 NAMESPACES = 0x7E020080  # every CLONE_NEW…
 STREAM, NONBLOCK_CLOEXEC = 1, 0x80800
@@ -79,16 +79,16 @@ Instruction = tuple[int, int, int, int]
 
 
 def numbers(processes: bool, machine: str = kernel.MACHINE) -> list[int]:
-    """Calls that are allowed whatever their arguments."""
+    """Numbers of the calls that are allowed with any arguments."""
     column = list(_ARCHITECTURE).index(machine)
     table = _PLAIN | _PROCESSES if processes else _PLAIN
     return sorted(row[column] for row in table.values() if row[column] >= 0)
 
 
 def program(processes: bool, machine: str = kernel.MACHINE) -> list[Instruction]:
-    """The filter as (code, jump if true, jump if false, constant). Raises OSError on another architecture."""
+    """The filter as (code, jump if true, jump if false, constant). Raises OSError for an unknown architecture."""
     if machine not in _ARCHITECTURE:
-        raise OSError(f"the numbers of system calls are not known for {machine}, only for {', '.join(_ARCHITECTURE)}")
+        raise OSError(f"unsupported architecture {machine}; system calls are known for {', '.join(_ARCHITECTURE)}")
     column = list(_ARCHITECTURE).index(machine)
     out = [(LOAD, 0, 0, 4), (EQUAL, 1, 0, _ARCHITECTURE[machine]), (RETURN, 0, 0, KILL), (LOAD, 0, 0, 0)]
     if machine == "x86_64":
@@ -103,12 +103,12 @@ def program(processes: bool, machine: str = kernel.MACHINE) -> list[Instruction]
 
 @cache
 def compiled(processes: bool) -> bytes:
-    """The filter as the kernel reads it, for this machine."""
+    """The filter for this machine in the kernel's binary format."""
     return b"".join(struct.pack("=HBBI", *instruction) for instruction in program(processes))
 
 
 def install(processes: bool) -> None:
-    """Puts the filter on this process for good; needs no_new_privs."""
+    """Installs the filter in this process irrevocably; requires no_new_privs."""
     code = compiled(processes)
     buffer = ctypes.create_string_buffer(code, len(code))
     header = struct.pack("@HP", len(code) // 8, ctypes.addressof(buffer))
@@ -120,30 +120,30 @@ def _deny(number: int) -> Instruction:
 
 
 def _argument_check(name: str, processes: bool) -> list[Instruction]:
-    """What follows the test for a call's number; every path through it returns."""
-    if name == "clone3":  # its flags are in memory, out of a filter's sight; the C library falls back to clone
+    """Instructions that check the arguments of one call; every path through them returns."""
+    if name == "clone3":  # its flags are in memory, which a filter cannot read; libc falls back to clone
         return [_deny(errno.ENOSYS)]
     if name == "clone":
         mask, wanted = (NAMESPACES, 0) if processes else (THREAD | NAMESPACES, THREAD)
         return [*_argument(0), (AND, 0, 0, mask), *_allow_if((wanted,))]
-    if name == "socketpair":  # asyncio needs one; datagrams could be sent to sockets outside
+    if name == "socketpair":  # asyncio needs it; datagram sockets could send to sockets outside
         kind = [*_argument(1), (AND, 0, 0, ~NONBLOCK_CLOEXEC & 0xFFFFFFFF), *_allow_if((STREAM,))]
         return [*_argument(0), (EQUAL, 1, 0, AF_UNIX), _deny(errno.EPERM), *kind]
-    if name == "sendto":  # no address: only to the other end of such a pair
+    if name == "sendto":  # without an address, i.e. only to the other end of such a pair
         return [*_zero(4), *_allow()]
-    if name == "prlimit64":  # reading one's own limits
+    if name == "prlimit64":  # only reading the process's own limits
         return [*_zero(0), *_zero(2), *_allow()]
     return [*_argument({"fcntl": 1, "ioctl": 1, "prctl": 0}[name]),
             *_allow_if({"fcntl": FCNTL, "ioctl": IOCTL, "prctl": PRCTL}[name])]  # fmt: skip
 
 
 def _argument(index: int, high: bool = False) -> list[Instruction]:
-    """Loads half of an argument (both machines are little-endian)."""
+    """Loads half of an argument (both architectures are little-endian)."""
     return [(LOAD, 0, 0, 16 + 8 * index + 4 * high)]
 
 
 def _zero(index: int) -> list[Instruction]:
-    """Refuses unless all 64 bits of an argument are 0."""
+    """Denies the call unless all 64 bits of an argument are 0."""
     return [
         instruction
         for high in (False, True)
@@ -156,13 +156,13 @@ def _allow() -> list[Instruction]:
 
 
 def _allow_if(values: Sequence[int]) -> list[Instruction]:
-    """Allows when what is loaded is one of a few values, else refuses."""
+    """Allows the call if the loaded value is one of `values`, else denies it."""
     tests = [(EQUAL, len(values) - i, 0, value) for i, value in enumerate(values)]
     return [*tests, _deny(errno.EPERM), *_allow()]
 
 
 def _ranges(sorted_numbers: Sequence[int]) -> list[tuple[int, int]]:
-    """Runs of consecutive numbers, so that the filter is short."""
+    """Groups consecutive numbers into ranges, to keep the filter short."""
     out: list[tuple[int, int]] = []
     for number in sorted_numbers:
         if out and out[-1][1] == number - 1:

@@ -1,10 +1,10 @@
-"""Grading: what a task's tests say about a program. Expected values stay on this side, and bytes are compared.
+"""Grades a program with its task's tests. Expected values stay on the host, and encoded bytes are compared.
 
-Three kinds, by `kind`:
+Three kinds of tests, selected by `kind`:
 
-* `call`: `entry` is called with each case's `args` (and `kwargs`), and each must give `expected`.
-* `stdin`: the program is run for each case with its `stdin`, and must print `stdout` and end with code 0.
-* `check`: `tests` are run in a sandbox of their own, in which `names` stand for what the program defines.
+* `call`: `entry` is called with each case's `args` (and `kwargs`) and must return `expected`.
+* `stdin`: the program is run for each case with its `stdin`, and must print `stdout` and exit with code 0.
+* `check`: `tests` are run in a separate sandbox, in which `names` refer to what the program defines.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from posttrain.types import RolloutError
 
 How = Literal["passed", "wrong", "error", "timeout", "oom", "flood", "crashed"]
 SHOWN = 200
+"""Maximum characters of a candidate's output in a detail."""
+TOO_MUCH_OUTPUT, NOT_RESPONDING = "wrote more output than allowed", "stopped responding"
 
 
 @dataclass(frozen=True)
 class Grade:
-    """What became of a program; `share` is the part of its cases that were right (for `check` 0 or 1)."""
+    """The result of grading a program; `share` is the fraction of cases that were correct (0 or 1 for `check`)."""
 
     how: How
     share: float
@@ -34,13 +36,13 @@ class Grade:
 
 
 def grade(sandbox: Sandbox, spec: Mapping[str, Any], code: str) -> Grade:
-    """Grades a program. Raises RolloutError for a spec that cannot be graded, or a sandbox that fails."""
+    """Grades a program. Raises RolloutError for an invalid spec or if the sandbox fails."""
     kind = str(spec.get("kind"))
     if kind not in _KINDS:
-        raise _unusable(f"kind is {spec.get('kind')!r}, expected one of {', '.join(_KINDS)}")
+        raise _invalid(f"kind is {spec.get('kind')!r}, expected one of {', '.join(_KINDS)}")
     grader, names = _KINDS[kind]
     if missing := [name for name in names if not spec.get(name)]:
-        raise _unusable(f"a task of kind {kind!r} needs {missing[0]!r}, and this one has {', '.join(sorted(spec))}")
+        raise _invalid(f"a task of kind {kind!r} needs {missing[0]!r}, but this one has {', '.join(sorted(spec))}")
     try:
         return sandbox.attempt(lambda slot: grader(slot, spec, code))
     except Wrecked as wrecked:
@@ -48,7 +50,7 @@ def grade(sandbox: Sandbox, spec: Mapping[str, Any], code: str) -> Grade:
 
 
 def run_python(sandbox: Sandbox, code: str, seconds: float = 5.0) -> tuple[str, str]:
-    """Runs a program without input: what it printed, and the last line of its error, or "" where it had none."""
+    """Runs a program without input; returns its output and the last line of its error message, or ""."""
     order = {"mode": "program", "source": code}
     try:
         report = sandbox.attempt(lambda slot: slot.candidate.start(order, b"", seconds, False).wait())
@@ -56,9 +58,9 @@ def run_python(sandbox: Sandbox, code: str, seconds: float = 5.0) -> tuple[str, 
         return "", str(wrecked)
     printed = report.stdout.decode("utf-8", "replace")
     if report.how != "exited":
-        return printed, _ended(report).detail
+        return printed, _abnormal_end(report).detail
     lines = report.stderr.decode("utf-8", "replace").strip().splitlines()
-    return printed, (lines[-1] if lines else f"ended with code {report.code}") if report.code else ""
+    return printed, (lines[-1] if lines else f"exited with code {report.code}") if report.code else ""
 
 
 def _grade_call(slot: Slot, spec: Mapping[str, Any], code: str) -> Grade:
@@ -66,81 +68,81 @@ def _grade_call(slot: Slot, spec: Mapping[str, Any], code: str) -> Grade:
     cases = [_call_case(case, bool(spec.get("literals")), tolerance) for case in _cases(spec, "args", "expected")]
     order = {"mode": "serve", "source": code, "canonical": not tolerance}
     execution = _start(slot, order, b"", spec)
-    right, first_fault = 0, ""
+    correct, first_fault = 0, ""
     loaded = execution.frame()
     if loaded is None or loaded[:1] != b"v":
-        return _unloaded(execution, loaded)
+        return _load_failure(execution, loaded)
     for number, (args, kwargs, expected) in enumerate(cases, 1):
         request = encode.dumps(["call", encode.Reference(spec["entry"]), args, kwargs])
         reply = execution.ask(request)
         if reply is None:
             break
         good = reply[:1] == b"v" and _same(expected, reply[1:], tolerance)
-        right += good
-        said = "another value" if reply[:1] == b"v" else _clean(reply[1:])
-        first_fault = first_fault or ("" if good else f"case {number} of {len(cases)} gave {said}")
-    return _of_cases(execution, right, len(cases), first_fault)
+        correct += good
+        outcome = "returned a wrong value" if reply[:1] == b"v" else f"raised {_clean(reply[1:])}"
+        first_fault = first_fault or ("" if good else f"case {number} of {len(cases)} {outcome}")
+    return _call_grade(execution, correct, len(cases), first_fault)
 
 
-def _of_cases(execution: Execution, right: int, count: int, fault: str) -> Grade:
-    """The grade of a program that was called: what it answered, or how it ended before it had."""
+def _call_grade(execution: Execution, correct: int, count: int, fault: str) -> Grade:
+    """The grade of a program of kind `call`, from its replies or from how it ended before replying."""
     ended = execution.report
     execution.kill()
     if execution.flooded:
-        return Grade("flood", 0.0, "it wrote more than is read")
-    if right == count:
+        return Grade("flood", 0.0, TOO_MUCH_OUTPUT)
+    if correct == count:
         return Grade("passed", 1.0)
     if ended is not None and ended.how != "killed":
-        return _ended(ended, right / count)
-    how: How = "wrong" if "another value" in fault or not fault else "error"
-    return Grade(how, right / count, fault or "it stopped listening")
+        return _abnormal_end(ended, correct / count)
+    how: How = "wrong" if "a wrong value" in fault or not fault else "error"
+    return Grade(how, correct / count, fault or NOT_RESPONDING)
 
 
-def _unloaded(execution: Execution, loaded: bytes | None) -> Grade:
+def _load_failure(execution: Execution, loaded: bytes | None) -> Grade:
     ended = execution.report
     report = execution.kill()
     if loaded is not None:
-        return Grade("error", 0.0, f"loading it raised {_clean(loaded[1:])}")
-    return _ended(ended or report)
+        return Grade("error", 0.0, f"loading the program raised {_clean(loaded[1:])}")
+    return _abnormal_end(ended or report)
 
 
-def _ended(report: Report, share: float = 0.0) -> Grade:
+def _abnormal_end(report: Report, share: float = 0.0) -> Grade:
     """The grade of a program that ended when it should not have."""
     if report.how == "exited":
-        return Grade("wrong", share, f"it ended with code {report.code} before it had answered")
+        return Grade("wrong", share, f"exited with code {report.code} before replying")
     if report.how == "killed":
-        return Grade("error", share, "it stopped listening")
+        return Grade("error", share, NOT_RESPONDING)
     details = {
-        "timeout": f"it was ended after {report.seconds:.1f} s",
-        "oom": "it was ended for the memory it took",
-        "flood": "it wrote more than is read",
-        "crashed": f"it was ended by signal {-report.code}",
+        "timeout": f"timed out after {report.seconds:.1f} s",
+        "oom": "ran out of memory",
+        "flood": TOO_MUCH_OUTPUT,
+        "crashed": f"killed by signal {-report.code}",
     }
     return Grade(report.how, share, details[report.how])
 
 
 def _grade_stdin(slot: Slot, spec: Mapping[str, Any], code: str) -> Grade:
     cases = [(case["stdin"].encode(), _lines(case["stdout"].encode())) for case in _cases(spec, "stdin", "stdout")]
-    right, fault = 0, Grade("wrong", 0.0)
+    correct, fault = 0, Grade("wrong", 0.0)
     for given, expected in cases:
         report = _start(slot, {"mode": "program", "source": code}, given, spec).wait()
         if report.how == "exited" and report.code == 0 and _lines(report.stdout) == expected:
-            right += 1
+            correct += 1
         elif not fault.detail:
-            fault = _fault(report)
-    return Grade("passed", 1.0) if right == len(cases) else Grade(fault.how, right / len(cases), fault.detail)
+            fault = _stdin_fault(report)
+    return Grade("passed", 1.0) if correct == len(cases) else Grade(fault.how, correct / len(cases), fault.detail)
 
 
-def _fault(report: Report) -> Grade:
+def _stdin_fault(report: Report) -> Grade:
     if report.how != "exited":
-        return _ended(report)
+        return _abnormal_end(report)
     if report.code:
-        return Grade("error", 0.0, f"it ended with code {report.code}: {_clean(report.stderr.strip()[-SHOWN:])}")
-    return Grade("wrong", 0.0, f"it printed {_clean(report.stdout[:SHOWN])}")
+        return Grade("error", 0.0, f"exited with code {report.code}: {_clean(report.stderr.strip()[-SHOWN:])}")
+    return Grade("wrong", 0.0, f"printed {_clean(report.stdout[:SHOWN])}")
 
 
 def _lines(output: bytes) -> list[bytes]:
-    """Output to compare: white space at the end of a line, and lines without anything at the end, do not count."""
+    """The lines of an output to compare, without trailing whitespace and empty lines at the end."""
     lines = [line.rstrip() for line in output.split(b"\n")]
     while lines and not lines[-1]:
         lines.pop()
@@ -148,31 +150,31 @@ def _lines(output: bytes) -> list[bytes]:
 
 
 def _grade_check(slot: Slot, spec: Mapping[str, Any], code: str) -> Grade:
-    zygote = slot.tests  # which may take long to start, and from here on the candidate's time runs
+    zygote = slot.tests  # started first, because it may be slow and the candidate's time limit runs from here on
     candidate = _start(slot, {"mode": "serve", "source": code, "canonical": False}, b"", spec)
     loaded = candidate.frame()
     if loaded is None or loaded[:1] != b"v":
-        return _unloaded(candidate, loaded)
+        return _load_failure(candidate, loaded)
     entry = spec.get("entry", "")
     order = {"mode": "examine", "setup": spec.get("setup", ""), "source": spec["tests"]}
     order |= {"names": list(spec.get("names", [entry])), "entry": entry}
-    seconds = 2 * _seconds(slot, spec)  # of which the candidate has half
+    seconds = 2 * _seconds(slot, spec)  # twice the candidate's time limit
     tests = zygote.start(order, b"", seconds, False)
-    asked = tests.frame()
-    while asked is not None and asked[:1] == b"c":
-        reply = candidate.ask(asked[1:])
-        asked = None if reply is None else tests.ask(reply)
-    ended, told = candidate.report, tests.report
+    request = tests.frame()
+    while request is not None and request[:1] == b"c":
+        reply = candidate.ask(request[1:])
+        request = None if reply is None else tests.ask(reply)
+    candidate_report, tests_report = candidate.report, tests.report
     candidate.kill()
     tests.kill()
     if candidate.flooded:
-        return Grade("flood", 0.0, "it wrote more than is read")
-    if asked == b"v":
+        return Grade("flood", 0.0, TOO_MUCH_OUTPUT)
+    if request == b"v":
         return Grade("passed", 1.0)
-    if asked is not None and asked[:1] == b"e":
-        name = _clean(asked[1:])
-        return Grade("wrong" if name == "AssertionError" else "error", 0.0, f"the tests ended with {name}")
-    return _ended(ended or told or tests.kill())
+    if request is not None and request[:1] == b"e":
+        name = _clean(request[1:])
+        return Grade("wrong" if name == "AssertionError" else "error", 0.0, f"the tests raised {name}")
+    return _abnormal_end(candidate_report or tests_report or tests.kill())
 
 
 def _start(slot: Slot, order: Mapping[str, Any], stdin: bytes, spec: Mapping[str, Any]) -> Execution:
@@ -184,22 +186,22 @@ def _seconds(slot: Slot, spec: Mapping[str, Any]) -> float:
 
 
 def _cases(spec: Mapping[str, Any], *names: str) -> list[Mapping[str, Any]]:
-    """The cases of a task, each of which must have these columns."""
+    """The task's cases. Raises RolloutError unless each has these columns."""
     for case in spec["cases"]:
         if missing := [name for name in names if name not in case]:
-            raise _unusable(f"a case needs {missing[0]!r}, and this one has {', '.join(sorted(case))}")
+            raise _invalid(f"a case needs {missing[0]!r}, but this one has {', '.join(sorted(case))}")
     return spec["cases"]
 
 
 def _call_case(case: Mapping[str, Any], literals: bool, tolerance: float) -> tuple[list[Any], dict[str, Any], Any]:
-    """Arguments and what is expected: the value where there is a tolerance, else its bytes."""
+    """Arguments, keyword arguments and the expected value: the value itself if there is a tolerance, else its bytes."""
     read = ast.literal_eval if literals else lambda value: value
     try:
-        expected = read(case["expected"])
-        wanted = expected if tolerance else encode.canonical(expected)
-        return [*map(read, case["args"])], {k: read(v) for k, v in case.get("kwargs", {}).items()}, wanted
+        value = read(case["expected"])
+        expected = value if tolerance else encode.canonical(value)
+        return [*map(read, case["args"])], {k: read(v) for k, v in case.get("kwargs", {}).items()}, expected
     except (encode.Unsendable, ValueError, SyntaxError) as error:
-        raise _unusable(f"a case cannot be used: {error}") from None
+        raise _invalid(f"a case is invalid: {error}") from None
 
 
 def _same(expected: Any, reply: bytes, tolerance: float) -> bool:
@@ -212,7 +214,7 @@ def _same(expected: Any, reply: bytes, tolerance: float) -> bool:
 
 
 def _close(a: Any, b: Any, tolerance: float) -> bool:
-    """Equal, where numbers may differ by `tolerance`, absolutely or as a share of the expected one."""
+    """Whether two values are equal, with numbers compared within `tolerance`, absolute or relative."""
     if isinstance(a, int | float) and isinstance(b, int | float):
         try:
             return a == b or math.isclose(a, b, rel_tol=tolerance, abs_tol=tolerance)
@@ -226,12 +228,12 @@ def _close(a: Any, b: Any, tolerance: float) -> bool:
 
 
 def _clean(text: bytes) -> str:
-    """A candidate's words as they may stand in a log: printable ASCII, and not many."""
+    """A candidate's output made safe for logs: printable ASCII of limited length."""
     return ascii(text.decode("utf-8", "replace"))[1:-1][:SHOWN]
 
 
-def _unusable(why: str) -> RolloutError:
-    return RolloutError(f"a code task cannot be graded: {why}.", boundary="reward")
+def _invalid(reason: str) -> RolloutError:
+    return RolloutError(f"a code task cannot be graded: {reason}.", boundary="reward")
 
 
 _KINDS: dict[str, tuple[Callable[[Slot, Mapping[str, Any], str], Grade], tuple[str, ...]]] = {

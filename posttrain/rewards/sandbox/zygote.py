@@ -1,11 +1,12 @@
-"""A Python that has everything loaded, locks itself in, and forks once for every execution.
+"""Zygote: a Python process that preloads modules, isolates itself, and forks once per execution.
 
-It is started by exec, never by fork of the trainer, whose memory holds tokens and answers. It watches each execution:
-the candidate's time runs from the byte that the execution writes when it is sealed, on a pipe that is then closed.
+It is started by exec, never by forking the trainer, whose memory holds tokens and answers. It monitors each execution:
+the candidate's time limit starts with the byte that the execution writes to the status pipe once it is sealed; that
+pipe is then closed.
 
-To the host it sends frames: `Z` locked in, `F` cannot, with the reason; for each order `R` sealed and running, then `X`
-with a report. The host sends `J` with limits and files, and `K` to end the execution under way. What is to be executed
-is in one of the files, which only the fork reads: nothing of one candidate is in the memory that the next one gets.
+It sends frames to the host: `Z` isolated, or `F` failed with the reason; for each order `R` sealed and running, then
+`X` with a report. The host sends `J` with limits and files, and `K` to kill the current execution. The code to execute
+is in one of the files, which only the fork reads, so that no candidate's code is in memory inherited by the next one.
 """
 
 from __future__ import annotations
@@ -33,27 +34,27 @@ LOADED = (
     "fractions functools hashlib heapq itertools json math numbers operator queue random re statistics string struct "
     "tempfile textwrap threading time traceback types typing unicodedata zlib"
 ).split()
-"""Modules that programs often import; loading them once here saves each execution their time."""
+"""Modules that programs often import, preloaded to save time in each execution."""
 STATUS = 4
 
 
 def main(control: socket.socket, settings: dict[str, Any]) -> None:
-    """Locks in as `settings` say and serves orders until the host is gone."""
+    """Isolates the process as given by `settings` and serves orders until the host closes the socket."""
     try:
         for name in LOADED:
             import_module(name)
-        for path in settings["cgroups"]:  # joining is slow, so it is done once, for every execution to come
-            with open(path, "w") as door:
-                door.write("0")
+        for path in settings["cgroups"]:  # joining is slow, so it is done once for all executions
+            with open(path, "w") as procs:
+                procs.write("0")
         for processes in (False, True):
             seccomp.compiled(processes)
-        spaces = _lock_in(settings)
+        spaces = _isolate(settings)
         gc.collect()
         gc.freeze()
     except Exception as error:
-        _tell(control, b"F", getattr(error, "strerror", None) or str(error))
+        _send(control, b"F", getattr(error, "strerror", None) or str(error))
         return
-    _tell(control, b"Z", None)
+    _send(control, b"Z", None)
     while (received := _next_order(control)) is not None:
         limits, fds = received
         _execute(control, settings | limits, fds, spaces)
@@ -61,8 +62,8 @@ def main(control: socket.socket, settings: dict[str, Any]) -> None:
             os.close(fd)
 
 
-def _lock_in(settings: Mapping[str, Any]) -> int:
-    """What is done once for all executions; an fd of the process namespace, -1 without."""
+def _isolate(settings: Mapping[str, Any]) -> int:
+    """Isolation done once for all executions; returns an fd of the pid namespace, or -1 without namespaces."""
     if settings["tier"] == "namespaces":
         spaces = jail.enter(settings["folders"])
         kernel.never_gain()
@@ -74,18 +75,18 @@ def _lock_in(settings: Mapping[str, Any]) -> int:
 
 
 def _next_order(control: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
-    """An order's limits and its files. A late `K` is for an execution that has ended, and is passed over."""
+    """The next order's limits and files. A late `K`, for an execution that has already ended, is ignored."""
     while True:
         tag, fds, _, _ = socket.recv_fds(control, 1, 5)
         if not tag:
             return None
         if tag == b"J":
-            head = _exactly(control, 4)
-            body = _exactly(control, struct.unpack(">I", head)[0]) if head else b""
+            head = _read_exactly(control, 4)
+            body = _read_exactly(control, struct.unpack(">I", head)[0]) if head else b""
             return (encode.loads(body), fds) if body else None
 
 
-def _exactly(control: socket.socket, count: int) -> bytes:
+def _read_exactly(control: socket.socket, count: int) -> bytes:
     data = bytearray()
     while len(data) < count:
         piece = control.recv(count - len(data))
@@ -95,55 +96,55 @@ def _exactly(control: socket.socket, count: int) -> bytes:
     return bytes(data)
 
 
-def _tell(control: socket.socket, tag: bytes, value: object) -> None:
+def _send(control: socket.socket, tag: bytes, value: object) -> None:
     control.sendall(encode.frame(tag, encode.dumps(value)))
 
 
 def _execute(control: socket.socket, limits: Mapping[str, Any], fds: list[int], spaces: int) -> None:
-    """One execution from fork to report."""
-    hear, say = os.pipe()
+    """Runs one execution from fork to report."""
+    status_read, status_write = os.pipe()
     try:
         child = jail.fork(spaces) if spaces >= 0 else os.fork()
         if child == 0:
-            _become_candidate(limits, [*fds[:4], say], fds[4])
-        report = _watch(control, child, hear, limits)
+            _become_candidate(limits, [*fds[:4], status_write], fds[4])
+        report = _watch(control, child, status_read, limits)
     except OSError as error:
         report = [False, 0, False, 0.0, str(error)]
     finally:
-        os.close(hear)
-        os.close(say)
-    _tell(control, b"X", report)
+        os.close(status_read)
+        os.close(status_write)
+    _send(control, b"X", report)
 
 
-def _watch(control: socket.socket, child: int, hear: int, limits: Mapping[str, Any]) -> list[Any]:
-    """Waits for an execution; ends it when its time is up or the host says so. The fields of its report."""
+def _watch(control: socket.socket, child: int, status: int, limits: Mapping[str, Any]) -> list[Any]:
+    """Waits for an execution, kills it on timeout or at the host's request, and returns the fields of its report."""
     ended = os.pidfd_open(child)
-    os.set_blocking(hear, False)
+    os.set_blocking(status, False)
     poller = select.poll()
-    for fd in (ended, hear, control.fileno()):
+    for fd in (ended, status, control.fileno()):
         poller.register(fd, select.POLLIN)
     ready, late, reason, start = False, False, "", time.monotonic()
     deadline: float | None = start + limits["seconds_to_start"]
     while True:
         left = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
-        found = {fd for fd, _ in poller.poll(left)}
-        if hear in found:
-            said = os.read(hear, 1000)
-            if said == b"R":
+        readable = {fd for fd, _ in poller.poll(left)}
+        if status in readable:
+            message = os.read(status, 1000)
+            if message == b"R":
                 ready, start = True, time.monotonic()
                 deadline = start + limits["seconds"]
-                _tell(control, b"R", None)
+                _send(control, b"R", None)
             else:
-                reason = said.decode("utf-8", "replace") or reason
-            poller.unregister(hear)
-        if ended in found:
+                reason = message.decode("utf-8", "replace") or reason
+            poller.unregister(status)
+        if ended in readable:
             break
-        if control.fileno() in found or not found:
-            late, deadline = not found, None
+        if control.fileno() in readable or not readable:
+            late, deadline = not readable, None
             poller.unregister(control.fileno())
             os.kill(child, signal.SIGKILL)
     seconds = time.monotonic() - start
-    if limits["tier"] == "none":  # what it left behind; in a namespace the kernel has done that
+    if limits["tier"] == "none":  # kill leftover processes; in a pid namespace the kernel does that
         with suppress(ProcessLookupError):
             os.killpg(child, signal.SIGKILL)
     os.close(ended)
@@ -152,12 +153,12 @@ def _watch(control: socket.socket, child: int, hear: int, limits: Mapping[str, A
 
 
 def _become_candidate(limits: Mapping[str, Any], fds: list[int], order: int) -> NoReturn:
-    """In the fork: reads its order, gives up everything, says so on the status pipe, closes it, and then begins."""
+    """In the fork: reads its order, drops all privileges, reports that on the status pipe, and runs the order."""
     code, status = 1, fds[STATUS]
     try:
         os.setsid()
         with open(order, "rb") as file:
-            wanted = encode.loads(file.read())
+            parsed_order = encode.loads(file.read())
         moved = [fcntl.fcntl(fd, fcntl.F_DUPFD, 64) for fd in fds]
         status = moved[STATUS]
         if limits["tier"] == "namespaces":
@@ -167,8 +168,8 @@ def _become_candidate(limits: Mapping[str, Any], fds: list[int], order: int) -> 
         status = STATUS
         os.closerange(STATUS + 1, os.sysconf("SC_OPEN_MAX"))
         kernel.prctl(kernel.PR_SET_PDEATHSIG, int(signal.SIGKILL))
-        _start_afresh(limits["scratch"])
-        _limit(limits)
+        _reset_interpreter(limits["scratch"])
+        _set_limits(limits)
         if limits["tier"] != "none":
             kernel.drop_capabilities()
             seccomp.install(limits["processes"])
@@ -178,13 +179,13 @@ def _become_candidate(limits: Mapping[str, Any], fds: list[int], order: int) -> 
         os.write(status, f"{type(error).__name__}: {error}".encode()[:900])
         os._exit(1)
     try:
-        code = inside.run(wanted)
+        code = inside.run(parsed_order)
     finally:
         os._exit(code)
 
 
-def _start_afresh(scratch: str) -> None:
-    """Standard files, module table and randomness as in a Python that has just been started."""
+def _reset_interpreter(scratch: str) -> None:
+    """Resets standard streams, loaded modules and random state to those of a freshly started Python."""
     for name in [name for name in sys.modules if name.startswith("posttrain")]:
         del sys.modules[name]
     sys.argv, sys.orig_argv = [""], [""]
@@ -196,9 +197,9 @@ def _start_afresh(scratch: str) -> None:
     random.seed(0)
 
 
-def _limit(limits: Mapping[str, Any]) -> None:
-    """Hard limits of the kernel on one process."""
-    for kind, most in (
+def _set_limits(limits: Mapping[str, Any]) -> None:
+    """Sets the kernel's hard limits for this process."""
+    for kind, maximum in (
         (resource.RLIMIT_AS, limits["memory"]),
         (resource.RLIMIT_CPU, 4 * int(limits["seconds"]) + 4),
         (resource.RLIMIT_FSIZE, limits["file_bytes"]),
@@ -208,5 +209,5 @@ def _limit(limits: Mapping[str, Any]) -> None:
         (resource.RLIMIT_MEMLOCK, 0),
     ):
         hard = resource.getrlimit(kind)[1]
-        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        resource.setrlimit(kind, (most, most))
+        maximum = maximum if hard == resource.RLIM_INFINITY else min(maximum, hard)
+        resource.setrlimit(kind, (maximum, maximum))

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from posttrain import rng
+from posttrain.config import RolloutConfig
 from posttrain.models import decoder, kernels
 from posttrain.models.invariance import TILE
 from posttrain.models.load import Policy, take_weights, weight_views
@@ -52,8 +53,9 @@ class _Slots:
         """Puts a completion that is still empty into a slot."""
         limit = request.limit(index, max_tokens)
         self.sequence[slot] = (group, index)
-        self.uniforms[slot, :limit] = rng.uniforms(request.seeds[index], limit)
-        self.lengths[slot], self.limits[slot], self.prompts[slot] = 0, limit, len(request.prompt)
+        begun = len(request.prefix)
+        self.uniforms[slot, :limit] = rng.uniforms(request.seeds[index], begun + limit)[begun:]
+        self.lengths[slot], self.limits[slot], self.prompts[slot] = 0, limit, len(request.prompt) + begun
 
     def move(self, source: int, target: int) -> int:
         """Copies one slot over another; returns the tokens its sequence has in the cache."""
@@ -121,7 +123,7 @@ class EmbeddedGenerator:
         self._check(requests, params)
         self.policy.model.eval()
         scheduler = Scheduler(self.slots, [len(r.seeds) for r in requests])
-        self.decoder.prepare(len(scheduler.waiting), max(len(r.prompt) for r in requests), params.max_tokens)
+        self.decoder.prepare(len(scheduler.waiting), max(len(r.context) for r in requests), params.max_tokens)
         slots = _Slots(min(self.slots, len(scheduler.waiting)), params.max_tokens)
         stops = np.array(self.policy.stop_ids)
         prompts: dict[int, Any] = {}
@@ -146,7 +148,7 @@ class EmbeddedGenerator:
         while True:
             while started := scheduler.admit():
                 new = sorted({group for _, group, _ in started} - prompts.keys())
-                prompts |= zip(new, self.decoder.prefill([requests[g].prompt for g in new]), strict=True)
+                prompts |= zip(new, self.decoder.prefill([requests[g].context for g in new]), strict=True)
                 for slot, group, index in started:
                     slots.begin(slot, group, index, requests[group], params.max_tokens)
                     self.decoder.start(slot, prompts[group])
@@ -164,7 +166,7 @@ class EmbeddedGenerator:
 
     def _check(self, requests: Sequence[Request], params: SamplingParams) -> None:
         context = getattr(self.policy.config, "max_position_embeddings", None)
-        longest = max((len(r.prompt) for r in requests), default=0)
+        longest = max((len(r.context) for r in requests), default=0)
         if context and longest + params.max_tokens > context:
             raise RolloutError(
                 f"a prompt of {longest} tokens plus max_tokens={params.max_tokens} exceeds the model's context of "
@@ -182,3 +184,13 @@ def _draw(
         return draw(logits, uniforms.to(logits.device), params)
     tokens, logprobs = kernels.draw(logits, uniforms, params.temperature)
     return tokens, logprobs, torch.zeros(len(tokens))
+
+
+def make(policy: Policy, cfg: RolloutConfig) -> EmbeddedGenerator:
+    """The engine of `rollout.engine = "embedded"`."""
+    return EmbeddedGenerator(policy, cfg.slots, torch.bfloat16 if cfg.dtype == "bfloat16" else None)
+
+
+def versions() -> dict[str, str]:
+    """Nothing: this package's own version is in every run's header."""
+    return {}

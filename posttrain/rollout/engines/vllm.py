@@ -2,8 +2,7 @@
 
 Each completion is a request with its own seed; vLLM's prefix cache computes a prompt once for all of them. Log-
 probabilities are those of the full softmax at the sampling temperature (its mode `processed_logprobs`). Its kernels are
-not the learner's, so the two differ by more than one engine's rounding: see docs/guides/vllm.md for how much, and for what a
-run can still promise.
+not the learner's, so the two differ by more than one engine's rounding; docs/guides/vllm.md says by how much.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 import torch
 
+from posttrain.config import RolloutConfig
 from posttrain.models import lora
 from posttrain.models.decoder import head_width
 from posttrain.models.load import TOLERANCE, Policy, packed_logits, resolve_path, short_rows, take_weights, weight_views
@@ -89,7 +89,7 @@ class VLLMGenerator:
         try:
             for g, request in enumerate(requests):
                 for i in range(len(request.seeds)):
-                    prompt = {"prompt_token_ids": request.prompt.tolist()}
+                    prompt = {"prompt_token_ids": request.context.tolist()}
                     running[f"{g}/{i}"] = g, i
                     engine.add_request(f"{g}/{i}", prompt, self._params(request, i, params))
             while running:
@@ -139,7 +139,9 @@ class VLLMGenerator:
             raise ConfigError(
                 f"temperature={params.temperature}: vLLM would sample at {COLDEST}. Use 0 (greedy) or at least that."
             )
-        longest = max(len(r.prompt) + max(r.limit(i, params.max_tokens) for i in range(len(r.seeds))) for r in requests)
+        longest = max(
+            len(r.context) + max(r.limit(i, params.max_tokens) for i in range(len(r.seeds))) for r in requests
+        )
         if longest > self._engine.context:
             raise RolloutError(
                 f"a prompt and its completion of {longest} tokens together exceed the model's context of "
@@ -214,9 +216,14 @@ def _shared_engine(policy: Policy, slots: int, memory: float) -> _Engine:
     return engine
 
 
-def version() -> str:
+def make(policy: Policy, cfg: RolloutConfig) -> VLLMGenerator:
+    """The engine of `rollout.engine = "vllm"`. Raises ConfigError where vLLM is missing or does not fit the device."""
+    return VLLMGenerator(policy, cfg.slots, cfg.vllm_memory)
+
+
+def versions() -> dict[str, str]:
     """vLLM's version. Raises ConfigError where it is missing."""
-    return str(_vllm().__version__)
+    return {"vllm": str(_vllm().__version__)}
 
 
 def _vllm() -> Any:

@@ -1,0 +1,37 @@
+"""Settings of an evaluation: the sections that `posttrain eval`, `best-of-n` and `sample` read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from posttrain.config.sections import (
+    DataConfig,
+    EnvConfig,
+    EvalConfig,
+    ModelConfig,
+    RewardConfig,
+    RolloutConfig,
+    RunConfig,
+    TrainConfig,
+    check_shared,
+)
+from posttrain.types import ConfigError
+
+
+@dataclass(frozen=True)
+class EvalRecipe:
+    """Sampling a model on held-out tasks; of `train` only `threads` and `device` apply."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    env: EnvConfig = field(default_factory=EnvConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        if self.eval.temperature < 0:
+            raise ConfigError(f"eval.temperature={self.eval.temperature} is negative; 0 is greedy.")
+        check_shared(self)

@@ -1,0 +1,58 @@
+"""Settings that used to have another name. The old one still works, and a warning says what to write now.
+
+A recipe's identity (what pipelines hash) is written with the first names and leaves out settings added later that are
+at their defaults, so neither a renamed nor a new setting changes it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Mapping
+from typing import Any
+
+RENAMED = {
+    "train.tokens_per_pass": "train.micro_batch_tokens",
+    "algo.max_refills": "algo.max_resamples",
+    "algo.drop_truncated": "algo.mask_truncated",
+    "algo.unfinished": "algo.truncated",
+    "algo.unfinished_value": "algo.truncated_value",
+}
+"""Old name → the name to write now."""
+ADDED = {"train.learner": "local", "run.track": ""}
+"""Settings that came later → their default, with which a recipe is what it was before."""
+
+
+class SettingRenamed(FutureWarning):
+    """A setting was given under its old name."""
+
+
+def current_name(name: str, known: Collection[str]) -> str:
+    """The current name of `section.key` or `key`; warns about an old one. `known` has the recipe's full names."""
+    for old, new in RENAMED.items():
+        if new in known and old not in known and name in (old, old.partition(".")[2]):
+            warnings.warn(f"setting {old} is now called {new}; write {new}.", SettingRenamed, stacklevel=2)
+            return new
+    return name
+
+
+def current_settings(settings: Mapping[str, Any], known: Collection[str], warn: bool = True) -> dict[str, Any]:
+    """Nested settings with old names replaced; what is not a section is left for the caller to refuse."""
+    out: dict[str, Any] = {s: dict(v) if isinstance(v, Mapping) else v for s, v in settings.items()}
+    for section, values in out.items():
+        if isinstance(values, dict):
+            with warnings.catch_warnings():
+                if not warn:
+                    warnings.simplefilter("ignore", SettingRenamed)
+                out[section] = {current_name(f"{section}.{k}", known).partition(".")[2]: v for k, v in values.items()}
+    return out
+
+
+def identity(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """A recipe as section → key → value under the first names, without later settings that are at their defaults."""
+    first = {new: old for old, new in RENAMED.items()}
+    out: dict[str, dict[str, Any]] = {}
+    for section, values in sections.items():
+        full = {f"{section}.{key}": value for key, value in values.items()}
+        kept = {name: value for name, value in full.items() if name not in ADDED or value != ADDED[name]}
+        out[section] = {first.get(name, name).partition(".")[2]: value for name, value in kept.items()}
+    return out

@@ -1,0 +1,163 @@
+"""Preference pairs and unpaired judgements: read from rows, and made into token rows.
+
+A pair becomes two adjacent rows, the better answer first, whose loss masks cover the final answer alone and whose
+prompts are the same tokens. KTO's unpaired judgements become one row each.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeVar
+
+import numpy as np
+
+from posttrain.config import DataConfig
+from posttrain.data.chat import ChatFormat
+from posttrain.data.preferences import COMPLETION_COLUMNS, PAIR_COLUMNS
+from posttrain.data.sources import (
+    Row,
+    data_hash,
+    drop_leaks,
+    first_column,
+    is_file_name,
+    is_hub_id,
+    read_rows,
+    split_holdout,
+    usable,
+)
+from posttrain.data.tasks.load import BUILT_IN
+from posttrain.types import DataError, Judgement, Message, Preference, Sample, TemplateError
+
+Compared = TypeVar("Compared", Preference, Judgement)
+Kind = Literal["pairs", "judgements", "tasks"]
+
+
+def is_data(source: str) -> bool:
+    """Whether `data.tasks` names a file or data set rather than built-in tasks."""
+    return source not in BUILT_IN and (is_file_name(source) or is_hub_id(source))
+
+
+def kind_of(rows: Sequence[Row]) -> Kind:
+    """What most rows hold: pairs, judgements of single answers, or tasks. Rows of another kind are bad rows."""
+    kinds: Counter[Kind] = Counter()
+    for row in rows:
+        kinds["pairs" if _has_pair(row) else "judgements" if _is_judgement(row) else "tasks"] += 1
+    return kinds.most_common(1)[0][0]
+
+
+def read_compared(
+    cfg: DataConfig, seed: int, chat: ChatFormat, parse: Callable[[Row, str, str], Compared], name: str
+) -> tuple[list[Compared], list[Compared], list[str], str]:
+    """(train, held out, notes, hash) of the rows that `data.tasks` and `data.eval_tasks` name."""
+    rows = read_rows(cfg.tasks, cfg.count)
+    held = read_rows(cfg.eval_tasks, cfg.count) if cfg.eval_tasks else []
+    notes: list[str] = []
+    train, test = (
+        usable(part, lambda row: parse(row, cfg.system, cfg.instruction), cfg, notes) for part in (rows, held)
+    )
+    if held:
+        train, dropped = drop_leaks(train, test)
+        if dropped:
+            notes.append(f"{dropped} training {name} whose prompt {cfg.eval_tasks} also has were dropped.")
+    else:
+        train, test = split_holdout(train, cfg.holdout, seed)
+    train, test = (_fitting(part, chat, cfg, notes) for part in (train, test))
+    if not train:
+        raise DataError(f"{cfg.tasks}: no row is left to train on after holding out {len(test)}.")
+    return train, test, [f"{len(train)} {name} to train on, {len(test)} held out.", *notes], data_hash([*rows, *held])
+
+
+def _fitting(items: list[Compared], chat: ChatFormat, cfg: DataConfig, notes: list[str]) -> list[Compared]:
+    """Refuses, or drops and counts, items whose prompt is over `data.max_prompt_tokens`."""
+    lengths = [len(chat.prompt_tokens(item.prompt)) for item in items]
+    over = [(n, item.id) for n, item in zip(lengths, items, strict=True) if n > cfg.max_prompt_tokens]
+    if over and cfg.overlong == "refuse":
+        raise DataError(
+            f"{len(over)} prompts are longer than data.max_prompt_tokens={cfg.max_prompt_tokens} (longest: "
+            f'{max(over)[0]} tokens, row {max(over)[1]}). Raise it, or set data.overlong = "drop".'
+        )
+    if over:
+        notes.append(f"{len(over)} rows with prompts over {cfg.max_prompt_tokens} tokens were dropped.")
+    return [item for n, item in zip(lengths, items, strict=True) if n <= cfg.max_prompt_tokens]
+
+
+def pair_rows(preferences: Sequence[Preference], chat: ChatFormat, max_tokens: int) -> tuple[list[Sample], list[str]]:
+    """Rows 2i (chosen) and 2i + 1 (rejected) of each preference, and notes on what was cut or left out.
+
+    Their loss masks cover the final answer, stop token included, and their prompts are the same tokens. A row's
+    `label` is the probability that it is the better of the two; both carry the preference's margin. Rows are cut at
+    the end at `max_tokens`; a pair whose two rows are then equal teaches nothing and is left out. Raises DataError or
+    TemplateError naming the preference.
+    """
+    rows: list[Sample] = []
+    cut = equal = 0
+    for p in preferences:
+        (chosen, start), (rejected, other) = (answer_tokens(p.id, p.prompt, a, chat) for a in (p.chosen, p.rejected))
+        if start != other or not np.array_equal(chosen[0][:start], rejected[0][:start]):
+            raise TemplateError(
+                f"preference {p.id!r}: the chat template writes the prompt differently before the two answers, so "
+                "their log-probabilities cannot be compared. Use a template that only appends."
+            )
+        cut += sum(len(tokens) > max_tokens for tokens, _ in (chosen, rejected))
+        two = [
+            _row(p.id, *chosen, max_tokens, p.label, p.margin),
+            _row(p.id, *rejected, max_tokens, 1 - p.label, p.margin),
+        ]
+        same = np.array_equal(two[0].tokens, two[1].tokens)
+        equal += same
+        rows += [] if same else two
+    notes = [f"{cut} rows were cut at pairs.max_tokens={max_tokens}."] if cut else []
+    if equal:
+        notes.append(f"{equal} pairs were left out: cut at {max_tokens} tokens (or as tokens), both answers are equal.")
+    if preferences and not rows:
+        raise DataError(f"none of {len(preferences)} pairs differs in its first {max_tokens} tokens; see max_tokens.")
+    return rows, notes
+
+
+def judgement_rows(
+    judgements: Sequence[Judgement], chat: ChatFormat, max_tokens: int
+) -> tuple[list[Sample], list[str]]:
+    """One row for each judgement, its final answer masked in, `label` 1 where it is desirable, else 0; and notes."""
+    rows: list[Sample] = []
+    cut = 0
+    for j in judgements:
+        row, _ = answer_tokens(j.id, j.prompt, j.answer, chat)
+        cut += len(row[0]) > max_tokens
+        rows.append(_row(j.id, *row, max_tokens, float(j.desirable), 0.0))
+    return rows, [f"{cut} rows were cut at pairs.max_tokens={max_tokens}."] if cut else []
+
+
+def answer_tokens(
+    name: str, prompt: tuple[Message, ...], answer: str, chat: ChatFormat
+) -> tuple[tuple[np.ndarray, np.ndarray], int]:
+    """((tokens [L], mask [L] of the final answer alone), where that answer starts)."""
+    try:
+        tokens, mask = chat.conversation_tokens((*prompt, Message("assistant", answer)))
+    except (DataError, TemplateError) as error:
+        raise type(error)(f"{name}: {error}") from None
+    end = int(np.flatnonzero(mask)[-1])
+    start = int(np.flatnonzero(~mask[:end])[-1]) + 1  # earlier assistant turns are context here
+    return (tokens, mask & (np.arange(len(mask)) >= start)), start
+
+
+def _row(name: str, tokens: np.ndarray, mask: np.ndarray, most: int, label: float, margin: float) -> Sample:
+    tokens, mask = tokens[:most], mask[:most]
+    if not mask.any():
+        raise DataError(
+            f"{name}: its prompt alone is {most} tokens or longer, so nothing of the answer is left. Raise "
+            'pairs.max_tokens, or leave long prompts out with data.max_prompt_tokens and data.overlong = "drop".'
+        )
+    blank = np.zeros(len(tokens), np.float32)
+    return Sample(tokens, mask, blank, blank + 1, label=label, margin=margin)
+
+
+def _has_pair(row: Row) -> bool:
+    return first_column(row.values, PAIR_COLUMNS) is not None
+
+
+def _is_judgement(row: Row) -> bool:
+    """An answer beside a verdict on it; another `label`, such as a gold class, belongs to a task."""
+    label = row.values.get("label")
+    verdict = label in ("desirable", "undesirable") or (isinstance(label, int | float) and label in (0, 1))
+    return verdict and first_column(row.values, (*COMPLETION_COLUMNS, "messages")) is not None

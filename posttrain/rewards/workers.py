@@ -1,0 +1,66 @@
+"""Background workers for rewards and sampling.
+
+A worker thread computes with as many CPU threads as the caller: torch keeps that number per thread, and the order in
+which a product adds its terms can depend on it. So a result is bit-exact wherever it was computed.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from queue import SimpleQueue
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import torch
+
+T = TypeVar("T")
+LAST_CALL = 1.0  # seconds that a second Ctrl-C waits for calls in progress
+
+
+class WorkerPool:
+    """`count` threads that make the calls given to `submit`, in that order; they end with the block.
+
+    At the end of the block, calls that have not begun are dropped and those in progress are waited for; after a
+    KeyboardInterrupt for `LAST_CALL` seconds at most. The threads are daemons, so a call that never returns does not
+    keep the process alive.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count, self.closed = count, False
+        self._calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
+        cpu_threads = torch.get_num_threads()
+        self._threads = [threading.Thread(target=self._work, args=(cpu_threads,), daemon=True) for _ in range(count)]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, call: Callable[[], T]) -> Future[T]:
+        """The call's future result; what the call raises, `result()` raises."""
+        future: Future[T] = Future()
+        self._calls.put((future, call))
+        return future
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.closed = True
+        for _ in self._threads:
+            self._calls.put(None)
+        patient = kind is None or issubclass(kind, Exception)
+        end = time.monotonic() + LAST_CALL
+        for thread in self._threads:
+            thread.join(None if patient else max(0.0, end - time.monotonic()))
+
+    def _work(self, cpu_threads: int) -> None:
+        torch.set_num_threads(cpu_threads)
+        while item := self._calls.get():
+            future, call = item
+            if self.closed:
+                continue
+            try:
+                future.set_result(call())
+            except BaseException as error:  # raised where the result is asked for
+                future.set_exception(error)

@@ -1,0 +1,1 @@
+"""Engines: one file each, with `make(policy, cfg) -> Generator`; `rollout.engine` names the file."""

@@ -1,0 +1,51 @@
+"""Lists the runs below a folder, and makes the folder of the next one. torch is not imported."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from posttrain.store.database import run_folders
+from posttrain.store.run import Run, Status
+from posttrain.types import PosttrainError
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """Summary of a run for listings. `note` describes the damage of a damaged run."""
+
+    path: Path
+    status: Status
+    last_step: int | None = None
+    header: Mapping[str, Any] = field(default_factory=lambda: {})
+    summary: Mapping[str, Any] | None = None
+    note: str = ""
+
+
+def list_runs(root: Path) -> list[RunInfo]:
+    """All runs directly below `root`, sorted by name. Other folders are skipped; damaged runs are listed as damaged."""
+    return [_info(path) for path in run_folders(root)]
+
+
+def next_folder(root: Path, algorithm: str) -> Path:
+    """Creates the next free folder, e.g. runs/grpo-0007; concurrent calls get different folders."""
+    root.mkdir(parents=True, exist_ok=True)
+    while True:
+        names = (re.fullmatch(rf"{re.escape(algorithm)}-(\d+)", path.name) for path in root.iterdir())
+        folder = root / f"{algorithm}-{max((int(m[1]) for m in names if m), default=0) + 1:04d}"
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:  # another process was faster
+            continue
+
+
+def _info(path: Path) -> RunInfo:
+    try:
+        with Run.read(path) as run:
+            return RunInfo(path, run.status(), run.last_step(), run.header, run.summary())
+    except (PosttrainError, OSError, ValueError) as error:
+        return RunInfo(path, "damaged", note=str(error))

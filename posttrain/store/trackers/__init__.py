@@ -1,0 +1,1 @@
+"""Trackers: one file each, with `open(…) -> Tracker`; `run.track` names them."""

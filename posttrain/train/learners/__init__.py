@@ -1,0 +1,1 @@
+"""Learners: one file each, with `make(…) -> Learner`; `train.learner` names the file."""

@@ -1,0 +1,155 @@
+"""The learner in this process: summed gradients, AdamW on float32 masters, one update per `step`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from posttrain.config import TrainConfig
+from posttrain.models.load import Policy, trainable
+from posttrain.train.forward import Forward, sample_logprobs, token_stats
+from posttrain.train.learner import Loss
+from posttrain.types import Batch, ResumeError, Sample, Stat, TrainingDiverged
+
+
+class LocalLearner:
+    """Owns the optimizer of one policy. Weights in bf16 get an fp32 master copy that the optimizer updates."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        cfg: TrainConfig,
+        total_steps: int,
+        temperature: float = 1.0,
+        forward: Forward = token_stats,
+    ) -> None:
+        self.policy, self.cfg, self.temperature, self.total_steps = policy, cfg, temperature, total_steps
+        self.forward = forward
+        self.steps = 0
+        self.parameters = trainable(policy)
+        self.master = {
+            n: p.detach().float().clone() if p.dtype != torch.float32 else p for n, p in self.parameters.items()
+        }
+        for parameter in [*self.parameters.values(), *self.master.values()]:
+            parameter.grad = None
+        groups = [
+            {"params": [m for m in self.master.values() if m.dim() >= 2], "weight_decay": cfg.weight_decay},
+            {"params": [m for m in self.master.values() if m.dim() < 2], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(cfg.beta1, cfg.beta2), fused=True)
+
+    def logprobs(self, samples: Sequence[Sample]) -> list[np.ndarray]:
+        """See `Learner.logprobs`: in passes of at most `train.micro_batch_tokens`."""
+        return sample_logprobs(self.policy, samples, self.cfg.micro_batch_tokens, self.temperature)
+
+    def forward_backward(self, batches: Sequence[Batch], loss: Loss) -> list[dict[str, Stat]]:
+        """See `Learner.forward_backward`."""
+        return [self._pass(batch, loss) for batch in batches]
+
+    def _pass(self, batch: Batch, loss: Loss) -> dict[str, Stat]:
+        """Adds one pass's gradient. Raises TrainingDiverged on a loss that is not finite; nothing is applied."""
+        self.policy.model.train()
+        outputs = self.forward(self.policy, batch, self.temperature)
+        value, stats = loss(*outputs, batch)
+        if not torch.isfinite(value):
+            rows = (~torch.isfinite(outputs[0])).any(1).nonzero().flatten().tolist()
+            raise TrainingDiverged(
+                f"the loss of update {self.steps + 1} is {value.item()} (rows with non-finite model outputs: "
+                f"{rows or 'none'}). The update was not applied; lower train.lr or inspect the step's data."
+            )
+        value.backward()
+        for name, parameter in self.parameters.items():
+            master = self.master[name]
+            if master is not parameter and parameter.grad is not None:
+                if master.grad is None:
+                    master.grad = parameter.grad.float()
+                else:
+                    master.grad += parameter.grad
+                parameter.grad = None
+        return {"loss": Stat(value.item(), 1, "sum"), **stats}
+
+    def step(self, only: str = "") -> dict[str, Stat]:
+        """Applies the summed gradient once and clears it; returns its norm and the learning rate used."""
+        for name, master in self.master.items():
+            if not name.startswith(only) and master.grad is not None:
+                master.grad.zero_()
+        masters = list(self.master.values())
+        for master in masters:
+            if master.grad is None:  # no pass reached it: momentum and decay still move it
+                master.grad = torch.zeros_like(master)
+        norm = torch.nn.utils.get_total_norm([m.grad for m in masters if m.grad is not None])
+        if not torch.isfinite(norm):
+            raise TrainingDiverged(
+                f"the gradient norm of update {self.steps + 1} is {norm.item()}. The update was not applied; "
+                "lower train.lr or set train.max_grad_norm."
+            )
+        if self.cfg.max_grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(masters, self.cfg.max_grad_norm, norm)
+        rate = self.learning_rate(self.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        torch.autograd.graph.increment_version(masters)  # fused AdamW does not say that it wrote
+        self._publish()
+        self.optimizer.zero_grad(set_to_none=True)  # no gradient is kept while answers are sampled
+        self.steps += 1
+        return {"grad_norm": Stat(norm.item()), "lr": Stat(rate)}
+
+    def learning_rate(self, step: int) -> float:
+        """The rate of update `step` (from 0): linear warm-up, then constant, linear or cosine to 0."""
+        cfg = self.cfg
+        if step < cfg.warmup_steps:
+            return cfg.lr * (step + 1) / cfg.warmup_steps
+        done = (step - cfg.warmup_steps) / max(1, self.total_steps - cfg.warmup_steps)
+        if cfg.schedule == "linear":
+            return cfg.lr * max(0.0, 1 - done)
+        if cfg.schedule == "cosine":
+            return cfg.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        return cfg.lr
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The trained tensors by name (views, not copies)."""
+        return {name: parameter.detach() for name, parameter in self.parameters.items()}
+
+    def state(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
+        """Everything `load` needs: tensors by file, and small values for JSON."""
+        optim: dict[str, torch.Tensor] = {}
+        for name, master in self.master.items():
+            for key, value in self.optimizer.state.get(master, {}).items():
+                optim[f"{name}/{key}"] = value
+        model = {name: master.detach() for name, master in self.master.items()}
+        return {"model": model, "optim": optim}, {"steps": self.steps}
+
+    def load(self, tensors: Mapping[str, Mapping[str, torch.Tensor]], state: Mapping[str, Any]) -> None:
+        """Restores what `state` gave, bit for bit."""
+        if tensors["model"].keys() != self.master.keys():
+            odd = sorted(tensors["model"].keys() ^ self.master.keys())
+            raise ResumeError(f"the checkpoint does not fit the model: {len(odd)} names differ, first {odd[0]!r}.")
+        with torch.no_grad():
+            for name, master in self.master.items():
+                master.copy_(tensors["model"][name])
+                kept = {
+                    key.rsplit("/", 1)[1]: value.to(master.device, copy=True)
+                    for key, value in tensors["optim"].items()
+                    if key.rsplit("/", 1)[0] == name
+                }
+                if kept:
+                    self.optimizer.state[master] = kept
+        self.steps = int(state["steps"])
+        self._publish()
+
+    def _publish(self) -> None:
+        """Copies fp32 masters into weights of lower precision."""
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                if self.master[name] is not parameter:
+                    parameter.copy_(self.master[name])
+
+
+def make(policy: Policy, cfg: TrainConfig, total_steps: int, temperature: float, forward: Forward) -> LocalLearner:
+    """The learner of `train.learner = "local"`."""
+    return LocalLearner(policy, cfg, total_steps, temperature, forward)
