@@ -253,7 +253,7 @@ def test_a_candidate_whose_time_is_up_before_it_is_asked_is_late(sandbox: Sandbo
     """Its channel is closed when it is asked, and the word of why has not been read yet."""
     slow = {**CHECK, "setup": f"import time; time.sleep({1.5 * QUICK})"}
     found = graded(sandbox, "def f(x): return 2 * x", slow, QUICK)
-    assert (found.how, found.detail) == ("timeout", f"it was ended after {QUICK} s")
+    assert (found.how, found.detail) == ("timeout", f"timed out after {QUICK} s")
 
 
 def test_a_candidate_that_takes_no_more_is_ended_when_it_is_asked(sandbox: Sandbox) -> None:
@@ -368,7 +368,7 @@ def test_a_set_up_that_takes_too_long_is_no_verdict(sandbox: Sandbox) -> None:
         return slot.candidate.start({"mode": "program", "source": ""}, b"", PATIENT, False).wait()
 
     limits = Limits(seconds_to_start=-100.0)  # also what the host waits for
-    with pytest.raises(RolloutError, match="has not reported in time"):
+    with pytest.raises(RolloutError, match="did not report in time"):
         sandbox.attempt(work)
     assert passes(sandbox)
 
@@ -504,9 +504,9 @@ def test_in_a_fork_a_sandbox_starts_zygotes_of_its_own(sandbox: Sandbox) -> None
 def test_a_tool_sees_what_was_printed_and_the_last_line_of_the_error(sandbox: Sandbox) -> None:
     assert run_python(sandbox, "print(6 * 7)", PATIENT) == ("42\n", "")
     assert run_python(sandbox, "print(1); 1 / 0", PATIENT) == ("1\n", "ZeroDivisionError: division by zero")
-    assert run_python(sandbox, "import sys; sys.exit(3)", PATIENT) == ("", "ended with code 3")
+    assert run_python(sandbox, "import sys; sys.exit(3)", PATIENT) == ("", "exited with code 3")
     printed, error = run_python(sandbox, "print('x', flush=True)\nwhile True: pass", QUICK)
-    assert printed == "x\n" and error.startswith("it was ended after 0.")
+    assert printed == "x\n" and error.startswith("timed out after 0.")
 
 
 def test_none_is_refused_unless_arbitrary_code_is_accepted_too() -> None:
@@ -521,9 +521,9 @@ def test_none_is_refused_unless_arbitrary_code_is_accepted_too() -> None:
 
 def test_a_tier_whose_program_got_out_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("posttrain.rewards.sandbox.pool.PROBE", "print(['host file'])")
-    with pytest.raises(Lost, match=r"managed \['host file'\]"):
+    with pytest.raises(Lost, match=r"does not prevent \['host file'\]"):
         start_zygote("namespaces", Limits())
-    with pytest.raises(ConfigError, match="cannot start, so code that a model wrote is not executed"):
+    with pytest.raises(ConfigError, match="cannot start, so model-written code is not executed"):
         Sandbox("auto")
 
 
@@ -559,6 +559,6 @@ def test_where_isolation_is_missing_a_run_is_refused_in_one_line_before_it_begin
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
     told = [line for line in done.stderr.splitlines() if "sandbox" in line]
-    assert len(told) == 1 and "is not executed (namespaces: its zygote could not lock itself in: unshare" in told[0]
-    assert "Landlock is at version 0" in told[0]
+    assert len(told) == 1 and "is not executed (namespaces: its zygote could not isolate itself: unshare" in told[0]
+    assert "Landlock has version 0" in told[0]
     assert not (tmp_path / "run").exists()

@@ -93,9 +93,9 @@ def test_a_message_is_bounded_in_depth_and_in_values() -> None:
     loop: list[Any] = []
     loop.append(loop)
     for value in (deep, loop, [0] * encode.NODES):
-        with pytest.raises(encode.Unsendable, match="nested deeper"):
+        with pytest.raises(encode.Unsendable, match="levels of nesting"):
             encode.dumps(value)
-        with pytest.raises(encode.Unsendable, match="nested deeper"):
+        with pytest.raises(encode.Unsendable, match="levels of nesting"):
             encode.canonical(value)
     for message in (b"l1:" * 70 + b"N", b"l199999999999:", b"l9:" + b"N" * 8, b"s5:abc", b"NN", b"", b"x", b"hN"):
         with pytest.raises(encode.Unsendable):
@@ -122,7 +122,7 @@ def test_objects_travel_as_what_they_are_called() -> None:
     message = encode.dumps([thing, encode.Reference("f")], lambda value: 7 if value is thing else 8)
     assert encode.loads(message, lambda target: ("the", target)) == [("the", 7), ("the", "f")]
     for reader in (message, encode.dumps(encode.Reference(1))):
-        with pytest.raises(encode.Unsendable, match="a reference where none can be"):
+        with pytest.raises(encode.Unsendable, match="unexpected reference"):
             encode.loads(reader)
 
 
@@ -220,5 +220,5 @@ def test_arguments_decide_for_a_few(
 
 
 def test_another_architecture_is_refused() -> None:
-    with pytest.raises(OSError, match="not known for riscv64, only for x86_64, aarch64"):
+    with pytest.raises(OSError, match="unsupported architecture riscv64; system calls are known for x86_64, aarch64"):
         seccomp.program(False, "riscv64")
