@@ -57,7 +57,7 @@ def test_the_same_seed_gives_the_same_tasks_and_every_seed_the_same_test() -> No
 def test_a_built_in_task_with_too_few_problems_gives_all_and_says_so() -> None:
     sets = load_tasks(DataConfig(tasks="spell", count=4096), seed=0)
     assert len(sets.train) > 50
-    assert sets.notes == [f"spell has only {len(sets.train)} training problems, 4096 were asked for."]
+    assert sets.notes == [f"spell has only {len(sets.train)} training problems; 4096 were requested."]
 
 
 def test_a_mixture_of_built_in_tasks_deals_by_weight_and_each_part_keeps_its_own_checker() -> None:
@@ -83,12 +83,12 @@ def test_every_beginning_of_a_mixture_holds_each_part_to_within_one_task(count: 
 def test_a_part_of_a_mixture_that_runs_out_gives_all_it_has_and_the_others_go_on() -> None:
     sets = load_tasks(DataConfig(tasks="sums + addition", count=400), seed=0)
     assert Counter(task.env for task in sets.train) == {"sums": 200, "addition": 80}
-    assert sets.notes == ["addition has only 80 training problems, 200 were asked for."]
+    assert sets.notes == ["addition has only 80 training problems; 200 were requested."]
 
 
 def test_a_mixture_with_a_part_that_is_not_built_in_names_the_part_and_the_nearest_one() -> None:
     with pytest.raises(
-        ConfigError, match=r"mixes built-in tasks with 'safty'. Did you mean 'safety'\? Files are mixed"
+        ConfigError, match=r"mixes built-in tasks with 'safty'. Did you mean 'safety'\? Only sft can mix"
     ):
         load_tasks(DataConfig(tasks="sums*2 + safty"), 0)
     with pytest.raises(ConfigError, match="weight of sums is 0"):
@@ -147,7 +147,7 @@ def test_a_file_is_held_out_by_content_and_its_copies_are_counted(tmp_path: Path
     sets = load_tasks(cfg, 0)
     assert len(sets.train) + len(sets.test) == 50 and len(asked(sets.test)) == 10
     assert not asked(sets.train) & asked(sets.test)
-    assert sets.notes == ["10 training tasks repeat the question of another; they are kept."]
+    assert sets.notes == ["10 training tasks repeat the prompt of another task; they are kept."]
     assert sets.train[0].id.startswith("mine.jsonl:") and sets.train[0].env == "mine.jsonl"
     assert len(load_tasks(DataConfig(tasks=cfg.tasks, count=7), 0).train) == 6
 
@@ -157,7 +157,7 @@ def test_a_question_in_both_files_leaves_training(tmp_path: Path) -> None:
     test = write_rows(tmp_path / "test.jsonl", [{"question": f"q{i}", "answer": "1"} for i in range(3, 9)])
     sets = load_tasks(DataConfig(tasks=train, eval_tasks=test), 0)
     assert (len(sets.train), len(sets.test)) == (3, 6)
-    assert sets.notes == ["2 training tasks that the evaluation set also asks were dropped."]
+    assert sets.notes == ["2 training tasks that are also in the evaluation set were dropped."]
     with pytest.raises(DataError, match="all 5 training prompts are also in the evaluation"):
         load_tasks(DataConfig(tasks=train, eval_tasks=train), 0)
 
@@ -242,8 +242,8 @@ def test_written_tasks_come_back_equal(tmp_path_factory: pytest.TempPathFactory,
 @pytest.mark.parametrize(
     ("answer", "says"),
     [
-        ((1, 2), "'mine:q' would come back changed"),
-        ({1: 2}, "'mine:q' would come back changed"),
+        ((1, 2), "'mine:q' would not read back equal"),
+        ({1: 2}, "'mine:q' would not read back equal"),
         (float("nan"), "'mine:q' cannot be written as JSON"),
         (object(), "'mine:q' cannot be written as JSON"),
         ("\ud800", "'mine:q' cannot be written as JSON"),
@@ -257,5 +257,5 @@ def test_tasks_that_json_would_change_are_not_written(tmp_path: Path, answer: An
 
 def test_a_file_that_is_not_written_tasks_is_refused_by_line(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "t.jsonl", [{"question": "q", "answer": "1"}])
-    with pytest.raises(DataError, match="t.jsonl:1: not a task as write_tasks writes it: 'messages'"):
+    with pytest.raises(DataError, match="t.jsonl:1: not a task written by write_tasks: 'messages'"):
         read_tasks(path)
