@@ -16,7 +16,7 @@ from posttrain.envs import ENVS
 from posttrain.envs.env import load_env, own_tasks
 from posttrain.envs.gymnasium import Gymnasium
 from posttrain.envs.scripted import played
-from posttrain.rollout.build import env_hash
+from posttrain.rollout.tasks import env_hash
 from posttrain.types import ConfigError, Message, RolloutError
 from tests import tiny
 
@@ -113,7 +113,7 @@ def test_a_step_of_the_old_interface_and_an_observation_that_is_no_text_are_name
     (task,) = env.tasks(1, 0)  # type: ignore[attr-defined]
     with pytest.raises(RolloutError, match=r"expected \(observation, reward, terminated, truncated, info\)"):
         env(task, 0).step("up")
-    with pytest.raises(RolloutError, match="observation of the environment is int, expected text"):
+    with pytest.raises(RolloutError, match="the environment's observation is int, expected text"):
         load_env(f"{lift}:Numbers", ENVS).tasks(1, 0)  # type: ignore[attr-defined]
 
 
@@ -291,7 +291,7 @@ def test_a_rollout_that_is_given_up_is_cleaned_up(package: dict[str, Any]) -> No
     env = load_env("verifiers:colours", ENVS)
     world = env(env.tasks(1, 0)[0], 0)  # type: ignore[attr-defined]
     world.close()  # type: ignore[attr-defined]
-    with pytest.raises(RolloutError, match="was given up"):
+    with pytest.raises(RolloutError, match="was cancelled"):
         world.step("red")
     assert package["colours"].cleaned == 1
 
@@ -299,7 +299,7 @@ def test_a_rollout_that_is_given_up_is_cleaned_up(package: dict[str, Any]) -> No
 def test_environments_that_cannot_be_adapted_are_refused_before_the_run(
     package: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ConfigError, match="offers tools"):
+    with pytest.raises(ConfigError, match="uses tools"):
         load_env("verifiers:tools", ENVS)
     with pytest.raises(ConfigError, match="cannot load the environment 'nowhere': Could not import"):
         load_env("verifiers:nowhere", ENVS)

@@ -367,7 +367,7 @@ def test_a_model_behind_an_endpoint_can_be_the_user_and_is_scored_by_the_same_pr
     [
         ({"endpoint": "http://a/v1", "modell": "m"}, "unknown setting 'modell'. Did you mean 'model'"),
         ({"endpoint": "http://a/v1"}, "`model` must name"),
-        ({"endpoint": "no address", "model": "m"}, "not a plain address"),
+        ({"endpoint": "no address", "model": "m"}, "not a plain URL"),
         ({"endpoint": "http://a/v1", "model": "m", "retries": "many"}, "retries"),
     ],
 )

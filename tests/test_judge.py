@@ -23,7 +23,7 @@ from posttrain.rewards import judge as judging
 from posttrain.rewards.endpoint import Endpoint, Limits, Question, Replies, Unreadable, key_from
 from posttrain.rewards.functions import reward_from, score_all
 from posttrain.rewards.judge import Criterion, JudgeConfig, load_judge, read_judge, sealed, verdict_of
-from posttrain.rollout.build import reward_hash
+from posttrain.rollout.tasks import reward_hash
 from posttrain.store.run import Run
 from posttrain.types import ConfigError, Message, ResumeError, RolloutError, Task, Verdict
 from tests import tiny
@@ -219,7 +219,7 @@ def test_equal_answers_tie_without_being_asked_and_a_single_one_has_no_reward(se
     verify = load_judge(write(tmp_path, server.url, "pairwise"))
     assert scores(verify.score_all([(task(), "42"), (task(), "<think>!</think>42")])) == [0.5, 0.5]
     ((none, why),) = score_all(verify, [(task(), "42")])
-    assert none is None and why is not None and "single answer here" in why and "eval.samples" in why
+    assert none is None and why is not None and "only one completion here" in why and "eval.samples" in why
     assert server.bodies == []
 
 
@@ -346,7 +346,7 @@ def test_what_cannot_be_read_twice_has_no_reward_and_is_never_asked_a_third_time
     spec = write(tmp_path, server.url)
     for _ in range(2):
         ((none, why),) = score_all(load_judge(spec), [(task(), "42")])
-        assert none is None and why is not None and "asked twice and gave no verdict that can be read" in why
+        assert none is None and why is not None and "gave no readable verdict in two requests" in why
     assert len(server.bodies) == 2
 
 
@@ -452,8 +452,8 @@ def hang_up(handler: BaseHTTPRequestHandler) -> None:
         (b"[" * 100_000, "not a chat completion"),
         (truncate, "not a chat completion|IncompleteRead"),
         (hang_up, "RemoteDisconnected|BadStatusLine|ConnectionResetError"),
-        (drip, "no whole response within 0.3 s"),
-        (hang, "no whole response within 0.3 s"),
+        (drip, "no complete response within 0.3 s"),
+        (hang, "no complete response within 0.3 s"),
     ],
 )
 def test_what_is_no_whole_reply_is_asked_again_and_then_an_error(
@@ -462,7 +462,9 @@ def test_what_is_no_whole_reply_is_asked_again_and_then_an_error(
     server.script = lambda body, number: reaction
     asked = endpoint(server, tmp_path, retries=1, timeout=0.3)
     start = time.monotonic()
-    with pytest.raises(RolloutError, match=f"gave no reply in 2 requests; the last: .*({problem})") as caught:
+    with pytest.raises(
+        RolloutError, match=f"gave no reply in 2 requests; the last failed with: .*({problem})"
+    ) as caught:
         asked.reply(QUESTION)
     assert caught.value.boundary == "judge" and len(server.bodies) == 2 and time.monotonic() - start < 5
     server.script = lambda body, number: "fine"
@@ -475,7 +477,12 @@ def test_half_a_surrogate_in_an_answer_or_a_reply_is_a_character_like_others(ser
 
 
 def test_a_refusal_is_not_asked_again(server: Server, tmp_path: Path) -> None:
-    for status, sentence in ((400, "HTTP 400: you sent"), (401, "Check the key"), (404, "HTTP 404"), (302, "HTTP 302")):
+    for status, sentence in (
+        (400, "HTTP 400: you sent"),
+        (401, "Check the API key"),
+        (404, "HTTP 404"),
+        (302, "HTTP 302"),
+    ):
         server.bodies.clear()
         server.script = lambda body, number, status=status: status
         with pytest.raises(RolloutError, match=f"refused the request: .*{sentence}"):
@@ -488,7 +495,7 @@ def test_an_address_where_nobody_listens_is_an_error_in_a_sentence(tmp_path: Pat
         url = gone.url
     spec = write(tmp_path, url, limits="retries = 2")
     (found,) = load_judge(spec).score_all([(task(), "42")])
-    assert "gave no reply in 3 requests; the last: ConnectionRefusedError" in str(found)
+    assert "gave no reply in 3 requests; the last failed with: ConnectionRefusedError" in str(found)
 
 
 def test_as_many_requests_as_allowed_are_under_way_at_once_and_never_more(server: Server, tmp_path: Path) -> None:
@@ -526,7 +533,9 @@ def test_tokens_are_counted_as_the_endpoint_reports_them_or_from_bytes(server: S
     for i in range(3):
         asked.reply((("user", str(i)),))
     assert asked.tokens == 30
-    with pytest.raises(RolloutError, match=r"30 tokens since the start, limits.max_tokens=25\. Raise it and resume"):
+    with pytest.raises(
+        RolloutError, match=r"30 tokens since the start, limits.max_tokens=25\. Raise the limit and resume"
+    ):
         asked.reply((("user", "3"),))
     server.usage = None
     plain = endpoint(server, tmp_path)
@@ -573,7 +582,7 @@ def test_the_cache_holds_no_prompt_and_one_that_is_no_database_is_refused(server
     endpoint(server, tmp_path).reply((("user", "a secret question"),))
     assert b"secret" not in (tmp_path / "replies.db").read_bytes()
     (tmp_path / "replies.db").write_text("not a database " * 99)
-    with pytest.raises(ConfigError, match="cache .*replies.db cannot be used: .*not a database"):
+    with pytest.raises(ConfigError, match="cannot use the judge's cache .*replies.db: .*not a database"):
         load_judge(write(tmp_path, server.url))
 
 
@@ -601,17 +610,17 @@ def test_a_key_that_cannot_be_used_is_refused_without_being_shown(
 ) -> None:
     monkeypatch.delenv("JUDGE_API_KEY", raising=False)
     for value, name, sentence in (
-        ("", "JUDGE_API_KEY", "environment variable JUDGE_API_KEY, which `key` names, is not set"),
-        ("a b\nc", "JUDGE_API_KEY", "holds a character that no key has"),
-        ("clé", "JUDGE_API_KEY", "holds a character that no key has"),
-        ("x", KEY, "is not the name of an environment variable"),
+        ("", "JUDGE_API_KEY", "environment variable JUDGE_API_KEY, named by `key`, is not set"),
+        ("a b\nc", "JUDGE_API_KEY", "contains an invalid character"),
+        ("clé", "JUDGE_API_KEY", "contains an invalid character"),
+        ("x", KEY, "must be the name of an environment variable"),
     ):
         monkeypatch.setenv("JUDGE_API_KEY", value)
         with pytest.raises(ConfigError, match=sentence) as caught:
             key_from(name)
         assert KEY not in str(caught.value) and (len(value) < 2 or value not in str(caught.value))
     for url in (f"http://me:{KEY}@host/v1", f"http://host/v1?key={KEY}", "ftp://host", "host/v1", "http://h:x/v1", ""):
-        with pytest.raises(ConfigError, match="not a plain address") as caught:
+        with pytest.raises(ConfigError, match="not a plain URL") as caught:
             load_judge(write(tmp_path, url))
         assert KEY not in str(caught.value)
 
@@ -625,15 +634,15 @@ def test_a_key_that_cannot_be_used_is_refused_without_being_shown(
         ("sclae = [1, 5]", "", "judge.toml: unknown setting 'sclae'. Did you mean 'scale'?"),
         ("", "wieght = 1", "unknown setting 'criteria.wieght'. Did you mean 'weight'?"),
         ("", "[limits2]", "unknown setting 'limits2'. Did you mean 'limits'?"),
-        ("scale = [5, 1]", "", r"scale=\[5.0, 1.0\] is not \[lowest, highest\]"),
+        ("scale = [5, 1]", "", r"scale=\[5.0, 1.0\] must be \[lowest, highest\]"),
         ("scale = 5", "", "scale=5 is int, expected a list"),
         ("rounds = 1.5", "", "rounds=1.5 is float, expected int"),
-        ("", '[[criteria]]\nname = "truth"\nasks = "Again?"', "each with a `name` of its own"),
-        ("", '[[criteria]]\nname = "style"', "and what it `asks`"),
+        ("", '[[criteria]]\nname = "truth"\nasks = "Again?"', "each with a unique `name`"),
+        ("", '[[criteria]]\nname = "style"', "and a question in `asks`"),
         ("", "weight = -1", "weight of .* must be above 0"),
         ("", "[request]\nmodel = 'x'", r"\[request\] cannot set 'model'"),
         ("", "[request]\ntop_p = nan", "cannot be sent as JSON"),
-        ("reply_tokens = 0", "", "reply_tokens must be 1 or more"),
+        ("reply_tokens = 0", "", "reply_tokens must be at least 1"),
         ('omit = ["top_p"]', "", "omit='top_p' is not one of temperature, seed, max_tokens"),
         ('model2 = ""', "", "unknown setting 'model2'. Did you mean 'model'?"),
         ("x = ", "", "is not valid TOML"),
@@ -648,13 +657,13 @@ def test_a_file_that_cannot_be_used_is_refused_in_a_sentence(
 
 def test_limits_modes_and_files_are_checked(tmp_path: Path) -> None:
     for limits, sentence in (
-        ("concurrency = 0", "limits.concurrency=0 must be 1 or more"),
-        ("timeout = 0", "limits.timeout=0.0 is not between 0.001 and 86,400"),
+        ("concurrency = 0", "limits.concurrency=0 must be at least 1"),
+        ("timeout = 0", "limits.timeout=0.0 must be between 0.001 and 86,400"),
         ("timeuot = 1", "unknown setting 'limits.timeuot'. Did you mean 'timeout'"),
     ):
         with pytest.raises(ConfigError, match=sentence):
             read_judge(write(tmp_path, "http://localhost/v1", limits=limits))
-    with pytest.raises(ConfigError, match="are for mode = \"rubric\"; this file says mode = 'pairwise'"):
+    with pytest.raises(ConfigError, match="need mode = \"rubric\", but this file has mode = 'pairwise'"):
         JudgeConfig("http://localhost/v1", "m", mode="pairwise", criteria=(Criterion("a", "b"),))
     with pytest.raises(ConfigError, match="a rubric needs"):
         JudgeConfig("http://localhost/v1", "m")

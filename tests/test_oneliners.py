@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 
 from posttrain import config
 from posttrain.data.chat import ChatFormat
-from posttrain.data.tasks.load import gold_reply, load_tasks, verifier_for
+from posttrain.data.tasks.load import gold_reply, load_tasks
 from posttrain.data.tasks.one_liners import CASES, NAMES, ONE_LINERS, STEPS, one_liners
 from posttrain.models.load import load_policy
 from posttrain.rewards import code as code_reward
+from posttrain.rewards.auto import verifier_for
 from posttrain.rewards.code import code
 from posttrain.types import Task
 from tests.test_sandbox import REFUSING
@@ -133,5 +134,5 @@ def test_without_isolation_the_recipe_is_refused_in_one_line_before_step_0(tmp_p
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
     told = [line for line in done.stderr.splitlines() if "sandbox" in line]
-    assert len(told) == 1 and "code that a model wrote is not executed" in told[0]
+    assert len(told) == 1 and "model-written code is not executed" in told[0]
     assert not (tmp_path / "run").exists()

@@ -14,12 +14,11 @@ import torch
 from posttrain.config import EnvConfig, GRPOConfig
 from posttrain.data.chat import ChatFormat
 from posttrain.envs import ENVS
-from posttrain.envs.env import Env, Turn, World, load_env
+from posttrain.envs.env import Env, EnvFactory, Turn, load_env
 from posttrain.envs.timeouts import Calls
-from posttrain.models.load import Policy
-from posttrain.rollout.build import speak
+from posttrain.models.load import Policy, with_chat_format
 from posttrain.rollout.collector import Collector, episode_stats, to_samples, turn_returns, turns_of
-from posttrain.rollout.engine import EmbeddedGenerator
+from posttrain.rollout.engines.embedded import EmbeddedGenerator
 from posttrain.rollout.multi_turn import Player
 from posttrain.train.forward import sample_logprobs
 from posttrain.types import ConfigError, Episode, Message, RolloutError, SamplingParams, Span, Task, Verdict
@@ -41,7 +40,7 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Policy:
 
 @pytest.fixture(scope="module")
 def chat(policy: Policy) -> ChatFormat:
-    return speak(policy, "chat")
+    return with_chat_format(policy, "chat")
 
 
 @dataclass
@@ -63,7 +62,9 @@ class Echo:
 def collect(policy: Policy, chat: ChatFormat) -> Callable[..., list[list[Episode]]]:
     generator = EmbeddedGenerator(policy, 32)
 
-    def run(env: Env, tasks: Sequence[Task] = (TASK,), attempts: int = 2, **limits: float) -> list[list[Episode]]:
+    def run(
+        env: EnvFactory, tasks: Sequence[Task] = (TASK,), attempts: int = 2, **limits: float
+    ) -> list[list[Episode]]:
         settings = replace(EnvConfig(), **limits)
         decode = chat.decode
         player = Player(env, lambda t: chat.prompt_tokens(t.messages), chat.continuation_tokens, decode, settings, 256)
@@ -162,7 +163,7 @@ def test_a_world_that_crashes_or_hangs_leaves_only_its_own_attempt_unscored(
 def test_a_world_that_cannot_be_made_and_a_prompt_without_room_are_unscored_attempts(
     collect: Callable[..., list[list[Episode]]],
 ) -> None:
-    def refuse(task: Task, seed: int) -> World:
+    def refuse(task: Task, seed: int) -> Env:
         raise ConnectionError("no server")
 
     (group,) = collect(refuse)
@@ -267,14 +268,14 @@ def test_an_environment_is_named_or_written_in_a_file(tmp_path: Path) -> None:
     )
     check = lambda task, text: Verdict(1, True)
     assert load_env(f"{file}:Mine", ENVS, check)(TASK, 0).verify is check  # type: ignore[attr-defined]
-    with pytest.raises(ConfigError, match="must take a task and a seed"):
+    with pytest.raises(ConfigError, match="must accept a task and a seed"):
         load_env(f"{file}:One", ENVS)
     with pytest.raises(ConfigError, match=r"has no method step\(reply\)"):
         load_env(f"{file}:Blind", ENVS)
 
 
 def test_a_turn_with_the_assistants_words_or_a_reward_that_is_no_number_is_refused() -> None:
-    with pytest.raises(RolloutError, match="whose words only the model writes"):
+    with pytest.raises(RolloutError, match="which only the model may write"):
         Turn((Message("assistant", "I win"),))
     with pytest.raises(RolloutError, match="expected a finite number"):
         Turn(reward=float("nan"))

@@ -43,13 +43,13 @@ def test_a_reward_in_a_file_is_found_and_called(write: Callable[[str], str]) -> 
     ("source", "suffix", "says"),
     [
         ("def good(c): return 1", ":goood", r"mine.py has no function 'goood'. Did you mean 'good'\?"),
-        ("good = 5", ":good", "good in .*mine.py is int, expected a function"),
+        ("good = 5", ":good", "good in .*mine.py is of type int, expected a function"),
         ("x = 1\nimport nowhere_at_all", ":good", "mine.py:2: ModuleNotFoundError: No module named 'nowhere_at_all'"),
         ("x = 1\n\ndef good(:", ":good", "mine.py:3: SyntaxError"),
         ("def f():\n    return 1 / 0\nf()", ":good", "mine.py:2: ZeroDivisionError"),
         ("import sys\nsys.exit(3)", ":good", "mine.py:2: SystemExit: 3"),
-        ("", "", "is not FILE.py:FUNCTION"),
-        ("", ":", "is not FILE.py:FUNCTION"),
+        ("", "", "is not of the form FILE.py:FUNCTION"),
+        ("", ":", "is not of the form FILE.py:FUNCTION"),
     ],
 )
 def test_a_file_at_fault_is_named_with_its_line(
@@ -192,12 +192,14 @@ def test_an_argument_no_task_has_is_named() -> None:
     def mine(completion: str, rubric: str) -> float:
         return 1.0
 
-    with pytest.raises(RolloutError, match="reward mine asks for 'rubric', which task 't:1' does not have; it"):
+    with pytest.raises(
+        RolloutError, match="reward mine has the argument 'rubric', which task 't:1' does not provide; available"
+    ):
         reward_from(mine)(TASK, "8")
 
 
 def test_a_function_without_a_readable_signature_is_refused_at_once() -> None:
-    with pytest.raises(ConfigError, match="arguments of reward type cannot be read"):
+    with pytest.raises(ConfigError, match="cannot inspect the arguments of reward type"):
         reward_from(type)
 
 

@@ -21,13 +21,13 @@ from posttrain.cli.tables import calibration_picture, calibration_table
 from posttrain.config import ModelConfig, RewardConfig
 from posttrain.config.reward import RewardModelConfig
 from posttrain.data.chat import ChatFormat
+from posttrain.data.pairs import pair_rows
 from posttrain.evaluation.calibration import calibration
 from posttrain.models import heads
 from posttrain.models.load import load_policy, save_pretrained
 from posttrain.rewards.functions import score_all
 from posttrain.rewards.models import RewardModel, load_reward_model
 from posttrain.rewards.verifiers import exact
-from posttrain.rollout.sample_pairs import pair_rows
 from posttrain.store.run import Run
 from posttrain.train.forward import sample_scores
 from posttrain.types import Batch, ConfigError, DataError, Message, Preference, RolloutError, Task
@@ -187,7 +187,7 @@ def test_a_run_folder_opens_with_its_head_and_gives_the_exported_models_scores(t
 def test_how_pairs_are_split_into_passes_changes_nothing(root: Path) -> None:
     settings = {"algo__heads": 2, "train__steps": 2, "train__max_grad_norm": 0.0}
     scores = [
-        load_reward_model(str(train(root, f"room{n}", train__tokens_per_pass=n, **settings)), RewardConfig()).scores(
+        load_reward_model(str(train(root, f"room{n}", train__micro_batch_tokens=n, **settings)), RewardConfig()).scores(
             [(task(), "abyycd"), (task(), "abnncd")]
         )
         for n in (30, 4096)
@@ -267,7 +267,7 @@ def test_a_reward_model_is_a_reward_of_grpo(root: Path, trained: Path) -> None:
 
 def test_an_answer_longer_than_the_reward_model_reads_is_an_error_and_no_score(scorer: RewardModel) -> None:
     with pytest.raises(
-        RolloutError, match="tokens for the reward model .*, which reads 1024. Lower rollout.max_tokens"
+        RolloutError, match="tokens for the reward model .*, whose context is 1024 tokens. Lower rollout.max_tokens"
     ):
         scorer(task(), "x" * 2000)
 
@@ -286,17 +286,17 @@ def test_what_cannot_score_is_refused_in_a_sentence(root: Path, trained: Path, t
     critic = load_policy(ModelConfig(path=str(root / "base")))
     save_pretrained(critic, tmp_path / "critic")
     heads.save_head(heads.attach_scalar(critic, 1), tmp_path / "critic")
-    with pytest.raises(ConfigError, match="was not trained to score answers .a critic's predicts returns"):
+    with pytest.raises(ConfigError, match="was not trained to score completions .a critic's head predicts returns"):
         load(f"model:{tmp_path / 'critic'}")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text("{}")
-    with pytest.raises(ConfigError, match="has no model yet, because it has not finished"):
+    with pytest.raises(ConfigError, match="has no model yet because it has not finished"):
         load(str(tmp_path / "run"))
     steps = load_policy(ModelConfig(path=str(root / "base")))
     about = {"kind": "step", "format": "chat", "separator": "\n", "aggregate": "min"}
     save_pretrained(steps, tmp_path / "steps")
     heads.save_head(heads.attach_scalar(steps, 1, about=about), tmp_path / "steps")
-    with pytest.raises(ConfigError, match="models of different kinds .reward, step. cannot be joined"):
+    with pytest.raises(ConfigError, match="needs reward models of the same kind; these are reward, step"):
         load(f"model:{trained}+{tmp_path / 'steps'}")
 
 

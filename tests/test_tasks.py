@@ -14,15 +14,8 @@ from hypothesis import strategies as st
 
 from posttrain.config import DataConfig
 from posttrain.data.sources import content_key
-from posttrain.data.tasks.load import (
-    BUILT_IN,
-    gold_reply,
-    load_tasks,
-    read_tasks,
-    validate,
-    verifier_for,
-    write_tasks,
-)
+from posttrain.data.tasks.load import BUILT_IN, gold_reply, load_tasks, read_tasks, write_tasks
+from posttrain.rewards.auto import validate, verifier_for
 from posttrain.rewards.verifiers import exact, math, numeric
 from posttrain.types import ConfigError, DataError, Message, Task, Verdict
 from tests.conftest import shared
@@ -208,11 +201,11 @@ def test_tasks_that_cannot_be_judged_are_listed_before_training() -> None:
     with pytest.raises(DataError) as caught:
         validate(good + bad, auto)
     lines = str(caught.value).splitlines()
-    assert len(lines) == 21 and lines[0].startswith("mine:x0: its own answer '<think>never closed' does not pass")
-    assert lines[-1].startswith("25 of 27 tasks cannot be judged (the first 20 are shown).")
+    assert len(lines) == 21 and lines[0].startswith("mine:x0: its gold answer '<think>never closed' does not pass")
+    assert lines[-1].startswith("25 of 27 tasks cannot be used (the first 20 are shown).")
     with pytest.raises(DataError, match="mine:a: an empty reply passes"):
         validate(good, lambda task, text: Verdict(1.0, True))
-    with pytest.raises(DataError, match="mine:n: its own answer 'None' does not pass .*has no answer"):
+    with pytest.raises(DataError, match="mine:n: its gold answer 'None' does not pass .*has no gold answer"):
         validate([ask("n", None)], auto)
 
 

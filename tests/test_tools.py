@@ -20,20 +20,22 @@ from posttrain.config import DataConfig, EnvConfig
 from posttrain.data.chat import ChatFormat
 from posttrain.data.tasks import bfcl
 from posttrain.data.tasks.calculator import calculator, evaluate, show
-from posttrain.data.tasks.load import load_tasks, validate, verifier_for
+from posttrain.data.tasks.load import load_tasks
 from posttrain.data.tasks.products import CALLS, LARGE, calculator_calls, large_products
 from posttrain.data.tool_calls import Call, call_arguments, describe, parse_calls, with_system_text
 from posttrain.data.tool_schema import ToolError, arguments, fit, fits, schema_of, tool_from
 from posttrain.envs import ENVS
 from posttrain.envs.bm25 import Index, Passage, cut, read_passages
-from posttrain.envs.env import Env, load_env
+from posttrain.envs.env import EnvFactory, load_env
 from posttrain.envs.toolbox import MOST_CHARACTERS, load_tools, run_call, tools_hash
 from posttrain.envs.tools import MOST_CALLS
-from posttrain.models.load import Policy
+from posttrain.models.load import Policy, with_chat_format
+from posttrain.rewards.auto import validate, verifier_for
 from posttrain.rewards.verifiers import numeric
-from posttrain.rollout.build import make_collector, speak, world_tasks
+from posttrain.rollout.build import make_collector
 from posttrain.rollout.collector import Collector
 from posttrain.rollout.generator import Request
+from posttrain.rollout.tasks import env_tasks
 from posttrain.types import Completion, ConfigError, DataError, Message, RolloutError, Task
 from tests import tiny
 from tests.conftest import shared
@@ -302,9 +304,9 @@ def test_tools_are_named_and_a_changed_file_changes_their_hash(tmp_path: Path) -
     assert list(load_tools("calculator")) == ["calculator"]
     with pytest.raises(ConfigError, match=r"unknown tool 'calculater'. Did you mean 'calculator'\?"):
         load_tools("calculater")
-    with pytest.raises(ConfigError, match="names no tool"):
+    with pytest.raises(ConfigError, match="lists no tool"):
         load_tools(" ,")
-    with pytest.raises(ConfigError, match="has two tools called calculator"):
+    with pytest.raises(ConfigError, match="has two tools named calculator"):
         load_tools("calculator,calculator")
     file = tmp_path / "mine.py"
     file.write_text("def f(x: int) -> int:\n    'Adds one.'\n    return x + 1\n")
@@ -421,10 +423,10 @@ def test_documents_are_cut_into_passages_and_found(tmp_path: Path) -> None:
     file = tmp_path / "documents.jsonl"
     file.write_text('{"title": "Moon", "text": "The moon is far."}\n{"text": "The sun is farther."}\n')
     assert [p.source for p in read_passages(file)] == ["Moon", "documents.jsonl:2"]
-    with pytest.raises(ConfigError, match="nothing to search at"):
+    with pytest.raises(ConfigError, match="no file or folder .*/nowhere to search"):
         load_tools(f"search:{tmp_path}/nowhere")
     (tmp_path / "bad.jsonl").write_text('{"body": "x"}\n')
-    with pytest.raises(DataError, match=r"bad.jsonl:1: no column `text`"):
+    with pytest.raises(DataError, match=r"bad.jsonl:1: there is no column `text`"):
         read_passages(tmp_path / "bad.jsonl")
 
 
@@ -521,10 +523,10 @@ def test_results_are_the_tools_where_the_template_knows_it_and_else_the_users(
     policy: Policy, template: str, knows: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(policy.tokenizer, "chat_template", template)
-    chat = speak(policy, "chat")
+    chat = with_chat_format(policy, "chat")
     assert chat.knows("tool") is knows and chat.knows("user")
     recipe = config.resolve("grpo", {}, {"env.name": "tools", "rollout.max_tokens": 24, "env.call_syntax": "inline"})
-    env: Env = load_env("tools", ENVS, numeric, recipe.env)
+    env: EnvFactory = load_env("tools", ENVS, numeric, recipe.env)
     says = Says(chat, "<calculator>12*7</calculator><calculator>1/4</calculator>", "84")
     collector: Collector = replace(make_collector(policy, chat, numeric, recipe, env), generator=says)
     ((episode,),) = collector.groups([TASK], 1, 0)
@@ -539,12 +541,12 @@ def test_results_are_the_tools_where_the_template_knows_it_and_else_the_users(
 def test_a_recipe_gives_the_tools_environment_its_tasks_verifier_and_tools(policy: Policy) -> None:
     given_ = {"env.name": "tools", "data.tasks": "addition", "eval.problems": 4}
     recipe = config.resolve("grpo", {}, given_)
-    sets, verify, env = world_tasks(recipe, speak(policy, "chat"))
+    sets, verify, env = env_tasks(recipe, with_chat_format(policy, "chat"))
     assert env is not None and len(sets.test) == 4
     turn = env(sets.test[0], 0).step(sets.test[0].answer)
     assert turn.passed and verify(sets.test[0], sets.test[0].answer).passed
     other = config.resolve("grpo", {}, {**given_, "env.tools": f"search:{Path(__file__).parents[1] / 'docs'}"})
-    assert world_tasks(other, speak(policy, "chat"))[0].hash != sets.hash
+    assert env_tasks(other, with_chat_format(policy, "chat"))[0].hash != sets.hash
 
 
 SEES_WHAT = "import os\nprint(os.path.exists('/etc/passwd'), os.access('/etc/passwd', os.R_OK))"
@@ -559,7 +561,7 @@ def test_the_python_tool_has_the_isolation_that_the_reward_code_has(policy: Poli
     given_ = {"env.name": "tools", "env.tools": "python", "data.tasks": "addition", "eval.problems": 4}
     given_ |= {"reward.sandbox": choice, "reward.accept_arbitrary_code": choice == "none"}
     try:
-        _, _, env = world_tasks(config.resolve("grpo", {}, given_), speak(policy, "chat"))
+        _, _, env = env_tasks(config.resolve("grpo", {}, given_), with_chat_format(policy, "chat"))
     except ConfigError as refused:
         pytest.skip(str(refused))
     assert env is not None
@@ -571,8 +573,8 @@ def test_the_python_tool_has_the_isolation_that_the_reward_code_has(policy: Poli
 
 def test_the_python_tool_is_not_to_be_had_without_isolation_unless_that_is_accepted(policy: Policy) -> None:
     given_ = {"env.name": "tools", "env.tools": "python", "data.tasks": "addition", "reward.sandbox": "none"}
-    with pytest.raises(ConfigError, match="set reward.accept_arbitrary_code = true as well"):
-        world_tasks(config.resolve("grpo", {}, given_), speak(policy, "chat"))
+    with pytest.raises(ConfigError, match="also set reward.accept_arbitrary_code = true"):
+        env_tasks(config.resolve("grpo", {}, given_), with_chat_format(policy, "chat"))
 
 
 @pytest.mark.parametrize(
@@ -591,25 +593,25 @@ def test_that_there_is_no_isolation_is_said_where_model_written_code_is_executed
 ) -> None:
     given_ = {"data.tasks": "addition", "data.count": 20, "eval.problems": 2}
     given_ |= {"reward.sandbox": "none", "reward.accept_arbitrary_code": True}
-    sets, _, _ = world_tasks(config.resolve("grpo", {}, {**given_, **more}), speak(policy, "chat"))
+    sets, _, _ = env_tasks(config.resolve("grpo", {}, {**given_, **more}), with_chat_format(policy, "chat"))
     assert any("WITHOUT ISOLATION" in note for note in sets.notes) is warned
 
 
 def test_the_descriptions_of_tools_count_as_part_of_the_prompt(policy: Policy) -> None:
-    chat = speak(policy, "chat")
+    chat = with_chat_format(policy, "chat")
     given_ = {"env.name": "tools", "data.tasks": "addition", "eval.problems": 4}
-    sets, _, env = world_tasks(config.resolve("grpo", {}, given_), chat)
+    sets, _, env = env_tasks(config.resolve("grpo", {}, given_), chat)
     assert env is not None
     read = [len(chat.prompt_tokens(env(task, 7).opening)) for task in (*sets.train, *sets.test)]  # type: ignore[attr-defined]
     asked = max(len(chat.prompt_tokens(task.messages)) for task in sets.train)
     assert asked < min(read), "what is asked alone is shorter than any prompt that is read"
     exactly = config.resolve("grpo", {}, {**given_, "data.max_prompt_tokens": max(read)})
-    assert len(world_tasks(exactly, chat)[0].train) == len(sets.train)
+    assert len(env_tasks(exactly, chat)[0].train) == len(sets.train)
     shorter = {**given_, "data.max_prompt_tokens": max(read) - 1}
     with pytest.raises(DataError, match=rf"prompts are longer than data.max_prompt_tokens={max(read) - 1} "):
-        world_tasks(config.resolve("grpo", {}, shorter), chat)
+        env_tasks(config.resolve("grpo", {}, shorter), chat)
     alone = config.resolve("grpo", {}, {"data.tasks": "addition", "data.max_prompt_tokens": asked})
-    assert len(world_tasks(alone, chat)[0].train) == len(sets.train), "without tools there is nothing to count"
+    assert len(env_tasks(alone, chat)[0].train) == len(sets.train), "without tools there is nothing to count"
 
 
 # --- products and their demonstrations --------------------------------------------------------------------------------

@@ -185,12 +185,12 @@ def test_format_wants_one_thought_and_then_an_answer(reply: str, passes: bool, p
 @pytest.mark.parametrize("name", ["exact", "numeric", "math"])
 @pytest.mark.parametrize("gold", [None, "", "  "])
 def test_a_task_without_a_gold_answer_is_an_error_not_a_wrong_reply(name: str, gold: object) -> None:
-    with pytest.raises(RolloutError, match="no answer"):
+    with pytest.raises(RolloutError, match="no gold answer"):
         VERIFIERS[name](task(gold), "72")
 
 
 def test_numeric_on_a_gold_without_a_number_is_an_error() -> None:
-    with pytest.raises(RolloutError, match="holds no number"):
+    with pytest.raises(RolloutError, match="has no number"):
         numeric(task("Paris"), "72")
 
 
