@@ -98,13 +98,13 @@ def test_rows_are_cut_at_the_end_and_counted(policy: Policy) -> None:
 
 def test_pairs_that_are_equal_once_cut_are_refused_when_no_other_is_left(policy: Policy) -> None:
     chat = speak(policy, "chat")
-    with pytest.raises(DataError, match="none of 1 pairs differs in its first"):
+    with pytest.raises(DataError, match="none of 1 pairs differs in the first"):
         pair_rows([pair("abcde", "abcdf")], chat, len(chat.prompt_tokens(ASK)) + 3)
 
 
 def test_a_row_without_room_for_its_answer_is_refused_by_name(policy: Policy) -> None:
     chat = speak(policy, "chat")
-    with pytest.raises(DataError, match=r"good/bad: its prompt alone is 4 tokens or longer.*pairs\.max_tokens"):
+    with pytest.raises(DataError, match=r"good/bad: the prompt alone has at least 4 tokens.*pairs\.max_tokens"):
         pair_rows([pair("good", "bad")], chat, 4)
 
 
@@ -140,7 +140,7 @@ def test_training_pairs_whose_prompt_is_evaluated_are_dropped_and_counted(policy
     train = [{"prompt": f"q{i}", "chosen": "a", "rejected": "b"} for i in range(3)]
     held = write(tmp_path / "held.jsonl", train[:1])
     sets = load_pairs(setup(policy, tmp_path, write(tmp_path / "p.jsonl", train), data={"eval_tasks": held}))
-    assert (len(sets.train), len(sets.test)) == (2, 1) and "1 training pairs whose prompt" in sets.notes[1]
+    assert (len(sets.train), len(sets.test)) == (2, 1) and "1 training pairs with a prompt that is also in" in sets.notes[1]
 
 
 @pytest.mark.parametrize(

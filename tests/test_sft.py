@@ -143,8 +143,8 @@ def test_a_tool_cannot_forge_a_turn_of_the_assistant(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("template", "says"),
     [
-        (tiny.TEMPLATE, "no place for tools: it leaves out the assistant's tool_calls"),
-        (DEAF, "no place for tools: it leaves out what a tool returned"),
+        (tiny.TEMPLATE, "does not support tools: it omits the assistant's tool_calls"),
+        (DEAF, "does not support tools: it omits what a tool returned"),
         (STRICT, "rejects messages with roles user, assistant, tool"),
     ],
 )
@@ -199,7 +199,7 @@ def test_a_finished_run_says_what_was_cut_and_what_was_held_out(folder: Path, tm
 def test_a_row_in_which_nothing_would_be_trained_is_refused_by_name(folder: Path) -> None:
     chat = speaking(folder)
     asked = turns("u:A question of many words?", "a:No.")
-    with pytest.raises(DataError, match=r'b.jsonl:7: none of its trained tokens is among the first 6; .*"drop"\.'):
+    with pytest.raises(DataError, match=r'b.jsonl:7: none of the first 6 tokens would be trained\. .*"drop"\.'):
         lengths_of(Source("b.jsonl", [("b.jsonl:7", asked)]), chat, [], max_tokens=6)
     assert lengths_of(Source("b.jsonl", [("b.jsonl:7", asked)]), chat, [], max_tokens=6, overlong="drop") == []
     with pytest.raises(DataError, match="b.jsonl:8: .*no assistant turn"):

@@ -1,9 +1,9 @@
-"""Every setting: a field of a dataclass here, explained once by the string under it.
+"""All settings: each is a dataclass field in this package, explained by the string under it.
 
-`sections` has the sections that recipes share, one file per algorithm its own settings and what it declares about
-itself (`facts`), `presets` the choices of papers and implementations; `resolve` turns TOML and overrides into a recipe.
-`docs/reference/config.md` is generated from the strings. Only the standard library is imported, so the command line
-responds before torch is loaded.
+`sections` has the sections that recipes share. One module per algorithm has its own settings and the facts it declares
+about itself. `presets` has the choices of papers and implementations, and `resolve` turns TOML and overrides into a
+recipe. `docs/reference/config.md` is generated from the strings. Only the standard library is imported, so the command
+line starts without loading torch.
 """
 
 from posttrain.config.algorithms import RECIPES, algorithm_of

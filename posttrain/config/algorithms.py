@@ -1,4 +1,4 @@
-"""Algorithm name → the recipe class its settings resolve to."""
+"""The algorithms and their recipe classes."""
 
 from __future__ import annotations
 
@@ -29,5 +29,5 @@ RECIPES: dict[str, type[Any]] = {
 
 
 def algorithm_of(recipe: object) -> str:
-    """The name of the algorithm whose recipe this is."""
+    """The name of a recipe's algorithm."""
     return next(name for name, cls in RECIPES.items() if type(recipe) is cls)

@@ -1,7 +1,7 @@
-"""Choices that are listed once: the keys of a plain dict, or the modules of a folder, read without importing them.
+"""Allowed values of settings, taken from the keys of a dict or the modules of a folder without importing them.
 
-A field `policy_loss: Annotated[str, KeysOf("objectives/policy.py", "POLICY_LOSSES")]` accepts the keys of that dict. So
-a new loss is one entry of one dict, and a new engine is one file.
+A field `policy_loss: Annotated[str, KeysOf("objectives/policy.py", "POLICY_LOSSES")]` accepts the keys of that dict, so
+adding a loss takes one dict entry, and adding an engine takes one file.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 class KeysOf:
     """The keys of the dict (or the members of the set or tuple) `table` in a module of this package.
 
-    `without` leaves some out, `more` follow them.
+    `more` are appended, and names in `without` are left out.
     """
 
     module: str
@@ -33,7 +33,7 @@ class KeysOf:
 
 @dataclass(frozen=True)
 class FilesIn:
-    """The modules of a folder of this package. With `several` a setting may list more than one, comma separated."""
+    """The modules in a folder of this package. With `several`, a setting may list more than one, comma-separated."""
 
     folder: str
     several: bool = False

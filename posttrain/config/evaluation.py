@@ -1,4 +1,4 @@
-"""Settings of an evaluation: the sections that `posttrain eval`, `best-of-n` and `sample` read."""
+"""Settings of an evaluation: the sections used by `posttrain eval`, `best-of-n` and `sample`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from posttrain.types import ConfigError
 
 @dataclass(frozen=True)
 class EvalRecipe:
-    """Sampling a model on held-out tasks; of `train` only `threads` and `device` apply."""
+    """Samples a model on held-out tasks; of `train`, only `threads` and `device` apply."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

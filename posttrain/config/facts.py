@@ -1,7 +1,7 @@
-"""What an algorithm declares about itself: the models it holds, what it samples, the passes it makes.
+"""Facts that an algorithm declares about itself: the models it holds, what it samples and its forward passes.
 
-Each recipe class answers `facts()` from its own settings. The planner, the speed probe, the command line, the lab, the
-documentation and the kill tests read the answer, so none of them has to know an algorithm by name.
+Each recipe class computes `facts()` from its settings. The planner, the speed probe, the command line, the lab, the
+documentation and the kill tests use them, so none of them needs code for a particular algorithm.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Saving:
-    """A setting of the algorithm that needs less memory, and what it costs."""
+    """A setting of the algorithm that saves memory, and its cost."""
 
     setting: str
     value: Any
@@ -21,29 +21,29 @@ class Saving:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a run with these settings holds and computes. `tests/test_facts.py` checks each against real runs."""
+    """What a run with these settings holds and computes. `tests/test_facts.py` checks each fact against real runs."""
 
     data: Literal["tasks", "conversations", "pairs", "solutions"] = "tasks"
-    """What its rows are made from."""
+    """Source of the training rows."""
     trains: Literal["policy", "scorer"] = "policy"
-    """A language model, or a model with a scalar head that scores text (a reward model or verifier)."""
+    """What is trained: a language model, or a model with a scalar head that scores text (reward model or verifier)."""
 
     reference: Literal["none", "frozen", "precomputed"] = "none"
-    """Log-probabilities of the starting model: from a frozen copy (with LoRA: the policy without its adapters) in every
-    step, or computed once before step 0."""
+    """Log-probabilities of the reference model: from a frozen copy in every step (with LoRA: the policy without its
+    adapters), or computed once before step 0."""
     critic: Literal["none", "separate", "shared"] = "none"
-    """A value model of its own, or a value head on the policy."""
+    """A separate value model, or a value head on the policy."""
     teacher: bool = False
     """A frozen model that the policy imitates."""
     sampler_copy: bool = False
-    """The sampler has weights of its own, older than the learner's."""
+    """The sampler has its own weights, older than the learner's."""
     starting_weights: bool = False
-    """The starting weights are kept, to train from them again."""
+    """The starting weights are kept, so that training can restart from them."""
 
     samples: Literal["never", "before training", "every step"] = "every step"
-    """When completions are sampled to learn from."""
+    """When training completions are sampled."""
     prompts: int = 1
-    """Tasks sampled in a step."""
+    """Tasks sampled per step."""
     group_size: int = 1
     """Completions per task."""
 
@@ -54,7 +54,7 @@ class Facts:
     epochs: int = 1
     """Passes over a step's rows."""
     shared_prompt: int = 1
-    """Rows with the same prompt, which is computed once for all of them."""
+    """Number of rows with the same prompt, which is computed once for all of them."""
     paired: bool = False
     """Rows 2i and 2i + 1 are two completions of one prompt and stay in one micro-batch."""
     scoring_passes: int = 0
@@ -65,7 +65,7 @@ class Facts:
     """Longest training row, prompt included; None: a prompt and a completion of `rollout.max_tokens`."""
 
     savings: tuple[Saving, ...] = ()
-    """Settings of its own that need less memory."""
+    """Settings of the algorithm that save memory."""
 
     @property
     def step_rows(self) -> int:
@@ -74,5 +74,5 @@ class Facts:
 
 
 def names_tasks(source: str) -> bool:
-    """Whether `data.tasks` names built-in tasks rather than a file or data set, going by its spelling alone."""
+    """Whether `data.tasks` names built-in tasks rather than a file or hub dataset, judging by its spelling only."""
     return not ("." in source or "/" in source)

@@ -118,7 +118,7 @@ class GRPORecipe:
     run: RunConfig = field(default_factory=RunConfig)
 
     def facts(self) -> Facts:
-        """The models a run holds, what it samples and the passes it makes, with these settings."""
+        """The models a run with these settings holds, what it samples and its forward passes."""
         algo = self.algo
         updates = algo.minibatches * algo.epochs
         old_logp = algo.old_logp == "learner" and (updates > 1 or bool(algo.is_cap and (algo.overlap or algo.max_lag)))

@@ -62,7 +62,7 @@ class OnlineDPORecipe:
     run: RunConfig = field(default_factory=RunConfig)
 
     def facts(self) -> Facts:
-        """The models a run holds, what it samples and the passes it makes, with these settings."""
+        """The models a run with these settings holds, what it samples and its forward passes."""
         return Facts(
             reference="frozen",
             prompts=self.algo.prompts,

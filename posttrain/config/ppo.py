@@ -107,9 +107,9 @@ class PPORecipe:
     run: RunConfig = field(default_factory=RunConfig)
 
     def facts(self) -> Facts:
-        """The models a run holds, what it samples and the passes it makes, with these settings."""
+        """The models a run with these settings holds, what it samples and its forward passes."""
         algo = self.algo
-        shared = Saving("algo.critic", "shared", "the critic's loss also moves the policy")
+        shared = Saving("algo.critic", "shared", "the value loss also trains the policy's weights")
         return Facts(
             reference="frozen" if algo.kl_coef else "none",
             critic=algo.critic,

@@ -64,7 +64,7 @@ class RaftRecipe:
     run: RunConfig = field(default_factory=lambda: RunConfig(checkpoint_every=1))
 
     def facts(self) -> Facts:
-        """The models a run holds, what it samples and the passes it makes, with these settings."""
+        """The models a run with these settings holds, what it samples and its forward passes."""
         return Facts(
             starting_weights=self.algo.restart,
             prompts=self.algo.prompts,

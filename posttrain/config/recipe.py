@@ -1,4 +1,4 @@
-"""What recipes have in common, as types: code that serves several algorithms names the sections it reads."""
+"""Protocols for recipes: code that serves several algorithms declares which sections it reads."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ class Recipe(Protocol):
     def run(self) -> RunConfig: ...
 
     def facts(self) -> Facts:
-        """The models a run holds, what it samples and the passes it makes, with these settings."""
+        """The models a run with these settings holds, what it samples and its forward passes."""
         ...
 
 
 @runtime_checkable
 class Sampling(Protocol):
-    """The sections that sampling and scoring completions reads."""
+    """The sections needed to sample and score completions."""
 
     @property
     def model(self) -> ModelConfig: ...
@@ -59,19 +59,19 @@ class Sampling(Protocol):
 
 @runtime_checkable
 class EnvRecipe(Sampling, Protocol):
-    """The same with an environment of several turns."""
+    """The same, with a multi-turn environment."""
 
     @property
     def env(self) -> EnvConfig: ...
 
 
 class SamplingRecipe(Recipe, Sampling, Protocol):
-    """An algorithm's recipe that samples completions."""
+    """The recipe of an algorithm that samples completions."""
 
 
 @runtime_checkable
 class PairRecipe(SamplingRecipe, Protocol):
-    """An algorithm's recipe that learns from preferences."""
+    """The recipe of an algorithm that learns from preferences."""
 
     @property
     def pairs(self) -> PairsConfig: ...

@@ -1,7 +1,7 @@
-"""Settings that used to have another name. The old one still works, and a warning says what to write now.
+"""Renamed settings: old names still work, with a warning that gives the new name.
 
-A recipe's identity (what pipelines hash) is written with the first names and leaves out settings added later that are
-at their defaults, so neither a renamed nor a new setting changes it.
+A recipe's identity, which pipelines hash, uses the original names and leaves out settings that were added later and
+have their default value, so that renaming or adding a setting does not change it.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ RENAMED = {
     "algo.unfinished": "algo.truncated",
     "algo.unfinished_value": "algo.truncated_value",
 }
-"""Old name → the name to write now."""
+"""Old name → current name."""
 ADDED = {"train.learner": "local", "run.track": ""}
-"""Settings that came later → their default, with which a recipe is what it was before."""
+"""Settings that were added later → their default, which keeps the previous behaviour."""
 
 
 class SettingRenamed(FutureWarning):
-    """A setting was given under its old name."""
+    """A setting was given by its old name."""
 
 
 def current_name(name: str, known: Collection[str]) -> str:
-    """The current name of `section.key` or `key`; warns about an old one. `known` has the recipe's full names."""
+    """The current name of `section.key` or `key`; warns if it is an old name. `known` has the recipe's full names."""
     for old, new in RENAMED.items():
         if new in known and old not in known and name in (old, old.partition(".")[2]):
-            warnings.warn(f"setting {old} is now called {new}; write {new}.", SettingRenamed, stacklevel=2)
+            warnings.warn(f"setting {old} was renamed to {new}. Use {new}.", SettingRenamed, stacklevel=2)
             return new
     return name
 
 
 def current_settings(settings: Mapping[str, Any], known: Collection[str], warn: bool = True) -> dict[str, Any]:
-    """Nested settings with old names replaced; what is not a section is left for the caller to refuse."""
+    """Nested settings with old names replaced; anything that is not a section is kept for the caller to reject."""
     out: dict[str, Any] = {s: dict(v) if isinstance(v, Mapping) else v for s, v in settings.items()}
     for section, values in out.items():
         if isinstance(values, dict):
@@ -48,7 +48,7 @@ def current_settings(settings: Mapping[str, Any], known: Collection[str], warn: 
 
 
 def identity(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """A recipe as section → key → value under the first names, without later settings that are at their defaults."""
+    """A recipe as section → key → value with the original names, without later settings that have their default."""
     first = {new: old for old, new in RENAMED.items()}
     out: dict[str, dict[str, Any]] = {}
     for section, values in sections.items():

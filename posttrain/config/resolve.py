@@ -53,23 +53,23 @@ def resolve(algorithm: str, settings: Mapping[str, Any], overrides: Mapping[str,
 
 
 def resolve_as(cls: type[T], settings: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> T:
-    """The same for a recipe class that is no algorithm's, such as `EvalRecipe`."""
+    """Like `resolve`, for a recipe class that does not belong to an algorithm, such as `EvalRecipe`."""
     return _build(cls(), _given(cls, settings, overrides or {}), "")
 
 
 def _given(cls: type, settings: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings by section, with the overrides in their places, under their present names."""
+    """Settings and overrides by section, under their current names."""
     given = current_settings(settings, _full_names(cls))
     for name, value in overrides.items():
         section, key = locate(cls, name)
         values = given.setdefault(section, {})
-        if isinstance(values, dict):  # anything else is refused, with its name, by _build
+        if isinstance(values, dict):  # _build raises an error for anything else
             values[key] = value
     return given
 
 
 def stored(algorithm: str, settings: Mapping[str, Any]) -> Any:
-    """The recipe of a run folder's header, which may have been written when settings had other names."""
+    """The recipe in a run folder's header, which may use old names of settings."""
     return resolve(algorithm, current_settings(settings, _full_names(RECIPES[algorithm]), warn=False))
 
 
@@ -116,7 +116,7 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def choices(hint: Any) -> tuple[str, ...]:
-    """What a setting of this type may be, where that is a fixed list; else nothing."""
+    """The allowed values of a setting of this type, if they are a fixed list; else nothing."""
     if typing.get_origin(hint) is Literal:
         return typing.get_args(hint)
     listed = [extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, KeysOf | FilesIn)]

@@ -120,7 +120,7 @@ class TrainConfig:
     micro_batch_tokens: int = 8192
     """Maximum number of tokens per forward-backward pass; affects memory and speed, but not the gradient."""
     learner: Annotated[str, FilesIn("train/learners")] = "local"
-    """What computes gradients and updates: `local` is one process."""
+    """Learner that computes gradients and updates; `local` runs in this process."""
     threads: int = 0
     """Number of CPU threads; 0 uses torch's default."""
     device: str = "auto"
@@ -150,7 +150,7 @@ class RunConfig:
     keep: int = 2
     """Number of newest checkpoints to keep."""
     track: Annotated[str, FilesIn("store/trackers", several=True)] = ""
-    """Trackers that receive what the run stores, comma separated (docs/guides/runs.md); empty: none."""
+    """Experiment trackers that receive what the run stores, comma-separated (docs/guides/runs.md); empty for none."""
 
 
 def require_positive(section: Any, *names: str) -> None:

@@ -47,7 +47,7 @@ class SFTRecipe:
     run: RunConfig = field(default_factory=RunConfig)
 
     def facts(self) -> Facts:
-        """The models a run holds, what it samples and the passes it makes, with these settings."""
+        """The models a run with these settings holds, what it samples and its forward passes."""
         algo = self.algo
         return Facts(
             data="conversations",

@@ -1,4 +1,4 @@
-"""Conversations and texts as token rows with loss masks: which tokens supervised fine-tuning trains."""
+"""Converts conversations and texts into training samples with loss masks for supervised fine-tuning."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from posttrain.types import DataError, Message, Sample, TemplateError
 
 @runtime_checkable
 class RowSettings(Protocol):
-    """The settings that decide what is trained of a row (config/sft.py)."""
+    """The settings that determine which tokens of a row are trained (config/sft.py)."""
 
     @property
     def max_tokens(self) -> int: ...
@@ -25,10 +25,10 @@ class RowSettings(Protocol):
 
 
 def training_rows(source: Source, chat: ChatFormat, cfg: RowSettings, notes: list[str], kind: str = "") -> list[Sample]:
-    """A source's rows as tokens and loss masks; what was cut or dropped at `max_tokens` is added to `notes`.
+    """Samples for a source's rows; notes on rows truncated or dropped at `max_tokens` are added to `notes`.
 
-    A row in which nothing would be trained is refused with a DataError that names it: its loss would be reported as 0.
-    So no batch can have all its labels masked.
+    Raises DataError naming a row in which no token would be trained. Otherwise a batch could have all its labels
+    masked and report a loss of 0.
     """
     samples: list[Sample] = []
     lengths: list[int] = []
@@ -41,7 +41,7 @@ def training_rows(source: Source, chat: ChatFormat, cfg: RowSettings, notes: lis
         if len(tokens) > cfg.max_tokens and cfg.overlong == "drop":
             continue
         if not mask[1 : cfg.max_tokens].any():
-            late = f"none of its trained tokens is among the first {cfg.max_tokens}; raise algo.max_tokens, or set "
+            late = f"none of the first {cfg.max_tokens} tokens would be trained. Raise algo.max_tokens, or set "
             why = late + 'algo.overlong = "drop"' if mask[1:].any() else "no token of this row would be trained"
             raise DataError(f"{where}: {why}.")
         tokens, mask = tokens[: cfg.max_tokens], mask[: cfg.max_tokens]
@@ -57,10 +57,10 @@ def training_rows(source: Source, chat: ChatFormat, cfg: RowSettings, notes: lis
 
 
 def trained_tokens(row: Conversation, chat: ChatFormat, train_on: str) -> tuple[np.ndarray, np.ndarray]:
-    """A row's ids [L] int32 and a mask [L] of the tokens that `train_on` trains, never the first.
+    """Ids [L] int32 of a row and a mask [L] of the tokens that `train_on` selects, never the first token.
 
-    `assistant` is every assistant turn, `completion` the last of them, `all` everything; of a text, all three are all
-    of it.
+    `assistant` selects all assistant turns, `completion` the last one, and `all` everything; for a text, all three
+    select everything.
     """
     if isinstance(row, str):
         return chat.text_tokens(row)
@@ -70,14 +70,14 @@ def trained_tokens(row: Conversation, chat: ChatFormat, train_on: str) -> tuple[
         return tokens, np.arange(len(tokens)) > 0
     turns = [i for i, message in enumerate(row) if message.role == "assistant"]
     if train_on == "completion" and len(turns) > 1:
-        # The conversation up to the turn before the last one begins with the same tokens.
+        # The conversation up to the last turn but one is a prefix of the whole, so its mask marks the earlier turns.
         _, earlier = chat.conversation_tokens(row[: turns[-2] + 1])
         mask[np.flatnonzero(earlier)] = False
     return tokens, mask
 
 
 def require_tools_shown(row: tuple[Message, ...], tokens: np.ndarray, chat: ChatFormat) -> None:
-    """Raises TemplateError where the chat template leaves out which tools were called, or what they returned."""
+    """Raises TemplateError if the chat template omits which tools were called, or what they returned."""
     uncalled = tuple(replace(m, tool_calls=()) for m in row)
     answered = tuple(replace(m, content=m.content + ".") if m.role == "tool" else m for m in row)
     for other, what in ((uncalled, "the assistant's tool_calls"), (answered, "what a tool returned")):
@@ -86,9 +86,9 @@ def require_tools_shown(row: tuple[Message, ...], tokens: np.ndarray, chat: Chat
         try:
             same = np.array_equal(chat.conversation_tokens(other)[0], tokens)
         except TemplateError:
-            continue  # it noticed the difference
+            continue  # the template rejects the changed messages, so it reads them
         if same:
             raise TemplateError(
-                f"the chat template has no place for tools: it leaves out {what}, so the model would learn to answer "
-                "without. Use a tokenizer whose template writes tool turns, or write them as text."
+                f"the chat template does not support tools: it omits {what}, so the model would be trained without "
+                "them. Use a tokenizer whose template renders tool turns, or write them as text."
             )

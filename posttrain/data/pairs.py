@@ -1,7 +1,7 @@
-"""Preference pairs and unpaired judgements: read from rows, and made into token rows.
+"""Reads preference pairs and unpaired judgements and converts them into training samples.
 
-A pair becomes two adjacent rows, the better answer first, whose loss masks cover the final answer alone and whose
-prompts are the same tokens. KTO's unpaired judgements become one row each.
+A pair becomes two adjacent samples, the better answer first, with identical prompt tokens and loss masks on the final
+answer only. KTO's unpaired judgements become one sample each.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ Kind = Literal["pairs", "judgements", "tasks"]
 
 
 def is_data(source: str) -> bool:
-    """Whether `data.tasks` names a file or data set rather than built-in tasks."""
+    """Whether `data.tasks` names a file or hub dataset rather than built-in tasks."""
     return source not in BUILT_IN and (is_file_name(source) or is_hub_id(source))
 
 
 def kind_of(rows: Sequence[Row]) -> Kind:
-    """What most rows hold: pairs, judgements of single answers, or tasks. Rows of another kind are bad rows."""
+    """The kind of most rows: pairs, judgements of single answers, or tasks. Rows of other kinds are bad rows."""
     kinds: Counter[Kind] = Counter()
     for row in rows:
         kinds["pairs" if _has_pair(row) else "judgements" if _is_judgement(row) else "tasks"] += 1
@@ -49,7 +49,7 @@ def kind_of(rows: Sequence[Row]) -> Kind:
 def read_compared(
     cfg: DataConfig, seed: int, chat: ChatFormat, parse: Callable[[Row, str, str], Compared], name: str
 ) -> tuple[list[Compared], list[Compared], list[str], str]:
-    """(train, held out, notes, hash) of the rows that `data.tasks` and `data.eval_tasks` name."""
+    """Reads the rows of `data.tasks` and `data.eval_tasks`; returns (train, held-out, notes, hash)."""
     rows = read_rows(cfg.tasks, cfg.count)
     held = read_rows(cfg.eval_tasks, cfg.count) if cfg.eval_tasks else []
     notes: list[str] = []
@@ -59,7 +59,7 @@ def read_compared(
     if held:
         train, dropped = drop_leaks(train, test)
         if dropped:
-            notes.append(f"{dropped} training {name} whose prompt {cfg.eval_tasks} also has were dropped.")
+            notes.append(f"{dropped} training {name} with a prompt that is also in {cfg.eval_tasks} were dropped.")
     else:
         train, test = split_holdout(train, cfg.holdout, seed)
     train, test = (_fitting(part, chat, cfg, notes) for part in (train, test))
@@ -69,7 +69,7 @@ def read_compared(
 
 
 def _fitting(items: list[Compared], chat: ChatFormat, cfg: DataConfig, notes: list[str]) -> list[Compared]:
-    """Refuses, or drops and counts, items whose prompt is over `data.max_prompt_tokens`."""
+    """Rejects, or drops and counts, items whose prompt is longer than `data.max_prompt_tokens`."""
     lengths = [len(chat.prompt_tokens(item.prompt)) for item in items]
     over = [(n, item.id) for n, item in zip(lengths, items, strict=True) if n > cfg.max_prompt_tokens]
     if over and cfg.overlong == "refuse":
@@ -83,12 +83,12 @@ def _fitting(items: list[Compared], chat: ChatFormat, cfg: DataConfig, notes: li
 
 
 def pair_rows(preferences: Sequence[Preference], chat: ChatFormat, max_tokens: int) -> tuple[list[Sample], list[str]]:
-    """Rows 2i (chosen) and 2i + 1 (rejected) of each preference, and notes on what was cut or left out.
+    """Samples 2i (chosen) and 2i + 1 (rejected) of each preference, and notes on truncated and omitted ones.
 
-    Their loss masks cover the final answer, stop token included, and their prompts are the same tokens. A row's
-    `label` is the probability that it is the better of the two; both carry the preference's margin. Rows are cut at
-    the end at `max_tokens`; a pair whose two rows are then equal teaches nothing and is left out. Raises DataError or
-    TemplateError naming the preference.
+    The loss masks cover the final answer, stop token included, and the prompts are the same tokens. A sample's `label`
+    is the probability that it is the better of the two; both have the preference's margin. Rows are truncated at
+    `max_tokens`; a pair whose rows are then equal has no signal and is left out. Raises DataError or TemplateError
+    naming the preference.
     """
     rows: list[Sample] = []
     cut = equal = 0
@@ -96,8 +96,8 @@ def pair_rows(preferences: Sequence[Preference], chat: ChatFormat, max_tokens: i
         (chosen, start), (rejected, other) = (answer_tokens(p.id, p.prompt, a, chat) for a in (p.chosen, p.rejected))
         if start != other or not np.array_equal(chosen[0][:start], rejected[0][:start]):
             raise TemplateError(
-                f"preference {p.id!r}: the chat template writes the prompt differently before the two answers, so "
-                "their log-probabilities cannot be compared. Use a template that only appends."
+                f"preference {p.id!r}: the chat template renders the prompt differently for the two answers, so their "
+                "log-probabilities cannot be compared. Use a template that only appends."
             )
         cut += sum(len(tokens) > max_tokens for tokens, _ in (chosen, rejected))
         two = [
@@ -109,16 +109,19 @@ def pair_rows(preferences: Sequence[Preference], chat: ChatFormat, max_tokens: i
         rows += [] if same else two
     notes = [f"{cut} rows were cut at pairs.max_tokens={max_tokens}."] if cut else []
     if equal:
-        notes.append(f"{equal} pairs were left out: cut at {max_tokens} tokens (or as tokens), both answers are equal.")
+        notes.append(f"{equal} pairs were left out: their answers have equal tokens up to {max_tokens} tokens.")
     if preferences and not rows:
-        raise DataError(f"none of {len(preferences)} pairs differs in its first {max_tokens} tokens; see max_tokens.")
+        raise DataError(
+            f"none of {len(preferences)} pairs differs in the first {max_tokens} tokens. Raise pairs.max_tokens."
+        )
     return rows, notes
 
 
 def judgement_rows(
     judgements: Sequence[Judgement], chat: ChatFormat, max_tokens: int
 ) -> tuple[list[Sample], list[str]]:
-    """One row for each judgement, its final answer masked in, `label` 1 where it is desirable, else 0; and notes."""
+    """One sample per judgement, with a loss mask on the final answer and `label` 1 if it is desirable, else 0; and
+    notes on truncated rows."""
     rows: list[Sample] = []
     cut = 0
     for j in judgements:
@@ -131,13 +134,13 @@ def judgement_rows(
 def answer_tokens(
     name: str, prompt: tuple[Message, ...], answer: str, chat: ChatFormat
 ) -> tuple[tuple[np.ndarray, np.ndarray], int]:
-    """((tokens [L], mask [L] of the final answer alone), where that answer starts)."""
+    """Returns ((tokens [L], mask [L] on the final answer), index of the answer's first token)."""
     try:
         tokens, mask = chat.conversation_tokens((*prompt, Message("assistant", answer)))
     except (DataError, TemplateError) as error:
         raise type(error)(f"{name}: {error}") from None
     end = int(np.flatnonzero(mask)[-1])
-    start = int(np.flatnonzero(~mask[:end])[-1]) + 1  # earlier assistant turns are context here
+    start = int(np.flatnonzero(~mask[:end])[-1]) + 1  # earlier assistant turns are not trained
     return (tokens, mask & (np.arange(len(mask)) >= start)), start
 
 
@@ -145,8 +148,8 @@ def _row(name: str, tokens: np.ndarray, mask: np.ndarray, most: int, label: floa
     tokens, mask = tokens[:most], mask[:most]
     if not mask.any():
         raise DataError(
-            f"{name}: its prompt alone is {most} tokens or longer, so nothing of the answer is left. Raise "
-            'pairs.max_tokens, or leave long prompts out with data.max_prompt_tokens and data.overlong = "drop".'
+            f"{name}: the prompt alone has at least {most} tokens, so none of the answer is left. Raise "
+            'pairs.max_tokens, or drop long prompts with data.max_prompt_tokens and data.overlong = "drop".'
         )
     blank = np.zeros(len(tokens), np.float32)
     return Sample(tokens, mask, blank, blank + 1, label=label, margin=margin)
@@ -157,7 +160,7 @@ def _has_pair(row: Row) -> bool:
 
 
 def _is_judgement(row: Row) -> bool:
-    """An answer beside a verdict on it; another `label`, such as a gold class, belongs to a task."""
+    """Whether a row has an answer and a desirable/undesirable label; any other `label`, e.g. a class, is a task's."""
     label = row.values.get("label")
     verdict = label in ("desirable", "undesirable") or (isinstance(label, int | float) and label in (0, 1))
     return verdict and first_column(row.values, (*COMPLETION_COLUMNS, "messages")) is not None

@@ -1,7 +1,4 @@
-"""Solutions with labelled steps: read from rows.
-
-Each is graded: how many of its steps carry a label, and whether its final answer is right.
-"""
+"""Reads solutions with labelled steps, and determines how many steps are labelled and whether the answer is correct."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from posttrain.types import DataError, Solution
 
 @dataclass(frozen=True)
 class Graded:
-    """A whole solution, of which the first `known` steps have labels, and whether its final answer is right."""
+    """A solution whose first `known` steps are labelled; `right` says whether its final answer is correct."""
 
     solution: Solution
     known: int
@@ -25,7 +22,7 @@ class Graded:
 
 @dataclass(frozen=True)
 class SolutionSets:
-    """Solutions to learn from and held-out ones; `notes` say what was left out, `hash` names the content."""
+    """Training and held-out solutions; `notes` report what was left out, `hash` identifies the content."""
 
     train: list[Graded]
     test: list[Graded]
@@ -34,7 +31,7 @@ class SolutionSets:
 
 
 def has_solutions(rows: list[Row]) -> bool:
-    """Whether most rows are labelled solutions, rather than tasks to be solved."""
+    """Whether most rows are labelled solutions rather than tasks."""
     found = sum(
         any(row.values.get(column) is not None for column in STEP_COLUMNS) or "label" in row.values for row in rows
     )
@@ -42,9 +39,9 @@ def has_solutions(rows: list[Row]) -> bool:
 
 
 def graded(row: Row, cfg: PRMConfig, system: str = "", instruction: str = "") -> Graded:
-    """The solution a row describes; for `outcome` its steps joined into one whose label is the outcome.
+    """Converts a row into a solution; for `outcome`, all steps are joined into one, labelled with the outcome.
 
-    Where a row does not say whether its final answer is right, it is taken to be where no step is labelled wrong.
+    If a row does not say whether its final answer is correct, it counts as correct if no step is labelled wrong.
     """
     steps = any(row.values.get(column) is not None for column in STEP_COLUMNS)
     says = "final_answer_correct" in row.values or {"answer", "target"} <= row.values.keys()
@@ -62,7 +59,7 @@ def graded(row: Row, cfg: PRMConfig, system: str = "", instruction: str = "") ->
 
 
 def read_solution_sets(cfg: DataConfig, algo: PRMConfig, seed: int) -> SolutionSets:
-    """Training and held-out solutions of the rows that `data.tasks` and `data.eval_tasks` name."""
+    """Reads training and held-out solutions from `data.tasks` and `data.eval_tasks`."""
     rows = read_rows(cfg.tasks, cfg.count)
     held = read_rows(cfg.eval_tasks, cfg.count) if cfg.eval_tasks else []
     notes: list[str] = []
@@ -70,10 +67,10 @@ def read_solution_sets(cfg: DataConfig, algo: PRMConfig, seed: int) -> SolutionS
         usable(part, lambda row: graded(row, algo, cfg.system, cfg.instruction), cfg, notes) for part in (rows, held)
     )
     if held:
-        asked = {content_key(one.solution) for one in test}
-        kept = [one for one in train if content_key(one.solution) not in asked]
+        test_prompts = {content_key(one.solution) for one in test}
+        kept = [one for one in train if content_key(one.solution) not in test_prompts]
         notes.append(
-            f"{len(train) - len(kept)} training solutions whose prompt {cfg.eval_tasks} also has were dropped."
+            f"{len(train) - len(kept)} training solutions with a prompt that is also in {cfg.eval_tasks} were dropped."
         )
         train = kept
     else:
@@ -84,8 +81,8 @@ def read_solution_sets(cfg: DataConfig, algo: PRMConfig, seed: int) -> SolutionS
     inside = sum(algo.separator in step for one in train for step in one.solution.steps) * (algo.level == "step")
     if inside:
         notes.append(
-            f"{inside} labelled steps hold algo.separator={algo.separator!r} themselves; an answer that is scored "
-            "later is cut there, too."
+            f"{inside} labelled steps contain algo.separator={algo.separator!r}; a solution that is scored later is "
+            "also split there."
         )
     notes.append(f"{len(train)} solutions to train on, {len(test)} held out.")
     return SolutionSets(train, test, notes, data_hash([*rows, *held]))

@@ -1,4 +1,4 @@
-"""Lists the runs below a folder, and makes the folder of the next one. torch is not imported."""
+"""Lists the runs in a folder and creates the folder for the next one; torch is not imported."""
 
 from __future__ import annotations
 

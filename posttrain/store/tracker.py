@@ -1,8 +1,8 @@
-"""Trackers: other tools that receive what is written to a run, such as TensorBoard.
+"""Experiment trackers, such as TensorBoard, that receive what is written to a run.
 
-A tracker is one file in posttrain/store/trackers with a function `open(run) -> Tracker`; `run.track` names it. It gets
-each step after the step is stored, so the run folder stays the record. If a tracker fails, the run notes it, drops the
-tracker and continues.
+A tracker is a module in posttrain/store/trackers with a function `open(run) -> Tracker`; `run.track` selects it. Each
+step is passed on after it is stored, so the run folder stays the record. If a tracker fails, the run stores a warning,
+drops the tracker and continues.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from posttrain.store.run import EpisodeRow, Event, Run
 
 
 class Tracker(Protocol):
-    """Receives a run's steps. After a resume, steps since the last checkpoint come again, with equal values."""
+    """Receives a run's steps. After a resume, the steps since the last checkpoint are sent again, with equal values."""
 
     def write(
         self,
@@ -26,7 +26,7 @@ class Tracker(Protocol):
         episodes: Sequence[EpisodeRow],
         events: Sequence[Event],
     ) -> None:
-        """One step, as `Run.write` stored it."""
+        """Receives one step, as stored by `Run.write`."""
         ...
 
     def close(self) -> None:
@@ -36,9 +36,9 @@ class Tracker(Protocol):
 
 @contextmanager
 def open_trackers(names: str, run: Run) -> Iterator[None]:
-    """Within the block, what `run` stores also goes to the trackers of `names`, comma separated.
+    """Within the block, forwards what `run` stores to the trackers in `names`, comma-separated.
 
-    Raises ConfigError where a tracker's package is not installed.
+    Raises ConfigError if a tracker's package is not installed.
     """
     chosen = [name.strip() for name in names.split(",") if name.strip()]
     trackers: dict[str, Tracker] = {
@@ -55,9 +55,9 @@ def open_trackers(names: str, run: Run) -> Iterator[None]:
         for name, tracker in list(trackers.items()):
             try:
                 tracker.write(step, metrics, timings, episodes, events)
-            except Exception as error:  # another tool's fault must not end the run
+            except Exception as error:  # a failing tracker must not end the run
                 del trackers[name]
-                text = f"run.track: {name} failed and gets no more steps ({type(error).__name__}: {error})."
+                text = f"run.track: {name} failed and was turned off ({type(error).__name__}: {error})."
                 run.note(step, Event("warning", "tracker", text))
 
     run.on_write = forward if trackers else None

@@ -1,1 +1,1 @@
-"""Trackers: one file each, with `open(…) -> Tracker`; `run.track` names them."""
+"""Experiment trackers, one module each with `open(run) -> Tracker`; `run.track` selects them."""

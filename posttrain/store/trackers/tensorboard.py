@@ -1,4 +1,4 @@
-"""TensorBoard: metrics and timings as scalars, events as text, in RUN/tensorboard."""
+"""TensorBoard tracker: metrics and timings as scalars, events as text, in RUN/tensorboard."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from posttrain.types import ConfigError
 
 
 class TensorBoard:
-    """A `Tracker` on a SummaryWriter. A resumed run continues its curves; replayed steps replace the earlier ones."""
+    """A `Tracker` that writes to a SummaryWriter. A resumed run continues its curves; replayed steps are replaced."""
 
     def __init__(self, writer: Any) -> None:
         self.writer = writer
@@ -35,7 +35,7 @@ class TensorBoard:
 
 
 def open(run: Run) -> TensorBoard:
-    """A writer for this run; steps after its newest checkpoint, which come again, are purged."""
+    """Opens a writer for the run and purges the steps after its newest checkpoint, because they will be replayed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
