@@ -282,7 +282,7 @@ def test_a_mixture_may_hold_built_in_tasks_with_their_gold_answers() -> None:
         ({"tasks": "sums*3 + spell*x"}, ConfigError, "'x' after spell[*] is not a number"),
         ({"tasks": "sums*0"}, ConfigError, "the weight of sums is 0.0"),
         ({"tasks": "sums + spell + sums"}, ConfigError, "names sums twice"),
-        ({"tasks": "sums", "eval_tasks": "spell*2"}, ConfigError, "every held-out row counts"),
+        ({"tasks": "sums", "eval_tasks": "spell*2"}, ConfigError, "evaluation uses every held-out row"),
         ({"tasks": "nowhere.jsonl + sums"}, DataError, "nowhere.jsonl does not exist"),
         ({"tasks": ""}, DataError, "nothing to train on"),
     ],
