@@ -383,7 +383,7 @@ def test_a_users_file_that_cannot_be_used_is_named(values: dict[str, object], wh
 
 
 def test_the_environment_of_the_page_is_trained_from_its_file(tmp_path: Path) -> None:
-    page = (Path(__file__).parents[1] / "docs" / "environments.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[1] / "docs" / "guides" / "environments.md").read_text(encoding="utf-8")
     (tmp_path / "again.py").write_text(page.partition("```python runnable\n")[2].partition("```")[0])
     model = tiny.stopping(tiny.chatty(tmp_path / "model"))
     settings = {
@@ -400,7 +400,7 @@ def test_the_environment_of_the_page_is_trained_from_its_file(tmp_path: Path) ->
 
 
 def test_every_environment_is_on_the_page() -> None:
-    page = (Path(__file__).parents[1] / "docs" / "environments.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[1] / "docs" / "guides" / "environments.md").read_text(encoding="utf-8")
     for name in ENVS:
         assert f"`{name}`" in page or f"`{name}" in page, name
 

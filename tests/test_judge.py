@@ -730,7 +730,7 @@ def test_a_run_stops_at_its_budget_and_goes_on_with_a_larger_one_but_not_with_an
 ) -> None:
     server.script = better(len)
     spec = write(tmp_path, server.url, "pairwise", limits="max_requests = 6")
-    with pytest.raises(RolloutError, match="attempts could not be scored .*the judge's budget is spent: 6 requests"):
+    with pytest.raises(RolloutError, match="completions could not be scored .*the judge's budget is spent: 6 requests"):
         pt.grpo(str(model), "addition", spec, tmp_path / "run", **SMALL)
     assert len(server.bodies) == 6
     write(tmp_path, server.url, "pairwise", more='instructions = "Be harsh."')
@@ -745,7 +745,7 @@ def test_a_run_stops_at_its_budget_and_goes_on_with_a_larger_one_but_not_with_an
 
 
 def test_the_examples_in_the_documentation_are_judges_and_every_setting_is_explained(tmp_path: Path) -> None:
-    page = (Path(__file__).parents[1] / "docs" / "judges.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[1] / "docs" / "guides" / "judges.md").read_text(encoding="utf-8")
     modes: list[str] = []
     for example in re.findall(r"```toml\n(.*?)```", page, re.DOTALL):
         (tmp_path / "judge.toml").write_text(example)

@@ -49,7 +49,7 @@ class Dialogue:
     """
 
     def __init__(self, task: Task, seed: int, user: User | None = None) -> None:
-        self.task, self.user, self.messages = task, user or told, list(task.messages)
+        self.task, self.user, self.messages = task, user or scripted_user, list(task.messages)
         self.facts: Mapping[str, str] = task.meta["facts"]
         self.known, self.patience = set[str](), int(task.meta.get("patience", 3))
 
@@ -87,11 +87,11 @@ def _task(name: str, rng: random.Random) -> Task:
     return Task(name, "dialogue", messages, "ORDER " + " | ".join(facts.values()), {"wish": wish, "facts": facts})
 
 
-def told(task: Task, messages: Sequence[Message]) -> str:
+def scripted_user(task: Task, messages: Sequence[Message]) -> str:
     """The scripted user's reply: the first fact that the last message asks for, or that it did not understand."""
-    asked = set(re.findall(r"[a-z]+", messages[-1].content.lower()))
+    words = set(re.findall(r"[a-z]+", messages[-1].content.lower()))
     for name, fact in task.meta["facts"].items():
-        if asked & {name, *ALIKE.get(name, "").split()}:
+        if words & {name, *ALIKE.get(name, "").split()}:
             return f"The {name}: {fact}."
     return "I do not understand."
 

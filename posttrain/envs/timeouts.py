@@ -91,13 +91,13 @@ class Calls(Generic[K]):
         except BaseException as error:  # returned by `finished`
             result = error
         with self._changed:
-            wanted = self._running.get(key, (0.0, None))[1] is token
-            if wanted:
+            in_time = self._running.get(key, (0.0, None))[1] is token
+            if in_time:
                 del self._running[key]
                 self._results.append((key, result))
                 self._start()
             else:
                 self._abandoned -= 1
             self._changed.notify_all()
-        if not wanted:
+        if not in_time:
             late()

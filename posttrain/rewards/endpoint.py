@@ -234,8 +234,8 @@ class Endpoint:
             self.tokens += used
         return self._redact(content)
 
-    def _refused(self, why: str) -> RolloutError:
-        return RolloutError(f"the judge at {self.url} refused the request: {why}.", boundary="judge")
+    def _refused(self, reason: str) -> RolloutError:
+        return RolloutError(f"the judge at {self.url} refused the request: {reason}.", boundary="judge")
 
     def _post(self, body: bytes) -> tuple[int, float, str]:
         """Sends one request and returns (status, Retry-After in seconds, text). Redirects are not followed.

@@ -41,9 +41,9 @@ def verdict(passed: bool, given: str, gold: str) -> Verdict:
     return Verdict(float(passed), passed, detail)
 
 
-def failed(why: str, parts: dict[str, float] | None = None) -> Verdict:
+def failed(reason: str, parts: dict[str, float] | None = None) -> Verdict:
     """A score of 0 with the reason."""
-    return Verdict(0.0, False, why, parts or {})
+    return Verdict(0.0, False, reason, parts or {})
 
 
 def column(task: Task, name: str, kinds: type | tuple[type, ...], needed_by: str) -> Any:

@@ -110,9 +110,9 @@ def _pattern(_: Any, pattern: str, value: Any, __: Any) -> Iterator[jsonschema.V
         yield jsonschema.ValidationError(f"{value[:80]!r} does not match {pattern!r}")
 
 
-def _unique(_: Any, wanted: bool, value: Any, __: Any) -> Iterator[jsonschema.ValidationError]:
+def _unique(_: Any, required: bool, value: Any, __: Any) -> Iterator[jsonschema.ValidationError]:
     """Checks `uniqueItems` in linear time; jsonschema compares all pairs if items cannot be sorted."""
-    if wanted and isinstance(value, list) and len({_canonical(item) for item in value}) < len(value):
+    if required and isinstance(value, list) and len({_canonical(item) for item in value}) < len(value):
         yield jsonschema.ValidationError("has duplicate items")
 
 

@@ -1,7 +1,7 @@
 """Background workers for rewards and sampling.
 
-A worker thread computes with as many CPU threads as the caller: torch keeps that number per thread, and the order in
-which a product adds its terms can depend on it. So a result is bit-exact wherever it was computed.
+A worker thread uses as many CPU threads as the caller: torch keeps that number per thread, and the order in which a
+matrix product adds its terms can depend on it. So results are bit-exact wherever they are computed.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ LAST_CALL = 1.0  # seconds that a second Ctrl-C waits for calls in progress
 
 
 class WorkerPool:
-    """`count` threads that make the calls given to `submit`, in that order; they end with the block.
+    """`count` threads that run the submitted calls in order, until the end of the `with` block.
 
-    At the end of the block, calls that have not begun are dropped and those in progress are waited for; after a
-    KeyboardInterrupt for `LAST_CALL` seconds at most. The threads are daemons, so a call that never returns does not
+    At the end of the block, calls that have not started are dropped and running ones are waited for, after a
+    KeyboardInterrupt for at most `LAST_CALL` seconds. The threads are daemons, so a call that never returns does not
     keep the process alive.
     """
 
@@ -37,7 +37,7 @@ class WorkerPool:
             thread.start()
 
     def submit(self, call: Callable[[], T]) -> Future[T]:
-        """The call's future result; what the call raises, `result()` raises."""
+        """Queues a call and returns its Future; an exception of the call is raised by `result()`."""
         future: Future[T] = Future()
         self._calls.put((future, call))
         return future
@@ -62,5 +62,5 @@ class WorkerPool:
                 continue
             try:
                 future.set_result(call())
-            except BaseException as error:  # raised where the result is asked for
+            except BaseException as error:  # raised by `result()`
                 future.set_exception(error)

@@ -69,8 +69,8 @@ class Report:
 class Lost(Exception):
     """The sandbox failed around an execution. `began`: the candidate was already running."""
 
-    def __init__(self, why: str, began: bool = False) -> None:
-        super().__init__(why)
+    def __init__(self, reason: str, began: bool = False) -> None:
+        super().__init__(reason)
         self.began = began
 
 

@@ -124,8 +124,8 @@ def _argument_check(name: str, processes: bool) -> list[Instruction]:
     if name == "clone3":  # its flags are in memory, which a filter cannot read; libc falls back to clone
         return [_deny(errno.ENOSYS)]
     if name == "clone":
-        mask, wanted = (NAMESPACES, 0) if processes else (THREAD | NAMESPACES, THREAD)
-        return [*_argument(0), (AND, 0, 0, mask), *_allow_if((wanted,))]
+        mask, flags = (NAMESPACES, 0) if processes else (THREAD | NAMESPACES, THREAD)
+        return [*_argument(0), (AND, 0, 0, mask), *_allow_if((flags,))]
     if name == "socketpair":  # asyncio needs it; datagram sockets could send to sockets outside
         kind = [*_argument(1), (AND, 0, 0, ~NONBLOCK_CLOEXEC & 0xFFFFFFFF), *_allow_if((STREAM,))]
         return [*_argument(0), (EQUAL, 1, 0, AF_UNIX), _deny(errno.EPERM), *kind]
