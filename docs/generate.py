@@ -212,17 +212,7 @@ def option_row(option: click.Option, context: click.Context) -> tuple[str, str, 
     value = option.get_default(context)
     plain = value is None or value == "" or isinstance(value, bool) or type(value).__name__ == "Sentinel"
     meaning, _, stated = (option.help or "").partition("  [default: ")  # a default that is made up at run time
-    return spelling, stated.rstrip("]") if stated else "" if plain else f"`{value}`", meaning or fallback(option)
-
-
-def fallback(option: click.Option) -> str:
-    """The meaning of an option that has no help of its own: that of the setting of the same name."""
-    known = {
-        "seed": "Everything random is a function of this number.",
-        "top_p": "Sample only among the most likely tokens that together have this probability; 1 keeps every token.",
-        "max_tokens": "Longest answer, stop token included.",
-    }
-    return known[option.name or ""]
+    return spelling, stated.rstrip("]") if stated else "" if plain else f"`{value}`", meaning
 
 
 def one_line(text: str) -> str:

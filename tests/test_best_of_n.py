@@ -77,7 +77,7 @@ def test_the_expected_pick_by_hand() -> None:
 
 @pytest.mark.parametrize("n", [0, 4])
 def test_more_answers_than_there_are_cannot_be_estimated(n: int) -> None:
-    with pytest.raises(ValueError, match=f"1 ≤ n ≤ N scored answers; got n={n}, N=3, of which 0 unscored"):
+    with pytest.raises(ValueError, match=f"1 ≤ n ≤ N scored completions; got n={n}, N=3, of which 0 are unscored"):
         expected_pick(np.zeros(3), np.zeros(3), n)
 
 
@@ -93,7 +93,7 @@ def test_the_kl_bound_by_hand_and_against_its_integral() -> None:
     for n in (2, 4, 16):
         density = n * u ** (n - 1)
         assert float((density * np.log(density)).mean()) == pytest.approx(bon_kl(n), abs=1e-4)
-    with pytest.raises(ValueError, match="one answer or more"):
+    with pytest.raises(ValueError, match="n=0 is too small"):
         bon_kl(0)
 
 

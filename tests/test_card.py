@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from posttrain import api
 from posttrain.models.load import ABACUS, save_pretrained
 from posttrain.pipelines import card
-from posttrain.pipelines.card import Asked, CardConfig, distinct, examine, measures
+from posttrain.pipelines.card import AnsweredTask, CardConfig, distinct, make_card, measures
 from posttrain.types import ConfigError, Episode, Message, Span, StopReason, Task
 
 SMALL = CardConfig(problems=5, max_tokens=40, prompts=6)
@@ -42,7 +42,7 @@ def moved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def own(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     """The card of abacus with itself as the reference, and its folder."""
     folder = tmp_path_factory.mktemp("card") / "stage"
-    return examine("abacus", "abacus", SMALL, folder), folder
+    return make_card("abacus", "abacus", SMALL, folder), folder
 
 
 def figures(found: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -58,8 +58,8 @@ def answer(text: str, passed: bool = False, length: int = 3, stop: StopReason = 
     return Episode("t", 0, 0, spans, text, float(passed), passed, {}, stop)
 
 
-def asked(capability: str, *answers: Episode) -> Asked:
-    return Asked(capability, Task("t", "e", (Message("user", "?"),), ""), answers)
+def asked(capability: str, *answers: Episode) -> AnsweredTask:
+    return AnsweredTask(capability, Task("t", "e", (Message("user", "?"),), ""), answers)
 
 
 # --- figures of the whole card --------------------------------------------------------------------------------------
@@ -85,8 +85,8 @@ def test_the_kl_is_the_mean_log_ratio_of_the_models_own_answers_at_their_tempera
     moved: Path, tmp_path: Path
 ) -> None:
     cfg = replace(SMALL, temperature=0.8)
-    found = examine(str(moved), "abacus", cfg, tmp_path)
-    asked, _ = card.ask(api.open_policy(str(moved)), cfg)
+    found = make_card(str(moved), "abacus", cfg, tmp_path)
+    asked, _ = card.sample_answers(api.open_policy(str(moved)), cfg)
     models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64) for path in (moved, ABACUS)]
 
     def log_ratio(episode: Episode) -> float:
@@ -102,7 +102,7 @@ def test_the_kl_is_the_mean_log_ratio_of_the_models_own_answers_at_their_tempera
 
 
 def test_the_same_model_and_settings_give_the_same_bytes(own: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
-    examine("abacus", "abacus", SMALL, tmp_path)
+    make_card("abacus", "abacus", SMALL, tmp_path)
     for name in ("card.json", "answers.jsonl"):
         assert (tmp_path / name).read_bytes() == (own[1] / name).read_bytes()
 
@@ -113,7 +113,7 @@ def test_the_same_model_and_settings_give_the_same_bytes(own: tuple[dict[str, An
 def test_the_kept_prompts_are_the_first_of_each_set_whatever_the_seed(
     own: tuple[dict[str, Any], Path], tmp_path: Path
 ) -> None:
-    examine("abacus", "abacus", replace(SMALL, seed=1, problems=3), tmp_path)
+    make_card("abacus", "abacus", replace(SMALL, seed=1, problems=3), tmp_path)
     first, second = rows_of(own[1]), rows_of(tmp_path)
     assert [row["capability"] for row in first] == [
         *["helpfulness"] * 2, *["safety"] * 2, "over_refusal", "reasoning"
@@ -129,13 +129,13 @@ def test_a_file_of_ones_own_is_asked_whole(tmp_path: Path) -> None:
     lines = [{"question": f"What is {n}+1?", "answer": str(n + 1)} for n in range(3)]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     only = CardConfig(helpfulness="", safety="", over_refusal="", reasoning=str(file), max_tokens=20)
-    found = examine("abacus", "abacus", only, tmp_path)
+    found = make_card("abacus", "abacus", only, tmp_path)
     assert found["reasoning"]["n"] == 3
     assert [row["prompt"] for row in rows_of(tmp_path)] == [line["question"] for line in lines]
 
 
 def test_a_capability_that_is_left_out_is_in_no_figure(tmp_path: Path) -> None:
-    found = examine("abacus", "abacus", replace(SMALL, over_refusal="", reasoning="", language=""), tmp_path)
+    found = make_card("abacus", "abacus", replace(SMALL, over_refusal="", reasoning="", language=""), tmp_path)
     missing = {"over_refusal", "assist", "reasoning", "format", "think", "language"}
     assert figures(found).keys() == card.LABELS.keys() - missing
     assert found["tasks"] == {"helpfulness": "instructions", "safety": "refuse"}
@@ -227,22 +227,22 @@ def test_rows_show_shares_in_per_cent_and_amounts_in_their_unit(own: tuple[dict[
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"samples": 1}, "samples=1 shows no diversity"),
+        ({"samples": 1}, "samples=1 cannot show diversity"),
         ({"temperature": 0.0}, "temperature=0.0 leaves no KL"),
         ({"problems": 0}, "problems=0 must be 1 or more"),
         ({"prompts": -1}, "prompts=-1 is negative"),
-        ({"language": "xx"}, "language='xx' cannot be told"),
-        ({name: "" for name in card.CAPABILITIES}, "examines nothing"),
+        ({"language": "xx"}, "language='xx' is not supported"),
+        ({name: "" for name in card.CAPABILITIES}, "evaluates nothing"),
     ],
 )
-def test_settings_that_examine_nothing_are_refused(settings: dict[str, Any], message: str) -> None:
+def test_settings_that_evaluate_nothing_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         CardConfig(**settings)
 
 
 def test_an_unknown_set_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"unknown task 'refuze'.*refuse"):
-        examine("abacus", "abacus", replace(SMALL, safety="refuze"), tmp_path / "none")
+        make_card("abacus", "abacus", replace(SMALL, safety="refuze"), tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
 
@@ -257,6 +257,6 @@ def test_a_reference_of_another_vocabulary_is_refused(moved: Path, tmp_path: Pat
     a, b = (names[i] for i in sorted(vocabulary.values())[-2:])
     vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
     file.write_text(json.dumps(tokenizer), encoding="utf-8")
-    with pytest.raises(ConfigError, match="has another vocabulary than 'abacus'"):
-        examine("abacus", str(folder), SMALL, tmp_path)
+    with pytest.raises(ConfigError, match="and 'abacus' have different vocabularies"):
+        make_card("abacus", str(folder), SMALL, tmp_path)
     assert not (tmp_path / "card.json").exists()

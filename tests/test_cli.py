@@ -107,16 +107,18 @@ def test_chat_answers_each_line_until_an_empty_one(run: dict[str, Any]) -> None:
     assert done.exit_code == 0 and done.output.count("\n> ") == 3
 
 
-def test_who_asks_a_run_that_was_trained_in_a_world_is_told_that_none_is_played(place: Path, tmp_path: Path) -> None:
+def test_sampling_a_run_that_was_trained_in_an_environment_says_that_it_is_not_used(
+    place: Path, tmp_path: Path
+) -> None:
     done = call(f"grpo --model tiny {TINY} --steps 1 --env.name number --count 20 --out {tmp_path}/guess")
     assert done.exit_code == 0, done.output
     for model in (f"{tmp_path}/guess", f"{tmp_path}/guess/model"):
         asked = call(f"sample {model} Guess. --max-tokens 3 --json")
         assert len(json.loads(asked.stdout)) == 1
-        assert f"{tmp_path}/guess was trained in the world 'number', which is not played here" in asked.stderr
+        assert f"{tmp_path}/guess was trained in the environment 'number', which is not used here" in asked.stderr
     talked = CliRunner().invoke(cli.main, ["chat", f"{tmp_path}/guess", "--max-tokens", "2"], input="\n")
     assert "`posttrain eval" in talked.stderr
-    assert "world" not in call("sample tiny Hi --max-tokens 3 --json").stderr
+    assert "environment" not in call("sample tiny Hi --max-tokens 3 --json").stderr
 
 
 def test_sft_trains_on_chats_and_texts_from_one_file(place: Path) -> None:

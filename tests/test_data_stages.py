@@ -21,7 +21,7 @@ from posttrain.data.mixing import parse_mixture
 from posttrain.data.preferences import row_to_preference
 from posttrain.data.sources import row_to_conversation
 from posttrain.data.tasks.abacus import evaluate
-from posttrain.data.tasks.load import load_tasks, verifier_for
+from posttrain.data.tasks.load import load_tasks
 from posttrain.models.load import load_policy
 from posttrain.pipelines import constitution, critics, critique, demonstrations, labeler, selection
 from posttrain.pipelines.constitution import load_constitution, violations
@@ -30,6 +30,7 @@ from posttrain.pipelines.data_stages import DATA_STAGES
 from posttrain.pipelines.demonstrations import Demonstrations
 from posttrain.pipelines.labeler import Pair, Preferences, probability_of_first, utility
 from posttrain.pipelines.phrases import REFUSALS, THOUGHTS
+from posttrain.rewards.auto import verifier_for
 from posttrain.rewards.language import detect, language
 from posttrain.rewards.skills import declines, dismisses, thinks
 from posttrain.types import ConfigError, DataError, Message, Task
@@ -141,9 +142,9 @@ def test_demonstrations_are_of_training_problems_and_the_same_every_time(tmp_pat
 
 
 def test_what_cannot_be_demonstrated_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"not for 'instrucions'. Did you mean 'instructions'"):
+    with pytest.raises(ConfigError, match=r"'instrucions' is not one. Did you mean 'instructions'"):
         Demonstrations(tasks="instrucions + safety")
-    with pytest.raises(ConfigError, match="changes the language of long thoughts"):
+    with pytest.raises(ConfigError, match="only applies to style = 'long'"):
         Demonstrations(mixing=0.2)
 
 
@@ -397,7 +398,7 @@ def test_a_constitution_of_ones_own_is_read_and_its_faults_are_named(tmp_path: P
     with pytest.raises(ConfigError, match="unknown check 'dismises'. Did you mean 'dismisses'"):
         load_constitution(str(mine))
     mine.write_text("")
-    with pytest.raises(ConfigError, match="each with an `id` of its own"):
+    with pytest.raises(ConfigError, match="each with a unique `id`"):
         load_constitution(str(mine))
 
 

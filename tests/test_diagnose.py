@@ -128,13 +128,13 @@ def failing(far: float, group: int, draw: np.random.Generator) -> Made:
 @pytest.mark.parametrize(
     ("make", "check", "words"),
     [
-        (polite, "divergence", "Stop: the policy is trained away"),
-        (polite, "shortcut", "whether 'sorry' occurs explains 100%"),
-        (rambling, "shortcut", "the length in tokens explains 100%"),
-        (rambling, "length", "Longer answers bring nothing"),
+        (polite, "divergence", "Stop: the policy is moving away"),
+        (polite, "shortcut", "presence of 'sorry' explains 100%"),
+        (rambling, "shortcut", "length in tokens explains 100%"),
+        (rambling, "length", "Longer completions are no better"),
         (uniform, "duplicates", "'Sorry, no.'"),
-        (looping, "loops", "circles"),
-        (trading, "parts", "buys form with substance"),
+        (looping, "loops", "Completions loop"),
+        (trading, "parts", "trades substance for form"),
         (failing, "unscored", "the judge timed out"),
     ],
 )
@@ -202,7 +202,7 @@ def test_passed_is_the_truth_only_where_it_is_no_threshold_on_the_score() -> Non
 
     assert run(honest).truth is None
     truth = run(judged).truth
-    assert truth is not None and truth[0] == "share that passed"
+    assert truth is not None and truth[0] == "pass rate"
 
 
 # --- what is left alone ---------------------------------------------------------------------------------------------
@@ -427,6 +427,6 @@ def test_the_table_says_when_a_quarter_was_lost_and_what_was_seen_first() -> Non
 
 
 def test_every_check_has_its_rule_in_the_documentation() -> None:
-    page = (Path(__file__).parents[1] / "docs" / "reward-hacking.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[1] / "docs" / "guides" / "reward-hacking.md").read_text(encoding="utf-8")
     for name in CHECKS:
         assert f"| `{name}` |" in page, f"docs/guides/reward-hacking.md says nothing about {name}"

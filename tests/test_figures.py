@@ -241,12 +241,12 @@ def test_the_numbers_of_a_run_are_those_it_stored(stages: list[Finished]) -> Non
     [
         ({"name": "x"}, "has no kind"),
         ({"kind": "curve", "name": "x"}, "unknown kind 'curve'. Did you mean 'curves'?"),
-        ({"kind": "cards", "name": "../x"}, "is no file name"),
-        ({"kind": "curves", "name": "x"}, "curves of nothing"),
+        ({"kind": "cards", "name": "../x"}, "'../x' is not valid"),
+        ({"kind": "curves", "name": "x"}, "curves need metrics"),
         ({"kind": "cards", "name": "x", "stages": ["pppo"]}, "'pppo' is not a stage. Did you mean 'ppo'?"),
         ({"kind": "cards", "name": "x", "stages": "ppo"}, "expected a list"),
         ({"kind": "cards", "name": "x", "metric": ["a"]}, "unknown setting 'metric'. Did you mean 'metrics'?"),
-        ({"kind": "overoptimisation", "name": "x", "metrics": ["reward"]}, "are not two"),
+        ({"kind": "overoptimisation", "name": "x", "metrics": ["reward"]}, "must be two, the proxy and the true score"),
     ],
 )
 def test_a_figure_that_cannot_be_drawn_is_refused_in_one_sentence(table: dict[str, Any], says: str) -> None:

@@ -20,7 +20,7 @@ from click.testing import CliRunner
 from bench import pipelines as full
 from posttrain.cli import main as cli
 from posttrain.pipelines.recipe import read_pipeline
-from posttrain.pipelines.runner import Ended, Screen, read_records, run_pipeline, stage_keys
+from posttrain.pipelines.runner import PipelineResult, Screen, read_records, run_pipeline, stage_keys
 from posttrain.store import durable
 from posttrain.store.run import Run
 from posttrain.types import ConfigError, ResumeError
@@ -184,13 +184,13 @@ def copy(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "copy"
 
 
-def again(settings: dict[str, Any] | None = None, stage: str = "") -> tuple[Ended, set[str], set[str]]:
-    """Runs the pipeline here: what came out, the stages that were made and those that were examined."""
+def again(settings: dict[str, Any] | None = None, stage: str = "") -> tuple[PipelineResult, set[str], set[str]]:
+    """Runs the pipeline here: what came out, the stages that ran and those whose model was evaluated."""
     said: list[str] = []
     ended = run_pipeline(read_pipeline(Path("small.toml"), settings), Path("out"), Screen(said.append), stage)
-    made = {found[1] for line in said if (found := re.fullmatch(r"stage \d of 6, (\S+) \(\S+\): begun", line))}
-    examined = {line.removeprefix("  examining ") for line in said if line.startswith("  examining ")}
-    return ended, made, examined
+    made = {found[1] for line in said if (found := re.fullmatch(r"stage \d of 6, (\S+) \(\S+\): starting", line))}
+    evaluated = {line.removeprefix("  evaluating ") for line in said if line.startswith("  evaluating ")}
+    return ended, made, evaluated
 
 
 # --- what a file may say --------------------------------------------------------------------------------------------
@@ -238,12 +238,16 @@ def test_the_miniature_changes_stages_and_defaults_and_expects_nothing(place: Pa
         ),
         ("count = 12", "cuont = 12", "stage 'shown': unknown setting 'cuont'. Did you mean 'count'?"),
         ("algo.group_size = 3", "algo.group_size = 1", "stage 'grpo': group_size=1 gives"),
-        ('reference = "{sft}"', 'reference = "{stf}"', "stage 'grpo' uses {stf}, which no earlier stage makes"),
-        ('model = "{sft}"', 'model = "{grpo}"', "stage 'preferences' uses {grpo}, which no earlier stage makes"),
-        ('path = "tiny"', 'path = "{sft}"', "stage 'base' uses {sft}, which no earlier stage makes; it is the first"),
+        ('reference = "{sft}"', 'reference = "{stf}"', "stage 'grpo' uses {stf}, but no earlier stage has that name"),
+        ('model = "{sft}"', 'model = "{grpo}"', "stage 'preferences' uses {grpo}, but no earlier stage has that name"),
+        (
+            'path = "tiny"',
+            'path = "{sft}"',
+            "stage 'base' uses {sft}, but no earlier stage has that name; it is the first",
+        ),
         ('name = "reward"', 'name = "sft"', "the stage name 'sft' is taken"),
         ('name = "shown"', 'name = "defaults"', "the stage name 'defaults' is taken"),
-        ('name = "shown"', 'name = "Shown!"', "a stage has the name 'Shown!'"),
+        ('name = "shown"', 'name = "Shown!"', "stage name 'Shown!' is not valid"),
         ("slots = 16", "slotz = 16", "unknown setting 'defaults.rollout.slotz'. Did you mean 'rollout.slots'?"),
         ("[defaults.rollout]", "[defaults.rolout]", "unknown setting 'defaults.rolout.max_tokens'"),
         ("[0, 6]", "[6, 0]", "expect.grpo.length=[6, 0] is not [lowest, highest]"),
@@ -258,7 +262,7 @@ def test_the_miniature_changes_stages_and_defaults_and_expects_nothing(place: Pa
             'card]\nreasonning = "sums"\n',
             "unknown setting 'card.reasonning'. Did you mean",
         ),
-        ('pipeline = "small"', 'pipeline = "A B"', "`pipeline = 'A B'` is not a name"),
+        ('pipeline = "small"', 'pipeline = "A B"', "`pipeline = 'A B'` is not a valid name"),
         ('pipeline = "small"', "pipeline = ", "is not valid TOML"),
         ("[[figure]]", "[[figure]]\nkind = 'cards'\nname = 'learning'\n[[figure]]", "two figures are named 'learning'"),
     ],
@@ -278,11 +282,11 @@ def test_a_file_that_is_wrong_is_refused_in_a_sentence_that_says_where(
     [
         ("pipeline small.toml --grppo.train.steps 2", "no stage is named 'grppo'. Did you mean 'grpo'?"),
         ("pipeline small.toml --grpo.train.stesp 2", "stage 'grpo': unknown setting 'train.stesp'"),
-        ("pipeline small.toml --steps 2", "setting 'steps' is written STAGE.SETTING"),
+        ("pipeline small.toml --steps 2", "setting 'steps' must be STAGE.SETTING"),
         ("pipeline small.toml --again gppo", "no stage is named 'gppo'. Did you mean 'grpo'?"),
         ("pipeline", "name one pipeline (constitution, diversity,"),
         ("pipeline nowhere", "recipe 'nowhere' does not exist"),
-        ("pipeline demo", "is one run, not a pipeline; use `posttrain grpo "),
+        ("pipeline demo", "is a single run, not a pipeline; use `posttrain grpo "),
         ("grpo small.toml", "small.toml is a pipeline of several runs; use `posttrain pipeline small.toml`"),
         ("grpo rlhf", "is a pipeline of several runs; use `posttrain pipeline "),
         ("config rlhf", "is a pipeline of several runs; use `posttrain pipeline "),
@@ -324,23 +328,23 @@ def test_what_is_in_a_file_counts_and_where_it_is_written_of_does_not(
     assert {name for name in before if before[name] != after[name]} == BELOW[stage]
 
 
-def test_run_a_second_time_nothing_is_made_or_examined(copy: Path, whole: Path) -> None:
-    ended, made, examined = again()
-    assert (made, examined) == (set(), set()) and made_in(copy) == made_in(whole)
+def test_run_a_second_time_nothing_is_made_or_evaluated(copy: Path, whole: Path) -> None:
+    ended, made, evaluated = again()
+    assert (made, evaluated) == (set(), set()) and made_in(copy) == made_in(whole)
     first = json.loads((whole / "out/pipeline.json").read_text())["results"]
     assert ended.results == first and not ended.missed, "the seconds of what is kept are kept, too"
 
 
 def test_a_change_makes_what_is_below_it_anew_and_going_back_finds_the_old(copy: Path, whole: Path) -> None:
-    _, made, examined = again(CHANGES["reward"])
-    assert (made, examined) == ({"reward", "grpo"}, {"grpo"})
+    _, made, evaluated = again(CHANGES["reward"])
+    assert (made, evaluated) == ({"reward", "grpo"}, {"grpo"})
     assert made_in(copy)["grpo"] != made_in(whole)["grpo"]
-    ended, made, examined = again()
-    assert (made, examined) == (set(), set())
+    ended, made, evaluated = again()
+    assert (made, evaluated) == (set(), set())
     assert ended.results == json.loads((whole / "out/pipeline.json").read_text())["results"]
 
 
-def test_how_models_are_examined_changes_cards_and_no_stage(copy: Path) -> None:
+def test_how_models_are_evaluated_changes_cards_and_no_stage(copy: Path) -> None:
     assert again({"card.samples": 3})[1:] == (set(), {"base", "sft", "grpo"})
     assert again()[1:] == (set(), set()), "the cards from before are still there"
     Path("asked.jsonl").write_text('{"prompt": "4+4?", "answer": "8"}\n')
@@ -348,14 +352,16 @@ def test_how_models_are_examined_changes_cards_and_no_stage(copy: Path) -> None:
 
 
 def test_a_stage_is_made_again_on_request_and_comes_out_the_same(copy: Path, whole: Path) -> None:
-    _, made, examined = again(stage="reward")
-    assert (made, examined) == ({"reward"}, set())
+    _, made, evaluated = again(stage="reward")
+    assert (made, evaluated) == ({"reward"}, set())
     assert made_in(copy) == made_in(whole)
 
 
 def test_an_expectation_that_no_result_has_is_named_and_one_that_is_missed_is_told(copy: Path) -> None:
     Path("small.toml").write_text(SMALL.replace("grpo.length", "grpo.lenght"))
-    with pytest.raises(ConfigError, match=r"expect.grpo.lenght is no result of it. Did you mean 'grpo.length'\?"):
+    with pytest.raises(
+        ConfigError, match=r"expect.grpo.lenght is not one of its results. Did you mean 'grpo.length'\?"
+    ):
         again()
     Path("small.toml").write_text(SMALL.replace("[0, 6]", "[7, 8]"))
     ended, _, _ = again()
@@ -367,11 +373,11 @@ def test_an_expectation_that_no_result_has_is_named_and_one_that_is_missed_is_to
 
 # Each names the next thing of its kind that a life of the pipeline does, counted from the life's beginning.
 MOMENTS = (
-    "made.json:1",  # in the first maker, its data written
+    "made.json:1",  # in the first data stage, its data written
     "write:2",  # in a step of the first training
     "finish:1",  # its model saved, its end not
-    "pipeline.json:4",  # between a stage and its examination
-    "answers.jsonl:1",  # in an examination
+    "pipeline.json:4",  # between a stage and its evaluation
+    "answers.jsonl:1",  # in an evaluation
     "card.json:1",
     "run.json:1",  # a training's folder begun
     "write:2",  # in a step of it
@@ -399,7 +405,7 @@ def test_killed_at_random_moments_it_ends_as_one_that_ran_through(whole: Path, t
 @pytest.mark.parametrize(
     ("moment", "number", "code", "says"),
     [
-        ("made.json:2", signal.SIGINT, 130, "stopped."),  # in a maker, which begins anew
+        ("made.json:2", signal.SIGINT, 130, "stopped."),  # in a data stage, which begins anew
         ("write:2", signal.SIGTERM, 143, "Stopped and saved."),
         ("write:3", signal.SIGINT, 130, "Stopped and saved."),  # the last step of a stage, which then is whole
     ],

@@ -8,9 +8,9 @@ import pytest
 
 from posttrain import rng
 from posttrain.config import DataConfig
-from posttrain.data.tasks.load import verifier_for
 from posttrain.evaluation import bias_probes as probes
 from posttrain.evaluation.bias_probes import Finding, Item
+from posttrain.rewards.auto import verifier_for
 from posttrain.types import DataError, Message, Task
 
 
@@ -124,7 +124,7 @@ def test_the_two_texts_of_a_probe_say_the_same_words(items: list[Item]) -> None:
 
 
 def test_a_scorer_that_tells_nothing_apart_is_refused(items: list[Item]) -> None:
-    with pytest.raises(DataError, match="scores all 128 plain answers with 2, so there is no unit"):
+    with pytest.raises(DataError, match="gives all 128 plain answers the same score, 2: no bias"):
         probes.probe(lambda pairs: [2.0] * len(pairs), items)
 
 

@@ -137,13 +137,13 @@ def test_the_page_of_a_pipeline_compares_its_stages(tmp_path: Path) -> None:
     assert "80.0% [70.0%, 90.0%] ★" in read.text and "50.0% [40.0%, 60.0%] ★" not in read.text
     assert read.text.count("✓ met") == 1 and read.text.count("✗ missed") == 1
     assert read.text.count("How?") == 1 and read.text.count("<script>alert(1)</script>") == 3, "one box a stage"
-    assert "2m02s together" in read.text and "rows 5" in read.text
+    assert "2m02s in total" in read.text and "rows 5" in read.text
 
 
 def test_a_pipeline_of_which_one_stage_has_ended_has_a_page(tmp_path: Path) -> None:
     stages = [stage(tmp_path, "sft", 0.5)]
     read = checked(write_report(pipeline(tmp_path, stages, expect={"rl.safety": [0, 1]})))
-    assert "not finished · 1 stages have ended" in read.text and "not measured yet" in read.text
+    assert "not finished · stages done: 1" in read.text and "not measured yet" in read.text
 
 
 def test_what_is_no_run_and_where_nothing_can_be_written_is_said(run: Path, tmp_path: Path) -> None:

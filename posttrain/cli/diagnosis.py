@@ -14,7 +14,7 @@ from posttrain.evaluation.run_evidence import Diagnosis
 
 
 def show_diagnosis(out: Console, folder: str, found: Sequence[Diagnosis]) -> None:
-    """A table of the verdicts, worst first, with advice; then the checks that had no data."""
+    """Prints the verdicts with advice as a table, worst first, then the checks without data."""
     marks = {"alarm": ("✗ alarm", "red"), "warn": ("! warn", "yellow"), "ok": ("✓ ok", "green")}
     table = Table(title=folder, title_justify="left", show_lines=True)
     for name in ("check", "verdict", "since step", "evidence and what to do"):

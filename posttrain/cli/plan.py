@@ -10,9 +10,9 @@ from posttrain.planner.estimate import Plan, gib
 
 
 def show_plan(out: Console, found: Plan) -> None:
-    """The parts of the peak, whether it fits, what to change, and the time of a step."""
+    """Prints the parts of the peak memory, whether it fits, what to change, and the time of a step."""
     most = found.memory.peak
-    title = f"{found.algorithm}, {found.shape.parameters / 1e6:,.0f}M weights"
+    title = f"{found.algorithm}, {found.shape.parameters / 1e6:,.0f}M parameters"
     table = Table(title=title, title_justify="left")
     table.add_column("memory")
     for name in ("size", "share"):
@@ -30,14 +30,14 @@ def show_plan(out: Console, found: Plan) -> None:
     style = "green" if found.fits else "red"
     out.print(Text(f"{verdict} in {gib(found.limit)} of memory", style=style))
     if found.changes:
-        changes = Table(title="what to change, cheapest first", title_justify="left")
-        for name in ("setting", "alone saves", "costs"):
+        changes = Table(title="settings to change, cheapest first", title_justify="left")
+        for name in ("setting", "saves by itself", "costs"):
             changes.add_column(name, overflow="fold")
         for change in found.changes:
             changes.add_row(f"--{change.setting} {change.value}", gib(change.saves), change.cost)
         out.print(changes)
     elif not found.fits:
-        out.print("No setting makes it fit: take a smaller model, a larger machine, or more devices.")
+        out.print("No setting makes it fit. Use a smaller model, a larger machine, or more devices.")
     if found.seconds:
         times = Table(title="time of a step, from speeds measured just now", title_justify="left")
         times.add_column("part")
@@ -51,4 +51,4 @@ def show_plan(out: Console, found: Plan) -> None:
             times.add_row(f"{found.steps} steps", f"{step * found.steps:,.0f}")
         out.print(times)
     for text in found.unknown:
-        out.print(Text(f"not known: {text}", style="yellow"), soft_wrap=True)
+        out.print(Text(f"unknown: {text}", style="yellow"), soft_wrap=True)

@@ -108,7 +108,7 @@ def make_card(model: str, reference: str, cfg: CardConfig, folder: Path) -> dict
     """
     set_threads(cfg.threads)
     device = resolve(cfg.device)
-    policy = api.open_policy(model, device=device)
+    policy = api.open_policy(model, on=device)
     asked, verify = sample_answers(policy, cfg)
     check_failures([one.answers for one in asked], RewardConfig().max_failure_rate)
     whole = [one for one in asked if all(e.reward is not None for e in one.answers)]
@@ -244,7 +244,7 @@ def rows(card: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _reference(name: str, model: str, vocabulary: Mapping[str, int], device: torch.device) -> Policy:
-    reference = api.open_policy(name, device=device)
+    reference = api.open_policy(name, on=device)
     if reference.tokenizer.get_vocab() != vocabulary:
         raise ConfigError(
             f"the reference model {name!r} and {model!r} have different vocabularies, so there is no KL between them. "
