@@ -1,11 +1,11 @@
-"""Every preset of the GRPO family on the same task with the same number of sampled answers, in one table.
+"""Compares every preset of the GRPO family on one task with the same number of sampled completions.
 
     python -m bench.family [--steps 20] [--lr 1e-4] [--presets rloo,dapo]
 
-Each run samples 256 answers a step from abacus on `arithmetic` (32 tasks × 8, or 256 × 1 where a preset compares a
-single answer with something else) and is examined on the same 512 held-out problems, temperature 1. Sizes are the
-same for all; everything else is the preset's. Accuracy has a 95 % interval over problems, of one seed: differences
-between presets at one learning rate say how they behave here, not which is best.
+Each run samples 256 completions per step from abacus on `arithmetic` (32 tasks × 8, or 256 × 1 for presets without
+groups) and is evaluated on the same 512 held-out problems at temperature 1. The sizes are the same for all presets;
+everything else is the preset's. Accuracy has a 95 % interval over problems, for one seed: differences between presets
+at one learning rate show how they behave here, not which is best.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ ANSWERS = 256
 
 
 def settings(preset: str, steps: int, lr: float, out: Path) -> dict[str, Any]:
-    """Overrides of one run: the preset's own choices at the common size."""
+    """Setting overrides for one run: the preset's choices at the common size."""
     group = 1 if config.resolve("grpo", {"algo": {"preset": preset}}).algo.group_size == 1 else 8
     return {
         "algo.preset": preset,
         "algo.prompts": ANSWERS // group,
         "algo.group_size": group,
         "algo.minibatches": min(4, config.resolve("grpo", {"algo": {"preset": preset}}).algo.minibatches),
-        "algo.max_refills": 2 if preset == "dapo" else 0,
+        "algo.max_resamples": 2 if preset == "dapo" else 0,
         "data.tasks": "arithmetic",
         "rollout.slots": ANSWERS,
         "rollout.max_tokens": 96,
@@ -42,13 +42,13 @@ def settings(preset: str, steps: int, lr: float, out: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Runs the presets one after the other and prints a row for each."""
+    """Runs the presets one after another and prints one row for each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--presets", default=",".join(config.PRESETS["grpo"]))
     args = parser.parse_args()
-    print("| preset | accuracy before | after | 95 % | thinks | length | clipped | answers | seconds |")
+    print("| preset | accuracy before | after | 95 % | thinks | length | clipped | completions | seconds |")
     print("|---|---|---|---|---|---|---|---|---|")
     for preset in args.presets.split(","):
         with tempfile.TemporaryDirectory() as folder:

@@ -1,11 +1,11 @@
-"""Predicted against measured memory and time: real runs of random models, each in a process of its own, in one table.
+"""Compares predicted with measured memory and time, on real runs of random models in separate processes.
 
     python -m bench.memory [--only 'grpo;dpo'] [--threads 2] [--parts] [--time]
 
-For each configuration a random Llama of the named shape and a data file of exact lengths are written, the run is
-planned from its recipe alone (`posttrain.plan`), and then it is made: two steps and everything around them, loading and
-saving included. The peak is the kernel's VmHWM. `--parts` also prints the peak within each phase, measured by setting
-the high-water mark back whenever a phase begins, so that a formula that is off can be found.
+For each configuration, this writes a random Llama of the named shape and a data file of exact lengths, plans the run
+from its recipe alone (as `posttrain plan` does), and then runs it: two steps, with loading and saving. The peak is the
+kernel's VmHWM. `--parts` also prints the peak within each phase, measured by resetting the high-water mark at the start
+of each phase, which helps to find an inaccurate formula.
 """
 
 from __future__ import annotations
@@ -36,34 +36,34 @@ SHAPES = {
 
 RL = {"prompts": 4, "group_size": 4, "rollout.slots": 32, "eval.problems": 2}
 PPO = {**RL, "prompts": 16, "group_size": 1}
-PAIRS = {"batch_pairs": 4, "train.tokens_per_pass": 1024}
-SFT = {"batch_rows": 4, "train.tokens_per_pass": 1024}
+PAIRS = {"batch_pairs": 4, "train.micro_batch_tokens": 1024}
+SFT = {"batch_rows": 4, "train.micro_batch_tokens": 1024}
 
 CONFIGS: dict[str, tuple[str, str, int, int, dict[str, Any]]] = {
     "sft, 135M": ("sft", "smollm2-135m", 64, 192, SFT),
-    "sft, rows of 1024": ("sft", "20M", 64, 960, {**SFT, "train.tokens_per_pass": 4096}),
-    "sft, 8192 a pass": ("sft", "20M", 32, 96, {**SFT, "batch_rows": 64, "train.tokens_per_pass": 8192}),
+    "sft, rows of 1024": ("sft", "20M", 64, 960, {**SFT, "train.micro_batch_tokens": 4096}),
+    "sft, 8192 per pass": ("sft", "20M", 32, 96, {**SFT, "batch_rows": 64, "train.micro_batch_tokens": 8192}),
     "sft, checkpointing": ("sft", "60M", 64, 192, {**SFT, "model.gradient_checkpointing": True}),
     "sft, bfloat16": ("sft", "60M", 64, 192, {**SFT, "model.dtype": "bfloat16"}),
     "sft, LoRA 16": ("sft", "smollm2-135m", 64, 192, {**SFT, "model.lora_rank": 16}),
-    "sft, 150k words": ("sft", "45M-150k", 64, 192, SFT),
+    "sft, 150k vocabulary": ("sft", "45M-150k", 64, 192, SFT),
     "reward": ("reward", "60M", 64, 192, PAIRS),
     "dpo": ("dpo", "60M", 64, 192, PAIRS),
     "dpo, no reference": ("dpo", "60M", 64, 192, {**PAIRS, "loss": "simpo", "algo.beta": 2.0}),
     "grpo": ("grpo", "60M", 64, 64, RL),
     "grpo, KL": ("grpo", "60M", 64, 64, {**RL, "kl_coef": 0.01}),
     "grpo, max_lag 1": ("grpo", "60M", 64, 64, {**RL, "max_lag": 1}),
-    "grpo, 50k words": ("grpo", "20M-50k", 32, 64, {**RL, "prompts": 8}),
-    "grpo, 256 slots": ("grpo", "20M", 192, 64, {**RL, "rollout.slots": 256, "train.tokens_per_pass": 1024}),
-    "grpo, 64 examined": ("grpo", "20M", 192, 64, {**RL, "rollout.slots": 64, "eval.problems": 64, "data.holdout": 0.8,
-                                                   "train.tokens_per_pass": 1024}),
-    "grpo, prompts of 640": ("grpo", "20M", 640, 64, {**RL, "prompts": 2, "train.tokens_per_pass": 2816}),
-    "grpo, 135M": ("grpo", "smollm2-135m", 64, 32, {**RL, "prompts": 2, "train.tokens_per_pass": 1024}),
+    "grpo, 50k vocabulary": ("grpo", "20M-50k", 32, 64, {**RL, "prompts": 8}),
+    "grpo, 256 slots": ("grpo", "20M", 192, 64, {**RL, "rollout.slots": 256, "train.micro_batch_tokens": 1024}),
+    "grpo, 64 evaluated": ("grpo", "20M", 192, 64, {**RL, "rollout.slots": 64, "eval.problems": 64, "data.holdout": 0.8,
+                                                    "train.micro_batch_tokens": 1024}),
+    "grpo, prompts of 640": ("grpo", "20M", 640, 64, {**RL, "prompts": 2, "train.micro_batch_tokens": 2816}),
+    "grpo, 135M": ("grpo", "smollm2-135m", 64, 32, {**RL, "prompts": 2, "train.micro_batch_tokens": 1024}),
     "ppo": ("ppo", "60M", 64, 64, PPO),
     "ppo, shared critic": ("ppo", "60M", 64, 64, {**PPO, "critic": "shared"}),
     "tiny": ("sft", "20M", 32, 96, {**SFT, "train.steps": 1}),
 }  # fmt: skip
-"""Name → algorithm, shape, prompt and answer tokens, settings."""
+"""Name → algorithm, shape, prompt tokens, completion tokens, settings."""
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
@@ -73,7 +73,7 @@ FRAME = 1 + len("user: ") + 1 + len("assistant: ")  # tokens the template adds a
 
 
 def make_model(folder: Path, shape: str) -> None:
-    """Writes a random Llama with a byte-level tokenizer; a character is a token, and answers hardly ever stop."""
+    """Writes a random Llama with a byte-level tokenizer: a character is a token, and completions rarely stop early."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -92,11 +92,11 @@ def make_model(folder: Path, shape: str) -> None:
     LlamaForCausalLM(llama_config(SHAPES[shape], max_position_embeddings=2048, **ids)).save_pretrained(folder)
 
 
-ROWS = 80  # more than any batch, so that no row comes twice in one
+ROWS = 80  # more than any batch, so that no batch contains a row twice
 
 
 def make_data(path: Path, algorithm: str, prompt: int, answer: int) -> None:
-    """Writes ROWS rows whose prompts are `prompt` tokens long and whose answers, stop token included, `answer`."""
+    """Writes ROWS rows with prompts of `prompt` tokens and completions of `answer` tokens, stop token included."""
     with path.open("w", encoding="utf-8") as file:
         for i in range(ROWS):
             asked, said = (text.ljust(n, "x") for text, n in ((f"{i} ", prompt - FRAME), (f"{i} ", answer - 1)))
@@ -111,7 +111,7 @@ def make_data(path: Path, algorithm: str, prompt: int, answer: int) -> None:
 
 
 def settings(name: str, root: Path, threads: int) -> tuple[str, dict[str, Any]]:
-    """The algorithm and overrides of a configuration whose files are in `root`."""
+    """Algorithm and setting overrides of a configuration whose files are in `root`."""
     algorithm, _, prompt, answer, more = CONFIGS[name]
     out: dict[str, Any] = {"model.path": str(root / "model"), "data.tasks": str(root / "data.jsonl")}
     out |= {"run.out": str(root / "run"), "train.steps": 2, "train.threads": threads, "data.max_prompt_tokens": prompt}
@@ -125,12 +125,12 @@ def settings(name: str, root: Path, threads: int) -> tuple[str, dict[str, Any]]:
 
 
 def spread(completion: str) -> float:
-    """A reward that differs between the answers of a random model."""
+    """A reward that differs between completions of a random model."""
     return float(sum(map(ord, completion)) % 7)
 
 
 class Phases:
-    """The high-water mark of memory within each named phase, in bytes."""
+    """Peak memory within each named phase, in bytes."""
 
     def __init__(self) -> None:
         self.peaks: dict[str, int] = {}
@@ -138,7 +138,7 @@ class Phases:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Books what happens within the block under `name`, and goes back to the phase outside."""
+        """Attributes the block's peak memory to `name`, then returns to the enclosing phase."""
         self._book()
         self.stack.append(name)
         try:
@@ -150,10 +150,10 @@ class Phases:
     def _book(self) -> None:
         name = self.stack[-1]
         self.peaks[name] = max(self.peaks.get(name, 0), memory("VmHWM"))
-        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to what is resident now
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the current resident memory
 
     def within(self, owner: Any, function: str, name: str) -> None:
-        """Makes every call of `owner.function` the phase `name`."""
+        """Attributes every call of `owner.function` to the phase `name`."""
         inner = getattr(owner, function)
 
         def outer(*args: Any, **more: Any) -> Any:
@@ -164,21 +164,21 @@ class Phases:
 
 
 def worker(name: str, root: Path, threads: int) -> None:
-    """Makes the run and prints what it took as JSON on the last line."""
+    """Executes the run and prints its memory and timings as JSON on the last line."""
     from posttrain import api, config
-    from posttrain.rollout.engine import EmbeddedGenerator
+    from posttrain.rollout.engines.embedded import EmbeddedGenerator
     from posttrain.store import checkpoint
     from posttrain.store.run import Run
     from posttrain.train import forward
-    from posttrain.train.learner import Learner
+    from posttrain.train.learners.local import LocalLearner
 
     baseline = memory("VmRSS")
     phases = Phases()
     phases.within(api, "load_policy", "loading")
     phases.within(EmbeddedGenerator, "generate", "sampling")
     phases.within(forward, "_in_passes", "scoring")
-    phases.within(Learner, "forward_backward", "training pass")
-    phases.within(Learner, "step", "update")
+    phases.within(LocalLearner, "forward_backward", "training pass")
+    phases.within(LocalLearner, "step", "update")
     phases.within(checkpoint, "save", "saving")
     phases.within(api, "save_pretrained", "saving")
     algorithm, overrides = settings(name, root, threads)
@@ -186,12 +186,12 @@ def worker(name: str, root: Path, threads: int) -> None:
     with phases.phase("elsewhere"):
         result = api.start(algorithm, recipe, reward=spread if hasattr(recipe, "reward") else None)
     with Run.read(result.folder) as run:
-        times = {name: value for step, name, value in run.timings() if step == 2}  # the first warms up
+        times = {name: value for step, name, value in run.timings() if step == 2}  # the first is warm-up
     print(json.dumps({"baseline": baseline, "peaks": phases.peaks, "times": times}))
 
 
 def child(*arguments: str) -> str:
-    """Output of this module in a process of its own."""
+    """Runs this module in a separate process and returns its output."""
     done = subprocess.run(
         [sys.executable, "-m", "bench.memory", *arguments],
         capture_output=True, text=True, cwd=Path(__file__).parents[1],
@@ -203,7 +203,7 @@ def child(*arguments: str) -> str:
 
 
 def compare(name: str, threads: int, probe: bool = False) -> dict[str, Any]:
-    """One configuration: planned in this process, then run in its own. Bytes, and seconds of the second step."""
+    """Plans a configuration in this process and runs it in another. Returns bytes, and seconds of the second step."""
     from posttrain import config
     from posttrain.models.kernels.build import library
     from posttrain.planner import estimate, speed
@@ -219,7 +219,7 @@ def compare(name: str, threads: int, probe: bool = False) -> dict[str, Any]:
         shape, rows = shapes.shape_of(root / "model"), estimate.measured_rows(algorithm, recipe)[0]
         found = json.loads(child("--worker", name, "--root", folder, "--threads", str(threads)).splitlines()[-1])
         where = planner.Where(fused=library() is not None, baseline=found["baseline"])
-        plan = planner.memory(algorithm, recipe, shape, rows, where)
+        plan = planner.plan_memory(recipe, shape, rows, where)
         seconds = sum(speed.step_seconds(algorithm, recipe, shape, rows, "cpu").values()) if probe else None
     return {
         "name": name,
@@ -235,7 +235,7 @@ def compare(name: str, threads: int, probe: bool = False) -> dict[str, Any]:
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row of the table in MiB: total, error, and the error of the part above the process itself."""
+    """A table row in MiB: totals, error, and the error of the part above the process itself."""
     predicted, measured, base = row["predicted"], row["measured"], row["baseline"]
     sizes = f"{predicted / MIB:,.0f} | {measured / MIB:,.0f} | {predicted / measured - 1:+.0%}"
     above = f"{(predicted - base) / (measured - base) - 1:+.0%}"
@@ -245,12 +245,12 @@ def line(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Prints a line for each configuration."""
+    """Prints one line per configuration."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--only", default="", help="names, split by semicolons")
+    parser.add_argument("--only", default="", help="names, separated by semicolons")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--parts", action="store_true", help="also every phase and part, predicted and measured")
-    parser.add_argument("--time", action="store_true", help="also seconds of a step")
+    parser.add_argument("--parts", action="store_true", help="also print every phase and part, predicted and measured")
+    parser.add_argument("--time", action="store_true", help="also predict and measure the seconds of a step")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--root", type=Path, default=Path(), help=argparse.SUPPRESS)
     args = parser.parse_args()

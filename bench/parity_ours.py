@@ -1,8 +1,8 @@
-"""Our half of `bench/parity.py`: the same weights and batch through the algorithms' own files.
+"""Our side of `bench/parity.py`: computes losses and gradients with the code of `posttrain/algos`.
 
-Every objective is a function (world, settings) → a loss whose gradient it leaves in the model, where the settings are
-those a recipe would give. Rows go through the packed forward pass that trains, in passes of a few rows each; credit,
-token weights and losses are those of `posttrain/algos`.
+Every objective is a function (world, settings) → loss that leaves its gradient in the model; the settings are those of
+a recipe. Rows go through the packed forward pass used in training, a few rows per pass. Advantages, token weights and
+losses are those of `posttrain/algos`.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from posttrain.objectives.tokens import token_weights
 from posttrain.rollout.collector import to_sample, with_logp
 from posttrain.rollout.dynamic_sampling import shaped_rewards
 from posttrain.train.forward import row_scores, sample_logprobs, token_stats
-from posttrain.train.learner import Learner
+from posttrain.train.learners.local import LocalLearner
 from posttrain.types import Batch, Episode, Sample, Span
 
-TOKENS_PER_PASS = 96  # two or three rows, so that a batch is several passes
-LONGEST = 64  # what Dr. GRPO divides by
+TOKENS_PER_PASS = 96  # two or three rows, so that a batch takes several passes
+LONGEST = 64  # Dr. GRPO's constant divisor
 Ids = Sequence[int]
 
 
 @dataclass
 class World:
-    """The policy (with a scalar head), the reference, and the batch as it was written for the peer."""
+    """Policy (with a scalar head), reference, and the batch as written for the peer."""
 
     policy: Policy
     reference: Policy
@@ -50,14 +50,14 @@ class World:
 
 
 def sample(prompt: Ids, answer: Ids, **more: Any) -> Sample:
-    """A row of which the answer is trained (but never a row's first token); `more` are Sample's other fields."""
+    """A row whose completion is trained (but never a row's first token); `more` are other fields of Sample."""
     zeros = np.zeros(len(prompt) + len(answer), np.float32)
     mask = np.arange(len(zeros)) >= max(1, len(prompt))
     return Sample(np.array([*prompt, *answer]), loss_mask=mask, behaviour_logp=zeros, advantages=zeros, **more)
 
 
 def whole(rows: Sequence[Sample]) -> Batch:
-    """All rows in one pass, every trained token with weight 1: for losses of whole rows."""
+    """All rows in one pass, with weight 1 for every trained token: for sequence-level losses."""
     return batching.pad(rows, batching.loss_masks(rows).float())
 
 
@@ -67,14 +67,14 @@ def backward(loss: torch.Tensor) -> float:
 
 
 def sft(world: World) -> float:
-    """Supervised fine-tuning on the chosen answers."""
+    """Supervised fine-tuning loss on the chosen completions."""
     rows = [sample(pair["prompt_ids"], pair["chosen_ids"]) for pair in world.batch["pairs"]]
     batches = batching.micro(rows, TOKENS_PER_PASS, "token-mean")
     return sum(backward(sft_algorithm.loss(*token_stats(world.policy, b, 1.0), b)[0]) for b in batches)
 
 
 def reward(world: World, **algo: Any) -> float:
-    """The reward model's loss; `algo` are settings of `posttrain reward`."""
+    """Reward model loss; `algo` are settings of `posttrain reward`."""
     pairs = [
         (sample(p["prompt_ids"], p["chosen_ids"], margin=p["margin"]), sample(p["prompt_ids"], p["rejected_ids"]))
         for p in world.batch["pairs"]
@@ -88,7 +88,7 @@ def reward(world: World, **algo: Any) -> float:
 
 
 def dpo(world: World, data: str = "pairs", swap: bool = False, **algo: Any) -> float:
-    """DPO and its family; `algo` are settings of `posttrain dpo`. `swap` exchanges policy and reference."""
+    """Losses of DPO and its variants; `algo` are settings of `posttrain dpo`. `swap` swaps policy and reference."""
     cfg = DPOConfig(**algo)
     policy, reference = (world.reference, world.policy) if swap else (world.policy, world.reference)
     items, others = world.batch["judgements" if cfg.loss == "kto" else data], []
@@ -98,18 +98,20 @@ def dpo(world: World, data: str = "pairs", swap: bool = False, **algo: Any) -> f
     else:
         rows = [sample(p["prompt_ids"], p[f"{side}_ids"]) for p in items for side in ("chosen", "rejected")]
     if cfg.referenced:
-        known = partial(sample_logprobs, reference, tokens_per_pass=TOKENS_PER_PASS)
+        known = partial(sample_logprobs, reference, micro_batch_tokens=TOKENS_PER_PASS)
         rows, others = (with_logp(part, "ref_logp", known) for part in (rows, others))
     part = dpo_algorithm.Feedback(rows, 1 if others else 2, others)
-    learner = Learner(policy, TrainConfig(tokens_per_pass=TOKENS_PER_PASS), 1)
+    learner = LocalLearner(policy, TrainConfig(micro_batch_tokens=TOKENS_PER_PASS), 1)
     loss = dpo_algorithm.make_loss(cfg, cfg.beta, dpo_algorithm.mismatch_kl(learner, part, cfg))
     batches = batching.micro(part.rows, TOKENS_PER_PASS, "seq-mean-token-sum", together=part.together)
     return sum(backward(loss(*token_stats(policy, b, 1.0), b)[0]) for b in batches)
 
 
 def with_cross_entropy(world: World, loss: str, mean: bool, prompts: bool) -> float:
-    """A loss without reference at β = 0.1, plus one mean cross-entropy over all tokens of the batch's chosen answers,
-    with `prompts` over their prompts' too: TRL's choices for CPO and ORPO, from the same pure functions."""
+    """A reference-free loss at β = 0.1 plus the mean cross-entropy over all chosen tokens of the batch.
+
+    With `prompts` it also covers the prompt tokens. These are TRL's choices for CPO and ORPO.
+    """
     pairs = world.batch["pairs"]
     chosen, rejected = ([sample(p["prompt_ids"], p[f"{side}_ids"]) for p in pairs] for side in ("chosen", "rejected"))
     batch = whole([*chosen, *rejected])
@@ -124,7 +126,7 @@ def with_cross_entropy(world: World, loss: str, mean: bool, prompts: bool) -> fl
 
 
 def episode(attempt: dict[str, Any], number: int, size: int, tools: bool) -> Episode:
-    """An attempt as the collector would have recorded it; with `tools` a tool wrote the tokens of its mask's gap."""
+    """An episode as the collector would record it; with `tools`, tokens outside `tool_mask` come from a tool."""
     ids, logp = np.array(attempt["completion_ids"]), np.array(attempt["sampler_logp"], np.float32)
     mine = np.array(attempt["tool_mask"] if tools else np.ones_like(ids)).astype(bool)
     edges = [0, *(np.flatnonzero(np.diff(mine)) + 1).tolist(), len(ids)]
@@ -146,15 +148,15 @@ def episode(attempt: dict[str, Any], number: int, size: int, tools: bool) -> Epi
 def grpo(
     world: World, data: str = "attempts", off_policy: bool = True, tools: bool = False, updates: int = 1, **algo: Any
 ) -> float:
-    """A GRPO loss from rewards to gradient; `algo` are settings of `posttrain grpo`.
+    """GRPO loss, from rewards to gradient; `algo` are settings of `posttrain grpo`.
 
-    `off_policy` takes the batch's log-probabilities for those of the policy before this update; of several `updates`
-    per rollout the loss is the first one's.
+    `off_policy` uses the batch's log-probabilities as those of the older policy. With several `updates` per rollout,
+    the loss is that of the first update.
     """
     size = world.batch["group_size"]
     cfg = GRPOConfig(prompts=len(world.batch[data]) // size, group_size=size, **algo)
     recipe = GRPORecipe(algo=cfg, rollout=RolloutConfig(max_tokens=LONGEST))
-    learner = Learner(world.policy, TrainConfig(tokens_per_pass=TOKENS_PER_PASS), 1)
+    learner = LocalLearner(world.policy, TrainConfig(micro_batch_tokens=TOKENS_PER_PASS), 1)
     episodes = [episode(a, i, size, tools) for i, a in enumerate(world.batch[data])]
     groups = [episodes[i : i + size] for i in range(0, len(episodes), size)]
     samples = [to_sample(e, 0.0) for e in episodes]
@@ -174,7 +176,7 @@ def grpo(
 
 
 def rloo_of_answers(world: World, kl_coef: float = 0.0, whiten: bool = False) -> float:
-    """RLOO off-policy with one clipped ratio per answer, from the same pure functions; no recipe asks for this."""
+    """Off-policy RLOO with one clipped ratio per completion, built from the same pure functions; no recipe uses it."""
     attempts = world.batch["attempts"]
     rows = [sample(a["prompt_ids"], a["completion_ids"]) for a in attempts]
     score = torch.tensor([a["reward"] for a in attempts]).view(-1, world.batch["group_size"])

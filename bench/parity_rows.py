@@ -1,4 +1,4 @@
-"""The comparisons of `bench/parity.py`: what TRL is asked for, what ours is, and where they must differ and why."""
+"""The comparisons of `bench/parity.py`: TRL's settings, ours, and where the results are expected to differ and why."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BOTH: tuple[Quantity, ...] = ("loss", "gradient")
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison. `differs` names what must not agree; `reason` says why, in TRL's terms and ours."""
+    """One comparison. `differs` names the quantities expected to differ; `reason` says why."""
 
     name: str
     trainer: str
@@ -27,7 +27,7 @@ class Row:
     reason: str = ""
 
     def for_peer(self) -> dict[str, Any]:
-        """What `parity_peer.py` reads."""
+        """The row as `parity_peer.py` reads it."""
         return {"name": self.name, "trainer": self.trainer, "config": self.config, **self.options}
 
 
@@ -43,7 +43,7 @@ def _dpo(
     one_by_one: bool = False,
     **ours: Any,
 ) -> Row:
-    """TRL's settings, then by name those of `posttrain dpo`, where β is the same."""
+    """A DPO row: TRL's config, then settings of `posttrain dpo` as keyword arguments. β is the same on both sides."""
     options = {"one_by_one": one_by_one, "data": ours.get("data", "pairs")}
     return Row(f"DPO: {name}", "dpo", partial(dpo, beta=config["beta"], **ours), config, options, differs, reason)
 
@@ -56,7 +56,7 @@ def _free(
     differs: tuple[Quantity, ...] = (),
     reason: str = "",
 ) -> Row:
-    """A loss without reference, which TRL has in trainers of their own."""
+    """A row for a reference-free loss, which has its own trainer in TRL."""
     return Row(name, trainer, ours, config, {}, differs, reason)
 
 
@@ -90,7 +90,7 @@ def _grpo(
     micro_batches: int = 1,
     **ours: Any,
 ) -> Row:
-    """TRL's settings, then by name those of `posttrain grpo`, beside the standard deviation as TRL takes it."""
+    """A GRPO row: TRL's config, then settings of `posttrain grpo`, with TRL's standard deviation as the default."""
     settings = {"std": "sample", "std_eps": 1e-4, **ours}
     return _online("grpo", name, config, grpo, settings, differs, reason, micro_batches)
 
@@ -121,11 +121,11 @@ PAIRS = [
         "cDPO, ε = 0.1",
         {"loss_type": ["sigmoid"], "beta": 0.1, "label_smoothing": 0.1},
         BOTH,
-        "TRL's sigmoid loss does not read label_smoothing",
+        "TRL's sigmoid loss ignores label_smoothing",
         label_smoothing=0.1,
     ),
     _dpo(
-        "cDPO, ε = 0.1, as TRL's AOT of one pair",
+        "cDPO, ε = 0.1, against TRL's AOT on single pairs",
         {"loss_type": ["aot"], "beta": 0.1, "label_smoothing": 0.1},
         one_by_one=True,
         label_smoothing=0.1,
@@ -142,14 +142,14 @@ PAIRS = [
         "IPO",
         {"loss_type": ["ipo"], "beta": 0.1},
         BOTH,
-        "TRL divides each answer's log-ratio by its length; the paper's eq. 17 is on sums",
+        "TRL divides each completion's log-ratio by its length; the paper's eq. 17 uses sums",
         loss="ipo",
     ),
     _dpo(
-        "IPO per token, prompts cut off",
+        "IPO per token, prompts truncated",
         {"loss_type": ["ipo"], "beta": 0.1},
         BOTH,
-        "TRL divides by the unshifted mask and so counts the row's first token, which nothing predicts (trl #6879)",
+        "TRL divides by the unshifted mask, so it counts the row's first token, which has no prediction (trl #6879)",
         loss="ipo",
         length_normalise="yes",
         data="cut_pairs",
@@ -166,7 +166,7 @@ PAIRS = [
         {"loss_type": "sigmoid", "beta": 0.1, "cpo_alpha": 1.0},
         partial(dpo, loss="cpo", beta=0.1),
         BOTH,
-        "TRL's cross-entropy is one mean over the tokens of all chosen answers; the paper's is of whole answers, a sum",
+        "TRL averages the cross-entropy over all chosen tokens; the paper sums it over each chosen completion",
     ),
     _free(
         "cpo",
@@ -181,7 +181,7 @@ PAIRS = [
         {**SIMPO, "label_smoothing": 0.1},
         partial(dpo, loss="simpo", beta=2.0, margin=0.5, label_smoothing=0.1),
         BOTH,
-        "should the other answer be the better, ours asks it to win by γ, TRL lets it lose by up to γ",
+        "if the other completion is better, ours requires it to win by γ; TRL lets it lose by up to γ",
     ),
     _free(
         "cpo",
@@ -195,7 +195,7 @@ PAIRS = [
         {"beta": 0.1},
         partial(dpo, loss="orpo", beta=0.1),
         BOTH,
-        "TRL's cross-entropy is one mean over the batch, prompts included; the paper's eq. 3 is each answer's own mean",
+        "TRL averages the cross-entropy over the batch, prompts included; the paper's eq. 3 over each completion",
     ),
     _free(
         "orpo",
@@ -205,7 +205,7 @@ PAIRS = [
     ),
     Row("KTO", "kto", partial(dpo, loss="kto", beta=0.1), {"beta": 0.1}, {"swap": False}),
     Row(
-        "KTO, policy and reference exchanged, weights 1 and 1.5",
+        "KTO, policy and reference swapped, weights 1 and 1.5",
         "kto",
         partial(dpo, loss="kto", beta=0.1, undesirable_weight=1.5, swap=True),
         {"beta": 0.1, "undesirable_weight": 1.5},
@@ -214,7 +214,7 @@ PAIRS = [
 ]
 
 SEQ = "seq-mean-token-mean"
-RATIO_PER_ANSWER = "TRL's loss has one term per answer, ours one per token; on-policy the gradients are the same"
+RATIO_PER_ANSWER = "TRL's loss has one term per completion, ours one per token; on-policy the gradients are the same"
 RLOO = {"off_policy": False, "baseline": "leave-one-out", "aggregate": "seq-mean-token-sum"}
 GRPO_TRL = PRESETS["grpo"]["grpo-trl"].settings["algo"]
 ONLINE = [
@@ -225,39 +225,39 @@ ONLINE = [
         "dapo, the first of two updates per rollout",
         {"loss_type": "dapo"},
         BOTH,
-        "TRL divides by the rollout's tokens per update, on average; ours by the tokens of this update",
+        "TRL divides by the rollout's average tokens per update, ours by the tokens of this update",
         updates=2,
     ),
     _grpo("dapo, clip-higher", {"loss_type": "dapo", "epsilon_high": 0.28}, clip_high=0.28),
     _grpo("dapo, two-sided clip, δ = 3", {"delta": 3.0}, policy_loss="dual-clip"),
     _grpo("dapo, tool tokens masked", {"loss_type": "dapo"}, tools=True),
     _grpo(
-        "dapo, one answer unscored",
+        "dapo, one completion without a reward",
         {"loss_type": "dapo"},
         BOTH,
-        "TRL counts the tokens of an answer without a reward in the divisor; ours leaves the answer out",
+        "TRL's divisor counts the tokens of a completion without a reward; ours leaves them out",
         data="unscored_attempts",
     ),
-    _grpo("dapo, cut answers left out", {"mask_truncated_completions": True}, drop_truncated=True),
+    _grpo("dapo, truncated completions masked", {"mask_truncated_completions": True}, mask_truncated=True),
     _grpo("grpo", {"loss_type": "grpo"}, aggregate=SEQ),
     _grpo(
-        "grpo, cut answers left out",
+        "grpo, truncated completions masked",
         {"loss_type": "grpo", "mask_truncated_completions": True},
         BOTH,
-        "TRL's mean over rows counts the rows that were left out; ours only those with a loss token",
+        "TRL's mean over rows counts the masked rows; ours only rows with trained tokens",
         aggregate=SEQ,
-        drop_truncated=True,
+        mask_truncated=True,
     ),
     _grpo("bnpo", {"loss_type": "bnpo"}),
     _grpo(
         "bnpo, two micro-batches",
         {"loss_type": "bnpo"},
         BOTH,
-        "TRL takes each micro-batch's own mean; ours is fixed over the optimizer batch whatever the split",
+        "TRL averages within each micro-batch; ours averages over the optimizer batch, however it is split",
         micro_batches=2,
     ),
     _grpo("dr_grpo, no std", {"loss_type": "dr_grpo", "scale_rewards": "none"}, aggregate="constant", std="none"),
-    _grpo("std of the batch", {"scale_rewards": "batch"}, std="batch"),
+    _grpo("batch std", {"scale_rewards": "batch"}, std="batch"),
     _grpo(
         "GSPO",
         {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 0.05},
@@ -268,20 +268,20 @@ ONLINE = [
     ),
     _grpo("CISPO, weights at most 1.2", {"loss_type": "cispo", "epsilon_high": 1.2}, policy_loss="cispo", clip_low=1.0),
     _grpo(
-        "CISPO, ε = 0.2 in both",
+        "CISPO, ε = 0.2 on both sides",
         {"loss_type": "cispo"},
         BOTH,
-        "TRL's bound is the absolute epsilon_high, which falls back to 0.2, with no lower bound; the paper's is 1 ± ε",
+        "TRL's bound is epsilon_high itself, 0.2 by default, with no lower bound; the paper's is 1 ± ε",
         policy_loss="cispo",
     ),
     _grpo("SAPO", {"loss_type": "sapo"}, policy_loss="sapo", aggregate=SEQ),
     _grpo("KL k3, 0.04", {"beta": 0.04, "use_bias_correction_kl": False}, kl_coef=0.04, kl_estimator="k3"),
-    _grpo("KL as TRL's default, 0.04, on-policy", {"beta": 0.04}, kl_coef=0.04, kl_estimator="k3+", off_policy=False),
+    _grpo("KL with TRL's default, 0.04, on-policy", {"beta": 0.04}, kl_coef=0.04, kl_estimator="k3+", off_policy=False),
     _grpo(
-        "KL as TRL's default, 0.04",
+        "KL with TRL's default, 0.04",
         {"beta": 0.04},
         BOTH,
-        "TRL multiplies the KL by the ratio to the older policy, ours only differentiates it as k2",
+        "TRL multiplies the KL by the ratio to the older policy; ours has k3's value and k2's gradient",
         kl_coef=0.04,
         kl_estimator="k3+",
     ),
@@ -312,9 +312,9 @@ ONLINE = [
         kl_place="reward",
         **RLOO,
     ),
-    _rloo("one ratio per answer", {}, rloo_of_answers),
-    _rloo("one ratio per answer, KL 0.05 in the reward", {"beta": 0.05}, rloo_of_answers, kl_coef=0.05),
-    _rloo("one ratio per answer, whitened", {"normalize_advantages": True}, rloo_of_answers, whiten=True),
+    _rloo("one ratio per completion", {}, rloo_of_answers),
+    _rloo("one ratio per completion, KL 0.05 in the reward", {"beta": 0.05}, rloo_of_answers, kl_coef=0.05),
+    _rloo("one ratio per completion, whitened", {"normalize_advantages": True}, rloo_of_answers, whiten=True),
 ]
 
 ROWS = [*SUPERVISED, *PAIRS, *ONLINE]

@@ -1,4 +1,4 @@
-"""The work that is compared, and the bar each piece of it must reach."""
+"""The workloads that are compared, and the target for each."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any, Literal
 from bench.models import SHAPES, model_folder, texts
 
 Settings = Mapping[str, Any]
-SMALL: Settings = {"model.dtype": "float32", "train.tokens_per_pass": 2048}
-LARGE: Settings = {"model.dtype": "float32", "train.tokens_per_pass": 8192}  # our default
+SMALL: Settings = {"model.dtype": "float32", "train.micro_batch_tokens": 2048}
+LARGE: Settings = {"model.dtype": "float32", "train.micro_batch_tokens": 8192}  # our default
 FP32: tuple[Settings, ...] = (SMALL, LARGE)
-MIXED: Settings = {**SMALL, "rollout.dtype": "bfloat16", "algo.is_cap": 2.0}  # corrected for the sampler's rounding
-OURS: tuple[Settings, ...] = (*FP32, MIXED, {"model.dtype": "bfloat16", "train.tokens_per_pass": 2048})
+MIXED: Settings = {**SMALL, "rollout.dtype": "bfloat16", "algo.is_cap": 2.0}  # corrects the sampler's rounding
+OURS: tuple[Settings, ...] = (*FP32, MIXED, {"model.dtype": "bfloat16", "train.micro_batch_tokens": 2048})
 WHOLE: Settings = {"dtype": "float32"}  # all rows in one pass
 PASSES: Settings = {"dtype": "float32", "rows_per_pass": 8}  # TRL's default number of rows
 PACKED: Settings = {"dtype": "float32", "packing": 512, "rows_per_pass": 1}
@@ -30,13 +30,13 @@ LR = 1e-5
 
 @dataclass(frozen=True)
 class Bar:
-    """What a row promises: how many times faster, or which share of the memory."""
+    """A row's target: a minimum speedup or a maximum memory ratio."""
 
     of: Literal["time", "memory"]
     limit: float
 
     def met(self, ratio: float) -> bool:
-        """Whether a ratio reaches it: the peer's time over ours, or our memory over the peer's."""
+        """Whether a ratio meets the target: the peer's time over ours, or our memory over the peer's."""
         return ratio >= self.limit if self.of == "time" else ratio <= self.limit
 
     def __str__(self) -> str:
@@ -45,7 +45,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Row:
-    """A comparison: the work, what each side may choose from (the fastest is taken), and the bars."""
+    """A comparison: the work, each side's candidate settings (the fastest is used), and the targets."""
 
     name: str
     bars: tuple[Bar, ...]
@@ -56,7 +56,7 @@ class Row:
     rounds: int = 4
 
     def job(self, folder: Path) -> dict[str, Any]:
-        """The work as both sides read it, with its texts and tokens made for the model in `folder`."""
+        """The job that both sides read, with texts and tokens generated for the model in `folder`."""
         work = dict(self.work)
         job: dict[str, Any] = {"kind": work["kind"], "folder": str(folder), "lr": LR}
         if work["kind"] in ("grpo", "generate"):
@@ -70,7 +70,7 @@ class Row:
 
 
 def quarter(row: Row) -> Row:
-    """The same row with a quarter of the work: every fourth length by size, so that the longest stays."""
+    """The same row with a quarter of the work: every fourth length by size, so that the longest one is kept."""
     work = dict(row.work)
     if "count" in work:
         return replace(row, work=work | {"count": max(2, work["count"] // 4)})
@@ -83,7 +83,7 @@ def quarter(row: Row) -> Row:
 
 
 def long_tailed(count: int, shortest: int, longest: int, mean: float, seed: int = 0) -> list[int]:
-    """Lengths of an exponential distribution shifted to `shortest` and cut at `longest`, which occurs at least once."""
+    """Exponentially distributed lengths, shifted to `shortest` and capped at `longest`, which occurs at least once."""
     draw = random.Random(seed)
     lengths = [min(longest, shortest + round(draw.expovariate(1 / (mean - shortest)))) for _ in range(count)]
     lengths[draw.randrange(count)] = longest
@@ -91,7 +91,7 @@ def long_tailed(count: int, shortest: int, longest: int, mean: float, seed: int 
 
 
 def chats(vocab: int, count: int) -> dict[str, Any]:
-    """Conversations as tokens: two turns of a user, of which a third is prompt, and the assistant's are trained."""
+    """Tokenized two-turn chats. The first third of each turn is the user's; the assistant's tokens are trained."""
     draw = random.Random(1)
     rows: list[dict[str, Any]] = []
     for length in long_tailed(count, 16, 512, 120, seed=1):
@@ -102,7 +102,7 @@ def chats(vocab: int, count: int) -> dict[str, Any]:
 
 
 def pairs(vocab: int, count: int) -> dict[str, Any]:
-    """Prompts of 256 to 384 tokens with two answers of 16 to 64, each with its stop token."""
+    """Prompts of 256 to 384 tokens with two completions of 16 to 64 tokens, stop token included."""
     draw = random.Random(2)
 
     def tokens(count: int) -> list[int]:
@@ -135,9 +135,9 @@ ROWS = (
     Row("GRPO step, fixed length, best against best", (Bar("time", 2.5),), "5M", FIXED, OURS, PEER),
     Row("GRPO step, ragged lengths", (Bar("time", 5.0),), "5M", RAGGED, rounds=2),
     Row("GRPO step, long shared prompt", (Bar("time", 6.0),), "5M", LONG_PROMPT, rounds=2),
-    Row("GRPO step, 150,000 words, one pass", (Bar("memory", 0.4),), "150k words", MANY_WORDS, (LARGE,), (WHOLE,), 2),
+    Row("GRPO step, 150k vocabulary, one pass", (Bar("memory", 0.4),), "150k words", MANY_WORDS, (LARGE,), (WHOLE,), 2),
     Row(
-        "GRPO step, 150,000 words, TRL in passes",
+        "GRPO step, 150k vocabulary, TRL in passes",
         (Bar("memory", 0.4),),
         "150k words",
         MANY_WORDS,
@@ -155,12 +155,12 @@ ROWS = (
         ({"dtype": "float32", "continuous": True},),
     ),
     Row("SFT on ragged chats", (Bar("time", 2.0), Bar("memory", 0.6)), "5M", CHATS, peer=(PACKED, PASSES, WHOLE)),
-    Row("SFT on ragged chats, TRL not packing", (Bar("time", 2.0), Bar("memory", 0.6)), "5M", CHATS, rounds=2),
+    Row("SFT on ragged chats, TRL without packing", (Bar("time", 2.0), Bar("memory", 0.6)), "5M", CHATS, rounds=2),
     Row("DPO, shared prompts", (Bar("time", 2.0), Bar("memory", 0.6)), "5M", {"kind": "dpo", "count": 16}),
     Row("GRPO step, SmolLM2-135M", (Bar("time", 2.5),), "SmolLM2-135M", SMOLLM2, (SMALL,), (PASSES,), 2),
 )
 
 
 def folder_of(row: Row, root: Path, given: Mapping[str, Path]) -> Path:
-    """The model's folder: one that was given for this shape, or random weights."""
+    """The model's folder: the one given for this shape, or random weights."""
     return given.get(row.model) or model_folder(SHAPES[row.model], root)

