@@ -23,14 +23,14 @@ import numpy as np
 from bench.marks import between
 from posttrain import api
 from posttrain.data.answers import final_part
-from posttrain.data.tasks.load import verifier_for
 from posttrain.evaluation.diagnose import at_least, diagnose
 from posttrain.evaluation.run_evidence import Evidence, read_evidence
+from posttrain.rewards.auto import verifier_for
 from posttrain.types import Task, Verdict
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "build" / "bench" / "hacking"
-PAGE = ROOT / "docs" / "reward-hacking.md"
+PAGE = ROOT / "docs" / "guides" / "reward-hacking.md"
 BEGIN, END = "<!-- measured -->\n", "<!-- end -->\n"
 Pay = Callable[[Task, str], float]
 

@@ -23,8 +23,8 @@ from bench.turns import Turns, reward
 from posttrain import config
 from posttrain.algos import dpo, grpo, sft
 from posttrain.data.mixing import Mixture
-from posttrain.models.load import Policy, load_policy
-from posttrain.rollout.build import make_collector, speak
+from posttrain.models.load import Policy, load_policy, with_chat_format
+from posttrain.rollout.build import make_collector
 from posttrain.rollout.generator import Generator, OnDone, OnToken, Request
 from posttrain.rollout.prefetch import Ahead
 from posttrain.store.run import Run
@@ -107,7 +107,7 @@ def on_step(turns: Turns, facts: Callable[[Mapping[str, float]], Mapping[str, An
 
 def forced(job: Job, recipe: Any, policy: Policy) -> tuple[Any, Forced, list[Task]]:
     """A collector that forces the job's completion lengths, its generator, and the job's prompts as tasks."""
-    chat = speak(policy, "plain")
+    chat = with_chat_format(policy, "plain")
     policy.stop_ids = ()
 
     def verify(_: Task, text: str) -> Verdict:
