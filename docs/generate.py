@@ -247,11 +247,11 @@ def main(arguments: Sequence[str]) -> int:
         if path.exists() and path.read_text(encoding="utf-8") == text:
             continue
         if arguments:
-            print(f"docs/{name} is not what the code says; run `make docs`.")
+            print(f"docs/reference/{name} does not match the code; run `make docs`.")
             stale = 1
         else:
             path.write_text(text, encoding="utf-8", newline="\n")
-            print(f"wrote docs/{name}")
+            print(f"wrote docs/reference/{name}")
     return stale
 
 

@@ -36,9 +36,10 @@ def runs(folder: str, as_json: bool) -> None:
 @click.argument("algorithm", default="grpo")
 @click.option("--json", "as_json", is_flag=True, help="Print every preset's settings as JSON on stdout.")
 def presets(algorithm: str, as_json: bool) -> None:
-    """List an algorithm's presets: settings of papers and other implementations.
+    """List an algorithm's presets.
 
-    Use one with `posttrain ALGORITHM --preset NAME`; settings you give explicitly win.
+    They are settings of papers and other implementations. Use one with `posttrain ALGORITHM --preset NAME`; settings
+    given explicitly win.
     """
     if algorithm not in config.PRESETS:
         raise ConfigError(f"{algorithm!r} has no presets{config.nearest(algorithm, list(config.PRESETS))}")
@@ -138,7 +139,10 @@ def doctor(run: str | None, as_json: bool, fail_on: str | None) -> None:
 @click.argument("run")
 @click.option("--out", help="Output file.  [default: RUN/report.html]")
 def report(run: str, out: str | None) -> None:
-    """Write an HTML report of a run or pipeline: tables, plots and samples in a single file."""
+    """Write an HTML report of a run or pipeline.
+
+    It is a single file with tables, plots and samples.
+    """
     from posttrain.cli import tables
     from posttrain.cli.report import write_report
 

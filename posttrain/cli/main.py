@@ -144,7 +144,7 @@ for _algorithm in config.RECIPES:
 @click.option("--again", default="", metavar="STAGE", help="Rerun this stage even if its inputs have not changed.")
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON on stdout.")
 def pipeline(args: tuple[str, ...], out: str, mini: bool, again: str, as_json: bool) -> None:
-    """Run several stages from one file: data, training and an evaluation of every model.
+    """Run data, training and evaluation stages from one file.
 
     Stages whose inputs have not changed are not rerun. After an interruption, run the same command to continue.
     """
@@ -163,7 +163,7 @@ def pipeline(args: tuple[str, ...], out: str, mini: bool, again: str, as_json: b
 @click.argument("run")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 def resume(run: str, as_json: bool) -> None:
-    """Resume a run that was stopped or killed; the result is bit-exact."""
+    """Resume a stopped or killed run, bit-exactly."""
     from posttrain.store.run import Run
 
     with Run.read(Path(run)) as store:
@@ -184,9 +184,9 @@ def resume(run: str, as_json: bool) -> None:
 def evaluate(
     model: str, args: tuple[str, ...], tasks: str | None, reward: str | None, samples: str | None, as_json: bool
 ) -> None:
-    """Evaluate a model or run on held-out tasks, with confidence intervals.
+    """Evaluate a model or run on held-out tasks.
 
-    With --samples 2 or more, also reports pass@k and maj@k.
+    Reports accuracy and, with --samples 2 or more, pass@k and maj@k, with 95 % intervals.
     """
     from posttrain.cli import tables
 
@@ -220,7 +220,7 @@ def evaluate(
 @click.option("--pairs", help="File for best-worst pairs, for `posttrain dpo` and `posttrain reward`.")
 @click.option("--json", "as_json", is_flag=True, help="Print the numbers as JSON on stdout.")
 def best_of_n(model: str, args: tuple[str, ...], out: str, least: float | None, pairs: str, **given: Any) -> None:
-    """Measure the score and accuracy of the best of n completions, for n = 1, 2, 4 … N.
+    """Evaluate best-of-n sampling for n = 1, 2, 4 … N.
 
     With --out or --pairs, the completions become training data.
     """
@@ -251,7 +251,10 @@ def best_of_n(model: str, args: tuple[str, ...], out: str, least: float | None, 
 @click.option("--count", default=64, show_default=True, help="Number of questions.")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON on stdout.")
 def probe(model: str, tasks: str, count: int, as_json: bool) -> None:
-    """Probe a reward model for biases: what does it reward besides being right?"""
+    """Probe a reward model for biases.
+
+    Measures what it rewards besides being right: length, sycophancy, format and position.
+    """
     from posttrain.cli import tables
 
     with tables.console(as_json).status(f"probing {model}"):

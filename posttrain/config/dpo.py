@@ -81,9 +81,10 @@ class DPOConfig:
 
 @dataclass(frozen=True)
 class DPORecipe:
-    """Offline preference optimisation on pairs of answers, or on single judged answers.
+    """Offline preference optimisation (DPO and its family).
 
-    `--loss` selects DPO (sigmoid), robust, ipo, hinge, simpo, orpo, cpo or kto; `--preset` selects a paper's settings.
+    Trains on pairs of completions, or on single judged completions. `--loss` selects DPO (sigmoid), robust, ipo, hinge,
+    simpo, orpo, cpo or kto; `--preset` selects a paper's settings.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)

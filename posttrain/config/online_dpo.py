@@ -47,9 +47,10 @@ class OnlineDPOConfig:
 
 @dataclass(frozen=True)
 class OnlineDPORecipe:
-    """DPO on pairs sampled from the current policy: the best and the worst completion of each task, by reward.
+    """DPO on pairs sampled from the current policy.
 
-    The reference is the starting model (Guo et al., OAIF, arXiv 2402.04792).
+    A pair is the best and the worst completion of a task, by reward. The reference model is the starting model (Guo et
+    al., OAIF, arXiv 2402.04792).
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)

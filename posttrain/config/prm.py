@@ -46,9 +46,10 @@ class PRMConfig:
 
 @dataclass(frozen=True)
 class PRMRecipe:
-    """Process and outcome reward models: predict whether each step of a solution, or the whole solution, is correct.
+    """Process or outcome reward model.
 
-    Trains on labelled solutions, or on sampled solutions whose steps are labelled by rollouts (Math-Shepherd).
+    Predicts whether each step of a solution, or the whole solution, is correct. Trains on labelled solutions, or on
+    sampled solutions whose steps are labelled by rollouts (Math-Shepherd).
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)

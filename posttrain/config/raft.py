@@ -49,9 +49,10 @@ class RaftConfig:
 
 @dataclass(frozen=True)
 class RaftRecipe:
-    """Iterated fine-tuning on the model's own best completions: sample, select, train, repeat.
+    """Iterated fine-tuning on the model's own best completions.
 
-    Covers rejection sampling, RAFT, expert iteration, STaR and ReST-EM, by settings. A step is one round.
+    Each round samples, selects and trains; a step is one round. Covers rejection sampling, RAFT, expert iteration, STaR
+    and ReST-EM, by settings.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)

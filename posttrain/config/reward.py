@@ -36,9 +36,10 @@ class RewardModelConfig:
 
 @dataclass(frozen=True)
 class RewardModelRecipe:
-    """Reward model trained on preference pairs (Bradley–Terry): one score per completion.
+    """Reward model trained on preference pairs (Bradley–Terry).
 
-    Trains on a file of pairs, or on the model's own completions, paired by the rewards of a verifier.
+    Gives one score per completion. Trains on a file of pairs, or on the model's own completions, paired by the rewards
+    of a verifier.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
