@@ -41,7 +41,7 @@ def marked_answer(text: str) -> str | None:
 
 
 def final_answer(text: str) -> str:
-    """What two completions must share to count as the same vote: the marked answer, else the text after thinking."""
+    """The answer that counts as a completion's vote: the marked answer, else the text after the thinking."""
     return marked_answer(final_part(text)) or final_part(text)
 
 

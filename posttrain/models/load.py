@@ -227,12 +227,12 @@ def check_forward(policy: Policy) -> float:
 
 
 def with_chat_format(policy: Policy, form: Literal["chat", "plain"]) -> ChatFormat:
-    """The chat format of the policy's tokenizer. Tokens that end a turn in it become stop tokens of the policy."""
+    """The chat format of the policy's tokenizer; its end-of-turn tokens are added to the policy's stop tokens."""
     chat = ChatFormat(policy.tokenizer, form)
     add_stop_ids(policy, chat.stop_ids)
     return chat
 
 
 def add_stop_ids(policy: Policy, ids: Sequence[int]) -> None:
-    """Adds tokens that end a completion, after those that the model names itself."""
+    """Adds stop tokens to those of the model."""
     policy.stop_ids = tuple(dict.fromkeys([*policy.stop_ids, *ids]))

@@ -108,7 +108,7 @@ OnWrite = Callable[
     [int, Mapping[str, float], Mapping[str, float], Sequence[EpisodeRow], Sequence[Event]],
     None,
 ]
-"""(step, metrics, timings, episodes, events)."""
+"""Callback with (step, metrics, timings, episodes, events)."""
 
 
 class Run:
@@ -118,7 +118,7 @@ class Run:
         """Use `create`, `open` or `read`."""
         self.folder = folder
         self.header: dict[str, Any] = header
-        self.on_write: OnWrite | None = None  # called with what `write` was given once it is stored (store/tracker.py)
+        self.on_write: OnWrite | None = None  # called with the arguments of `write` once they are stored (store/tracker.py)
         self._lock = lock
         self._db = database
 
