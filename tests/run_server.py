@@ -53,7 +53,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "algo.baseline": "ema",
         "algo.max_lag": 2,
         "algo.is_cap": 2.0,
-        "algo.max_refills": 2,
+        "algo.max_resamples": 2,
         "algo.entropy_coef": 0.01,
         "eval.problems": 4,
         "train.lr": 1e-2,
@@ -81,7 +81,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "algo.group_size": 2,
         "algo.baseline": "greedy",
         "algo.overlap": True,
-        "algo.max_refills": 1,
+        "algo.max_resamples": 1,
         "eval.problems": 4,
         "eval.every": 3,
         "train.lr": 1e-2,
@@ -181,7 +181,7 @@ SHARED: dict[str, Any] = {
     "train.steps": STEPS,
     "train.threads": 1,
     "run.checkpoint_every": 2,
-    "train.tokens_per_pass": 128,
+    "train.micro_batch_tokens": 128,
 }
 
 

@@ -19,7 +19,7 @@ from posttrain.data.tasks.load import load_tasks
 from posttrain.rewards import code as code_reward
 from posttrain.rewards.code import code, extract_code, humaneval_task, mbpp_task, program_of
 from posttrain.rewards.verifiers import VERIFIERS
-from posttrain.rollout.build import check_gold
+from posttrain.rollout.tasks import check_gold
 from posttrain.store.run import Run
 from posttrain.types import Message, Task
 from tests import tiny

@@ -89,8 +89,8 @@ def test_a_key_in_several_sections_asks_for_the_section() -> None:
         ({"train": {"lr": "fast"}}, "train.lr='fast' is not a number."),
         ({"train": {"lr": True}}, "train.lr=True is bool, expected float."),
         ({"train": {"lr": [1e-3]}}, "train.lr=[0.001] is list, expected float."),
-        ({"algo": {"drop_truncated": "yes"}}, "algo.drop_truncated='yes' is str, expected bool."),
-        ({"algo": {"drop_truncated": 1}}, "algo.drop_truncated=1 is int, expected bool."),
+        ({"algo": {"mask_truncated": "yes"}}, "algo.mask_truncated='yes' is str, expected bool."),
+        ({"algo": {"mask_truncated": 1}}, "algo.mask_truncated=1 is int, expected bool."),
         ({"algo": {"policy_loss": "cilp"}}, "algo.policy_loss='cilp' is not one of clip, dual-clip, "),
         ({"model": {"path": 3}}, "model.path=3 is int, expected str."),
         ({"train": 3}, "train is a section; write [train] with settings below it, not a value."),
@@ -108,8 +108,8 @@ def test_a_section_given_as_a_value_is_refused_with_overrides_too() -> None:
 
 
 def test_whole_numbers_and_text_become_the_fields_type() -> None:
-    recipe = grpo(train__lr=1, train__steps="7", algo__drop_truncated="True", train__beta1="0.5")
-    assert (recipe.train.lr, recipe.train.steps, recipe.algo.drop_truncated, recipe.train.beta1) == (1.0, 7, True, 0.5)
+    recipe = grpo(train__lr=1, train__steps="7", algo__mask_truncated="True", train__beta1="0.5")
+    assert (recipe.train.lr, recipe.train.steps, recipe.algo.mask_truncated, recipe.train.beta1) == (1.0, 7, True, 0.5)
     assert isinstance(recipe.train.lr, float)
 
 
@@ -135,7 +135,7 @@ def test_whole_numbers_and_text_become_the_fields_type() -> None:
         ({"algo__clip_low": -0.1}, "algo.clip_low=-0.1 cannot be negative"),
         ({"algo__kl_coef": -1.0}, "algo.kl_coef=-1.0 cannot be negative"),
         ({"algo__is_cap": -2.0}, "algo.is_cap=-2.0 cannot be negative"),
-        ({"train__tokens_per_pass": 0}, "tokens_per_pass=0 must be 1 or more"),
+        ({"train__micro_batch_tokens": 0}, "micro_batch_tokens=0 must be 1 or more"),
         ({"run__checkpoint_every": 0}, "checkpoint_every=0 must be 1 or more"),
         ({"run__keep": 0}, "keep=0 must be 1 or more"),
         ({"data__holdout": 1.0}, "data.holdout=1.0 is not in [0, 1)"),

@@ -25,7 +25,7 @@ from posttrain.objectives.policy import reinforce
 from posttrain.objectives.tokens import kl_k2
 from posttrain.store.run import Run
 from posttrain.train import forward
-from posttrain.train.learner import Learner
+from posttrain.train.learners.local import LocalLearner
 from posttrain.types import Batch, ConfigError, ResumeError, Sample
 from tests import tiny
 
@@ -248,8 +248,8 @@ def rows(policy: Policy, count: int = 5) -> list[Sample]:
     return made
 
 
-def one_batch(samples: list[Sample], tokens_per_pass: int = 10_000) -> list[Batch]:
-    return batching.micro(samples, tokens_per_pass, "token-mean")
+def one_batch(samples: list[Sample], micro_batch_tokens: int = 10_000) -> list[Batch]:
+    return batching.micro(samples, micro_batch_tokens, "token-mean")
 
 
 def gradient(policy: Policy, loss: torch.Tensor) -> torch.Tensor:
@@ -295,8 +295,8 @@ def test_the_gradient_does_not_depend_on_how_the_batch_is_split(student_folder: 
     student, teacher = tiny.load(student_folder), tiny.load(teacher_folder)
     both = distill.make_forward(teacher, DistillConfig())
     grads: list[torch.Tensor] = []
-    for tokens_per_pass in (10_000, 12):
-        batches = one_batch(rows(student), tokens_per_pass)
+    for micro_batch_tokens in (10_000, 12):
+        batches = one_batch(rows(student), micro_batch_tokens)
         losses = [LOSS(*both(student, batch, 1.0), batch)[0] for batch in batches]
         grads.append(gradient(student, torch.stack(losses).sum()))
     assert len(batches) > 2
@@ -305,9 +305,9 @@ def test_the_gradient_does_not_depend_on_how_the_batch_is_split(student_folder: 
 
 def test_a_student_that_is_its_own_teacher_agrees_everywhere_and_does_not_move(student_folder: Path) -> None:
     student, teacher = tiny.load(student_folder), tiny.load(student_folder)
-    learner = Learner(student, config.TrainConfig(), 1, forward=distill.make_forward(teacher, DistillConfig()))
+    learner = LocalLearner(student, config.TrainConfig(), 1, forward=distill.make_forward(teacher, DistillConfig()))
     (batch,) = one_batch(rows(student))
-    stats = learner.forward_backward(batch, distill.loss)
+    (stats,) = learner.forward_backward([batch], distill.loss)
     assert stats["agreement"].value == 1 and abs(stats["reverse_kl"].value) < 1e-6
     assert learner.step()["grad_norm"].value < 1e-5
 

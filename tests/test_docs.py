@@ -21,9 +21,10 @@ import posttrain as pt
 from posttrain import api, config
 from posttrain.cli import arguments
 from posttrain.cli import main as cli
-from posttrain.cli.tables import CHANGES, FIELDS
+from posttrain.cli.tables import FIELDS
 from posttrain.data.tasks.load import BUILT_IN
 from posttrain.evaluation.accuracy import Estimate, Report
+from posttrain.evaluation.labels import CHANGES
 from posttrain.pipelines.card import CardConfig
 from posttrain.pipelines.data_stages import DATA_STAGES
 from posttrain.pipelines.figure import Figure
@@ -91,7 +92,7 @@ def test_a_stale_generated_page_is_named(
     (tmp_path / "cli.md").write_text("old", encoding="utf-8")
     capsys.readouterr()
     assert generator().main(["--check"]) == 1
-    assert capsys.readouterr().out == "docs/reference/cli.md is not what the code says; run `make docs`.\n"
+    assert capsys.readouterr().out == "docs/reference/cli.md does not match the code; run `make docs`.\n"
 
 
 # --- nothing is undocumented ----------------------------------------------------------------------------------------

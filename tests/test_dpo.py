@@ -18,12 +18,11 @@ from posttrain.algos.dpo import Feedback, beta_at, compare, feedback, make_loss,
 from posttrain.config.dpo import DPOConfig, DPORecipe
 from posttrain.config.presets import PRESETS
 from posttrain.data import batching
-from posttrain.models.load import trainable
+from posttrain.models.load import trainable, with_chat_format
 from posttrain.objectives.preference import LENGTH_NORMALISED, PAIR_LOSSES, REFERENCE_FREE, WITH_NLL
-from posttrain.rollout.build import speak
 from posttrain.store.run import Run
-from posttrain.train.learner import Learner
-from posttrain.train.reference import reference_logprobs
+from posttrain.train.learners.local import LocalLearner
+from posttrain.train.reference_cache import reference_logprobs
 from posttrain.types import ConfigError, DataError, Judgement, Message, Preference, Sample
 from tests import tiny
 
@@ -149,7 +148,7 @@ def test_beta_starts_and_ends_exactly_where_it_is_told() -> None:
 def some_feedback(model: Path, unpaired: bool) -> tuple[Any, Feedback]:
     """A policy that has moved from its start, and rows of different lengths with the start's log-probabilities."""
     policy = tiny.load(model)
-    chat = speak(policy, "chat")
+    chat = with_chat_format(policy, "chat")
     ask = [(Message("user", f"Say {w * (1 + i)}."),) for i, w in enumerate(WORDS)]
     items: list[Any] = (
         [Judgement(w, ask[i], w * (1 + i), i % 2 == 0) for i, w in enumerate(WORDS)]
@@ -177,10 +176,10 @@ def test_how_rows_are_split_into_passes_changes_neither_loss_nor_gradient(model:
     found: list[tuple[float, torch.Tensor]] = []
     passes: list[int] = []
     for room in (10_000, 80, 1):
-        learner = Learner(policy, config.TrainConfig(tokens_per_pass=10_000), 1)
+        learner = LocalLearner(policy, config.TrainConfig(micro_batch_tokens=10_000), 1)
         baseline = mismatch_kl(learner, made, cfg)
         batches = batching.micro(made.rows, room, "seq-mean-token-sum", together=made.together)
-        stats = [learner.forward_backward(batch, make_loss(cfg, cfg.beta, baseline)) for batch in batches]
+        stats = learner.forward_backward(batches, make_loss(cfg, cfg.beta, baseline))
         grads = [m.grad.flatten() for m in learner.master.values() if m.grad is not None]
         found.append((sum(s["loss"].value for s in stats), torch.cat(grads).clone()))
         passes.append(len(batches))
@@ -194,16 +193,18 @@ def test_how_rows_are_split_into_passes_changes_neither_loss_nor_gradient(model:
 
 def test_the_loss_of_a_batch_is_the_mean_over_its_pairs_whatever_their_lengths(model: Path) -> None:
     policy, made = some_feedback(model, False)
-    learner, cfg = Learner(policy, config.TrainConfig(), 1), DPOConfig()
+    learner, cfg = LocalLearner(policy, config.TrainConfig(), 1), DPOConfig()
     alone = [
         sum(
-            learner.forward_backward(b, make_loss(cfg, 0.1))["loss"].value
+            learner.forward_backward([b], make_loss(cfg, 0.1))[0]["loss"].value
             for b in batching.micro(made.take([i]).rows, 1000, "seq-mean-token-sum", together=2)
         )
         for i in range(len(made))
     ]
     (whole,) = batching.micro(made.rows, 10_000, "seq-mean-token-sum", together=2)
-    assert learner.forward_backward(whole, make_loss(cfg, 0.1))["loss"].value == pytest.approx(np.mean(alone), rel=1e-5)
+    assert learner.forward_backward([whole], make_loss(cfg, 0.1))[0]["loss"].value == pytest.approx(
+        np.mean(alone), rel=1e-5
+    )
 
 
 def test_a_mismatched_row_has_its_own_prompt_and_the_answer_to_another(model: Path) -> None:

@@ -14,9 +14,9 @@ import torch
 from posttrain import rng
 from posttrain.models.kernels.build import library, why_not
 from posttrain.models.load import Policy
-from posttrain.rollout.engine import EmbeddedGenerator
+from posttrain.rollout.engines.embedded import EmbeddedGenerator
 from posttrain.rollout.fused import FusedDecoder
-from posttrain.rollout.generator import Request, attempt_seed, draw, shape_logits
+from posttrain.rollout.generator import Request, completion_seed, draw, shape_logits
 from posttrain.rollout.plain import PlainDecoder
 from posttrain.rollout.scheduler import Scheduler
 from posttrain.train.forward import sample_logprobs
@@ -57,7 +57,7 @@ def engine_with(decoder: type[FusedDecoder] | type[PlainDecoder], policy: Policy
 
 def requests_for(policy: Policy, count: int, attempts: int = 2, longest: int = 40) -> list[Request]:
     return [
-        Request(prompt, tuple(attempt_seed(0, "test", 0, f"task-{i}", a) for a in range(attempts)))
+        Request(prompt, tuple(completion_seed(0, "test", 0, f"task-{i}", a) for a in range(attempts)))
         for i, prompt in enumerate(tiny.prompts(policy, count, longest=longest))
     ]
 

@@ -275,7 +275,7 @@ def train(model: Path, out: Path, reward: Any = spread, **settings: Any) -> dict
 
 @pytest.mark.parametrize("preset", PRESETS["grpo"])
 def test_every_preset_trains(model: Path, tmp_path: Path, preset: str) -> None:
-    found = train(model, tmp_path / "run", preset=preset, minibatches=1, max_refills=1 if preset == "dapo" else 0)
+    found = train(model, tmp_path / "run", preset=preset, minibatches=1, max_resamples=1 if preset == "dapo" else 0)
     assert len(found["reward"]) == 3 and all(np.isfinite(found["loss"]))
 
 
@@ -290,7 +290,7 @@ def test_with_the_samplers_old_logp_the_pass_before_the_updates_is_saved_and_the
 ) -> None:
     """The learner's own and the sampler's differ by rounding, so the run is the same to rounding."""
     ours = train(model, tmp_path / "learner", steps=1, minibatches=2, epochs=2)
-    monkeypatch.setattr("posttrain.train.learner.Learner.sample_logprobs", None)  # who makes that pass fails
+    monkeypatch.setattr("posttrain.train.learners.local.LocalLearner.logprobs", None)  # who makes that pass fails
     theirs = train(model, tmp_path / "sampler", steps=1, minibatches=2, epochs=2, old_logp="sampler")
     assert 0 <= theirs["mismatch"][0] < 1e-4
     assert theirs["grad_norm"] == pytest.approx(ours["grad_norm"], rel=1e-3)
@@ -319,7 +319,7 @@ def test_dynamic_sampling_replaces_flat_groups_by_exactly_as_many(model: Path, t
         "problems": 4,
         "count": 64,
     }
-    result = pt.grpo(str(model), "sums", first_letter, tmp_path / "run", steps=2, max_refills=20, threads=1, **small)
+    result = pt.grpo(str(model), "sums", first_letter, tmp_path / "run", steps=2, max_resamples=20, threads=1, **small)
     with Run.read(result.folder) as run:
         kept, sampled = run.curve("groups_kept")[1], run.curve("groups")[1]
         rows = run.episodes("train", 1)
@@ -338,14 +338,14 @@ def test_without_enough_groups_a_step_trains_on_fewer(model: Path, tmp_path: Pat
         "problems": 4,
         "count": 64,
     }
-    result = pt.grpo(str(model), "sums", first_letter, tmp_path / "few", steps=1, max_refills=1, threads=1, **small)
+    result = pt.grpo(str(model), "sums", first_letter, tmp_path / "few", steps=1, max_resamples=1, threads=1, **small)
     with Run.read(result.folder) as run:
         assert run.curve("groups_kept")[1][0] < 6
 
 
 def test_answers_that_were_cut_leave_the_loss_but_not_the_mean(model: Path, tmp_path: Path) -> None:
     kept, dropped = (
-        train(model, tmp_path / name, steps=1, drop_truncated=drop, rollout__max_tokens=64)
+        train(model, tmp_path / name, steps=1, mask_truncated=drop, rollout__max_tokens=64)
         for name, drop in (("kept", False), ("dropped", True))
     )
     assert kept["reward"] == dropped["reward"] and 0 < kept["truncated"][0] < 1
@@ -388,7 +388,7 @@ def test_losses_of_the_recipe_are_those_of_the_dict() -> None:
         ({"baseline": "leave-one-out", "std": "sample"}, 'needs algo.baseline = "group-mean"'),
         ({"baseline": "ema", "std": "batch"}, 'cannot be used with algo.baseline = "ema"'),
         ({"ema_decay": 1.0}, "algo.ema_decay=1.0 is not in [0, 1)."),
-        ({"group_size": 1, "baseline": "none", "max_refills": 1}, "a group of 1 is always one"),
+        ({"group_size": 1, "baseline": "none", "max_resamples": 1}, "a group of 1 is always one"),
         ({"overlong_share": 1.5}, "algo.overlong_share=1.5 is not in [0, 1]."),
         ({"is_cap": 1.0, "is_floor": 2.0}, "is above algo.is_cap"),
         ({"max_lag": -1}, "algo.max_lag=-1 cannot be negative"),
@@ -404,5 +404,5 @@ def test_a_recipe_that_would_train_nothing_is_refused(algo: dict[str, Any], sent
 
 def test_what_is_given_beats_the_preset_and_a_resumed_recipe_is_the_same() -> None:
     made = config.resolve("grpo", {"algo": {"preset": "dapo", "clip_high": 0.3}}, {"group_size": "4"})
-    assert (made.algo.clip_high, made.algo.group_size, made.algo.max_refills) == (0.3, 4, 10)
+    assert (made.algo.clip_high, made.algo.group_size, made.algo.max_resamples) == (0.3, 4, 10)
     assert config.resolve("grpo", json.loads(json.dumps(config.as_dict(made)))) == made

@@ -19,7 +19,7 @@ from posttrain.models.attention import NAME
 from posttrain.models.kernels.build import library, why_not
 from posttrain.models.load import Policy, check_forward
 from posttrain.models.packing import Packed
-from posttrain.rollout.engine import EmbeddedGenerator
+from posttrain.rollout.engines.embedded import EmbeddedGenerator
 from posttrain.rollout.fused import FusedDecoder
 from posttrain.rollout.generator import Request
 from posttrain.rollout.generator import draw as plain_draw

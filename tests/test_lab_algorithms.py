@@ -178,4 +178,4 @@ def test_a_link_shows_the_same_and_the_page_is_accessible(page: Page, lab: Opene
 def test_the_planner_is_asked_for_each_kind_as_it_samples() -> None:
     for name, kind in KINDS.items():
         recipe, _ = algorithms.planned(name, Asked(), 1)
-        assert planner.samples(kind.algorithm, recipe) == (kind.explores.startswith("yes"))
+        assert planner.samples(recipe) == (kind.explores.startswith("yes"))

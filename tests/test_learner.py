@@ -20,7 +20,7 @@ from posttrain.models.packing import Packed
 from posttrain.objectives.tokens import token_logprobs
 from posttrain.train import forward as forward_module
 from posttrain.train.forward import sample_logprobs, token_stats
-from posttrain.train.learner import Learner
+from posttrain.train.learners.local import LocalLearner
 from posttrain.types import Batch, ResumeError, Sample, Stat, TrainingDiverged
 from tests import tiny
 from tests.conftest import shared
@@ -63,10 +63,10 @@ def loss(logp: torch.Tensor, entropy: torch.Tensor, b: Batch) -> tuple[torch.Ten
     return -(b.weights * b.advantages * logp).sum(), {"entropy": Stat(entropy.sum().item(), int(b.mask.sum()))}
 
 
-def gradients(policy: Policy, samples: Sequence[Sample], tokens_per_pass: int = 10**6) -> dict[str, torch.Tensor]:
-    learner = Learner(policy, CFG, 10)
-    for batch in batching.micro(samples, tokens_per_pass, "token-mean"):
-        learner.forward_backward(batch, loss)
+def gradients(policy: Policy, samples: Sequence[Sample], micro_batch_tokens: int = 10**6) -> dict[str, torch.Tensor]:
+    learner = LocalLearner(policy, CFG, 10)
+    for batch in batching.micro(samples, micro_batch_tokens, "token-mean"):
+        learner.forward_backward([batch], loss)
     return {name: m.grad.clone() for name, m in learner.master.items() if m.grad is not None}
 
 
@@ -77,16 +77,16 @@ def assert_equal_gradients(ours: dict[str, torch.Tensor], theirs: dict[str, torc
         torch.testing.assert_close(ours[name], gradient, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def train(learner: Learner, samples: Sequence[Sample], steps: int = 1) -> list[float]:
+def train(learner: LocalLearner, samples: Sequence[Sample], steps: int = 1) -> list[float]:
     norms: list[float] = []
     for _ in range(steps):
         for batch in batching.micro(samples, 64, "token-mean"):
-            learner.forward_backward(batch, loss)
+            learner.forward_backward([batch], loss)
         norms.append(learner.step()["grad_norm"].value)
     return norms
 
 
-def snapshot(learner: Learner) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
+def snapshot(learner: LocalLearner) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
     """`state` as a checkpoint would keep it: copies, not views."""
     tensors, small = learner.state()
     return {kind: {name: t.clone() for name, t in of.items()} for kind, of in tensors.items()}, small
@@ -219,8 +219,8 @@ def test_a_pass_in_which_nothing_is_trained_adds_no_gradient(folder: Path) -> No
     policy = tiny.load(folder)
     blank = [replace(s, loss_mask=np.zeros(len(s.tokens), bool)) for s in samples_for(policy, 2)]
     assert batching.micro(blank, 1000, "token-mean") == []
-    learner = Learner(policy, CFG, 10)
-    learner.forward_backward(batching.pad(blank, torch.zeros(2, 30)), loss)
+    learner = LocalLearner(policy, CFG, 10)
+    learner.forward_backward([batching.pad(blank, torch.zeros(2, 30))], loss)
     assert all(m.grad is None or not m.grad.any() for m in learner.master.values())
 
 
@@ -230,9 +230,9 @@ def test_a_pass_in_which_nothing_is_trained_adds_no_gradient(folder: Path) -> No
 def test_a_step_is_adamw_by_hand(folder: Path) -> None:
     """Clip to norm 1, then w ← w(1 − lr·wd) − lr·m̂/(√v̂ + 1e-8); at step 1, m̂ = g and v̂ = g². Decay on matrices only."""
     policy = tiny.load(folder)
-    learner = Learner(policy, CFG, 10)
+    learner = LocalLearner(policy, CFG, 10)
     for batch in batching.micro(samples_for(policy), 64, "token-mean"):
-        learner.forward_backward(batch, loss)
+        learner.forward_backward([batch], loss)
     before = {n: (m.detach().clone(), m.grad.clone()) for n, m in learner.master.items() if m.grad is not None}
     norm = math.sqrt(sum(float(g.double().square().sum()) for _, g in before.values()))
     stats = learner.step()
@@ -248,16 +248,16 @@ def test_a_step_is_adamw_by_hand(folder: Path) -> None:
 
 def test_training_makes_rewarded_tokens_likelier(policy: Policy) -> None:
     samples = [replace(s, advantages=s.loss_mask.astype(np.float32)) for s in samples_for(policy)]
-    learner = Learner(policy, replace(CFG, lr=1e-3), 10)
-    before = sum(float(row.sum()) for row in learner.sample_logprobs(samples))
+    learner = LocalLearner(policy, replace(CFG, lr=1e-3), 10)
+    before = sum(float(row.sum()) for row in learner.logprobs(samples))
     train(learner, samples, 3)
-    assert sum(float(row.sum()) for row in learner.sample_logprobs(samples)) > before
+    assert sum(float(row.sum()) for row in learner.logprobs(samples)) > before
 
 
 def test_weights_in_bf16_learn_through_an_fp32_copy(folder: Path) -> None:
     """A rate of 1e-5 is far below bf16's resolution at 0.3: only a finer copy can add such steps up."""
     policy = tiny.load(folder, dtype="bfloat16")
-    learner = Learner(policy, replace(CFG, lr=1e-5, weight_decay=0.0), 10)
+    learner = LocalLearner(policy, replace(CFG, lr=1e-5, weight_decay=0.0), 10)
     assert {m.dtype for m in learner.master.values()} == {torch.float32}
     assert {p.dtype for p in learner.weights().values()} == {torch.bfloat16}
     start = {n: m.clone() for n, m in learner.master.items()}
@@ -271,11 +271,11 @@ def test_weights_in_bf16_learn_through_an_fp32_copy(folder: Path) -> None:
 def test_a_restored_learner_continues_to_the_same_bits(folder: Path, dtype: str) -> None:
     policy = tiny.load(folder, dtype=dtype)
     samples = samples_for(policy)
-    learner = Learner(policy, CFG, 10)
+    learner = LocalLearner(policy, CFG, 10)
     train(learner, samples, 2)
     tensors, small = snapshot(learner)
     norms = train(learner, samples, 3)
-    restored = Learner(tiny.load(folder, dtype=dtype), CFG, 10)
+    restored = LocalLearner(tiny.load(folder, dtype=dtype), CFG, 10)
     restored.load(tensors, small)
     assert restored.steps == 2
     assert train(restored, samples, 3) == norms
@@ -285,7 +285,7 @@ def test_a_restored_learner_continues_to_the_same_bits(folder: Path, dtype: str)
 
 
 def test_a_checkpoint_of_another_model_is_refused(folder: Path) -> None:
-    learner = Learner(tiny.load(folder), CFG, 10)
+    learner = LocalLearner(tiny.load(folder), CFG, 10)
     tensors, small = snapshot(learner)
     tensors["model"]["odd"] = tensors["model"].pop(next(iter(tensors["model"])))
     with pytest.raises(ResumeError, match="2 names differ"):
@@ -295,7 +295,7 @@ def test_a_checkpoint_of_another_model_is_refused(folder: Path) -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_stops_and_leaves_the_weights(folder: Path, bad: float) -> None:
     policy = tiny.load(folder)
-    learner = Learner(policy, CFG, 10)
+    learner = LocalLearner(policy, CFG, 10)
     samples = samples_for(policy)
     train(learner, samples)
     before = snapshot(learner)[0]
@@ -308,10 +308,10 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_weights(folder: Path, ba
 
 def test_a_gradient_that_is_not_finite_is_not_applied(folder: Path) -> None:
     policy = tiny.load(folder)
-    learner = Learner(policy, CFG, 10)
+    learner = LocalLearner(policy, CFG, 10)
     before = snapshot(learner)[0]["model"]
     (batch,) = batching.micro(samples_for(policy), 10**6, "token-mean")
-    learner.forward_backward(batch, lambda logp, entropy, b: ((logp - logp.detach()).abs().sqrt().sum(), {}))
+    learner.forward_backward([batch], lambda logp, entropy, b: ((logp - logp.detach()).abs().sqrt().sum(), {}))
     with pytest.raises(TrainingDiverged, match="the gradient norm of update 1 is nan"):
         learner.step()
     assert all(torch.equal(t, before[name]) for name, t in learner.state()[0]["model"].items())
@@ -329,14 +329,14 @@ def test_a_gradient_that_is_not_finite_is_not_applied(folder: Path) -> None:
     ],
 )
 def test_learning_rates_of_six_updates_by_hand(folder: Path, schedule: Any, warmup: int, rates: list[float]) -> None:
-    learner = Learner(tiny.load(folder), TrainConfig(lr=2.0, schedule=schedule, warmup_steps=warmup), 6)
+    learner = LocalLearner(tiny.load(folder), TrainConfig(lr=2.0, schedule=schedule, warmup_steps=warmup), 6)
     assert [learner.learning_rate(step) / 2 for step in range(6)] == pytest.approx(rates, abs=1e-7)
     assert learner.learning_rate(60) == (2.0 if schedule == "constant" else 0.0)
 
 
 def test_the_rate_used_is_the_one_reported(folder: Path) -> None:
     policy = tiny.load(folder)
-    learner = Learner(policy, TrainConfig(lr=1e-3, warmup_steps=2), 4)
+    learner = LocalLearner(policy, TrainConfig(lr=1e-3, warmup_steps=2), 4)
     reported: list[float] = []
     for _ in range(3):
         reported.append(learner.step()["lr"].value)
@@ -357,7 +357,7 @@ def logits_of(policy: Policy) -> torch.Tensor:
 def test_adapters_change_nothing_until_trained_and_switch_off_exactly(folder: Path) -> None:
     base, policy = logits_of(tiny.load(folder)), tiny.load(folder, lora_rank=4)
     torch.testing.assert_close(logits_of(policy), base, rtol=0, atol=0)
-    learner = Learner(policy, CFG, 10)
+    learner = LocalLearner(policy, CFG, 10)
     assert all("lora_" in name for name in learner.parameters)
     train(learner, samples_for(policy), 3)
     assert (logits_of(policy) - base).abs().max() > 0.01
@@ -369,7 +369,7 @@ def test_adapters_change_nothing_until_trained_and_switch_off_exactly(folder: Pa
 def test_merged_adapters_give_the_adapted_models_logits(folder: Path) -> None:
     policy = tiny.load(folder, lora_rank=4)
     with torch.enable_grad():
-        train(Learner(policy, CFG, 10), samples_for(policy), 3)
+        train(LocalLearner(policy, CFG, 10), samples_for(policy), 3)
     adapted = logits_of(policy)
     merged = lora.merged(policy.model)
     merged.set_attn_implementation("sdpa")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from posttrain import api, config
-from posttrain.algos.online_dpo import make_loss, pair_roles, pair_samples, pairs_of, policy_kl
+from posttrain.algos.online_dpo import best_and_worst, make_loss, pair_roles, pair_samples, policy_kl
 from posttrain.config.online_dpo import OnlineDPOConfig
 from posttrain.data import batching
 from posttrain.objectives.preference import PAIR_LOSSES
@@ -55,7 +55,7 @@ def letters(completion: str) -> float:
 
 def test_the_best_and_the_worst_of_a_group_are_the_pair_the_first_written_of_equals() -> None:
     group = [episode(i, r) for i, r in enumerate((0.5, 0.0, 1.0, 0.0, 1.0))]
-    ((best, worst),) = pairs_of([group])
+    ((best, worst),) = best_and_worst([group])
     assert (best.index, worst.index) == (2, 1)
 
 
@@ -66,7 +66,7 @@ def test_a_group_of_equal_rewards_gives_no_pair_and_unscored_answers_are_in_none
         [episode(0, None), episode(1, 1.0)],
         [episode(0, None), episode(1, None)],
     ]
-    assert [(b.index, w.index) for b, w in pairs_of(groups)] == [(2, 1)]
+    assert [(b.index, w.index) for b, w in best_and_worst(groups)] == [(2, 1)]
 
 
 def test_a_pair_trains_exactly_the_tokens_that_were_sampled() -> None:
@@ -78,7 +78,7 @@ def test_a_pair_trains_exactly_the_tokens_that_were_sampled() -> None:
 
 def test_the_roles_of_a_steps_answers_are_stored() -> None:
     groups = [[episode(0, 0.0), episode(1, 1.0)], [episode(0, 1.0, 1), episode(1, 1.0, 1)]]
-    assert pair_roles(groups, pairs_of(groups)).tolist() == [[-1.0, 1.0], [0.0, 0.0]]
+    assert pair_roles(groups, best_and_worst(groups)).tolist() == [[-1.0, 1.0], [0.0, 0.0]]
 
 
 # --- the loss -------------------------------------------------------------------------------------------------------

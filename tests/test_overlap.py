@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 
 import posttrain as pt
 from posttrain import config
-from posttrain.rewards import verifiers
+from posttrain.rewards import verifiers, workers
 from posttrain.rewards.functions import reward_from, score_safely
-from posttrain.rollout import prefetch as overlap
+from posttrain.rewards.workers import WorkerPool
 from posttrain.rollout.collector import Collector
-from posttrain.rollout.engine import EmbeddedGenerator
+from posttrain.rollout.engines.embedded import EmbeddedGenerator
 from posttrain.rollout.generator import OnDone, OnToken, Request
-from posttrain.rollout.prefetch import Abandoned, Ahead, Threads
+from posttrain.rollout.prefetch import Cancelled, Prefetcher
 from posttrain.store.run import Run
 from posttrain.types import Completion, ConfigError, Message, RolloutError, SamplingParams, Task, Verdict
 from tests import tiny
@@ -184,7 +184,7 @@ def timed(completion: str) -> float:
 def test_a_reward_that_swallows_the_error_of_signals_in_a_thread_is_not_believed() -> None:
     (episodes,) = collector(Ending(range(3)), timed, 2).groups(TASKS[:1], 3, step=0)
     assert [e.reward for e in episodes] == [1.0] * 3
-    with Threads(1) as threads:
+    with WorkerPool(1) as threads:
         verdict, why = threads.submit(lambda: score_safely(reward_from(timed), TASKS[0], "")).result()
         assert verdict is None and why is not None and "main thread only" in why and "timed" in why
         verdict, why = threads.submit(lambda: score_safely(reward_from(len_of), TASKS[0], "abc")).result()
@@ -204,7 +204,7 @@ def test_the_mathematical_verifier_finds_the_same_in_several_threads_at_once() -
         for text in given_
     ]
     plain = [score_safely(verifiers.math, *pair) for pair in pairs]
-    with Threads(4) as threads:
+    with WorkerPool(4) as threads:
         futures = [threads.submit(lambda pair=pair: score_safely(verifiers.math, *pair)) for pair in pairs]
         assert [future.result() for future in futures] == plain
     assert {verdict.passed for verdict, _ in plain if verdict} == {True, False}
@@ -228,7 +228,7 @@ def test_no_thread_outlives_the_call_whether_it_returns_or_raises() -> None:
 
 
 def test_ctrl_c_does_not_wait_for_a_reward_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(overlap, "LAST_CALL", 0.05)
+    monkeypatch.setattr(workers, "LAST_CALL", 0.05)
     release, calls = threading.Event(), []
 
     def reward(completion: str) -> float:
@@ -252,26 +252,26 @@ def test_ctrl_c_does_not_wait_for_a_reward_that_hangs(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_thread_computes_with_as_many_cpu_threads_as_its_caller(count: int) -> None:
-    with tiny.threads(count), Threads(1) as threads:
+    with tiny.threads(count), WorkerPool(1) as threads:
         assert threads.submit(torch.get_num_threads).result() == count
 
 
 def test_a_result_that_is_ready_before_it_is_asked_for_was_hidden() -> None:
-    with Ahead[int]() as ahead:
-        assert ahead.take(lambda: 1) == (1, 0.0), "nothing was started, so it is made now"
+    with Prefetcher[int]() as ahead:
+        assert not ahead.started
         ahead.start(lambda: time.sleep(0.05) or 2)
+        assert ahead.started
         ahead.wait()
-        result, hidden = ahead.take(lambda: 3)
-        assert result == 2 and hidden >= 0.05
-        assert ahead.take(lambda: 3) == (3, 0.0)
+        result, hidden = ahead.take()
+        assert result == 2 and hidden >= 0.05 and not ahead.started
         ahead.start(lambda: 1 // 0)
         with pytest.raises(ZeroDivisionError):
-            ahead.take(lambda: 4)
+            ahead.take()
 
 
 def test_a_collection_that_nobody_waits_for_any_more_ends_with_its_next_answer() -> None:
     generator, reached = Ending(range(12), pause=0.02), threading.Event()
-    with Ahead[Any]() as ahead:
+    with Prefetcher[Any]() as ahead:
 
         def check() -> None:
             reached.set()
@@ -281,8 +281,8 @@ def test_a_collection_that_nobody_waits_for_any_more_ends_with_its_next_answer()
         ahead.start(lambda: stoppable.groups(TASKS, 3, step=0))
         assert reached.wait(30)
     assert generator.finished == 0
-    with pytest.raises(Abandoned):
-        ahead.take(lambda: None)
+    with pytest.raises(Cancelled):
+        ahead.take()
 
 
 # --- a sampler one step ahead ----------------------------------------------------------------------------------------
@@ -319,8 +319,8 @@ def test_a_run_with_a_sampler_ahead_is_the_plain_loop_bit_for_bit(
     settings: dict[str, Any] = {"overlap": True, "threads": count, "minibatches": 2, "kl_coef": 0.01}
     with tiny.threads(count):
         first, again = (train(model, tmp_path / name, **settings)[:2] for name in ("first", "again"))
-        start = Ahead.start
-        monkeypatch.setattr(Ahead, "start", lambda self, call: (start(self, call), self.wait()))
+        start = Prefetcher.start
+        monkeypatch.setattr(Prefetcher, "start", lambda self, call: (start(self, call), self.wait()))
         plain = train(model, tmp_path / "plain", **settings)[:2]
     assert first == again == plain
 

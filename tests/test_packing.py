@@ -28,7 +28,7 @@ from posttrain.train.forward import (
     token_stats_with_entropy,
     token_values,
 )
-from posttrain.train.learner import Learner
+from posttrain.train.learners.local import LocalLearner
 from posttrain.types import Batch, Sample
 from tests import tiny
 from tests.conftest import shared
@@ -73,7 +73,7 @@ def outcome(
     policy: Policy, samples: Sequence[Sample], share: bool, forward: Any = token_stats, room: int = 10**6
 ) -> Any:
     """Each row's outputs, and the gradient of a sum in which every row has weights of its own."""
-    learner = Learner(policy, CFG, 1, 0.7, forward)
+    learner = LocalLearner(policy, CFG, 1, 0.7, forward)
     rows: dict[int, list[torch.Tensor]] = {}
     batches = batching.micro(samples, room, "seq-mean-token-mean", share=share)
 
@@ -87,7 +87,7 @@ def outcome(
         ), {}
 
     for batch in batches:
-        learner.forward_backward(batch, loss)
+        learner.forward_backward([batch], loss)
     grads = {name: m.grad.clone() for name, m in learner.master.items() if m.grad is not None}
     return rows, grads, batches
 

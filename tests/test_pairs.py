@@ -12,17 +12,10 @@ import pytest
 
 from posttrain.config import DataConfig, EvalConfig, RewardConfig, RolloutConfig, RunConfig
 from posttrain.config.pairs import PairsConfig
-from posttrain.models.load import Policy
-from posttrain.rollout.build import Setup, speak
-from posttrain.rollout.sample_pairs import (
-    TEST_FILE,
-    TRAIN_FILE,
-    judgement_rows,
-    load_judgements,
-    load_pairs,
-    pair_rows,
-    pairs_of,
-)
+from posttrain.data.pairs import judgement_rows, pair_rows
+from posttrain.models.load import Policy, with_chat_format
+from posttrain.rollout.sample_pairs import TEST_FILE, TRAIN_FILE, load_judgements, load_pairs, pairs_of
+from posttrain.train.job import Setup
 from posttrain.types import DataError, Episode, Judgement, Message, Preference, Span, Task, TemplateError
 from tests import tiny
 
@@ -60,7 +53,7 @@ def setup(policy: Policy, folder: Path, source: str = "addition", **sections: An
         eval=EvalConfig(problems=20),
         run=RunConfig(),
     )
-    return Setup(recipe, policy, speak(policy, "chat"), folder, reward=length)
+    return Setup(recipe, policy, with_chat_format(policy, "chat"), folder, reward=length)
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> str:
@@ -78,7 +71,7 @@ def started(folder: Path) -> Path:
 
 
 def test_a_pair_is_two_rows_with_one_prompt_and_only_the_answer_and_its_stop_token_trained(policy: Policy) -> None:
-    chat = speak(policy, "chat")
+    chat = with_chat_format(policy, "chat")
     rows, notes = pair_rows([pair("good", "bad", TALK, label=0.9, margin=2.0)], chat, 100)
     prompt = chat.prompt_tokens(TALK)
     for row, answer in zip(rows, ("good", "bad"), strict=True):
@@ -89,7 +82,7 @@ def test_a_pair_is_two_rows_with_one_prompt_and_only_the_answer_and_its_stop_tok
 
 
 def test_rows_are_cut_at_the_end_and_counted(policy: Policy) -> None:
-    chat = speak(policy, "chat")
+    chat = with_chat_format(policy, "chat")
     room = len(chat.prompt_tokens(ASK)) + 3
     rows, notes = pair_rows([pair("abcdef", "xy"), pair("abcde", "abcdf")], chat, room)
     assert [chat.decode(r.tokens[r.loss_mask]) for r in rows] == ["abc", "xy"]
@@ -97,13 +90,13 @@ def test_rows_are_cut_at_the_end_and_counted(policy: Policy) -> None:
 
 
 def test_pairs_that_are_equal_once_cut_are_refused_when_no_other_is_left(policy: Policy) -> None:
-    chat = speak(policy, "chat")
+    chat = with_chat_format(policy, "chat")
     with pytest.raises(DataError, match="none of 1 pairs differs in the first"):
         pair_rows([pair("abcde", "abcdf")], chat, len(chat.prompt_tokens(ASK)) + 3)
 
 
 def test_a_row_without_room_for_its_answer_is_refused_by_name(policy: Policy) -> None:
-    chat = speak(policy, "chat")
+    chat = with_chat_format(policy, "chat")
     with pytest.raises(DataError, match=r"good/bad: the prompt alone has at least 4 tokens.*pairs\.max_tokens"):
         pair_rows([pair("good", "bad")], chat, 4)
 
@@ -114,11 +107,11 @@ def test_a_template_that_writes_the_prompt_differently_on_the_two_sides_is_refus
         "<bos>", "<bos>{% if messages[-1]['content'] == 'long answer' %}!{% endif %}"
     ).replace("{% if add", "{% if messages[-1]['role'] == 'user' %}{% endif %}{% if add")
     with pytest.raises(TemplateError, match=r"prompt differently|rewrites earlier turns"):
-        pair_rows([pair("long answer", "short")], speak(policy, "chat"), 100)
+        pair_rows([pair("long answer", "short")], with_chat_format(policy, "chat"), 100)
 
 
 def test_a_judgement_is_one_row_labelled_by_its_verdict(policy: Policy) -> None:
-    chat = speak(policy, "chat")
+    chat = with_chat_format(policy, "chat")
     judged = [Judgement("a", TALK, "good", True), Judgement("b", ASK, "bad", False)]
     rows, _ = judgement_rows(judged, chat, 100)
     assert [(chat.decode(r.tokens[r.loss_mask]), r.label) for r in rows] == [("good", 1.0), ("bad", 0.0)]
@@ -140,7 +133,10 @@ def test_training_pairs_whose_prompt_is_evaluated_are_dropped_and_counted(policy
     train = [{"prompt": f"q{i}", "chosen": "a", "rejected": "b"} for i in range(3)]
     held = write(tmp_path / "held.jsonl", train[:1])
     sets = load_pairs(setup(policy, tmp_path, write(tmp_path / "p.jsonl", train), data={"eval_tasks": held}))
-    assert (len(sets.train), len(sets.test)) == (2, 1) and "1 training pairs with a prompt that is also in" in sets.notes[1]
+    assert (len(sets.train), len(sets.test)) == (
+        2,
+        1,
+    ) and "1 training pairs with a prompt that is also in" in sets.notes[1]
 
 
 @pytest.mark.parametrize(

@@ -38,13 +38,13 @@ def recipe(algorithm: str, **settings: Any) -> Any:
 
 def peak(algorithm: str, rows: Rows | None = None, **settings: Any) -> int:
     rows = rows or Rows(64, 64)
-    return planner.memory(algorithm, recipe(algorithm, **settings), SHAPES["smollm2-135m"], rows).peak
+    return planner.plan_memory(recipe(algorithm, **settings), SHAPES["smollm2-135m"], rows).peak
 
 
 def update(algorithm: str, rows: Rows) -> int:
     """The peak of a training pass with room for the whole optimizer batch."""
-    large = recipe(algorithm, train__tokens_per_pass=1 << 30)
-    return planner.memory(algorithm, large, SHAPES["smollm2-135m"], rows).of("training pass")
+    large = recipe(algorithm, train__micro_batch_tokens=1 << 30)
+    return planner.plan_memory(large, SHAPES["smollm2-135m"], rows).of("training pass")
 
 
 def test_the_planner_needs_nothing_but_the_standard_library_and_types() -> None:
@@ -86,8 +86,8 @@ def test_well_known_shapes_have_the_weights_their_makers_state(name: str, millio
 
 
 def test_states_and_activations_of_a_small_run_by_hand() -> None:
-    small = recipe("sft", batch_rows=4, train__tokens_per_pass=1024)
-    found = planner.memory("sft", small, SHAPE, Rows(6, 4), Where(baseline=1000))
+    small = recipe("sft", batch_rows=4, train__micro_batch_tokens=1024)
+    found = planner.plan_memory(small, SHAPE, Rows(6, 4), Where(baseline=1000))
     size = SHAPE.parameters * 4
     assert found.held == {"process": 1000, "weights": size, "optimizer": 2 * size}
     # 4 rows of 10 tokens; a layer keeps per token: query and result 8, key and value 4, four of 8, three of 16
@@ -95,7 +95,7 @@ def test_states_and_activations_of_a_small_run_by_hand() -> None:
     assert found.phases["training pass"]["the output layer's gradient"] == 100 * 8 * 4
     # gradients, 8 kB, are made one by one where 33 kB of activations were; of several passes all but one find them
     assert found.phases["training pass"]["gradients"] == 0
-    several = planner.memory("sft", recipe("sft", batch_rows=4, train__tokens_per_pass=20), SHAPE, Rows(6, 4))
+    several = planner.plan_memory(recipe("sft", batch_rows=4, train__micro_batch_tokens=20), SHAPE, Rows(6, 4))
     assert several.phases["training pass"]["gradients"] == size
 
 
@@ -118,14 +118,14 @@ def test_what_a_generator_keeps_by_hand() -> None:
 
 
 def test_of_several_blocks_of_logits_the_last_is_alive_while_the_next_is_made() -> None:
-    wide, of = SHAPES["qwen2.5-0.5b"], lambda n: planner.projection("sft", recipe("sft"), wide, n, Where())
+    wide, of = SHAPES["qwen2.5-0.5b"], lambda n: planner.projection(recipe("sft"), wide, n, Where())
     rows = (1 << 24) // 151936
     assert of(rows) == rows * 151936 * 4 and of(rows + 1) == 2 * of(rows)
 
 
 def test_a_groups_prompt_is_computed_once_and_passes_are_of_equal_size() -> None:
     of = lambda room: planner.largest_pass(
-        "grpo", recipe("grpo", prompts=6, group_size=4, tokens_per_pass=room), Rows(20, 5)
+        recipe("grpo", prompts=6, group_size=4, micro_batch_tokens=room), Rows(20, 5)
     )
     assert (of(10_000).tokens, of(10_000).trained) == (6 * 40, 6 * 20)
     assert of(200).tokens == 3 * 40  # five groups fit, so two passes, of three each
@@ -134,7 +134,7 @@ def test_a_groups_prompt_is_computed_once_and_passes_are_of_equal_size() -> None
 
 @algorithms
 def test_the_parts_add_up_and_none_is_negative(algorithm: str) -> None:
-    found = planner.memory(algorithm, recipe(algorithm), SHAPE, Rows(20, 30))
+    found = planner.plan_memory(recipe(algorithm), SHAPE, Rows(20, 30))
     parts = [*found.held.values(), *(v for phase in found.phases.values() for v in phase.values())]
     assert all(count >= 0 for count in parts)
     worst = max(sum(phase.values()) for phase in found.phases.values())
@@ -143,7 +143,7 @@ def test_the_parts_add_up_and_none_is_negative(algorithm: str) -> None:
 
 @few
 @algorithms
-@pytest.mark.parametrize("setting", ["train__tokens_per_pass", "rollout__slots", "rollout__max_tokens"])
+@pytest.mark.parametrize("setting", ["train__micro_batch_tokens", "rollout__slots", "rollout__max_tokens"])
 @given(sizes=st.tuples(st.integers(64, 1 << 15), st.integers(64, 1 << 15)))
 def test_more_room_never_needs_less_memory(algorithm: str, setting: str, sizes: tuple[int, int]) -> None:
     if "rollout" in setting and algorithm == "sft":
@@ -168,7 +168,7 @@ def test_longer_rows_never_need_less_memory_where_all_fit_one_pass(
 @given(rank=st.integers(1, 64))
 def test_where_no_heap_keeps_gaps_lora_never_needs_more_than_full_training(algorithm: str, rank: int) -> None:
     less, more = (
-        planner.memory(algorithm, recipe(algorithm, **set_), SHAPES["smollm2-135m"], Rows(64, 64), Where(cuda=True))
+        planner.plan_memory(recipe(algorithm, **set_), SHAPES["smollm2-135m"], Rows(64, 64), Where(cuda=True))
         for set_ in ({"model__lora_rank": rank}, {})
     )
     assert less.peak <= more.peak
@@ -177,13 +177,13 @@ def test_where_no_heap_keeps_gaps_lora_never_needs_more_than_full_training(algor
 @algorithms
 def test_checkpointing_and_sharding_need_less(algorithm: str) -> None:
     assert peak(algorithm, model__gradient_checkpointing=True) < peak(algorithm)
-    one, four = (planner.states(algorithm, recipe(algorithm), SHAPE, Where(gpus=n)) for n in (1, 4))
+    one, four = (planner.states(recipe(algorithm), SHAPE, Where(gpus=n)) for n in (1, 4))
     assert one.keys() == four.keys() and all(four[name] == -(-one[name] // 4) for name in one)
 
 
 def test_a_reference_a_critic_and_a_lagging_sampler_are_models_of_their_own() -> None:
     size = SHAPE.parameters * 4
-    states = lambda algorithm, **more: planner.states(algorithm, recipe(algorithm, **more), SHAPE, Where())
+    states = lambda algorithm, **more: planner.states(recipe(algorithm, **more), SHAPE, Where())
     assert "reference model" not in states("grpo")
     assert states("grpo", kl_coef=0.1)["reference model"] == size
     assert "reference model" not in states("grpo", kl_coef=0.1, model__lora_rank=4)  # adapters off
@@ -212,7 +212,7 @@ def test_the_command_says_whether_a_run_fits_and_what_to_change() -> None:
     assert wide["peak"] == sum(wide["held"].values()) + sum(wide["phases"][wide["peak_phase"]].values())
     args = ("sft", "--model.path", "Qwen/Qwen2.5-0.5B", "--data.tasks", "rows.jsonl", "--memory", "8")
     tight = json.loads(invoke(*args, "--device", "cuda").stdout)
-    assert not tight["fits"] and tight["changes"][0]["setting"] == "train.tokens_per_pass"
+    assert not tight["fits"] and tight["changes"][0]["setting"] == "train.micro_batch_tokens"
     assert all(change["saves"] > 0 for change in tight["changes"])
     settings = [text for c in tight["changes"] for text in (f"--{c['setting']}", c["value"])]
     assert json.loads(invoke(*args, "--device", "cuda", *settings).stdout)["fits"]
@@ -232,10 +232,10 @@ def test_the_command_refuses_in_one_sentence(args: list[str], said: str) -> None
 def test_a_run_that_cannot_fit_is_warned_of_with_the_settings_to_change(monkeypatch: pytest.MonkeyPatch) -> None:
     from posttrain.planner import estimate
 
-    assert estimate.warning("grpo", config.resolve("grpo", {})) == ""
+    assert estimate.warning(config.resolve("grpo", {})) == ""
     monkeypatch.setattr(estimate, "machine_memory", lambda cuda: 1 << 30)
-    text = estimate.warning("grpo", config.resolve("grpo", {}, {"model.path": "qwen2.5-0.5b"}))
-    assert "train.tokens_per_pass = " in text and "1.0 GiB" in text
+    text = estimate.warning(config.resolve("grpo", {}, {"model.path": "qwen2.5-0.5b"}))
+    assert "train.micro_batch_tokens = " in text and "1.0 GiB" in text
 
 
 def test_a_small_real_run_is_predicted_to_within_a_third() -> None:

@@ -21,7 +21,7 @@ from posttrain.models.load import Policy, save_pretrained
 from posttrain.store.run import Run
 from posttrain.train import critic as critics
 from posttrain.train import forward
-from posttrain.train.learner import Learner
+from posttrain.train.learners.local import LocalLearner
 from posttrain.types import ConfigError, Episode, PosttrainError, Sample, Span, add_stats
 from tests import tiny
 
@@ -149,7 +149,7 @@ def answer(reward: float | None, stop: Any) -> Episode:
 )
 def test_answers_that_do_not_end_are_scored_as_the_setting_says(how: Any, expected: list[float]) -> None:
     episodes = [answer(0.5, "stop"), answer(0.25, "length"), answer(None, "length")]
-    scores = ppo.terminal_scores(episodes, PPOConfig(unfinished=how))
+    scores = ppo.terminal_scores(episodes, PPOConfig(truncated=how))
     assert scores[:2].tolist() == expected and scores[2].isnan()
 
 
@@ -173,14 +173,14 @@ def buffer(policy: Policy, count: int = 12) -> list[Sample]:
     ]
 
 
-def gradients(learner: Learner) -> dict[str, torch.Tensor]:
+def gradients(learner: LocalLearner) -> dict[str, torch.Tensor]:
     return {n: torch.zeros_like(m) if m.grad is None else m.grad.clone() for n, m in learner.master.items()}
 
 
 def one_pass(policy: Policy, samples: list[Sample], forward: Any, loss: Any) -> dict[str, torch.Tensor]:
-    learner = Learner(policy, config.TrainConfig(), 1, forward=forward)
+    learner = LocalLearner(policy, config.TrainConfig(), 1, forward=forward)
     for batch in batching.micro(samples, 64, "token-mean"):
-        learner.forward_backward(batch, loss)
+        learner.forward_backward([batch], loss)
     return gradients(learner)
 
 
@@ -200,7 +200,7 @@ class Steps:
     """A learner whose steps only remember the gradient that they would have applied."""
 
     def __init__(self, policy: Policy, forward: Any, temperature: float = 1.0) -> None:
-        self.learner = Learner(policy, config.TrainConfig(lr=0), 1, temperature, forward)
+        self.learner = LocalLearner(policy, config.TrainConfig(lr=0), 1, temperature, forward)
         self.found: list[dict[str, torch.Tensor]] = []
         real = self.learner.step
 
@@ -213,7 +213,7 @@ class Steps:
 
 def improve(cfg: PPOConfig, policy: Policy, critic: Policy, shown: list[Sample], room: int) -> tuple[Steps, Steps, Any]:
     """One step's epochs over `buffer`, at learning rate 0."""
-    recipe = replace(PPORecipe(algo=cfg), train=config.TrainConfig(tokens_per_pass=room, lr=0))
+    recipe = replace(PPORecipe(algo=cfg), train=config.TrainConfig(micro_batch_tokens=room, lr=0))
     actor, judge = Steps(policy, ppo.make_forward(cfg), 0.5), Steps(critic, forward.token_values)
     at = ppo.Progress(kl_coef=0.0)
     stats = ppo.improve(recipe, at, actor.learner, judge.learner, buffer(policy), shown)
@@ -274,7 +274,7 @@ def test_epochs_end_when_the_policy_has_moved_far_enough(tmp_path: Path) -> None
 def test_the_first_update_has_ratio_one_and_no_distance_to_the_start(
     base: dict[str, Any], tmp_path: Path, critic: str, lora: int
 ) -> None:
-    settings = {"algo__critic": critic, "algo__kl_coef": 0.1, "model__lora_rank": lora, "tokens_per_pass": 64}
+    settings = {"algo__critic": critic, "algo__kl_coef": 0.1, "model__lora_rank": lora, "micro_batch_tokens": 64}
     first = train(base, tmp_path / "run", minibatches=1, steps=1, **settings)[1]
     assert first["kl"] == first["kl_episode"] == 0 and first["score"] == first["score_less_kl"]
     assert first["clipped"] == 0 and first["approx_kl"] == 0, "the ratio was not exactly 1"
@@ -408,7 +408,7 @@ def test_a_critic_that_does_not_fit_is_refused(folder: Path, tmp_path: Path) -> 
         ({"kl_controller": "adaptive", "kl_horizon": -1}, "kl_horizon=-1.0 must both be above 0"),
         ({"ptx_coef": 1}, "algo.ptx_data is empty"),
         ({"ptx_data": "sums"}, "is not used while algo.ptx_coef is 0"),
-        ({"unfinished": "penalise", "unfinished_value": 1}, "which is not a penalty"),
+        ({"truncated": "penalise", "truncated_value": 1}, "which is not a penalty"),
         ({"critic_warmup": 60}, "leaves none of the train.steps=60 for the policy"),
         ({"critic": "shared", "vf_coef": 0}, "would never train a shared critic"),
         ({"critic": "shared", "critic_warmup": 1, "weight_decay": 0.1}, "would still change the policy's weights"),
@@ -429,12 +429,12 @@ def test_settings_that_cannot_work_are_refused_in_one_sentence(settings: dict[st
 
 
 def test_the_first_minibatch_of_several_starts_at_ratio_one(folder: Path) -> None:
-    recipe = PPORecipe(algo=PPOConfig(prompts=12, minibatches=3), train=config.TrainConfig(tokens_per_pass=32))
+    recipe = PPORecipe(algo=PPOConfig(prompts=12, minibatches=3), train=config.TrainConfig(micro_batch_tokens=32))
     policy = tiny.load(folder)
     critic = heads.attach_scalar(tiny.load(folder), 1, 0)
-    learner = Learner(policy, recipe.train, 1, forward=ppo.make_forward(recipe.algo))
-    samples = ppo.fill(buffer(policy), ppo.deal(recipe, 0, 0), "old_logp", learner.sample_logprobs)
-    judge = Learner(critic, recipe.train, 1, forward=forward.token_values)
+    learner = LocalLearner(policy, recipe.train, 1, forward=ppo.make_forward(recipe.algo))
+    samples = ppo.fill(buffer(policy), ppo.minibatch_rows(recipe, 0, 0), "old_logp", learner.logprobs)
+    judge = LocalLearner(critic, recipe.train, 1, forward=forward.token_values)
     stats = ppo.improve(recipe, ppo.Progress(kl_coef=0.0), learner, judge, samples, [])
     first = add_stats(stats[: next(i for i, s in enumerate(stats) if "grad_norm" in s)])
     assert first["approx_kl"].total == 0 and first["clipped"].total == 0

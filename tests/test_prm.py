@@ -22,16 +22,17 @@ from posttrain.config.prm import PRMConfig
 from posttrain.data import batching
 from posttrain.data.chat import ChatFormat
 from posttrain.data.preferences import read_solutions
+from posttrain.data.solutions import graded
 from posttrain.data.sources import Row, read_rows
 from posttrain.data.steps import split_steps, step_ends, step_row
 from posttrain.models import heads
 from posttrain.models.load import load_policy
 from posttrain.rewards.models import joined_steps, load_reward_model
 from posttrain.rewards.verifiers import exact
-from posttrain.rollout.build import opened
+from posttrain.rollout.build import with_opening
 from posttrain.rollout.collector import Collector
 from posttrain.rollout.generator import OnDone, OnToken, Request
-from posttrain.rollout.sample_solutions import graded, sample_solutions, step_values
+from posttrain.rollout.sample_solutions import sample_solutions, step_values
 from posttrain.store.run import Run
 from posttrain.types import Completion, ConfigError, DataError, Message, SamplingParams, Task
 from tests import tiny
@@ -251,7 +252,7 @@ def test_sampled_solutions_begin_as_told_and_end_with_the_label_of_their_own_ans
         ("t#0", ("Start", "x", " #### 7"), (1.0, 1.0, 1.0)),
         ("t#1", ("Start", "y", " #### 8"), (1.0, 1.0, 0.0)),
     ]
-    assert opened(own, chat, "") is own
+    assert with_opening(own, chat, "") is own
 
 
 # --- whole runs ------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from posttrain.config.raft import RaftConfig
 from posttrain.data import batching
 from posttrain.store import checkpoint
 from posttrain.store.run import Run
-from posttrain.train.learner import Learner
+from posttrain.train.learners.local import LocalLearner
 from posttrain.types import ConfigError, Episode, Sample, Span, TrainingDiverged
 from tests import tiny
 
@@ -162,12 +162,12 @@ def test_with_restart_a_round_is_fine_tuning_of_the_starting_model_on_its_pool(m
     pool = raft.unpack(tensors["pool"])
     updates = 2 * math.ceil(len(pool) / 4)
     policy = tiny.load(model)
-    learner = Learner(policy, config.TrainConfig(lr=1e-2, schedule="cosine"), updates)
+    learner = LocalLearner(policy, config.TrainConfig(lr=1e-2, schedule="cosine"), updates)
     for epoch in range(2):
         order = rng.permutation(len(pool), 0, "epoch", 1, epoch)
         for i in range(0, len(pool), 4):
             (batch,) = batching.micro([pool[j] for j in order[i : i + 4]], 10_000, "token-mean")
-            learner.forward_backward(batch, raft.loss)
+            learner.forward_backward([batch], raft.loss)
             learner.step()
     assert learner.steps == updates
     for name, found in learner.weights().items():

@@ -14,7 +14,8 @@ from posttrain.config import DataConfig
 from posttrain.data.conversations import load_conversations
 from posttrain.data.sources import content_key
 from posttrain.data.tasks import reasoning_gym as source
-from posttrain.data.tasks.load import load_tasks, validate, verifier_for
+from posttrain.data.tasks.load import load_tasks
+from posttrain.rewards.auto import validate, verifier_for
 from posttrain.types import ConfigError, DataError, Message
 
 pytest.importorskip("reasoning_gym", reason="needs the package reasoning-gym (extra `gym`), which is not installed")

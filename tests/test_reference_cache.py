@@ -14,13 +14,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from posttrain.models.load import Policy, trainable
-from posttrain.rollout.build import speak
-from posttrain.rollout.sample_pairs import pair_rows
+from posttrain.data.pairs import pair_rows
+from posttrain.models.load import Policy, trainable, with_chat_format
 from posttrain.store import cache
-from posttrain.train import reference
+from posttrain.train import reference_cache as reference
 from posttrain.train.forward import sample_logprobs
-from posttrain.train.reference import content_key, reference_logprobs
+from posttrain.train.reference_cache import content_key, reference_logprobs
 from posttrain.types import Message, Preference, Sample
 from tests import tiny
 
@@ -40,7 +39,7 @@ def policy(folder: Path) -> Policy:
 @pytest.fixture(scope="module")
 def rows(policy: Policy) -> list[Sample]:
     pairs = [Preference(str(i), (Message("user", f"q{i}"),), "good" * (i + 1), "bad") for i in range(4)]
-    return pair_rows(pairs, speak(policy, "chat"), 100)[0]
+    return pair_rows(pairs, with_chat_format(policy, "chat"), 100)[0]
 
 
 @pytest.fixture(autouse=True)

@@ -25,6 +25,7 @@ from posttrain.cli import tables as show
 from posttrain.config import DataConfig, SFTConfig
 from posttrain.data import batching
 from posttrain.data.chat import ChatFormat
+from posttrain.data.conversation_rows import training_rows
 from posttrain.data.conversations import Source, load_conversations, prompt_of
 from posttrain.data.mixing import Mixture
 from posttrain.models.load import Policy
@@ -170,7 +171,7 @@ def test_tool_turns_are_read_from_a_file(folder: Path, tmp_path: Path) -> None:
 
 
 def lengths_of(source: Source, chat: ChatFormat, notes: list[str], **settings: Any) -> list[int]:
-    return [len(row.tokens) for row in sft.training_rows(source, chat, SFTConfig(**settings), notes)]
+    return [len(row.tokens) for row in training_rows(source, chat, SFTConfig(**settings), notes)]
 
 
 def test_what_is_cut_or_dropped_is_counted_by_source(folder: Path) -> None:
@@ -421,7 +422,7 @@ def test_noise_changes_training_only_and_no_memory_setting_changes_noise(folder:
     data = write(tmp_path / "a.jsonl", [{"text": c * (3 + i)} for i, c in enumerate("abcdefghij")])
     plain, before = curve(folder, tmp_path / "plain", data)
     noisy, noisy_before = curve(folder, tmp_path / "noisy", data, neftune_alpha=10.0)
-    split, _ = curve(folder, tmp_path / "split", data, neftune_alpha=10.0, tokens_per_pass=16)
+    split, _ = curve(folder, tmp_path / "split", data, neftune_alpha=10.0, micro_batch_tokens=16)
     other, _ = curve(folder, tmp_path / "seed", data, neftune_alpha=11.0)
     assert noisy_before["eval/nll"] == before["eval/nll"], "evaluation is without noise"
     assert max(abs(a - b) for a, b in zip(plain, noisy, strict=True)) > 1e-3
@@ -464,7 +465,7 @@ def test_the_merged_export_gives_the_log_probabilities_of_the_adapters(folder: P
     done = pt.sft(str(folder), data, tmp_path / "run", lora_rank=2, steps=2, batch_rows=4, lr=1e-2, data__holdout=0.25)
     assert done.summary
     merged = tiny.load(done.model)
-    rows = sft.training_rows(
+    rows = training_rows(
         Source("held", load_conversations(DataConfig(tasks=data, holdout=0.25), 0).test),
         speaking(done.model),
         SFTConfig(),

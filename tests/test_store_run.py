@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from posttrain.store import database
 from posttrain.store.database import connect
 from posttrain.store.durable import DiskError
-from posttrain.store.run import EpisodeRow, Event, Run, list_runs, next_folder
+from posttrain.store.listing import list_runs, next_folder
+from posttrain.store.run import EpisodeRow, Event, Run
 from posttrain.types import DataError, Episode, ResumeError, Span
 from tests.store_disk import in_memory
 

@@ -21,9 +21,9 @@ import torch
 from posttrain import api, config
 from posttrain.models import lora
 from posttrain.models.load import Policy, trainable
-from posttrain.rollout.engine import EmbeddedGenerator
-from posttrain.rollout.generator import Request, attempt_seed
-from posttrain.rollout.vllm import VLLMGenerator
+from posttrain.rollout.engines.embedded import EmbeddedGenerator
+from posttrain.rollout.engines.vllm import VLLMGenerator
+from posttrain.rollout.generator import Request, completion_seed
 from posttrain.store.run import Run
 from posttrain.train.forward import sample_logprobs
 from posttrain.types import Completion, ConfigError, RolloutError, Sample, SamplingParams
@@ -71,7 +71,7 @@ def generator(policy: Policy) -> VLLMGenerator:
 
 def requests_for(policy: Policy, count: int = 4, attempts: int = 4) -> list[Request]:
     prompts = tiny.prompts(policy, count, longest=40)
-    seeds = [tuple(attempt_seed(0, "test", 0, f"task-{i}", a) for a in range(attempts)) for i in range(count)]
+    seeds = [tuple(completion_seed(0, "test", 0, f"task-{i}", a) for a in range(attempts)) for i in range(count)]
     return [Request(prompt, of_prompt) for prompt, of_prompt in zip(prompts, seeds, strict=True)]
 
 

@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from posttrain import api
 from posttrain.cli.arguments import sections_of
 from posttrain.cli.tables import printable
-from posttrain.models.load import Policy, with_chat_format
+from posttrain.models.load import with_chat_format
 from posttrain.rollout.engines.embedded import EmbeddedGenerator
 from posttrain.rollout.generator import Request, completion_seed
+from posttrain.rollout.text import Stream, text_of
 from posttrain.train.device import resolve
-from posttrain.types import Completion, Message, SamplingParams
-
-
-def text_of(policy: Policy, completion: Completion) -> str:
-    """A completion's text without its stop token."""
-    tokens = completion.tokens[:-1] if completion.stop == "stop" else completion.tokens
-    return policy.tokenizer.decode(tokens, skip_special_tokens=True)
+from posttrain.types import Message, SamplingParams
 
 
 def warn_about_environment(model: str) -> None:
@@ -81,26 +73,6 @@ def chat(model: str, temperature: float, max_tokens: int, system: str) -> None:
         ((reply,),) = engine.generate([request], params, on_token=Stream(policy, _print).add)
         print()
         history.append(Message("assistant", text_of(policy, reply)))
-
-
-class Stream:
-    """Streams text as its tokens arrive, holding back incomplete characters."""
-
-    def __init__(self, policy: Policy, write: Callable[[str], None]) -> None:
-        self.policy = policy
-        self.write = write
-        self.tokens: list[int] = []
-        self.written = ""
-
-    def add(self, request: int, index: int, token: int) -> None:
-        """Writes the text that this token adds (there is one request with one completion)."""
-        if token in self.policy.stop_ids:
-            return
-        self.tokens.append(token)
-        text = self.policy.tokenizer.decode(np.array(self.tokens), skip_special_tokens=True)
-        if not text.endswith("\ufffd") and text.startswith(self.written):
-            self.write(text[len(self.written) :])
-            self.written = text
 
 
 def _print(text: str) -> None:

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from posttrain import config
+from posttrain.evaluation.labels import CHANGES
 from posttrain.store.listing import RunInfo
 from posttrain.store.run import EpisodeRow, Run
 from posttrain.types import Episode
@@ -201,25 +202,6 @@ def finished(out: Console, folder: Path) -> None:
         picture(drawn, folder / "curve.png", folder.name)
         out.print(f"learning curve: {folder / 'curve.png'}", soft_wrap=True)
     out.print(f"trained model:  {folder / 'model'}", soft_wrap=True)
-
-
-CHANGES = (
-    ("eval/accuracy", "held-out accuracy (sampled)", "{:.1%}"),
-    ("eval/think_share", "share of answers that think", "{:.0%}"),
-    ("eval/length", "mean answer length (tokens)", "{:.1f}"),
-    ("eval/truncated", "truncated at max_tokens", "{:.1%}"),
-    ("eval/nll", "held-out loss (nats per token)", "{:.4f}"),
-    ("eval/preference_accuracy", "held-out preference accuracy", "{:.1%}"),
-    ("eval/chosen_logp", "log-probability of held-out chosen answers", "{:.2f}"),
-    ("eval/pair_accuracy", "held-out pair accuracy", "{:.1%}"),
-    ("eval/score_gap", "mean score gap of held-out pairs", "{:.2f}"),
-    ("eval/step_accuracy", "held-out step accuracy", "{:.1%}"),
-    ("eval/step_auc", "AUC of step scores, right against wrong", "{:.1%}"),
-    ("eval/outcome_auc", "AUC of answer scores, right against wrong", "{:.1%}"),
-    ("eval/first_mistake", "first mistake (or that there is none) found", "{:.1%}"),
-    ("eval/ece", "expected calibration error", "{:.3f}"),
-)
-"""Rows of the before/after table: metric, label, format."""
 
 
 def change_table(before: Mapping[str, float], after: Mapping[str, float]) -> Table:

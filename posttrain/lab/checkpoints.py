@@ -99,8 +99,8 @@ class Opened:
 
         The answer ends at the context length. Raises ConfigError if the conversation alone is longer.
         """
-        from posttrain.cli.chat import Stream, text_of
         from posttrain.rollout.generator import Request, completion_seed
+        from posttrain.rollout.text import Stream, text_of
 
         read = messages if self.chat.format == "chat" else messages[-1:]
         prompt = self.chat.prompt_tokens(read)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from posttrain.cli.tables import CHANGES
+from posttrain.evaluation.labels import CHANGES
 from posttrain.store.database import connect
 
 BUCKETS = 300

@@ -42,7 +42,7 @@ STAGE = {
     "name": "Name used by later stages: lower-case letters, digits and hyphens.",
     "run": "An algorithm, a data stage, or `model` for an existing model.",
     "card": "Whether its model is evaluated; by default true for models that write completions.",
-    "reference": "Reference model for the card's KL; by default the first stage's model if it existed, else abacus.",
+    "reference": "Reference model for the card's KL; by default that of the first stage if its run is `model`, else abacus.",
 }
 """Keys of a stage's table besides its settings."""
 
@@ -187,9 +187,8 @@ def _stage(table: Mapping[str, Any], defaults: Mapping[str, Any], overrides: Map
     kinds = [*config.RECIPES, *DATA_STAGES, GIVEN]
     if run not in kinds:
         raise ConfigError(f"stage {name!r}: unknown run = {run!r}{config.nearest(run, kinds)}")
-    has_card = rest.pop(
-        "card", run == GIVEN or (run in config.RECIPES and config.RECIPES[run]().facts().trains == "policy")
-    )
+    makes_policy = run == GIVEN or (run in config.RECIPES and config.RECIPES[run]().facts().trains == "policy")
+    has_card = rest.pop("card", makes_policy)
     if not isinstance(has_card, bool):
         raise ConfigError(f"stage {name!r}: card={has_card!r} is not true or false.")
     reference = str(rest.pop("reference", ""))

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from posttrain.cli.chat import text_of
 from posttrain.data.chat import ChatFormat
 from posttrain.lab import checkpoints
 from posttrain.lab.explore.problems import task_of
@@ -28,6 +27,7 @@ from posttrain.rewards.functions import score_safely
 from posttrain.rewards.skills import CLOSE, OPEN
 from posttrain.rollout.engines.embedded import EmbeddedGenerator
 from posttrain.rollout.generator import Request, completion_seed
+from posttrain.rollout.text import text_of
 from posttrain.types import Completion, RolloutError, SamplingParams, Task, Verdict
 
 PARAMS = SamplingParams(temperature=1.0, max_tokens=96)
