@@ -42,7 +42,7 @@ STAGE = {
     "name": "Name used by later stages: lower-case letters, digits and hyphens.",
     "run": "An algorithm, a data stage, or `model` for an existing model.",
     "card": "Whether its model is evaluated; by default true for models that write completions.",
-    "reference": "Reference model for the card's KL; by default that of the first stage if its run is `model`, else abacus.",
+    "reference": "Reference model for the card's KL; by default the first stage's if its run is `model`, else abacus.",
 }
 """Keys of a stage's table besides its settings."""
 
