@@ -118,7 +118,7 @@ class Run:
         """Use `create`, `open` or `read`."""
         self.folder = folder
         self.header: dict[str, Any] = header
-        self.on_write: OnWrite | None = None  # called with the arguments of `write` once they are stored (store/tracker.py)
+        self.on_write: OnWrite | None = None  # called after each `write` with its arguments (store/tracker.py)
         self._lock = lock
         self._db = database
 
