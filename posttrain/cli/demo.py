@@ -51,7 +51,7 @@ def run_demo(out: str, steps: int | None, seed: int, as_json: bool) -> None:
         screen.print(f"\nStopped and saved. Continue with: posttrain resume {folder}", soft_wrap=True)
         sys.exit(128 + result.stopped_by)
     tables.finished(screen, folder)
-    screen.print(f"whole demo:     {tables.duration(time.monotonic() - began)}\n")
+    screen.print(f"total time:     {tables.duration(time.monotonic() - began)}\n")
     screen.print("[bold]What next[/]")
     for command, why in (
         (f"posttrain chat {folder}", "talk to it"),

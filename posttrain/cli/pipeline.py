@@ -31,7 +31,7 @@ def run_command(
         out.print(Text(pipeline.about))
     ended = run_pipeline(pipeline, place, screen, again)
     if ended.stopped_by:
-        out.print(f"Stopped and saved in {place}. Continue with the same command.", soft_wrap=True)
+        out.print(f"Stopped and saved. Run the same command again to continue in {place}.", soft_wrap=True)
         sys.exit(128 + ended.stopped_by)
     out.print(cards_table(ended.records))
     for name, (low, high) in ended.missed.items():

@@ -1,6 +1,6 @@
 """Data stage `critique`: critique and revision, the first phase of constitutional AI (Bai et al., arXiv 2212.08073).
 
-A model responds, a critic says which principles the completion violates, and the completion is revised. What passes the
+A model replies, a critic says which principles the completion violates, and the completion is revised. What passes the
 critic becomes a demonstration: first completions as they are, revisions after a second critique.
 """
 
