@@ -1,6 +1,6 @@
 # Five verbs. Each does its own set-up in .venv; nothing outside this folder is touched.
 PYTHON ?= python3
-# Any torch will do. On Linux without a GPU, a CPU build saves gigabytes: see "Installing" in docs/install.md.
+# Any torch will do. On Linux without a GPU, a CPU build saves gigabytes: see "Installing" in docs/guides/install.md.
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 

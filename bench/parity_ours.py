@@ -80,9 +80,8 @@ def reward(world: World, **algo: Any) -> float:
         for p in world.batch["pairs"]
     ]
     total = 0.0
-    for part, batch in reward_algorithm.pair_batches(pairs, TOKENS_PER_PASS, world.policy.device):
-        weights = torch.full((len(part), 1), 1 / len(pairs))
-        loss = reward_algorithm.make_loss(RewardModelConfig(**algo), weights)
+    loss = reward_algorithm.make_loss(RewardModelConfig(**algo), torch.full((len(pairs), 1), 1 / len(pairs)))
+    for batch in reward_algorithm.pair_batches(pairs, TOKENS_PER_PASS, world.policy.device):
         total += backward(loss(*row_scores(world.policy, batch), batch)[0])
     return total
 

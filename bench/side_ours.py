@@ -12,6 +12,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -25,10 +26,12 @@ from posttrain.algos import dpo, grpo, sft
 from posttrain.data.mixing import Mixture
 from posttrain.models.load import Policy, load_policy, with_chat_format
 from posttrain.rollout.build import make_collector
+from posttrain.rollout.dynamic_sampling import SampledGroups
 from posttrain.rollout.generator import Generator, OnDone, OnToken, Request
-from posttrain.rollout.prefetch import Ahead
+from posttrain.rollout.prefetch import Prefetcher
 from posttrain.store.run import Run
 from posttrain.train.interrupt import Interrupt
+from posttrain.train.job import Loop, OnStep
 from posttrain.types import Completion, Message, Sample, SamplingParams, Task, Verdict
 
 Job = dict[str, Any]
@@ -88,6 +91,11 @@ def recipe_of(job: Job, algorithm: str, **more: Any) -> Any:
     return config.resolve(algorithm, {}, common | more | job["settings"])
 
 
+def loop(recipe: Any, folder: str, tell: OnStep) -> Loop:
+    """The step protocol without a store."""
+    return Loop(cast(Run, NoStore(folder)), recipe.run, tell, Interrupt())
+
+
 def loaded(recipe: Any, turns: Turns) -> Policy:
     policy = load_policy(recipe.model)
     turns.loaded()
@@ -139,9 +147,9 @@ def run_grpo(job: Job, turns: Turns, folder: str) -> None:
     policy = loaded(recipe, turns)
     collector, generator, tasks = forced(job, recipe, policy)
     tell = on_step(turns, lambda values: {"tokens": generator.written, "loss": values["loss"]})
-    examine = cast(Any, lambda step: ({}, []))
-    with Ahead[grpo.Sampled](recipe.algo.overlap) as ahead:
-        grpo.run(recipe, policy, collector, tasks, examine, ahead, cast(Run, NoStore(folder)), tell, Interrupt())
+    evaluate = cast(Any, lambda step, weights: ({}, []))
+    with Prefetcher[SampledGroups]() if recipe.algo.overlap else nullcontext() as prefetch:
+        grpo.run(recipe, policy, collector, tasks, evaluate, prefetch, loop(recipe, folder, tell))
 
 
 def run_generate(job: Job, turns: Turns, folder: str) -> None:
@@ -174,7 +182,7 @@ def run_sft(job: Job, turns: Turns, folder: str) -> None:
     count = sum(len(row.tokens) for row in rows)
     tell = on_step(turns, lambda values: {"tokens": count, "loss": values["loss"]})
     mixture = Mixture([len(rows)], [1.0], 0)
-    sft.run(recipe, policy, mixture, {"rows": rows}, {}, cast(Run, NoStore(folder)), tell, Interrupt())
+    sft.run(recipe, policy, mixture, {"rows": rows}, {}, loop(recipe, folder, tell))
 
 
 def run_dpo(job: Job, turns: Turns, folder: str) -> None:
@@ -188,7 +196,7 @@ def run_dpo(job: Job, turns: Turns, folder: str) -> None:
     train, test, _ = dpo.with_reference(dpo.Feedback(rows, 2), dpo.Feedback([], 2), recipe, policy)
     count = sum(len(row.tokens) for row in rows)
     tell = on_step(turns, lambda values: {"tokens": count, "loss": values["loss"]})
-    dpo.run(recipe, policy, train, test, None, cast(Run, NoStore(folder)), tell, Interrupt())
+    dpo.run(recipe, policy, train, test, None, loop(recipe, folder, tell))
 
 
 KINDS = {"grpo": run_grpo, "generate": run_generate, "sft": run_sft, "dpo": run_dpo}

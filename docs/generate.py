@@ -15,12 +15,13 @@ import typing
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import click
 
 from posttrain import config
 from posttrain.cli import main as cli
+from posttrain.config.renamed import RENAMED
 from posttrain.models.kernels.build import SWITCH
 from posttrain.pipelines.card import CardConfig
 from posttrain.pipelines.data_stages import DATA_STAGES
@@ -65,13 +66,48 @@ ENVIRONMENT = (
 
 def pages() -> dict[str, str]:
     """File name → the text it should have."""
-    return {"config.md": config_page(), "cli.md": cli_page()}
+    return {"algorithms.md": algorithms_page(), "config.md": config_page(), "cli.md": cli_page()}
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """A Markdown table; bars inside cells are escaped."""
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return lines + ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+
+
+def algorithms_page() -> str:
+    """What each algorithm declares about itself, with its default settings."""
+    lines = [
+        MADE,
+        "# Algorithms",
+        "",
+        "What a run of each algorithm holds, samples and computes with its default settings, as its recipe declares "
+        "(`posttrain.config.facts`). `posttrain plan` turns this into bytes and seconds for a model and a data set.",
+        "",
+    ]
+    rows: list[tuple[str, ...]] = []
+    for name, cls in config.RECIPES.items():
+        recipe = cls()
+        facts = recipe.facts()
+        held = ["policy" if facts.trains == "policy" else "scorer"]
+        held += [f"{facts.reference} reference"] * (facts.reference != "none")
+        held += [f"{facts.critic} critic"] * (facts.critic != "none") + ["frozen teacher"] * facts.teacher
+        sampled = (
+            f"{facts.prompts} × {facts.group_size} in every step" if facts.samples == "every step" else facts.samples
+        )
+        updates = facts.minibatches * facts.epochs
+        computed = f"{updates} × {facts.batch_rows} rows"
+        computed += f", {facts.scoring_passes} without gradient" if facts.scoring_passes else ""
+        rows.append((f"[`{name}`](config.md#{name})", facts.data, ", ".join(held), sampled, computed))
+    head = ("algorithm", "learns from", "models", "samples completions", "forward-backward passes of a step")
+    lines += table(head, rows)
+    lines += [
+        "",
+        "A precomputed reference is read once before step 0 and not kept; with LoRA a frozen reference is the policy "
+        "without its adapters. A scorer is a model with a scalar head: a reward model or a verifier. Passes without "
+        "gradient are over all rows of a step: of the reference, the teacher, old log-probabilities or old values.",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def config_page() -> str:
@@ -90,6 +126,8 @@ def config_page() -> str:
         "A recipe may also have an `[expect]` table with numbers it is meant to reach. It is not a section of settings "
         "and changes nothing in a run.",
     ]
+    lines += ["", "Settings that had another name still work under it, with a warning that says what to write:", ""]
+    lines += table(("old name", "write"), [(f"`{old}`", f"`{new}`") for old, new in RENAMED.items()])
     shared: dict[str, list[str]] = {}
     for algorithm, recipe in config.RECIPES.items():
         for section in fields(recipe):
@@ -114,8 +152,8 @@ def pipeline_lines() -> list[str]:
         "",
         "## Pipelines",
         "",
-        "A pipeline is one TOML file with several stages ([pipelines.md](../guides/pipelines.md)). On the command line a stage's "
-        "setting is `--STAGE.section.key value` for a training stage and `--STAGE.key value` for a data stage. "
+        "A pipeline is one TOML file with several stages ([pipelines.md](../guides/pipelines.md)). On the command line a "
+        "stage's setting is `--STAGE.section.key value` for a training stage and `--STAGE.key value` for a data stage. "
         "`--card.key value` is for the cards, `--defaults.section.key value` for all training stages.",
         "",
         *table(("in the file", "meaning"), [(f"`{name}`", meaning) for name, meaning in TABLES.items()]),
@@ -141,15 +179,16 @@ def section_class(recipe: type, name: str) -> type:
 
 def section_table(cls: type) -> list[str]:
     """One row a field."""
-    docs, hints = config.field_docs(cls), typing.get_type_hints(cls)
+    docs, hints = config.field_docs(cls), typing.get_type_hints(cls, include_extras=True)
     rows = [(f"`{f.name}`", kind(hints[f.name]), default(f), docs[f.name]) for f in fields(cls)]
     return table(("setting", "value", "default", "meaning"), rows)
 
 
 def kind(hint: Any) -> str:
     """What may be written, in words."""
-    if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(f"`{choice}`" for choice in typing.get_args(hint))
+    if allowed := config.choices(hint):
+        several = any(getattr(extra, "several", False) for extra in getattr(hint, "__metadata__", ()))
+        return ("any of " if several else "one of ") + ", ".join(f"`{choice}`" for choice in allowed)
     if typing.get_origin(hint) is tuple:
         return "list of texts"
     return {str: "text", int: "whole number", float: "number", bool: "`true` or `false`"}[hint]

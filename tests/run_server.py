@@ -12,12 +12,14 @@ import signal
 import sys
 import time
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, cast
 
 import torch
 
-from posttrain import api, config
+from posttrain import algos, api, config
 from posttrain.config import DataConfig
 from posttrain.data.tasks.load import load_tasks
 from posttrain.models.kernels.build import library
@@ -174,9 +176,39 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "train.lr": 1e-2,
     },
 }
-DATA = {"sft": "rows.jsonl", "sft+mixture": "rows.jsonl*2 + sums*1"}
-DATA |= dict.fromkeys(("reward", "prm", "dpo", "dpo+kto"), "pairs.jsonl")
-"""Offline algorithms → the file in the test's folder that they read (rows.jsonl, pairs.jsonl) and what is mixed in."""
+REWARD = str(Path(__file__).parent / "vowels.py") + ":vowels"
+
+
+def small(algorithm: str) -> dict[str, Any]:
+    """Settings with which any algorithm makes a whole run in a second or two, from what it declares about itself."""
+    recipe = config.RECIPES[algorithm]()
+    sampled = {"data.tasks": "sums", "data.count": 64, "reward.name": REWARD}
+    sizes = {
+        "rollout": {"max_tokens": 8, "slots": 32},
+        "algo": {"prompts": 3, "group_size": 4, "batch_rows": 4, "batch_pairs": 4, "teacher": "sft-whole"},
+        "eval": {"problems": 4, "every": 3},
+        "train": {"lr": 1e-2},
+    }
+    known = config.as_dict(recipe)
+    found = sampled if recipe.facts().samples == "every step" else {"data.holdout": 0.4}
+    return found | {f"{s}.{k}": v for s, keys in sizes.items() for k, v in keys.items() if k in known.get(s, {})}
+
+
+def settings_of(name: str) -> dict[str, Any]:
+    """The settings of an algorithm, or of a variant of one, written algorithm+variant."""
+    return SETTINGS[name] if name in SETTINGS else small(name)
+
+
+def data_of(name: str) -> str | None:
+    """The file that an offline algorithm reads, in the test's folder, and what is mixed in."""
+    if name in MIXTURES:
+        return MIXTURES[name]
+    recipe = config.RECIPES[name.split("+")[0]]()
+    files = {"conversations": "rows.jsonl", "pairs": "pairs.jsonl", "solutions": "pairs.jsonl"}
+    return files.get(recipe.facts().data)
+
+
+MIXTURES = {"sft+mixture": "rows.jsonl*2 + sums*1"}
 SHARED: dict[str, Any] = {
     "train.steps": STEPS,
     "train.threads": 1,
@@ -185,9 +217,18 @@ SHARED: dict[str, Any] = {
 }
 
 
+def register_copy(name: str, of: str) -> None:
+    """Makes an algorithm known under a second name, as a new file in algos/ and one in config/ would."""
+    cls = config.RECIPES[of]
+    config.RECIPES[name] = dataclass(frozen=True)(type("CopiedRecipe", (cls,), {"__doc__": cls.__doc__}))
+    sys.modules[f"posttrain.algos.{name.replace('-', '_')}"] = cast(ModuleType, algos.load(of))
+
+
 def live(request: dict[str, Any]) -> None:
     """One life: starts the run, or resumes it where the folder has one."""
     folder = Path(request["folder"])
+    if copy := request.get("copy"):
+        register_copy(*copy)
     os.environ[failpoints.VARIABLE] = request.get("failpoint") or ""
     os.environ["POSTTRAIN_CACHE"] = f"{folder}.cache"
     if (folder / "run.json").exists():
@@ -197,7 +238,7 @@ def live(request: dict[str, Any]) -> None:
         if request.get("data"):
             settings["data.tasks"] = request["data"]
         name = request["algorithm"]  # a variant is written algorithm+variant
-        merged = {**SHARED, **SETTINGS[name], **settings, **request.get("settings", {})}
+        merged = {**SHARED, **settings_of(name), **settings, **request.get("settings", {})}
         if "algo.teacher" in merged:
             merged["algo.teacher"] = str(folder.parent / merged["algo.teacher"])
         result = api.start(name.split("+")[0], config.resolve(name.split("+")[0], {}, merged))

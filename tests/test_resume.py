@@ -15,12 +15,13 @@ from typing import Any, cast
 
 import pytest
 
+from posttrain import config
 from posttrain.store import checkpoint
 from posttrain.store.failpoints import FAILPOINTS
 from posttrain.store.run import Run
 from tests import run_server, tiny
 
-ALGORITHMS = tuple(run_server.SETTINGS)
+ALGORITHMS = tuple(dict.fromkeys([*config.RECIPES, *run_server.SETTINGS]))
 THOROUGH = ("grpo", "sft")  # killed at every failpoint; the others, which share their store, where their own state is
 STEP = ("step:updated", "step:after-store", "step:after-checkpoint")
 
@@ -37,7 +38,7 @@ class Server:
         """One life of a run; its exit code, negative for the signal that ended it."""
         assert self.process.stdin and self.process.stdout
         base = {"folder": str(self.root / name), "model": str(self.root / "model"), "algorithm": algorithm}
-        if data := run_server.DATA.get(algorithm):
+        if data := run_server.data_of(request["copy"][1] if "copy" in request else algorithm):
             base["data"] = str(self.root / data)
         self.process.stdin.write(json.dumps({**base, **request}) + "\n")
         self.process.stdin.flush()
@@ -79,6 +80,17 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     process.communicate()  # closes the pipes; the server ends at the end of its input
 
 
+@pytest.mark.parametrize("of", ["online-dpo", "sft", "reward"])
+def test_a_renamed_copy_of_an_algorithm_is_killed_and_resumes_bit_exactly(server: Server, of: str) -> None:
+    """What a new algorithm gets from its two files alone: settings that make a small run, and its kill test."""
+    copy = {"copy": ["copy-of-it", of]}
+    assert server.live(f"{of}-copied", "copy-of-it", **copy) == 0
+    folder = f"{of}-copied-killed"
+    assert server.live(folder, "copy-of-it", failpoint="step:after-store:4", **copy) == -signal.SIGKILL
+    assert server.live(folder, "copy-of-it", **copy) == 0
+    assert server.outcome(folder) == server.outcome(f"{of}-copied")
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_two_uninterrupted_runs_are_equal_bit_for_bit(server: Server, algorithm: str) -> None:
     assert server.live(f"{algorithm}-again", algorithm) == 0
@@ -97,7 +109,7 @@ def test_training_changed_the_weights_and_another_seed_gives_another_run(server:
 def test_killed_at_any_failpoint_a_run_resumes_to_the_same_bits(server: Server, name: str, algorithm: str) -> None:
     last = server.hits(f"{algorithm}-whole").get(name, 0)
     if not last:
-        assert name == "step:rollouts-done" and algorithm in run_server.DATA, "only offline algorithms have no rollouts"
+        assert name == "step:rollouts-done" and run_server.data_of(algorithm), "only offline ones have no rollouts"
     hits = {1, last} if algorithm == "grpo" else {(last + 1) // 2}
     for hit in sorted(hits - {0}):
         folder = f"{algorithm}-{name.replace(':', '-')}-{hit}"

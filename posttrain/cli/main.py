@@ -32,10 +32,20 @@ from posttrain.types import ConfigError, PosttrainError
 
 
 class Cli(click.Group):
-    """Lists commands in definition order and turns our errors into one line and an exit code."""
+    """Lists commands in definition order and turns our errors into one line and an exit code.
+
+    Every algorithm of `config.RECIPES` has a command, made from its recipe class.
+    """
 
     def list_commands(self, ctx: click.Context) -> list[str]:
+        for algorithm in config.RECIPES:
+            self.get_command(ctx, algorithm)
         return list(self.commands)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in config.RECIPES and cmd_name not in self.commands:
+            training_command(cmd_name)
+        return super().get_command(ctx, cmd_name)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

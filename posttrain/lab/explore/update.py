@@ -1,7 +1,7 @@
-"""Real updates of a copy of the model on one group: how each answer's probability changes, token by token.
+"""Real updates of a copy of a model on one group, token by token: the learner, loss and batches of `posttrain grpo`.
 
-The loss is the clipped surrogate with equal weight for each token of the group; the optimizer is AdamW with training's
-default settings. The model itself is never changed.
+The loss is `posttrain.algos.grpo.make_loss` with its default settings, the optimizer step the learner's. The model
+itself stays as it is.
 """
 
 from __future__ import annotations
@@ -11,76 +11,82 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
-from posttrain.config import TrainConfig
+from posttrain.algos.grpo import make_loss
+from posttrain.config import GRPOConfig, GRPORecipe, TrainConfig
+from posttrain.data import batching
 from posttrain.lab.explore.group import COMPARE, Group, Writer, write
-from posttrain.models.load import Policy, packed_logits, trainable
 from posttrain.objectives.policy import clip, ratio
-from posttrain.objectives.tokens import select, token_weights
+from posttrain.rollout.collector import with_logp
 from posttrain.rollout.engines.embedded import EmbeddedGenerator
+from posttrain.train.learner import Learner, make_learner
+from posttrain.types import Sample, stat_values
 
 AGAIN = 64
-"""New answers sampled before and after, to measure the effect of an update."""
+"""Fresh answers sampled before and after, to see what an update did to the problem."""
 
 
 def update(
     writer: Writer, group: Group, rewards: Sequence[float], how: str, lr: float, updates: int, low: float, high: float
 ) -> dict[str, Any]:
-    """Takes `updates` optimizer steps on a group's answers as one batch, and returns their effect."""
+    """Takes `updates` optimizer steps on a group's answers, as one batch, and says what became of them."""
     with writer.lock:
         policy = replace(writer.policy, model=copy.deepcopy(writer.policy.model))
-        rows, mask = _rows(group, policy.device)
+        recipe = GRPORecipe(algo=GRPOConfig(clip_low=low, clip_high=high), train=TrainConfig(lr=lr))
+        learner = make_learner(policy, recipe.train, updates)
         advantages = COMPARE[how](torch.tensor([rewards], dtype=torch.float64))[0]
-        per_token = advantages.float().to(policy.device).unsqueeze(1).expand(mask.shape)  # (G, T)
-        weights = token_weights(mask, "token-mean")
-        optimizer = _optimizer(policy, lr)
-        old = _logp(policy, group, rows, mask).detach()
-        steps: list[dict[str, float]] = []
-        for _ in range(updates):
-            loss, clipped = clip(_logp(policy, group, rows, mask), old, per_token, mask, low, high)
-            total = (weights * loss).sum()
-            total.backward()
-            norm = torch.nn.utils.clip_grad_norm_(trainable(policy).values(), TrainConfig().max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-            share = clipped.sum() / mask.sum()
-            steps.append({"loss": total.item(), "norm": norm.item(), "clipped": share.item()})
-        with torch.no_grad():
-            new = _logp(policy, group, rows, mask)
-            loss, clipped = clip(new, old, per_token, mask, low, high)
+        samples = with_logp(training_rows(group, advantages), "old_logp", learner.logprobs)
+        steps = [one_step(learner, recipe, samples) for _ in range(updates)]
+        new = learner.logprobs(samples)
         after = write(EmbeddedGenerator(policy, AGAIN), group.task, group.prompt, 0, AGAIN, "again")
-    parts = (old, new, ratio(new, old, mask), -loss, clipped)
+    answers = [_moved(sample, logp, low, high) for sample, logp in zip(samples, new, strict=True)]
+    clipped = sum(sum(answer["tokens"]["clipped"]) for answer in answers)
     return {
         "steps": steps,
-        "clipped": float(clipped.sum() / mask.sum()),
-        "answers": [_answer(*(part[i][mask[i]] for part in parts)) for i in range(len(mask))],
+        "clipped": clipped / sum(int(sample.loss_mask.sum()) for sample in samples),
+        "answers": answers,
         "asked": AGAIN,
         "right": after.right,
     }
 
 
-def _rows(group: Group, device: torch.device) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """The rows' tokens, prompt first, and the mask (G, T) of tokens written by the model."""
-    prompt = torch.from_numpy(group.prompt).long()
-    rows = [torch.cat([prompt, torch.from_numpy(a.completion.tokens).long()]).to(device) for a in group.answers]
-    at = torch.arange(max(map(len, rows)), device=device)
-    lengths = torch.tensor([len(row) for row in rows], device=device).unsqueeze(1)
-    return rows, (at >= len(prompt)) & (at < lengths)
+def training_rows(group: Group, advantages: torch.Tensor) -> list[Sample]:
+    """A row for each answer; its advantage (one of G) stands at every token the model wrote."""
+    rows: list[Sample] = []
+    for answer, advantage in zip(group.answers, advantages.tolist(), strict=True):
+        tokens = np.concatenate([group.prompt, answer.completion.tokens])
+        mask = np.arange(len(tokens)) >= len(group.prompt)
+        logp = np.zeros(len(tokens), np.float32)
+        logp[mask] = answer.completion.logprobs
+        rows.append(Sample(tokens, mask, logp, np.where(mask, np.float32(advantage), np.float32(0))))
+    return rows
 
 
-def _logp(policy: Policy, group: Group, rows: Sequence[torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
-    """(G, T) log-probabilities of the tokens written by the model, 0 elsewhere, with gradient."""
-    start = len(group.prompt)
-    logits = packed_logits(policy, rows).split([len(row) for row in rows])
-    before = torch.cat([own[start - 1 : -1] for own in logits])
-    found, _ = select(before, torch.cat([row[start:] for row in rows]))
-    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, found)
+def one_step(learner: Learner, recipe: GRPORecipe, samples: Sequence[Sample]) -> dict[str, float]:
+    """One update as in training; a group whose advantages are all 0 has no gradient and changes nothing."""
+    batches = batching.micro(
+        samples,
+        recipe.train.micro_batch_tokens,
+        recipe.algo.aggregate,
+        device=learner.policy.device,
+        skip_zero_advantage=True,
+    )
+    if not batches:
+        return {"loss": 0.0, "norm": 0.0, "clipped": 0.0}
+    values = stat_values([*learner.forward_backward(batches, make_loss(recipe)), learner.step()])
+    return {"loss": values["loss"], "norm": values["grad_norm"], "clipped": values["clipped"]}
 
 
-def _optimizer(policy: Policy, lr: float) -> torch.optim.AdamW:
-    cfg = TrainConfig()
-    return torch.optim.AdamW(trainable(policy).values(), lr, (cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay)
+def _moved(sample: Sample, logp: np.ndarray, low: float, high: float) -> dict[str, Any]:
+    """One answer before and after the updates, from its row's log-probabilities logp [L] after them."""
+    assert sample.old_logp is not None
+    own = sample.loss_mask
+    old, new, advantages = (torch.from_numpy(row[own]).double() for row in (sample.old_logp, logp, sample.advantages))
+    mask = torch.ones(1, len(old), dtype=torch.bool)
+    loss, clipped = clip(new[None], old[None], advantages[None], mask, low, high)
+    return _answer(old, new, ratio(new[None], old[None], mask)[0], -loss[0], clipped[0])
 
 
 def _answer(

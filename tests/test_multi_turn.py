@@ -19,7 +19,7 @@ from posttrain.envs.timeouts import Calls
 from posttrain.models.load import Policy, with_chat_format
 from posttrain.rollout.collector import Collector, episode_stats, to_samples, turn_returns, turns_of
 from posttrain.rollout.engines.embedded import EmbeddedGenerator
-from posttrain.rollout.multi_turn import Player
+from posttrain.rollout.multi_turn import MultiTurn
 from posttrain.train.forward import sample_logprobs
 from posttrain.types import ConfigError, Episode, Message, RolloutError, SamplingParams, Span, Task, Verdict
 from tests import tiny
@@ -67,10 +67,11 @@ def collect(policy: Policy, chat: ChatFormat) -> Callable[..., list[list[Episode
     ) -> list[list[Episode]]:
         settings = replace(EnvConfig(), **limits)
         decode = chat.decode
-        player = Player(env, lambda t: chat.prompt_tokens(t.messages), chat.continuation_tokens, decode, settings, 256)
+        encode = lambda task: chat.prompt_tokens(task.messages)
+        rollout = MultiTurn(env, encode, chat.continuation_tokens, decode, settings, 256)
         collector = Collector(
-            generator, player.encode, decode, lambda t, s: Verdict(0, False), SamplingParams(max_tokens=8), 0,
-            player=player,
+            generator, encode, decode, lambda t, s: Verdict(0, False), SamplingParams(max_tokens=8), 0,
+            multi_turn=rollout,
         )  # fmt: skip
         return collector.groups(tasks, attempts, 0)
 
