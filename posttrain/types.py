@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 Role = Literal["system", "user", "assistant", "tool"]
 StopReason = Literal["stop", "length"]
 Author = Literal["prompt", "model", "env"]
+Json = dict[str, Any]
+"""A JSON object."""
+JsonView = Mapping[str, Any]
+"""A JSON object that is only read."""
 
 
 class PosttrainError(Exception):
@@ -77,7 +81,7 @@ class Message:
 
     role: Role
     content: str
-    tool_calls: tuple[Mapping[str, Any], ...] = ()
+    tool_calls: tuple[JsonView, ...] = ()
 
     def __post_init__(self) -> None:
         if self.role not in ("system", "user", "assistant", "tool"):
@@ -94,7 +98,7 @@ class Task:
     env: str
     messages: tuple[Message, ...]
     answer: Any
-    meta: Mapping[str, Any] = field(default_factory=lambda: {})
+    meta: JsonView = field(default_factory=lambda: {})
 
     def __post_init__(self) -> None:
         if not self.messages or not any(m.role == "user" for m in self.messages):

@@ -125,8 +125,9 @@ def test_a_run_holds_samples_and_computes_what_its_recipe_declares(
         ptx = getattr(recipe.algo, "ptx_rows", 0) * (getattr(recipe.algo, "ptx_coef", 0) > 0)
         assert seen["rows"] <= seen["updates"] * (facts.batch_rows + ptx)
     passes = facts.scoring_passes - facts.teacher  # the teacher's is part of the training pass
-    assert seen["scored"] <= 2 * passes * max(facts.step_rows, facts.prompts * facts.group_size)
-    assert (seen["scored"] > 0) == (passes > 0) or getattr(recipe.algo, "loss", "") == "kto"
+    groups = facts.prompts * (1 + getattr(recipe.algo, "max_resamples", 0))
+    assert seen["scored"] <= 2 * passes * max(facts.step_rows, groups * facts.group_size)
+    assert (seen["scored"] > 0) == (passes > 0)
 
 
 def test_a_renamed_copy_of_an_algorithm_has_the_same_plan_command_and_documentation(place: Path) -> None:

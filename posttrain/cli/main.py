@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import json
 import sys
+import warnings
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -49,13 +50,21 @@ class Cli(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.simplefilter("always", config.SettingRenamed)
+                warnings.showwarning = _one_line
+                return super().invoke(ctx)
         except PosttrainError as error:
             click.echo(f"error: {error}", err=True)
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
             click.echo("stopped.", err=True)
             sys.exit(130)
+
+
+def _one_line(message: Warning | str, category: type[Warning], *place: Any) -> None:
+    """A warning without the place in the code that raised it, which is not the user's."""
+    click.echo(f"warning: {message}", err=True)
 
 
 @click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"]})
@@ -72,7 +81,7 @@ def settings_command(name: str, **extra: Any) -> Any:
     return main.command(name, context_settings=FREE, **extra)
 
 
-def run_training(algorithm: str, recipe: Any, as_json: bool, resume: str | None = None) -> None:
+def run_training(algorithm: str, recipe: config.Recipe, as_json: bool, resume: str | None = None) -> None:
     """Runs or resumes training with the live progress line, then prints the results."""
     from posttrain.cli import tables
 

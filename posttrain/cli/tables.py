@@ -108,7 +108,7 @@ def duration(seconds: float) -> str:
 class StepLine:
     """Live progress line of a run; prints plain lines if the output is not a terminal."""
 
-    def __init__(self, out: Console, recipe: Any) -> None:
+    def __init__(self, out: Console, recipe: config.Recipe) -> None:
         self.out, self.total = out, recipe.train.steps
         self._began: tuple[int, float] | None = None
         self._live = Live(Text("loading, then evaluating before training …"), console=out, refresh_per_second=8)

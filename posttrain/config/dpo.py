@@ -107,6 +107,7 @@ class DPORecipe:
             batch_rows=self.algo.batch_pairs * (2 if pairs else 1),
             shared_prompt=2 if pairs else 1,
             paired=pairs,
+            scoring_passes=int(not pairs),  # kto's baseline
             held_out_pass=True,
             max_tokens=self.pairs.max_tokens,
         )

@@ -37,7 +37,7 @@ def settings_from(cls: Any, values: Any, where: str) -> Any:
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where}={values!r} is {type(values).__name__}, expected a table of settings.")
     hints, known = typing.get_type_hints(cls), [f.name for f in fields(cls)]
-    built: dict[str, Any] = {}
+    built: dict[str, object] = {}
     for name, value in values.items():
         at = f"{where}.{name}" if where else name
         if name not in known:

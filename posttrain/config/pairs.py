@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
-from posttrain.config.sections import require_positive
+from posttrain.config.sections import RolloutConfig, require_positive
 from posttrain.types import ConfigError
 
 
@@ -23,7 +23,16 @@ class PairsConfig:
     """Maximum row length, prompt included; longer rows are truncated at the end and counted."""
 
 
-def check_pairs(recipe: Any) -> None:
+class PairSections(Protocol):
+    """The sections that `check_pairs` reads."""
+
+    @property
+    def pairs(self) -> PairsConfig: ...
+    @property
+    def rollout(self) -> RolloutConfig: ...
+
+
+def check_pairs(recipe: PairSections) -> None:
     pairs = recipe.pairs
     require_positive(pairs, "per_task", "max_tokens")
     if pairs.held_out < 0:

@@ -10,13 +10,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from posttrain.types import JsonView
+
 
 @dataclass(frozen=True)
 class Preset:
     """Settings by section, their source, and how the original differs from them."""
 
     source: str
-    settings: Mapping[str, Mapping[str, Any]]
+    settings: Mapping[str, JsonView]
     differs: str = ""
 
 

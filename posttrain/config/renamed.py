@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Mapping
-from typing import Any
+
+from posttrain.types import Json, JsonView
 
 RENAMED = {
     "train.tokens_per_pass": "train.micro_batch_tokens",
@@ -35,9 +36,9 @@ def current_name(name: str, known: Collection[str]) -> str:
     return name
 
 
-def current_settings(settings: Mapping[str, Any], known: Collection[str], warn: bool = True) -> dict[str, Any]:
+def current_settings(settings: JsonView, known: Collection[str], warn: bool = True) -> Json:
     """Nested settings with old names replaced; anything that is not a section is kept for the caller to reject."""
-    out: dict[str, Any] = {s: dict(v) if isinstance(v, Mapping) else v for s, v in settings.items()}
+    out: Json = {s: dict(v) if isinstance(v, Mapping) else v for s, v in settings.items()}
     for section, values in out.items():
         if isinstance(values, dict):
             with warnings.catch_warnings():
@@ -47,10 +48,10 @@ def current_settings(settings: Mapping[str, Any], known: Collection[str], warn: 
     return out
 
 
-def identity(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def identity(sections: Mapping[str, JsonView]) -> dict[str, Json]:
     """A recipe as section → key → value with the original names, without later settings that have their default."""
     first = {new: old for old, new in RENAMED.items()}
-    out: dict[str, dict[str, Any]] = {}
+    out: dict[str, Json] = {}
     for section, values in sections.items():
         full = {f"{section}.{key}": value for key, value in values.items()}
         kept = {name: value for name, value in full.items() if name not in ADDED or value != ADDED[name]}

@@ -23,12 +23,12 @@ from posttrain.config.algorithms import RECIPES
 from posttrain.config.choices import FilesIn, KeysOf
 from posttrain.config.presets import PRESETS
 from posttrain.config.renamed import current_name, current_settings
-from posttrain.types import ConfigError
+from posttrain.types import ConfigError, Json, JsonView
 
 T = TypeVar("T")
 
 
-def read_toml(path: str | Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
+def read_toml(path: str | Path) -> tuple[str, Json, Json]:
     """Reads a recipe file: (algorithm, settings by section, the `[expect]` table)."""
     try:
         raw = tomllib.loads(Path(path).read_text(encoding="utf-8"))
@@ -46,18 +46,18 @@ def read_toml(path: str | Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
     return algorithm, raw, expect
 
 
-def resolve(algorithm: str, settings: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Any:
+def resolve(algorithm: str, settings: JsonView, overrides: JsonView | None = None) -> Any:
     """Builds the recipe of `algorithm` from nested settings and then overrides named `section.key` or just `key`."""
     given = _given(RECIPES[algorithm], settings, overrides or {})
     return _build(_with_preset(RECIPES[algorithm](), algorithm, given.get("algo")), given, "")
 
 
-def resolve_as(cls: type[T], settings: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> T:
+def resolve_as(cls: type[T], settings: JsonView, overrides: JsonView | None = None) -> T:
     """Like `resolve`, for a recipe class that does not belong to an algorithm, such as `EvalRecipe`."""
     return _build(cls(), _given(cls, settings, overrides or {}), "")
 
 
-def _given(cls: type, settings: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+def _given(cls: type, settings: JsonView, overrides: JsonView) -> Json:
     """Settings and overrides by section, under their current names."""
     given = current_settings(settings, _full_names(cls))
     for name, value in overrides.items():
@@ -68,7 +68,7 @@ def _given(cls: type, settings: Mapping[str, Any], overrides: Mapping[str, Any])
     return given
 
 
-def stored(algorithm: str, settings: Mapping[str, Any]) -> Any:
+def stored(algorithm: str, settings: JsonView) -> Any:
     """The recipe in a run folder's header, which may use old names of settings."""
     return resolve(algorithm, current_settings(settings, _full_names(RECIPES[algorithm]), warn=False))
 
@@ -127,11 +127,11 @@ def _section_type(cls: type, name: str) -> type:
     return _hints(cls)[name]
 
 
-def _build(default: Any, values: Mapping[str, Any], where: str) -> Any:
+def _build(default: Any, values: JsonView, where: str) -> Any:
     """`default` with the given values; other defaults of a recipe's section, such as sft's steps, are kept."""
     cls = type(default)
     known = {f.name for f in fields(cls)}
-    built: dict[str, Any] = {}
+    built: dict[str, object] = {}
     for name, value in values.items():
         if name not in known:
             raise ConfigError(f"unknown setting {where}{name!r}{nearest(name, sorted(known))}")
@@ -191,26 +191,28 @@ def field_docs(cls: type) -> dict[str, str]:
     return docs
 
 
-def as_dict(recipe: Any) -> dict[str, dict[str, Any]]:
+def as_dict(recipe: object) -> dict[str, Json]:
     """The recipe as section → key → value, for JSON."""
-    return {
-        s.name: {k.name: getattr(getattr(recipe, s.name), k.name) for k in fields(getattr(recipe, s.name))}
-        for s in fields(recipe)
-    }
+    return {name: _members(section) for name, section in _members(recipe).items()}
 
 
-def as_toml(algorithm: str, recipe: Any, explain: bool = True) -> str:
+def as_toml(algorithm: str, recipe: object, explain: bool = True) -> str:
     """The recipe as TOML that resolves to the same recipe, with an explanation of each setting if `explain`."""
     lines = [f'algorithm = "{algorithm}"']
-    for section in fields(recipe):
-        value = getattr(recipe, section.name)
-        docs = field_docs(type(value))
-        lines += ["", f"[{section.name}]"]
-        for key in fields(value):
+    for name, section in _members(recipe).items():
+        docs = field_docs(type(section))
+        lines += ["", f"[{name}]"]
+        for key, value in _members(section).items():
             if explain:
-                lines.append(f"# {docs[key.name]}")
-            lines.append(f"{key.name} = {_toml_value(getattr(value, key.name))}")
+                lines.append(f"# {docs[key]}")
+            lines.append(f"{key} = {_toml_value(value)}")
     return "\n".join(lines) + "\n"
+
+
+def _members(of: object) -> Json:
+    """Field → value of a dataclass."""
+    assert is_dataclass(of)
+    return {field.name: getattr(of, field.name) for field in fields(of)}
 
 
 def _toml_value(value: Any) -> str:

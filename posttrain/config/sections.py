@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal, Protocol
 
 from posttrain.config.choices import FilesIn
 from posttrain.types import ConfigError
@@ -153,14 +153,29 @@ class RunConfig:
     """Experiment trackers that receive what the run stores, comma-separated (docs/guides/runs.md); empty for none."""
 
 
-def require_positive(section: Any, *names: str) -> None:
+class SharedSections(Protocol):
+    """The sections that every recipe has."""
+
+    @property
+    def model(self) -> ModelConfig: ...
+    @property
+    def data(self) -> DataConfig: ...
+    @property
+    def train(self) -> TrainConfig: ...
+    @property
+    def run(self) -> RunConfig: ...
+
+
+def require_positive(section: object, *names: str) -> None:
     for name in names:
         if getattr(section, name) <= 0:
             raise ConfigError(f"{name}={getattr(section, name)} must be 1 or more.")
 
 
-def check_shared(recipe: Any) -> None:
+def check_shared(recipe: SharedSections) -> None:
     train, run, data = recipe.train, recipe.run, recipe.data
+    rollout: RolloutConfig | None = getattr(recipe, "rollout", None)
+    env: EnvConfig | None = getattr(recipe, "env", None)
     if min(train.lr, train.warmup_steps, train.steps, train.max_grad_norm, train.weight_decay) < 0:
         raise ConfigError("train.lr, warmup_steps, steps, max_grad_norm and weight_decay cannot be negative.")
     if not (0 <= train.beta1 < 1 and 0 <= train.beta2 < 1):
@@ -169,16 +184,16 @@ def check_shared(recipe: Any) -> None:
         raise ConfigError(f"data.holdout={data.holdout} is not in [0, 1).")
     if data.count < 0:
         raise ConfigError(f"data.count={data.count} is negative. Use 0 to read all rows of a file.")
-    if hasattr(recipe, "rollout") and recipe.rollout.reward_workers < 0:
-        raise ConfigError(f"rollout.reward_workers={recipe.rollout.reward_workers} is negative. Use 0 for none.")
-    if hasattr(recipe, "rollout") and not 0 < recipe.rollout.vllm_memory < 1:
-        raise ConfigError(f"rollout.vllm_memory={recipe.rollout.vllm_memory} is not between 0 and 1.")
+    if rollout and rollout.reward_workers < 0:
+        raise ConfigError(f"rollout.reward_workers={rollout.reward_workers} is negative. Use 0 for none.")
+    if rollout and not 0 < rollout.vllm_memory < 1:
+        raise ConfigError(f"rollout.vllm_memory={rollout.vllm_memory} is not between 0 and 1.")
     if recipe.model.lora_rank < 0:
         raise ConfigError(f"model.lora_rank={recipe.model.lora_rank} is negative. Use 0 to train all weights.")
     require_positive(train, "micro_batch_tokens")
     require_positive(run, "checkpoint_every", "keep")
-    if hasattr(recipe, "env") and not recipe.env.timeout > 0:
-        raise ConfigError(f"env.timeout={recipe.env.timeout} must be above 0 seconds.")
+    if env and not env.timeout > 0:
+        raise ConfigError(f"env.timeout={env.timeout} must be above 0 seconds.")
     counts = {"rollout": ("slots", "max_tokens"), "eval": ("problems", "samples"), "env": ("max_turns", "workers")}
     for section, names in counts.items():
         if hasattr(recipe, section):

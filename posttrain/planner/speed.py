@@ -59,7 +59,7 @@ def work(recipe: Recipe, shape: ModelShape, rows: Rows) -> Work:
     again = 1 if recipe.model.gradient_checkpointing else 0
     training = facts.step_rows * facts.epochs * one * (1 + backward + again)
     if facts.samples != "every step":
-        return Work(training=training)
+        return Work(training=training, scoring=facts.step_rows * one * facts.scoring_passes)
     count = facts.prompts * facts.group_size
     slots = min(memory.rollout_of(recipe).slots, count)
     return Work(
