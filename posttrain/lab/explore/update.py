@@ -1,7 +1,7 @@
-"""Real updates of a copy of a model on one group, token by token: the learner, loss and batches of `posttrain grpo`.
+"""Real updates of a copy of the model on one group, with the learner, loss and batches of `posttrain grpo`.
 
-The loss is `posttrain.algos.grpo.make_loss` with its default settings, the optimizer step the learner's. The model
-itself stays as it is.
+The loss is `posttrain.algos.grpo.make_loss` with its default settings, and the learner takes the optimizer step. The
+model itself is never changed.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from posttrain.train.learner import Learner, make_learner
 from posttrain.types import Sample, stat_values
 
 AGAIN = 64
-"""Fresh answers sampled before and after, to see what an update did to the problem."""
+"""New answers sampled before and after, to measure the effect of an update."""
 
 
 def update(
     writer: Writer, group: Group, rewards: Sequence[float], how: str, lr: float, updates: int, low: float, high: float
 ) -> dict[str, Any]:
-    """Takes `updates` optimizer steps on a group's answers, as one batch, and says what became of them."""
+    """Takes `updates` optimizer steps on a group's answers as one batch, and returns their effect."""
     with writer.lock:
         policy = replace(writer.policy, model=copy.deepcopy(writer.policy.model))
         recipe = GRPORecipe(algo=GRPOConfig(clip_low=low, clip_high=high), train=TrainConfig(lr=lr))
@@ -53,7 +53,7 @@ def update(
 
 
 def training_rows(group: Group, advantages: torch.Tensor) -> list[Sample]:
-    """A row for each answer; its advantage (one of G) stands at every token the model wrote."""
+    """One row per answer, with its advantage (one of G) at every token the model wrote."""
     rows: list[Sample] = []
     for answer, advantage in zip(group.answers, advantages.tolist(), strict=True):
         tokens = np.concatenate([group.prompt, answer.completion.tokens])
@@ -65,7 +65,7 @@ def training_rows(group: Group, advantages: torch.Tensor) -> list[Sample]:
 
 
 def one_step(learner: Learner, recipe: GRPORecipe, samples: Sequence[Sample]) -> dict[str, float]:
-    """One update as in training; a group whose advantages are all 0 has no gradient and changes nothing."""
+    """One update as in training. If all advantages are 0, there is no gradient and nothing changes."""
     batches = batching.micro(
         samples,
         recipe.train.micro_batch_tokens,
@@ -80,7 +80,7 @@ def one_step(learner: Learner, recipe: GRPORecipe, samples: Sequence[Sample]) ->
 
 
 def _moved(sample: Sample, logp: np.ndarray, low: float, high: float) -> dict[str, Any]:
-    """One answer before and after the updates, from its row's log-probabilities logp [L] after them."""
+    """One answer before and after the updates; `logp` [L] are its row's log-probabilities after them."""
     assert sample.old_logp is not None
     own = sample.loss_mask
     old, new, advantages = (torch.from_numpy(row[own]).double() for row in (sample.old_logp, logp, sample.advantages))
