@@ -129,7 +129,7 @@ def test_the_rewards_start_from_what_the_demonstrations_made() -> None:
 def test_without_isolation_the_recipe_is_refused_in_one_line_before_step_0(tmp_path: Path) -> None:
     number = {"x86_64": 272, "aarch64": 97}[os.uname().machine]
     command = [sys.executable, "-c", REFUSING.replace("{unshare}", str(number)), "grpo", str(REWARDS)]
-    environment = {**os.environ, "PYTHONPATH": str(RECIPES.parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(RECIPES.parents[2])}
     command += ["--model.path", "abacus", "--out", "run"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr

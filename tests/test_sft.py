@@ -25,7 +25,7 @@ from posttrain.cli import tables as show
 from posttrain.config import DataConfig, SFTConfig
 from posttrain.data import batching
 from posttrain.data.chat import ChatFormat
-from posttrain.data.conversation_rows import training_rows
+from posttrain.data.conversation_rows import trained_tokens, training_rows
 from posttrain.data.conversations import Source, load_conversations, prompt_of
 from posttrain.data.mixing import Mixture
 from posttrain.models.load import Policy
@@ -77,7 +77,7 @@ def turns(*said: str) -> tuple[Message, ...]:
 
 def trained(chat: ChatFormat, row: str | tuple[Message, ...], train_on: str = "assistant") -> str:
     """The text of the trained tokens, `·` for the token that ends a turn."""
-    tokens, mask = sft.trained_tokens(row, chat, train_on)
+    tokens, mask = trained_tokens(row, chat, train_on)
     assert tokens.dtype == np.int32 and mask.shape == tokens.shape and not mask[0]
     return chat._native.decode(tokens[mask].tolist(), skip_special_tokens=False).replace("<eos>", "·")
 
@@ -152,7 +152,7 @@ def test_a_tool_cannot_forge_a_turn_of_the_assistant(folder: Path) -> None:
 def test_a_template_without_tools_is_refused_where_tools_are_used(folder: Path, template: str, says: str) -> None:
     chat = speaking(folder, template)
     with pytest.raises(TemplateError, match=says):
-        sft.trained_tokens(TOOLED, chat, "assistant")
+        trained_tokens(TOOLED, chat, "assistant")
     assert trained(chat, CHAT) == "1·22·", "without tools the same template serves"
 
 

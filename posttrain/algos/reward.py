@@ -85,7 +85,8 @@ def make_loss(cfg: RewardModelConfig, weights: torch.Tensor) -> Loss:
             "score_gap": Stat(float(gap.sum()), int(told.sum())),
             "score_mean": Stat(float(scores.detach().sum()), scores.numel()),
         }
-        part = weights[[row // 2 for row in b.rows[0::2]]]  # (n, K)
+        rows = b.rows or tuple(range(len(scores)))
+        part = weights[[row // 2 for row in rows[0::2]]]  # (n, K)
         return (part.to(per_pair) * per_pair).sum(), stats
 
     return loss

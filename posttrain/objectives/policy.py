@@ -232,12 +232,12 @@ PolicyLoss = Callable[
 ]
 
 POLICY_LOSSES: dict[str, PolicyLoss] = {
-    "reinforce": reinforce,
-    "importance": importance,
     "clip": clip,
     "dual-clip": dual_clip,
     "gspo": gspo,
     "gspo-token": gspo_token,
     "cispo": cispo,
     "sapo": sapo,
+    "importance": importance,
+    "reinforce": reinforce,
 }

@@ -112,7 +112,7 @@ def best_of() -> Worked:
         title="What it is worth to choose",
         given="A model writes 100 answers to a question, and 17 are right. Someone who recognises right answers may "
         "choose from k of them. How often is there a right one to choose?",
-        calls=("evaluation.pass_at_k",),
+        calls=("evaluation.accuracy.pass_at_k",),
         steps=(Step(r"1 - \binom{83}{k} \big/ \binom{100}{k}"),),
         head=("k", "at least one right"),
         rows=tuple(rows),

@@ -103,7 +103,7 @@ def gao_fit() -> Worked:
         title="Where choosing by the reward model stops helping",
         given="Our reward model with four layers chooses the best of n answers. The curve was fitted to the true "
         "scores of our run.",
-        calls=("search.bon_kl", "recipes/results/overoptimisation.json"),
+        calls=("search.best_of_n.bon_kl", "config/recipes/results/overoptimisation.json"),
         steps=(
             Step(r"R(d) = d\,(\alpha - \beta d)", rf"d\,({one(alpha, 3)} - {one(beta, 3)}\, d)"),
             Step(
@@ -178,7 +178,7 @@ def interval() -> Worked:
     return Worked(
         title="What 1,319 problems can show",
         given="60 and 100 of 1,319 problems are solved. The intervals are Wilson's, at 95 %.",
-        calls=("intervals.wilson",),
+        calls=("evaluation.intervals.wilson",),
         steps=(
             Step(
                 r"\sqrt{p (1 - p) / n}",

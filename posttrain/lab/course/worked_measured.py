@@ -109,7 +109,7 @@ def probed() -> Worked:
         title="A real reward model, probed",
         given="The reward model of the recipe rlhf. SD is the standard deviation of its scores over plain answers; 0 "
         "would be no bias.",
-        calls=("probes.probe",),
+        calls=("evaluation.bias_probes.probe",),
         head=("probe", "what is changed", "change of the score"),
         rows=tuple(rows),
     )
@@ -126,7 +126,7 @@ def four_models() -> Worked:
         ("DPO", "dpo", {"data": {"tasks": "preferences.jsonl"}}),
     ):
         recipe = resolve(algorithm, {"model": {"path": SIZE, "dtype": "bfloat16"}, **settings})
-        held = states(algorithm, recipe, shape, Where(cuda=True))
+        held = states(recipe, shape, Where(cuda=True))
         policy = sum(held.get(part, 0) for part in ("weights", "float32 masters", "optimizer"))
         others = [held.get(part, 0) for part in ("critic", "reference model", "reward model")]
         sizes = [policy, *others, policy + sum(others)]
@@ -135,7 +135,7 @@ def four_models() -> Worked:
         title="Models in memory, planned for seven billion weights",
         given=f"{SIZE}, {shape.parameters / 1e9:.2f} billion weights in bfloat16, all trained with AdamW and "
         "float32 master weights. Activations, gradients and the KV cache come on top.",
-        calls=("planner.states",),
+        calls=("planner.memory.states",),
         head=("method", "policy", "critic", "reference", "reward model", "total"),
         rows=tuple(rows),
         after="DPO’s reference runs once before training and only its log-probabilities are kept, so the model is not "

@@ -264,7 +264,7 @@ def coverage() -> Worked:
         title="How a model can be better with one answer and worse with many",
         given="Two tasks, 128 answers each. The base model got 52 and 6 of them right, a sharpened model 98 and 0. The "
         "numbers are made up; the estimator is not.",
-        calls=("evaluation.pass_at_k",),
+        calls=("evaluation.accuracy.pass_at_k",),
         steps=(
             Step(
                 r"\text{pass@}k = 1 - \binom{n - c}{k} \Big/ \binom{n}{k}",
@@ -295,7 +295,7 @@ def voting() -> Worked:
     return Worked(
         title="Majority vote",
         given="Questions with two possible answers; each sampled answer is right with probability 0.6, or with 0.4.",
-        calls=("evaluation.majority",),
+        calls=("evaluation.accuracy.majority",),
         steps=(
             Step(
                 r"\sum_{j > n/2} \tbinom{n}{j} p^j (1 - p)^{n - j}",
@@ -323,7 +323,7 @@ def best_and_price() -> Worked:
         title="Best of n, and what it costs",
         given="Eight answers to which a reward model gives the scores 0.1, 0.4, 0.5, 0.9, 1.2, 1.4, 2.0 and 2.6. The "
         "first, the third and the last are wrong.",
-        calls=("search.expected_pick", "search.bon_kl"),
+        calls=("search.best_of_n.expected_pick", "search.best_of_n.bon_kl"),
         steps=(
             Step(
                 r"D_{\mathrm{KL}} \le \log n - \frac{n - 1}{n}",
