@@ -144,7 +144,7 @@ def test_doctor_measures_this_machine() -> None:
     ("command", "code", "says"),
     [
         ("grpo --lrr 3", 2, "Did you mean 'lr'?"),
-        ("grpo --group-size 1", 2, "advantage 0"),
+        ("grpo --group-size 1", 2, "advantage of 0"),
         ("grpo --temperature 1", 2, "ambiguous"),
         ("grpo --lr fast", 2, "is not a number"),
         ("grpo --lr", 2, "has no value"),
