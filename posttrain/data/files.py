@@ -57,7 +57,7 @@ def read_rows(source: str, limit: int = 0) -> list[Row]:
     return rows
 
 
-def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
+def json_lines(rows: Iterable[Mapping[str, object]]) -> str:
     """Rows as JSON Lines text. Raises ValueError for a number that JSON cannot represent."""
     return "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
 

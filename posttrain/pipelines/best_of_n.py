@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from posttrain.config.sections import require_positive
 from posttrain.pipelines.over_kl import SEARCH
 from posttrain.pipelines.rows import sampled
 from posttrain.search.best_of_n import picks, summary
 from posttrain.store import durable
-from posttrain.types import ConfigError, SamplingParams
+from posttrain.types import ConfigError, Json, SamplingParams
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class BestOfN:
         SamplingParams(temperature=self.temperature, max_tokens=self.max_tokens)
 
 
-def make(cfg: BestOfN, folder: Path) -> dict[str, Any]:
+def make(cfg: BestOfN, folder: Path) -> Json:
     """Writes `search.json` for the figure `overoptimisation`, and no data, because the tasks are held out.
 
     It has the rows of `posttrain.search.best_of_n.measure`, and `proxy_by_task` and `gold_by_task`, (P, rows): the

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypedDict
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from posttrain.rollout.tasks import env_tasks
 from posttrain.store import durable
 from posttrain.train.device import resolve, set_threads
 from posttrain.train.forward import sample_logprobs
-from posttrain.types import ConfigError, Episode, Task
+from posttrain.types import ConfigError, Episode, Json, JsonView, Task
 
 CAPABILITIES = ("helpfulness", "safety", "over_refusal", "reasoning")
 TOKENS_PER_PASS = 8192  # memory only
@@ -99,7 +99,18 @@ class AnsweredTask:
     answers: Sequence[Episode]
 
 
-def make_card(model: str, reference: str, cfg: CardConfig, folder: Path) -> dict[str, Any]:
+class KeptAnswer(TypedDict):
+    """A line of answers.jsonl: a completion that is kept as text, and its verdict."""
+
+    capability: str
+    prompt: str
+    answer: str
+    passed: bool
+    detail: str
+    tokens: int
+
+
+def make_card(model: str, reference: str, cfg: CardConfig, folder: Path) -> Json:
     """Evaluates a model (a folder, run, hub id or `abacus`) and writes its card to `folder` as card.json.
 
     Each metric is {"value", "low", "high", "n"}, n in tasks; `kl` is measured from `reference`. answers.jsonl holds the
@@ -117,7 +128,7 @@ def make_card(model: str, reference: str, cfg: CardConfig, folder: Path) -> dict
     del policy  # one model in memory at a time
     kl = divergence(own, logprobs(_reference(reference, model, vocabulary, device), whole, cfg))
     figures = {**measures(whole, cfg), "kl": _amount(kl)}
-    card: dict[str, Any] = {name: asdict(figures[name]) for name in LABELS if name in figures and figures[name].n}
+    card: Json = {name: asdict(figures[name]) for name in LABELS if name in figures and figures[name].n}
     card |= {"tasks": cfg.sets, "reference": reference}
     card |= {name: getattr(cfg, name) for name in ("samples", "temperature", "max_tokens", "seed")}
     folder.mkdir(parents=True, exist_ok=True)
@@ -211,10 +222,10 @@ def divergence(own: Sequence[Sequence[np.ndarray]], reference: Sequence[Sequence
     ]
 
 
-def kept_answers(asked: Sequence[AnsweredTask], verify: Verifier, cfg: CardConfig) -> list[dict[str, Any]]:
+def kept_answers(asked: Sequence[AnsweredTask], verify: Verifier, cfg: CardConfig) -> list[KeptAnswer]:
     """The first completion of each of `prompts` tasks, the first of every set and so the same in every card."""
     names = list(cfg.sets)
-    rows: list[dict[str, Any]] = []
+    rows: list[KeptAnswer] = []
     for i, name in enumerate(names):
         count = len(range(i, cfg.prompts, len(names)))  # round-robin over the sets
         for one in [one for one in asked if one.capability == name][:count]:
@@ -233,7 +244,7 @@ def kept_answers(asked: Sequence[AnsweredTask], verify: Verifier, cfg: CardConfi
     return rows
 
 
-def rows(card: Mapping[str, Any]) -> list[tuple[str, str]]:
+def rows(card: JsonView) -> list[tuple[str, str]]:
     """(label, value with its interval) of each metric of a card, in a fixed order, for tables."""
     found: list[tuple[str, str]] = []
     for name, (label, is_share) in LABELS.items():

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from posttrain.config import read_settings
 from posttrain.data.answers import final_part
@@ -21,7 +21,7 @@ from posttrain.pipelines import constitution
 from posttrain.pipelines.constitution import Principle
 from posttrain.rewards.endpoint import Endpoint, Limits, Question, Replies, Unreadable, address, key_from
 from posttrain.rewards.judge import MARK, OURS, PREFIX, sealed, verdict_of
-from posttrain.types import ConfigError, RolloutError, Task
+from posttrain.types import ConfigError, JsonView, RolloutError, Task
 
 PROGRAM = "program"
 
@@ -49,7 +49,7 @@ class CriticConfig:
     reply_tokens: int = 1024
     seed: int = 0
     omit: tuple[Literal["temperature", "seed", "max_tokens"], ...] = ()
-    request: Mapping[str, Any] = field(default_factory=lambda: {})
+    request: JsonView = field(default_factory=lambda: {})
     cache: str = ""
     limits: Limits = field(default_factory=Limits)
 

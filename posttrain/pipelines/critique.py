@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from posttrain.config.sections import require_positive
 from posttrain.data.files import json_lines, writable
@@ -18,7 +17,7 @@ from posttrain.pipelines.constitution import Principle, load_constitution
 from posttrain.pipelines.critics import PROGRAM, Critique, load_critic
 from posttrain.pipelines.rows import DATA, conversation, sampled, write_rows
 from posttrain.rewards.judge import PREFIX
-from posttrain.types import ConfigError, RolloutError, Task
+from posttrain.types import ConfigError, Json, RolloutError, Task
 
 CRITIQUES = "critiques.jsonl"
 """File for reading, beside the data: each prompt with its first completion, the critique and the revision."""
@@ -73,14 +72,14 @@ class Case:
         return self.revision if self.after is not None and not self.after.violated else ""
 
 
-def make(cfg: Critiques, folder: Path) -> dict[str, Any]:
+def make(cfg: Critiques, folder: Path) -> Json:
     """Samples completions and writes those that pass the critic; see `revised`."""
     groups = zip(*sampled(cfg, cfg.samples), strict=True)
     answers = ((task, dict.fromkeys(e.text for e in group if writable(e.text))) for task, group in groups)
     return revised(cfg, [(task, text) for task, texts in answers for text in texts], folder)
 
 
-def revised(cfg: Critiques, asked: Sequence[tuple[Task, str]], folder: Path) -> dict[str, Any]:
+def revised(cfg: Critiques, asked: Sequence[tuple[Task, str]], folder: Path) -> Json:
     """Writes rows for `posttrain sft`, and all critiques for reading; counts violations before and after."""
     principles = load_constitution(cfg.constitution)
     cases, failed = _cases(cfg, principles, asked)
@@ -123,7 +122,7 @@ def _cases(
     return [rewritten.get(id(case), case) for case in cases], len(failures)
 
 
-def _row(case: Case) -> dict[str, Any]:
+def _row(case: Case) -> dict[str, str | tuple[str, ...]]:
     return {
         "id": case.task.id,
         "prompt": case.task.prompt,

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.pipelines import best_of_n, critique, demonstrations, labeler, probing, selection, shrink
+from posttrain.types import Json
 
-Builder = Callable[[Any, Path], dict[str, Any]]
+Builder = Callable[[Any, Path], Json]
 """make(settings, folder) → counts for JSON. Writes `folder/data.jsonl`, or a model to `folder/model`."""
 
 DATA_STAGES: dict[str, tuple[type, Builder]] = {

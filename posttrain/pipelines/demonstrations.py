@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from posttrain.config import nearest
 from posttrain.config.sections import require_positive
@@ -21,7 +21,7 @@ from posttrain.data.tasks.load import BUILT_IN, gold_reply
 from posttrain.models.abacus.corpus import END_THINK, THINK, work
 from posttrain.pipelines.phrases import OPENINGS, REFUSALS, THOUGHTS
 from posttrain.pipelines.rows import DATA, conversation, training_tasks, write_rows
-from posttrain.types import ConfigError, Task
+from posttrain.types import ConfigError, Json, Task
 
 ARITHMETIC = ("sums", "products", "countdown")
 """Kinds of problems with worked steps; other tasks show only the answer."""
@@ -53,10 +53,10 @@ class Demonstrations:
             raise ConfigError(f"mixing={self.mixing} only applies to style = 'long'; style is {self.style!r}.")
 
 
-def make(cfg: Demonstrations, folder: Path) -> dict[str, Any]:
+def make(cfg: Demonstrations, folder: Path) -> Json:
     """Writes one row per problem; returns the counts `rows`, `worked_out`, `mixed`, and `tasks` by name."""
     tasks, notes = training_tasks(cfg.tasks, cfg.count, cfg.seed)
-    rows: list[dict[str, Any]] = []
+    rows: list[Json] = []
     for task in tasks:
         rng = random.Random(f"demonstrations/{cfg.style}/{cfg.seed}/{task.id}")
         mixed = is_arithmetic(task) and rng.random() < cfg.mixing

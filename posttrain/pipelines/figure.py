@@ -7,13 +7,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from posttrain.evaluation.intervals import Z95
 from posttrain.pipelines.plots import Panel, Series
-from posttrain.types import ConfigError
+from posttrain.types import ConfigError, JsonView
 
 MOST_POINTS = 40
 """Maximum points of a series: curves average consecutive steps, completions are read at evenly spaced steps."""
@@ -52,7 +52,7 @@ class Finished(NamedTuple):
 
     name: str
     folder: Path
-    card: Mapping[str, Any] | None = None
+    card: JsonView | None = None
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Drawn:
     """Panels to draw, and further numbers that they do not show; both are returned as JSON."""
 
     panels: tuple[Panel, ...]
-    numbers: Mapping[str, Any] = field(default_factory=lambda: {})
+    numbers: Mapping[str, object] = field(default_factory=lambda: {})
 
 
 LABELS: dict[str, tuple[str, bool]] = {
@@ -133,7 +133,7 @@ def steps_label(longest: int, most: int = MOST_POINTS) -> str:
     return "step" if longest <= most else f"step (points are means over up to {math.ceil(longest / most)} steps)"
 
 
-def estimate_of(card: Mapping[str, Any] | None, name: str) -> tuple[float, float, float] | None:
+def estimate_of(card: JsonView | None, name: str) -> tuple[float, float, float] | None:
     """(value, low, high) of a card metric, with NaN ends if it has no interval; None if it has no number."""
     found = (card or {}).get(name)
     if isinstance(found, Mapping) and isinstance(found.get("value"), int | float):

@@ -25,7 +25,7 @@ from posttrain.pipelines.over_kl import frontier, overoptimisation
 from posttrain.pipelines.over_steps import diversity, thinking
 from posttrain.pipelines.plots import Panel, Series, save
 from posttrain.store.run import Run
-from posttrain.types import ConfigError
+from posttrain.types import ConfigError, Json, JsonView
 
 __all__ = ["FIGURES", "Figure", "Finished", "as_json", "cards", "curves", "draw", "read_figure"]
 
@@ -84,7 +84,7 @@ FIGURES: dict[str, Kind] = {
 """Kind → function from a figure and the finished stages to panels. Stages without the data are left out."""
 
 
-def read_figure(table: Mapping[str, Any], stages: Sequence[str]) -> Figure:
+def read_figure(table: JsonView, stages: Sequence[str]) -> Figure:
     """Reads a figure from its table in a recipe with these stages. Raises ConfigError if it is invalid."""
     named = f"figure {table.get('name', '')!r}"
     for wanted in ("kind", "name"):
@@ -102,7 +102,7 @@ def read_figure(table: Mapping[str, Any], stages: Sequence[str]) -> Figure:
     return figure
 
 
-def draw(figure: Figure, stages: Sequence[Finished], folder: Path) -> dict[str, Any]:
+def draw(figure: Figure, stages: Sequence[Finished], folder: Path) -> Json:
     """Writes NAME.png and NAME.svg to a folder and returns what they show, as JSON.
 
     `panels` holds the series as drawn, `first` and `last` their end values by stage and panel; some kinds add numbers
@@ -120,14 +120,12 @@ def title_of(figure: Figure) -> str:
     return figure.title or figure.name.replace("-", " ")
 
 
-def as_json(figure: Figure, drawn: Drawn) -> dict[str, Any]:
+def as_json(figure: Figure, drawn: Drawn) -> Json:
     """The JSON that `draw` returns."""
     ends = {"first": _ends(drawn.panels, 0), "last": _ends(drawn.panels, -1)}
     panels = [asdict(panel) for panel in drawn.panels]
-    return cast(
-        dict[str, Any],
-        _json({"kind": figure.kind, "title": title_of(figure), "panels": panels, **ends, **drawn.numbers}),
-    )
+    shown = {"kind": figure.kind, "title": title_of(figure), "panels": panels, **ends, **drawn.numbers}
+    return cast(Json, _json(shown))
 
 
 def _ends(panels: Sequence[Panel], which: int) -> dict[str, dict[str, float]]:

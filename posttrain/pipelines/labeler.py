@@ -17,7 +17,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Literal, TypedDict
 
 from posttrain.config.sections import require_positive
 from posttrain.data.files import json_lines, writable
@@ -29,7 +29,7 @@ from posttrain.rewards import skills
 from posttrain.rewards.auto import verifier_for
 from posttrain.rewards.functions import score_safely
 from posttrain.rewards.judge import PREFIX, load_judge
-from posttrain.types import ConfigError, DataError, Message, Preference, RolloutError, Task
+from posttrain.types import ConfigError, DataError, Json, Message, Preference, RolloutError, Task
 
 SIMULATED, CONSTITUTION = "simulated", "constitution"
 LABELS = "labels.jsonl"
@@ -116,12 +116,28 @@ class Label:
     probability: float | None = None
 
 
-def make(cfg: Preferences, folder: Path) -> dict[str, Any]:
+class LabelRecord(TypedDict):
+    """A line of labels.jsonl; the pairs of values are of the first and the second completion."""
+
+    id: str
+    prompt: str
+    first: str
+    second: str
+    preferred: Literal["first", "second", "tie"]
+    probability: float | None
+    worth: tuple[float, float] | None
+    passes: list[bool]
+    agrees: list[bool]
+    characters: list[int]
+    flipped: bool
+
+
+def make(cfg: Preferences, folder: Path) -> Json:
     """Samples pairs of completions and writes them with labels; see `labelled`."""
     return labelled(cfg, paired(cfg), folder)
 
 
-def labelled(cfg: Preferences, pairs: Sequence[Pair], folder: Path) -> dict[str, Any]:
+def labelled(cfg: Preferences, pairs: Sequence[Pair], folder: Path) -> Json:
     """Writes the pairs and the labeler's records; returns counts and shares (None if there is nothing to count).
 
     `wrong_chosen` is over the `comparable` pairs, in which one completion passes; `longer_chosen` over pairs of unequal
@@ -248,14 +264,14 @@ def _preference(pair: Pair, label: Label) -> Preference:
     return Preference(pair.id, pair.task.messages, *texts, label=0.5 if label.preferred is None else 1.0)
 
 
-def _record(pair: Pair, label: Label) -> dict[str, Any]:
+def _record(pair: Pair, label: Label) -> LabelRecord:
     texts = pair.first, pair.second
     return {
         "id": pair.id,
         "prompt": pair.task.prompt,
         "first": pair.first,
         "second": pair.second,
-        "preferred": {True: "first", False: "second", None: "tie"}[label.preferred],
+        "preferred": "tie" if label.preferred is None else "first" if label.preferred else "second",
         "probability": label.probability,
         "worth": label.worth,
         "passes": [passes(pair.task, text) for text in texts],
@@ -265,11 +281,11 @@ def _record(pair: Pair, label: Label) -> dict[str, Any]:
     }
 
 
-def _counts(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _counts(records: Sequence[LabelRecord]) -> dict[str, float | None]:
     """Counts, and shares over the pairs that are not ties."""
     decided = [r for r in records if r["preferred"] != "tie"]
 
-    def higher_chosen(column: str) -> tuple[int, int]:
+    def higher_chosen(column: Literal["passes", "agrees", "characters"]) -> tuple[int, int]:
         """(pairs in which the completion with the higher value was chosen, pairs that differ in it)."""
         apart = [(r[column][0] > r[column][1], r["preferred"] == "first") for r in decided if len({*r[column]}) == 2]
         return sum(higher == first for higher, first in apart), len(apart)

@@ -15,6 +15,7 @@ from posttrain.pipelines.figure import Drawn, Figure, Finished, bounded, estimat
 from posttrain.pipelines.overoptimisation import Fit, fit_points, fit_tasks
 from posttrain.pipelines.plots import Panel, Series
 from posttrain.store.run import Run
+from posttrain.types import Json
 
 SEARCH = "search.json"
 """File with the results of a best-of-n stage."""
@@ -79,7 +80,7 @@ def overoptimisation(figure: Figure, stages: Sequence[Finished]) -> Drawn:
     proxy_name, true_name = figure.metrics or ("reward", "accuracy")
     proxy: list[Series] = []
     true: list[Series] = []
-    fits: dict[str, Any] = {}
+    fits: dict[str, Json] = {}
     notes: list[str] = []
     for stage in stages:
         found = _best_of_n(stage) if (stage.folder / SEARCH).exists() else _training(stage, proxy_name, true_name)
@@ -146,6 +147,6 @@ def _tried(fit: Any) -> Fit | str:
         return f"no fit: {error}"
 
 
-def read_search(folder: Path) -> dict[str, Any]:
+def read_search(folder: Path) -> Json:
     """Reads the results of a best-of-n stage."""
     return json.loads((folder / SEARCH).read_text(encoding="utf-8"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
 
 import numpy as np
 
@@ -16,6 +15,7 @@ from posttrain.pipelines.counting import Counts, add, count, thought
 from posttrain.pipelines.figure import MOST_POINTS, Drawn, Figure, Finished, bounded
 from posttrain.pipelines.plots import Panel, Series
 from posttrain.store.run import EpisodeRow, Run
+from posttrain.types import Json
 
 Point = tuple[float, float, float]
 """A value and the ends of its 95 % interval, NaN if it has none."""
@@ -79,13 +79,13 @@ def thinking(figure: Figure, stages: Sequence[Finished]) -> Drawn:
         *((f"with {kind}", "share of answers", True) for kind in kinds),
     )
     found: dict[str, dict[int, dict[str, Point]]] = {}
-    counts: dict[str, Any] = {}
+    counts: dict[str, dict[str, Json]] = {}
     for stage in stages:
         found[stage.name] = {}
         if not (stage.folder / "run.json").exists():
             continue
         with Run.read(stage.folder) as run:
-            sums: list[dict[str, Any]] = []
+            sums: list[Json] = []
             for step, rows in read_answers(run):
                 found[stage.name][step], total = _thoughts_of(rows)
                 sums.append({"step": step, "answers": len(rows), **asdict(total)})

@@ -13,12 +13,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from posttrain import rng
 from posttrain.evaluation.accuracy import Estimate
+from posttrain.types import Json
 
 Form = Literal["best-of-n", "rl"]
 RESAMPLES = 1000
@@ -43,7 +44,7 @@ class Fit:
         terms = columns(np.asarray(distance, float), self.form)
         return self.base + terms @ np.array([self.alpha.value, self.beta.value])
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> Json:
         """A JSON-serialisable dict."""
         return asdict(self)
 

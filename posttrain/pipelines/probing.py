@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from posttrain import api
 from posttrain.config.sections import require_positive
 from posttrain.pipelines.rows import DATA
+from posttrain.types import Json
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Probes:
         require_positive(self, "count")
 
 
-def make(cfg: Probes, folder: Path) -> dict[str, Any]:
+def make(cfg: Probes, folder: Path) -> dict[str, Json]:
     """Runs all bias probes; writes the findings with examples, and returns each one's value with its interval."""
     found = [finding.as_dict() for finding in api.probe(cfg.model, cfg.tasks, cfg.count, cfg.seed)]
     lines = "".join(json.dumps(finding, ensure_ascii=False) + "\n" for finding in found)

@@ -17,7 +17,7 @@ from posttrain import config
 from posttrain.pipelines.card import CardConfig
 from posttrain.pipelines.data_stages import DATA_STAGES
 from posttrain.pipelines.figures import Figure, read_figure
-from posttrain.types import ConfigError
+from posttrain.types import ConfigError, Json, JsonView
 
 GIVEN = "model"
 """Kind of a stage that only names an existing model, so that it is evaluated like the others."""
@@ -53,12 +53,12 @@ class Stage:
 
     name: str
     run: str
-    settings: Mapping[str, Any]
+    settings: JsonView
     card: bool = True
     """Whether the stage's model is evaluated."""
     reference: str = ""
     """Reference model for the card's KL; empty is the pipeline's first model."""
-    overrides: Mapping[str, Any] = field(default_factory=lambda: {})
+    overrides: JsonView = field(default_factory=lambda: {})
 
     @property
     def is_training(self) -> bool:
@@ -73,7 +73,7 @@ class Stage:
         cls = GivenModel if self.run == GIVEN else DATA_STAGES[self.run][0]
         return config.settings_from(cls, {**settings, **overrides}, "")
 
-    def described(self, made: Mapping[str, str]) -> dict[str, Any]:
+    def described(self, made: Mapping[str, str]) -> Json:
         """What `resolve` gives, for JSON, without the run folder, which does not change the result."""
         resolved = self.resolve(made)
         if not self.is_training:
@@ -117,7 +117,7 @@ class Pipeline:
         }
 
 
-def read_pipeline(path: Path, settings: Mapping[str, Any] | None = None, mini: bool = False) -> Pipeline:
+def read_pipeline(path: Path, settings: JsonView | None = None, mini: bool = False) -> Pipeline:
     """Reads a pipeline from its file. `settings` are named `stage.section.key`, `card.key` or `defaults.section.key`;
     `mini` applies the `[mini]` table, with lower priority.
 
@@ -143,7 +143,7 @@ def read_pipeline(path: Path, settings: Mapping[str, Any] | None = None, mini: b
     return Pipeline(raw["pipeline"], about, tuple(stages), card, figures, expect, time, text, mini)
 
 
-def _read(path: Path) -> tuple[str, dict[str, Any]]:
+def _read(path: Path) -> tuple[str, Json]:
     try:
         text = path.read_text(encoding="utf-8")
         raw = tomllib.loads(text)
@@ -165,21 +165,21 @@ def _read(path: Path) -> tuple[str, dict[str, Any]]:
     return text, raw
 
 
-def _table(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
+def _table(raw: JsonView, name: str) -> Json:
     found = raw.get(name, {})
     if not isinstance(found, dict):
         raise ConfigError(f"{name}={found!r} is not a table; write [{name}] with settings below it.")
     return found
 
 
-def _tables(raw: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
+def _tables(raw: JsonView, name: str) -> list[Json]:
     found = raw.get(name, [])
     if not isinstance(found, list) or not all(isinstance(table, dict) for table in found):
         raise ConfigError(f"{name} must be written as [[{name}]] tables.")
     return found
 
 
-def _stage(table: Mapping[str, Any], defaults: Mapping[str, Any], overrides: Mapping[str, Any]) -> Stage:
+def _stage(table: JsonView, defaults: Mapping[str, Json], overrides: JsonView) -> Stage:
     rest = dict(table)
     name, run = str(rest.pop("name", "")), str(rest.pop("run", ""))
     if not _NAME.fullmatch(name):
@@ -196,10 +196,10 @@ def _stage(table: Mapping[str, Any], defaults: Mapping[str, Any], overrides: Map
     return Stage(name, run, settings, has_card, reference, overrides)
 
 
-def _with_defaults(run: str, settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+def _with_defaults(run: str, settings: JsonView, defaults: Mapping[str, Json]) -> Json:
     """A stage's sections merged over the defaults that its recipe knows."""
     known = _settings_of(run)
-    found = {
+    found: Json = {
         section: {key: value for key, value in values.items() if f"{section}.{key}" in known}
         for section, values in defaults.items()
     }
@@ -208,10 +208,10 @@ def _with_defaults(run: str, settings: Mapping[str, Any], defaults: Mapping[str,
     return {section: values for section, values in found.items() if values != {}}
 
 
-def _defaults(written: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _defaults(written: JsonView, overrides: JsonView) -> dict[str, Json]:
     """Section → setting → value for all training stages; each setting must belong to some algorithm."""
     known = sorted(set().union(*map(_settings_of, config.RECIPES)))
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, Json] = {}
     for written_name, value in {**_flat(written), **overrides}.items():
         name = config.current_name(written_name, known)
         if name not in known:
@@ -226,18 +226,18 @@ def _settings_of(algorithm: str) -> set[str]:
     return {f"{s.name}.{k.name}" for s in fields(recipe) for k in fields(getattr(recipe, s.name))}
 
 
-def _flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+def _flat(values: JsonView, before: str = "") -> Json:
     """Settings by dotted name, so that `sft.train.steps = 2` means the same with and without quotes around the name."""
-    found: dict[str, Any] = {}
+    found: Json = {}
     for name, value in values.items():
         inner = _flat(value, f"{before}{name}.") if isinstance(value, Mapping) else {f"{before}{name}": value}
         found |= inner
     return found
 
 
-def _overrides(settings: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+def _overrides(settings: JsonView, names: Sequence[str]) -> dict[str, Json]:
     """stage → setting → value, from `stage.setting` names."""
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, Json] = {}
     for name, value in settings.items():
         stage, _, key = name.partition(".")
         if stage not in names or not key:
@@ -266,7 +266,7 @@ def _check(stages: Sequence[Stage]) -> None:
         before.append(stage.name)
 
 
-def _figures(tables: Sequence[Mapping[str, Any]], stages: Sequence[str]) -> tuple[Figure, ...]:
+def _figures(tables: Sequence[JsonView], stages: Sequence[str]) -> tuple[Figure, ...]:
     figures = tuple(read_figure(table, stages) for table in tables)
     names = [figure.name for figure in figures]
     for name in names:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 from posttrain import api, config
 from posttrain.config import DataConfig
 from posttrain.data.files import json_lines
 from posttrain.data.tasks.load import load_tasks
-from posttrain.types import DataError, Episode, Task
+from posttrain.types import DataError, Episode, Json, Task
 
 DATA = "data.jsonl"
 """The file in a data stage's folder that later stages read."""
@@ -59,13 +59,13 @@ def sampled(
     return api.sample_many(cfg.model, config.resolve_as(config.EvalRecipe, {}, settings), split)
 
 
-def conversation(task: Task, answer: str, **columns: Any) -> dict[str, Any]:
+def conversation(task: Task, answer: str, **columns: object) -> Json:
     """A row in the format that `posttrain sft` reads."""
     messages = [{"role": m.role, "content": m.content} for m in task.messages]
     return {"id": task.id, "messages": [*messages, {"role": "assistant", "content": answer}], **columns}
 
 
-def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     """Writes JSON Lines. Raises DataError if there are no rows."""
     if not rows:
         raise DataError(f"no rows left to write to {path}. Use more tasks or samples, or a better model.")

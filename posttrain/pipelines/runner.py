@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from posttrain import __version__, api, config
 from posttrain.pipelines.card import CardConfig, make_card
@@ -28,10 +28,16 @@ from posttrain.store.pipeline import RECORD, is_pipeline, read_record
 from posttrain.store.run import Run
 from posttrain.train.device import file_hash, model_hash
 from posttrain.train.job import OnStep
-from posttrain.types import ConfigError
+from posttrain.types import ConfigError, Json
 
-Outcome = tuple[dict[str, Any] | None, dict[str, Any] | None]
 _SEPARATORS = re.compile(r"[\s*+,()&]+")
+
+
+class Outcome(NamedTuple):
+    """What a finished stage left: a data stage's counts, or a training run's summary."""
+
+    made: Json | None = None
+    summary: Json | None = None
 
 
 @dataclass
@@ -47,11 +53,11 @@ class Record:
     cpu_seconds: float | None = None
     peak_mib: float | None = None
     """Peak resident memory of the process while the stage ran, if the kernel reports it."""
-    made: dict[str, Any] | None = None
+    made: Json | None = None
     """A data stage's counts."""
-    summary: dict[str, Any] | None = None
+    summary: Json | None = None
     """A training run's summary."""
-    card: dict[str, Any] | None = None
+    card: Json | None = None
     card_folder: str = ""
 
 
@@ -152,7 +158,7 @@ def _train(stage: Stage, place: Path, products: Mapping[str, str], screen: Scree
         return api.start(stage.run, recipe, line, on_warning=lambda text: screen.say(f"warning: {text}"))
 
 
-def _make(stage: Stage, place: Path, products: Mapping[str, str]) -> dict[str, Any]:
+def _make(stage: Stage, place: Path, products: Mapping[str, str]) -> Json:
     """Runs a data stage in an empty folder; `made.json` is written last, so a folder that has it is complete."""
     if place.exists():
         durable.remove_folder(place)
@@ -230,15 +236,15 @@ def _write(
 
 
 def _found(stage: Stage, place: Path) -> Outcome | None:
-    """A data stage's counts or a training run's summary, if the stage has already finished."""
+    """The outcome of a stage, if it has already finished."""
     if not stage.is_training:
         made = place / "made.json"
-        return (json.loads(made.read_text(encoding="utf-8")), None) if made.exists() else None
+        return Outcome(made=json.loads(made.read_text(encoding="utf-8"))) if made.exists() else None
     if not (place / "run.json").exists():
         return None
     with Run.read(place) as store:
         summary = store.summary()
-    return None if summary is None else (None, summary)
+    return None if summary is None else Outcome(summary=summary)
 
 
 def _state(stage: Stage, place: Path, found: Outcome | None) -> str:
@@ -291,7 +297,7 @@ def _digest(value: Any) -> str:
 def _numbers(records: list[Record]) -> list[tuple[str, float]]:
     found: list[tuple[str, float]] = []
     for record in records:
-        parts: dict[str, Any] = {**(record.made or {}), **(record.summary or {}), **(record.card or {})}
+        parts: Json = {**(record.made or {}), **(record.summary or {}), **(record.card or {})}
         parts |= {"seconds": record.seconds, "cpu_seconds": record.cpu_seconds, "peak_mib": record.peak_mib}
         found += [(f"{record.name}.{name}", value) for name, value in _flat(parts)]
     return found

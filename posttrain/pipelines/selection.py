@@ -6,15 +6,15 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from posttrain.config.sections import require_positive
 from posttrain.data.answers import final_part
 from posttrain.pipelines.rows import DATA, sampled, share, write_rows
 from posttrain.rewards.language import language
 from posttrain.rewards.skills import CLOSE, OPEN, thinks
-from posttrain.search.best_of_n import chosen_rows
-from posttrain.types import ConfigError, Episode, RolloutError, Task
+from posttrain.search.best_of_n import ChosenRow, chosen_rows
+from posttrain.types import ConfigError, Episode, Json, RolloutError, Task
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Selection:
             raise ConfigError(f"longest={self.longest} is negative; 0 keeps all lengths.")
 
 
-def make(cfg: Selection, folder: Path) -> dict[str, Any]:
+def make(cfg: Selection, folder: Path) -> Json:
     """Writes a row for each kept completion.
 
     Returns the number of completions, the share that `passed`, how many each filter dropped (the first that applies),
@@ -67,7 +67,7 @@ def make(cfg: Selection, folder: Path) -> dict[str, Any]:
         faults = [_fault(cfg, task, episode) for episode in group]
         dropped.update(fault for fault in faults if fault)
         left.append([_scored(cfg, e, bool(fault)) for e, fault in zip(group, faults, strict=True)])
-    rows: list[dict[str, Any]] = []
+    rows: list[ChosenRow] = []
     for _ in range(cfg.max_per_task):
         best = chosen_rows(tasks, left, 1.0 if cfg.select == "passed" else None)
         rows += best

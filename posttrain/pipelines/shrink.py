@@ -23,7 +23,7 @@ class Shrink:
         require_positive(self, "layers")
 
 
-def make(cfg: Shrink, folder: Path) -> dict[str, Any]:
+def make(cfg: Shrink, folder: Path) -> dict[str, int]:
     """Writes the model to `folder/model`; returns its layers and parameters. Raises ConfigError for too many layers.
 
     Nothing makes up for the removed layers: the model writes nonsense until it is trained.

@@ -9,14 +9,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
 from posttrain.data.files import json_lines, writable
 from posttrain.data.preferences import write_preferences
 from posttrain.evaluation.accuracy import Estimate, bootstrap
-from posttrain.types import Episode, Preference, Task
+from posttrain.types import Episode, Json, Preference, Task
 
 
 def best_of_n(scores: np.ndarray) -> np.ndarray:
@@ -76,9 +76,17 @@ class Search:
     tasks: int
     left_out: int
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> Json:
         """A JSON-serialisable dict."""
         return asdict(self)
+
+
+class ChosenRow(TypedDict):
+    """A task's best completion: a row for `posttrain sft`."""
+
+    id: str
+    messages: list[dict[str, str]]
+    score: float
 
 
 Picks = tuple[list[int], np.ndarray, np.ndarray]
@@ -124,14 +132,14 @@ def scores_of(groups: Sequence[Sequence[Episode]]) -> np.ndarray:
 
 def chosen_rows(
     tasks: Sequence[Task], groups: Sequence[Sequence[Episode]], least: float | None = None
-) -> list[dict[str, Any]]:
+) -> list[ChosenRow]:
     """Each task's best completion as a conversation for `posttrain sft`, if it scored at least `least`."""
-    rows: list[dict[str, Any]] = []
+    rows: list[ChosenRow] = []
     scores = scores_of(groups)
     for task, group, row, best in zip(tasks, groups, scores, best_of_n(scores), strict=True):
         if best < 0 or (least is not None and row[best] < least) or not writable(group[best].text):
             continue
-        messages = [{"role": m.role, "content": m.content} for m in task.messages]
+        messages: list[dict[str, str]] = [{"role": m.role, "content": m.content} for m in task.messages]
         messages.append({"role": "assistant", "content": group[best].text})
         rows.append({"id": task.id, "messages": messages, "score": float(row[best])})
     return rows

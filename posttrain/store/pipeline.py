@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
-from posttrain.types import ResumeError
+from posttrain.types import Json, ResumeError
 
 RECORD = "pipeline.json"
 
@@ -16,7 +15,7 @@ def is_pipeline(folder: Path) -> bool:
     return (folder / RECORD).exists()
 
 
-def read_record(folder: Path) -> dict[str, Any]:
+def read_record(folder: Path) -> Json:
     """Reads the record; its `stages` are a list. Raises ResumeError if the file is missing or damaged."""
     file = folder / RECORD
     try:
