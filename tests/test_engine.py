@@ -104,6 +104,43 @@ def test_the_engine_writes_what_a_naive_loop_writes(
         assert completion.tokens.tolist() == naive(policy, request, params)
 
 
+def test_a_prefix_is_continued_with_the_numbers_of_its_later_positions(
+    policy: Policy, engine: EmbeddedGenerator
+) -> None:
+    """Continuing the first k tokens of a completion with its own seed gives the rest of it."""
+    params = SamplingParams(max_tokens=24)
+    (request,) = requests_for(policy, 1, attempts=1)
+    ((whole,),) = engine.generate([request], params)
+    written: list[int] = []
+    for k in (0, 1, len(whole.tokens) // 2, len(whole.tokens) - 1):
+        rest = replace(params, max_tokens=params.max_tokens - k)
+        ((completion,),) = engine.generate([replace(request, prefix=whole.tokens[:k])], rest)
+        assert completion.tokens.tolist() == whole.tokens[k:].tolist() and completion.stop == whole.stop
+        np.testing.assert_allclose(completion.logprobs, whole.logprobs[k:], atol=1e-4)
+        written.append(len(completion.tokens))
+    assert written == [len(whole.tokens) - k for k in (0, 1, len(whole.tokens) // 2, len(whole.tokens) - 1)]
+
+
+def test_continuations_of_one_prefix_are_a_group_like_any_other(policy: Policy, engine: EmbeddedGenerator) -> None:
+    params = SamplingParams(max_tokens=8)
+    request = replace(requests_for(policy, 1, attempts=5)[0], prefix=np.array([7, 8, 9], np.int32))
+    (together,) = engine.generate([request], params)
+    alone = [engine.generate([replace(request, seeds=(seed,))], params)[0][0] for seed in request.seeds]
+    assert all(same(one, other) for one, other in zip(together, alone, strict=True))
+    naively = replace(request, prompt=request.context, prefix=np.zeros(0, np.int32))
+    shifted = [rng.uniforms(seed, 3 + params.max_tokens)[3:] for seed in request.seeds]
+    for completion, uniforms in zip(together, shifted, strict=True):
+        logits = next_logits(policy, naively.prompt.tolist())
+        assert int(draw(logits, torch.tensor([uniforms[0]]), params)[0]) == completion.tokens[0]
+
+
+def test_a_prefix_counts_towards_the_context(policy: Policy, engine: EmbeddedGenerator) -> None:
+    context = policy.config.max_position_embeddings
+    request = Request(np.arange(3, 13), (0,), prefix=np.full(context - 20, 5, np.int32))
+    with pytest.raises(RolloutError, match=f"a prompt of {context - 10} tokens"):
+        engine.generate([request], SamplingParams(max_tokens=11))
+
+
 @pytest.mark.parametrize("truncation", [{}, {"top_k": 40, "top_p": 0.95}], ids=["whole", "truncated"])
 def test_a_completion_does_not_depend_on_batch_mates_slots_order_or_threads(
     policy: Policy, engine: EmbeddedGenerator, truncation: dict[str, Any]

@@ -45,6 +45,9 @@ from posttrain.train.job import Job, Loop, Setup, Summary
 from posttrain.train.learner import make_learner
 from posttrain.types import Batch, ConfigError, ResumeError, Stat, Task, stat_values
 
+Models = tuple[Policy, Policy]
+"""Student and teacher."""
+
 
 def prepare(setup: Setup[DistillRecipe]) -> Job:
     """The teacher, judged tasks, a collector on the policy being trained, held-out evaluation."""
@@ -52,7 +55,7 @@ def prepare(setup: Setup[DistillRecipe]) -> Job:
     teacher = load_teacher(recipe, policy)
     sets, verify = judged_tasks(recipe, setup.chat, setup.given, setup.reward)
     collector = make_collector(policy, setup.chat, verify, recipe)
-    parts = (recipe, policy, teacher, collector, sets.train, Evaluator(collector, sets.test, recipe.eval))
+    parts = (recipe, (policy, teacher), collector, sets.train, Evaluator(collector, sets.test, recipe.eval))
     return Job(policy, sets.hash, sets.notes, lambda loop: run(*parts, loop))
 
 
@@ -152,19 +155,13 @@ def loss(
 
 
 def run(
-    recipe: DistillRecipe,
-    policy: Policy,
-    teacher: Policy,
-    collector: Collector,
-    tasks: Sequence[Task],
-    evaluator: Evaluator,
-    loop: Loop,
+    recipe: DistillRecipe, models: Models, collector: Collector, tasks: Sequence[Task], evaluator: Evaluator, loop: Loop
 ) -> Summary | None:
     """Trains until `train.steps`. Everything random is a function of (run.seed, step, task, completion).
 
     Raises ResumeError where the teacher is not the one the run was saved with.
     """
-    cfg, train = recipe.algo, recipe.train
+    cfg, train, (policy, teacher) = recipe.algo, recipe.train, models
     learner = make_learner(policy, train, train.steps, recipe.rollout.temperature, make_forward(teacher, cfg))
     digest = weights_digest(dict(teacher.model.named_parameters()))
 

@@ -56,7 +56,7 @@ class Place:
 
 
 def trained(header: Mapping[str, Any]) -> Facts | None:
-    """The facts of the algorithm that made a run; None where this version does not know it or its settings."""
+    """The facts of a run's algorithm; None if this version does not know the algorithm or its settings."""
     try:
         return config.stored(header["algorithm"], header["recipe"]).facts()
     except (KeyError, TypeError, PosttrainError):
