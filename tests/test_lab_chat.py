@@ -165,7 +165,7 @@ def test_an_answer_is_that_of_the_chat_in_the_terminal(
     lines = iter([SUM, ""])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     talk.chat("abacus", 1.0, 64, "")
-    printed = capsys.readouterr().out.partition("ends.\n")[2].strip()
+    printed = capsys.readouterr().out.partition("quits.\n")[2].strip()
     assert printed and said(open_model(place, "abacus"), SUM).strip() == printed
 
 
