@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import combinations
 from statistics import median
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
 from posttrain.evaluation.intervals import Estimate, wilson
 from posttrain.lab.label.store import Label
@@ -19,6 +19,34 @@ class Kappa(NamedTuple):
     low: float | None
     high: float | None
     chance: float
+
+
+class Share(TypedDict):
+    """A share of `n` items with its interval; the value is None if nothing was counted."""
+
+    value: float | None
+    low: float
+    high: float
+    n: int
+
+
+class Agreement(TypedDict):
+    """Agreement of two annotators; `kappa` has the fields of `Kappa`."""
+
+    one: str
+    other: str
+    agreed: Share
+    kappa: dict[str, float | None]
+
+
+class Habits(TypedDict):
+    """What an annotator does: how many labels and ties, how often the left answer wins, median seconds per label."""
+
+    name: str
+    labels: int
+    ties: int
+    left: Share
+    seconds: float
 
 
 def kappa(one: Sequence[str], other: Sequence[str]) -> tuple[Estimate, Kappa]:
@@ -40,12 +68,12 @@ def kappa(one: Sequence[str], other: Sequence[str]) -> tuple[Estimate, Kappa]:
     return agreed, Kappa(value, low, high, chance)
 
 
-def agreements(labels: Sequence[Label]) -> list[dict[str, Any]]:
+def agreements(labels: Sequence[Label]) -> list[Agreement]:
     """Agreement and κ for every two annotators who labelled at least one pair in common."""
     said: dict[str, dict[str, str]] = {}
     for label in labels:
         said.setdefault(label.annotator, {})[label.pair] = label.preferred
-    rows: list[dict[str, Any]] = []
+    rows: list[Agreement] = []
     for one, other in combinations(sorted(said), 2):
         both = [pair for pair in said[one] if pair in said[other]]
         if both:
@@ -54,9 +82,9 @@ def agreements(labels: Sequence[Label]) -> list[dict[str, Any]]:
     return rows
 
 
-def habits(labels: Sequence[Label]) -> list[dict[str, Any]]:
+def habits(labels: Sequence[Label]) -> list[Habits]:
     """Per annotator: labels, ties, how often the left answer won (ties excluded), median seconds per label."""
-    rows: list[dict[str, Any]] = []
+    rows: list[Habits] = []
     for name in sorted({label.annotator for label in labels}):
         own = [label for label in labels if label.annotator == name]
         told = [label for label in own if label.preferred != "tie"]
@@ -68,8 +96,8 @@ def habits(labels: Sequence[Label]) -> list[dict[str, Any]]:
     return rows
 
 
-def share(estimate: Estimate) -> dict[str, float | int | None]:
-    """An estimate for JSON, which has no NaN: the value is None if nothing was counted."""
+def share(estimate: Estimate) -> Share:
+    """An estimate for JSON, which has no NaN."""
     return {
         "value": estimate.value if estimate.n else None, "low": estimate.low, "high": estimate.high, "n": estimate.n,
     }  # fmt: skip

@@ -11,10 +11,10 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, TypedDict, get_args
 
 from posttrain.data.files import json_lines
-from posttrain.lab.label.store import FOLDER, Label, Pair, Queue, prompt_rows
+from posttrain.lab.label.store import FOLDER, Label, MessageRow, Pair, Queue, prompt_rows
 from posttrain.store.durable import publish_file
 from posttrain.types import ConfigError, DataError
 
@@ -25,7 +25,18 @@ Ties = Literal["keep", "drop"]
 """`keep` writes a tie as a row with label 0.5, which Bradley–Terry and DPO can train on; `drop` omits it."""
 
 
-def rows(pairs: Sequence[Pair], labels: Sequence[Label], who: str = "each", ties: str = "keep") -> list[dict[str, Any]]:
+class ExportRow(TypedDict):
+    """A row of an export; `label` is the probability that `chosen` is better."""
+
+    id: str
+    prompt: list[MessageRow]
+    chosen: str
+    rejected: str
+    label: float
+    annotator: str
+
+
+def rows(pairs: Sequence[Pair], labels: Sequence[Label], who: str = "each", ties: str = "keep") -> list[ExportRow]:
     """The rows of an export, by pair and then by annotator. Raises ConfigError for an unknown option."""
     for name, value, known in (("who", who, get_args(Who)), ("ties", ties, get_args(Ties))):
         if value not in known:
@@ -33,7 +44,7 @@ def rows(pairs: Sequence[Pair], labels: Sequence[Label], who: str = "each", ties
     said: dict[str, list[Label]] = {}
     for label in labels:
         said.setdefault(label.pair, []).append(label)
-    found: list[dict[str, Any]] = []
+    found: list[ExportRow] = []
     for pair in pairs:
         own = sorted(said.get(pair.id, []), key=lambda label: label.annotator)
         if who == "each":
@@ -80,7 +91,7 @@ def _mean(labels: Sequence[Label]) -> float:
     return sum(_worth(label.preferred) for label in labels) / len(labels)
 
 
-def _row(pair: Pair, worth: float, annotators: Sequence[str]) -> dict[str, Any]:
+def _row(pair: Pair, worth: float, annotators: Sequence[str]) -> ExportRow:
     """`worth` is the probability that a is better; the row's label is that of its `chosen`, so at least 1/2."""
     chosen, rejected = (pair.a, pair.b) if worth >= 0.5 else (pair.b, pair.a)
     return {

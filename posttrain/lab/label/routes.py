@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from anyio import to_thread
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -15,7 +13,7 @@ from posttrain.lab.label import agreement, export, scores, sources, store
 from posttrain.lab.label.store import Pair, Queue
 from posttrain.lab.label.training import STEPS, Trainings, commands, steps_of
 from posttrain.lab.routing import NO_STORE, get, named, post
-from posttrain.types import PosttrainError, ResumeError
+from posttrain.types import Json, PosttrainError, ResumeError
 
 AHEAD = 20
 """Pairs that a page gets in advance, so that labelling can continue while the lab is not responding."""
@@ -51,9 +49,9 @@ class Labeler:
         """The queue named in the URL."""
         return Queue.find(self.place.root, named(request, "queue"))
 
-    def overview(self, request: Request) -> dict[str, Any]:
+    def overview(self, request: Request) -> Json:
         """Queues with their progress, and the sources for new ones."""
-        found: list[dict[str, Any]] = []
+        found: list[Json] = []
         for name, path in store.queues(self.place.root).items():
             queue = Queue(path)
             count, done = queue.progress()
@@ -62,7 +60,7 @@ class Labeler:
         rest = [source for source in sources.list_sources(self.place) if source["source"] not in started]
         return {"folder": str(self.place.root), "queues": found, "sources": rest}
 
-    def state(self, request: Request) -> dict[str, Any]:
+    def state(self, request: Request) -> Json:
         """The next pairs of the annotator `as`, and everybody's progress."""
         queue = self.queue(request)
         who = request.query_params.get("as", "").strip()
@@ -78,13 +76,13 @@ class Labeler:
             "last": None if last is None else {"id": last.id, "pair": _shown(queue.name, who, pairs[last.pair])},
         }
 
-    def label(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
+    def label(self, request: Request, body: Json) -> Json:
         """Stores a label, or undoes the one named by `undo`; responds once that is on disk."""
         queue = self.queue(request)
         undone = body.get("undo")
         return {"stored": queue.undo(undone) if isinstance(undone, str) else queue.add(body)}
 
-    def results(self, request: Request) -> dict[str, Any]:
+    def results(self, request: Request) -> Json:
         """Agreement between annotators, and their habits."""
         labels = self.queue(request).labels()
         return {"habits": agreement.habits(labels), "agreements": agreement.agreements(labels), "labels": len(labels)}
@@ -103,23 +101,23 @@ class Labeler:
         headers = {**NO_STORE, "content-disposition": 'attachment; filename="preferences.jsonl"'}
         return Response(found, 200, headers, "application/x-ndjson")
 
-    def export(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
+    def export(self, request: Request, body: Json) -> Json:
         """Writes the export next to the queue; returns its path, rows, and the commands that train on it."""
         queue = self.queue(request)
         steps, model = steps_of(body.get("steps", STEPS)), str(body.get("model", SHIPPED))
         path, count = export.write(queue, str(body.get("who", "each")), str(body.get("ties", "keep")))
         return {"path": str(path), "rows": count, "commands": commands(self.place, queue, path, model, steps)}
 
-    def train(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
+    def train(self, request: Request, body: Json) -> Json:
         """Starts `posttrain reward` on an export."""
         how = str(body.get("who", "each")), str(body.get("ties", "keep")), str(body.get("model", SHIPPED))
         return self.trainings.start(self.queue(request), *how, steps_of(body.get("steps", STEPS)))
 
-    def models(self, request: Request) -> dict[str, Any]:
+    def models(self, request: Request) -> Json:
         """Base models for a reward model, and the reward models trained on this queue."""
         return {"bases": list_models(self.place), "runs": self.trainings.of(self.queue(request)), "steps": STEPS}
 
-    def scores(self, request: Request) -> dict[str, Any]:
+    def scores(self, request: Request) -> Json:
         """A reward model's scores of the queue's pairs."""
         queue, name = self.queue(request), named(request, "run")
         line = next((line for line in self.trainings.of(queue) if line["run"] == name), None)
@@ -130,7 +128,7 @@ class Labeler:
         return {**found, "pairs": found["pairs"][:SHOWN], "count": len(found["pairs"])}
 
 
-def _shown(queue: str, who: str, pair: Pair) -> dict[str, Any]:
+def _shown(queue: str, who: str, pair: Pair) -> Json:
     """A pair as an annotator sees it; the sides are random."""
     left = store.left_of(queue, who, pair.id)
     sides = (pair.a, pair.b) if left == "a" else (pair.b, pair.a)

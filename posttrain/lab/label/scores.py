@@ -6,14 +6,14 @@ import math
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 from posttrain.config import DataConfig
 from posttrain.data.files import Row, read_rows
 from posttrain.data.preferences import row_to_preference
 from posttrain.data.sources import content_key, split_holdout, usable
 from posttrain.evaluation.intervals import wilson
-from posttrain.lab.label.agreement import share
+from posttrain.lab.label.agreement import Share, share
 from posttrain.lab.label.store import Label, Pair, Queue, prompt_rows
 from posttrain.store.run import Run
 from posttrain.types import ConfigError, PosttrainError, RolloutError, Task
@@ -28,7 +28,34 @@ _known: dict[tuple[Path, Path], Scores] = {}
 _lock = threading.Lock()
 
 
-def compare(queue: Queue, run: Path, data: Path) -> dict[str, Any]:
+class ModelAgreement(TypedDict):
+    """How often a model agrees with an annotator, on prompts it was not trained on and on those it was."""
+
+    name: str
+    held_out: Share
+    trained: Share
+
+
+class ScoredPair(TypedDict):
+    """A pair with the scores of a and b, the probability that a is preferred, and [annotator, label] of each label."""
+
+    id: str
+    prompt: str
+    answers: list[str]
+    scores: tuple[float, float] | None
+    probability: float | None
+    held_out: bool
+    said: list[list[str]]
+
+
+class Comparison(TypedDict):
+    """A reward model's agreement with each annotator, and all pairs with their scores."""
+
+    agreement: list[ModelAgreement]
+    pairs: list[ScoredPair]
+
+
+def compare(queue: Queue, run: Path, data: Path) -> Comparison:
     """`agreement` with each annotator, on held-out prompts and on training prompts, and the scored `pairs`.
 
     `run` is a finished reward model trained on the export `data`. It is loaded on first use and scores every pair of
@@ -46,20 +73,18 @@ def compare(queue: Queue, run: Path, data: Path) -> dict[str, Any]:
     return {"agreement": agreement(labels, scores, known), "pairs": rows}
 
 
-def agreement(labels: Sequence[Label], scores: Scores, known: set[str]) -> list[dict[str, Any]]:
+def agreement(labels: Sequence[Label], scores: Scores, known: set[str]) -> list[ModelAgreement]:
     """How often an annotator's preferred answer has the higher score, ties excluded.
 
     `known` are the pairs whose prompts the model was trained on; `held_out` counts the others. The intervals treat
     labels as independent, which several labels of one pair are not: rely on those of single annotators.
     """
-    rows: list[dict[str, Any]] = []
+    rows: list[ModelAgreement] = []
     for name in [*sorted({label.annotator for label in labels}), EVERYONE]:
         own = [x for x in labels if name in (x.annotator, EVERYONE) and x.preferred != "tie" and scores.get(x.pair)]
-        line: dict[str, Any] = {"name": name}
-        for part, wanted in (("held_out", False), ("trained", True)):
-            some = [x for x in own if (x.pair in known) == wanted]
-            line[part] = share(wilson(sum(_agrees(x, scores) for x in some), len(some)))
-        rows.append(line)
+        held_out = _agreeing([x for x in own if x.pair not in known], scores)
+        trained = _agreeing([x for x in own if x.pair in known], scores)
+        rows.append({"name": name, "held_out": held_out, "trained": trained})
     return rows
 
 
@@ -79,12 +104,22 @@ def score(queue: Queue, run: Path, pairs: Sequence[Pair]) -> Scores:
         return _known[run, queue.path]
 
 
-def _judged(pair: Pair, found: tuple[float, float] | None, known: bool, said: list[list[str]]) -> dict[str, Any]:
-    """A pair with both scores and σ of their difference, the probability that a is preferred."""
-    shown = {"id": pair.id, "prompt": pair.prompt[-1].content, "answers": [pair.a, pair.b]}
+def _judged(pair: Pair, found: tuple[float, float] | None, known: bool, said: list[list[str]]) -> ScoredPair:
+    """The probability that a is preferred is σ of the difference of the scores."""
     gap = None if found is None else max(-700.0, min(700.0, found[0] - found[1]))
-    odds = None if gap is None else 1 / (1 + math.exp(-gap))
-    return {**shown, "scores": found, "probability": odds, "held_out": not known, "said": said}
+    return {
+        "id": pair.id,
+        "prompt": pair.prompt[-1].content,
+        "answers": [pair.a, pair.b],
+        "scores": found,
+        "probability": None if gap is None else 1 / (1 + math.exp(-gap)),
+        "held_out": not known,
+        "said": said,
+    }
+
+
+def _agreeing(labels: Sequence[Label], scores: Scores) -> Share:
+    return share(wilson(sum(_agrees(label, scores) for label in labels), len(labels)))
 
 
 def _agrees(label: Label, scores: Scores) -> bool:

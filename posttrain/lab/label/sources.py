@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations, groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from posttrain import rng
 from posttrain.data.files import Row, read_rows, writable
@@ -16,7 +16,7 @@ from posttrain.data.sources import first_column
 from posttrain.lab.folders import Place
 from posttrain.lab.label import store
 from posttrain.store.database import connect
-from posttrain.types import ConfigError, DataError, Message, PosttrainError, Preference, ResumeError
+from posttrain.types import ConfigError, DataError, JsonView, Message, PosttrainError, Preference, ResumeError
 
 TWO = (("chosen", "rejected"), ("a", "b"), ("first", "second"), ("response_a", "response_b"))
 """Columns with two answers, tried in this order."""
@@ -36,6 +36,15 @@ class Found:
     pairs: list[Preference]
     left_out: int = 0
     reason: str = ""
+
+
+class Started(TypedDict):
+    """A source's queue, the number of pairs in it, the number of rows without a pair, and the reason for the first."""
+
+    queue: str
+    pairs: int
+    left_out: int
+    reason: str
 
 
 def list_sources(place: Place) -> list[dict[str, str]]:
@@ -59,8 +68,8 @@ def files_of(place: Place) -> dict[str, Path]:
     return found
 
 
-def start(place: Place, source: str) -> dict[str, Any]:
-    """Creates the queue of a source if it does not exist yet; returns its name and what was left out.
+def start(place: Place, source: str) -> Started:
+    """Creates the queue of a source if it does not exist yet.
 
     Raises ResumeError for an unknown source, DataError for one without any pair.
     """
@@ -143,7 +152,7 @@ def _groups(folder: Path) -> Iterator[tuple[tuple[str, int, int], str, list[str]
         database.close()
 
 
-def _preference(row: Row, values: dict[str, Any], one: Any, other: Any, suffix: str = "") -> Preference:
+def _preference(row: Row, values: JsonView, one: Any, other: Any, suffix: str = "") -> Preference:
     pair = row_to_preference(Row(row.where, {**values, "chosen": one, "rejected": other}))
     return Preference(pair.id + suffix, pair.prompt, pair.chosen, pair.rejected)
 

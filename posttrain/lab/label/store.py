@@ -16,11 +16,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypedDict
 
 from posttrain import rng
 from posttrain.store.durable import DiskError, make_folder
-from posttrain.types import ConfigError, Message, PosttrainError, Preference, ResumeError
+from posttrain.types import ConfigError, Json, JsonView, Message, PosttrainError, Preference, ResumeError, Role
 
 FOLDER = "labels"
 VERSION = 1
@@ -60,6 +60,14 @@ class Label:
     left: str
     seconds: float
     at: str = ""
+
+
+class MessageRow(TypedDict):
+    """A message in the format of a data file."""
+
+    role: Role
+    content: str
+    tool_calls: list[Json]
 
 
 def left_of(queue: str, annotator: str, pair: str) -> Side:
@@ -139,7 +147,7 @@ class Queue:
             done = "SELECT annotator, count(DISTINCT pair) FROM labels WHERE NOT undone GROUP BY annotator ORDER BY 1"
             return count, dict(database.execute(done))
 
-    def add(self, given: dict[str, Any]) -> str:
+    def add(self, given: JsonView) -> str:
         """Stores one label, `{id, pair, annotator, choice, seconds}` with choice left, right or tie; returns its id.
 
         When this returns, the label survives a crash of the process or the machine. Raises ConfigError for an invalid
@@ -160,7 +168,7 @@ class Queue:
             database.execute("UPDATE labels SET undone = 1 WHERE id = ?", (label,))
         return label
 
-    def _checked(self, given: dict[str, Any]) -> Label:
+    def _checked(self, given: JsonView) -> Label:
         texts = {name: given.get(name) for name in ("id", "pair", "annotator", "choice")}
         for name, text in texts.items():
             if (
@@ -229,12 +237,12 @@ def _pair(row: tuple[str, str, str, str]) -> Pair:
     return Pair(name, messages_of(json.loads(prompt)), a, b)
 
 
-def prompt_rows(prompt: Sequence[Message]) -> list[dict[str, Any]]:
+def prompt_rows(prompt: Sequence[Message]) -> list[MessageRow]:
     """Messages in the format of a data file."""
     return [{"role": m.role, "content": m.content, "tool_calls": [*map(dict, m.tool_calls)]} for m in prompt]
 
 
-def messages_of(rows: Sequence[dict[str, Any]]) -> tuple[Message, ...]:
+def messages_of(rows: Sequence[MessageRow]) -> tuple[Message, ...]:
     """Inverse of `prompt_rows`."""
     return tuple(Message(m["role"], m["content"], tuple(m["tool_calls"])) for m in rows)
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from posttrain.lab.checkpoints import SHIPPED, find_model
 from posttrain.lab.folders import Place, trained
@@ -24,6 +24,18 @@ from posttrain.types import ConfigError, PosttrainError
 SETTINGS = {"train.lr": "3e-4", "train.schedule": "cosine", "algo.batch_pairs": "16", "data.holdout": "0.25"}
 """For a few dozen labels: small batches, and a quarter of the prompts held out to evaluate the model."""
 STEPS, MOST_STEPS = 40, 10_000
+
+
+class Training(TypedDict):
+    """A reward model that is or was trained on a queue; `said` is the end of its output if it failed to start."""
+
+    run: str
+    status: str
+    step: int | None
+    steps: int | None
+    file: str
+    created: str
+    said: str
 
 
 def arguments(place: Place, data: Path, model: str, steps: int, run: str) -> list[str]:
@@ -67,7 +79,7 @@ class Trainings:
         self._started: dict[str, subprocess.Popen[bytes]] = {}
         self._lock = threading.Lock()
 
-    def start(self, queue: Queue, who: str, ties: str, model: str, steps: int) -> dict[str, Any]:
+    def start(self, queue: Queue, who: str, ties: str, model: str, steps: int) -> dict[str, str | int]:
         """Exports and trains, unless that run exists or is starting. Returns the run's name, rows and file."""
         if (self.place.root / "run.json").exists():
             raise ConfigError(
@@ -87,8 +99,8 @@ class Trainings:
                     )  # fmt: skip
         return {"run": run, "rows": count, "file": data.name}
 
-    def of(self, queue: Queue) -> list[dict[str, Any]]:
-        """The reward models of a queue, newest first: `run`, `status`, `step`, `file`, and `said` if it failed."""
+    def of(self, queue: Queue) -> list[Training]:
+        """The reward models of a queue, newest first."""
         exported = export.written(self.place.root, queue.name)
         found = [_line(name, path, exported) for name, path in self.place.runs().items()]
         lines = [line for line in found if line]
@@ -98,8 +110,8 @@ class Trainings:
                 if run.startswith(f"{queue.name}-reward-") and run not in shown:
                     status = "starting" if process.poll() is None else "failed"
                     said = self._said(run) if status == "failed" else ""
-                    line = {"run": run, "status": status, "step": None, "steps": None, "file": ""}
-                    lines.append({**line, "created": "~", "said": said})  # "~" sorts after every date
+                    line = Training(run=run, status=status, step=None, steps=None, file="", created="~", said=said)
+                    lines.append(line)  # "~" sorts after every date
         return sorted(lines, key=lambda line: line["created"], reverse=True)
 
     def _log(self, run: str) -> Path:
@@ -110,7 +122,7 @@ class Trainings:
         return "\n".join(self._log(run).read_text(encoding="utf-8", errors="replace").split("\n")[-8:]).strip()
 
 
-def _line(name: str, folder: Path, exported: dict[str, Path]) -> dict[str, Any] | None:
+def _line(name: str, folder: Path, exported: dict[str, Path]) -> Training | None:
     """Summary of a run that was trained on one of these files, else None."""
     try:
         with Run.read(folder) as run:
@@ -120,7 +132,14 @@ def _line(name: str, folder: Path, exported: dict[str, Path]) -> dict[str, Any] 
             if facts is None or (facts.trains, facts.data) != ("scorer", "pairs") or file not in exported:
                 return None
             steps = recipe.get("train", {}).get("steps")
-            line = {"run": name, "status": run.status(), "step": run.last_step(), "steps": steps, "file": file}
-            return {**line, "created": str(run.header.get("created", "")), "said": ""}
+            return {
+                "run": name,
+                "status": run.status(),
+                "step": run.last_step(),
+                "steps": steps,
+                "file": file,
+                "created": str(run.header.get("created", "")),
+                "said": "",
+            }
     except (PosttrainError, OSError, ValueError):
         return None
