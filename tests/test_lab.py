@@ -24,7 +24,7 @@ from posttrain.lab.cards import read_answers
 from posttrain.lab.curves import Feed, thin
 from posttrain.lab.episodes import Query, search
 from posttrain.lab.folders import Place, list_runs
-from posttrain.lab.rejudge import judge_again
+from posttrain.lab.rejudge import Regraded, judge_again
 from posttrain.lab.rescore import score_tokens
 from posttrain.store.run import Event, Run
 from posttrain.types import ConfigError, ResumeError
@@ -298,6 +298,7 @@ def test_the_kl_of_tokens_is_their_stored_log_probability_less_the_starting_mode
     sample = Sample(row.tokens.astype(np.int64), row.loss_mask.copy(), row.logprobs.copy(), np.zeros(len(row.tokens)))
     (reference,) = sample_logprobs(api.open_policy(str(place.parent / "tiny")), [sample], 4096)
     wanted = (row.logprobs - reference)[row.loss_mask]
+    assert found["kl"] is not None
     assert [v for v in found["kl"]["values"] if v is not None] == pytest.approx(wanted.tolist(), abs=1e-5)
     assert [v is None for v in found["kl"]["values"]] == [not own for own in row.loss_mask]
     assert found["kl"]["total"] == pytest.approx(wanted.sum(), abs=1e-4)
@@ -306,6 +307,7 @@ def test_the_kl_of_tokens_is_their_stored_log_probability_less_the_starting_mode
 def test_entropy_is_computed_with_the_nearest_weights_and_says_how_near_they_are(place: Path) -> None:
     first, last = (tokens.read_row(place / "real", "eval", step, 0, 0) for step in (0, 2))
     start, end = (score_tokens(place / "real", row)["entropy"] for row in (first, last))
+    assert start is not None and end is not None
     assert (start["weights"], start["wanted"], end["weights"], end["wanted"]) == (0, 0, 2, 2)
     assert start["apart"] < 1e-5 and end["apart"] < 1e-5, "the very weights that wrote the answers"
     assert all(0 <= v <= math.log(600) for v in end["values"] if v is not None)
@@ -317,7 +319,7 @@ def test_a_run_whose_models_are_elsewhere_has_neither_and_says_where_it_started(
 
 
 def test_a_reason_is_asked_for_again_only_where_that_runs_nothing(place: Path, tmp_path: Path) -> None:
-    def asked(reward: str, **more: Any) -> dict[str, Any]:
+    def asked(reward: str, **more: Any) -> Regraded:
         folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
         recipe = {"model": {"path": "abacus"}, "data": {"tasks": "sums", "count": 8}, "reward": {"name": reward}}
         task = load_tasks(DataConfig(tasks="sums", count=8), 0).test[0]

@@ -33,7 +33,7 @@ from posttrain.lab.label import routes as label
 from posttrain.lab.routing import NO_STORE, Routes, get, named
 from posttrain.lab.safety import Guard
 from posttrain.store.run import Run
-from posttrain.types import PosttrainError
+from posttrain.types import Json, PosttrainError
 
 STATIC = Path(__file__).parent / "static"
 POLL = 0.5  # seconds between polls of a run that a page watches
@@ -105,7 +105,7 @@ class Lab:
         text = (STATIC / "index.html").read_text(encoding="utf-8").replace("{token}", self.token)
         return HTMLResponse(text, status_code=status, headers=NO_STORE)
 
-    def home(self, request: Request) -> dict[str, Any]:
+    def home(self, request: Request) -> Json:
         """Summary of the folder for the home page."""
         found = folders.list_runs(self.place)
         return {
@@ -117,19 +117,19 @@ class Lab:
             "pipelines": [folders.read_pipeline(self.place, name) for name in self.place.pipelines()],
         }
 
-    def run(self, request: Request) -> dict[str, Any]:
+    def run(self, request: Request) -> Json:
         """A run's settings, status and logged events."""
         folder = self.folder(request)
         with Run.read(folder) as run:
             noted = [{"step": e.step, "level": e.level, "kind": e.kind, "message": e.message} for e in run.events()]
-            about = {"status": run.status(), "step": run.last_step(), **folders.facts(run)}
+            about: Json = {"status": run.status(), "step": run.last_step(), **folders.facts(run)}
             recipe = run.header.get("recipe", {})
         kinds = episodes.kinds(folder)
         about["parts"] = episodes.part_names(folder)
         name = named(request, "run")
         return {"name": name, "folder": str(folder), **about, "events": noted, "episodes": kinds, "recipe": recipe}
 
-    def verdicts(self, request: Request) -> list[dict[str, Any]]:
+    def verdicts(self, request: Request) -> list[Json]:
         """The verdicts of `posttrain doctor`. It reads completions and takes seconds, so it runs once per step."""
         folder = self.folder(request)
         with Run.read(folder) as run:
@@ -137,7 +137,7 @@ class Lab:
         with self._judging:
             return _judged(folder, step, status)
 
-    def episodes(self, request: Request) -> dict[str, Any]:
+    def episodes(self, request: Request) -> Json:
         """One page of an episode search."""
         query = episodes.Query.of(dict(request.query_params))
         return episodes.search(self.folder(request), query).as_dict()
@@ -167,7 +167,7 @@ class Lab:
             folder = await to_thread.run_sync(self.folder, socket)
             feed = self.feed(folder)
             asked = [name for name in socket.query_params.get("metrics", "").split(",") if name]
-            sent: dict[str, Any] = {}
+            sent: Json = {}
             while True:
                 message = await to_thread.run_sync(_news, folder, feed, asked, sent)
                 if message:
@@ -179,11 +179,11 @@ class Lab:
 
 
 @lru_cache(maxsize=32)
-def _judged(folder: Path, step: int | None, status: str) -> list[dict[str, Any]]:
+def _judged(folder: Path, step: int | None, status: str) -> list[Json]:
     return [verdict.as_dict() for verdict in diagnose_run(folder)]
 
 
-def _news(folder: Path, feed: Feed, asked: list[str], sent: dict[str, Any]) -> str:
+def _news(folder: Path, feed: Feed, asked: list[str], sent: Json) -> str:
     """What the page does not have yet, as JSON, or an empty string; updates `sent`."""
     feed.refresh()
     with Run.read(folder) as run:
@@ -192,7 +192,7 @@ def _news(folder: Path, feed: Feed, asked: list[str], sent: dict[str, Any]) -> s
     now = {"step": feed.step, "version": feed.version, "status": status, "names": names}
     if now == sent:
         return ""
-    news: dict[str, Any] = {"step": feed.step, "status": status, "changes": feed.changes()}
+    news: Json = {"step": feed.step, "status": status, "changes": feed.changes()}
     if (feed.version, names) != (sent.get("version"), sent.get("names")):
         news |= {"whole": True, "names": feed.names, "curves": feed.curves(names)}
     else:

@@ -10,12 +10,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
 from urllib.parse import urlsplit
 
 from anyio import create_task_group
 from starlette.requests import Request
 from starlette.routing import BaseRoute, Match, WebSocketRoute
+from starlette.types import Scope
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from posttrain.lab.routing import Reading
@@ -48,7 +48,7 @@ async def answer(readings: Sequence[Reading], path: str) -> tuple[int, str]:
     """Status and JSON that a GET of `path`, including its query, would return."""
     asked = urlsplit(path)
     query = asked.query.encode("ascii", "ignore")
-    scope: dict[str, Any] = {"type": "http", "method": "GET", "path": asked.path, "query_string": query, "headers": []}
+    scope: Scope = {"type": "http", "method": "GET", "path": asked.path, "query_string": query, "headers": []}
     for route in readings:
         match, found = route.matches(scope)
         if match is Match.FULL:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from starlette.requests import Request
 from starlette.routing import BaseRoute
@@ -12,27 +12,51 @@ from starlette.routing import BaseRoute
 from posttrain.lab.folders import Place
 from posttrain.lab.routing import get, named
 from posttrain.store.pipeline import RECORD, damaged, read_record
+from posttrain.types import Json, JsonView
 
 ANSWERS = "answers.jsonl"
+
+
+class CardAnswer(TypedDict):
+    """A model's answer to a prompt of its evaluation."""
+
+    text: str
+    passed: bool
+    detail: str
+
+
+class AnsweredPrompt(TypedDict):
+    """A prompt with one answer (or None) per stage."""
+
+    capability: str
+    prompt: str
+    answers: list[CardAnswer | None]
+
+
+class Answers(TypedDict):
+    """The stages that stored answers, and the prompts."""
+
+    stages: list[str]
+    prompts: list[AnsweredPrompt]
 
 
 def routes(place: Place) -> list[BaseRoute]:
     """The route for a pipeline's recorded answers."""
 
-    def answers(request: Request) -> dict[str, Any]:
+    def answers(request: Request) -> Answers:
         return read_answers(place.pipeline(named(request, "pipeline")))
 
     return [get("/api/pipelines/{pipeline}/answers", answers)]
 
 
-def read_answers(folder: Path) -> dict[str, Any]:
-    """`stages` that stored answers, and `prompts`, each with its capability and one answer (or None) per stage.
+def read_answers(folder: Path) -> Answers:
+    """The stored answers of all stages, by prompt.
 
     Raises ResumeError if the record or a file of answers cannot be read.
     """
     stages, file = read_record(folder)["stages"], folder / RECORD
     try:
-        kept: dict[str, list[dict[str, Any]]] = {}
+        kept: dict[str, list[Json]] = {}
         for stage in stages:
             file = (folder / str(stage.get("card_folder") or ".") / ANSWERS).resolve()
             if file.is_relative_to(folder.resolve()) and file.is_file():
@@ -43,7 +67,7 @@ def read_answers(folder: Path) -> dict[str, Any]:
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise damaged(file, error) from None
-    prompts = [
+    prompts: list[AnsweredPrompt] = [
         {
             "capability": capability,
             "prompt": prompt,
@@ -54,5 +78,5 @@ def read_answers(folder: Path) -> dict[str, Any]:
     return {"stages": list(kept), "prompts": prompts}
 
 
-def _answer(row: dict[str, Any]) -> dict[str, Any]:
+def _answer(row: JsonView) -> CardAnswer:
     return {"text": str(row["answer"]), "passed": bool(row["passed"]), "detail": str(row.get("detail", ""))}

@@ -10,7 +10,7 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from posttrain.lab.checkpoints import Reply, describe_model, list_models, open_model
 from posttrain.lab.folders import Place
 from posttrain.lab.routing import get, named
-from posttrain.types import ConfigError, Message, PosttrainError, SamplingParams
+from posttrain.types import ConfigError, Json, JsonView, Message, PosttrainError, SamplingParams
 
 OPEN, CLOSE = "<think>", "</think>"
 GAP = 0.03  # seconds between two messages of one answer
@@ -108,7 +108,7 @@ class Draft:
         self.stop = threading.Event()
         self._lock = threading.Lock()
         self._unfolder = Unfolder()
-        self._new: dict[str, Any] = {"state": "waiting"}
+        self._new: Json = {"state": "waiting"}
         self._counts = {"tokens": 0, "thoughts": 0}
 
     def say(self, **news: Any) -> None:
@@ -131,7 +131,7 @@ class Draft:
             self._add("", *self._unfolder.end())
             self._new |= news
 
-    def take(self) -> dict[str, Any]:
+    def take(self) -> Json:
         """Returns what is new since the last call."""
         with self._lock:
             new, self._new = self._new, {}
@@ -200,7 +200,7 @@ async def _send(socket: WebSocket, draft: Draft, work: Callable[[], Reply], limi
     await socket.close()
 
 
-async def _tell(socket: WebSocket, news: Mapping[str, Any]) -> None:
+async def _tell(socket: WebSocket, news: JsonView) -> None:
     if news:
         await socket.send_text(json.dumps(news, allow_nan=False))
 

@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from posttrain.lab.folders import SEPARATOR, Place
 from posttrain.store.pipeline import read_record
 from posttrain.store.run import Run
-from posttrain.types import ConfigError, Message, PosttrainError, ResumeError, SamplingParams
+from posttrain.types import ConfigError, Json, Message, PosttrainError, ResumeError, SamplingParams
 
 if TYPE_CHECKING:
     from posttrain.data.chat import ChatFormat
@@ -211,7 +211,7 @@ def open_model(place: Place, name: str) -> Opened:
         return entry.opened
 
 
-def describe_model(place: Place, name: str) -> dict[str, Any]:
+def describe_model(place: Place, name: str) -> Json:
     """Opens a model and describes it for the page."""
     opened = open_model(place, name)
     about = {"name": name, "context": opened.context, "parameters": opened.parameters, "format": opened.format}

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.store.database import connect, explained
-from posttrain.types import ConfigError
+from posttrain.types import ConfigError, Json
 
 ORDERS = {
     "newest": "step DESC, grp DESC, idx DESC",
@@ -106,12 +106,12 @@ class Found:
     `total` is None for groups, because counting them would take longer than finding a page of them.
     """
 
-    rows: list[dict[str, Any]]
+    rows: list[Json]
     next: int | None
     looked: int
     total: int | None
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> Json:
         """For JSON."""
         return {"rows": self.rows, "next": self.next, "looked": self.looked, "total": self.total}
 
@@ -138,7 +138,7 @@ def search(folder: Path, query: Query, page: int = PAGE, seconds: float = SECOND
         database.close()
 
 
-def _where(query: Query) -> tuple[str, dict[str, Any]]:
+def _where(query: Query) -> tuple[str, dict[str, str | float | None]]:
     where = "kind = :kind" + (" AND reward IS NOT NULL" if query.order in ("worst", "best") else "")
     for name, sign in (("first", ">="), ("last", "<=")):
         if getattr(query, name) is not None:
@@ -170,7 +170,7 @@ def _candidates(database: sqlite3.Connection, query: Query) -> Iterator[tuple[An
     )
 
 
-def _row(database: sqlite3.Connection, query: Query, key: Any) -> dict[str, Any]:
+def _row(database: sqlite3.Connection, query: Query, key: Any) -> Json:
     columns = "kind, step, grp, idx, prompt, text, reward, passed, stop, length, advantage, error"
     if query.order == "flat":
         step, group, index = key
@@ -230,7 +230,7 @@ def kinds(folder: Path) -> dict[str, int]:
     return {kind: count for kind, count in (("eval", held_out), ("train", whole - held_out)) if count}
 
 
-def read_group(folder: Path, kind: str, step: int, group: int) -> list[dict[str, Any]]:
+def read_group(folder: Path, kind: str, step: int, group: int) -> list[Json]:
     """The completions of one task at one step, shortened."""
     names = ("index", "reward", "passed", "length", "advantage", "text")
     database = connect(folder, "ro")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 from posttrain import config
 from posttrain.config import Facts
@@ -17,11 +17,85 @@ from posttrain.evaluation.labels import LABELS
 from posttrain.store.database import connect, is_run, run_folders
 from posttrain.store.pipeline import RECORD, damaged, is_pipeline, read_record
 from posttrain.store.run import Run
-from posttrain.types import PosttrainError, ResumeError
+from posttrain.types import JsonView, PosttrainError, ResumeError
 
 SEPARATOR = "~"
 LISTED = ("reward", "accuracy", "eval/accuracy", "length", "kl_episode", "nll", "loss")
 """Metrics shown in the list of runs, if a run's latest steps have them."""
+
+
+class RunFacts(TypedDict):
+    """A run's main settings."""
+
+    algorithm: str
+    model: str
+    tasks: str
+    reward: str
+    seed: int | None
+    created: str
+    steps: int | None
+
+
+class RunLine(TypedDict):
+    """A run in the list of runs; a damaged one has no settings."""
+
+    name: str
+    status: str
+    step: int | None
+    created: str
+    note: str
+    metrics: dict[str, float]
+    algorithm: NotRequired[str]
+    model: NotRequired[str]
+    tasks: NotRequired[str]
+    reward: NotRequired[str]
+    seed: NotRequired[int | None]
+    steps: NotRequired[int | None]
+
+
+Card = dict[str, dict[str, float]]
+"""Metric → its value, low, high and n."""
+
+
+class StagePage(TypedDict):
+    """A stage of a pipeline for its page; `address` is the name of its run."""
+
+    name: str
+    run: str
+    seconds: float | None
+    made: dict[str, int | float | str]
+    card: Card | None
+    address: str | None
+
+
+class CardFigure(TypedDict):
+    """How a metric of the cards is shown."""
+
+    name: str
+    label: str
+    note: str
+    share: bool
+
+
+class Expected(TypedDict):
+    """An expected result: its bounds, and what was found."""
+
+    name: str
+    low: float
+    high: float
+    found: float | None
+
+
+class PipelinePage(TypedDict):
+    """A pipeline for its page."""
+
+    name: str
+    pipeline: str
+    about: str
+    finished: bool
+    stages: list[StagePage]
+    figures: list[CardFigure]
+    expected: list[Expected]
 
 
 @dataclass(frozen=True)
@@ -55,7 +129,7 @@ class Place:
         return _look_up(self.pipelines(), name, "pipeline", self.root)
 
 
-def trained(header: Mapping[str, Any]) -> Facts | None:
+def trained(header: JsonView) -> Facts | None:
     """The facts of a run's algorithm; None if this version does not know the algorithm or its settings."""
     try:
         return config.stored(header["algorithm"], header["recipe"]).facts()
@@ -69,24 +143,24 @@ def _look_up(found: Mapping[str, Path], name: str, what: str, root: Path) -> Pat
     return found[name]
 
 
-def list_runs(place: Place) -> list[dict[str, Any]]:
+def list_runs(place: Place) -> list[RunLine]:
     """Every run with its status, latest step and latest metrics, ready for JSON; newest first."""
     rows = [_line(name, path) for name, path in place.runs().items()]
     return sorted(rows, key=lambda row: (row["created"], row["name"]), reverse=True)
 
 
-def _line(name: str, path: Path) -> dict[str, Any]:
-    line: dict[str, Any] = {"name": name, "status": "damaged", "step": None, "created": "", "note": "", "metrics": {}}
+def _line(name: str, path: Path) -> RunLine:
+    line: RunLine = {"name": name, "status": "damaged", "step": None, "created": "", "note": "", "metrics": {}}
     try:
         with Run.read(path) as run:
-            line |= {"status": run.status(), "step": run.last_step(), **facts(run)}
+            line = {**line, "status": run.status(), "step": run.last_step(), **facts(run)}
         line["metrics"] = newest(path)
     except (PosttrainError, OSError, ValueError) as error:
         line["note"] = str(error)
     return line
 
 
-def facts(run: Run) -> dict[str, Any]:
+def facts(run: Run) -> RunFacts:
     """A run's main settings."""
     recipe = run.header.get("recipe", {})
     data = recipe.get("data", {})
@@ -119,7 +193,7 @@ def newest(path: Path) -> dict[str, float]:
     return {name: found[name] for name in LISTED if name in found}
 
 
-def read_pipeline(place: Place, name: str) -> dict[str, Any]:
+def read_pipeline(place: Place, name: str) -> PipelinePage:
     """A pipeline's record for its page: stages with their runs, evaluation cards and expected results."""
     folder = place.pipeline(name)
     record = read_record(folder)
@@ -142,7 +216,7 @@ def read_pipeline(place: Place, name: str) -> dict[str, Any]:
     }
 
 
-def _stage(pipeline: str, folder: Path, stage: Mapping[str, Any]) -> dict[str, Any]:
+def _stage(pipeline: str, folder: Path, stage: JsonView) -> StagePage:
     own = folder / stage["folder"]
     has_run = own.parent == folder and is_run(own)
     made = {k: v for k, v in (stage.get("made") or {}).items() if isinstance(v, int | float | str)}
@@ -156,14 +230,14 @@ def _stage(pipeline: str, folder: Path, stage: Mapping[str, Any]) -> dict[str, A
     }
 
 
-def _card(card: Mapping[str, Any] | None) -> dict[str, dict[str, float]] | None:
+def _card(card: JsonView | None) -> Card | None:
     """The metrics of a card; its other fields describe how it was made."""
     if not card:
         return None
     return {name: figure for name, figure in card.items() if isinstance(figure, dict) and "value" in figure}
 
 
-def _figures(cards: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _figures(cards: list[Card]) -> list[CardFigure]:
     """Every metric that any card has, in order: its label, a note, and whether it is a share."""
     names = dict.fromkeys(name for card in cards for name in card)
     said = {name: LABELS.get(name, (name.replace("_", " "), False)) for name in names}

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from starlette.requests import Request
 from starlette.routing import BaseRoute
 
 from posttrain.lab import tokens
 from posttrain.lab.folders import Place
-from posttrain.lab.rejudge import judge_again
-from posttrain.lab.rescore import score_tokens
+from posttrain.lab.rejudge import Regraded, judge_again
+from posttrain.lab.rescore import TokenScores, score_tokens
 from posttrain.lab.routing import get, named
 from posttrain.types import ConfigError
 
@@ -25,10 +24,10 @@ def routes(place: Place) -> list[BaseRoute]:
         asked = request.path_params
         return place.run(named(request, "run")), asked["kind"], asked["step"], asked["group"], asked["index"]
 
-    def scores(request: Request) -> dict[str, Any]:
+    def scores(request: Request) -> TokenScores:
         return score_tokens(at(request)[0], tokens.read_row(*at(request)))
 
-    def reason(request: Request) -> dict[str, Any]:
+    def reason(request: Request) -> Regraded | dict[str, str]:
         try:
             return judge_again(at(request)[0], tokens.read_row(*at(request)))
         except ConfigError as error:  # not an error: the page shows the reason

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from posttrain import config
 from posttrain.store.run import EpisodeRow, Run
@@ -18,8 +18,18 @@ EXECUTES = ("code", "z3", "lean")
 """Verifiers that run programs."""
 
 
-def judge_again(folder: Path, row: EpisodeRow) -> dict[str, Any]:
-    """The verifier's current result for a stored completion: `detail`, `score`, `passed`, the task's `answer`, `error`.
+class Regraded(TypedDict):
+    """A verifier's result, the task's answer, and an error instead of a score if it could not be judged."""
+
+    detail: str
+    score: float | None
+    passed: bool
+    answer: str
+    error: str | None
+
+
+def judge_again(folder: Path, row: EpisodeRow) -> Regraded:
+    """The verifier's current result for a stored completion.
 
     Raises ConfigError with the reason if the verifier cannot be run here.
     """
@@ -48,8 +58,13 @@ def judge_again(folder: Path, row: EpisodeRow) -> dict[str, Any]:
     verdict, error = score_safely(reward_from(name, verifier_for), task, row.text)
     if verdict is None:
         return {"detail": "", "score": None, "passed": False, "answer": _shown(task), "error": error}
-    found = {"detail": verdict.detail, "score": verdict.score, "passed": verdict.passed}
-    return {**found, "answer": _shown(task), "error": None}
+    return {
+        "detail": verdict.detail,
+        "score": verdict.score,
+        "passed": verdict.passed,
+        "answer": _shown(task),
+        "error": None,
+    }
 
 
 def _refused(why: str) -> ConfigError:

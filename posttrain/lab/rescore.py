@@ -7,10 +7,9 @@ are computed here with models on this machine; nothing is downloaded. torch is i
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 import numpy as np
 
@@ -18,7 +17,7 @@ from posttrain import config
 from posttrain.lab.folders import trained
 from posttrain.lab.tokens import start_folders
 from posttrain.store.run import EpisodeRow, Run
-from posttrain.types import ConfigError
+from posttrain.types import ConfigError, Json, JsonView
 
 if TYPE_CHECKING:
     from posttrain.models.load import Policy
@@ -28,23 +27,47 @@ LOGITS_AT_ONCE = 1 << 24
 _lock = threading.Lock()
 
 
-def score_tokens(folder: Path, row: EpisodeRow) -> dict[str, Any]:
+class TokenKl(TypedDict):
+    """log π − log π_ref of each token with the stored π and the starting model as reference (k1), and their sum."""
+
+    values: list[float | None]
+    total: float
+
+
+class TokenEntropy(TypedDict):
+    """Entropy at each token under the weights of step `weights` (0 is the starting model).
+
+    They are the closest on this machine to step `wanted`, which wrote the completion; `apart` is the mean absolute
+    difference between their log-probabilities and the stored ones.
+    """
+
+    values: list[float | None]
+    weights: int
+    wanted: int
+    apart: float
+
+
+class TokenScores(TypedDict):
+    """KL and entropy, each None if its model is not here; `start` is the path of the starting model."""
+
+    kl: TokenKl | None
+    entropy: TokenEntropy | None
+    start: str
+
+
+def score_tokens(folder: Path, row: EpisodeRow) -> TokenScores:
     """KL and entropy, in nats, of each of a completion's L tokens; None for tokens not written by the model.
 
-    `kl` is log π − log π_ref with the stored π and the starting model as reference, the k1 estimator; `total` is its
-    sum over the completion. `entropy` uses the weights of step `weights` (0 is the starting model), the closest on this
-    machine to step `wanted`, which wrote the completion; `apart` is the mean absolute difference between their
-    log-probabilities and the stored ones. Each is None if its model is not here. Raises ConfigError for a model that
-    does not match.
+    Raises ConfigError for a model that does not match.
     """
     with Run.read(folder) as run:
         header, last = run.header, run.last_step() or 0
-    recipe: dict[str, Any] = header.get("recipe", {})
+    recipe: Json = header.get("recipe", {})
     heat = float(recipe.get("eval" if row.kind == "eval" else "rollout", {}).get("temperature") or 1.0)
     dtype = str(recipe.get("model", {}).get("dtype", "float32"))
     own, wanted = row.loss_mask.astype(bool), row.step if row.kind == "eval" else row.step - 1
     here = _weights(folder, header, last)
-    found: dict[str, Any] = {"kl": None, "entropy": None, "start": str(recipe.get("model", {}).get("path", ""))}
+    found: TokenScores = {"kl": None, "entropy": None, "start": str(recipe.get("model", {}).get("path", ""))}
     with _lock:
         if 0 in here:
             reference, _ = _stats(_open(here[0], dtype, _stamp(here[0])), row, heat)
@@ -54,12 +77,16 @@ def score_tokens(folder: Path, row: EpisodeRow) -> dict[str, Any]:
             nearest = min(here, key=lambda step: abs(step - wanted))
             logp, entropy = _stats(_open(here[nearest], dtype, _stamp(here[nearest])), row, heat)
             apart = float(np.abs(logp - row.logprobs[own]).mean()) if own.any() else 0.0
-            about = {"weights": nearest, "wanted": wanted, "apart": float(f"{apart:.3g}")}
-            found["entropy"] = {"values": _placed(entropy, own), **about}
+            found["entropy"] = {
+                "values": _placed(entropy, own),
+                "weights": nearest,
+                "wanted": wanted,
+                "apart": float(f"{apart:.3g}"),
+            }
     return found
 
 
-def _weights(folder: Path, header: Mapping[str, Any], last: int) -> dict[int, Path]:
+def _weights(folder: Path, header: JsonView, last: int) -> dict[int, Path]:
     """Step → folder of a run's language models on this machine: the starting model and the trained one."""
     starts = (path for path in start_folders(folder, header) if (path / "config.json").is_file())
     found = {0: next(starts, None)}

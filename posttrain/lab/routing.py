@@ -18,11 +18,11 @@ from starlette.routing import BaseRoute, Route
 from starlette.websockets import WebSocket
 
 from posttrain.lab.folders import Place
-from posttrain.types import ConfigError, PosttrainError, ResumeError
+from posttrain.types import ConfigError, Json, PosttrainError, ResumeError
 
 NO_STORE = {"cache-control": "no-store"}
 Read = Callable[[Request], Any]
-Write = Callable[[Request, dict[str, Any]], Any]
+Write = Callable[[Request, Json], Any]
 Routes = Callable[[Place], list[BaseRoute]]
 """A part of the lab: takes the folder and returns its routes under /api."""
 
@@ -60,7 +60,7 @@ def named(request: Request | WebSocket, name: str) -> str:
     return str(request.path_params[name])
 
 
-def _swapped(write: Write, body: dict[str, Any], request: Request) -> Any:
+def _swapped(write: Write, body: Json, request: Request) -> Any:
     return write(request, body)
 
 

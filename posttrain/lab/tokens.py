@@ -7,24 +7,22 @@ loaded. Without a tokenizer the pieces are token ids.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from posttrain.lab.episodes import read_group, read_neighbours, read_values
 from posttrain.store.run import EpisodeRow, Run
-from posttrain.types import ResumeError
+from posttrain.types import Json, JsonView, ResumeError
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 SHIPPED = Path(__file__).parents[1] / "models"
 _lock = threading.Lock()
 
 
-def read_episode(folder: Path, kind: str, step: int, group: int, index: int) -> dict[str, Any]:
+def read_episode(folder: Path, kind: str, step: int, group: int, index: int) -> Json:
     """One episode for its page, with the other completions of its task. Raises ResumeError if it does not exist."""
     row = read_row(folder, kind, step, group, index)
     source = find_tokenizer(folder)
@@ -59,7 +57,7 @@ def find_tokenizer(folder: Path) -> Path | None:
     return next((path for place in places if (path := place / "tokenizer.json").is_file()), None)
 
 
-def start_folders(folder: Path, header: Mapping[str, Any]) -> list[Path]:
+def start_folders(folder: Path, header: JsonView) -> list[Path]:
     """Possible folders of the model that a run started from: the recipe's path, the package, or, if a pipeline's folder
     was moved or copied, the neighbouring stage."""
     start = str(header.get("recipe", {}).get("model", {}).get("path", ""))
