@@ -79,7 +79,7 @@ def named(tag: str) -> set[str]:
     return {node["name"] for chapter in pages.CHAPTERS for node in nodes_of(chapter) if node["tag"] == tag}
 
 
-def chapter_of(body: str) -> dict[str, Any]:
+def chapter_of(body: str) -> pages.Parsed:
     return pages.parse(f"# Title\n\nA lead.\n\n## One section\n\n{body}\n")
 
 

@@ -11,18 +11,18 @@ import tomllib
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NotRequired, TypedDict, cast
 
 from starlette.routing import BaseRoute
 
 from posttrain.lab.course.case import TOLERANCE, Case
-from posttrain.lab.course.pages import nodes
+from posttrain.lab.course.pages import Node, nodes
 from posttrain.lab.folders import Place
 from posttrain.lab.routing import get, named, post
 from posttrain.rewards import code as sandboxes
 from posttrain.rewards.sandbox import encode
 from posttrain.rewards.sandbox.pool import Sandbox, Slot, Wrecked
-from posttrain.types import ConfigError, ResumeError
+from posttrain.types import ConfigError, Json, JsonView, ResumeError
 
 FOLDER = Path(__file__).parent
 SECONDS = 5.0
@@ -89,6 +89,57 @@ def test_case(case):
 """
 
 
+class Choice(TypedDict):
+    """An answer to choose, and why it is right or wrong."""
+
+    text: str
+    why: str
+    right: NotRequired[bool]
+
+
+class Question(TypedDict):
+    """An exercise in questions.toml; one without `choices` has only a model answer."""
+
+    kind: Literal["conceptual", "exploration"]
+    title: str
+    text: str
+    hint: NotRequired[str]
+    answer: NotRequired[str]
+    choices: NotRequired[list[Choice]]
+
+
+class Coding(TypedDict):
+    """An exercise in coding.toml: the code to start from, and the file to save it in."""
+
+    kind: Literal["coding"]
+    title: str
+    file: str
+    hint: NotRequired[str]
+    text: str
+    template: str
+
+
+Exercise = Question | Coding
+
+
+class Check(TypedDict):
+    """The outcome of a choice or of one case."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+class Verdict(TypedDict):
+    """The outcome of an exercise; `why` explains a choice, `unavailable` says why no code can be run here."""
+
+    passed: bool
+    checks: list[Check]
+    output: str
+    why: NotRequired[list[Node]]
+    unavailable: NotRequired[str]
+
+
 def routes(place: Place) -> list[BaseRoute]:
     """The routes of the exercises; they do not depend on the folder."""
     return [
@@ -99,30 +150,38 @@ def routes(place: Place) -> list[BaseRoute]:
 
 
 @cache
-def texts() -> dict[str, dict[str, Any]]:
+def texts() -> dict[str, Exercise]:
     """All exercises as in their files, by name, with their kind."""
-    coding = tomllib.loads((FOLDER / "coding.toml").read_text(encoding="utf-8"))
-    questions = tomllib.loads((FOLDER / "questions.toml").read_text(encoding="utf-8"))
-    return {**questions, **{name: {"kind": "coding", **given} for name, given in coding.items()}}
+    return {**tomllib.loads((FOLDER / "questions.toml").read_text(encoding="utf-8")), **coding_texts()}
 
 
-def found(name: str) -> dict[str, Any]:
+@cache
+def coding_texts() -> dict[str, Coding]:
+    """The coding exercises by name."""
+    given = tomllib.loads((FOLDER / "coding.toml").read_text(encoding="utf-8"))
+    return {name: cast(Coding, {"kind": "coding", **exercise}) for name, exercise in given.items()}
+
+
+def found(name: str) -> Exercise:
     """An exercise by name. Raises ResumeError if it does not exist."""
     if name not in texts():
         raise ResumeError(f"there is no exercise {name!r}; choose one of {', '.join(sorted(texts()))}.")
     return texts()[name]
 
 
-def shown(name: str) -> dict[str, Any]:
+def shown(name: str) -> Json:
     """An exercise for the page, its texts as nodes; the right choice is not included."""
     exercise = found(name)
-    page: dict[str, Any] = {"name": name, "kind": exercise["kind"], "title": exercise["title"]}
-    page |= {key: nodes(exercise[key]) for key in ("text", "hint", "answer") if key in exercise}
-    if "choices" in exercise:
-        page["choices"] = [_line(choice["text"]) for choice in exercise["choices"]]
+    page: Json = {"name": name, "kind": exercise["kind"], "title": exercise["title"], "text": nodes(exercise["text"])}
+    if "hint" in exercise:
+        page["hint"] = nodes(exercise["hint"])
     if exercise["kind"] == "coding":
         page |= {"template": exercise["template"].lstrip(), "file": exercise["file"], "tests": tests_of(name)}
-        page["command"] = f"pytest {exercise['file']}"
+        return {**page, "command": f"pytest {exercise['file']}"}
+    if "answer" in exercise:
+        page["answer"] = nodes(exercise["answer"])
+    if "choices" in exercise:
+        page["choices"] = [_line(choice["text"]) for choice in exercise["choices"]]
     return page
 
 
@@ -137,11 +196,11 @@ def cases_of(name: str) -> list[Case]:
 def tests_of(name: str) -> str:
     """Tests to append to a reader's functions in a file; they need only pytest."""
     rows = "\n".join(f"    {(case.name, case.entry, case.args, case.expected)!r}," for case in cases_of(name))
-    return PYTEST.format(file=found(name)["file"], cases=rows, tolerance=TOLERANCE)
+    return PYTEST.format(file=coding_texts()[name]["file"], cases=rows, tolerance=TOLERANCE)
 
 
-def checked(name: str, body: dict[str, Any]) -> dict[str, Any]:
-    """Checks {"choice": number} or {"code": text}; returns {passed, checks: [{name, passed, detail}], output}."""
+def checked(name: str, body: JsonView) -> Verdict:
+    """Checks {"choice": number} or {"code": text}."""
     exercise = found(name)
     if exercise["kind"] == "coding":
         code = body.get("code")
@@ -162,7 +221,7 @@ def checked(name: str, body: dict[str, Any]) -> dict[str, Any]:
 # --- code -----------------------------------------------------------------------------------------------------------
 
 
-def judged(cases: Sequence[Case], code: str) -> dict[str, Any]:
+def judged(cases: Sequence[Case], code: str) -> Verdict:
     """Runs code against the cases. Without a working sandbox nothing runs, and `unavailable` gives the reason."""
     try:
         sandbox = sandboxes.use()
@@ -173,7 +232,7 @@ def judged(cases: Sequence[Case], code: str) -> dict[str, Any]:
     return {"passed": all(check["passed"] for check in checks), "checks": checks, "output": output}
 
 
-def examined(sandbox: Sandbox, cases: Sequence[Case], code: str) -> tuple[list[dict[str, Any]], str]:
+def examined(sandbox: Sandbox, cases: Sequence[Case], code: str) -> tuple[list[Check], str]:
     """One check per case, and the code's output."""
     try:
         return sandbox.attempt(lambda slot: _run(slot, cases, code))
@@ -181,7 +240,7 @@ def examined(sandbox: Sandbox, cases: Sequence[Case], code: str) -> tuple[list[d
         return [_check(case.name, False, str(wrecked)) for case in cases], ""
 
 
-def _run(slot: Slot, cases: Sequence[Case], code: str) -> tuple[list[dict[str, Any]], str]:
+def _run(slot: Slot, cases: Sequence[Case], code: str) -> tuple[list[Check], str]:
     order = {"mode": "serve", "source": DRIVER, "canonical": False}
     execution = slot.candidate.start(order, b"", SECONDS, False)
     execution.frame()  # the driver is loaded
@@ -200,7 +259,7 @@ def _run(slot: Slot, cases: Sequence[Case], code: str) -> tuple[list[dict[str, A
             return ["error", "it returned something other than numbers, strings and lists of them"]
 
     loaded = ask(code, None)
-    checks: list[dict[str, Any]] = []
+    checks: list[Check] = []
     ended = False
     for case in cases:
         said = ask(None, case) if loaded == ["value", None] else loaded
@@ -226,7 +285,7 @@ ENDED = {
 }
 
 
-def verdict(case: Case, got: Any) -> dict[str, Any]:
+def verdict(case: Case, got: Any) -> Check:
     """Compares a result with the expected value; a failure names the first difference and, if known, the mistake."""
     apart = difference(case.expected, got)
     if not apart:
@@ -258,7 +317,7 @@ def difference(expected: Any, got: Any, where: str = "") -> str:
     return f"{place} is {number:.6g}; expected {expected:.6g}."
 
 
-def _line(text: str) -> list[Any]:
+def _line(text: str) -> list[Node]:
     """The nodes of a one-paragraph text, without the paragraph itself."""
     paragraph = nodes(text)[0]
     return [paragraph] if isinstance(paragraph, str) else paragraph["children"]
@@ -272,5 +331,5 @@ def _short(value: Any) -> str:
     return text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"
 
 
-def _check(name: str, passed: bool, detail: str) -> dict[str, Any]:
+def _check(name: str, passed: bool, detail: str) -> Check:
     return {"name": name, "passed": passed, "detail": detail[:1].upper() + detail[1:]}

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from markdown_it import MarkdownIt
 from markdown_it.rules_block import StateBlock
@@ -21,7 +21,7 @@ from markdown_it.rules_inline import StateInline
 from markdown_it.tree import SyntaxTreeNode
 
 from posttrain.lab.course.source import read_source
-from posttrain.types import DataError, ResumeError
+from posttrain.types import DataError, Json, ResumeError
 
 FOLDER = Path(__file__).parent
 CHAPTERS = ("why", "rewards", "algorithms", "reasoning", "hands-on", "challenges")
@@ -33,11 +33,65 @@ TAGS = {
     "blockquote": "blockquote", "table": "table", "thead": "thead", "tbody": "tbody", "tr": "tr", "th": "th",
     "td": "td", "hr": "hr", "hardbreak": "br",
 }  # fmt: skip
-Node = str | dict[str, Any]
+Node = str | Json
 
 
-def chapters() -> list[dict[str, Any]]:
-    """All chapters in order: name, title, lead, sections and the number of words per layer."""
+class Part(TypedDict):
+    """Nodes of a section that one layer shows, or every layer (None)."""
+
+    layer: str | None
+    children: list[Node]
+
+
+class Heading(TypedDict):
+    """A section's id and title."""
+
+    id: str
+    title: str
+
+
+class Section(Heading):
+    """A section with its parts."""
+
+    parts: list[Part]
+
+
+class Source(TypedDict):
+    """A source that a chapter refers to."""
+
+    name: str
+    number: int
+    children: list[Node]
+
+
+class Parsed(TypedDict):
+    """A parsed chapter; `words` counts the words that a reader of each layer sees."""
+
+    title: str
+    lead: list[Node]
+    sections: list[Section]
+    sources: list[Source]
+    words: dict[str, int]
+
+
+class Chapter(Parsed):
+    """A chapter with its name."""
+
+    name: str
+
+
+class ChapterLine(TypedDict):
+    """A chapter in the list of chapters."""
+
+    name: str
+    title: str
+    lead: list[Node]
+    sections: list[Heading]
+    words: dict[str, int]
+
+
+def chapters() -> list[ChapterLine]:
+    """All chapters in order."""
     found = [read_chapter(name) for name in CHAPTERS]
     return [
         {
@@ -52,7 +106,7 @@ def chapters() -> list[dict[str, Any]]:
 
 
 @cache
-def read_chapter(name: str) -> dict[str, Any]:
+def read_chapter(name: str) -> Chapter:
     """One chapter for JSON, parsed once, because chapters and the sources they show do not change while installed.
 
     Raises ResumeError for an unknown name, DataError if the text is invalid.
@@ -62,8 +116,8 @@ def read_chapter(name: str) -> dict[str, Any]:
     return {"name": name, **parse((FOLDER / f"{name}.md").read_text(encoding="utf-8"))}
 
 
-def parse(text: str) -> dict[str, Any]:
-    """Parses a chapter into {title, lead, sections, sources, words}. Raises DataError that names the problem."""
+def parse(text: str) -> Parsed:
+    """Parses a chapter. Raises DataError that names the problem."""
     text, notes = _take_notes(text)
     head, *rest = _split(text, "## ")
     title, _, lead = head.strip().partition("\n")
@@ -105,11 +159,11 @@ def _split(text: str, mark: str) -> list[str]:
     return ["\n".join(piece) for piece in pieces]
 
 
-def _section(text: str, numbers: dict[str, int]) -> dict[str, Any]:
-    """A section's id, title and parts: {layer: name or None, children}."""
+def _section(text: str, numbers: dict[str, int]) -> Section:
+    """Parses a section; `numbers` collects the sources it refers to."""
     title, _, body = text.partition("\n")
     title = title[3:].strip()
-    parts: list[dict[str, Any]] = []
+    parts: list[Part] = []
     layer: str | None = None
     for piece in _split(body, ":::"):
         mark, _, rest = piece.partition("\n") if piece.startswith(":::") else ("", "", piece)
@@ -125,7 +179,7 @@ def _section(text: str, numbers: dict[str, int]) -> dict[str, Any]:
     return {"id": re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-"), "title": title, "parts": parts}
 
 
-def _count(sections: list[dict[str, Any]], layer: str) -> int:
+def _count(sections: list[Section], layer: str) -> int:
     """Number of words that a reader of one layer sees, without formulas and code."""
     parts = [part for section in sections for part in section["parts"] if part["layer"] in (None, layer)]
     return sum(len(_words(node).split()) for part in parts for node in part["children"])

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from starlette.requests import Request
 from starlette.routing import BaseRoute
 
 from posttrain.lab.course import pages
 from posttrain.lab.folders import Place
 from posttrain.lab.routing import get, named
-from posttrain.types import ResumeError
+from posttrain.types import Json, ResumeError
 
 
 def routes(place: Place) -> list[BaseRoute]:
@@ -22,7 +20,7 @@ def routes(place: Place) -> list[BaseRoute]:
     ]
 
 
-def work(request: Request) -> dict[str, Any]:
+def work(request: Request) -> Json:
     """Computes a worked example."""
     from posttrain.lab.course.examples import EXAMPLES
 

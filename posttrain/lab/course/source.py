@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from posttrain.types import DataError
 
 PACKAGE = Path(__file__).parents[2]
 
 
-def read_source(name: str) -> dict[str, Any]:
-    """`objectives.policy:clip` → {name, file, line, code}: the same code as inspect.getsource, and its location.
+class SourceText(TypedDict):
+    """The code of a function, class or recipe, and its location."""
+
+    name: str
+    file: str
+    line: int
+    code: str
+
+
+def read_source(name: str) -> SourceText:
+    """`objectives.policy:clip` → the same code as inspect.getsource, and its location.
 
     The colon is followed by a function, a class or CLASS.METHOD; `recipe:NAME` is a whole bundled recipe instead. The
     file is parsed, not imported, so that a chapter loads no training code. Raises DataError if nothing is found.
@@ -25,9 +34,9 @@ def read_source(name: str) -> dict[str, Any]:
     if not path.is_file():
         raise DataError(f"{name!r}: there is no {path.name} in the package.")
     text = path.read_text(encoding="utf-8")
-    at = {"name": name, "file": str(Path("posttrain") / path.relative_to(PACKAGE))}
+    file = str(Path("posttrain") / path.relative_to(PACKAGE))
     if module == "recipe":
-        return {**at, "line": 1, "code": text}
+        return {"name": name, "file": file, "line": 1, "code": text}
     node: ast.AST = ast.parse(text)
     for part in wanted.split("."):
         inside = ast.iter_child_nodes(node)
@@ -37,4 +46,5 @@ def read_source(name: str) -> dict[str, Any]:
         node = found[0]
     assert isinstance(node, ast.FunctionDef | ast.ClassDef)
     first = min([node.lineno, *(one.lineno for one in node.decorator_list)])
-    return {**at, "line": first, "code": "\n".join(text.splitlines()[first - 1 : node.end_lineno]) + "\n"}
+    code = "\n".join(text.splitlines()[first - 1 : node.end_lineno]) + "\n"
+    return {"name": name, "file": file, "line": first, "code": code}

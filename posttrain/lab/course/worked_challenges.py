@@ -7,7 +7,6 @@ import json
 import math
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -24,7 +23,7 @@ RESULTS = Path(__file__).parents[2] / "config" / "recipes" / "results"
 
 
 @cache
-def recorded(pipeline: str) -> dict[str, Any]:
+def recorded(pipeline: str) -> dict[str, float]:
     """The recorded results of a bundled pipeline."""
     return json.loads((RESULTS / f"{pipeline}.json").read_text(encoding="utf-8"))["results"]
 

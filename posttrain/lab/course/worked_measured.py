@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from functools import cache
-from typing import Any
 
 from posttrain.config.resolve import resolve
 from posttrain.lab.course.source import PACKAGE
 from posttrain.lab.course.working import Example, Worked, one
 from posttrain.models.shapes import shape_of
 from posttrain.planner.memory import Where, states
+from posttrain.types import Json
 
 SHARES = ("helpfulness", "safety", "reasoning")
 METHODS = ("sft", "dpo", "ipo", "kto", "orpo", "simpo", "grpo", "ppo")
@@ -18,7 +18,7 @@ SIZE = "qwen2.5-7b"
 
 
 @cache
-def results(recipe: str) -> dict[str, Any]:
+def results(recipe: str) -> Json:
     """The contents of posttrain/config/recipes/results/RECIPE.json: {date, results}."""
     return json.loads((PACKAGE / "config" / "recipes" / "results" / f"{recipe}.json").read_text(encoding="utf-8"))
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
+
+from posttrain.types import Json
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Worked:
     rows: tuple[tuple[str, ...], ...] = ()
     after: str = field(default="")
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> Json:
         """For JSON."""
         steps = [vars(step) for step in self.steps]
         return {**vars(self), "steps": steps, "rows": [list(row) for row in self.rows]}
