@@ -24,6 +24,21 @@
 #endif
 typedef float part __attribute__((vector_size(4 * LANE), aligned(4), may_alias)); /* one register */
 
+/* a · b + c, rounded once where the processor can. Written out, because a compiler that may choose (gcc for some AMD
+   processors) fuses in the code for several rows and not in that for one, and then their bits differ. */
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#define MULTIPLY_ADD(a, b, c) ((part)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
+#elif defined(__AVX__) && defined(__FMA__)
+#include <immintrin.h>
+#define MULTIPLY_ADD(a, b, c) ((part)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#define MULTIPLY_ADD(a, b, c) ((part)vfmaq_f32((float32x4_t)(c), (float32x4_t)(a), (float32x4_t)(b)))
+#else
+#define MULTIPLY_ADD(a, b, c) ((a) * (b) + (c))
+#endif
+
 INLINE part read_part(const float *p) { return *(const part *)p; }
 INLINE void write_part(float *p, part x) { *(part *)p = x; }
 
@@ -88,7 +103,7 @@ INLINE void tile(const float *a, int64_t inner, const float *b, int64_t depth, f
         part row[VECTORS];
         for (int c = 0; c < vectors; c++) row[c] = read_part(b + k * PANEL + c * LANE);
         for (int i = 0; i < n; i++)
-            for (int c = 0; c < vectors; c++) s[i][c] += a[i * inner + k] * row[c];
+            for (int c = 0; c < vectors; c++) s[i][c] = MULTIPLY_ADD(a[i * inner + k] - (part){0}, row[c], s[i][c]);
     }
     for (int i = 0; i < n; i++)
         for (int c = 0; c < vectors; c++) write_part(out + i * wide + c * LANE, s[i][c]);
