@@ -35,7 +35,7 @@ def test_an_old_name_sets_the_new_setting_and_says_so(old: str, new: str) -> Non
     value = {int: 7, float: -2.5, bool: True, str: "penalise"}[type(value_of(config.resolve(algorithm, {}), new))]
     section, _, key = old.partition(".")
     for settings, overrides in (({section: {key: value}}, {}), ({}, {old: value}), ({}, {key: value})):
-        with pytest.warns(SettingRenamed, match=f"setting {old} is now called {new}; write {new}"):
+        with pytest.warns(SettingRenamed, match=f"setting {old} was renamed to {new}"):
             assert value_of(config.resolve(algorithm, settings, overrides), new) == value
 
 
@@ -60,7 +60,7 @@ def test_a_later_setting_that_is_used_is_part_of_the_identity() -> None:
 def test_the_command_line_says_what_to_write_and_goes_on() -> None:
     done = CliRunner().invoke(main, ["config", "sft", "--train.tokens_per_pass", "99", "--bare"])
     assert done.exit_code == 0 and "micro_batch_tokens = 99" in done.output
-    assert "setting train.tokens_per_pass is now called train.micro_batch_tokens" in done.output
+    assert "setting train.tokens_per_pass was renamed to train.micro_batch_tokens" in done.output
 
 
 def test_a_run_folder_with_old_names_resumes_without_a_word(tmp_path: Path) -> None:
