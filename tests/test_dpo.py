@@ -221,7 +221,7 @@ def test_a_mismatched_row_has_its_own_prompt_and_the_answer_to_another(model: Pa
 
 def test_rows_that_make_no_whole_number_of_pairs_are_refused(model: Path) -> None:
     _, made = some_feedback(model, False)
-    with pytest.raises(DataError, match="15 rows do not make pairs: a better or a worse answer is missing"):
+    with pytest.raises(DataError, match="15 rows do not form pairs: a chosen or rejected completion is missing"):
         Feedback(made.rows[:-1], 2)
 
 
@@ -354,7 +354,7 @@ def test_settings_that_cannot_work_are_refused_in_a_sentence(settings: dict[str,
         (
             [{"completion": "a", "label": True}],
             {"loss": "kto"},
-            "all 2 judgements are desirable; kto needs some of both",
+            "all 2 judgements are desirable, but kto needs both kinds",
         ),
         ([{"chosen": "a", "rejected": "b", "label": 0.5}], {"loss": "robust"}, "2 pairs are ties"),
         ([{"completion": "a", "label": True}], {}, "judgements of single answers, but this loss compares two"),
@@ -374,7 +374,7 @@ def test_judgements_of_one_prompt_give_no_baseline(model: Path, tmp_path: Path) 
     data = tmp_path / "rows.jsonl"
     rows = [{"prompt": "q", "completion": a, "label": a == "good"} for a in ("good", "bad")]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(DataError, match="are about one prompt, but kto's baseline needs answers to other prompts"):
+    with pytest.raises(DataError, match="have the same prompt, but kto's baseline needs completions of other prompts"):
         start(model, data, tmp_path / "run", loss="kto", holdout=0)
 
 

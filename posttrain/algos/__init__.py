@@ -1,7 +1,7 @@
-"""One algorithm, one file, named like the algorithm (online-dpo: online_dpo.py): its loss in sight of its loop.
+"""Training algorithms, one file each, with loss and training loop together; online-dpo is online_dpo.py.
 
-Each has `prepare(setup) -> Job`, which refuses before step 0 whatever cannot work, and `run`, its loop. What a run
-holds, samples and computes is declared by its recipe's `facts()` (config/).
+Each file has `prepare(setup) -> Job`, which checks everything before step 0, and `run`, the training loop. The recipe's
+`facts()` (config/) declare which models a run loads, what it samples and which passes it computes.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from posttrain.train.job import Job, Setup
 
 
 class Algorithm(Protocol):
-    """The file of an algorithm."""
+    """The module of an algorithm."""
 
     def prepare(self, setup: Setup[Any]) -> Job:
-        """Checks everything that a run needs and returns it ready to start."""
+        """Checks everything a run needs and returns a job that is ready to start."""
         ...
 
 
 def load(name: str) -> Algorithm:
-    """The file of the algorithm of that name, a key of `config.RECIPES`."""
+    """Imports the module of an algorithm; `name` is a key of `config.RECIPES`."""
     return import_module(f"posttrain.algos.{name.replace('-', '_')}")

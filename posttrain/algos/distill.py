@@ -1,14 +1,15 @@
-"""On-policy distillation: the student writes, a teacher says what it would have written. The algorithm in one file.
+"""On-policy distillation: matches a student to a teacher on the student's own samples.
 
-The student answers tasks; at every token it wrote, its next-token distribution is moved towards the teacher's at the
-same place, so it learns in the states that it really gets into (GKD, arXiv 2306.13649; MiniLLM, arXiv 2306.08543).
-There is a signal at each token and no reward; the reward only measures.
+The student generates completions; at every generated token the loss is a divergence between the student's and the
+teacher's next-token distributions, so the student trains on the states it actually visits (GKD, arXiv 2306.13649;
+MiniLLM, arXiv 2306.08543). Every token has a training signal. The reward is only a metric.
 
-What this file decides, and where implementations differ: `full` compares whole next-token distributions, exactly;
-`sampled` is the policy gradient with the per-token advantage log τ − log π of the drawn token, no discount and no
-baseline, which has the same expectation in each visited state and more noise. That earlier tokens decide which states
-are visited is left out by both. Both distributions are taken at `rollout.temperature`. One update per batch of answers,
-so it is strictly on-policy; answers of the teacher or of a data set are not mixed in (GKD's λ is 1).
+Choices made here, where implementations differ: `full` computes the divergence exactly over the whole vocabulary;
+`sampled` is the policy gradient with the per-token advantage log τ − log π of the sampled token (τ: teacher), without
+discount or baseline: the same expected gradient in each visited state, with more variance. Neither propagates gradients
+through the distribution of visited states. Both distributions are taken at `rollout.temperature`. There is one update
+per batch of completions, so training is strictly on-policy; completions of the teacher or from a dataset are not mixed
+in (GKD's λ is 1).
 """
 
 from __future__ import annotations
@@ -46,11 +47,11 @@ from posttrain.train.learner import make_learner
 from posttrain.types import Batch, ConfigError, ResumeError, Stat, Task, stat_values
 
 Models = tuple[Policy, Policy]
-"""Student and teacher."""
+"""(student, teacher)."""
 
 
 def prepare(setup: Setup[DistillRecipe]) -> Job:
-    """The teacher, judged tasks, a collector on the policy being trained, held-out evaluation."""
+    """Loads the teacher, the tasks and their verifier; makes a collector on the student and a held-out evaluator."""
     recipe, policy = setup.recipe, setup.policy
     teacher = load_teacher(recipe, policy)
     sets, verify = judged_tasks(recipe, setup.chat, setup.given, setup.reward)
@@ -60,9 +61,9 @@ def prepare(setup: Setup[DistillRecipe]) -> Job:
 
 
 def load_teacher(recipe: DistillRecipe, student: Policy) -> Policy:
-    """The frozen teacher, on the student's device and in its precision.
+    """Loads the frozen teacher on the student's device and in its precision.
 
-    Raises ConfigError where there is none, or where its tokens do not mean what the student's do.
+    Raises ConfigError if no teacher is set, or if its vocabulary differs from the student's.
     """
     name = recipe.algo.teacher
     if not name:
@@ -90,11 +91,12 @@ def load_teacher(recipe: DistillRecipe, student: Policy) -> Policy:
 
 
 def make_forward(teacher: Policy, cfg: DistillConfig) -> forward.Forward:
-    """A pass of student and teacher over the same batch.
+    """Makes the forward pass of student and teacher over the same batch.
 
-    It yields (B, T) tensors, 0 where nothing is trained: the per-token loss, which alone carries a gradient, and, of
-    the student and the drawn tokens, logp, teacher_logp, entropy, exact reverse KL, and whether both find the same
-    token likeliest. Logits of both exist for a few positions at a time only, also in the backward pass.
+    It returns (B, T) tensors, 0 at untrained positions: the per-token loss, the only one with a gradient; the student's
+    and the teacher's log-probability of the sampled token; the student's entropy; the exact reverse KL; and whether
+    both models have the same most likely token. Logits of both models exist for a chunk of positions at a time, in the
+    backward pass too.
     """
 
     def compare(
@@ -103,7 +105,7 @@ def make_forward(teacher: Policy, cfg: DistillConfig) -> forward.Forward:
         """hidden, expert (n, width), targets (n,) → six tensors (n,)."""
         ours = torch.log_softmax(student.head(hidden).float() / temperature, -1)  # (n, V)
         with torch.no_grad():
-            rows = teacher.head(expert)[:, : student.vocab]  # a larger teacher may have more rows for padding
+            rows = teacher.head(expert)[:, : student.vocab]  # a larger teacher may have more padding rows
             theirs = torch.log_softmax(rows.float() / temperature, -1)
         logp, teacher_logp = (x.gather(-1, targets.unsqueeze(-1)).squeeze(-1) for x in (ours, theirs))
         if cfg.estimator == "full":
@@ -139,7 +141,7 @@ def loss(
     agree: torch.Tensor,
     b: Batch,
 ) -> tuple[torch.Tensor, dict[str, Stat]]:
-    """The weighted sum of the per-token divergences of `make_forward`; everything (B, T)."""
+    """The weighted sum of the per-token losses of `make_forward`; all inputs (B, T)."""
     mask = b.mask
     stats = {
         "divergence": Stat.over(per_token.detach(), mask),
@@ -159,7 +161,7 @@ def run(
 ) -> Summary | None:
     """Trains until `train.steps`. Everything random is a function of (run.seed, step, task, completion).
 
-    Raises ResumeError where the teacher is not the one the run was saved with.
+    Raises ResumeError if the teacher's weights are not those the run was saved with.
     """
     cfg, train, (policy, teacher) = recipe.algo, recipe.train, models
     learner = make_learner(policy, train, train.steps, recipe.rollout.temperature, make_forward(teacher, cfg))
@@ -173,8 +175,8 @@ def run(
             )
 
     loop.restore(learner, check)
-    for step in loop.steps(train.steps, lambda at: evaluator(at, learner.weights()), recipe.eval.every):
-        asked, groups = sample_step(collector, tasks, recipe, learner.weights(), step)
+    for step in loop.steps(train.steps, lambda n: evaluator(n, learner.weights()), recipe.eval.every):
+        batch_tasks, groups = sample_step(collector, tasks, recipe, learner.weights(), step)
         loop.sampled(sampled_tokens(groups))
         samples = [to_sample(e, 0.0) for g in groups for e in g]
         rng.seed_global(recipe.run.seed, "update", step)  # dropout, if the model has any
@@ -187,7 +189,7 @@ def run(
         loop.end(
             learner,
             values,
-            episode_rows("train", step + 1, groups, asked),
+            episode_rows("train", step + 1, groups, batch_tasks),
             events=health.unscored(values),
             hopeless=health.mismatch(values, cfg.max_mismatch),
             state={"teacher": digest},

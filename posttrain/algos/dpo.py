@@ -1,16 +1,16 @@
-"""DPO and its family: learn from pairs of answers, or single judged ones, without sampling. The whole algorithm.
+"""DPO and its variants: offline preference optimization from pairs, or from single labelled completions (KTO).
 
-The implicit reward of an answer is β log π/π_ref; the losses (objectives/preference.py) push the better answer's above
-the worse one's. An answer's log-probability is a sum over its tokens, stop token included, or a mean where the paper of
-the loss says so (SimPO, ORPO); `length_normalise` decides otherwise.
+The implicit reward of a completion is β log π/π_ref; the losses (objectives/preference.py) raise the reward of the
+chosen completion relative to the rejected one. The log-probability of a completion is the sum over its tokens, stop
+token included, or the mean where the paper of the loss uses it (SimPO, ORPO); `length_normalise` overrides this.
 
-What this file decides, and where implementations differ. Every pair weighs 1/N in an optimizer batch of N, whatever its
-length, so passes only add. The negative log-likelihood that ORPO and CPO add is that of the better answer in the form
-the loss itself uses: ORPO a mean over the answer's tokens, CPO their sum (elsewhere it is often one mean over all
-tokens of a batch). Reference log-probabilities are those of the starting weights (or `algo.reference`), computed before
-any update and never again. KTO's baseline is one number per optimizer batch, from each row's prompt with an answer to
-another prompt, so the split into passes cannot change it; elsewhere each micro-batch has its own. Dropout is as the
-model has it in training, and off in the reference.
+Choices made here, where implementations differ: every pair has weight 1/N in an optimizer batch of N, whatever its
+length, so gradients of micro-batches add up. The negative log-likelihood that ORPO and CPO add is that of the chosen
+completion in the form the loss itself uses: the mean over its tokens for ORPO, the sum for CPO (elsewhere it is often
+one mean over all tokens of a batch). Reference log-probabilities are computed once, before the first update, from the
+starting weights (or `algo.reference`). KTO's baseline is one number per optimizer batch, from each row's prompt paired
+with a completion of another prompt, so it does not depend on the split into micro-batches; elsewhere each micro-batch
+has its own. Dropout follows the model's setting during training and is off in the reference.
 """
 
 from __future__ import annotations
@@ -44,30 +44,30 @@ from posttrain.types import Batch, ConfigError, DataError, Sample, Stat, stat_va
 
 @dataclass(frozen=True)
 class Feedback:
-    """Rows to learn from. Of pairs, rows 2i and 2i + 1 are the better and the worse answer to one prompt.
+    """Training rows. For pairs, rows 2i and 2i + 1 are the chosen and the rejected completion of one prompt.
 
-    Of judgements, each row stands alone and `mismatched` holds its prompt with an answer to another one.
+    For judgements (KTO), each row is one completion, and `mismatched` has its prompt with a completion of another one.
     """
 
     rows: list[Sample]
-    together: int  # rows of one piece of feedback: 2 for pairs, 1 for judgements
+    together: int  # rows per item: 2 for pairs, 1 for judgements
     mismatched: list[Sample] = field(default_factory=list[Sample])
 
     def __post_init__(self) -> None:
         if len(self.rows) % self.together:
-            raise DataError(f"{len(self.rows)} rows do not make pairs: a better or a worse answer is missing.")
+            raise DataError(f"{len(self.rows)} rows do not form pairs: a chosen or rejected completion is missing.")
 
     def __len__(self) -> int:
         return len(self.rows) // self.together
 
     def subset(self, order: Sequence[int]) -> Feedback:
-        """The pieces of feedback of these numbers."""
+        """The items with these indices."""
         rows = [self.rows[i * self.together + k] for i in order for k in range(self.together)]
         return Feedback(rows, self.together, [self.mismatched[i] for i in order] if self.mismatched else [])
 
 
 def prepare(setup: Setup[DPORecipe]) -> Job:
-    """Feedback as token rows with the reference's log-probabilities, a share of it held out."""
+    """Tokenizes the feedback, computes reference log-probabilities and holds out a share."""
     recipe, policy = setup.recipe, setup.policy
     unpaired = recipe.algo.loss == "kto"
     sets = load_judgements(setup) if unpaired else load_pairs(setup)
@@ -82,7 +82,7 @@ def prepare(setup: Setup[DPORecipe]) -> Job:
 
 
 def make_loss(cfg: DPOConfig, beta: float, baseline: torch.Tensor | None = None) -> Loss:
-    """The loss of one pass: per pair (or judgement), weighted over the optimizer batch; `baseline` is KTO's z₀."""
+    """The loss of one micro-batch, weighted per pair or judgement over the optimizer batch; `baseline` is KTO's z₀."""
 
     def loss(logp: torch.Tensor, entropy: torch.Tensor, b: Batch) -> tuple[torch.Tensor, dict[str, Stat]]:  # (B, T)
         mask = b.mask
@@ -90,7 +90,7 @@ def make_loss(cfg: DPOConfig, beta: float, baseline: torch.Tensor | None = None)
         answers = sequence_logp(logp, mask, cfg.normalised)  # (B,)
         refs = torch.zeros_like(answers) if b.ref_logp is None else sequence_logp(b.ref_logp, mask, cfg.normalised)
         each, right, stats = compare(cfg, beta, answers, refs, b.labels, b.margins, baseline)  # (N,)
-        weights = b.row_weights.view(len(each), -1).sum(1)  # a pair weighs what its two rows do
+        weights = b.row_weights.view(len(each), -1).sum(1)  # the weight of a pair is that of its two rows
         stats["preference_accuracy"] = Stat(right.nansum().item(), int((~right.isnan()).sum()))
         stats["entropy"] = Stat(entropy[mask].sum().item(), int(mask.sum()))
         if b.ref_logp is not None:
@@ -111,8 +111,8 @@ def compare(
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Stat]]:
     """(loss, right, stats) of pairs (B = 2N) or judgements (B = N), the first two (N,).
 
-    `right` is 1 where the implicit reward orders the pair as its label does (or is on the label's side of KTO's
-    baseline), 0.5 where it is exactly even, NaN for a tie, which has no order.
+    `right` is 1 where the implicit reward agrees with the label: it orders the pair correctly, or is on the right side of
+    KTO's baseline. It is 0.5 for equal rewards and NaN for pairs labelled as ties.
     """
     if cfg.loss == "kto":
         assert baseline is not None
@@ -133,7 +133,7 @@ def compare(
 
 
 def beta_at(cfg: DPOConfig, step: int, steps: int) -> float:
-    """β of update `step` (from 0) of `steps`: beta at the first and, where it is scheduled, beta_end at the last."""
+    """β of update `step` (from 0) of `steps`: from beta at the first to, if scheduled, beta_end at the last."""
     if cfg.beta_schedule == "constant":
         return cfg.beta
     done = step / max(1, steps - 1)
@@ -145,7 +145,7 @@ def run(
     recipe: DPORecipe, policy: Policy, train: Feedback, test: Feedback, evaluator: Evaluator | None, loop: Loop
 ) -> Summary | None:
     """Trains for `train.steps` steps (0: one pass over the feedback)."""
-    cfg, room, seed = recipe.algo, recipe.train.micro_batch_tokens, recipe.run.seed
+    cfg, token_budget, seed = recipe.algo, recipe.train.micro_batch_tokens, recipe.run.seed
     total = recipe.train.steps or math.ceil(len(train) / cfg.batch_pairs)
     learner = make_learner(policy, recipe.train, total)
     loop.restore(learner)
@@ -159,14 +159,14 @@ def run(
 
     for step in loop.steps(total, evaluate, recipe.eval.every):
         order = rng.draw_order(len(train), step * cfg.batch_pairs, cfg.batch_pairs, seed)
-        if not recipe.train.steps:  # one pass: the last step takes what is left
+        if not recipe.train.steps:  # one pass: the last step takes the remaining items
             order = order[: len(train) - step * cfg.batch_pairs]
         part, beta = train.subset(order), beta_at(cfg, step, total)
         baseline = mismatch_kl(learner, part, cfg)  # over the whole optimizer batch
         rng.seed_global(seed, "update", step)  # dropout, if the model has any
         batches = batching.micro(
-            part.rows, room, "seq-mean-token-sum", device=policy.device, together=part.together
-        )  # a row's tokens all weigh 1 / rows
+            part.rows, token_budget, "seq-mean-token-sum", device=policy.device, together=part.together
+        )  # each token of a row has weight 1 / rows
         stats = learner.forward_backward(batches, make_loss(cfg, beta, baseline))
         stats += [learner.step(), {"beta": Stat(beta)}]
         if baseline is not None:
@@ -176,32 +176,32 @@ def run(
 
 
 def feedback(items: Sequence[Any], setup: Setup[DPORecipe], unpaired: bool) -> tuple[Feedback, list[str]]:
-    """Token rows of preferences or judgements, and notes on what was cut."""
-    most = setup.recipe.pairs.max_tokens
+    """Token rows of preferences or judgements, and notes on truncated rows."""
+    max_tokens = setup.recipe.pairs.max_tokens
     if not unpaired:
-        rows, notes = pair_rows(items, setup.chat, most)
+        rows, notes = pair_rows(items, setup.chat, max_tokens)
         return Feedback(rows, 2), notes
-    rows, notes = judgement_rows(items, setup.chat, most)
-    return Feedback(rows, 1, mismatch(rows, setup.recipe.run.seed, most)), notes
+    rows, notes = judgement_rows(items, setup.chat, max_tokens)
+    return Feedback(rows, 1, mismatch(rows, setup.recipe.run.seed, max_tokens)), notes
 
 
 def mismatch(rows: Sequence[Sample], seed: int, max_tokens: int) -> list[Sample]:
-    """Each row's prompt with the answer of the next row, in a seeded order, that has another prompt (for KTO's z₀).
+    """Pairs each prompt with the completion of the next row, in a seeded order, that has another prompt (KTO's z₀).
 
-    Raises DataError where all rows have one prompt: no answer would belong to another.
+    Raises DataError if all rows have the same prompt.
     """
     starts = [int(np.flatnonzero(row.loss_mask)[0]) for row in rows]
     prompts = [row.tokens[:start].tobytes() for row, start in zip(rows, starts, strict=True)]
     if rows and len(set(prompts)) < 2:
         raise DataError(
-            f"all {len(rows)} training or held-out judgements are about one prompt, but kto's baseline needs answers "
-            "to other prompts. Give two or more prompts on each side, or set data.holdout = 0."
+            f"all {len(rows)} training or held-out judgements have the same prompt, but kto's baseline needs "
+            "completions of other prompts. Give two or more prompts on each side, or set data.holdout = 0."
         )
     order = rng.permutation(len(rows), seed, "mismatch")
     out: list[Sample] = [row for row in rows]
-    for at, i in enumerate(order):
+    for position, i in enumerate(order):
         other = next(
-            j for j in (order[(at + k) % len(order)] for k in range(1, len(order))) if prompts[j] != prompts[i]
+            j for j in (order[(position + k) % len(order)] for k in range(1, len(order))) if prompts[j] != prompts[i]
         )
         answer = rows[other].tokens[rows[other].loss_mask]
         tokens = np.concatenate([rows[i].tokens[: starts[i]], answer])[:max_tokens]
@@ -211,7 +211,7 @@ def mismatch(rows: Sequence[Sample], seed: int, max_tokens: int) -> list[Sample]
 
 
 def mismatch_kl(learner: Learner, part: Feedback, cfg: DPOConfig) -> torch.Tensor | None:
-    """KTO's z₀ of one optimizer batch, a scalar under the current weights; None for pairs."""
+    """KTO's baseline z₀ for one optimizer batch under the current weights, a scalar; None for pairs."""
     if not part.mismatched:
         return None
     now = learner.logprobs(part.mismatched)
@@ -219,7 +219,7 @@ def mismatch_kl(learner: Learner, part: Feedback, cfg: DPOConfig) -> torch.Tenso
 
 
 def answer_logp(logp: Sequence[np.ndarray] | None, rows: Sequence[Sample], cfg: DPOConfig) -> torch.Tensor:
-    """Log-probabilities (B,) of whole answers from per-token ones, by default the reference's (0 without one)."""
+    """Log-probabilities (B,) of whole completions from per-token ones; None: the reference's, or 0 without one."""
     totals: list[float] = []
     for row, values in zip(rows, [r.ref_logp for r in rows] if logp is None else logp, strict=True):
         total = 0.0 if values is None else float(values[row.loss_mask].sum(dtype=np.float64))
@@ -228,10 +228,10 @@ def answer_logp(logp: Sequence[np.ndarray] | None, rows: Sequence[Sample], cfg: 
 
 
 def held_out(learner: Learner, test: Feedback, cfg: DPOConfig) -> dict[str, float]:
-    """Loss and accuracy on feedback that is not trained on, at `algo.beta`; empty without any.
+    """Loss and accuracy on held-out feedback, at `algo.beta`; empty without held-out feedback.
 
-    The accuracy is a mean over prompts with a bootstrap interval over them: pairs of one prompt are no independent
-    evidence.
+    The accuracy is a mean over prompts with a bootstrap interval over prompts, because pairs of one prompt are not
+    independent.
     """
     if not len(test):
         return {}
@@ -256,46 +256,48 @@ def held_out(learner: Learner, test: Feedback, cfg: DPOConfig) -> dict[str, floa
 def with_reference(
     train: Feedback, test: Feedback, recipe: DPORecipe, policy: Policy
 ) -> tuple[Feedback, Feedback, list[str]]:
-    """Both with the reference's log-probabilities: those of the weights as they are before training. And notes."""
+    """Adds reference log-probabilities, by default those of the weights before training; also returns notes."""
     model = load_reference(recipe, policy) if recipe.algo.reference else policy
     parts = (train.rows, train.mismatched, test.rows, test.mismatched)
     values, notes = reference_logprobs(model, [row for part in parts for row in part], recipe.train.micro_batch_tokens)
-    left = iter(values)
-    filled = [with_logp(part, "ref_logp", lambda rows: [next(left) for _ in rows]) for part in parts]
+    remaining = iter(values)
+    filled = [with_logp(part, "ref_logp", lambda rows: [next(remaining) for _ in rows]) for part in parts]
     return Feedback(filled[0], train.together, filled[1]), Feedback(filled[2], test.together, filled[3]), notes
 
 
 def load_reference(recipe: DPORecipe, policy: Policy) -> Policy:
-    """The model `algo.reference` names. Raises ConfigError where it is missing or has another vocabulary."""
+    """Loads the model in `algo.reference`. Raises ConfigError if it is missing or has another vocabulary."""
     name = recipe.algo.reference
     try:
         model = load_policy(replace(recipe.model, path=name, lora_rank=0), str(policy.device))
     except ConfigError as error:
         raise ConfigError(
-            f"cannot load the reference model: {error} Or set algo.reference_free, to train without one."
+            f"cannot load the reference model: {error} Or set algo.reference_free to train without one."
         ) from None
     if model.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
         raise ConfigError(
-            f"the reference {name!r} has another vocabulary ({model.vocab} tokens) than {policy.source!r} "
-            f"({policy.vocab}), so it cannot judge the same tokens. Use a reference of the same model family."
+            f"the reference model {name!r} has another vocabulary ({model.vocab} tokens) than {policy.source!r} "
+            f"({policy.vocab}), so it cannot score the same tokens. Use a reference of the same model family."
         )
     return model
 
 
 def check(train: Feedback, cfg: DPOConfig) -> None:
-    """Raises DataError for feedback that the loss cannot learn from."""
+    """Raises DataError for feedback that the loss cannot use."""
     labels = [row.label for row in train.rows[:: train.together]]
     if cfg.loss == "kto" and len({label > 0.5 for label in labels}) < 2:
         kind = "desirable" if labels[0] > 0.5 else "undesirable"
         raise DataError(
-            f"all {len(labels)} judgements are {kind}; kto needs some of both kinds. Add the other, or use sft."
+            f"all {len(labels)} judgements are {kind}, but kto needs both kinds. Add the other kind, or use sft."
         )
     if cfg.loss == "robust" and 0.5 in labels:
-        raise DataError(f"{labels.count(0.5)} pairs are ties (label 0.5), which robust divides by 0. Remove them.")
+        raise DataError(
+            f"{labels.count(0.5)} pairs are ties (label 0.5), for which the robust loss divides by 0. Remove them."
+        )
 
 
 def make_evaluator(setup: Setup[DPORecipe], sets: PairSets | JudgementSets) -> Evaluator | None:
-    """Sampled evaluation on the held-out tasks, where the feedback came from judged tasks."""
+    """Evaluates sampled completions on held-out tasks, if the feedback was sampled on tasks with a reward."""
     if sets.tasks is None or sets.verify is None:
         return None
     collector = make_collector(setup.policy, setup.chat, sets.verify, setup.recipe)

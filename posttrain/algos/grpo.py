@@ -1,15 +1,16 @@
-"""GRPO and its family (DeepSeekMath, arXiv 2402.03300, and those who changed it), the whole algorithm in one file.
+"""GRPO (DeepSeekMath, arXiv 2402.03300) and its variants: Dr. GRPO, DAPO, RLOO, REINFORCE++ and others.
 
-For each task the policy writes a group of answers; a program scores them; an answer's advantage is its reward compared
-with a baseline, by default the group's mean; the policy gradient makes better answers likelier, token by token. There
-is no critic and, by default, no reference model.
+Each step samples a group of completions per task and scores them with a verifier or reward model. The advantage of a
+completion is its reward minus a baseline, by default the group mean. The policy gradient increases the probability of
+completions with a positive advantage and lowers that of the others, token by token. There is no critic and, by default,
+no reference model.
 
-What this file decides, and where implementations differ: advantages are not divided by the group's standard deviation
-(Dr. GRPO) unless `std`; tokens are weighted equally over the whole optimizer batch (DAPO's token-mean) unless
-`aggregate` says otherwise; the stop token is trained; answers cut by max_tokens are trained as they were scored unless
-`mask_truncated`; an answer that could not be scored has weight 0. With one minibatch, one epoch and no lag the update
-is strictly on-policy: `old_logp` is `logp` itself, the ratio is 1 and nothing clips. `posttrain presets` lists the
-choices of papers and other implementations, each of which is a set of the settings in config/grpo.py.
+Choices made here, where implementations differ: advantages are not divided by the group's standard deviation (Dr. GRPO)
+unless `std` is set; tokens have equal weight over the whole optimizer batch (DAPO's token-mean) unless `aggregate` says
+otherwise; the stop token is trained; truncated completions are trained with the reward they got unless
+`mask_truncated`; unscored completions have weight 0. With one minibatch, one epoch and no lag the update is strictly
+on-policy: `old_logp` is `logp` itself, the ratio is 1 and nothing is clipped. `posttrain presets` lists the choices of
+papers and other implementations as settings of config/grpo.py.
 """
 
 from __future__ import annotations
@@ -66,20 +67,20 @@ from posttrain.types import Batch, Episode, Sample, Stat, Task, stat_values
 
 @dataclass
 class Progress:
-    """What a run carries from step to step besides weights and optimizer. All of it is in the checkpoint."""
+    """State of a run besides weights and optimizer; saved in every checkpoint."""
 
     flat_steps: int = 0
-    cursor: int = 0  # position in the tasks
+    cursor: int = 0  # position in the task order
     ema: float | None = None  # running mean of the rewards
 
 
 def prepare(setup: Setup[GRPORecipe]) -> Job:
-    """Judged tasks, a collector on the policy being trained (or on a copy whose weights lag), held-out evaluation."""
+    """Loads tasks, verifier or environment; makes the collector (on a copy of the policy if it lags) and evaluator."""
     recipe, policy = setup.recipe, setup.policy
     sets, verify, env = env_tasks(recipe, setup.chat, setup.given, setup.reward)
     collector = make_collector(policy, setup.chat, verify, recipe, env)
     evaluate = Evaluator(collector, sets.test, recipe.eval)
-    if recipe.algo.max_lag or recipe.algo.overlap:  # a sampler that lags has weights of its own
+    if recipe.algo.max_lag or recipe.algo.overlap:  # a lagging sampler needs its own copy of the weights
         collector = make_collector(copy.deepcopy(policy), setup.chat, verify, recipe, env)
 
     def start(loop: Loop) -> Summary | None:
@@ -91,7 +92,7 @@ def prepare(setup: Setup[GRPORecipe]) -> Job:
 
 
 def make_loss(recipe: GRPORecipe) -> Loss:
-    """The loss of one pass: weighted per-token policy loss, sampler correction, KL to the reference, entropy bonus."""
+    """The loss of one micro-batch: policy loss, importance-sampling correction, KL to the reference, entropy bonus."""
     cfg = recipe.algo
 
     def loss(logp: torch.Tensor, entropy: torch.Tensor, b: Batch) -> tuple[torch.Tensor, dict[str, Stat]]:  # (B, T)
@@ -139,9 +140,9 @@ def run(
     if cfg.kl_coef:
         reference = frozen_reference(recipe.model, policy, train.micro_batch_tokens, temperature)
     loss = make_loss(recipe)
-    curriculum, at = Curriculum(tasks, cfg.curriculum, seed), Progress()
+    curriculum, progress = Curriculum(tasks, cfg.curriculum, seed), Progress()
     if saved := loop.restore(learner):
-        at = Progress(*(saved[name] for name in ("flat_steps", "cursor", "ema")))
+        progress = Progress(*(saved[name] for name in ("flat_steps", "cursor", "ema")))
         curriculum.load(saved.get("curriculum", {}))
         if "sampler" in saved["tensors"]:
             sampler.load(saved["tensors"]["sampler"], saved["sampler"])
@@ -149,31 +150,31 @@ def run(
 
     def evaluate(step: int) -> tuple[Metrics, list[EpisodeRow]]:
         if prefetch:
-            prefetch.wait()  # so that the reward is not called from two threads at once
+            prefetch.wait()  # the reward must not be called from two threads at once
         return evaluator(step, learner.weights())
 
     for step in loop.steps(train.steps, evaluate, recipe.eval.every):
         if step == 0 or not (cfg.overlap or step % (cfg.max_lag + 1)):
             sampler.load(learner.weights(), version=step)
-        sampled, hidden = prefetch.take() if prefetch and prefetch.started else (sample(at.cursor, step), 0.0)
-        groups = sampled.groups  # P groups of G episodes; dynamic sampling drops some of them
-        at.cursor += len(groups)
+        sampled, hidden = prefetch.take() if prefetch and prefetch.started else (sample(progress.cursor, step), 0.0)
+        groups = sampled.groups  # P groups of G episodes; dynamic sampling trains on some of them
+        progress.cursor += len(groups)
         difficulty = curriculum.learn(groups)
         check_failures(groups, recipe.reward.max_failure_rate)
         loop.sampled(sampled_tokens(groups), hidden)
-        if cfg.overlap:  # sample the next step while training on this one, with the weights of this moment
+        if cfg.overlap:  # sample the next step with the current weights while training on this one
             sampler.load(learner.weights(), version=step)
             if prefetch and step + 1 < train.steps:
-                prefetch.start(partial(sample, at.cursor, step + 1))
+                prefetch.start(partial(sample, progress.cursor, step + 1))
 
         rewards = shaped_rewards(recipe, groups)  # (P, G)
         samples, owner = training_rows(groups)
         samples = with_old_logp(cfg, samples, learner, lags)
         if reference is not None:
             samples = with_logp(samples, "ref_logp", reference)
-        baseline = at.ema if sampled.greedy is None else sampled.greedy
+        baseline = progress.ema if sampled.greedy is None else sampled.greedy
         samples, rewards, advantages = credit(cfg, samples, rewards, baseline, learner, owner, groups)
-        at.ema = moving_mean(at.ema, rewards, cfg.ema_decay)
+        progress.ema = moving_mean(progress.ema, rewards, cfg.ema_decay)
         samples = trained(cfg, samples, groups, sampled.kept, owner)
 
         rng.seed_global(seed, "update", step)  # dropout, if the model has any
@@ -189,26 +190,28 @@ def run(
                     cfg.aggregate,
                     recipe.rollout.max_tokens,
                     policy.device,
-                    # without KL and entropy in the loss, a row with advantage 0 has gradient 0
+                    # without a KL or entropy term in the loss, a row with advantage 0 has no gradient
                     skip_zero_advantage=not cfg.entropy_coef and (reference is None or cfg.kl_place != "loss"),
                 )
-                made = learner.forward_backward(batches, loss)
-                if cfg.old_logp == "sampler" and learner.steps > first:  # by now the policy itself has moved
-                    made = [{k: v for k, v in row.items() if not k.startswith("mismatch")} for row in made]
-                stats += made
-                if batches:  # without a signal nothing moves, momentum included
+                batch_stats = learner.forward_backward(batches, loss)
+                if cfg.old_logp == "sampler" and learner.steps > first:  # the policy has changed since sampling
+                    batch_stats = [
+                        {k: v for k, v in row.items() if not k.startswith("mismatch")} for row in batch_stats
+                    ]
+                stats += batch_stats
+                if batches:  # with nothing to train on the optimizer takes no step, not even from momentum
                     stats.append(learner.step())
-        at.flat_steps = at.flat_steps + 1 if bool(flat.all()) else 0
+        progress.flat_steps = progress.flat_steps + 1 if bool(flat.all()) else 0
         values = stat_values(stats) | difficulty
-        tensors, state = {}, asdict(at) | {"curriculum": curriculum.state()}
+        tensors, state = {}, asdict(progress) | {"curriculum": curriculum.state()}
         if cfg.overlap or (step + 1) % (cfg.max_lag + 1):  # the next steps still sample from older weights
             tensors["sampler"], state["sampler"] = sampler.weights(), sampler.version
         loop.end(
             learner,
             values,
             episode_rows("train", step + 1, groups, sampled.tasks, advantages),
-            events=events(values, at.flat_steps),
-            hopeless=hopeless(cfg, values, at.flat_steps),
+            events=events(values, progress.flat_steps),
+            hopeless=hopeless(cfg, values, progress.flat_steps),
             state=state,
             tensors=tensors,
         )
@@ -216,23 +219,23 @@ def run(
 
 
 def training_rows(groups: Sequence[Sequence[Episode]]) -> tuple[list[Sample], torch.Tensor]:
-    """The rows of all episodes, group after group, and which episode each is from (rows,).
+    """The training rows of all episodes, group by group, and the episode index of each row (rows,).
 
-    An episode is one row, or several where its history was edited.
+    An episode is one row, or several if its history was edited.
     """
     rows = [to_samples(e, 0.0) for group in groups for e in group]
-    samples = [sample for own in rows for sample in own]
-    return samples, torch.tensor([i for i, own in enumerate(rows) for _ in own])
+    samples = [sample for episode_rows in rows for sample in episode_rows]
+    return samples, torch.tensor([i for i, row in enumerate(rows) for _ in row])
 
 
 def with_old_logp(cfg: GRPOConfig, samples: list[Sample], learner: Learner, lags: bool) -> list[Sample]:
-    """Samples with `old_logp`, where the ratio of the policy loss starts; None where that is the current policy."""
+    """Samples with `old_logp`, the denominator of the ratio; None where that is the current policy."""
     updates = cfg.minibatches * cfg.epochs
-    if cfg.old_logp == "sampler" and updates > 1:  # the first minibatch's passes measure whether it may be
+    if cfg.old_logp == "sampler" and updates > 1:  # the first minibatch measures the mismatch
         return [replace(s, old_logp=s.behaviour_logp) for s in samples]
-    if updates > 1 or (lags and cfg.is_cap):  # the policy before this step's first update
+    if updates > 1 or (lags and cfg.is_cap):  # of the policy before the first update of this step
         return with_logp(samples, "old_logp", learner.logprobs)
-    if lags:  # the ratio itself corrects for the older sampler
+    if lags:  # the ratio itself corrects for the lag
         return [replace(s, old_logp=s.behaviour_logp) for s in samples]
     return samples
 
@@ -246,20 +249,20 @@ def credit(
     owner: torch.Tensor | None = None,
     groups: Sequence[Sequence[Episode]] = (),
 ) -> tuple[list[Sample], torch.Tensor, torch.Tensor]:
-    """Advantages for every token of the samples; also the rewards (P, G) they came from and each answer's own (P, G).
+    """Computes token advantages: (samples with advantages, rewards (P, G), advantages per completion (P, G)).
 
-    `owner` (rows,) says which attempt each sample is from where an attempt has several. With credit by turn, which
-    needs the `groups`, a reply's tokens get what was earned from that turn on, compared with others at the same turn.
+    `owner` (rows,) is the episode of each sample, where an episode has several rows. With `credit = "turn"`, which
+    needs `groups`, the tokens of a turn get the return from that turn on, against the baseline at the same turn.
 
-    With the KL in the reward, it is subtracted from the answer's reward before the baseline; with "reward-to-go" each
-    token's advantage loses the KL penalties from that token on, after the baseline (OpenRLHF, REINFORCE++).
+    With the KL in the reward, it is subtracted from a completion's reward before the baseline. With "reward-to-go" the
+    KL penalties from each token on are subtracted from its advantage, after the baseline (OpenRLHF, REINFORCE++).
     """
     owner = torch.arange(len(samples)) if owner is None else owner
     mask = batching.loss_masks(samples)  # (rows, T)
     penalty = torch.zeros(mask.shape)
     if cfg.kl_coef and cfg.kl_place != "loss":
-        now = learner.logprobs(samples) if samples[0].old_logp is None else [s.old_logp for s in samples]
-        for i, (sample, logp) in enumerate(zip(samples, now, strict=True)):
+        current = learner.logprobs(samples) if samples[0].old_logp is None else [s.old_logp for s in samples]
+        for i, (sample, logp) in enumerate(zip(samples, current, strict=True)):
             assert sample.ref_logp is not None and logp is not None
             kl = KL_ESTIMATORS[cfg.kl_estimator](torch.from_numpy(logp), torch.from_numpy(sample.ref_logp))
             penalty[i, : len(kl)] = torch.where(mask[i, : len(kl)], -cfg.kl_coef * kl, 0)
@@ -268,7 +271,7 @@ def credit(
     advantages = compare(cfg, rewards, baseline)  # (P, G)
     of_row = advantages.reshape(-1, 1)[owner].expand(mask.shape)
     if cfg.credit == "turn":
-        by_turn = [compare(cfg, earned, baseline) for earned in turn_returns(groups).unbind(2)]  # K of (P, G)
+        by_turn = [compare(cfg, returns, baseline) for returns in turn_returns(groups).unbind(2)]  # K of (P, G)
         turns = torch.zeros(mask.shape, dtype=torch.int64)
         for i, row in enumerate(row for group in groups for e in group for row in turns_of(e)):
             turns[i, : len(row)] = torch.from_numpy(row)
@@ -279,12 +282,12 @@ def credit(
     if cfg.whiten != "none":
         per_token = whiten(per_token, mask, bessel=cfg.whiten == "sample")
     rows = per_token.numpy()
-    done = [replace(s, advantages=rows[i, : len(s.tokens)].copy()) for i, s in enumerate(samples)]
-    return done, rewards, advantages
+    filled = [replace(s, advantages=rows[i, : len(s.tokens)].copy()) for i, s in enumerate(samples)]
+    return filled, rewards, advantages
 
 
 def compare(cfg: GRPOConfig, rewards: torch.Tensor, baseline: torch.Tensor | float | None) -> torch.Tensor:
-    """Rewards (P, G) against the baseline the recipe names → advantages (P, G); 0 where unscored."""
+    """Advantages (P, G) of rewards (P, G) relative to the recipe's baseline; 0 where unscored."""
     if cfg.baseline == "leave-one-out":
         return leave_one_out(rewards)
     if cfg.baseline == "batch-mean":
@@ -293,13 +296,13 @@ def compare(cfg: GRPOConfig, rewards: torch.Tensor, baseline: torch.Tensor | flo
         return max_rl(rewards) if cfg.std == "mean" else group_relative(rewards, cfg.std, cfg.std_eps)
     if cfg.baseline == "none":
         baseline = 0.0
-    elif baseline is None:  # the running mean starts at the first step's own
+    elif baseline is None:  # the running mean starts with the mean of the first step
         baseline = rewards.nanmean()
     return minus_baseline(rewards, torch.as_tensor(baseline, dtype=rewards.dtype).expand(len(rewards), 1))
 
 
 def moving_mean(ema: float | None, rewards: torch.Tensor, decay: float) -> float | None:
-    """The running mean of the rewards after one more step; the first step's own mean starts it."""
+    """Exponential moving average of the mean reward after one more step; starts with the mean of the first step."""
     if not rewards.isfinite().any():
         return ema
     mean = float(rewards.nanmean())
@@ -313,7 +316,7 @@ def trained(
     kept: Sequence[bool],
     owner: torch.Tensor,
 ) -> list[Sample]:
-    """The samples of kept groups; with `mask_truncated`, answers that were cut keep no trained token."""
+    """The samples of kept groups; `mask_truncated` removes truncated completions from the loss."""
     episodes = [(e, keep) for group, keep in zip(groups, kept, strict=True) for e in group]
     out: list[Sample] = []
     for sample, (episode, keep) in zip(samples, (episodes[i] for i in owner.tolist()), strict=True):
@@ -325,16 +328,16 @@ def trained(
 
 
 def events(values: Metrics, flat_steps: int) -> list[Event]:
-    """Warnings about this step."""
+    """Warnings for this step."""
     flat = "No group had differing rewards for {steps} steps in a row."
     return health.unscored(values) + health.repeated("flat", flat, flat_steps)
 
 
 def hopeless(cfg: GRPOConfig, values: Metrics, flat_steps: int) -> str:
-    """Why to stop: sampler and learner disagree, or nothing has been learnable for long. Empty: go on."""
-    apart = "" if values["lag"] else health.mismatch(values, cfg.max_mismatch)
-    if apart or flat_steps < cfg.max_flat_steps:
-        return apart
+    """Reason to stop: sampler and learner disagree, or all groups were flat for long. Empty to continue."""
+    disagreement = "" if values["lag"] else health.mismatch(values, cfg.max_mismatch)
+    if disagreement or flat_steps < cfg.max_flat_steps:
+        return disagreement
     return (
         f"in the last {flat_steps} steps all completions of each task had equal rewards (mean {values['reward']:.3g}), "
         "so nothing was learned. Use easier or harder tasks, a larger algo.group_size, or a reward that tells "

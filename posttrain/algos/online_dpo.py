@@ -1,13 +1,13 @@
-"""Online DPO (OAIF, arXiv 2402.04792): DPO on answers the policy has just written. The whole algorithm in one file.
+"""Online DPO (OAIF, arXiv 2402.04792): DPO on pairs sampled from the current policy.
 
-Each step the policy writes a group of answers to each task, a verifier or a reward model judges them, and the best and
-the worst of a group become a pair for a DPO loss against the frozen starting model.
+Each step samples a group of completions per task and scores them with a verifier or a reward model. The best and the
+worst completion of a group form a pair for a DPO loss against the frozen starting model.
 
-What this file decides, and where implementations differ: the update is made once per batch of answers, so the pairs are
-always the current policy's; of several best (or worst) answers the first written is taken; a group whose scored
-answers all have one reward gives no pair and is counted, and the other pairs weigh 1/N for the N that are left; the
-tokens trained are exactly those sampled, at the sampling temperature, and an answer that max_tokens cut is compared as
-it is, without a stop token it never wrote.
+Choices made here, where implementations differ: there is one update per batch of completions, so the pairs always come
+from the current policy; among several best (or worst) completions the one with the lowest index is taken; a group
+whose scored completions all have the same reward gives no pair (metric `flat_groups`), and the N remaining pairs weigh
+1/N each; training uses exactly the sampled tokens at the sampling temperature, and a truncated completion is compared
+as it is, without an added stop token.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ FLAT = "No task had completions of different reward for {steps} steps in a row."
 
 
 def prepare(setup: Setup[OnlineDPORecipe]) -> Job:
-    """Judged tasks, a collector on the policy being trained, held-out evaluation."""
+    """Loads the tasks and their verifier; makes a collector on the policy being trained and a held-out evaluator."""
     recipe, policy = setup.recipe, setup.policy
     sets, verify = judged_tasks(recipe, setup.chat, setup.given, setup.reward)
     collector = make_collector(policy, setup.chat, verify, recipe)
@@ -54,7 +54,7 @@ def prepare(setup: Setup[OnlineDPORecipe]) -> Job:
 
 
 def make_loss(cfg: OnlineDPOConfig) -> Loss:
-    """The loss of one pass over rows of pairs, better before worse: weighted per pair over the optimizer batch."""
+    """The DPO loss of one micro-batch of pairs (chosen, rejected, …), weighted per pair over the optimizer batch."""
 
     def loss(logp: torch.Tensor, entropy: torch.Tensor, b: Batch) -> tuple[torch.Tensor, dict[str, Stat]]:  # (B, T)
         mask = b.mask
@@ -84,7 +84,7 @@ def make_loss(cfg: OnlineDPOConfig) -> Loss:
 
 
 def best_and_worst(groups: Sequence[Sequence[Episode]]) -> list[tuple[Episode, Episode]]:
-    """(best, worst) of each group whose scored answers differ in reward; of equals, the first written."""
+    """(best, worst) of each group whose scored completions differ in reward; ties go to the lowest index."""
     pairs: list[tuple[Episode, Episode]] = []
     for group in groups:
         scored = sorted((e for e in group if e.reward is not None), key=lambda e: (-(e.reward or 0.0), e.index))
@@ -94,7 +94,7 @@ def best_and_worst(groups: Sequence[Sequence[Episode]]) -> list[tuple[Episode, E
 
 
 def pair_samples(pairs: Sequence[tuple[Episode, Episode]]) -> list[Sample]:
-    """Rows 2i (best) and 2i + 1 (worst) of each pair; both carry the difference in reward as their margin."""
+    """Rows 2i (best) and 2i + 1 (worst) of each pair; both have the reward difference as margin."""
     rows: list[Sample] = []
     for best, worst in pairs:
         margin = (best.reward or 0.0) - (worst.reward or 0.0)
@@ -116,8 +116,8 @@ def run(
     reference = frozen_reference(recipe.model, policy, train.micro_batch_tokens, temperature)
     loss, flat_steps = make_loss(cfg), loop.restore(learner).get("flat_steps", 0)
 
-    for step in loop.steps(train.steps, lambda at: evaluator(at, learner.weights()), recipe.eval.every):
-        asked, groups = sample_step(collector, tasks, recipe, learner.weights(), step)
+    for step in loop.steps(train.steps, lambda n: evaluator(n, learner.weights()), recipe.eval.every):
+        batch_tasks, groups = sample_step(collector, tasks, recipe, learner.weights(), step)
         loop.sampled(sampled_tokens(groups))
         pairs = best_and_worst(groups)
         samples = with_logp(pair_samples(pairs), "ref_logp", reference)
@@ -127,15 +127,15 @@ def run(
         rng.seed_global(recipe.run.seed, "update", step)  # dropout, if the model has any
         batches = batching.micro(
             samples, train.micro_batch_tokens, "seq-mean-token-sum", device=policy.device, together=2
-        )  # a row's tokens all weigh 1 / rows
+        )  # each token of a row has weight 1 / rows
         stats += learner.forward_backward(batches, loss)
-        if batches:  # without a pair nothing moves, momentum included
+        if batches:  # without a pair the optimizer takes no step, not even from momentum
             stats.append(learner.step())
         values, flat_steps = stat_values(stats), 0 if pairs else flat_steps + 1
         loop.end(
             learner,
             values,
-            episode_rows("train", step + 1, groups, asked, pair_roles(groups, pairs)),
+            episode_rows("train", step + 1, groups, batch_tasks, pair_roles(groups, pairs)),
             events=health.unscored(values) + health.repeated("flat", FLAT, flat_steps),
             hopeless=hopeless(cfg, values, flat_steps),
             state={"flat_steps": flat_steps},
@@ -144,9 +144,9 @@ def run(
 
 
 def policy_kl(samples: Sequence[Sample]) -> Stat:
-    """Mean over the pairs' answers of log π/π_ref of a whole answer (k1), from what the sampler said of its tokens.
+    """Mean log π/π_ref per completion (k1) over the paired completions, with the sampler's log-probabilities.
 
-    Half of them are best and half worst of their group, so it estimates KL(π ‖ π_ref) only roughly.
+    Pairs hold the best and the worst of each group, so this is only a rough estimate of KL(π ‖ π_ref).
     """
     total = 0.0
     for s in samples:
@@ -157,7 +157,7 @@ def policy_kl(samples: Sequence[Sample]) -> Stat:
 
 
 def pair_roles(groups: Sequence[Sequence[Episode]], pairs: Sequence[tuple[Episode, Episode]]) -> torch.Tensor:
-    """(P, G) what is stored as an answer's advantage: 1 the better of a pair, −1 the worse, 0 in none."""
+    """(P, G) stored as the advantage: 1 for the chosen and −1 for the rejected of a pair, 0 outside pairs."""
     roles = torch.zeros(len(groups), len(groups[0]))
     for best, worst in pairs:
         roles[best.group, best.index], roles[worst.group, worst.index] = 1.0, -1.0
@@ -165,10 +165,10 @@ def pair_roles(groups: Sequence[Sequence[Episode]], pairs: Sequence[tuple[Episod
 
 
 def hopeless(cfg: OnlineDPOConfig, values: Metrics, flat_steps: int) -> str:
-    """Why to stop: sampler and learner disagree, or there has been no pair for long. Empty: go on."""
-    apart = health.mismatch(values, cfg.max_mismatch)
-    if apart or flat_steps < cfg.max_flat_steps:
-        return apart
+    """Reason to stop: sampler and learner disagree, or no pair for `max_flat_steps` steps. Empty to continue."""
+    disagreement = health.mismatch(values, cfg.max_mismatch)
+    if disagreement or flat_steps < cfg.max_flat_steps:
+        return disagreement
     return (
         f"in the last {flat_steps} steps all completions of each task had equal rewards (mean {values['reward']:.3g}), "
         "so there was no pair to learn from. Use easier or harder tasks, a larger algo.group_size, or a reward that "

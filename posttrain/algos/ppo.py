@@ -1,22 +1,23 @@
-"""PPO with a critic (Schulman et al., arXiv 1707.06347) as InstructGPT does it (arXiv 2203.02155), in one file.
+"""PPO with a critic (Schulman et al., arXiv 1707.06347) for RLHF, as in InstructGPT (arXiv 2203.02155).
 
-The policy answers; each answer is scored once, at its end. A critic predicts, before every token, what is still to
-come; generalised advantage estimation compares its predictions with each other and with the score; the clipped policy
-gradient makes tokens likelier after which things went better than expected. On the way every token pays for its
-distance from the starting model. A fresh value head is 0, so the first advantages are the plain returns.
+Each completion gets one score, at its last token, and a KL penalty against the starting model at every token. A critic
+predicts the remaining return before each token, and generalised advantage estimation (GAE) computes token advantages
+from the values and rewards. The clipped policy gradient increases the probability of tokens with a positive advantage.
+A new value head predicts 0, so the first advantages are returns discounted by γλ.
 
-What this file decides, and where implementations differ:
-- The KL is part of the reward, token by token (InstructGPT, TRL, OpenRLHF), not a term of the loss (GRPO). The score is
-  on the last trained token, which is the stop token where there is one.
-- Only trained tokens are time. Values skip what the policy did not write, so a tool's answer neither discounts nor
-  interrupts (verl, NeMo-RL); TRL's experimental PPO and SkyRL treat such tokens as the policy's own.
-- Advantages are whitened over the whole step before minibatches are dealt, with variance over n − 1 (TRL, verl; NeMo-RL
-  and OpenRLHF divide by n). Returns are made of the advantages before that.
-- The value loss has the factor ½ (OpenRLHF, NeMo-RL; TRL has it too and multiplies by `vf_coef`, and so does a shared
-  critic here). Values are clipped around those at sampling time, as in OpenAI's code.
-- Tokens weigh the same over the optimizer batch in both losses (token-mean), in whatever passes they are computed.
-- The buffer is frozen: `old_logp`, `old_values`, advantages and returns are computed once, by the very passes that the
-  first epoch repeats, so that the first ratio is exactly 1.
+Choices made here, where implementations differ:
+- The KL penalty is part of the token rewards (InstructGPT, TRL, OpenRLHF), not a loss term (GRPO). The score is added
+  at the last trained token, the stop token if there is one.
+- Only trained tokens count as time steps. GAE skips tokens the policy did not generate, so a tool result adds no
+  discount and does not end the trajectory (verl, NeMo-RL); TRL's experimental PPO and SkyRL treat such tokens as the
+  policy's own.
+- Advantages are whitened over the whole step, before the split into minibatches, with variance over n − 1 (TRL, verl;
+  NeMo-RL and OpenRLHF divide by n). Returns are computed from the unwhitened advantages.
+- The value loss has a factor ½ (OpenRLHF, NeMo-RL; TRL has it too and multiplies by `vf_coef`, as a shared critic does
+  here). Values are clipped around those at sampling time, as in OpenAI's code.
+- In both losses every token of the optimizer batch has the same weight (token-mean), whatever its micro-batch.
+- The rollout buffer is fixed: `old_logp`, `old_values`, advantages and returns are computed once, with the same
+  micro-batches as the first epoch, so the first ratio is exactly 1.
 """
 
 from __future__ import annotations
@@ -57,34 +58,35 @@ FLAT = "All scores were equal for {steps} steps in a row."
 
 @dataclass
 class Progress:
-    """What a run carries from step to step besides weights and optimizers. All of it is saved."""
+    """State of a run besides weights and optimizers; saved in every checkpoint."""
 
     kl_coef: float
     step: int = 0
     flat_steps: int = 0
-    ptx_rows: int = 0  # demonstrations used so far: the position in their endless order
-    scale: ReturnScale = field(default_factory=ReturnScale)  # moved by whiten_returns alone
+    ptx_rows: int = 0  # demonstrations used so far: position in their shuffled order
+    scale: ReturnScale = field(default_factory=ReturnScale)  # updated only with whiten_returns
 
 
 def prepare(setup: Setup[PPORecipe]) -> Job:
-    """Judged tasks, a critic that fits the policy, a collector, held-out evaluation, rows for the ptx term."""
+    """Loads tasks, verifier, critic and the demonstrations of the ptx term; makes the collector and the evaluator."""
     recipe, policy, cfg = setup.recipe, setup.policy, setup.recipe.algo
     sets, verify = judged_tasks(recipe, setup.chat, setup.given, setup.reward)
     critic = make_critic(recipe.model, policy, cfg.critic == "shared", cfg.critic_init, recipe.run.seed)
     collector = make_collector(policy, setup.chat, verify, recipe)
-    data_hash, notes, shown = sets.hash, list(sets.notes), list[Sample]()
+    data_hash, notes, demonstrations = sets.hash, list(sets.notes), list[Sample]()
     if cfg.ptx_coef:
         data = replace(recipe.data, tasks=cfg.ptx_data, eval_tasks="", holdout=0.0)
-        found = load_conversations(data, recipe.run.seed)
-        shown, cut = demonstration_rows(found.train, setup.chat, cfg.ptx_max_tokens)
-        data_hash += f"+{found.hash}"
+        loaded = load_conversations(data, recipe.run.seed)
+        demonstrations, cut = demonstration_rows(loaded.train, setup.chat, cfg.ptx_max_tokens)
+        data_hash += f"+{loaded.hash}"
         notes += [f"{cut} rows of algo.ptx_data were cut at algo.ptx_max_tokens={cfg.ptx_max_tokens}."] * bool(cut)
-    parts = (recipe, policy, critic, collector, sets.train, shown, Evaluator(collector, sets.test, recipe.eval))
+    evaluator = Evaluator(collector, sets.test, recipe.eval)
+    parts = (recipe, policy, critic, collector, sets.train, demonstrations, evaluator)
     return Job(policy, data_hash, notes, lambda loop: run(*parts, loop))
 
 
 def policy_loss(cfg: PPOConfig) -> Loss:
-    """The clipped policy gradient less the entropy bonus; (logp, entropy (B, T), batch) → (scalar, stats)."""
+    """Clipped policy loss minus the entropy bonus; (logp (B, T), entropy (B, T), batch) → (scalar, stats)."""
 
     def loss(logp: torch.Tensor, entropy: torch.Tensor, b: Batch) -> tuple[torch.Tensor, dict[str, Stat]]:
         mask = b.mask
@@ -99,7 +101,7 @@ def policy_loss(cfg: PPOConfig) -> Loss:
 
 
 def critic_loss(cfg: PPOConfig) -> Loss:
-    """The clipped value loss; (values (B, T), batch) → (scalar, stats)."""
+    """Clipped value loss; (values (B, T), batch) → (scalar, stats)."""
 
     def loss(values: torch.Tensor, b: Batch) -> tuple[torch.Tensor, dict[str, Stat]]:
         assert b.old_values is not None and b.returns is not None
@@ -114,7 +116,7 @@ def critic_loss(cfg: PPOConfig) -> Loss:
 
 
 def shared_loss(cfg: PPOConfig, only_critic: bool) -> Loss:
-    """Policy loss + vf_coef · value loss, for a critic on the policy's own body; `only_critic` leaves the first out."""
+    """Policy loss + vf_coef · value loss, for a critic head on the policy; `only_critic` drops the policy loss."""
     of_policy, of_critic = policy_loss(cfg), critic_loss(cfg)
 
     def loss(logp: torch.Tensor, entropy: torch.Tensor, values: torch.Tensor, b: Batch) -> Any:
@@ -128,7 +130,7 @@ def shared_loss(cfg: PPOConfig, only_critic: bool) -> Loss:
 
 
 def ptx_loss(coef: float) -> Loss:
-    """coef · mean negative log-probability of the demonstrated tokens."""
+    """coef · mean negative log-probability of the demonstration tokens (InstructGPT's ptx term)."""
 
     def loss(logp: torch.Tensor, entropy: torch.Tensor, b: Batch) -> tuple[torch.Tensor, dict[str, Stat]]:
         imitate = -(b.weights * torch.where(b.mask, logp, 0)).sum()
@@ -138,15 +140,15 @@ def ptx_loss(coef: float) -> Loss:
 
 
 def make_forward(cfg: PPOConfig) -> Forward:
-    """What a pass of the policy's learner yields: with values where the critic is shared."""
-    ours: Forward = passes.token_stats_with_entropy if cfg.entropy_coef else passes.token_stats
+    """The forward pass of the policy's learner; it includes values if the critic is shared."""
+    base: Forward = passes.token_stats_with_entropy if cfg.entropy_coef else passes.token_stats
     if cfg.critic == "shared":
-        ours = passes.actor_critic
+        base = passes.actor_critic
 
     def forward(policy: Policy, batch: Batch, temperature: float) -> tuple[torch.Tensor, ...]:
-        if batch.returns is None:  # demonstrations: at temperature 1, as in sft, and nothing to value
+        if batch.returns is None:  # demonstrations: temperature 1 as in sft, no values
             return passes.token_stats(policy, batch, 1.0)
-        return ours(policy, batch, temperature)
+        return base(policy, batch, temperature)
 
     return forward
 
@@ -157,23 +159,23 @@ def run(
     critic_policy: Policy,
     collector: Collector,
     tasks: Sequence[Task],
-    shown: Rows,
+    demonstrations: Rows,
     evaluator: Evaluator,
     loop: Loop,
 ) -> Summary | None:
     """Trains until `train.steps`. Everything random is a function of (run.seed, step, task, completion)."""
     cfg, train, temperature = recipe.algo, recipe.train, recipe.rollout.temperature
     learner, critic = make_learners(recipe, policy, critic_policy)
-    room, at = train.micro_batch_tokens, Progress(kl_coef=cfg.kl_coef)
-    reference = frozen_reference(recipe.model, policy, room, temperature) if cfg.kl_coef else None
+    token_budget, progress = train.micro_batch_tokens, Progress(kl_coef=cfg.kl_coef)
+    reference = frozen_reference(recipe.model, policy, token_budget, temperature) if cfg.kl_coef else None
     if saved := loop.restore(learner):
-        at = Progress(**{**saved["progress"], "scale": ReturnScale(**saved["progress"]["scale"])})
+        progress = Progress(**{**saved["progress"], "scale": ReturnScale(**saved["progress"]["scale"])})
         if critic:
-            own = saved["tensors"]
-            critic.load({"model": own["critic"], "optim": own["critic_optim"]}, saved["critic"])
+            critic_tensors = saved["tensors"]
+            critic.load({"model": critic_tensors["critic"], "optim": critic_tensors["critic_optim"]}, saved["critic"])
 
     for step in loop.steps(train.steps, lambda n: evaluator(n, learner.weights()), recipe.eval.every):
-        asked, groups = collect.sample_step(collector, tasks, recipe, learner.weights(), step)
+        batch_tasks, groups = collect.sample_step(collector, tasks, recipe, learner.weights(), step)
         loop.sampled(collect.sampled_tokens(groups))
 
         scores = terminal_scores([e for group in groups for e in group], cfg)  # (B,)
@@ -182,27 +184,32 @@ def run(
         samples = fill(samples, first, "old_logp", learner.logprobs)
         if reference is not None:
             samples = fill(samples, first, "ref_logp", reference)
-        samples = fill(samples, first, "old_values", lambda part: passes.sample_values(critic_policy, part, room))
-        samples, frozen = freeze(samples, scores, cfg, at, critic_policy)
+        samples = fill(
+            samples, first, "old_values", lambda part: passes.sample_values(critic_policy, part, token_budget)
+        )
+        samples, frozen = freeze(samples, scores, cfg, progress, critic_policy)
 
         rng.seed_global(recipe.run.seed, "update", step)  # dropout, if the model has any
-        stats = [collect.episode_stats(groups, 0), frozen, *improve(recipe, at, learner, critic, samples, shown)]
+        stats = [collect.episode_stats(groups, 0), frozen]
+        stats += improve(recipe, progress, learner, critic, samples, demonstrations)
         values = {name: value for name, value in stat_values(stats).items() if name != "flat_groups"}
         known = scores[scores.isfinite()]
         if cfg.kl_controller == "adaptive" and len(known) and step >= cfg.critic_warmup:
-            at.kl_coef = adaptive_kl(at.kl_coef, values["kl_episode"], cfg.kl_target, cfg.kl_horizon, len(known))
-        at.flat_steps = at.flat_steps + 1 if len(known.unique()) < 2 else 0
-        at.step = step + 1
-        tensors, state = {}, {"progress": asdict(at)}
+            measured = values["kl_episode"]
+            progress.kl_coef = adaptive_kl(progress.kl_coef, measured, cfg.kl_target, cfg.kl_horizon, len(known))
+        progress.flat_steps = progress.flat_steps + 1 if len(known.unique()) < 2 else 0
+        progress.step = step + 1
+        advantages = mean_advantages(samples).view(len(groups), -1)
+        tensors, state = {}, {"progress": asdict(progress)}
         if critic:
             learned, state["critic"] = critic.state()
             tensors = {"critic": learned["model"], "critic_optim": learned["optim"]}
         loop.end(
             learner,
             values,
-            collect.episode_rows("train", step + 1, groups, asked, mean_advantages(samples).view(len(groups), -1)),
-            events=health.unscored(values) + health.repeated("flat", FLAT, at.flat_steps),
-            hopeless=hopeless(cfg, values, at.flat_steps),
+            collect.episode_rows("train", step + 1, groups, batch_tasks, advantages),
+            events=health.unscored(values) + health.repeated("flat", FLAT, progress.flat_steps),
+            hopeless=hopeless(cfg, values, progress.flat_steps),
             state=state,
             tensors=tensors,
         )
@@ -210,37 +217,39 @@ def run(
 
 
 def improve(
-    recipe: PPORecipe, at: Progress, learner: Learner, critic: Learner | None, samples: Rows, shown: Rows
+    recipe: PPORecipe, at: Progress, learner: Learner, critic: Learner | None, samples: Rows, demonstrations: Rows
 ) -> list[dict[str, Stat]]:
-    """Epochs × minibatches over the frozen buffer, one optimizer step each."""
-    cfg, room, device = recipe.algo, recipe.train.micro_batch_tokens, learner.policy.device
+    """Updates the policy and critic: epochs × minibatches over the rollout buffer, one optimizer step each."""
+    cfg, token_budget, device = recipe.algo, recipe.train.micro_batch_tokens, learner.policy.device
     warming = at.step < cfg.critic_warmup
-    ours = policy_loss(cfg) if critic else shared_loss(cfg, only_critic=warming)
+    policy_objective = policy_loss(cfg) if critic else shared_loss(cfg, only_critic=warming)
     out: list[dict[str, Stat]] = []
     for epoch in range(cfg.epochs):
-        stats: list[dict[str, Stat]] = []  # of the newest minibatch
+        stats: list[dict[str, Stat]] = []  # of the latest minibatch
         for part in minibatch_rows(recipe, at.step, epoch):
             rows = [samples[i] for i in part]
             if not any(row.loss_mask.any() for row in rows):
-                continue  # without a signal nothing moves, momentum included
+                continue  # with nothing to train on the optimizer takes no step, not even from momentum
             stats = []
-            batches = batching.micro(rows, room, "token-mean", device=device)
+            batches = batching.micro(rows, token_budget, "token-mean", device=device)
             if critic:
                 stats += map(_of_critic, critic.forward_backward(batches, critic_loss(cfg)))
             if not (critic and warming):
-                stats += learner.forward_backward(batches, ours)
-            if shown and not warming:
-                order = rng.draw_order(len(shown), at.ptx_rows, cfg.ptx_rows, rng.key(recipe.run.seed, "ptx"))
-                demonstrations = batching.micro([shown[i] for i in order], room, "token-mean", device=device)
-                stats += learner.forward_backward(demonstrations, ptx_loss(cfg.ptx_coef))
+                stats += learner.forward_backward(batches, policy_objective)
+            if demonstrations and not warming:
+                order = rng.draw_order(len(demonstrations), at.ptx_rows, cfg.ptx_rows, rng.key(recipe.run.seed, "ptx"))
+                ptx_batches = batching.micro(
+                    [demonstrations[i] for i in order], token_budget, "token-mean", device=device
+                )
+                stats += learner.forward_backward(ptx_batches, ptx_loss(cfg.ptx_coef))
                 at.ptx_rows += cfg.ptx_rows
             if critic:
                 stats.append(_of_critic(critic.step()))
-            if not (critic and warming):  # warming up a shared critic moves its head alone
+            if not (critic and warming):  # warming up a shared critic trains only its head
                 stats.append(learner.step(only="scalar." if warming else ""))
             out += stats
-        moved = add_stats(stats).get("approx_kl")
-        if cfg.target_kl and moved is not None and moved.value > cfg.target_kl:
+        approx_kl = add_stats(stats).get("approx_kl")
+        if cfg.target_kl and approx_kl is not None and approx_kl.value > cfg.target_kl:
             break
     return out
 
@@ -248,10 +257,11 @@ def improve(
 def freeze(
     samples: Rows, scores: torch.Tensor, cfg: PPOConfig, at: Progress, critic: Policy
 ) -> tuple[list[Sample], dict[str, Stat]]:
-    """The rollout buffer: samples with `old_logp`, `old_values` and, for a KL, `ref_logp` get advantages and returns.
+    """Completes the rollout buffer: adds advantages and returns to samples with `old_logp`, `old_values`, `ref_logp`.
 
-    scores (B,), NaN where unscored: such a row has no trained token and takes no part in any statistic. With
-    `whiten_returns` the running statistics in `at` move, and the critic's head is rescaled so that its values do not.
+    `ref_logp` is optional. scores (B,) are NaN where unscored; such a row has no trained token and is left out of all
+    statistics. `whiten_returns` updates the running statistics in `at` and rescales the critic's head to preserve its
+    values.
     """
     b = batching.pad(samples, batching.loss_masks(samples).float())
     mask = b.mask
@@ -288,12 +298,12 @@ def freeze(
         at.scale.update(critic, returns[mask])
         values, returns = (torch.where(mask, at.scale.normalise(x), 0) for x in (values, returns))
     columns = zip(samples, advantages.numpy(), values.numpy(), returns.numpy(), strict=True)
-    cut = ((s, a[: len(s.tokens)], v[: len(s.tokens)], r[: len(s.tokens)]) for s, a, v, r in columns)
-    return [replace(s, advantages=a, old_values=v, returns=r) for s, a, v, r in cut], stats
+    trimmed = ((s, a[: len(s.tokens)], v[: len(s.tokens)], r[: len(s.tokens)]) for s, a, v, r in columns)
+    return [replace(s, advantages=a, old_values=v, returns=r) for s, a, v, r in trimmed], stats
 
 
 def terminal_scores(episodes: Sequence[Episode], cfg: PPOConfig) -> torch.Tensor:
-    """(B,) float32, NaN where unscored; answers cut by max_tokens as `truncated` says."""
+    """Scores (B,) float32, NaN where unscored; `truncated` sets how truncated completions are scored."""
     scores = collect.rewards_tensor([episodes])[0]
     cut = torch.tensor([e.stop == "length" for e in episodes])
     if cfg.truncated == "penalise":
@@ -304,14 +314,14 @@ def terminal_scores(episodes: Sequence[Episode], cfg: PPOConfig) -> torch.Tensor
 
 
 def minibatch_rows(recipe: PPORecipe, step: int, epoch: int) -> list[np.ndarray]:
-    """The rows of each of an epoch's minibatches."""
+    """Row indices of each minibatch of an epoch."""
     count = recipe.algo.prompts * recipe.algo.group_size
     order = rng.permutation(count, recipe.run.seed, "minibatch", step, epoch)
     return [np.sort(part) for part in np.array_split(order, recipe.algo.minibatches)]
 
 
 def fill(samples: Rows, parts: Sequence[np.ndarray], name: str, of: PerRow) -> list[Sample]:
-    """Samples with the field `name` filled in, each part in the same passes that an update on it will make."""
+    """Fills in the field `name`, part by part, with the same micro-batches that the update on that part will use."""
     out = list(samples)
     for part in parts:
         for i, sample in zip(part, collect.with_logp([samples[i] for i in part], name, of), strict=True):
@@ -320,33 +330,33 @@ def fill(samples: Rows, parts: Sequence[np.ndarray], name: str, of: PerRow) -> l
 
 
 def make_learners(recipe: PPORecipe, policy: Policy, critic: Policy) -> tuple[Learner, Learner | None]:
-    """The policy's learner, and the critic's own where it is separate."""
+    """The policy's learner, and the critic's if it is separate."""
     cfg, train = recipe.algo, recipe.train
     per_step, waits = cfg.epochs * cfg.minibatches, 0 if critic is policy else cfg.critic_warmup
     total, temperature = (train.steps - waits) * per_step, recipe.rollout.temperature
     learner = make_learner(policy, train, total, temperature, make_forward(cfg))
     if critic is policy:
         return learner, None
-    own = replace(train, lr=cfg.critic_lr)
-    return learner, make_learner(critic, own, train.steps * per_step, forward=passes.token_values)
+    critic_cfg = replace(train, lr=cfg.critic_lr)
+    return learner, make_learner(critic, critic_cfg, train.steps * per_step, forward=passes.token_values)
 
 
 def mean_advantages(samples: Rows) -> torch.Tensor:
-    """(B,) the mean advantage of each row's trained tokens, 0 for a row without any."""
+    """Mean advantage (B,) over each row's trained tokens; 0 for a row without trained tokens."""
     return torch.tensor([s.advantages[s.loss_mask].mean() if s.loss_mask.any() else 0.0 for s in samples])
 
 
 def _of_critic(stats: dict[str, Stat]) -> dict[str, Stat]:
-    """A separate critic's stats beside the policy's; its loss is `value_loss`."""
+    """Renames a separate critic's stats so that they do not clash with the policy's; its loss is `value_loss`."""
     names = {"grad_norm": "critic_grad_norm", "lr": "critic_lr"}
     return {names.get(name, name): stat for name, stat in stats.items() if name != "loss"}
 
 
 def hopeless(cfg: PPOConfig, values: Metrics, flat_steps: int) -> str:
-    """Why to stop: sampler and learner disagree, or all scores have long been the same. Empty: go on."""
-    apart = health.mismatch(values, cfg.max_mismatch)
-    if apart or flat_steps < cfg.max_flat_steps:
-        return apart
+    """Reason to stop: sampler and learner disagree, or all scores were equal for long. Empty to continue."""
+    disagreement = health.mismatch(values, cfg.max_mismatch)
+    if disagreement or flat_steps < cfg.max_flat_steps:
+        return disagreement
     return (
         f"in the last {flat_steps} steps all completions had the same score (now {values['score']:.3g}). Use easier or "
         "harder tasks, or a reward that tells completions apart."

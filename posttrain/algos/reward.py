@@ -1,15 +1,15 @@
-"""Reward model: a score for whole answers, learned from which of two is better. The whole algorithm in one file.
+"""Reward model: scores whole completions, trained on preference pairs.
 
-The model reads a conversation and a linear head turns its last hidden state, at the token that ends the answer, into
-one number. The loss of a pair is −log σ(chosen − rejected), Bradley and Terry's model of a preference (InstructGPT,
-arXiv 2203.02155, eq. 1): only differences of scores mean anything.
+The model reads a conversation, and a linear head maps the last hidden state at the token that ends the completion to
+one score. The loss of a pair is −log σ(chosen − rejected), the Bradley-Terry preference model (InstructGPT, arXiv
+2203.02155, eq. 1), so only score differences carry meaning.
 
-What this file decides, and where implementations differ: every pair weighs the same, whatever prompt it is from; the
-score is read at the end-of-turn token and nothing after it, and a pair that does not fit `pairs.max_tokens` is left out
-rather than cut, because a cut answer has no end to read; the default is one pass over the pairs (a second one overfits,
-as InstructGPT found); margins and centring are off; after training the heads' biases are shifted so that the scores of
-the training answers have mean 0. With `heads` = K, head k weighs each pair by its own Poisson(1) count, an online
-bootstrap (Oza and Russell, 2001), fixed for the whole run by the seed.
+Choices made here, where implementations differ: every pair has the same weight, whatever its prompt; the score is read
+at the end-of-turn token; a pair longer than `pairs.max_tokens` is dropped rather than truncated, because a truncated
+completion has no end to read the score at; the default is one pass over the pairs (a second pass overfits, as
+InstructGPT found); margins and centring are off; after training, the head biases are shifted so that the training
+completions have mean score 0. With `heads` = K, head k weights each pair by its own Poisson(1) count, an online
+bootstrap (Oza and Russell, 2001) that the seed fixes for the whole run.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from posttrain.train.job import Job, Loop, Metrics, Setup, Summary
 from posttrain.train.learner import Loss, make_learner
 from posttrain.types import Batch, DataError, Preference, Sample, Stat, stat_values
 
-BINS = 20  # of predicted probability, from 0 to 1; confidences fall into the upper half
+BINS = 20  # over predicted probabilities in [0, 1]; confidences fall into the upper half
 
 Pair = tuple[Sample, Sample]
-"""The rows of a preference: chosen, rejected."""
+"""The rows of a preference pair: (chosen, rejected)."""
 
 
 def prepare(setup: Setup[RewardModelRecipe]) -> Job:
-    """Pairs as token rows, a share of them held out, and a scalar head on the model."""
+    """Tokenizes the pairs, holds out a share of them and attaches a scalar head to the model."""
     recipe, policy = setup.recipe, setup.policy
     sets = load_pairs(setup)
     train, notes = whole_pairs(sets.train, setup.chat, recipe.pairs.max_tokens)
@@ -56,7 +56,7 @@ def prepare(setup: Setup[RewardModelRecipe]) -> Job:
 
 
 def whole_pairs(preferences: Sequence[Preference], chat: ChatFormat, max_tokens: int) -> tuple[list[Pair], list[str]]:
-    """Preferences as rows that end with their end-of-turn token, and notes on what was left out."""
+    """Tokenizes preferences into rows that end with the end-of-turn token; also notes on dropped pairs."""
     rows, notes = pair_rows(preferences, chat, np.iinfo(np.int32).max)
     ended = [_ended(row) for row in rows]
     pairs = list(zip(ended[::2], ended[1::2], strict=True))
@@ -69,9 +69,9 @@ def whole_pairs(preferences: Sequence[Preference], chat: ChatFormat, max_tokens:
 
 
 def make_loss(cfg: RewardModelConfig, weights: torch.Tensor) -> Loss:
-    """The loss of an optimizer batch of N pairs, pass by pass; weights (N, K): what each counts for each head."""
+    """The Bradley-Terry loss over an optimizer batch of N pairs; weights (N, K) of each pair for each head."""
 
-    def loss(scores: torch.Tensor, b: Batch) -> tuple[torch.Tensor, dict[str, Stat]]:  # (2n, K), better answers first
+    def loss(scores: torch.Tensor, b: Batch) -> tuple[torch.Tensor, dict[str, Stat]]:  # (2n, K): chosen, rejected, …
         assert b.labels is not None and b.margins is not None
         chosen, rejected = scores[0::2], scores[1::2]
         label, margin = b.labels[0::2, None], b.margins[0::2, None] * cfg.margin
@@ -79,10 +79,10 @@ def make_loss(cfg: RewardModelConfig, weights: torch.Tensor) -> Loss:
         if cfg.centre_coef:
             per_pair = per_pair + cfg.centre_coef * centring(chosen, rejected)
         gap = ((chosen - rejected) * (label - 0.5).sign()).detach().mean(1)  # (n,) over heads; 0 for a tie
-        told = label[:, 0] != 0.5
+        untied = label[:, 0] != 0.5
         stats = {
-            "pair_accuracy": Stat(float((gap > 0)[told].sum()), int(told.sum())),
-            "score_gap": Stat(float(gap.sum()), int(told.sum())),
+            "pair_accuracy": Stat(float((gap > 0)[untied].sum()), int(untied.sum())),
+            "score_gap": Stat(float(gap.sum()), int(untied.sum())),
             "score_mean": Stat(float(scores.detach().sum()), scores.numel()),
         }
         rows = b.rows or tuple(range(len(scores)))
@@ -95,33 +95,35 @@ def make_loss(cfg: RewardModelConfig, weights: torch.Tensor) -> Loss:
 def run(
     recipe: RewardModelRecipe, policy: Policy, train: Sequence[Pair], test: Sequence[Pair], loop: Loop
 ) -> Summary | None:
-    """Trains for `train.steps` steps (0: one pass over the pairs). The summary has the calibration table, too."""
-    cfg, seed, room = recipe.algo, recipe.run.seed, recipe.train.micro_batch_tokens
+    """Trains for `train.steps` steps (0: one pass over the pairs). The summary includes the calibration table."""
+    cfg, seed, micro_batch_tokens = recipe.algo, recipe.run.seed, recipe.train.micro_batch_tokens
     total = recipe.train.steps or math.ceil(len(train) / cfg.batch_pairs)
     learner = make_learner(policy, recipe.train, total, forward=row_scores)
     counts = bootstrap_counts(len(train), cfg.heads, seed)
     loop.restore(learner)
 
     def evaluate(step: int) -> tuple[Metrics, list[EpisodeRow]]:
-        return held_out(policy, test, room)[0], []
+        return held_out(policy, test, micro_batch_tokens)[0], []
 
     for step in loop.steps(total, evaluate, recipe.eval.every):
         order = rng.draw_order(len(train), step * cfg.batch_pairs, cfg.batch_pairs, seed)
-        if not recipe.train.steps:  # one pass: the last step takes what is left
+        if not recipe.train.steps:  # one pass: the last step takes the remaining pairs
             order = order[: len(train) - step * cfg.batch_pairs]
         pairs, weights = [train[i] for i in order], counts[list(order)] / (len(order) * cfg.heads)
         rng.seed_global(seed, "update", step)  # dropout, if the model has any
-        stats = learner.forward_backward(pair_batches(pairs, room, policy.device), make_loss(cfg, weights))
+        stats = learner.forward_backward(
+            pair_batches(pairs, micro_batch_tokens, policy.device), make_loss(cfg, weights)
+        )
         values = stat_values([*stats, learner.step()])
         if step + 1 == total and cfg.normalise:
-            shift_to_zero(policy, train, room)
+            shift_to_zero(policy, train, micro_batch_tokens)
         loop.end(learner, values, tokens=sum(len(row.tokens) for pair in pairs for row in pair))
-    found = loop.summary(learner)
-    return found and found | {"calibration": held_out(policy, test, room)[1]}
+    summary = loop.summary(learner)
+    return summary and summary | {"calibration": held_out(policy, test, micro_batch_tokens)[1]}
 
 
 def bootstrap_counts(pairs: int, heads: int, seed: int) -> torch.Tensor:
-    """How often each pair is in each head's bootstrap (pairs, heads): Poisson(1), or 1 where there is one head."""
+    """Bootstrap count of each pair for each head (pairs, heads): Poisson(1), or 1 with a single head."""
     if heads == 1:
         return torch.ones(pairs, 1)
     uniforms = np.stack([rng.uniforms(rng.key("bootstrap", seed, k), pairs) for k in range(heads)], axis=1)
@@ -130,8 +132,8 @@ def bootstrap_counts(pairs: int, heads: int, seed: int) -> torch.Tensor:
 
 
 def pair_batches(pairs: Sequence[Pair], micro_batch_tokens: int, device: torch.device) -> list[Batch]:
-    """Micro-batches of at most `micro_batch_tokens` tokens, chosen and rejected rows adjacent; `rows` 2i, 2i + 1 are
-    pair i."""
+    """Micro-batches of at most `micro_batch_tokens` tokens with chosen and rejected rows adjacent; `rows` 2i and 2i + 1
+    are pair i."""
     batches: list[Batch] = []
     for part in batching.passes([sum(len(row.tokens) for row in pair) for pair in pairs], micro_batch_tokens):
         rows = [row for i in part for row in pairs[i]]
@@ -141,7 +143,7 @@ def pair_batches(pairs: Sequence[Pair], micro_batch_tokens: int, device: torch.d
 
 
 def shift_to_zero(policy: Policy, train: Sequence[Pair], micro_batch_tokens: int) -> None:
-    """Moves each head's bias so that its mean score of the training answers is 0; no difference of scores changes."""
+    """Shifts each head's bias so that its mean score over the training completions is 0; differences do not change."""
     assert policy.scalar is not None
     scores = sample_scores(policy, [row for pair in train for row in pair], micro_batch_tokens)
     with torch.no_grad():
@@ -149,10 +151,10 @@ def shift_to_zero(policy: Policy, train: Sequence[Pair], micro_batch_tokens: int
 
 
 def held_out(policy: Policy, pairs: Sequence[Pair], micro_batch_tokens: int) -> tuple[dict[str, float], list[Bin]]:
-    """Metrics `eval/…` of pairs that are not trained on, and the calibration table; both empty without such pairs.
+    """Metrics `eval/…` on held-out pairs, and the calibration table; both empty without held-out pairs.
 
-    Several heads are judged by the mean of their scores. A tie (label 0.5) is left out of accuracy and gap. A
-    prediction's confidence is σ(|difference|), and it came true where the higher-scored answer is the better.
+    Several heads are evaluated by their mean score. Ties (label 0.5) do not count towards accuracy and score gap. The
+    confidence of a prediction is σ(|difference|); it is correct if the higher-scored completion is the preferred one.
     """
     if not pairs:
         return {}, []
@@ -160,16 +162,16 @@ def held_out(policy: Policy, pairs: Sequence[Pair], micro_batch_tokens: int) -> 
     scores = heads.mean(1)
     label = np.array([chosen.label for chosen, _ in pairs])
     gap = scores[0::2] - scores[1::2]
-    better, told = gap * np.sign(label - 0.5), label != 0.5
+    better, untied = gap * np.sign(label - 0.5), label != 0.5
     error, table = calibration(1 / (1 + np.exp(-np.abs(gap))), np.where(gap >= 0, label, 1 - label), BINS)
-    accuracy = wilson(int((better[told] > 0).sum()), int(told.sum()))
+    accuracy = wilson(int((better[untied] > 0).sum()), int(untied.sum()))
     loss = bradley_terry(*(torch.from_numpy(x) for x in (scores[0::2], scores[1::2], label, np.zeros_like(label))))
     values = {
         "eval/pair_accuracy": accuracy.value,
         "eval/pair_accuracy_low": accuracy.low,
         "eval/pair_accuracy_high": accuracy.high,
         "eval/pair_loss": float(loss.mean()),
-        "eval/score_gap": float(better[told].mean()) if told.any() else math.nan,
+        "eval/score_gap": float(better[untied].mean()) if untied.any() else math.nan,
         "eval/score_mean": float(scores.mean()),
         "eval/score_std": float(scores.std()),
         "eval/ece": error,
@@ -180,7 +182,7 @@ def held_out(policy: Policy, pairs: Sequence[Pair], micro_batch_tokens: int) -> 
 
 
 def _ended(row: Sample) -> Sample:
-    """The row up to the token that ends the answer, which is where its score is read."""
+    """The row up to the end-of-turn token of the completion, where the score is read."""
     end = int(np.flatnonzero(row.loss_mask)[-1]) + 1
     parts = (row.tokens, row.loss_mask, row.behaviour_logp, row.advantages)
     return Sample(*(part[:end] for part in parts), label=row.label, margin=row.margin)

@@ -1,10 +1,10 @@
-"""Supervised fine-tuning: make the demonstrated tokens likelier. The whole algorithm in one file.
+"""Supervised fine-tuning (SFT): next-token cross-entropy on demonstrations.
 
-The loss of a step is the mean negative log-probability over all trained tokens of its rows (every token counts the
-same, whatever row or pass it is in). With `train_on = "assistant"` only what the assistant wrote is trained, in every
-turn, its stop token and its calls of tools included; prompts, tool results and template text are context. Rows run
-packed, so no padding is computed, and none sees another. Several sources are drawn by their weights on an exact
-schedule (data/mixing.py).
+The loss of a step is the mean negative log-probability over all trained tokens of its rows; every token has the same
+weight, whatever its row or micro-batch. With `train_on = "assistant"` the loss covers the assistant's tokens only, in
+every turn, including stop tokens and tool calls; prompts, tool results and template text are context. Rows are packed
+without padding, and rows do not attend to each other. Several sources are mixed by weight on an exact schedule
+(data/mixing.py).
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from posttrain.train.learner import Learner, make_learner
 from posttrain.types import Batch, DataError, Sample, Stat, stat_values
 
 Rows = Mapping[str, Sequence[Sample]]
-"""Source → its rows."""
+"""Rows by source name."""
 
 
 def prepare(setup: Setup[SFTRecipe]) -> Job:
-    """Conversations or texts as token rows, source by source, a share of them held out."""
+    """Tokenizes conversations or texts, source by source, and holds out a share of them."""
     recipe, policy = setup.recipe, setup.policy
     sets = load_conversations(recipe.data, recipe.run.seed)
     notes = list(sets.notes)
@@ -55,7 +55,7 @@ def prepare(setup: Setup[SFTRecipe]) -> Job:
 
 
 def loss(logp: torch.Tensor, entropy: torch.Tensor, b: Batch) -> tuple[torch.Tensor, dict[str, Stat]]:
-    """−log π of the trained tokens, weighted over the optimizer batch; logp, entropy (B, T)."""
+    """Negative log-likelihood of the trained tokens, weighted over the optimizer batch; logp, entropy (B, T)."""
     mask = b.mask
     stats = {
         "nll": Stat(-logp[mask].sum().item(), int(mask.sum())),
@@ -65,8 +65,8 @@ def loss(logp: torch.Tensor, entropy: torch.Tensor, b: Batch) -> tuple[torch.Ten
 
 
 def one_pass(mixture: Mixture) -> int:
-    """How many draws there are before any row comes a second time: one source is drawn whole, of several the first to
-    be used up."""
+    """Number of draws before any row repeats: all rows of a single source, or until the first of several sources is
+    used up."""
 
     def repeats(draws: int) -> bool:
         return any(n > size for n, size in zip(mixture.drawn(draws), mixture.sizes, strict=True))
@@ -76,11 +76,11 @@ def one_pass(mixture: Mixture) -> int:
 
 @contextmanager
 def noisy_embeddings(policy: Policy, batch: Batch, keys: Sequence[int], alpha: float) -> Iterator[None]:
-    """Within the block the input embeddings carry NEFTune's noise (Jain et al., "NEFTune: Noisy Embeddings Improve
+    """Adds NEFTune noise to the input embeddings within the block (Jain et al., "NEFTune: Noisy Embeddings Improve
     Instruction Finetuning", arXiv 2310.05914, algorithm 1): uniform in (−1, 1), times alpha / sqrt(L·d).
 
-    L is a row's own length and d the width, so that neither padding nor the rows beside it change a row's noise; `keys`
-    has a seed for each row of the batch. With alpha = 0 nothing is touched.
+    L is the length of the row itself and d the width, so a row's noise does not depend on padding or on the other rows.
+    `keys` has one seed per row of the batch. alpha = 0 adds no noise.
     """
     if not alpha:
         yield
@@ -101,7 +101,7 @@ def noisy_embeddings(policy: Policy, batch: Batch, keys: Sequence[int], alpha: f
 
 
 def noisy_forward(alpha: float, seed: int, loop: Loop) -> Forward:
-    """The learner's forward pass with NEFTune's noise on the input embeddings; alpha = 0 adds none."""
+    """The learner's forward pass with NEFTune noise on the input embeddings; alpha = 0 adds none."""
 
     def forward(policy: Policy, batch: Batch, temperature: float) -> tuple[torch.Tensor, ...]:
         keys = [rng.key("neftune", seed, loop.step, row) for row in batch.rows]
@@ -114,7 +114,7 @@ def noisy_forward(alpha: float, seed: int, loop: Loop) -> Forward:
 def run(recipe: SFTRecipe, policy: Policy, mixture: Mixture, train: Rows, test: Rows, loop: Loop) -> Summary | None:
     """Trains for `train.steps` steps (0: one pass over the rows).
 
-    Row n of the run is draw n of the mixture, so a resumed run needs no other cursor than its step.
+    Row n of the run is draw n of the mixture, so the step is the only data cursor a resumed run needs.
     """
     cfg, seed = recipe.algo, recipe.run.seed
     sources = list(train.values())
@@ -127,27 +127,27 @@ def run(recipe: SFTRecipe, policy: Policy, mixture: Mixture, train: Rows, test: 
         return held_out_loss(learner, test), []
 
     for step in loop.steps(total, evaluate):
-        begun = step * cfg.batch_rows
-        drawn = mixture.draw(begun, min(cfg.batch_rows, last_row - begun))  # a pass's last step takes what is left
+        start = step * cfg.batch_rows
+        drawn = mixture.draw(start, min(cfg.batch_rows, last_row - start))  # the last one may be short
         rows = [sources[source][row] for source, row in drawn]
         rng.seed_global(seed, "update", step)  # dropout, if the model has any
-        share = not cfg.neftune_alpha  # noise is drawn per row, so no two rows share a prefix
+        share = not cfg.neftune_alpha  # noise differs per row, so rows have no prefix to share
         batches = batching.micro(rows, recipe.train.micro_batch_tokens, "token-mean", device=policy.device, share=share)
         values = stat_values([*learner.forward_backward(batches, loss), learner.step()])
         if len(train) > 1:
-            counts = mixture.drawn(begun + len(rows))
+            counts = mixture.drawn(start + len(rows))
             values |= {f"rows/{name}": float(count) for name, count in zip(train, counts, strict=True)}
         loop.end(learner, values, tokens=sum(len(r.tokens) for r in rows))
     return loop.summary(learner)
 
 
 def held_out_loss(learner: Learner, rows: Rows) -> dict[str, float]:
-    """Mean negative log-probability per trained token of rows that are not trained on, in all and of each of several
-    sources; empty without such rows."""
+    """Mean negative log-probability per token on held-out rows, overall and, with several sources, per source; empty
+    without held-out rows."""
     totals: dict[str, tuple[float, int]] = {}
-    for name, mine in rows.items():
-        if mine:
-            logp = [row[s.loss_mask] for row, s in zip(learner.logprobs(mine), mine, strict=True)]
+    for name, part in rows.items():
+        if part:
+            logp = [row[s.loss_mask] for row, s in zip(learner.logprobs(part), part, strict=True)]
             totals[name] = -sum(float(row.sum(dtype=np.float64)) for row in logp), sum(len(row) for row in logp)
     if not totals:
         return {}
