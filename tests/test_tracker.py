@@ -66,7 +66,7 @@ def test_a_tracker_that_fails_is_noted_and_dropped(tmp_path: Path, remember: Cal
         assert [step for step, _ in tracker.steps] == [0] and run.last_step() == 2
         (note,) = run.events()
     assert (note.level, note.kind) == ("warning", "tracker")
-    assert note.message == "run.track: memory failed and gets no more steps (OSError: the server is gone)."
+    assert note.message == "run.track: memory failed and was turned off (OSError: the server is gone)."
 
 
 def test_an_unknown_tracker_is_refused_with_the_known_ones() -> None:
