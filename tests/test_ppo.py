@@ -390,7 +390,7 @@ def test_a_critic_that_does_not_fit_is_refused(folder: Path, tmp_path: Path) -> 
     scorer(folder, tmp_path / "narrow", 1)
     wide = tiny.load(folder)
     wide.model.set_output_embeddings(torch.nn.Linear(64, wide.vocab, bias=False))
-    with pytest.raises(ConfigError, match="has width 32, but a shared critic has the policy's, 64"):
+    with pytest.raises(ConfigError, match="has width 32, but a shared critic needs the policy's width 64"):
         critics.make_critic(cfg, wide, True, str(tmp_path / "narrow"), 0)
 
 

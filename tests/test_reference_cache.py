@@ -131,7 +131,7 @@ def test_a_file_damaged_anywhere_is_noted_and_computed_again(
     values, notes = reference_logprobs(policy, rows, ROOM)
     assert equal(values, right)
     if notes:  # a flipped bit in the padding of the header changes nothing that is read
-        assert "were computed again" in notes[0]
+        assert "were recomputed" in notes[0]
         assert not reference_logprobs(policy, rows, ROOM)[1], "the damaged file was not replaced"
 
 
@@ -151,7 +151,7 @@ def test_a_cache_that_cannot_be_written_is_only_noted(
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "file"))
     values, notes = reference_logprobs(policy, rows, ROOM)
-    assert equal(values, sample_logprobs(policy, rows, ROOM)) and "could not be kept in" in notes[0]
+    assert equal(values, sample_logprobs(policy, rows, ROOM)) and "could not be cached in" in notes[0]
 
 
 def test_the_cache_is_in_the_home_folder_unless_the_environment_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,1 +1,1 @@
-"""The learner and its five verbs."""
+"""Training: learners, forward passes and the step loop."""

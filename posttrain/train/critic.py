@@ -1,4 +1,4 @@
-"""A critic: a scalar head that predicts what is still to come, on a model of its own or on the policy."""
+"""Critics: a value head on a separate model or on the policy."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from posttrain.types import ConfigError
 
 @dataclass
 class ReturnScale:
-    """The unit a critic predicts in: running mean and standard deviation of the returns seen; at first 0 and 1."""
+    """Return normalisation: running mean and standard deviation of the returns, initially 0 and 1."""
 
     count: int = 0
     mean: float = 0.0
     std: float = 1.0
 
     def update(self, critic: Policy, returns: torch.Tensor) -> None:
-        """Adds returns (K,) and rescales the critic's head so that its values, in the reward's unit, stay.
+        """Adds returns (K,) and rescales the critic's head so that its denormalised values do not change.
 
         PopArt (van Hasselt et al., arXiv 1602.07714, proposition 1): w ← w σ / σ', b ← (σ b + μ − μ') / σ'.
         """
@@ -41,29 +41,29 @@ class ReturnScale:
             head.bias.mul_(std).add_(mean - self.mean).div_(self.std)
 
     def normalise(self, values: torch.Tensor) -> torch.Tensor:
-        """From the reward's unit to the critic's."""
+        """Normalises values in reward units to the critic's units."""
         return (values - self.mean) / self.std
 
     def restore(self, values: torch.Tensor) -> torch.Tensor:
-        """From the critic's unit to the reward's."""
+        """Converts values in the critic's units back to reward units."""
         return values * self.std + self.mean
 
 
 def make_critic(cfg: ModelConfig, policy: Policy, shared: bool, source: str, seed: int) -> Policy:
-    """A value head on the policy itself (`shared`), or on a second model that starts like it.
+    """Attaches a value head to the policy (`shared`), or to a second model with the same initial weights.
 
-    `source` is the folder of a reward model to start from: of a separate critic everything, the head included; of a
-    shared one the head. An ensemble's heads are averaged. Without a source the head is 0, and so are the first values.
-    Raises ConfigError for a folder without a head, or one that does not fit the policy.
+    `source` is the folder of a reward model to initialise from: body and head for a separate critic, only the head for
+    a shared one. The heads of an ensemble are averaged. Without a source the head, and so the initial values, are 0.
+    Raises ConfigError if the folder has no head or does not fit the policy.
     """
-    rng.seed_global(seed, "critic")  # LoRA's first weights
+    rng.seed_global(seed, "critic")  # LoRA's initial weights
     scorer = load_critic(cfg, source, policy) if source else None
     if shared:
         critic = policy
         if scorer is not None and scorer.head.weight.shape[1] != policy.head.weight.shape[1]:
             raise ConfigError(
-                f"algo.critic_init={source!r} has width {scorer.head.weight.shape[1]}, but a shared critic has the "
-                f'policy\'s, {policy.head.weight.shape[1]}. Set algo.critic = "separate".'
+                f"algo.critic_init={source!r} has width {scorer.head.weight.shape[1]}, but a shared critic needs the "
+                f'policy\'s width {policy.head.weight.shape[1]}. Set algo.critic = "separate".'
             )
     else:
         critic = scorer or heads.as_critic(load_policy(cfg, policy.device))
@@ -77,7 +77,7 @@ def make_critic(cfg: ModelConfig, policy: Policy, shared: bool, source: str, see
 
 
 def load_critic(cfg: ModelConfig, source: str, policy: Policy) -> Policy:
-    """The reward model in a folder, or of a finished run. Raises ConfigError where it has no head or does not fit."""
+    """Loads a reward model from a folder or finished run. Raises ConfigError if it has no head or does not fit."""
     path = Path(source) / "model" if (Path(source) / "run.json").is_file() else source
     scorer = heads.load_scorer(replace(cfg, path=str(path)), policy.device)
     if scorer.vocab != policy.vocab or scorer.tokenizer.get_vocab() != policy.tokenizer.get_vocab():

@@ -1,4 +1,4 @@
-"""The machine a run is on: CPU threads, device, and the fingerprint under which results are bit-exact."""
+"""CPU threads, device selection, and the fingerprint of everything that bit-exact results depend on."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ from posttrain.types import ConfigError
 
 
 def set_threads(count: int) -> None:
-    """Uses `count` CPU threads; 0 keeps torch's choice."""
+    """Sets the number of CPU threads; 0 keeps torch's default."""
     if count:
         torch.set_num_threads(count)
 
 
 def resolve(name: str) -> torch.device:
-    """The device that `train.device` names. Raises ConfigError for one that is not available."""
+    """Resolves `train.device`. Raises ConfigError if the device is unknown or not available."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        wanted = torch.device(name)
+        device = torch.device(name)
     except RuntimeError:
-        raise ConfigError(f"train.device={name!r} is not a device; use auto, cpu or cuda.") from None
-    if wanted.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"train.device={name!r} is not a device. Use auto, cpu or cuda.") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"train.device={name!r}, but torch sees no CUDA device. Use cpu or auto.")
-    return wanted
+    return device
 
 
 def fingerprint(policy: Policy, on: torch.device) -> dict[str, Any]:
-    """Everything that must be equal for a resumed run to be bit-exact."""
+    """Everything that must match for a resumed run to be bit-exact."""
     return {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
-        "kernels": made.identity if (made := library()) else "none",
+        "kernels": kernels.identity if (kernels := library()) else "none",
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(on) if on.type == "cuda" else "cpu",
         "model": model_hash(policy.source),
@@ -51,18 +51,18 @@ def fingerprint(policy: Policy, on: torch.device) -> dict[str, Any]:
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """`name was X, is Y` for each part in which two fingerprints differ."""
+    """`name was X, is Y` for each difference between two fingerprints."""
     return [f"{name} was {then.get(name)}, is {value}" for name, value in now.items() if then.get(name) != value]
 
 
 def file_hash(path: str | Path) -> str:
-    """sha256 of a file, in hexadecimal."""
+    """SHA-256 of a file as hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def model_hash(source: str) -> str:
-    """sha256 over the weight and tokenizer files of a model folder; the name itself for a hub id."""
+    """SHA-256 over the weight and tokenizer files of a model folder; the name itself for a hub id."""
     folder = Path(resolve_path(source))
     if not folder.is_dir():
         return f"hub:{source}"

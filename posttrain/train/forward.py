@@ -1,7 +1,7 @@
-"""What one packed forward pass yields for a batch: log-probabilities, entropies, values, scores; all differentiable.
+"""Packed forward passes: differentiable log-probabilities, entropies, values and scores of a batch.
 
-No padding token goes through a linear layer, and log-probabilities come from a chunked projection of the trained
-positions only, so all (tokens, vocabulary) logits never exist at once.
+Padding tokens never go through a linear layer, and log-probabilities come from a chunked projection of the trained
+positions only, so the full (tokens, vocabulary) logits never exist at once.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from posttrain.types import Batch, Sample
 LOGITS_PER_CHUNK = 1 << 24  # elements of a (tokens, vocabulary) block held at once, 64 MiB in fp32
 
 Forward = Callable[[Policy, Batch, float], tuple[torch.Tensor, ...]]
-"""forward(policy, batch, temperature) → the tensors that a loss gets before the batch."""
+"""forward(policy, batch, temperature) → the tensors passed to the loss ahead of the batch."""
 
 
 def hidden_at(policy: Policy, batch: Batch, where: torch.Tensor) -> torch.Tensor:
-    """Last hidden states (K, width) at `where` (K,) among the batch's real tokens, counted row after row.
+    """Last hidden states (K, width) at positions `where` (K,) among the batch's real tokens, row by row.
 
-    What rows share (`batch.shared`) is computed once, and its gradient is the sum over the rows.
+    Prefixes that rows share (`batch.shared`) are computed once; their gradient is the sum over those rows.
     """
     layout = Packed(batch.real.sum(1), batch.shared)
     tokens = batch.tokens[batch.real][layout.kept].unsqueeze(0)
@@ -38,28 +38,28 @@ def hidden_at(policy: Policy, batch: Batch, where: torch.Tensor) -> torch.Tensor
 
 
 def trained_positions(batch: Batch) -> torch.Tensor:
-    """Where the trained tokens are among the real ones (K,)."""
+    """Indices (K,) of the trained tokens among the real tokens."""
     return batch.mask[batch.real].nonzero().squeeze(1)
 
 
 def scatter(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """values (K,) at the K true entries of mask (B, T), 0 elsewhere."""
+    """Puts values (K,) at the K true entries of mask (B, T), 0 elsewhere."""
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
 
 
 def token_stats(policy: Policy, batch: Batch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities and entropies (B, T) of the trained tokens, 0 elsewhere; the entropies carry no gradient."""
+    """Log-probabilities and entropies (B, T) of the trained tokens, 0 elsewhere; entropies are detached."""
     logp, entropy = token_stats_with_entropy(policy, batch, temperature)
     return logp, entropy.detach()
 
 
 def token_stats_with_entropy(policy: Policy, batch: Batch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same with differentiable entropies, for losses with an entropy bonus."""
+    """`token_stats` with differentiable entropies, for losses with an entropy bonus."""
     return _language(policy, batch, before_trained(policy, batch), temperature)
 
 
 def token_values(policy: Policy, batch: Batch, temperature: float = 1.0) -> tuple[torch.Tensor]:
-    """Values (B, T) of the states before the trained tokens, 0 elsewhere: entry t has seen the tokens before t."""
+    """Values (B, T) of the states before the trained tokens, 0 elsewhere: entry t depends on tokens before t."""
     return (_values(policy, batch, before_trained(policy, batch)),)
 
 
@@ -70,19 +70,19 @@ def actor_critic(policy: Policy, batch: Batch, temperature: float) -> tuple[torc
 
 
 def row_scores(policy: Policy, batch: Batch, temperature: float = 1.0) -> tuple[torch.Tensor]:
-    """Scores (B, heads) of whole rows, read by the scalar head at each row's last real token."""
+    """Scores (B, heads) of whole rows: the scalar head at each row's last real token."""
     last = batch.real.sum(1).cumsum(0) - 1
     return (_scalar(policy, hidden_at(policy, batch, last)),)
 
 
 def step_scores(policy: Policy, batch: Batch, temperature: float = 1.0) -> tuple[torch.Tensor]:
-    """Scores (B, T) read by the scalar head AT the masked tokens (the ends of steps), 0 elsewhere."""
+    """Scores (B, T) of the scalar head at the masked tokens themselves (step ends), 0 elsewhere."""
     hidden = hidden_at(policy, batch, trained_positions(batch))
     return (scatter(_scalar(policy, hidden)[:, 0], batch.mask),)
 
 
 def before_trained(policy: Policy, batch: Batch) -> torch.Tensor:
-    """Last hidden states (K, width) at the token before each trained one: what predicts it."""
+    """Last hidden states (K, width) that predict the trained tokens: at the token before each."""
     return hidden_at(policy, batch, trained_positions(batch) - 1)
 
 
@@ -105,26 +105,26 @@ def _scalar(policy: Policy, hidden: torch.Tensor) -> torch.Tensor:
 def project(
     policy: Policy, hidden: torch.Tensor, targets: torch.Tensor, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """hidden (K, width), targets (K,) → logp (K,), entropy (K,) without ever holding all (K, V) logits."""
+    """hidden (K, width), targets (K,) → logp (K,), entropy (K,), in chunks of the (K, V) logits."""
 
-    def chunk(part: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return select(policy.head(part), wanted, temperature)
+    def chunk(part: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return select(policy.head(part), labels, temperature)
 
     size = max(1, LOGITS_PER_CHUNK // policy.vocab)
     if type(policy.head) is nn.Linear and len(hidden):
         return log_probabilities(policy.head, hidden, targets, temperature, size)
-    if len(hidden) <= size:  # a wrapped or quantised output layer: autograd's own chain, chunk by chunk
+    if len(hidden) <= size:  # a wrapped or quantised output layer: plain autograd
         return chunk(hidden, targets)
     parts = [
-        checkpoint(chunk, part, wanted, use_reentrant=False)
-        for part, wanted in zip(hidden.split(size), targets.split(size), strict=True)
+        checkpoint(chunk, part, labels, use_reentrant=False)
+        for part, labels in zip(hidden.split(size), targets.split(size), strict=True)
     ]
     return torch.cat([logp for logp, _ in parts]), torch.cat([entropy for _, entropy in parts])  # type: ignore[misc]
 
 
 @torch.no_grad()
 def logprobs(policy: Policy, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
-    """(B, T) log-probabilities of the trained tokens under a policy, 0 elsewhere, without gradient."""
+    """Log-probabilities (B, T) of the trained tokens, 0 elsewhere, without gradient."""
     policy.model.eval()
     return token_stats(policy, batch, temperature)[0]
 
@@ -132,22 +132,22 @@ def logprobs(policy: Policy, batch: Batch, temperature: float = 1.0) -> torch.Te
 def sample_logprobs(
     policy: Policy, samples: Sequence[Sample], micro_batch_tokens: int, temperature: float = 1.0
 ) -> list[np.ndarray]:
-    """Per-token log-probabilities [L] float32 of each sample's trained tokens under a policy, in the order given."""
+    """Log-probabilities [L] float32 of each sample's trained tokens, in input order; 0 elsewhere."""
     return _per_token(policy, samples, micro_batch_tokens, lambda b: logprobs(policy, b, temperature))
 
 
 def sample_values(policy: Policy, samples: Sequence[Sample], micro_batch_tokens: int) -> list[np.ndarray]:
-    """Per-token values [L] float32 of the states before each trained token, in the order given."""
+    """Values [L] float32 of the states before each trained token, in input order."""
     return _per_token(policy, samples, micro_batch_tokens, lambda b: token_values(policy, b)[0])
 
 
 def sample_step_scores(policy: Policy, samples: Sequence[Sample], micro_batch_tokens: int) -> list[np.ndarray]:
-    """Scores [L] float32 at each masked token, 0 elsewhere, in the order given."""
+    """Scores [L] float32 at each masked token, 0 elsewhere, in input order."""
     return _per_token(policy, samples, micro_batch_tokens, lambda b: step_scores(policy, b)[0])
 
 
 def sample_scores(policy: Policy, samples: Sequence[Sample], micro_batch_tokens: int) -> np.ndarray:
-    """Scores (N, heads) float32 of whole rows at their last token, in the order given."""
+    """Scores (N, heads) float32 of whole rows at their last token, in input order."""
     return np.stack(_in_passes(policy, samples, micro_batch_tokens, lambda b: row_scores(policy, b)[0]))
 
 
@@ -168,7 +168,7 @@ def _in_passes(
 def _per_token(
     policy: Policy, samples: Sequence[Sample], micro_batch_tokens: int, of: Callable[[Batch], torch.Tensor]
 ) -> list[np.ndarray]:
-    """Rows [L] of `of`'s (B, T), in the very passes that an update on the samples makes; 0 for rows without any."""
+    """Rows [L] of `of`'s (B, T) output, with the same micro-batches as an update; 0 for rows without trained tokens."""
     out = [np.zeros(len(s.tokens), np.float32) for s in samples]
     trained = [i for i, s in enumerate(samples) if s.loss_mask.any()]
     rows = _in_passes(policy, [samples[i] for i in trained], micro_batch_tokens, of)

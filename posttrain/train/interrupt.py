@@ -1,4 +1,4 @@
-"""Stopping well: the first Ctrl-C or SIGTERM lets the step finish and be saved, the second ends at once."""
+"""Graceful shutdown: the first SIGINT or SIGTERM lets the step finish and save; the second stops immediately."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Interrupt:
-    """Within the block, `requested` turns to the signal's number on the first SIGINT or SIGTERM."""
+    """Context manager that sets `requested` to the signal number on the first SIGINT or SIGTERM."""
 
     def __init__(self) -> None:
         self.requested = 0
@@ -27,5 +27,5 @@ class Interrupt:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
-            raise KeyboardInterrupt  # what was not saved is recomputed exactly by `posttrain resume`
+            raise KeyboardInterrupt  # `posttrain resume` recomputes unsaved steps exactly
         self.requested = number

@@ -1,17 +1,17 @@
-"""What an algorithm starts from (`Setup`), what it hands back (`Job`), and the step protocol (`Loop`).
+"""The interface between algorithms and runs: `Setup` (inputs), `Job` (a prepared run) and `Loop` (the step protocol).
 
-An algorithm's `run` drives a `Loop`, which owns everything that is the same for all of them:
+An algorithm's `run` drives a `Loop`, which handles everything that all algorithms share:
 
-    saved = loop.restore(learner)                       # {} in a new run
-    for step in loop.steps(total, evaluate, every):     # evaluates before step 0; ends after the last, or on a signal
+    saved = loop.restore(learner)                       # {} for a new run
+    for step in loop.steps(total, evaluate, every):     # evaluates before step 0; stops early on a signal
         …sample…
-        loop.sampled(tokens)                            # where completions are sampled
+        loop.sampled(tokens)                            # only where completions are sampled
         …update…
         loop.end(learner, values, state={…})            # stores, evaluates, reports, checkpoints
     return loop.summary(learner)
 
-A step is stored in one transaction, a checkpoint appears by one rename, and everything random is a function of the
-seed and the step, so a run killed at any moment and resumed is bit-exact.
+Each step is stored in one transaction, each checkpoint is put in place by one rename, and all randomness is a function
+of seed and step, so a run that is killed at any time and resumed is bit-exact.
 """
 
 from __future__ import annotations
@@ -40,30 +40,30 @@ Summary = dict[str, Any]
 Tensors = Mapping[str, Mapping[str, torch.Tensor]]
 
 OnStep = Callable[[int, Metrics], None]
-"""Called after each step with its number and every metric and timing."""
+"""Called after each step with its number, metrics and timings."""
 Evaluate = Callable[[int], tuple[Metrics, Sequence[EpisodeRow]]]
-"""evaluate(step) → metrics `eval/…` of the weights after that step, and the episodes behind them."""
+"""evaluate(step) → metrics `eval/…` of the weights after that step, and the evaluation episodes."""
 Reward = Callable[..., Any]
 
 
 @dataclass(frozen=True)
 class Setup(Generic[R]):
-    """What every algorithm starts from: the resolved recipe, the model it names, and what was given from Python."""
+    """Inputs of every algorithm: the resolved recipe, its model, and tasks and reward passed from Python."""
 
     recipe: R
     policy: Policy
     chat: ChatFormat
-    folder: Path  # of the run; does not exist yet when the run is new
+    folder: Path  # of the run; does not exist yet for a new run
     given: list[Task] | None = None
     reward: Reward | None = None
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run that is ready to start: a hash of its data, notes for the user, and the call that trains.
+    """A run that is ready to start: hash of its data, notes for the user, and the training function.
 
-    `run` continues from the newest checkpoint if there is one. It returns the summary, or None when a signal stopped
-    it (then it is saved and resumable). `policy` is exported when it has finished.
+    `run` continues from the newest checkpoint, if any. It returns the summary, or None if a signal stopped it (the run
+    is then saved and resumable). `policy` is exported when the run has finished.
     """
 
     policy: Policy
@@ -74,7 +74,7 @@ class Job:
 
 @dataclass
 class Loop:
-    """The step protocol of one run: restore, clock, metrics, events, episodes, evaluation, checkpoint, stop."""
+    """The step protocol of one run: restore, timing, metrics, events, episodes, evaluation, checkpoints, shutdown."""
 
     store: Run
     cfg: RunConfig
@@ -89,10 +89,10 @@ class Loop:
     _rollout_tokens: int | None = None
 
     def restore(self, learner: Learner, check: Callable[[Mapping[str, Any]], None] | None = None) -> dict[str, Any]:
-        """Loads the newest checkpoint into the learner; the state that `end` was given, tensors beside it.
+        """Loads the newest checkpoint into the learner and returns the `state` and "tensors" passed to `end`.
 
-        The learner's own tensors are left out of "tensors". `check` sees the state first and may raise. Empty where the
-        run has no checkpoint.
+        "tensors" does not include the learner's. `check` gets the state first and may raise. Empty if the run has no
+        checkpoint.
         """
         saved = checkpoint.latest(self.store.folder)
         if saved is None:
@@ -105,9 +105,10 @@ class Loop:
         return {**state, "tensors": {name: group for name, group in tensors.items() if name not in ("model", "optim")}}
 
     def steps(self, total: int, evaluate: Evaluate, every: int = 0) -> Iterator[int]:
-        """The steps that are left, each as the number of those completed before it.
+        """Yields the remaining steps, numbered from 0.
 
-        `evaluate` is called before the first step, every `every` steps (0: not in between) and after the last.
+        `evaluate` is called before the first step, every `every` steps (0: only before and after the run) and after the
+        last.
         """
         self.total, self._every, self._evaluate = total, every, evaluate
         if self.step == 0:
@@ -120,7 +121,7 @@ class Loop:
             yield self.step
 
     def sampled(self, tokens: int, hidden: float | None = None) -> None:
-        """Marks the end of sampling and scoring: `tokens` sampled, `hidden` seconds of it before the step began."""
+        """Marks the end of sampling and scoring of `tokens` tokens; `hidden` seconds of it overlapped the previous step."""
         rollout = time.monotonic() - self._started + (hidden or 0.0)
         self._rollout = {"seconds_rollout": rollout, "rollout_tokens_per_second": tokens / rollout}
         self._rollout |= {} if hidden is None else {"seconds_hidden": hidden}
@@ -138,11 +139,11 @@ class Loop:
         state: Mapping[str, Any] | None = None,
         tensors: Tensors | None = None,
     ) -> None:
-        """Ends a step whose update has been applied: evaluates if it is time, stores, reports, checkpoints.
+        """Ends a step after its update: evaluates if due, stores the step, reports it and saves a checkpoint if due.
 
-        `episodes` are stamped with the number of the completed step. `tokens` are those of the rows, where nothing was
-        sampled. `hopeless` is a reason to stop, raised as TrainingDiverged once the step is stored. `state` (JSON) and
-        `tensors` are saved beside the learner's.
+        `episodes` have the number of the completed step. `tokens` counts the tokens of the training rows, for steps
+        without sampling. `hopeless` is a reason to stop, raised as TrainingDiverged once the step is stored. `state`
+        (JSON) and `tensors` are saved with the learner's.
         """
         self.step += 1
         failpoint("step:updated")
@@ -166,7 +167,7 @@ class Loop:
             failpoint("step:after-checkpoint")
 
     def summary(self, learner: Learner) -> Summary | None:
-        """Metrics before and after, and a hash of the weights; None where a signal stopped the run before its end."""
+        """Metrics before and after training and a hash of the weights; None if a signal stopped the run."""
         if self.step < self.total:
             return None
         digest = checkpoint.weights_digest(learner.weights())

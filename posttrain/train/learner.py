@@ -1,4 +1,4 @@
-"""The learner: what turns batches into updates of one policy. The protocol, and the factory every algorithm calls."""
+"""The learner protocol (forward, backward and optimizer steps of one policy) and its factory."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from posttrain.train.forward import Forward, token_stats
 from posttrain.types import Batch, Sample, Stat
 
 Loss = Callable[..., tuple[torch.Tensor, dict[str, Stat]]]
-"""loss(*forward(policy, batch, temperature), batch) → (scalar already weighted over the optimizer batch, stats).
+"""loss(*forward(policy, batch, temperature), batch) → (scalar weighted over the optimizer batch, stats).
 
-With the default `forward` that is loss(logp (B, T), entropy (B, T), batch).
+With the default `forward`: loss(logp (B, T), entropy (B, T), batch).
 """
 
 
@@ -28,43 +28,43 @@ class Learner(Protocol):
     steps: int  # updates applied so far
 
     def logprobs(self, samples: Sequence[Sample]) -> list[np.ndarray]:
-        """Per-token log-probabilities [L] float32 under the current weights, without gradient, in the order given."""
+        """Per-token log-probabilities [L] float32 under the current weights, without gradient, in input order."""
         ...
 
     def forward_backward(self, batches: Sequence[Batch], loss: Loss) -> list[dict[str, Stat]]:
-        """Adds the gradients of all micro-batches of an update, in their order; stats of each.
+        """Accumulates the gradients of an update's micro-batches, in order; returns the stats of each.
 
-        Raises TrainingDiverged on a loss that is not finite; nothing is applied.
+        Raises TrainingDiverged on a non-finite loss, before any update is applied.
         """
         ...
 
     def step(self, only: str = "") -> dict[str, Stat]:
-        """Applies the summed gradient once and clears it; returns its norm and the learning rate used.
+        """Takes one optimizer step and clears the gradient; returns its norm and the learning rate.
 
-        With `only`, parameters whose names do not start with it get no gradient.
+        With `only`, the gradient of parameters whose names do not start with it is zero.
         """
         ...
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The trained tensors by name (views, not copies)."""
+        """The trainable tensors by name (views, not copies)."""
         ...
 
     def state(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
-        """Everything `load` needs: tensors by file, and small values for JSON."""
+        """The state for `load`: tensors by file, and small JSON values."""
         ...
 
     def load(self, tensors: Mapping[str, Mapping[str, torch.Tensor]], state: Mapping[str, Any]) -> None:
-        """Restores what `state` returned, bit for bit."""
+        """Restores the state that `state` returned, bit-exact."""
         ...
 
 
 def make_learner(
     policy: Policy, cfg: TrainConfig, total_steps: int, temperature: float = 1.0, forward: Forward = token_stats
 ) -> Learner:
-    """The learner that `train.learner` names: a module of posttrain/train/learners with a function `make`.
+    """Makes the learner named by `train.learner`: a module of posttrain/train/learners with a function `make`.
 
-    `total_steps` are the updates the learning-rate schedule spans, `temperature` the one log-probabilities are taken
-    at, and `forward` gives the tensors that the loss reads (train/forward.py).
+    `total_steps` is the length of the learning-rate schedule in updates, `temperature` that of the log-probabilities,
+    and `forward` computes the inputs of the loss (train/forward.py).
     """
     module = import_module(f"posttrain.train.learners.{cfg.learner}")
     return module.make(policy, cfg, total_steps, temperature, forward)

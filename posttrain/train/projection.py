@@ -1,8 +1,7 @@
-"""From hidden states to log-probabilities and entropies without a (tokens, vocabulary) matrix of more than one chunk.
+"""Chunked output projection: log-probabilities and entropies without the full (tokens, vocabulary) logits.
 
-The gradient with respect to the logits is known in closed form, so autograd keeps none of the chain of operations: a
-chunk of logits becomes its own gradient in place. One chunk is kept for the backward pass; of several, each is computed
-again there.
+The gradient with respect to the logits has a closed form, so autograd stores no intermediate results: each chunk of
+logits is overwritten with its gradient. A single chunk is kept for the backward pass; several chunks are recomputed.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ def log_probabilities(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """hidden (K, width), targets (K,) → logp (K,) and entropy (K,) in fp32 under softmax(logits / temperature).
 
-    Logits of `rows` tokens exist at once. Both results are differentiable once, in hidden, weight and bias.
+    Computes the logits of `rows` tokens at a time. Both results are differentiable once, in hidden, weight and bias.
     """
-    made: Any = _LogProbabilities.apply(hidden, head.weight, head.bias, targets, temperature, rows)
-    return made
+    result: Any = _LogProbabilities.apply(hidden, head.weight, head.bias, targets, temperature, rows)
+    return result
 
 
 class _LogProbabilities(torch.autograd.Function):
@@ -41,7 +40,7 @@ class _LogProbabilities(torch.autograd.Function):
         parts: list[tuple[torch.Tensor, ...]] = []
         logits = hidden.new_empty(0)
         for part, wanted in zip(hidden.split(rows), targets.split(rows), strict=True):
-            logits = hidden.new_empty(0)  # the last chunk goes before the next one comes
+            logits = hidden.new_empty(0)  # frees the previous chunk before allocating the next
             logits = _logits(part, weight, bias)
             parts.append(_select(logits, wanted, temperature))
         logp, entropy, norm = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -74,7 +73,7 @@ class _LogProbabilities(torch.autograd.Function):
                 torch.mm(grad, weight, out=dhidden[at])
             if dweight is not None and dweight.dtype == grad.dtype:
                 dweight.addmm_(grad.t(), hidden[at])
-            elif dweight is not None:  # chunks in bf16 add up in fp32
+            elif dweight is not None:  # bf16 chunks are accumulated in fp32
                 dweight += grad.t() @ hidden[at]
             del grad, logits
         dweight = None if dweight is None else dweight.to(weight.dtype)
@@ -106,7 +105,7 @@ def _to_gradient(
     dlogp: torch.Tensor,
     dentropy: torch.Tensor | None,
 ) -> None:
-    """Overwrites logits (K, V) with the loss's gradient with respect to them; `kept` are entropy and norm (K,).
+    """Overwrites logits (K, V) with the gradient of the loss; `kept` are entropy and norm (K,).
 
     With p = softmax(logits / T): d logp_target / d logits = (onehot − p) / T, and
     d entropy / d logits = −p · (log p + entropy) / T.

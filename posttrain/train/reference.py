@@ -1,4 +1,4 @@
-"""The starting model, frozen: what a KL penalty on fresh answers measures the distance to."""
+"""The frozen reference model for KL penalties on sampled completions."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from posttrain.train.forward import sample_logprobs
 from posttrain.types import Sample
 
 PerRow = Callable[[Sequence[Sample]], list[np.ndarray]]
-"""A pass without gradient: rows → one number per token [L] for each, in their order."""
+"""A no-grad pass: rows → per-token values [L] of each row, in input order."""
 
 
 def frozen_reference(cfg: ModelConfig, policy: Policy, micro_batch_tokens: int, temperature: float) -> PerRow:
-    """Log-probabilities under the model that `cfg` names: the policy with its adapters off, or a frozen copy."""
+    """Log-probabilities under the starting model: the policy with LoRA adapters disabled, or a frozen copy."""
     if cfg.lora_rank:
 
         def adapters_off(samples: Sequence[Sample]) -> list[np.ndarray]:

@@ -1,11 +1,11 @@
-"""Log-probabilities under a frozen reference, computed once and kept on disk by the content they are a function of.
+"""On-disk cache for reference log-probabilities, keyed by content.
 
-The name of a kept file is a hash over everything that decides its bits: the reference's weights and configuration, the
-rows and their masks, temperature, dtype, the size of a pass, and what computes (torch, CPU, threads). So a value that
-is read is the value this machine would compute again, and a run resumes to the same bits with or without the file.
+The file name is a hash over everything the values depend on: the reference's weights and configuration, the rows and
+their masks, temperature, dtype, micro-batch size, torch version, CPU and threads. A cached value is therefore exactly
+the one this machine would compute, and resuming is bit-exact with or without the file.
 
-The reference is the policy as it is when `reference_logprobs` is called, adapters off. Call it before any checkpoint is
-loaded or any step taken; after that, the arrays are data and do not follow the policy.
+The reference is the policy with adapters disabled at the time `reference_logprobs` is called. Call it before loading a
+checkpoint or taking a step.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from posttrain.types import Sample
 def reference_logprobs(
     policy: Policy, samples: Sequence[Sample], micro_batch_tokens: int, temperature: float = 1.0
 ) -> tuple[list[np.ndarray], list[str]]:
-    """Per-token log-probabilities [L] float32 of each sample's trained tokens under the model as it is now, and notes.
+    """Log-probabilities [L] float32 of each sample's trained tokens under the current weights, and notes for the user.
 
-    They are read from the cache where it holds them whole. A damaged or foreign file is computed anew and replaced,
-    with a note that says so; a cache that cannot be written is only noted.
+    Uses the cache if it has a valid file. A damaged or mismatched file is recomputed and replaced, with a note; failure
+    to write the cache only adds a note.
     """
     path = cache.folder("reference") / f"{content_key(policy, samples, micro_batch_tokens, temperature)}.safetensors"
     count = sum(int(sample.loss_mask.sum()) for sample in samples)
@@ -46,7 +46,7 @@ def reference_logprobs(
         kept = read_kept(path, count)
     except ValueError as error:
         kept = None
-        notes.append(f"kept reference log-probabilities were computed again: {path.name} {error}.")
+        notes.append(f"cached reference log-probabilities were recomputed: {path.name} {error}.")
     if kept is None:
         with lora.disabled(policy.model) if isinstance(policy.model, PeftModel) else nullcontext():
             rows = sample_logprobs(policy, samples, micro_batch_tokens, temperature)
@@ -54,13 +54,15 @@ def reference_logprobs(
         try:
             keep(path, kept.astype(np.float32))
         except OSError as error:
-            notes.append(f"reference log-probabilities could not be kept in {path.parent}: {error.strerror or error}.")
+            notes.append(
+                f"reference log-probabilities could not be cached in {path.parent}: {error.strerror or error}."
+            )
     ends = np.cumsum([int(sample.loss_mask.sum()) for sample in samples])
     return [_placed(s, part) for s, part in zip(samples, np.split(kept, ends[:-1]), strict=True)], notes
 
 
 def content_key(policy: Policy, samples: Sequence[Sample], micro_batch_tokens: int, temperature: float) -> str:
-    """sha256 over all that decides the values: reference model, rows, masks, temperature, dtype and what computes."""
+    """SHA-256 over everything the values depend on: reference model, rows, masks, temperature, dtype, hardware."""
     inner = lora.unwrap(policy.model)
     weights = {name: p.detach() for name, p in inner.named_parameters() if "lora_" not in name}
     shape = {name: value for name, value in policy.config.to_dict().items() if name != "_name_or_path"}
@@ -81,25 +83,25 @@ def content_key(policy: Policy, samples: Sequence[Sample], micro_batch_tokens: i
 
 
 def read_kept(path: Path, count: int) -> np.ndarray | None:
-    """The `count` values that `keep` wrote at `path`, or None without a file. Raises ValueError for anything else."""
+    """Reads the `count` values written by `keep`; None if there is no file. Raises ValueError for any other file."""
     if not path.exists():
         return None
     try:
         with safe_open(path, "np") as file:
             about, values = file.metadata() or {}, file.get_tensor("logp")
-    except Exception as error:  # a damaged header can fail in any way, and what was kept can be computed again
+    except Exception as error:  # a damaged header can raise anything; values are recomputed
         raise ValueError(f"cannot be read ({error})") from None
     if about.get("key") != path.stem:
         raise ValueError("belongs to other rows or another model")
     if values.shape != (count,) or values.dtype != np.float32:
         raise ValueError(f"holds {values.dtype} {values.shape}, expected float32 ({count},)")
     if about.get("sha256") != hashlib.sha256(values.tobytes()).hexdigest():
-        raise ValueError("is damaged: its checksum does not fit")
+        raise ValueError("is damaged: its checksum does not match")
     return values
 
 
 def keep(path: Path, values: np.ndarray) -> None:
-    """Writes values [n] float32 whole or not at all, with what `read_kept` checks."""
+    """Atomically writes values [n] float32 with the metadata that `read_kept` checks."""
     path.parent.mkdir(parents=True, exist_ok=True)
     about = {"key": path.stem, "sha256": hashlib.sha256(values.tobytes()).hexdigest()}
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")

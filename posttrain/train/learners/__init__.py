@@ -1,1 +1,1 @@
-"""Learners: one file each, with `make(…) -> Learner`; `train.learner` names the file."""
+"""Learner implementations: one module each, with `make(…) -> Learner`; `train.learner` names the module."""

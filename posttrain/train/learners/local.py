@@ -1,4 +1,4 @@
-"""The learner in this process: summed gradients, AdamW on float32 masters, one update per `step`."""
+"""In-process learner: gradient accumulation and AdamW with float32 master weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from posttrain.types import Batch, ResumeError, Sample, Stat, TrainingDiverged
 
 
 class LocalLearner:
-    """Owns the optimizer of one policy. Weights in bf16 get an fp32 master copy that the optimizer updates."""
+    """Owns the optimizer of one policy. bf16 weights have an fp32 master copy that the optimizer updates."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class LocalLearner:
         self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(cfg.beta1, cfg.beta2), fused=True)
 
     def logprobs(self, samples: Sequence[Sample]) -> list[np.ndarray]:
-        """See `Learner.logprobs`: in passes of at most `train.micro_batch_tokens`."""
+        """See `Learner.logprobs`; micro-batches hold at most `train.micro_batch_tokens` tokens."""
         return sample_logprobs(self.policy, samples, self.cfg.micro_batch_tokens, self.temperature)
 
     def forward_backward(self, batches: Sequence[Batch], loss: Loss) -> list[dict[str, Stat]]:
@@ -51,7 +51,7 @@ class LocalLearner:
         return [self._pass(batch, loss) for batch in batches]
 
     def _pass(self, batch: Batch, loss: Loss) -> dict[str, Stat]:
-        """Adds one pass's gradient. Raises TrainingDiverged on a loss that is not finite; nothing is applied."""
+        """Accumulates the gradient of one micro-batch. Raises TrainingDiverged on a non-finite loss."""
         self.policy.model.train()
         outputs = self.forward(self.policy, batch, self.temperature)
         value, stats = loss(*outputs, batch)
@@ -73,13 +73,13 @@ class LocalLearner:
         return {"loss": Stat(value.item(), 1, "sum"), **stats}
 
     def step(self, only: str = "") -> dict[str, Stat]:
-        """Applies the summed gradient once and clears it; returns its norm and the learning rate used."""
+        """Takes one optimizer step and clears the gradient; returns its norm and the learning rate."""
         for name, master in self.master.items():
             if not name.startswith(only) and master.grad is not None:
                 master.grad.zero_()
         masters = list(self.master.values())
         for master in masters:
-            if master.grad is None:  # no pass reached it: momentum and decay still move it
+            if master.grad is None:  # no micro-batch used it; momentum and decay still apply
                 master.grad = torch.zeros_like(master)
         norm = torch.nn.utils.get_total_norm([m.grad for m in masters if m.grad is not None])
         if not torch.isfinite(norm):
@@ -93,14 +93,14 @@ class LocalLearner:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
-        torch.autograd.graph.increment_version(masters)  # fused AdamW does not say that it wrote
+        torch.autograd.graph.increment_version(masters)  # fused AdamW does not bump tensor versions
         self._publish()
-        self.optimizer.zero_grad(set_to_none=True)  # no gradient is kept while answers are sampled
+        self.optimizer.zero_grad(set_to_none=True)  # frees memory while sampling
         self.steps += 1
         return {"grad_norm": Stat(norm.item()), "lr": Stat(rate)}
 
     def learning_rate(self, step: int) -> float:
-        """The rate of update `step` (from 0): linear warm-up, then constant, linear or cosine to 0."""
+        """Learning rate of update `step` (from 0): linear warm-up, then constant, or linear or cosine decay to 0."""
         cfg = self.cfg
         if step < cfg.warmup_steps:
             return cfg.lr * (step + 1) / cfg.warmup_steps
@@ -112,11 +112,11 @@ class LocalLearner:
         return cfg.lr
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The trained tensors by name (views, not copies)."""
+        """The trainable tensors by name (views, not copies)."""
         return {name: parameter.detach() for name, parameter in self.parameters.items()}
 
     def state(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
-        """Everything `load` needs: tensors by file, and small values for JSON."""
+        """The state for `load`: tensors by file, and small JSON values."""
         optim: dict[str, torch.Tensor] = {}
         for name, master in self.master.items():
             for key, value in self.optimizer.state.get(master, {}).items():
@@ -125,7 +125,7 @@ class LocalLearner:
         return {"model": model, "optim": optim}, {"steps": self.steps}
 
     def load(self, tensors: Mapping[str, Mapping[str, torch.Tensor]], state: Mapping[str, Any]) -> None:
-        """Restores what `state` gave, bit for bit."""
+        """Restores the state that `state` returned, bit-exact."""
         if tensors["model"].keys() != self.master.keys():
             odd = sorted(tensors["model"].keys() ^ self.master.keys())
             raise ResumeError(f"the checkpoint does not fit the model: {len(odd)} names differ, first {odd[0]!r}.")
@@ -143,7 +143,7 @@ class LocalLearner:
         self._publish()
 
     def _publish(self) -> None:
-        """Copies fp32 masters into weights of lower precision."""
+        """Copies fp32 master weights into the lower-precision weights."""
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 if self.master[name] is not parameter:
@@ -151,5 +151,5 @@ class LocalLearner:
 
 
 def make(policy: Policy, cfg: TrainConfig, total_steps: int, temperature: float, forward: Forward) -> LocalLearner:
-    """The learner of `train.learner = "local"`."""
+    """Makes the learner for `train.learner = "local"`."""
     return LocalLearner(policy, cfg, total_steps, temperature, forward)
