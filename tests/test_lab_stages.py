@@ -21,7 +21,7 @@ from posttrain.evaluation.intervals import Estimate, difference, wilson
 from posttrain.lab.chat import unfold
 from posttrain.lab.checkpoints import FOLDER
 from posttrain.lab.explore import stages
-from posttrain.lab.folders import Place
+from posttrain.lab.folders import CardValue, Place
 from posttrain.pipelines.recipe import read_pipeline
 from posttrain.types import ConfigError
 from tests.lab_server import HOSTILE, Opened, accessibility, opened, too_wide
@@ -43,7 +43,7 @@ data.tasks = "{shown}*2"
 """
 
 
-def figure(value: float, n: int = 100) -> dict[str, float]:
+def figure(value: float, n: int = 100) -> CardValue:
     return {"value": value, "low": max(0.0, value - 0.05), "high": min(1.0, value + 0.05), "n": n}
 
 
@@ -128,9 +128,10 @@ def test_a_record_holds_what_the_pipeline_kept_with_each_prompt_once(tmp_path: P
 def test_the_models_of_a_pipeline_are_named_where_they_are_there(tmp_path: Path) -> None:
     folder = write_pipeline(tmp_path)
     found = stages.with_models(Place(tmp_path), "own")["stages"]
-    assert [stage["model"] for stage in found] == ["abacus", None, "own~sft-1"]
+    assert [stage.get("model") for stage in found] == ["abacus", None, "own~sft-1"]
     shutil.rmtree(folder / "sft-1" / "model")
-    assert [stage["model"] for stage in stages.with_models(Place(tmp_path), "own")["stages"]] == ["abacus", None, None]
+    found = stages.with_models(Place(tmp_path), "own")["stages"]
+    assert [stage.get("model") for stage in found] == ["abacus", None, None]
 
 
 def test_a_folder_that_is_no_finished_run_of_a_shipped_recipe_is_not_recorded(tmp_path: Path) -> None:

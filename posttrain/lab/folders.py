@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import NotRequired, TypedDict, cast
 
 from posttrain import config
 from posttrain.config import Facts
@@ -53,8 +53,17 @@ class RunLine(TypedDict):
     steps: NotRequired[int | None]
 
 
-Card = dict[str, dict[str, float]]
-"""Metric → its value, low, high and n."""
+class CardValue(TypedDict):
+    """A metric of an evaluation card: its mean over n tasks with its interval."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+Card = dict[str, CardValue]
+"""Metric → its value."""
 
 
 class StagePage(TypedDict):
@@ -234,7 +243,7 @@ def _card(card: JsonView | None) -> Card | None:
     """The metrics of a card; its other fields describe how it was made."""
     if not card:
         return None
-    return {name: figure for name, figure in card.items() if isinstance(figure, dict) and "value" in figure}
+    return {name: cast(CardValue, one) for name, one in card.items() if isinstance(one, dict) and "value" in one}
 
 
 def _figures(cards: list[Card]) -> list[CardFigure]:

@@ -19,7 +19,7 @@ from posttrain.lab.folders import Place
 from posttrain.lab.routing import get
 from posttrain.models.shapes import SHAPES, ModelShape
 from posttrain.planner.memory import Memory, Rows, Where, plan_memory, reference_bytes, samples
-from posttrain.types import ConfigError
+from posttrain.types import ConfigError, Json
 
 SIZES = {
     "1b": ("llama-3.2-1b", "Llama 3.2 1B"),
@@ -54,7 +54,7 @@ class Kind:
 
     title: str
     algorithm: str
-    settings: Mapping[str, Mapping[str, Any]]
+    settings: Mapping[str, Mapping[str, object]]
     roles: tuple[str, ...]
     data: str
     about: str
@@ -106,7 +106,7 @@ class Asked:
         choices: dict[str, tuple[Any, ...]] = {
             "size": tuple(SIZES), "dtype": ("bfloat16", "float32"), "devices": DEVICES, "length": LENGTHS,
         }  # fmt: skip
-        found: dict[str, Any] = {}
+        found: Json = {}
         for field in fields(cls):
             options = {str(choice).lower(): choice for choice in choices.get(field.name, (True, False))}
             given = query.get(field.name, str(field.default).lower())
@@ -120,7 +120,7 @@ class Asked:
 def recipe_of(name: str, size: str, dtype: str, lora: bool, length: int, recompute: bool) -> Any:
     """The resolved recipe of an algorithm, with one row or pair computed at a time."""
     kind = KINDS[name]
-    settings: dict[str, Any] = {section: dict(values) for section, values in kind.settings.items()}
+    settings: dict[str, dict[str, object]] = {section: dict(values) for section, values in kind.settings.items()}
     settings["model"] = {"dtype": dtype, "lora_rank": RANK if lora else 0, "gradient_checkpointing": recompute}
     settings["train"] = {"micro_batch_tokens": 2 * length}
     if "reward model" in kind.roles[1:]:
@@ -172,9 +172,9 @@ def copies(name: str, asked: Asked, parts: Mapping[str, int]) -> dict[str, str]:
     return found
 
 
-def compute(asked: Asked) -> dict[str, Any]:
+def compute(asked: Asked) -> Json:
     """All data of the page, for JSON."""
-    rows: list[dict[str, Any]] = []
+    rows: list[Json] = []
     for name, kind in KINDS.items():
         parts = parts_of(name, asked, asked.devices)
         total = sum(parts.values())
@@ -200,5 +200,5 @@ def routes(place: Place) -> list[BaseRoute]:
     return [get("/api/explore/algorithms", _read)]
 
 
-def _read(request: Request) -> dict[str, Any]:
+def _read(request: Request) -> Json:
     return compute(Asked.of(request.query_params))

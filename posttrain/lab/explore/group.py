@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -39,6 +39,44 @@ COMPARE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "maxrl": max_rl,
 }
 """Variant → function from rewards (1, G) to advantages (1, G)."""
+
+
+class AnswerPage(TypedDict):
+    """An answer for the page: its thought and final text, its reward, and the verifier's reason."""
+
+    thought: str
+    said: str
+    reward: float
+    passed: bool
+    why: str
+    length: int
+    cut: bool
+    tokens: list[str]
+
+
+class GroupPage(TypedDict):
+    """A group for the page."""
+
+    question: str
+    wanted: Any
+    right: int
+    answers: list[AnswerPage]
+
+
+class Comparison(TypedDict):
+    """The advantages of a group's rewards, step by step: an answer's is (reward − baseline) / divisor.
+
+    `others` are the watched answer's advantages with the same reward if all other rewards were 0, and if all were 1.
+    """
+
+    flat: bool
+    mean: float
+    std: float
+    divisor: float
+    baselines: list[float]
+    differences: list[float]
+    advantages: list[float]
+    others: list[float]
 
 
 @dataclass(frozen=True)
@@ -106,8 +144,8 @@ def write(
     return Group(task, prompt, tuple(answers))
 
 
-def describe(group: Group) -> dict[str, Any]:
-    """A group for the page: each answer's thought and final text, its reward, and the verifier's reason."""
+def describe(group: Group) -> GroupPage:
+    """A group for the page."""
     return {
         "question": group.task.prompt,
         "wanted": group.task.answer,
@@ -116,7 +154,7 @@ def describe(group: Group) -> dict[str, Any]:
     }
 
 
-def _describe(answer: Answer) -> dict[str, Any]:
+def _describe(answer: Answer) -> AnswerPage:
     thought, closed, said = answer.text.rpartition(CLOSE)
     verdict, completion = answer.verdict, answer.completion
     return {
@@ -131,12 +169,8 @@ def _describe(answer: Answer) -> dict[str, Any]:
     }
 
 
-def compare(rewards: Sequence[float], how: str, watched: int) -> dict[str, Any]:
-    """The advantages of one group's rewards, step by step, and those of the watched answer in other groups.
-
-    An answer's advantage is (reward − `baseline`) / `divisor`. `others` are the watched answer's advantages with the
-    same reward if all other rewards were 0, and if all were 1.
-    """
+def compare(rewards: Sequence[float], how: str, watched: int) -> Comparison:
+    """The advantages of one group's rewards, and those of the watched answer in other groups."""
     row = torch.tensor([rewards], dtype=torch.float64)
     advantages = COMPARE[how](row)
     difference = leave_one_out(row) if how == "rloo" else group_relative(row, "none")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Any
 
 from starlette.requests import Request
 from starlette.routing import BaseRoute
@@ -16,7 +15,7 @@ from starlette.routing import BaseRoute
 from posttrain.lab.explore.problems import listed, task_of
 from posttrain.lab.folders import Place
 from posttrain.lab.routing import get
-from posttrain.types import ConfigError
+from posttrain.types import ConfigError, Json
 
 SIZES = (4, 8, 16, 32)
 VARIANTS = ("grpo", "dr-grpo", "rloo", "maxrl")
@@ -34,7 +33,7 @@ def routes(place: Place) -> list[BaseRoute]:
     ]
 
 
-def read_group(place: Place, request: Request) -> dict[str, Any]:
+def read_group(place: Place, request: Request) -> Json:
     """A sampled group, with the request's parameters."""
     from posttrain.lab.explore.group import describe, open_writer
 
@@ -42,7 +41,7 @@ def read_group(place: Place, request: Request) -> dict[str, Any]:
     return {**describe(open_writer(place).group(problem, seed, size)), "problem": problem, "seed": seed, "size": size}
 
 
-def read_advantages(request: Request) -> dict[str, Any]:
+def read_advantages(request: Request) -> Json:
     """The advantages of the given rewards."""
     from posttrain.lab.explore.group import compare
 
@@ -51,7 +50,7 @@ def read_advantages(request: Request) -> dict[str, Any]:
     return {"rewards": rewards, **compare(rewards, _variant(request), watched)}
 
 
-def read_update(place: Place, request: Request) -> dict[str, Any]:
+def read_update(place: Place, request: Request) -> Json:
     """The effect of updates on a group with the given rewards."""
     problem, seed, size = _asked(request)
     rewards = _rewards(request)
@@ -65,7 +64,7 @@ def read_update(place: Place, request: Request) -> dict[str, Any]:
 @lru_cache(maxsize=64)
 def _update(
     place: Place, problem: str, seed: int, rewards: tuple[float, ...], how: str, lr: float, updates: int, clip: float
-) -> dict[str, Any]:
+) -> Json:
     from posttrain.lab.explore.group import open_writer
     from posttrain.lab.explore.update import AGAIN, update
 

@@ -21,7 +21,7 @@ from starlette.routing import BaseRoute, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from posttrain.lab.folders import Place
-from posttrain.types import ConfigError
+from posttrain.types import ConfigError, JsonView
 
 SPEEDS = {"slow": 0.25, "steady": 0.04, "fast": 0.0}
 """Seconds between steps."""
@@ -123,7 +123,7 @@ def _prepared(seed: int) -> tuple[ModuleType, Any]:
     return pair, pair.prepare(seed)
 
 
-async def _say(socket: WebSocket, news: dict[str, Any]) -> None:
+async def _say(socket: WebSocket, news: JsonView) -> None:
     await socket.send_text(json.dumps(news, allow_nan=False))
 
 

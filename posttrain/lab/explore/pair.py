@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+from typing import TypedDict
 
 import torch
 
 from posttrain.lab.explore import goodhart
 from posttrain.lab.explore.goodhart import WORDS, Optimisation, Step, World
+from posttrain.types import Json
 
 SAMPLES = 4  # answers shown per step
 LAST = 10  # final steps that are averaged
@@ -21,7 +22,37 @@ def prepare(seed: int) -> World:
         return goodhart.make_world(seed)
 
 
-def about(world: World) -> dict[str, Any]:
+class ShownAnswer(TypedDict):
+    """An answer with its score, its true reward and the parts of that which are not 0."""
+
+    text: str
+    proxy: float
+    true: float
+    parts: dict[str, float]
+
+
+class StepNumbers(TypedDict):
+    """Means over a step's answers; `words` has each word's occurrences per answer."""
+
+    proxy: float
+    true: float
+    kl: float
+    agreement: float | None
+    words: list[float]
+    samples: list[ShownAnswer]
+
+
+class Exploited(TypedDict):
+    """A word's mean occurrences per answer at the start and now, its weight, and the score gained."""
+
+    word: str
+    before: float
+    now: float
+    weight: float
+    gained: float
+
+
+def about(world: World) -> Json:
     """Data that is fixed for a run: the question, the rule, the reward model and its initial accuracy."""
     rule = [
         [f"for each of the facts {', '.join(goodhart.FACTS)}", goodhart.FACT],
@@ -44,10 +75,10 @@ def about(world: World) -> dict[str, Any]:
     }
 
 
-def told(step: Step) -> dict[str, Any]:
+def told(step: Step) -> StepNumbers:
     """The numbers of one step, and its first answers with the parts of their true rewards."""
     parts = goodhart.points(step.answers)
-    samples = [
+    samples: list[ShownAnswer] = [
         {
             "text": goodhart.written(step.answers[i]),
             "proxy": round(float(step.proxy[i]), 3),
@@ -66,9 +97,8 @@ def told(step: Step) -> dict[str, Any]:
     }
 
 
-def exploited(start: dict[str, Any], now: dict[str, Any], weights: torch.Tensor) -> dict[str, Any]:
-    """The word whose changed use has raised the reward model's score most since the start: its mean occurrences per
-    answer then and now, its weight, and the score gained."""
+def exploited(start: StepNumbers, now: StepNumbers, weights: torch.Tensor) -> Exploited:
+    """The word whose changed use has raised the reward model's score most since the start."""
     more = torch.tensor(now["words"]) - torch.tensor(start["words"])
     gained = more * weights
     best = int(gained.argmax())
@@ -87,13 +117,13 @@ class Pair:
     def __init__(self, world: World, beta: float, seed: int) -> None:
         self.world = world
         self._runs = {"off": Optimisation(world, 0.0, seed), "on": Optimisation(world, beta, seed)}
-        self._first: dict[str, dict[str, Any]] = {}
+        self._first: dict[str, StepNumbers] = {}
         self._best: dict[str, list[float]] = {}
         self._count = 0
 
-    def step(self) -> dict[str, Any]:
+    def step(self) -> Json:
         """The next step of both runs; `best` is [step, value] of the highest true reward so far."""
-        news: dict[str, Any] = {"kind": "step", "step": self._count}
+        news: Json = {"kind": "step", "step": self._count}
         for name, run in self._runs.items():
             now = told(run.step())
             first = self._first.setdefault(name, now)
@@ -105,7 +135,7 @@ class Pair:
         return news
 
 
-def ending(world: World, beta: float, seed: int, steps: int, stop: threading.Event) -> dict[str, Any]:
+def ending(world: World, beta: float, seed: int, steps: int, stop: threading.Event) -> Json:
     """Final numbers of a run of `steps` updates: means over its last LAST steps. Ends early once `stop` is set."""
     run = Optimisation(world, beta, seed)
     last: list[Step] = []

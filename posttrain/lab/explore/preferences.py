@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 from starlette.requests import Request
@@ -18,7 +18,7 @@ from posttrain.evaluation.intervals import Z95, Estimate, wilson
 from posttrain.lab.explore.people import FEATURES, PEOPLE, lengths, order, pairs, prefers, says, unseen
 from posttrain.lab.folders import Place
 from posttrain.lab.routing import get
-from posttrain.types import ConfigError
+from posttrain.types import ConfigError, Json
 
 AT_ONCE = 30
 """Labels that a simulated person gives at a time."""
@@ -35,7 +35,7 @@ def routes(place: Place) -> list[BaseRoute]:
     ]
 
 
-def to_label(seed: int) -> list[dict[str, Any]]:
+def to_label(seed: int) -> list[dict[str, str]]:
     """The pairs in labelling order. Also imports torch, so that the first key press is fast."""
     from posttrain.lab.explore import reward_model
 
@@ -50,7 +50,7 @@ def say(seed: int, labels: str, who: str) -> str:
     return labels + "".join(str(says(who, seed, number)) for number in rest)
 
 
-def learned(seed: int, labels: str, who: str = "") -> dict[str, Any]:
+def learned(seed: int, labels: str, who: str = "") -> Json:
     """What the model learned from the labels, and how well it predicts them and a simulated person.
 
     `before` is how often the model, trained on the earlier labels, predicted each label. `held_out` is the agreement
@@ -125,7 +125,7 @@ def correlation(one: np.ndarray, other: np.ndarray) -> dict[str, float] | None:
     return {"value": r, "low": math.tanh(centre - half), "high": math.tanh(centre + half), "n": len(one)}
 
 
-def _shown(number: int, score: Sequence[float], who: str) -> dict[str, Any]:
+def _shown(number: int, score: Sequence[float], who: str) -> Json:
     pair = pairs()[number]
     gap = max(-700.0, min(700.0, float(score[0] - score[1])))
     return {
@@ -142,8 +142,16 @@ def _share(estimate: Estimate) -> dict[str, float | int | None]:
     return {"value": value, "low": estimate.low, "high": estimate.high, "n": estimate.n}
 
 
-def _asked(request: Request) -> dict[str, Any]:
-    """Parses seed, labels and who from the URL. Raises ConfigError for invalid values."""
+class Asked(TypedDict):
+    """The parameters in the URL."""
+
+    seed: int
+    labels: str
+    who: str
+
+
+def _asked(request: Request) -> Asked:
+    """Parses the URL. Raises ConfigError for invalid values."""
     given = request.query_params
     seed, labels, who = given.get("seed", "0"), given.get("labels", ""), given.get("who", "")
     if not (seed.isascii() and seed.isdigit() and len(seed) < 10):

@@ -9,22 +9,22 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from starlette.requests import Request
 from starlette.routing import BaseRoute
 
 from posttrain.evaluation.intervals import Estimate, difference
 from posttrain.evaluation.labels import LABELS
-from posttrain.lab.cards import read_answers
+from posttrain.lab.cards import CardAnswer, read_answers
 from posttrain.lab.chat import unfold
 from posttrain.lab.checkpoints import SHIPPED, models
-from posttrain.lab.folders import SEPARATOR, Place, read_pipeline
+from posttrain.lab.folders import SEPARATOR, Card, Place, read_pipeline
 from posttrain.lab.routing import get, named
 from posttrain.store.pipeline import RECORD, damaged, read_record
-from posttrain.types import ResumeError
+from posttrain.types import Json, JsonView, ResumeError
 
 RECORDED = Path(__file__).parents[1] / "recorded"
 MAIN = ("helpfulness", "safety", "reasoning")
@@ -34,19 +34,80 @@ COUNTED = ("eval/pair_accuracy", "eval/step_accuracy")
 _REFERENCE = re.compile(r"\{([a-z0-9-]+)\}")
 
 
+Origin = TypedDict("Origin", {"from": str | None, "uses": list[str]})
+"""The stage whose model a stage starts from, and the others it uses."""
+
+
+class StageRecord(Origin):
+    """A stage; `counted` has a data stage's counts or a scoring model's evaluation, `model` its name in the chat."""
+
+    name: str
+    run: str
+    seconds: float | None
+    card: Card | None
+    counted: Json
+    model: NotRequired[str | None]
+
+
+class Asked(TypedDict):
+    """A prompt and the stages' answers to it."""
+
+    capability: str
+    prompt: str
+    answers: dict[str, CardAnswer]
+
+
+class Record(TypedDict):
+    """A pipeline: its stages with their cards, and every model's answers to the same prompts."""
+
+    pipeline: str
+    about: str
+    finished: bool
+    stages: list[StageRecord]
+    prompts: list[Asked]
+
+
+class Recorded(Record):
+    """The record of a bundled pipeline, with the hash of its recipe and the version of the package that ran it."""
+
+    recipe_sha256: str
+    posttrain: str
+
+
+class Described(TypedDict):
+    """A metric's label, whether it is a share, and whether `high` or `low` is better, or neither ("")."""
+
+    label: str
+    share: bool
+    better: str
+
+
+class Change(TypedDict):
+    """The change of a metric, with its interval; `verdict` is `gain`, `cost`, or `unclear` if that contains 0."""
+
+    name: str
+    label: str
+    before: float
+    after: float
+    by: float
+    low: float
+    high: float
+    verdict: str
+
+
 def routes(place: Place) -> list[BaseRoute]:
     """The routes for the list of pipelines and for each pipeline."""
 
-    def listed(request: Request) -> dict[str, Any]:
+    def listed(request: Request) -> Json:
         return {"recorded": [_titled(name, record) for name, record in recorded().items()], "here": _finished(place)}
 
-    def shipped(request: Request) -> dict[str, Any]:
+    def shipped(request: Request) -> Json:
         name = named(request, "pipeline")
         if name not in (found := recorded()):
             raise ResumeError(f"no pipeline named {name!r} is recorded; choose one of {', '.join(found)}.")
         return explained(found[name])
 
-    def own(request: Request) -> dict[str, Any]:
+    def own(request: Request) -> Json:
         name = named(request, "pipeline")
         folder = place.pipeline(name)
         try:
@@ -61,22 +122,19 @@ def routes(place: Place) -> list[BaseRoute]:
     ]
 
 
-def recorded() -> dict[str, dict[str, Any]]:
+def recorded() -> dict[str, Recorded]:
     """Name → record of every bundled pipeline, `rlhf` first."""
     files = sorted(RECORDED.glob("*.json"), key=lambda file: (file.stem != "rlhf", file.stem))
     return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
 
 
-def record(place: Place, name: str) -> dict[str, Any]:
-    """A pipeline's record: its stages with their cards, and every model's answers to the same prompts.
-
-    Raises ResumeError if the pipeline is damaged.
-    """
+def record(place: Place, name: str) -> Record:
+    """A pipeline's record. Raises ResumeError if the pipeline is damaged."""
     folder = place.pipeline(name)
     read, kept = read_pipeline(place, name), read_record(folder)
     origin, counted = origins(_recipe(kept)), _counted(kept["stages"])
     answers = read_answers(folder)
-    stages = [
+    stages: list[StageRecord] = [
         {
             "name": stage["name"],
             "run": stage["run"],
@@ -87,17 +145,22 @@ def record(place: Place, name: str) -> dict[str, Any]:
         }
         for stage in read["stages"]
     ]
-    asked: dict[str, dict[str, Any]] = {}
+    asked: dict[str, Asked] = {}
     for row in answers["prompts"]:  # two capabilities may share a prompt, which is shown once
-        said = dict(zip(answers["stages"], row["answers"], strict=True))
-        question = {"capability": row["capability"], "prompt": row["prompt"]}
-        asked.setdefault(row["prompt"], {**question, "answers": {stage: one for stage, one in said.items() if one}})
-    about = {"pipeline": read["pipeline"], "about": read["about"], "finished": read["finished"]}
-    return {**about, "stages": stages, "prompts": list(asked.values())}
+        said = {stage: one for stage, one in zip(answers["stages"], row["answers"], strict=True) if one}
+        question: Asked = {"capability": row["capability"], "prompt": row["prompt"], "answers": said}
+        asked.setdefault(row["prompt"], question)
+    return {
+        "pipeline": read["pipeline"],
+        "about": read["about"],
+        "finished": read["finished"],
+        "stages": stages,
+        "prompts": list(asked.values()),
+    }
 
 
-def with_models(place: Place, name: str) -> dict[str, Any]:
-    """The record of a pipeline in the lab's folder; each stage has `model`, its name in the chat, or None."""
+def with_models(place: Place, name: str) -> Record:
+    """The record of a pipeline in the lab's folder, in which each stage has `model`, None if there is no such model."""
     found = record(place, name)
     known = models(place)
     kept = read_record(place.pipeline(name))
@@ -109,12 +172,13 @@ def with_models(place: Place, name: str) -> dict[str, Any]:
     return found
 
 
-def explained(found: Mapping[str, Any]) -> dict[str, Any]:
+def explained(found: Record) -> Json:
     """The record with derived data: for each model the changes from the model it started from, and its answers with
     thoughts separated."""
     cards = {stage["name"]: stage["card"] for stage in found["stages"]}
     stages = [
-        {**stage, "changes": changes(cards.get(stage["from"]) or {}, stage["card"] or {})} for stage in found["stages"]
+        {**stage, "changes": changes(cards.get(stage["from"] or "") or {}, stage["card"] or {})}
+        for stage in found["stages"]
     ]
     prompts = [
         {**row, "answers": {stage: {**one, **_unfolded(one["text"])} for stage, one in row["answers"].items()}}
@@ -125,37 +189,40 @@ def explained(found: Mapping[str, Any]) -> dict[str, Any]:
     return {**found, "stages": stages, "prompts": prompts, "main": MAIN, "figures": figures}
 
 
-def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The change of every directed metric that two cards share: `gain`, `cost`, or `unclear` if the interval of the
-    change contains 0."""
-    found: list[dict[str, Any]] = []
+def changes(before: Card, after: Card) -> list[Change]:
+    """The change of every directed metric that two cards share."""
+    found: list[Change] = []
     for name in [name for name in LABELS if name in before and name in after]:
         about = described(name)
         if about["better"]:
             step = difference(Estimate(**before[name]), Estimate(**after[name]))
             sure = step.low > 0 or step.high < 0
             verdict = ("gain" if (step.value > 0) == (about["better"] == "high") else "cost") if sure else "unclear"
-            row = {
+            row: Change = {
                 "name": name,
                 "label": about["label"],
                 "before": before[name]["value"],
                 "after": after[name]["value"],
+                "by": step.value,
+                "low": step.low,
+                "high": step.high,
+                "verdict": verdict,
             }
-            found.append({**row, "by": step.value, "low": step.low, "high": step.high, "verdict": verdict})
+            found.append(row)
     return found
 
 
-def described(name: str) -> dict[str, Any]:
-    """A metric's label, whether it is a share, and whether `high` or `low` is better, or neither ("")."""
+def described(name: str) -> Described:
+    """How a metric is shown."""
     label, share = LABELS[name]
     text, _, note = label.partition(", ")
     better = {"higher is better": "high", "lower is better": "low"}.get(note, "")
     return {"label": text, "share": share, "better": better}
 
 
-def origins(recipe: str) -> dict[str, dict[str, Any]]:
-    """Stage → the stage whose model it starts from (`from`) and the others it uses (`uses`), from a recipe's TOML."""
-    found: dict[str, dict[str, Any]] = {}
+def origins(recipe: str) -> dict[str, Origin]:
+    """Stage → its origin, from a recipe's TOML."""
+    found: dict[str, Origin] = {}
     for stage in _tables(recipe):
         model = stage.get("model")
         path = str(model.get("path", "")) if isinstance(model, dict) else ""
@@ -172,20 +239,20 @@ def _given(recipe: str) -> dict[str, str]:
     return {str(s["name"]): str(s.get("path", SHIPPED)) for s in _tables(recipe) if s.get("run") == "model"}
 
 
-def _tables(recipe: str) -> list[dict[str, Any]]:
+def _tables(recipe: str) -> list[Json]:
     try:
         return [stage for stage in tomllib.loads(recipe).get("stage", []) if "name" in stage]
     except (tomllib.TOMLDecodeError, AttributeError, TypeError):
         return []
 
 
-def _recipe(kept: Mapping[str, Any]) -> str:
+def _recipe(kept: JsonView) -> str:
     return str(kept.get("recipe", ""))
 
 
-def _counted(stages: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def _counted(stages: Sequence[JsonView]) -> dict[str, Json]:
     """Stage → counts of a data stage, or the last evaluation of a scoring model, as numbers or estimates."""
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, Json] = {}
     for stage in stages:
         made = {name: value for name, value in (stage.get("made") or {}).items() if _is_figure(value)}
         last = (stage.get("summary") or {}).get("after") or {}
@@ -206,7 +273,7 @@ def _unfolded(text: str) -> dict[str, str]:
     return {"thought": thought, "answer": answer}
 
 
-def _titled(name: str, found: Mapping[str, Any]) -> dict[str, str]:
+def _titled(name: str, found: Record) -> dict[str, str]:
     return {"name": name, "about": str(found["about"])}
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -28,9 +28,38 @@ AGAIN = 64
 """New answers sampled before and after, to measure the effect of an update."""
 
 
+class MovedTokens(TypedDict):
+    """Per token: its probability before and after, the ratio, its part of the objective, and whether it is clipped."""
+
+    before: list[float]
+    after: list[float]
+    ratio: list[float]
+    earned: list[float]
+    clipped: list[bool]
+
+
+class MovedAnswer(TypedDict):
+    """Geometric means of an answer's token probabilities before and after; `factor` is the whole answer's ratio."""
+
+    before: float
+    after: float
+    factor: float
+    tokens: MovedTokens
+
+
+class Effect(TypedDict):
+    """The effect of updates: numbers per step, the share of clipped tokens, and `right` of the `asked` new answers."""
+
+    steps: list[dict[str, float]]
+    clipped: float
+    answers: list[MovedAnswer]
+    asked: int
+    right: int
+
+
 def update(
     writer: Writer, group: Group, rewards: Sequence[float], how: str, lr: float, updates: int, low: float, high: float
-) -> dict[str, Any]:
+) -> Effect:
     """Takes `updates` optimizer steps on a group's answers as one batch, and returns their effect."""
     with writer.lock:
         policy = replace(writer.policy, model=copy.deepcopy(writer.policy.model))
@@ -79,7 +108,7 @@ def one_step(learner: Learner, recipe: GRPORecipe, samples: Sequence[Sample]) ->
     return {"loss": values["loss"], "norm": values["grad_norm"], "clipped": values["clipped"]}
 
 
-def _moved(sample: Sample, logp: np.ndarray, low: float, high: float) -> dict[str, Any]:
+def _moved(sample: Sample, logp: np.ndarray, low: float, high: float) -> MovedAnswer:
     """One answer before and after the updates; `logp` [L] are its row's log-probabilities after them."""
     assert sample.old_logp is not None
     own = sample.loss_mask
@@ -91,8 +120,8 @@ def _moved(sample: Sample, logp: np.ndarray, low: float, high: float) -> dict[st
 
 def _answer(
     old: torch.Tensor, new: torch.Tensor, moved: torch.Tensor, earned: torch.Tensor, clipped: torch.Tensor
-) -> dict[str, Any]:
-    """One answer of L tokens; `before` and `after` are the geometric means of its tokens' probabilities."""
+) -> MovedAnswer:
+    """One answer of L tokens."""
     return {
         "before": old.mean().exp().item(),
         "after": new.mean().exp().item(),
