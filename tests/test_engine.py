@@ -246,7 +246,7 @@ def test_a_limit_cuts_one_completion_where_it_says_and_leaves_the_others_alone(
 
 def test_limits_that_do_not_fit_the_seeds_are_refused() -> None:
     for limits in ((3,), (3, 0)):
-        with pytest.raises(RolloutError, match="give each seed one of 1 or more"):
+        with pytest.raises(RolloutError, match="give one limit of at least 1 per seed"):
             Request(np.ones(2, int), (1, 2), limits)
 
 
@@ -261,7 +261,7 @@ def test_a_context_that_cannot_hold_the_answer_is_refused(policy: Policy, engine
 
 def test_a_request_without_prompt_or_seed_is_refused() -> None:
     for prompt, seeds in ((np.zeros(0, int), (1,)), (np.ones(2, int), ())):
-        with pytest.raises(RolloutError, match="both need one or more"):
+        with pytest.raises(RolloutError, match="both must be at least 1"):
             Request(prompt, seeds)
 
 

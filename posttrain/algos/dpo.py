@@ -111,8 +111,8 @@ def compare(
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Stat]]:
     """(loss, right, stats) of pairs (B = 2N) or judgements (B = N), the first two (N,).
 
-    `right` is 1 where the implicit reward agrees with the label: it orders the pair correctly (for KTO, it is on the right
-    side of the baseline). It is 0.5 for equal rewards and NaN for pairs labelled as ties.
+    `right` is 1 where the implicit reward agrees with the label: it orders the pair correctly (for KTO, it is on the
+    right side of the baseline). It is 0.5 for equal rewards and NaN for pairs labelled as ties.
     """
     if cfg.loss == "kto":
         assert baseline is not None

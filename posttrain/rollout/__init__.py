@@ -1,1 +1,1 @@
-"""Sampling completions."""
+"""Rollouts: sampling and scoring completions."""

@@ -1,4 +1,4 @@
-"""From a recipe to what samples: the engine, the collector, and the encoding of an environment's turns."""
+"""Builds generators and collectors from a recipe."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from posttrain.types import Message, SamplingParams, Task
 
 
 def make_generator(policy: Policy, rollout: RolloutConfig) -> Generator:
-    """The engine that `rollout.engine` names: a module of posttrain/rollout/engines with a function `make`.
+    """Makes the engine named by `rollout.engine`: a module of posttrain/rollout/engines with a function `make`.
 
-    Raises ConfigError where it cannot run here.
+    Raises ConfigError if the engine cannot run on this machine.
     """
     return import_module(f"posttrain.rollout.engines.{rollout.engine}").make(policy, rollout)
 
 
 def engine_versions(engine: str) -> dict[str, str]:
-    """Versions that an engine's completions depend on, for the fingerprint; empty for this package's own."""
+    """Package versions that an engine's completions depend on, for the fingerprint; empty for built-in engines."""
     return import_module(f"posttrain.rollout.engines.{engine}").versions()
 
 
 def make_collector(
     policy: Policy, chat: ChatFormat, verify: Verifier, recipe: Sampling, env: EnvFactory | None = None
 ) -> Collector:
-    """The collector of a recipe: engine, chat format, and verifier or environment."""
+    """Makes the collector of a recipe: engine, chat format, and verifier or environment."""
     rollout = recipe.rollout
 
     def encode(task: Task) -> np.ndarray:
@@ -63,11 +63,11 @@ def make_collector(
 def _multi_turn(
     env: EnvFactory, chat: ChatFormat, decode: Callable[[np.ndarray], str], limits: EnvConfig, context: int
 ) -> MultiTurn:
-    """Rollouts in an environment. Tool messages become user messages where the chat template knows no tool role."""
-    known = chat.format == "plain" or chat.knows("tool")
+    """Environment rollouts. Tool messages become user messages if the chat template has no tool role."""
+    has_tool_role = chat.format == "plain" or chat.knows("tool")
 
     def readable(messages: Sequence[Message]) -> tuple[Message, ...]:
-        if known:
+        if has_tool_role:
             return tuple(messages)
         runs = [(tool, list(run)) for tool, run in groupby(messages, lambda m: m.role == "tool")]
         as_user = [[Message("user", "\n".join(m.content for m in run))] if tool else run for tool, run in runs]
@@ -83,7 +83,7 @@ def _multi_turn(
 
 
 def with_opening(collector: Collector, chat: ChatFormat, opening: str) -> Collector:
-    """The same collector with completions that begin with a given text, which the model only continues."""
+    """A copy of the collector whose completions begin with a fixed text."""
     if not opening:
         return collector
 

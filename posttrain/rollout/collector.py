@@ -1,4 +1,4 @@
-"""Collects scored groups of episodes from tasks, and turns episodes into training samples."""
+"""Collects scored groups of episodes and converts episodes to training samples."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ from posttrain.types import (
     add_stats,
 )
 
-Judged = tuple[str, Verdict | None, str | None]  # an answer's text, and its verdict or why there is none
+Judged = tuple[str, Verdict | None, str | None]  # completion text, and its verdict or the error
 POLL_SECONDS = 0.2  # between two calls of `Collector.check` while the last completions are scored
 
 
 def never_cancelled() -> None:
-    """The default `Collector.check`: collection runs to its end."""
+    """The default `Collector.check`, which never cancels."""
 
 
 @dataclass(frozen=True)
 class Collector:
-    """Samples and scores completions of tasks: generator, encoding, verifier and sampling parameters."""
+    """Samples and scores completions: generator, encoding, verifier and sampling parameters."""
 
     generator: Generator
     encode: Callable[[Task], np.ndarray]  # prompt token ids
@@ -54,36 +54,36 @@ class Collector:
     verify: Verifier
     params: SamplingParams
     seed: int
-    workers: int = 0  # threads that score completions while others are sampled; 0 scores all of them afterwards
-    check: Callable[[], None] = never_cancelled  # called now and then; cancels by raising
+    workers: int = 0  # threads that score completions during sampling; 0 scores them afterwards
+    check: Callable[[], None] = never_cancelled  # called periodically; raises to cancel
     multi_turn: MultiTurn | None = None  # rolls out in an environment instead of sampling one completion
 
     def groups(self, tasks: Sequence[Task], group_size: int, step: int, purpose: str = "train") -> list[list[Episode]]:
-        """`group_size` episodes per task. One that cannot be scored has reward None and an error that says why.
+        """Samples `group_size` episodes per task. Unscored episodes have reward None and an error message.
 
-        With `workers` a completion is scored the moment it ends, unless the verifier scores in batches.
+        With `workers`, a completion is scored as soon as it ends, unless the verifier scores in batches.
         """
         seen: Counter[str] = Counter()
         seeds: list[tuple[int, ...]] = []
         for task in tasks:
-            first = seen[task.id] * group_size  # a task that comes twice gets fresh completions
+            first = seen[task.id] * group_size  # a repeated task gets new completions
             numbers = range(first, first + group_size)
             seeds.append(tuple(completion_seed(self.seed, purpose, step, task.id, i) for i in numbers))
             seen[task.id] += 1
         if self.multi_turn is not None:
             return self._multi_turn(self.multi_turn, tasks, seeds)
         prompts = [self.encode(task) for task in tasks]
-        requests = [Request(prompt, own) for prompt, own in zip(prompts, seeds, strict=True)]
+        requests = [Request(prompt, task_seeds) for prompt, task_seeds in zip(prompts, seeds, strict=True)]
         start = time.monotonic()
         with WorkerPool(0 if isinstance(self.verify, BatchVerifier) else self.workers) as threads:
             futures: dict[tuple[int, int], Future[Judged]] = {}
 
-            def ended(g: int, i: int, completion: Completion) -> None:
+            def on_done(g: int, i: int, completion: Completion) -> None:
                 self.check()
                 if threads.count:
                     futures[g, i] = threads.submit(partial(self._judge, tasks[g], completion))
 
-            completions = self.generator.generate(requests, self.params, on_done=ended)
+            completions = self.generator.generate(requests, self.params, on_done=on_done)
             seconds = (time.monotonic() - start) / max(1, len(tasks) * group_size)
             while wait(futures.values(), timeout=POLL_SECONDS).not_done:
                 self.check()
@@ -103,9 +103,9 @@ class Collector:
         self, rollout: MultiTurn, tasks: Sequence[Task], seeds: Sequence[tuple[int, ...]]
     ) -> list[list[Episode]]:
         pairs = enumerate(zip(tasks, seeds, strict=True))
-        started = [Trajectory(task, g, i, seed) for g, (task, own) in pairs for i, seed in enumerate(own)]
+        started = [Trajectory(task, g, i, seed) for g, (task, task_seeds) in pairs for i, seed in enumerate(task_seeds)]
         episodes = iter(rollout.run(self.generator, self.params, started, self.check))
-        return [list(islice(episodes, len(own))) for own in seeds]
+        return [list(islice(episodes, len(task_seeds))) for task_seeds in seeds]
 
     def _text(self, completion: Completion) -> str:
         return self.decode(completion.tokens[:-1] if completion.stop == "stop" else completion.tokens)
@@ -120,7 +120,7 @@ class Collector:
         completions: Sequence[Sequence[Completion]],
         judged: dict[tuple[int, int], Judged],
     ) -> dict[tuple[int, int], Judged]:
-        """`judged`, completed with the completions that have no verdict yet: a reward may need the caller's thread."""
+        """Scores the completions without a verdict in this thread, which some rewards need; returns all verdicts."""
         texts = {
             (g, i): judged[g, i][0] if (g, i) in judged else self._text(c)
             for g, group in enumerate(completions)
@@ -132,12 +132,12 @@ class Collector:
 
 
 def check_failures(groups: Sequence[Sequence[Episode]], limit: float) -> None:
-    """Raises RolloutError when more than the share `limit` of the episodes, and more than one, are unscored."""
+    """Raises RolloutError if more than one episode and more than the share `limit` of them are unscored."""
     episodes = [e for group in groups for e in group]
     failed = [e for e in episodes if e.reward is None]
     if len(failed) > max(1, limit * len(episodes)):
         raise RolloutError(
-            f"{len(failed)} of {len(episodes)} completions could not be scored (allowed: {limit:.0%}); the first: "
+            f"{len(failed)} of {len(episodes)} completions could not be scored (allowed: {limit:.0%}). First error: "
             f"{failed[0].error} Fix the reward; the run resumes from its last checkpoint.",
             boundary="reward",
         )
@@ -149,13 +149,13 @@ def rewards_tensor(groups: Sequence[Sequence[Episode]]) -> torch.Tensor:
 
 
 def to_sample(episode: Episode, advantage: float) -> Sample:
-    """The training row of an episode whose history was never edited. An unscored episode trains nothing."""
+    """The training row of an episode whose history was never edited. Unscored episodes have an empty loss mask."""
     (sample,) = to_samples(episode, advantage)
     return sample
 
 
 def to_samples(episode: Episode, advantage: float) -> list[Sample]:
-    """The training rows of any episode: one per stretch between edits of its history."""
+    """The training rows of an episode: one per segment between edits of its history."""
     samples: list[Sample] = []
     for spans in episode.segments:
         part = replace(episode, spans=spans, cuts=())
@@ -166,7 +166,7 @@ def to_samples(episode: Episode, advantage: float) -> list[Sample]:
 
 
 def turns_of(episode: Episode) -> list[np.ndarray]:
-    """For each row of `to_samples`, the turn [L] of each token; 0 where the model did not write it."""
+    """For each row of `to_samples`, the turn [L] of each token; 0 for tokens not generated by the model."""
     turn, out = -1, []
     for spans in episode.segments:
         row: list[np.ndarray] = []
@@ -178,26 +178,26 @@ def turns_of(episode: Episode) -> list[np.ndarray]:
 
 
 def turn_returns(groups: Sequence[Sequence[Episode]]) -> torch.Tensor:
-    """(P, G, K) float32: each episode's return from turn k on; NaN after its last turn and where unscored."""
+    """Return (P, G, K) float32 of each episode from turn k on; NaN after its last turn and where unscored."""
     turns = max(1, max((len(e.turn_rewards) for group in groups for e in group), default=1))
     out = torch.full((len(groups), max(map(len, groups)), turns), torch.nan)
     for g, group in enumerate(groups):
         for i, e in enumerate(group):
             if e.reward is not None:
-                earned = torch.tensor(e.turn_rewards or (e.reward,))
-                out[g, i, : len(earned)] = earned.flip(0).cumsum(0).flip(0)
+                rewards = torch.tensor(e.turn_rewards or (e.reward,))
+                out[g, i, : len(rewards)] = rewards.flip(0).cumsum(0).flip(0)
     return out
 
 
 def with_logp(
     samples: Sequence[Sample], field: str, logprobs: Callable[[Sequence[Sample]], list[np.ndarray]]
 ) -> list[Sample]:
-    """Samples with `field` (`old_logp` or `ref_logp`) filled in by a no-grad pass."""
+    """Fills in a per-token `field` (such as `old_logp` or `ref_logp`) with a no-grad pass."""
     return [replace(s, **{field: row}) for s, row in zip(samples, logprobs(samples), strict=True)]
 
 
 def episode_stats(groups: Sequence[Sequence[Episode]], flat: int) -> dict[str, Stat]:
-    """Metrics of a step's episodes; `flat` groups had equal rewards."""
+    """Metrics of a step's episodes; `flat` is the number of groups with equal rewards."""
     episodes = [e for group in groups for e in group]
     scored = [e for e in episodes if e.reward is not None]
     count = len(scored)
@@ -216,7 +216,7 @@ def episode_stats(groups: Sequence[Sequence[Episode]], flat: int) -> dict[str, S
 
 
 def part_stats(episodes: Sequence[Episode]) -> dict[str, Stat]:
-    """The mean of each part of the verdicts, over the scored episodes in which it is a finite number."""
+    """Mean of each verdict part, over the scored episodes in which it is a finite number."""
     return add_stats(
         [
             {name: Stat(float(v)) for name, v in e.parts.items() if _is_finite(v)}
@@ -227,7 +227,7 @@ def part_stats(episodes: Sequence[Episode]) -> dict[str, Stat]:
 
 
 def _is_finite(value: object) -> bool:
-    """A user's environment may put anything among its parts."""
+    """Checks a part's value, because user environments may return any type."""
     return isinstance(value, int | float) and math.isfinite(value)
 
 
@@ -238,7 +238,7 @@ def episode_rows(
     tasks: Sequence[Task],
     advantages: torch.Tensor | None = None,
 ) -> list[EpisodeRow]:
-    """Groups as rows of the store; advantages (P, G)."""
+    """Converts groups to rows of the run store; advantages (P, G)."""
     return [
         EpisodeRow.of(kind, step, e, task.prompt, None if advantages is None else float(advantages[e.group, e.index]))
         for task, group in zip(tasks, groups, strict=True)
@@ -249,9 +249,9 @@ def episode_rows(
 def sample_step(
     collector: Collector, tasks: Sequence[Task], recipe: SamplingRecipe, weights: Mapping[str, torch.Tensor], step: int
 ) -> tuple[list[Task], list[list[Episode]]]:
-    """One on-policy step: the next `algo.prompts` tasks in seeded order, and `algo.group_size` episodes of each.
+    """Samples one on-policy step: the next `algo.prompts` tasks in seeded order, with `algo.group_size` episodes each.
 
-    Raises RolloutError when more than `reward.max_failure_rate` of the episodes could not be scored.
+    Raises RolloutError if more than `reward.max_failure_rate` of the episodes could not be scored.
     """
     cfg = recipe.algo
     collector.generator.load(weights, version=step)
@@ -262,5 +262,5 @@ def sample_step(
 
 
 def sampled_tokens(groups: Sequence[Sequence[Episode]]) -> int:
-    """Tokens that the model wrote."""
+    """Number of tokens generated by the model."""
     return sum(e.length for group in groups for e in group)

@@ -1,7 +1,7 @@
-"""Task selection: in order, or by a curriculum that prefers tasks which are neither always nor never solved.
+"""Task selection: in seeded order, or by a curriculum that prefers tasks with a medium pass rate.
 
-The choice is a function of the seed, the position in the data and earlier pass rates, all of which are in the
-checkpoint, so a resumed run draws the tasks it would have drawn.
+The selection is a function of the seed, the position in the data and earlier pass rates. All of these are in the
+checkpoint, so a resumed run selects the same tasks.
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ import numpy as np
 from posttrain import rng
 from posttrain.types import Episode, Task
 
-LEVELS = ("difficulty", "level")  # columns of a task's row that say how hard it is
-FORGET = 0.9  # share of earlier results kept each time a level is sampled again
+LEVELS = ("difficulty", "level")  # task columns that give its difficulty
+FORGET = 0.9  # decay of earlier results each time a level is sampled
 FLOOR = 0.1  # smallest weight of a level, as a share of the largest
 
 
 class Curriculum:
-    """Draws tasks. With `how = "pass-rate"` tasks of one level (a column `difficulty` or `level`; else each task by
-    itself) share a running pass rate p, and a level is drawn with weight p (1 − p), which is the variance of its
-    rewards and vanishes where a group would be flat; but never less than FLOOR of the largest.
+    """Selects tasks. With `how = "pass-rate"`, tasks of one level (a column `difficulty` or `level`; else each task is
+    its own level) share a running pass rate p. Each level is drawn with weight p (1 − p) per task, the variance of a
+    pass/fail reward, which is 0 where all rewards of a group would be equal. The weight per task is at least FLOOR
+    times the largest.
 
-    p starts at ½ and is (1 + passes) / (2 + episodes), with older episodes decayed by FORGET.
+    p is (1 + passes) / (2 + episodes), with older episodes decayed by FORGET, so it starts at ½.
     """
 
     def __init__(self, tasks: Sequence[Task], how: str, seed: int) -> None:
@@ -52,7 +53,7 @@ class Curriculum:
         return out[skip:]
 
     def weights(self) -> np.ndarray:
-        """The chance of each level, times a constant (levels,): its tasks times their p (1 − p)."""
+        """Unnormalised probability (levels,) of each level: its number of tasks times p (1 − p)."""
         p = (1 + self._seen[:, 1]) / (2 + self._seen[:, 0])
         variance = p * (1 - p)
         return np.array([len(m) for m in self._members]) * np.maximum(variance, FLOOR * variance.max())
@@ -61,22 +62,22 @@ class Curriculum:
         """Updates the pass rates with a step's scored episodes; returns metrics `curriculum_…`."""
         if self.how == "none":
             return {}
-        asked: list[int] = []
+        levels: list[int] = []
         for group in groups:
             level = self._level_of[group[0].task_id]
             scored = [e.passed for e in group if e.reward is not None]
             self._seen[level] = FORGET * self._seen[level] + (len(scored), sum(scored))
             self._drawn[level] += 1
-            asked.append(level)
+            levels.append(level)
         p = (1 + self._seen[:, 1]) / (2 + self._seen[:, 0])
-        return {"curriculum_pass_rate": float(p[asked].mean()), "curriculum_levels": float(len({*asked}))}
+        return {"curriculum_pass_rate": float(p[levels].mean()), "curriculum_levels": float(len({*levels}))}
 
     def state(self) -> dict[str, Any]:
-        """What `load` needs, for JSON; floats survive it exactly."""
+        """The state for `load`, as exact JSON."""
         return {"seen": self._seen.tolist(), "drawn": self._drawn.tolist()} if self.how != "none" else {}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Goes on where `state` was taken."""
+        """Restores what `state` returned."""
         if state:
             self._seen, self._drawn = np.array(state["seen"]), np.array(state["drawn"], np.int64)
 

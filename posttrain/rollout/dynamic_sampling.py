@@ -1,4 +1,4 @@
-"""Dynamic sampling: groups whose rewards are all equal are replaced by groups of fresh tasks (DAPO)."""
+"""Dynamic sampling (DAPO): replaces groups whose rewards are all equal with groups of new tasks."""
 
 from __future__ import annotations
 
@@ -16,29 +16,31 @@ from posttrain.types import Episode, Task
 
 @dataclass(frozen=True)
 class SampledGroups:
-    """A step's P groups in the order they were sampled, their tasks, and which of them are trained on."""
+    """A step's P groups in sampling order, their tasks, and which groups are trained on."""
 
     groups: list[list[Episode]]
     tasks: list[Task]
     kept: list[bool]
-    version: int  # of the weights that sampled them
-    greedy: torch.Tensor | None = None  # (P, 1) rewards of the greedy completions, with the baseline of that name
+    version: int  # of the sampler's weights
+    greedy: torch.Tensor | None = None  # (P, 1) rewards of greedy completions, for baseline = "greedy"
 
 
 def sample_groups(
     recipe: GRPORecipe, collector: Collector, tasks: Sequence[Task], curriculum: Curriculum, cursor: int, step: int
 ) -> SampledGroups:
-    """`algo.prompts` groups of the tasks from `cursor` on; with `algo.max_resamples`, flat ones are replaced.
+    """Samples `algo.prompts` groups of the tasks from `cursor` on; `algo.max_resamples` replaces flat groups.
 
-    Each round samples exactly as many groups as are missing (DAPO, arXiv 2503.14476, section 3.2), for up to
-    `algo.max_resamples` rounds; a step that is still short trains on fewer groups.
+    Each round samples as many groups as are missing (DAPO, arXiv 2503.14476, section 3.2), for up to
+    `algo.max_resamples` extra rounds. If groups are still missing, the step trains on fewer.
     """
     cfg = recipe.algo
     out = SampledGroups([], [], [], collector.generator.version)
-    for attempt in range(cfg.max_resamples + 1):
+    for round_index in range(cfg.max_resamples + 1):
         missing = cfg.prompts - sum(out.kept)
         chosen = [tasks[i] for i in curriculum.order(cursor, len(out.groups), missing)]
-        purpose = f"train-{attempt}" if attempt else "train"  # a task drawn again in this step gets fresh completions
+        purpose = (
+            f"train-{round_index}" if round_index else "train"
+        )  # a task repeated in this step gets new completions
         groups = collector.groups(chosen, cfg.group_size, step, purpose)
         flat = flat_groups(shaped_rewards(recipe, groups)).tolist() if cfg.max_resamples else [False] * len(groups)
         out.groups.extend([replace(e, group=e.group + len(out.tasks)) for e in group] for group in groups)
@@ -50,7 +52,7 @@ def sample_groups(
 
 
 def shaped_rewards(recipe: GRPORecipe, groups: Sequence[Sequence[Episode]]) -> torch.Tensor:
-    """Rewards (P, G), NaN where unscored, less DAPO's penalty for completions close to max_tokens."""
+    """Rewards (P, G), NaN where unscored, minus DAPO's penalty for completions close to max_tokens."""
     rewards, limit = rewards_tensor(groups), recipe.rollout.max_tokens
     if not recipe.algo.overlong_share:
         return rewards
@@ -59,6 +61,6 @@ def shaped_rewards(recipe: GRPORecipe, groups: Sequence[Sequence[Episode]]) -> t
 
 
 def greedy_rewards(collector: Collector, tasks: Sequence[Task], step: int) -> torch.Tensor:
-    """(P, 1) reward of the greedy completion of each task: ReMax's baseline (arXiv 2310.10505)."""
+    """Reward (P, 1) of the greedy completion of each task, ReMax's baseline (arXiv 2310.10505)."""
     greedy = replace(collector, params=replace(collector.params, temperature=0.0))
     return rewards_tensor(greedy.groups(tasks, 1, step, "greedy"))

@@ -1,9 +1,9 @@
-"""Decoding for Llama-like models in float32 on a CPU: packed weights, one kernel between products, prompts in place.
+"""Fused CPU decoder for Llama-like models in float32: packed weights, fused kernels and a shared prompt KV cache.
 
-Weights are kept a second time as decoding reads them (see products.py), with query, key and value and both halves of
-the gated unit in one product each, LoRA merged in. A prompt's keys and values are computed once and read where they are
-by every completion that continues it; a slot holds only its own tokens. Every sum of a step has one written order,
-so a sequence's bits are the same at any number of rows.
+A second copy of the weights is packed for decoding (see products.py), with fused QKV and gate/up projections and LoRA
+merged in. The keys and values of a prompt are computed once and read in place by all of its completions; a slot holds
+only the generated tokens. Every sum in a step has a fixed order, so the results of a sequence are bit-exact at any
+batch size.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from posttrain.models.load import Policy
 from posttrain.models.packing import Packed
 from posttrain.rollout.products import Product, product_of, times
 
-LANES = 16  # keys lie in blocks of this many tokens, values in rows of a multiple of this many numbers
-BLOCK = 64  # room per sequence is a multiple of this many tokens
-PREFILL = 4096  # tokens of prompts that are computed together
+LANES = 16  # tokens per block of keys; row lengths of values are padded to a multiple of it
+BLOCK = 64  # cache capacity per sequence is a multiple of this many tokens
+PREFILL = 4096  # prompt tokens per prefill pass
 
 
 @dataclass
 class Prompt:
-    """A computed prompt: keys (layers, Hkv, blocks, D, 16), values (layers, Hkv, blocks, 16, room), logits (1, V)."""
+    """A prefilled prompt: keys (layers, Hkv, blocks, D, 16), values (layers, Hkv, blocks, 16, room), logits (1, V)."""
 
     length: int
     keys: torch.Tensor
@@ -48,7 +48,7 @@ class _Shape(ctypes.Structure):
 
 
 class _Prompts(Packed):
-    """Whole prompts in one pass; keeps every layer's keys and values (Hkv, M, D)."""
+    """Packed layout for prefill; keeps every layer's keys and values (Hkv, M, D)."""
 
     def __init__(self, lengths: torch.Tensor) -> None:
         super().__init__(lengths)
@@ -63,7 +63,7 @@ class _Prompts(Packed):
 
 @dataclass(frozen=True)
 class _Layer:
-    """One layer's products."""
+    """The matrix products of one layer."""
 
     qkv: Product
     out: Product
@@ -81,7 +81,7 @@ class _Layer:
         )
 
     def linears(self, config: Any, parts: Sequence[int]) -> decoder.Linears:
-        """The same as functions of rows; `parts` are the widths of query, key and value."""
+        """The products as functions of rows; `parts` are the widths of query, key and value."""
         width, unit = config.hidden_size, config.intermediate_size
         return decoder.Linears(
             lambda rows: times(self.qkv, rows, sum(parts)).split(list(parts), 1),
@@ -92,9 +92,9 @@ class _Layer:
 
 
 class FusedDecoder:
-    """`Decoder` of rollout/engine.py. Moving a sequence to another slot renames slots and copies nothing.
+    """`Decoder` of rollout/engines/embedded.py. Moving a sequence to another slot swaps indices and copies no tensors.
 
-    `dtype` is that of the layers' products; the output layer and everything between products stay in float32.
+    `dtype` applies to the layers' matrix products; everything else, including the output layer, is in float32.
     """
 
     def __init__(self, policy: Policy, slots: int, dtype: torch.dtype = torch.float32) -> None:
@@ -111,15 +111,15 @@ class FusedDecoder:
         self._threads = 0
 
     def prepare(self, sequences: int, longest_prompt: int, max_tokens: int) -> None:
-        """Makes room for so many sequences of this length and takes over weights that have changed."""
+        """Allocates the cache for this many sequences of this length and repacks weights that have changed."""
         used = min(self.slots, sequences)
         wanted = (used, *(-(-n // BLOCK) * BLOCK for n in (max_tokens, longest_prompt + max_tokens)))
         room = tuple(max(pair) for pair in zip(wanted, self._room, strict=True))
         if room != self._room or torch.get_num_threads() != self._threads:
             self._room, self._threads = room, torch.get_num_threads()
             self._allocate(*room)
-        self.prompt[:] = [None] * len(self.prompt)  # those of the last call
-        # a change in place counts a tensor's version up; another tensor lies elsewhere
+        self.prompt[:] = [None] * len(self.prompt)  # release the prompts of the last call
+        # in-place updates increment a tensor's version; a replaced tensor has another address
         seen = [(p._version, p.data_ptr()) for p in self.policy.model.parameters()]
         if seen != self._seen:
             for layer in self.layers:
@@ -129,28 +129,28 @@ class FusedDecoder:
             self.plan, self._seen = self._plan(), seen
 
     def prefill(self, prompts: Sequence[np.ndarray]) -> list[Prompt]:
-        """Computes prompts, about PREFILL tokens in one pass."""
+        """Prefills prompts, about PREFILL tokens per pass."""
         done: list[Prompt] = []
         while len(done) < len(prompts):
-            left = prompts[len(done) :]
-            fit = int(np.searchsorted(np.cumsum([len(p) for p in left]), PREFILL, side="right"))
-            done += self._prefill(left[: max(1, fit)])
+            remaining = prompts[len(done) :]
+            fit = int(np.searchsorted(np.cumsum([len(p) for p in remaining]), PREFILL, side="right"))
+            done += self._prefill(remaining[: max(1, fit)])
         return done
 
     def start(self, slot: int, prompt: Prompt) -> None:
-        """Lets a slot continue a prompt."""
+        """Assigns a prefilled prompt to a slot."""
         place = self.place[slot]
-        self.prompt[place] = prompt  # keeps it alive while it is read
+        self.prompt[place] = prompt  # keeps it alive while its address is in use
         self.shared[:, place] = (prompt.length, prompt.keys.data_ptr(), prompt.values.data_ptr())
 
     def move(self, source: int, target: int, length: int) -> None:
-        """Continues a sequence in another slot; the two slots change places."""
+        """Moves a sequence to another slot by swapping the two slots."""
         self.place[source], self.place[target] = self.place[target], self.place[source]
 
     def step(self, newest: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Feeds slots 0 … R−1 their newest tokens (R,) at positions (R,) and returns the next logits (R, V).
+        """One decode step for slots 0 … R−1: newest tokens (R,) at positions (R,) → next logits (R, V).
 
-        They are valid until the next step.
+        The logits are valid until the next step.
         """
         count = self.count.value = len(newest)
         places = self.place[:count]
@@ -167,10 +167,12 @@ class FusedDecoder:
         wide = (config.num_attention_heads + 2 * kv) * self.width
         self.keys = like.new_zeros(config.num_hidden_layers, slots, kv, own // LANES, self.width, LANES)
         self.values = like.new_zeros(config.num_hidden_layers, slots, kv, own, room)
-        self.place = np.arange(slots)  # slot → where its keys lie
+        self.place = np.arange(slots)  # slot → cache index
         self.prompt: list[Prompt | None] = [None] * slots
         self.shared = np.zeros((3, slots), np.int64)  # prompt length and the addresses of its keys and values
-        self.at = torch.zeros(5, slots, dtype=torch.int64)  # per row: place, position, and those three
+        self.at = torch.zeros(
+            5, slots, dtype=torch.int64
+        )  # per row: cache index, position, and the three rows of `shared`
         self.count = ctypes.c_int64(0)
         self.x, self.y = like.new_zeros(slots, config.hidden_size), like.new_zeros(slots, config.hidden_size)
         self.delta = torch.zeros_like(self.x)
@@ -188,7 +190,7 @@ class FusedDecoder:
         self.plan, self._seen = [], []
 
     def _plan(self) -> list[Callable[[], Any]]:
-        """Every call of a decode step, in order, with its arguments; how many rows it is for stands in `count`."""
+        """All calls of a decode step with bound arguments, in order; `count` holds the number of rows."""
         x, y, delta, count, width = self.x, self.y, self.delta, self.count, self.config.hidden_size
         unit = self.config.intermediate_size
 
@@ -218,7 +220,7 @@ class FusedDecoder:
         return kernels.bound("decode_attention", *tensors, index, *rest, self.count, ctypes.byref(self.shape))
 
     def _prefill(self, prompts: Sequence[np.ndarray]) -> list[Prompt]:
-        """Prompts end to end in one pass."""
+        """Prefills concatenated prompts in one pass."""
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         tokens = torch.from_numpy(np.concatenate(prompts).astype(np.int64)).unsqueeze(0)
         layout = _Prompts(lengths)

@@ -1,6 +1,6 @@
-"""The generator protocol, its requests, and the pure functions that draw one token.
+"""Generator protocol, sampling requests, and token sampling.
 
-A completion is a function of (weights, prompt, seed) and the sampling parameters. Engines differ in speed only.
+A completion is a function of weights, prompt, seed and sampling parameters. Engines differ only in speed.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ from posttrain.types import Completion, RolloutError, SamplingParams
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt and the seed of each completion to sample. The prompt is computed once for all of them.
+    """A prompt and one seed per completion. The prompt is prefilled once for all completions.
 
-    `limits` caps the length of each completion below the sampling parameters' `max_tokens`; empty: no caps. With a
-    `prefix`, tokens that the model (or anyone) has already written after the prompt, completions continue from there:
-    only new tokens are returned and counted, and token t of a completion is drawn with the number that its seed has for
-    position len(prefix) + t. So continuing a completion's first tokens with its own seed gives the rest of it, up to
-    the rounding between a prompt's pass and decoding (docs/concepts/exactness.md).
+    `limits` caps the length of each completion below the sampling parameters' `max_tokens`; empty: no caps. `prefix` is
+    the beginning of the completion: only tokens after it are returned and counted, and token t is drawn with the seed's
+    random number for position len(prefix) + t. Continuing the first tokens of a completion with its own seed therefore
+    reproduces the rest, up to rounding differences between prefill and decode (docs/concepts/exactness.md).
     """
 
     prompt: np.ndarray  # [n] token ids
@@ -35,22 +34,22 @@ class Request:
     def __post_init__(self) -> None:
         if len(self.prompt) < 1 or not self.seeds:
             raise RolloutError(
-                f"request has {len(self.prompt)} prompt tokens and {len(self.seeds)} seeds; both need one or more.",
+                f"request has {len(self.prompt)} prompt tokens and {len(self.seeds)} seeds; both must be at least 1.",
                 boundary="generator",
             )
         if self.limits and (len(self.limits) != len(self.seeds) or min(self.limits) < 1):
             raise RolloutError(
-                f"request has limits {self.limits} for {len(self.seeds)} seeds; give each seed one of 1 or more.",
+                f"request has limits {self.limits} for {len(self.seeds)} seeds; give one limit of at least 1 per seed.",
                 boundary="generator",
             )
 
     @property
     def context(self) -> np.ndarray:
-        """What the model reads before the first new token [n + k]."""
+        """Token ids [n + k] before the first new token: prompt and prefix."""
         return np.concatenate([self.prompt, self.prefix.astype(self.prompt.dtype)]) if len(self.prefix) else self.prompt
 
     def limit(self, index: int, max_tokens: int) -> int:
-        """The maximum length of completion `index` when `max_tokens` holds for all."""
+        """The maximum length of completion `index`, given the overall `max_tokens`."""
         return min(self.limits[index], max_tokens) if self.limits else max_tokens
 
 
@@ -58,11 +57,11 @@ OnToken = Callable[[int, int, int], None]
 """Called with (request, index, token) as each token is drawn."""
 
 OnDone = Callable[[int, int, Completion], None]
-"""Called with (request, index, completion) the moment a completion ends, in whatever order they end."""
+"""Called with (request, index, completion) as each completion ends, in any order."""
 
 
 class Generator(Protocol):
-    """Samples completions. `version` identifies the weights it holds and is stamped on its completions."""
+    """Samples completions. `version` identifies the current weights and is recorded in each completion."""
 
     version: int
 
@@ -73,28 +72,28 @@ class Generator(Protocol):
         on_token: OnToken | None = None,
         on_done: OnDone | None = None,
     ) -> list[list[Completion]]:
-        """One list per request, one completion per seed, in order."""
+        """Returns one list per request with one completion per seed, in order."""
         ...
 
     def load(self, weights: Mapping[str, torch.Tensor], version: int) -> None:
-        """Loads new weights, from which later completions are sampled."""
+        """Loads new weights for the completions that follow."""
         ...
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The weights it samples from."""
+        """The current weights."""
         ...
 
 
 def completion_seed(run_seed: int, purpose: str, step: int, task_id: str, index: int) -> int:
-    """The seed of completion `index` of a task in a step; it does not depend on batch-mates, slots or workers."""
+    """The seed of completion `index` of a task in a step, independent of batch, slots and workers."""
     return rng.key(run_seed, purpose, step, task_id, index)
 
 
 def shape_logits(logits: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
-    """The full and the truncated log-distribution, each (R, V) fp32: softmax(logits / T), then top-k, then top-p.
+    """Full and truncated log-probabilities, each (R, V) fp32: softmax(logits / T), then top-k, then top-p.
 
-    Top-p keeps the smallest set of most likely tokens whose probability reaches `top_p`, at least one token.
-    The truncated one is not renormalised; dropped tokens are −inf. With temperature 0 the full one is at T = 1.
+    Top-p keeps the smallest set of most likely tokens whose total probability reaches `top_p`, at least one token. The
+    truncated ones are not renormalised; dropped tokens are −inf. With temperature 0 the full ones are at T = 1.
     """
     full = torch.log_softmax(logits.float() / (params.temperature or 1.0), dim=-1)
     kept = full
@@ -114,11 +113,11 @@ def shape_logits(logits: torch.Tensor, params: SamplingParams) -> tuple[torch.Te
 def draw(
     logits: torch.Tensor, uniforms: torch.Tensor, params: SamplingParams
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One token a row by inverting the cumulative distribution at the row's own uniform number.
+    """Samples one token per row by inverting the cumulative distribution at the row's uniform number.
 
     logits (R, V), uniforms (R,) float64 in [0, 1) → tokens (R,) int64, logprobs (R,) under the full distribution,
-    kept_logmass (R,): log of the probability that truncation kept. Greedy (temperature 0) takes the largest logit and
-    reports log-probabilities at temperature 1.
+    kept_logmass (R,): log of the probability mass kept by truncation. Greedy decoding (temperature 0) takes the largest
+    logit and reports log-probabilities at temperature 1.
     """
     full, kept = shape_logits(logits, params)
     if params.temperature == 0:
@@ -128,9 +127,8 @@ def draw(
         cumulative = kept.double().exp().cumsum(-1)
         total = cumulative[:, -1:]
         tokens = torch.searchsorted(cumulative, uniforms.unsqueeze(1) * total, right=True).squeeze(1)
-        last = (
-            (kept > -torch.inf).long().cumsum(-1).argmax(-1)
-        )  # rounding at the very end must not pick a dropped token
+        # rounding at the end of the distribution must not select a dropped token
+        last = (kept > -torch.inf).long().cumsum(-1).argmax(-1)
         tokens = torch.minimum(tokens, last)
         mass = total.squeeze(1).log().float() if kept is not full else torch.zeros(len(tokens), device=logits.device)
     return tokens, full.gather(-1, tokens.unsqueeze(1)).squeeze(1), mass

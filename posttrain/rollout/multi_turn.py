@@ -1,9 +1,9 @@
-"""Multi-turn rollouts: model replies and environment messages as spans of tokens that are never re-tokenised.
+"""Multi-turn rollouts: model replies and environment messages as token spans that are never tokenized again.
 
-Trajectories advance independently. Each round samples a reply for every trajectory whose environment has responded;
-environments step in threads of their own while other replies are being sampled. So a slow environment delays only its
-own trajectory, and one that crashes or times out leaves only its own trajectory unscored. A reply is a function of the
-weights, the history and the trajectory's seed, whatever rounds it was sampled in.
+Trajectories advance independently. Each round samples a reply for every trajectory whose environment has responded,
+while other environments step in background threads. A slow environment delays only its own trajectory, and one that
+crashes or times out leaves only its own trajectory unscored. A reply is a function of the weights, the history and the
+trajectory's seed, independent of the round it was sampled in.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from posttrain.rollout.generator import Generator, Request
 from posttrain.types import Completion, Episode, Message, PosttrainError, SamplingParams, Span, Task
 
 POLL_SECONDS = 0.2  # between two calls of `check` while environments step
-LINGER_SECONDS = 0.02  # that a round waits for more trajectories once one is ready
+LINGER_SECONDS = 0.02  # a round waits this long for more trajectories once one is ready
 
 
 @dataclass(frozen=True)
 class MultiTurn:
-    """Rolls out trajectories in an environment, with any generator."""
+    """Rolls out trajectories in environments with any generator."""
 
     make_env: EnvFactory
     encode: Callable[[Task], np.ndarray]  # prompt token ids
@@ -45,7 +45,7 @@ class MultiTurn:
         trajectories: Sequence[Trajectory],
         check: Callable[[], None],
     ) -> list[Episode]:
-        """One episode for each trajectory, in their order."""
+        """Runs all trajectories to their end; returns one episode each, in order."""
         calls: Calls[int] = Calls(self.limits.workers, self.limits.timeout)
         start = time.monotonic()
         for i, trajectory in enumerate(trajectories):
@@ -71,9 +71,9 @@ class MultiTurn:
         calls: Calls[int],
         check: Callable[[], None],
     ) -> None:
-        """Samples a reply for each of `ready`, and steps its environment the moment the reply ends.
+        """Samples a reply for each trajectory in `ready` and steps its environment as soon as the reply ends.
 
-        Equal contexts are computed once.
+        Identical contexts are prefilled once.
         """
         together: dict[bytes, list[int]] = {}
         for i in ready:
@@ -81,14 +81,14 @@ class MultiTurn:
         members = list(together.values())
         requests = [Request(trajectories[m[0]].context, tuple(trajectories[i].turn_seed for i in m)) for m in members]
 
-        def ended(request: int, index: int, completion: Completion) -> None:
+        def on_done(request: int, index: int, completion: Completion) -> None:
             check()
             i = members[request][index]
             reply = self.decode(completion.tokens[:-1] if completion.stop == "stop" else completion.tokens)
             last = trajectories[i].reply(completion, reply, self.limits.max_turns)
             calls.submit(i, partial(self._step, trajectories[i], reply, last), trajectories[i].close)
 
-        generator.generate(requests, params, on_done=ended)
+        generator.generate(requests, params, on_done=on_done)
 
     def _open(self, trajectory: Trajectory) -> tuple[Message, ...]:
         trajectory.env = self.make_env(trajectory.task, trajectory.seed)
@@ -108,7 +108,7 @@ class MultiTurn:
     def _receive(self, trajectory: Trajectory, result: Any, max_tokens: int) -> None:
         """Adds the environment's response, or the error it raised, to its trajectory."""
         if isinstance(result, BaseException):
-            if not isinstance(result, Exception):  # KeyboardInterrupt and its like are not the environment's
+            if not isinstance(result, Exception):  # KeyboardInterrupt and similar do not come from the environment
                 raise result
             trajectory.failed(_why(result))
             return
@@ -116,10 +116,10 @@ class MultiTurn:
             if not trajectory.spans:
                 trajectory.begin(result, self.encode(replace(trajectory.task, messages=result)))
             elif not isinstance(result, Turn):
-                trajectory.failed(f"the environment answered with {type(result).__name__}, expected a Turn.")
+                trajectory.failed(f"the environment returned {type(result).__name__}, expected a Turn.")
             else:
                 trajectory.receive(result, self.encode, self.follow)
-        except Exception as error:  # the template or the tokenizer refuses the environment's message
+        except Exception as error:  # the template or tokenizer rejects the environment's message
             trajectory.failed(_why(error))
         if not trajectory.over and len(trajectory.context) + max_tokens > self.context:
             trajectory.over, trajectory.stop = True, "length"
@@ -141,7 +141,7 @@ class Trajectory:
     text: str = ""
     last: Turn | None = None
     over: bool = False
-    ends: bool = False  # with the environment's next response, whatever it is
+    ends: bool = False  # the episode ends after the environment's next response
     stop: Any = "stop"
     error: str | None = None
 
@@ -152,12 +152,12 @@ class Trajectory:
 
     @property
     def turns(self) -> int:
-        """Replies so far."""
+        """Number of replies so far."""
         return sum(span.by == "model" for span in self.spans)
 
     @property
     def turn_seed(self) -> int:
-        """The seed of the next reply; the first reply uses the trajectory's own, as in single-turn tasks."""
+        """The seed of the next reply; the first uses the trajectory's seed, as in single-turn tasks."""
         return rng.key(self.seed, "turn", self.turns) if self.turns else self.seed
 
     def begin(self, messages: Sequence[Message], tokens: np.ndarray) -> None:
@@ -193,11 +193,11 @@ class Trajectory:
         self.spans.append(Span("prompt", encode(replace(self.task, messages=tuple(self.history)))))
 
     def failed(self, why: str) -> None:
-        """Marks the trajectory unscored. One that never began still has a prompt, none of which is trained."""
+        """Ends the trajectory as unscored."""
         self.error, self.over = f"task {self.task.id!r}: {why}", True
 
     def close(self) -> None:
-        """Lets the environment release its resources."""
+        """Closes the environment."""
         close = getattr(self.env, "close", None)
         if close is not None:
             close()
@@ -216,7 +216,9 @@ class Trajectory:
             scored and last.passed,
             last.parts if scored else {},
             self.stop,
-            None if scored else self.error or f"task {self.task.id!r}: its prompt leaves no room for a reply.",
+            None
+            if scored
+            else self.error or f"task {self.task.id!r}: its prompt leaves no room in the context for a reply.",
             turn_rewards=tuple(self.rewards),
             cuts=tuple(self.cuts),
         )
@@ -226,5 +228,5 @@ def _why(error: Exception) -> str:
     if isinstance(error, PosttrainError):
         return str(error)
     if isinstance(error, TimeoutError):
-        return f"the environment was given up: {error}."
+        return f"the environment timed out: {error}."
     return f"the environment raised {type(error).__name__}: {error}"

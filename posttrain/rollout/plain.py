@@ -1,4 +1,4 @@
-"""Decoding through transformers' own modules: any architecture, dtype and device that the learner can drive."""
+"""Decoder on transformers' modules, for any architecture, dtype and device that the learner supports."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from posttrain.models.decoder import head_width
 from posttrain.models.invariance import ROW_COUNTS, TILE, calls, equal_row_counts, linear_shapes
 from posttrain.models.load import Policy, hidden_states
 
-BLOCK = 64  # room per sequence is a multiple of this many tokens
-PROMPT_BLOCK = 32  # prompts are padded on the right to a multiple of this; no real token sees the padding
+BLOCK = 64  # cache capacity per sequence is a multiple of this many tokens
+PROMPT_BLOCK = 32  # prompts are right-padded to a multiple of this; no token attends to the padding
 
 
 @dataclass
 class Prompt:
-    """A computed prompt: what its completions start from."""
+    """A prefilled prompt."""
 
     keys: torch.Tensor  # (layers, Hkv, n, D)
     values: torch.Tensor
@@ -27,24 +27,24 @@ class Prompt:
 
 
 class PlainDecoder:
-    """`Decoder` of rollout/engine.py. Slots in use are 0 … R−1; a prompt is copied into each slot that continues it."""
+    """`Decoder` of rollout/engines/embedded.py. A prompt's keys and values are copied into each of its slots."""
 
     def __init__(self, policy: Policy, slots: int) -> None:
         self.policy, self.slots = policy, slots
         like = policy.head.weight
-        tiles = [c for c in ROW_COUNTS if c % TILE == 0]  # attention's own products want whole tiles, too
+        tiles = [c for c in ROW_COUNTS if c % TILE == 0]  # attention products need whole tiles too
         self.rows = equal_row_counts(linear_shapes(policy.body), tiles, like)
         self.head_rows = equal_row_counts(linear_shapes(policy.head), [c for c in ROW_COUNTS if c <= slots], like)
         self._cache: SlotCache | None = None
 
     @property
     def cache(self) -> SlotCache:
-        """Keys and values of the slots."""
-        assert self._cache is not None, "`prepare` comes first"
+        """KV cache of the slots."""
+        assert self._cache is not None, "call `prepare` first"
         return self._cache
 
     def prepare(self, sequences: int, longest_prompt: int, max_tokens: int) -> None:
-        """Makes room for so many sequences of this length; the weights are read where they are."""
+        """Allocates the KV cache for this many sequences of this length; weights are not copied."""
         config = self.policy.config
         used, capacity = min(self.slots, -(-sequences // TILE) * TILE), longest_prompt + max_tokens
         if self._cache is None or self._cache.capacity < capacity or self._cache.keys.shape[1] < used:
@@ -52,7 +52,7 @@ class PlainDecoder:
             self._cache = SlotCache(config.num_hidden_layers, *shape, like=next(self.policy.model.parameters()))
 
     def prefill(self, prompts: Sequence[np.ndarray]) -> list[Prompt]:
-        """Computes prompts, several in one call where that cannot change their bits."""
+        """Prefills prompts, batched only where the results stay bit-exact."""
         done: dict[int, Prompt] = {}
         for padded, members in by_padded_length(prompts).items():
             for part in prefill_calls(members, padded, self.rows):
@@ -68,15 +68,15 @@ class PlainDecoder:
         return [done[i] for i in range(len(prompts))]
 
     def start(self, slot: int, prompt: Prompt) -> None:
-        """Lets a slot continue a prompt."""
+        """Copies a prefilled prompt into a slot."""
         self.cache.fill(slot, prompt.keys, prompt.values)
 
     def move(self, source: int, target: int, length: int) -> None:
-        """Continues a sequence of `length` tokens in another slot."""
+        """Moves a sequence of `length` tokens to another slot."""
         self.cache.move(source, target, length)
 
     def step(self, newest: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Feeds slots 0 … R−1 their newest tokens (R,) at positions (R,) and returns the next logits (R, V)."""
+        """One decode step for slots 0 … R−1: newest tokens (R,) at positions (R,) → next logits (R, V)."""
         count, device = len(newest), self.policy.device
         logits: list[torch.Tensor] = []
         for first, rows in calls(count, self.rows, self.cache.keys.shape[1]):
@@ -89,7 +89,7 @@ class PlainDecoder:
         return torch.cat(logits)
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits (R, V) of hidden states (R, width), at proven row counts."""
+        """Logits (R, V) of hidden states (R, width), at batch sizes verified to be bit-exact."""
         out = []
         for first, rows in calls(len(hidden), self.head_rows, self.slots):
             part = hidden[first : first + rows]
@@ -99,15 +99,15 @@ class PlainDecoder:
 
 
 def by_padded_length(prompts: Sequence[np.ndarray]) -> dict[int, list[int]]:
-    """Indices of prompts by their length rounded up to PROMPT_BLOCK, shortest first."""
-    found: dict[int, list[int]] = {}
+    """Groups prompt indices by padded length (a multiple of PROMPT_BLOCK), shortest first."""
+    groups: dict[int, list[int]] = {}
     for i, prompt in enumerate(prompts):
-        found.setdefault(-(-len(prompt) // PROMPT_BLOCK) * PROMPT_BLOCK, []).append(i)
-    return dict(sorted(found.items()))
+        groups.setdefault(-(-len(prompt) // PROMPT_BLOCK) * PROMPT_BLOCK, []).append(i)
+    return dict(sorted(groups.items()))
 
 
 def prefill_calls(members: Sequence[int], padded: int, rows: tuple[int, ...]) -> list[list[int]]:
-    """Splits prompts of one padded length into calls: one alone is exact by definition, more at proven row counts."""
+    """Splits prompts of one padded length into calls of verified batch sizes; a single prompt is always exact."""
     out: list[list[int]] = []
     while members:
         sizes = [n for n in range(2, len(members) + 1) if {padded, n * padded} <= {*rows}]

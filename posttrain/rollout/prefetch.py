@@ -1,4 +1,4 @@
-"""Sampling one step ahead, in a thread, while the learner trains on the current step's rollouts."""
+"""Samples one step ahead in a background thread while the learner trains on the current step."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ T = TypeVar("T")
 
 
 class Cancelled(Exception):
-    """Raised in the thread when its result is no longer wanted."""
+    """Raised in the background thread when its result is no longer needed."""
 
 
 class Prefetcher(WorkerPool, Generic[T]):
-    """Makes one call ahead of the time its result is needed, in a thread of its own."""
+    """Runs one call at a time in a background thread, ahead of when its result is needed."""
 
     def __init__(self) -> None:
         super().__init__(1)
@@ -25,11 +25,11 @@ class Prefetcher(WorkerPool, Generic[T]):
 
     @property
     def started(self) -> bool:
-        """Whether there is a call whose result `take` gives."""
+        """Whether a call has been started whose result was not taken yet."""
         return self._next is not None
 
     def start(self, call: Callable[[], T]) -> None:
-        """Starts the call whose result the next `take` gives."""
+        """Starts a call in the background thread."""
 
         def timed() -> tuple[T, float]:
             start = time.monotonic()
@@ -38,9 +38,9 @@ class Prefetcher(WorkerPool, Generic[T]):
         self._next = self.submit(timed)
 
     def take(self) -> tuple[T, float]:
-        """The result of the call that was started, and the seconds of it that were not waited for.
+        """Waits for the started call; returns its result and how many of its seconds ran in the background.
 
-        Raises what the call raised.
+        Reraises the call's exception.
         """
         assert self._next is not None, "start a call first"
         start = time.monotonic()
@@ -49,11 +49,11 @@ class Prefetcher(WorkerPool, Generic[T]):
         return result, max(0.0, seconds - (time.monotonic() - start))
 
     def wait(self) -> None:
-        """Returns when no call is in progress."""
+        """Waits until no call is in progress."""
         if self._next is not None:
             self._next.exception()
 
     def check(self) -> None:
-        """For long calls, to be called now and then: raises Cancelled when the block has ended."""
+        """Cancellation point for long calls: raises Cancelled once the context manager has exited."""
         if self.closed:
             raise Cancelled

@@ -1,8 +1,8 @@
-"""The matrix products of a decode step, each made ready once for buffers that every step uses.
+"""Matrix products of a decode step, bound once to buffers that every step reuses.
 
-A product in float32 is this package's own (kernels/products.c): each number of its result is summed in one order, so a
-row's bits are the same alone and among others. Weights are kept a second time as it reads them, but for a wide output
-layer, which it reads where the learner keeps it.
+float32 products use this package's kernel (kernels/products.c), which sums in a fixed order, so the result for a row is
+bit-exact at any batch size. Weights are packed into a second copy, except for a wide output layer, which is read in
+place.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from posttrain.models import kernels
 from posttrain.models.invariance import ROW_COUNTS, calls, equal_row_counts
 from posttrain.models.lora import merged_weight
 
-WIDEST_COPY = 8192  # an output layer with more words than this is read where it is
+WIDEST_COPY = 8192  # an output layer with a larger vocabulary is read in place
 
 
 class Product(Protocol):
-    """Linear layers whose outputs lie side by side, as one product."""
+    """One or more linear layers with concatenated outputs, as one product."""
 
     def refresh(self) -> None:
-        """Takes over the weights as they are now, adapters merged in."""
+        """Repacks the current weights, with adapters merged."""
         ...
 
     def into(self, rows: torch.Tensor, out: torch.Tensor, count: ctypes.c_int64) -> Callable[[], Any]:
-        """The call that multiplies the first `count` of rows (R, in) into those of out (R, out)."""
+        """Returns a call that multiplies the first `count` of rows (R, in) and writes to out (R, out)."""
         ...
 
 
 @dataclass(frozen=True)
 class Packed:
-    """In float32, for any number of rows, from a packed copy of the weights or else from the only module's own."""
+    """float32 product for any batch size, from packed weights or, for a single wide module, in place."""
 
     modules: tuple[Any, ...]
     copy: torch.Tensor | None  # (out / PANEL rounded up, in, PANEL)
@@ -68,7 +68,7 @@ class Packed:
 
 @dataclass(frozen=True)
 class Narrow:
-    """In another dtype, through torch, from a transposed copy: at row counts that were found to give equal bits."""
+    """Product in another dtype with torch, from a transposed copy, at batch sizes verified to be bit-exact."""
 
     modules: tuple[Any, ...]
     copy: torch.Tensor  # (in, out)
@@ -99,17 +99,17 @@ class Narrow:
             end = min(first + size, count.value)
             part = rows.new_zeros(size, rows.shape[1], dtype=self.copy.dtype)
             part[: end - first] = rows[first:end]
-            made = part @ self.copy if self.bias is None else torch.addmm(self.bias, part, self.copy)
-            out[first:end] = made[: end - first]
+            result = part @ self.copy if self.bias is None else torch.addmm(self.bias, part, self.copy)
+            out[first:end] = result[: end - first]
 
 
 def product_of(dtype: torch.dtype, *modules: Any) -> Product:
-    """One product in a dtype, for linear layers that read the same rows."""
+    """Makes one product in a dtype for linear layers with the same input."""
     return Packed.of(*modules) if dtype == torch.float32 else Narrow.of(dtype, *modules)
 
 
 def times(product: Product, rows: torch.Tensor, outer: int) -> torch.Tensor:
-    """rows (R, in) → (R, out), at once."""
+    """Computes rows (R, in) → (R, out) immediately."""
     rows = rows.contiguous()
     out = rows.new_empty(len(rows), outer)
     product.into(rows, out, ctypes.c_int64(len(rows)))()

@@ -1,4 +1,4 @@
-"""The preferences a recipe names: read from a file or hub set, or sampled from the model and judged."""
+"""Loads preference data: from a file or hub dataset, or sampled from the model and scored."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from posttrain.train.job import Setup
 from posttrain.types import DataError, Episode, Judgement, Preference, Task
 
 TRAIN_FILE, TEST_FILE = "pairs.jsonl", "held-out-pairs.jsonl"
-"""Where a run folder keeps the pairs it sampled."""
+"""Files in the run folder with the sampled pairs."""
 
 
 @dataclass(frozen=True)
 class PairSets:
-    """Preferences to learn from and held-out ones; `tasks` and `verify` are there when they were sampled and judged."""
+    """Training and held-out preferences; `tasks` and `verify` are set if the preferences were sampled."""
 
     train: list[Preference]
     test: list[Preference]
@@ -48,7 +48,7 @@ class PairSets:
 
 @dataclass(frozen=True)
 class JudgementSets:
-    """The same for unpaired feedback."""
+    """`PairSets` for unpaired feedback."""
 
     train: list[Judgement]
     test: list[Judgement]
@@ -59,11 +59,11 @@ class JudgementSets:
 
 
 def load_pairs(setup: Setup[PairRecipe]) -> PairSets:
-    """The preferences of a recipe with sections data, pairs, reward, rollout and eval.
+    """Loads the preferences of a recipe with sections data, pairs, reward, rollout and eval.
 
-    `data.tasks` names a file or hub set of preferences, or tasks: then the starting model answers each task
-    `pairs.samples` times and answers of different reward make pairs. Those are kept in the run folder, so that a
-    resumed run reads what it started with. Raises DataError where no pair is left.
+    `data.tasks` names a file or hub dataset of preferences, or tasks. For tasks, the starting model samples
+    `pairs.samples` completions each, and completions with different rewards form pairs, which are saved in the run
+    folder for resuming. Raises DataError if there are no pairs.
     """
     cfg = setup.recipe.data
     kind = kind_of(read_rows(cfg.tasks, cfg.count)) if setup.given is None and is_data(cfg.tasks) else "tasks"
@@ -78,7 +78,7 @@ def load_pairs(setup: Setup[PairRecipe]) -> PairSets:
 
 
 def load_judgements(setup: Setup[PairRecipe]) -> JudgementSets:
-    """Unpaired feedback: a file of judgements, or else `load_pairs` with each pair split into two judgements."""
+    """Loads unpaired feedback: a file of judgements, or `load_pairs` with each pair split into two judgements."""
     cfg = setup.recipe.data
     if setup.given is None and is_data(cfg.tasks) and kind_of(read_rows(cfg.tasks, cfg.count)) == "judgements":
         return JudgementSets(*read_compared(cfg, setup.recipe.run.seed, setup.chat, row_to_judgement, "judgements"))
@@ -91,11 +91,11 @@ def load_judgements(setup: Setup[PairRecipe]) -> JudgementSets:
 def pairs_of(
     groups: Sequence[Sequence[Episode]], tasks: Sequence[Task], per_task: int, seed: int
 ) -> tuple[list[Preference], dict[str, int]]:
-    """At most `per_task` pairs (better, worse) of each task's answers, drawn by the seed; and what was left out.
+    """Pairs completions of each task with different rewards: at most `per_task` pairs, drawn by seed, and drop counts.
 
-    Answers pair up where their rewards differ; the margin is that difference. Left out are answers that were not
-    scored, were cut by max_tokens (training would teach the model to stop there), are blank, or are no proper text
-    (a file could not hold them, and encoding them again would not give the tokens that were sampled).
+    The margin is the reward difference. Dropped are completions that were not scored, were truncated (training on them
+    would teach the model to stop there), are blank, or are not valid text (they could not be written to a file, and
+    tokenizing them again would not give the sampled tokens).
     """
     pairs: list[Preference] = []
     counts = {"answers": 0, "unusable": 0, "flat": 0}
@@ -103,17 +103,17 @@ def pairs_of(
         usable = [e for e in group if e.reward is not None and e.stop == "stop" and writable(e.text)]
         counts["answers"] += len(group)
         counts["unusable"] += len(group) - len(usable)
-        scores = {(e.text, e.reward or 0.0): None for e in usable}  # each answer once, in the order it was given
-        found = [(a, b) for a, b in product(scores, scores) if a[1] > b[1] and a[0] != b[0]]
-        counts["flat"] += not found
-        for n, i in enumerate(rng.permutation(len(found), seed, "pairs", task.id)[:per_task]):
-            (chosen, high), (rejected, low) = found[i]
+        scores = {(e.text, e.reward or 0.0): None for e in usable}  # each text and reward once, in order
+        candidates = [(a, b) for a, b in product(scores, scores) if a[1] > b[1] and a[0] != b[0]]
+        counts["flat"] += not candidates
+        for n, i in enumerate(rng.permutation(len(candidates), seed, "pairs", task.id)[:per_task]):
+            (chosen, high), (rejected, low) = candidates[i]
             pairs.append(Preference(f"{task.id}#{n}", task.messages, chosen, rejected, margin=high - low))
     return pairs, counts
 
 
 def _sampled(setup: Setup[PairRecipe]) -> PairSets:
-    """Pairs of the starting model's own answers to judged tasks, read back where this run has sampled them before."""
+    """Pairs of the starting model's completions; read from the run folder if this run has sampled them before."""
     recipe, folder = setup.recipe, setup.folder
     sets, verify = judged_tasks(recipe, setup.chat, setup.given, setup.reward)
     notes = list(sets.notes)

@@ -1,7 +1,7 @@
-"""The labelled solutions a recipe names: read from rows, or sampled from the model and labelled by completing them.
+"""Loads labelled solutions: from a file or hub dataset, or sampled from the model and labelled with rollouts.
 
-The label of a sampled step is the share of completions from there that reach a right answer (Math-Shepherd, arXiv
-2312.08935, section 3.3): an estimate of its value under the model that completes, not of its correctness.
+The label of a sampled step is the share of completions from there that reach a correct answer (Math-Shepherd, arXiv
+2312.08935, section 3.3). It estimates the value of the step under the completing model, not its correctness.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from posttrain.train.job import Setup
 from posttrain.types import DataError, Message, Solution, Task
 
 TRAIN_FILE, TEST_FILE = "solutions.jsonl", "held-out-solutions.jsonl"
-"""Where a run folder keeps the solutions it sampled."""
+"""Files in the run folder with the sampled solutions."""
 
 
 def load_solutions(setup: Setup[PRMRecipe]) -> SolutionSets:
-    """The solutions of a recipe with sections data, algo (config/prm.py), reward, rollout and eval.
+    """Loads the solutions of a recipe with sections data, algo (config/prm.py), reward, rollout and eval.
 
-    `data.tasks` names a file or hub set of solutions, or tasks: then the starting model solves each and its steps are
-    labelled by rollouts. Those are kept in the run folder, so that a resumed run reads what it started with. Raises
-    DataError where no solution is left.
+    `data.tasks` names a file or hub dataset of solutions, or tasks. For tasks, the starting model samples solutions and
+    their steps are labelled with rollouts; both are saved in the run folder for resuming. Raises DataError if there are
+    no solutions.
     """
     cfg = setup.recipe.data
     if setup.given is None and is_data(cfg.tasks) and has_solutions(read_rows(cfg.tasks, cfg.count)):
@@ -53,7 +53,7 @@ def load_solutions(setup: Setup[PRMRecipe]) -> SolutionSets:
 
 
 def _sampled(setup: Setup[PRMRecipe]) -> SolutionSets:
-    """Solutions of the starting model, read back where this run has sampled them before."""
+    """Solutions of the starting model; read from the run folder if this run has sampled them before."""
     recipe, folder = setup.recipe, setup.folder
     sets, verify = judged_tasks(recipe, setup.chat, setup.given, setup.reward)
     notes = list(sets.notes)
@@ -61,16 +61,16 @@ def _sampled(setup: Setup[PRMRecipe]) -> SolutionSets:
         train, test = kept
     else:
         collector = make_collector(setup.policy, setup.chat, verify, recipe)
-        found: list[list[Solution]] = []
+        parts: list[list[Solution]] = []
         for name, tasks in (("training", sets.train), ("held-out", sets.test)):
             solutions, answers = sample_solutions(collector, setup.chat, tasks, recipe.algo)
-            found.append(solutions)
+            parts.append(solutions)
             steps = sum(len(one.steps) for one in solutions)
             notes.append(
                 f"{len(solutions)} {name} solutions with {steps} labelled steps, of {answers} sampled; the others have "
                 "one step only, repeat another, were cut, are not text or could not be scored."
             )
-        train, test = found
+        train, test = parts
         if not train:
             raise DataError(
                 f"no sampled answer to {recipe.data.tasks} has two steps or more (algo.separator="
@@ -86,9 +86,9 @@ def _sampled(setup: Setup[PRMRecipe]) -> SolutionSets:
 def sample_solutions(
     collector: Collector, chat: ChatFormat, tasks: Sequence[Task], cfg: PRMConfig
 ) -> tuple[list[Solution], int]:
-    """Labelled solutions of the generator's model to each task, and how many answers were sampled for them.
+    """Samples and labels solutions to each task; also returns how many completions were sampled.
 
-    An answer's last step is labelled by the answer itself; every other step by `cfg.completions` completions.
+    The last step is labelled with the verdict on the solution, every other step with `cfg.completions` completions.
     """
     solve = with_opening(collector, chat, cfg.opening)
     requests = [Request(solve.encode(task), _seeds(collector, "solve", task.id, cfg.solutions)) for task in tasks]
@@ -119,12 +119,12 @@ def sample_solutions(
 def step_values(
     collector: Collector, chat: ChatFormat, solutions: Sequence[tuple[str, Task, list[str]]], cfg: PRMConfig
 ) -> list[list[float]]:
-    """Labels of every step but the last of each (id, task, steps), estimated by completing the answer from there.
+    """Labels of all steps but the last of each (id, task, steps), estimated by completing the solution from there.
 
-    A completion that cannot be scored is no success.
+    A completion that cannot be scored counts as wrong.
     """
     requests: list[Request] = []
-    beginnings: list[tuple[Task, np.ndarray]] = []  # the part of the answer that a request continues
+    beginnings: list[tuple[Task, np.ndarray]] = []  # the prefix of the solution that a request continues
     for name, task, steps in solutions:
         prompt = len(chat.prompt_tokens(task.messages))
         for i, prefix in enumerate(_prefixes(chat, task, steps, cfg.separator)):
@@ -143,7 +143,7 @@ def step_values(
 
 
 def _prefixes(chat: ChatFormat, task: Task, steps: list[str], separator: str) -> list[np.ndarray]:
-    """The conversation's ids up to each step but the last, with the separator after it where no token straddles."""
+    """Token ids up to the end of each step but the last, including the separator if no token crosses its end."""
     ends = step_ends(steps, separator)[:-1]
     starts = np.cumsum([len(step) + len(separator) for step in steps])[:-1]
     message = Message("assistant", separator.join(steps))

@@ -1,4 +1,4 @@
-"""Who decodes where: slots are refilled the moment a sequence ends. Plain Python, no tensors."""
+"""Slot scheduler for continuous batching. Plain Python, no tensors."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 
 class Scheduler:
-    """Places `members[g]` sequences of each group g into slots 0 … slots−1, in order, keeping the used slots at the
-    front so that one model call covers them all.
+    """Assigns `members[g]` sequences of each group g to slots 0 … slots−1, in order. A slot is refilled when its
+    sequence ends, and slots in use stay at the front so that one model call covers them.
 
     >>> s = Scheduler(slots=2, members=[3])
     >>> s.admit()
@@ -32,7 +32,7 @@ class Scheduler:
         self.running[slot] = None
 
     def admit(self) -> list[tuple[int, int, int]]:
-        """Fills free slots with waiting sequences: (slot, group, index) for each that starts now."""
+        """Fills free slots with waiting sequences; returns (slot, group, index) of each."""
         started: list[tuple[int, int, int]] = []
         for slot in range(self.slots):
             if not self.waiting:
@@ -48,7 +48,7 @@ class Scheduler:
         return started
 
     def compact(self) -> list[tuple[int, int]]:
-        """Moves sequences from the end into free slots: (source, target) pairs for the cache to copy, in order."""
+        """Moves sequences from the end into free slots; returns (source, target) pairs for the KV cache, in order."""
         moves: list[tuple[int, int]] = []
         for slot in range(len(self.running)):
             while self.running and self.running[-1] is None:
@@ -59,5 +59,5 @@ class Scheduler:
         return moves
 
     def last_of_group(self, group: int) -> bool:
-        """Whether no sequence of the group is still waiting for a slot (its prompt's cache can go)."""
+        """Whether no sequence of the group is still waiting for a slot (its prompt's KV cache can be freed)."""
         return all(g != group for g, _ in self.waiting)

@@ -1,4 +1,4 @@
-"""The tasks of a recipe and what judges them, checked before step 0."""
+"""Loads a recipe's tasks with their verifier or environment, and checks them before step 0."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from posttrain.train import device
 from posttrain.types import ConfigError, Task
 
 GOLD_DECIDES = ("auto", "exact", "numeric", "math", "units", "multiple_choice", "cosine_length")
-"""Rewards that compare with the task's gold answer, so every task must have one that passes."""
+"""Rewards that compare with the gold answer; every task needs one, and it must pass."""
 GOLD_MAY_BE_GIVEN = ("regex", "json_schema", "z3", "lean", "code")
-"""Rewards that need no gold answer; a task that has one must pass with it."""
+"""Rewards with an optional gold answer; if a task has one, it must pass."""
 
 
 def judged_tasks(
     recipe: Sampling, chat: ChatFormat, given: list[Task] | None = None, reward: Callable[..., Any] | None = None
 ) -> tuple[TaskSets, Verifier]:
-    """The tasks of a recipe and what scores them; where a gold answer decides, each task's own must pass."""
+    """Loads the tasks of a recipe and their verifier; checks that gold answers pass where the reward uses them."""
     verify = _verifier(recipe, reward)
     gold_decides = reward is None and _gold_decides(recipe)
     sets = load_tasks(recipe.data, recipe.run.seed, given, needs_answer=gold_decides)
@@ -56,19 +56,19 @@ def _gold_decides(recipe: Sampling) -> bool:
 
 
 def check_gold(tasks: Sequence[Task], name: str) -> None:
-    """Raises DataError where a verifier that a reward is put together from cannot judge a task."""
+    """Raises DataError if one of the verifiers in a reward cannot score a task it applies to."""
     for leaf in combine.leaves_of(name):
         if leaf.name in ("auto", *VERIFIERS):
             given = "where given" if leaf.name in GOLD_MAY_BE_GIVEN else "never"
             gold = "always" if leaf.name in GOLD_DECIDES else given
-            mine = [task for task in tasks if leaf.concerns(task)]
-            validate(mine, leaf_verifier(leaf, verifier_for), gold)
+            concerned = [task for task in tasks if leaf.concerns(task)]
+            validate(concerned, leaf_verifier(leaf, verifier_for), gold)
 
 
 def _checked(
     sets: TaskSets, recipe: Sampling, chat: ChatFormat, judged: bool, env: EnvFactory | None = None
 ) -> TaskSets:
-    """The sets that fit the recipe, `eval.problems` of them to evaluate on; `judged` by what its reward names."""
+    """Filters and checks the task sets, with `eval.problems` held-out tasks; `judged`: the recipe's reward scores."""
     sets = fit_prompts(sets, chat, recipe.data, partial(opening_of, env))
     if not sets.test:
         raise ConfigError("no held-out tasks are left to evaluate on; set data.eval_tasks or raise data.holdout.")
@@ -87,19 +87,21 @@ def _checked(
 
 
 def _executes(recipe: Sampling, sets: TaskSets, judged: bool, env: EnvFactory | None) -> bool:
-    """Whether code that the model writes is executed: by the reward `code`, or by the tool `python`."""
+    """Whether the run executes model-written code: in the reward `code` or the tool `python`."""
     if env is not None and takes(env, "tools") and isinstance(recipe, EnvRecipe) and runs_python(recipe.env.tools):
         return True
     leaves = combine.leaves_of(recipe.reward.name) if judged else []
-    own = [leaf for leaf in leaves if leaf.name == "auto"]
-    by_auto = any(leaf.concerns(t) and verifier_for(t) is code.code for leaf in own for t in sets.train + sets.test)
+    auto_leaves = [leaf for leaf in leaves if leaf.name == "auto"]
+    by_auto = any(
+        leaf.concerns(t) and verifier_for(t) is code.code for leaf in auto_leaves for t in sets.train + sets.test
+    )
     return by_auto or any(leaf.name == "code" for leaf in leaves)
 
 
 def env_tasks(
     recipe: EnvRecipe, chat: ChatFormat, given: list[Task] | None = None, reward: Callable[..., Any] | None = None
 ) -> tuple[TaskSets, Verifier, EnvFactory | None]:
-    """`judged_tasks`, and the environment that the recipe names. One with tasks of its own brings them."""
+    """`judged_tasks` and the recipe's environment, which may provide the tasks."""
     if not recipe.env.name:
         return *judged_tasks(recipe, chat, given, reward), None
     verify = _verifier(recipe, reward)
@@ -119,7 +121,7 @@ def env_tasks(
 
 
 def reward_hash(name: str) -> str:
-    """What a reward's own files hold, so that a changed one is noticed when a run is resumed; empty for verifiers."""
+    """Hash of a reward's files, to detect changes when a run is resumed; empty for built-in verifiers."""
     return "".join(_file_hash(leaf.name) for leaf in combine.leaves_of(name))
 
 
@@ -134,7 +136,7 @@ def _file_hash(name: str) -> str:
 
 
 def env_hash(name: str) -> str:
-    """The same of an environment's file, also where an adapter's name stands before it; empty for built-in ones."""
+    """Hash of an environment's file, with or without an adapter prefix; empty for built-in environments."""
     adapter = name.partition(":")[0] + ":"
     spec = name.removeprefix(adapter) if adapter in ENVS else name
     file = spec if spec.endswith(".toml") else spec.rpartition(":")[0]

@@ -1,4 +1,4 @@
-"""The text of a completion, whole or streamed token by token."""
+"""Decoding of completions to text, whole or streamed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Stream:
         self.written = ""
 
     def add(self, request: int, index: int, token: int) -> None:
-        """Writes the text that this token adds (there is one request with one completion)."""
+        """`OnToken` callback for one request with one completion: writes the text that the token adds."""
         if token in self.policy.stop_ids:
             return
         self.tokens.append(token)

@@ -121,7 +121,7 @@ class Loop:
             yield self.step
 
     def sampled(self, tokens: int, hidden: float | None = None) -> None:
-        """Marks the end of sampling and scoring of `tokens` tokens; `hidden` seconds of it overlapped the previous step."""
+        """Marks the end of sampling and scoring of `tokens` tokens; `hidden` seconds overlapped the previous step."""
         rollout = time.monotonic() - self._started + (hidden or 0.0)
         self._rollout = {"seconds_rollout": rollout, "rollout_tokens_per_second": tokens / rollout}
         self._rollout |= {} if hidden is None else {"seconds_hidden": hidden}

