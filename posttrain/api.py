@@ -1,15 +1,15 @@
-"""posttrain from Python, and what the command line calls: make a run, continue one, evaluate a model.
+"""Python API, also used by the command line: start and resume runs, evaluate models.
 
     import posttrain as pt
     pt.grpo(model="abacus", tasks="arithmetic", reward=my_reward, out="runs/x", steps=40)
 
-Settings are the fields of `posttrain.config`, by `section__key`, or by the key alone where only one section has it.
+Settings are the fields of `posttrain.config`, as `section__key`, or just the key if only one section has it.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,25 +38,25 @@ from posttrain.store.tracker import open_trackers
 from posttrain.train import device
 from posttrain.train.interrupt import Interrupt
 from posttrain.train.job import Job, Loop, OnStep, Setup
-from posttrain.types import ConfigError, Episode, ResumeError, Task
+from posttrain.types import ConfigError, Episode, Json, JsonView, ResumeError, Task
 
 GIVEN = "given from Python"
-"""Stands in a header's recipe for tasks or a reward that were Python objects; the header's `given` names them."""
+"""Placeholder in a run header's recipe for tasks or a reward passed as Python objects; `given` lists them."""
 Reward = str | Callable[..., Any]
 
 
 @dataclass(frozen=True)
 class Result:
-    """A run that ended: `summary` is None where signal `stopped_by` stopped it before its end, and `posttrain resume`
-    continues it."""
+    """Outcome of a run. If a signal stopped it early, `stopped_by` is its number and `summary` is None; `posttrain
+    resume` continues the run."""
 
     folder: Path
-    summary: dict[str, Any] | None
+    summary: Json | None
     stopped_by: int = 0
 
     @property
     def model(self) -> Path:
-        """The trained model as a Hugging Face folder (written when the run finished)."""
+        """The trained model as a Hugging Face folder (written when the run finishes)."""
         return self.folder / "model"
 
 
@@ -69,10 +69,10 @@ def train(
     on_step: OnStep | None = None,
     **settings: Any,
 ) -> Result:
-    """Trains `model` with an algorithm of `config.RECIPES` on `tasks`, a built-in name, file, hub id or list of Task.
+    """Trains `model` with an algorithm of `config.RECIPES` on `tasks`: a built-in name, file, hub id or list of Task.
 
-    `reward`, where the algorithm has one, is `auto`, a verifier's name, `FILE.py:FUNCTION`, `model:FOLDER`, or a
-    function `(completion, answer, **task) -> float`; None leaves the recipe's. Raises ConfigError for an unknown
+    `reward`, for algorithms that use one, is `auto`, a verifier's name, `FILE.py:FUNCTION`, `model:FOLDER`, or a
+    function `(completion, answer, **task) -> float`; None keeps the recipe's. Raises ConfigError for an unknown
     algorithm or setting.
     """
     if algorithm not in config.RECIPES:
@@ -94,7 +94,7 @@ def grpo(
     on_step: OnStep | None = None,
     **settings: Any,
 ) -> Result:
-    """`train("grpo", …)`: reinforcement learning on a reward that a program computes."""
+    """`train("grpo", …)`: reinforcement learning with a verifier, reward function or reward model."""
     return train("grpo", model, tasks, reward, out, on_step, **settings)
 
 
@@ -117,9 +117,9 @@ def start(
     reward: Callable[..., Any] | None = None,
     on_warning: Callable[[str], None] | None = None,
 ) -> Result:
-    """Makes a new run folder for a resolved recipe and runs it to the end.
+    """Creates a new run folder for a resolved recipe and runs it to the end.
 
-    `on_warning` gets the text of `estimate.warning` before the model is loaded; the run folder keeps it, too.
+    `on_warning` gets the text of `estimate.warning` before the model is loaded; it is also stored in the run folder.
     """
     warning = estimate.warning(recipe)
     if warning and on_warning:
@@ -128,7 +128,7 @@ def start(
     try:
         job, fingerprint = prepare(algorithm, recipe, folder, given, reward)
     except BaseException:
-        with suppress(OSError):  # a run that was refused leaves no folder behind; one with files in it stays
+        with suppress(OSError):  # removes the folder of a rejected run, unless it has files
             folder.rmdir()
         raise
     header = {
@@ -153,8 +153,8 @@ def start(
 def resume(folder: str | Path, reward: Callable[..., Any] | None = None, on_step: OnStep | None = None) -> Result:
     """Continues a run from its newest checkpoint; on the same machine the result is bit-exact.
 
-    A reward that was given as a Python function has to be given again. Raises ResumeError for changed data, or a run
-    that another process holds.
+    A reward that was passed as a Python function must be passed again. Raises ResumeError if the data has changed or
+    another process has the run open.
     """
     folder = Path(folder)
     with Run.open(folder) as store:
@@ -165,7 +165,7 @@ def resume(folder: str | Path, reward: Callable[..., Any] | None = None, on_step
             return Result(folder, done)
         if "reward" in header["given"] and reward is None:
             raise ResumeError(
-                f"{folder} was started from Python with a reward function; continue it there with "
+                f"{folder} was started from Python with a reward function. Resume it from Python with "
                 "posttrain.resume(folder, reward=function)."
             )
         device.set_threads(header["fingerprint"]["threads"])
@@ -173,13 +173,13 @@ def resume(folder: str | Path, reward: Callable[..., Any] | None = None, on_step
         job, fingerprint = prepare(algorithm, recipe, folder, given, reward)
         if job.data_hash != header["data"]:
             raise ResumeError(
-                f"the tasks or the reward of {folder} are not what it started with: a file of {recipe.data.tasks!r} "
-                "or of the reward has changed. Restore it, or start a new run."
+                f"the tasks or the reward of {folder} have changed since the run started (tasks: "
+                f"{recipe.data.tasks!r}). Restore the files, or start a new run."
             )
         saved = checkpoint.latest(folder)
         step = saved.step if saved else 0
         for damaged in saved.skipped if saved else ():
-            store.note(step, Event("warning", "checkpoint", f"passed over: {damaged}"))
+            store.note(step, Event("warning", "checkpoint", f"skipped: {damaged}"))
         if changed := device.differences(header["fingerprint"], fingerprint):
             text = f"Resumed on a different setup ({'; '.join(changed)}): the result may differ by rounding."
             store.rewind(step + 1 if saved else 0)
@@ -189,10 +189,10 @@ def resume(folder: str | Path, reward: Callable[..., Any] | None = None, on_step
 
 def prepare(
     algorithm: str, recipe: Recipe, folder: Path, given: list[Task] | None, reward: Callable[..., Any] | None
-) -> tuple[Job, dict[str, Any]]:
-    """Loads and checks the model and the data; everything that is refused is refused here, before step 0.
+) -> tuple[Job, Json]:
+    """Loads and checks the model and the data; invalid settings and data are rejected here, before step 0.
 
-    Returns the job and the fingerprint of the machine and model under which it is bit-exact.
+    Returns the job and the fingerprint of machine and model that bit-exact results depend on.
     """
     device.set_threads(recipe.train.threads)
     on = device.resolve(recipe.train.device)
@@ -216,7 +216,7 @@ def _drive(store: Run, recipe: Recipe, job: Job, on_step: OnStep | None) -> Resu
 
 
 def open_policy(path: str, cfg: config.ModelConfig | None = None, on: torch.device | str = "cpu") -> Policy:
-    """A model from a folder, hub id, `abacus`, or a run folder (its newest checkpoint, finished or not)."""
+    """Loads a model from a folder, hub id, `abacus`, or a run folder (newest checkpoint, finished or not)."""
     if not (Path(path) / "run.json").exists():
         return load_policy(replace(cfg or config.ModelConfig(), path=path), on)
     with Run.read(Path(path)) as store:
@@ -238,7 +238,7 @@ def open_policy(path: str, cfg: config.ModelConfig | None = None, on: torch.devi
 def evaluate(
     model: str = "abacus", tasks: str = "arithmetic", reward: Reward = "auto", **settings: Any
 ) -> tuple[Report, list[list[Episode]]]:
-    """Held-out accuracy of a model or run, with intervals, and the episodes behind it."""
+    """Held-out accuracy of a model or run with confidence intervals, and the evaluated episodes."""
     overrides = {"data.tasks": tasks, **_dotted(settings)}
     if isinstance(reward, str):
         overrides["reward.name"] = reward
@@ -250,7 +250,7 @@ def evaluate(
 def evaluate_recipe(
     model: str, recipe: EvalRecipe, reward: Callable[..., Any] | None = None
 ) -> tuple[Report, list[list[Episode]]]:
-    """The same for a resolved recipe: its data, rollout, eval and run.seed settings apply."""
+    """`evaluate` for a resolved recipe, with its data, rollout, eval and run.seed settings."""
     sets, collector = _held_out(model, recipe, reward)
     return evaluate_tasks(collector, sets.test, recipe.eval.samples, 0)
 
@@ -258,9 +258,9 @@ def evaluate_recipe(
 def sample_many(
     model: str, recipe: EvalRecipe, split: Literal["held-out", "train"] = "held-out"
 ) -> tuple[list[Task], list[list[Episode]]]:
-    """`eval.samples` scored answers to each of `eval.problems` tasks, for posttrain.search.best_of_n to choose among.
+    """Samples and scores `eval.samples` completions of `eval.problems` tasks, as input of posttrain.search.best_of_n.
 
-    Raises RolloutError where more than `reward.max_failure_rate` of them could not be scored.
+    Raises RolloutError if more than `reward.max_failure_rate` of them could not be scored.
     """
     sets, collector = _held_out(model, recipe, None)
     tasks = sets.test if split == "held-out" else sets.train[: recipe.eval.problems]
@@ -270,7 +270,7 @@ def sample_many(
 
 
 def _held_out(model: str, recipe: EvalRecipe, reward: Callable[..., Any] | None) -> tuple[TaskSets, Collector]:
-    """The judged tasks of a recipe and a collector of the model's answers at `eval.temperature`."""
+    """The tasks of a recipe, and a collector that samples the model at `eval.temperature`."""
     device.set_threads(recipe.train.threads)
     policy = open_policy(model, recipe.model, device.resolve(recipe.train.device))
     chat = with_chat_format(policy, recipe.data.format)
@@ -280,12 +280,12 @@ def _held_out(model: str, recipe: EvalRecipe, reward: Callable[..., Any] | None)
 
 
 def probe(model: str, tasks: str = "arithmetic", count: int = 64, seed: int = 0) -> list[Finding]:
-    """Bias probes of the reward model in a folder (`A+B` for several), each with an interval and an example."""
+    """Bias probes of the reward model in a folder (`A+B` for several), with confidence intervals and examples."""
     scorer = load_reward_model(model, config.RewardConfig(), device.resolve("auto"))
     return bias_probes.probe(
         scorer.scores, bias_probes.load_items(config.DataConfig(tasks=tasks, count=count), count, seed)
     )
 
 
-def _dotted(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _dotted(settings: JsonView) -> Json:
     return {name.replace("__", "."): value for name, value in settings.items()}

@@ -1,7 +1,7 @@
-"""Randomness as a function, not a state.
+"""Stateless, counter-based random numbers.
 
-Every random number of a run is a pure function of (run seed, what it is for), so nothing has to be saved for an exact
-resume and no sample depends on how many others were drawn before it. The generator is Philox4x32-10 (Salmon et al.,
+Every random number of a run is a pure function of the run seed and its purpose, so resuming needs no saved generator
+state, and no sample depends on how many were drawn before it. The generator is Philox4x32-10 (Salmon et al.,
 "Parallel random numbers: as easy as 1, 2, 3", SC 2011), checked against the paper's known-answer vectors.
 """
 
@@ -19,7 +19,7 @@ _LOW, _SHIFT = np.uint64(0xFFFFFFFF), np.uint64(32)
 
 
 def key(*parts: int | str) -> int:
-    """A 64-bit key from any mix of numbers and names, e.g. `key(run_seed, step, task_id, index)`."""
+    """Hashes numbers and names to a 64-bit key, e.g. `key(run_seed, step, task_id, index)`."""
     text = json.dumps([p if isinstance(p, str) else int(p) for p in parts])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
@@ -46,14 +46,14 @@ def uniforms(seed: int, count: int) -> np.ndarray:
 
 
 def permutation(count: int, *parts: int | str) -> np.ndarray:
-    """A permutation of range(count) that is a function of `parts` alone."""
+    """A permutation of range(count), determined by `parts`."""
     return np.argsort(uniforms(key("permutation", *parts), count), kind="stable")
 
 
 def draw_order(count: int, start: int, take: int, seed: int) -> list[int]:
     """Rows start … start+take−1 of an endless pass over `count` rows, reshuffled every epoch.
 
-    The position in the data is the one integer `start`, so a resumed run continues with the row it would have read.
+    The position in the data is the single integer `start`, so a resumed run continues with the right row.
     """
     out: list[int] = []
     position = start
@@ -66,7 +66,7 @@ def draw_order(count: int, start: int, take: int, seed: int) -> list[int]:
 
 
 def seed_global(*parts: int | str) -> None:
-    """Seeds Python, NumPy and torch, so that what libraries draw (dropout, LoRA init) is a function of `parts` too."""
+    """Seeds Python, NumPy and torch, so that library randomness (dropout, LoRA init) is a function of `parts` too."""
     import torch
 
     value = key("global", *parts)

@@ -1,10 +1,10 @@
-"""The core types every layer speaks, and the six errors.
+"""Core data types shared by all modules, and the six error classes.
 
-Shapes: P tasks, G attempts each, L tokens in one episode, B rows, T padded length.
-Index t describes token t: `logp[t]` is the log-probability of token t given tokens < t, so t = 0 is never trained.
+Shapes: P tasks, G completions per task, L tokens in one episode, B rows, T padded length.
+Index t refers to token t: `logp[t]` is the log-probability of token t given tokens < t, so t = 0 is never trained.
 """
 
-# Values from outside are checked at run time, whatever their annotation says.
+# User input is checked at run time even where the annotation rules a type out.
 # pyright: reportUnnecessaryIsInstance=false
 
 from __future__ import annotations
@@ -26,35 +26,35 @@ Author = Literal["prompt", "model", "env"]
 Json = dict[str, Any]
 """A JSON object."""
 JsonView = Mapping[str, Any]
-"""A JSON object that is only read."""
+"""A read-only JSON object."""
 
 
 class PosttrainError(Exception):
-    """Base of the six errors. The message says what failed, the value seen, what was expected and what to do."""
+    """Base class of the six errors. Messages say what failed, the value seen, what was expected and what to do."""
 
     exit_code = 1
 
 
 class ConfigError(PosttrainError, ValueError):
-    """A recipe, flag or argument that cannot be used as given."""
+    """An invalid recipe, flag or argument."""
 
     exit_code = 2
 
 
 class DataError(PosttrainError, ValueError):
-    """A row, file or data set that cannot be read; the message starts with `file:line` where there is one."""
+    """An unreadable or invalid row, file or dataset; the message starts with `file:line` where available."""
 
     exit_code = 3
 
 
 class TemplateError(PosttrainError, ValueError):
-    """A chat template or tokenizer that would corrupt what the model reads."""
+    """A chat template or tokenizer that would corrupt the model's input."""
 
     exit_code = 4
 
 
 class RolloutError(PosttrainError, RuntimeError):
-    """Something outside the policy failed while an episode was made; `boundary` names which part."""
+    """A failure outside the policy during a rollout; `boundary` names the component."""
 
     exit_code = 5
 
@@ -64,13 +64,13 @@ class RolloutError(PosttrainError, RuntimeError):
 
 
 class TrainingDiverged(PosttrainError, RuntimeError):
-    """Updates that cannot be applied (non-finite), or a run that no longer learns anything."""
+    """Non-finite updates, or a run that no longer has a learning signal."""
 
     exit_code = 6
 
 
 class ResumeError(PosttrainError, RuntimeError):
-    """A run folder that cannot be continued: locked, damaged, or made by something else."""
+    """A run folder that cannot be resumed: locked, damaged, or not created by this run."""
 
     exit_code = 7
 
@@ -92,7 +92,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Task:
-    """One row to be attempted: what is asked, and what a right answer is. `meta` is passed to the reward."""
+    """One task: a prompt and its gold answer. `meta` is passed to the reward."""
 
     id: str
     env: str
@@ -106,15 +106,15 @@ class Task:
 
     @property
     def prompt(self) -> str:
-        """The last thing the user said."""
+        """The content of the last user message."""
         return next(m.content for m in reversed(self.messages) if m.role == "user")
 
 
 @dataclass(frozen=True)
 class Preference:
-    """Two answers to one prompt, and how sure it is that the first is the better one.
+    """A preference pair: two completions of one prompt.
 
-    `label` is the probability that `chosen` is better: 1 is certain, 0.5 a tie. `margin` says by how much.
+    `label` is the probability that `chosen` is better: 1 is certain, 0.5 a tie. `margin` is how much better it is.
     """
 
     id: str
@@ -140,7 +140,7 @@ class Preference:
 
 @dataclass(frozen=True)
 class Judgement:
-    """One answer and whether it is desirable (unpaired feedback, a thumb up or down)."""
+    """Unpaired feedback: one completion and whether it is desirable (thumbs up or down)."""
 
     id: str
     prompt: tuple[Message, ...]
@@ -154,7 +154,7 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Solution:
-    """An answer in steps, each labelled with how likely it leads to a right result (1 good, 0 wrong)."""
+    """A solution split into steps, each with the probability that it leads to a correct result (1 good, 0 wrong)."""
 
     id: str
     prompt: tuple[Message, ...]
@@ -172,7 +172,7 @@ class Solution:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are drawn. `top_k = 0` and `top_p = 1` leave the distribution whole; `temperature = 0` is greedy."""
+    """Sampling parameters. `top_k = 0` and `top_p = 1` disable truncation; `temperature = 0` is greedy."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -181,22 +181,22 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ConfigError(f"temperature={self.temperature} cannot be sampled at; use 0 (greedy) or more.")
+            raise ConfigError(f"temperature={self.temperature} is not a finite number ≥ 0. Use 0 (greedy) or more.")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p={self.top_p} is not in (0, 1].")
         if self.top_k < 0:
             raise ConfigError(f"top_k={self.top_k} is negative; 0 keeps every token.")
         if self.max_tokens < 1:
-            raise ConfigError(f"max_tokens={self.max_tokens} leaves no room for an answer; use 1 or more.")
+            raise ConfigError(f"max_tokens={self.max_tokens} leaves no room for a completion. Use 1 or more.")
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What the model wrote.
+    """One sampled completion.
 
     `tokens` [K] includes the stop token when `stop == "stop"`. `logprobs` [K] are log-probabilities under the full
-    softmax at the sampling temperature (what a learner can reproduce); `kept_logmass` [K] is the log of the
-    probability that top-k/top-p kept, so a token was drawn with log-probability `logprobs - kept_logmass`.
+    softmax at the sampling temperature (which a learner can reproduce); `kept_logmass` [K] is the log of the
+    probability mass kept by top-k/top-p, so a token was drawn with log-probability `logprobs - kept_logmass`.
     """
 
     tokens: np.ndarray
@@ -209,14 +209,14 @@ class Completion:
         if not len(self.tokens) == len(self.logprobs) == len(self.kept_logmass) >= 1:
             raise RolloutError(
                 f"completion has {len(self.tokens)} tokens, {len(self.logprobs)} log-probabilities and "
-                f"{len(self.kept_logmass)} kept masses; all three must be equal and at least 1.",
+                f"{len(self.kept_logmass)} kept_logmass values; the numbers must be equal and at least 1.",
                 boundary="generator",
             )
 
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens written by one author. `logprobs` [n] are present exactly when the model wrote them."""
+    """Consecutive tokens by one author. `logprobs` [n] are set if and only if the model generated the tokens."""
 
     by: Author
     tokens: np.ndarray
@@ -225,14 +225,14 @@ class Span:
 
     def __post_init__(self) -> None:
         if (self.logprobs is not None) != (self.by == "model"):
-            raise RolloutError(f"a span by {self.by!r} must {'' if self.by == 'model' else 'not '}carry logprobs.")
+            raise RolloutError(f"a span by {self.by!r} must {'' if self.by == 'model' else 'not '}have logprobs.")
         if self.logprobs is not None and len(self.logprobs) != len(self.tokens):
             raise RolloutError(f"span has {len(self.tokens)} tokens but {len(self.logprobs)} log-probabilities.")
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A verifier's finding. Wrong is a score; something that could not be judged is an exception."""
+    """The result of a verifier. A wrong completion gets a score; one that cannot be scored raises an exception."""
 
     score: float
     passed: bool
@@ -246,10 +246,10 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Episode:
-    """One attempt at a task. `reward is None` means it could not be scored (see `error`), never that it was wrong.
+    """One rollout of a task. `reward is None` means it could not be scored (see `error`), not that it was wrong.
 
-    In an episode of several turns each span by the model is one, `turn_rewards` has what each earned, and `cuts` are
-    the spans at which an edited history began anew: what the model then read does not continue what stands before.
+    In a multi-turn episode each model span is one turn, and `turn_rewards` has one reward per turn. `cuts` are the
+    indices of spans at which an edited history restarts: the model's context from there does not include earlier spans.
     """
 
     task_id: str
@@ -268,40 +268,40 @@ class Episode:
 
     @property
     def turns(self) -> int:
-        """Replies the model gave."""
+        """Number of model replies."""
         return sum(s.by == "model" for s in self.spans)
 
     @property
     def segments(self) -> tuple[tuple[Span, ...], ...]:
-        """The spans in stretches in which each token was read after all those before it."""
+        """The spans, split at `cuts`: within a segment, each token has all earlier ones as context."""
         ends = [0, *self.cuts, len(self.spans)]
         return tuple(self.spans[a:b] for a, b in pairwise(ends))
 
     @property
     def tokens(self) -> np.ndarray:
-        """All token ids [L], prompt included; of several stretches, one after the other."""
+        """All token ids [L], prompt included, segments concatenated."""
         return np.concatenate([s.tokens for s in self.spans])
 
     @property
     def loss_mask(self) -> np.ndarray:
-        """True [L] exactly where the model chose the token."""
+        """True [L] where the model generated the token."""
         return np.concatenate([np.full(len(s.tokens), s.by == "model") for s in self.spans])
 
     @property
     def behaviour_logp(self) -> np.ndarray:
-        """The sampler's log-probabilities [L], 0 where the model did not choose."""
+        """The sampler's log-probabilities [L], 0 for other tokens."""
         parts = [s.logprobs if s.logprobs is not None else np.zeros(len(s.tokens), np.float32) for s in self.spans]
         return np.concatenate(parts).astype(np.float32)
 
     @property
     def length(self) -> int:
-        """Tokens the model wrote."""
+        """Number of tokens generated by the model."""
         return sum(len(s.tokens) for s in self.spans if s.by == "model")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One training row [L]. Its token weights are set later, over the whole optimizer batch."""
+    """One training row [L]. Token weights are computed later, over the whole optimizer batch."""
 
     tokens: np.ndarray
     loss_mask: np.ndarray
@@ -310,8 +310,8 @@ class Sample:
     old_logp: np.ndarray | None = None
     ref_logp: np.ndarray | None = None
     old_values: np.ndarray | None = None
-    returns: np.ndarray | None = None  # what a value or step head should predict
-    label: float = 1.0  # of a pair: the probability that this row is the better; of one answer: 1 desirable, 0 not
+    returns: np.ndarray | None = None  # targets of a value or step head
+    label: float = 1.0  # pairs: probability that this row is better; judgements: 1 desirable, 0 not
     margin: float = 0.0
 
     def __post_init__(self) -> None:
@@ -320,7 +320,7 @@ class Sample:
             if value is not None and len(value) != len(self.tokens):
                 raise DataError(f"sample.{name} has {len(value)} entries for {len(self.tokens)} tokens.")
         if len(self.loss_mask) and self.loss_mask[0]:
-            raise DataError("sample.loss_mask[0] is set, but nothing precedes the first token to predict it from.")
+            raise DataError("sample.loss_mask[0] is set, but the first token has no context to predict it from.")
 
 
 @dataclass(frozen=True)
@@ -338,23 +338,23 @@ class Batch:
     returns: torch.Tensor | None = None  # (B, T) float32
     labels: torch.Tensor | None = None  # (B,) float32
     margins: torch.Tensor | None = None  # (B,) float32
-    shared: tuple[tuple[int, int], ...] = ()  # (rows, first tokens they share) run by run; empty: nothing is shared
-    rows: tuple[int, ...] = ()  # which rows of the optimizer batch these are
+    shared: tuple[tuple[int, int], ...] = ()  # runs of (rows, length of their shared prefix); empty: no sharing
+    rows: tuple[int, ...] = ()  # indices of these rows in the optimizer batch
 
     @property
     def mask(self) -> torch.Tensor:
-        """(B, T) bool: tokens that are trained."""
+        """(B, T) bool: trained tokens."""
         return self.weights > 0
 
     @property
     def row_weights(self) -> torch.Tensor:
-        """(B,) float32: the weight of each row, for losses of whole rows; 0 for a row without a trained token."""
+        """(B,) float32: row weights for sequence-level losses; 0 for rows without trained tokens."""
         return self.weights.amax(1)
 
 
 @dataclass(frozen=True)
 class Stat:
-    """A metric that adds without becoming a mean of means. `kind` is mean, sum, max or min."""
+    """A metric that can be accumulated exactly (no means of means). `kind` is mean, sum, max or min."""
 
     total: float
     count: float = 1.0
@@ -362,7 +362,7 @@ class Stat:
 
     @classmethod
     def over(cls, values: torch.Tensor, mask: torch.Tensor | None = None) -> Stat:
-        """The mean of a tensor's entries, or of those in a mask of its shape; the others may hold anything."""
+        """The mean of a tensor, or of its entries in a mask of the same shape; masked-out entries are ignored."""
         if mask is None:
             return cls(values.sum().item(), values.numel())
         return cls(values.where(mask, 0).sum().item(), int(mask.sum()))
@@ -378,7 +378,7 @@ class Stat:
 
     @property
     def value(self) -> float:
-        """The number to show; a mean over nothing is NaN."""
+        """The aggregated value; NaN for a mean over nothing."""
         if self.kind == "mean":
             return self.total / self.count if self.count else math.nan
         return self.total
@@ -394,5 +394,5 @@ def add_stats(rows: Sequence[Mapping[str, Stat]]) -> dict[str, Stat]:
 
 
 def stat_values(rows: Sequence[Mapping[str, Stat]]) -> dict[str, float]:
-    """Adds stats key by key and takes their values: the metrics of a step."""
+    """Adds stats key by key and returns their values: the metrics of a step."""
     return {name: stat.value for name, stat in add_stats(rows).items()}

@@ -1,7 +1,7 @@
-"""Memory and time of a run before it starts: the planner's arithmetic, plus what has to be measured or read.
+"""Estimates memory and time of a run: the planner's arithmetic plus measured row lengths and speeds.
 
-Rows are measured on the data where it and the tokenizer are here, speeds by posttrain/planner/speed.py. The run itself
-is not touched.
+Row lengths come from the data if it and the tokenizer are available locally, speeds from posttrain/planner/speed.py.
+Estimating does not change the run.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from posttrain.planner.speed import step_seconds
 from posttrain.rollout.sample_pairs import load_pairs
 from posttrain.train.device import resolve
 from posttrain.train.job import Setup
-from posttrain.types import ConfigError, PosttrainError, Sample
+from posttrain.types import ConfigError, Json, PosttrainError, Sample
 
 
 @dataclass(frozen=True)
 class Change:
-    """A setting that needs less memory, and how many bytes of the peak it alone saves."""
+    """A setting that reduces memory; `saves` is the peak reduction in bytes of this change alone."""
 
     setting: str
     value: str
@@ -47,7 +47,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will take. `seconds` is by part of one step and empty where speeds were not measured."""
+    """Estimated memory and time of a run. `seconds` has the parts of one step; empty if speeds were not measured."""
 
     algorithm: str
     shape: ModelShape
@@ -63,8 +63,8 @@ class Plan:
     def fits(self) -> bool:
         return self.memory.peak <= self.limit
 
-    def as_dict(self) -> dict[str, Any]:
-        """Everything, ready for JSON; bytes and seconds."""
+    def as_dict(self) -> Json:
+        """The plan as JSON values, in bytes and seconds."""
         step = sum(self.seconds.values()) if self.seconds else None
         return {
             "algorithm": self.algorithm,
@@ -93,18 +93,18 @@ def plan(
     probe: bool = True,
     rows: Rows | None = None,
 ) -> Plan:
-    """Memory and time of a resolved recipe, or of the recipe in a TOML file.
+    """Estimates memory and time of a resolved recipe, or of the recipe in a TOML file.
 
-    `memory` is GiB per device (None: this machine's); `gpus` shards weights, gradients and optimizer; `probe` times a
-    small model, where the device is here; `rows` replace the data's own lengths. Raises ConfigError
-    for numbers that no machine has and a model whose shape is not known.
+    `memory` is GiB per device (None: this machine's); `gpus` shards weights, gradients and optimizer states; `probe`
+    times a small model if the device is present; `rows` overrides the measured row lengths. Raises ConfigError for
+    invalid arguments and for a model of unknown shape.
     """
     if memory is not None and memory <= 0:
-        raise ConfigError(f"memory={memory:g} GiB leaves no room for anything. Give the GiB of one device, such as 24.")
+        raise ConfigError(f"memory={memory:g} GiB must be positive. Give the GiB of one device, such as 24.")
     if gpus < 1:
-        raise ConfigError(f"gpus={gpus}, but a run needs a device. Give 1 or more.")
+        raise ConfigError(f"gpus={gpus}, but a run needs at least one device. Give 1 or more.")
     if device not in ("auto", "cpu") and not device.startswith("cuda"):
-        raise ConfigError(f"device={device!r} is not known. Give auto, cpu or cuda.")
+        raise ConfigError(f"device={device!r} is unknown. Give auto, cpu or cuda.")
     if isinstance(recipe, str | Path):
         algorithm, sections, _ = config.read_toml(recipe)
         recipe = cast(Recipe, config.resolve(algorithm, sections))
@@ -120,7 +120,7 @@ def plan(
     changes = [] if found.peak <= limit else advice(recipe, shape, rows, where, limit)
     seconds: dict[str, float] = {}
     if cuda and not torch.cuda.is_available() or gpus > 1:
-        unknown.append("Time: the device is not here, so nothing could be timed.")
+        unknown.append("Time: the device is not available here, so nothing could be timed.")
     elif probe:
         seconds = step_seconds(recipe, shape, rows, "cuda" if cuda else "cpu")
     unknown += not_known(recipe, where)
@@ -128,10 +128,10 @@ def plan(
 
 
 def warning(recipe: Recipe) -> str:
-    """One sentence where a run may not fit in this machine's memory, else nothing. Arithmetic only, no probe.
+    """One sentence if a run may not fit in this machine's memory, else empty. Arithmetic only, no probe.
 
-    Rows as long as the settings allow come first, because they cost nothing to look at; only where those do not fit is
-    the data read, and nothing said if its own rows do. A shape that is not known says nothing.
+    Checks rows of the maximum length first, which is cheap. Only if they do not fit, it reads the data and warns if the
+    actual rows do not fit either. Empty if the model's shape is unknown.
     """
     with suppress(PosttrainError):
         shape, rows = shape_of(resolve_path(recipe.model.path)), longest_rows(recipe)
@@ -145,19 +145,19 @@ def warning(recipe: Recipe) -> str:
             changes = advice(recipe, shape, rows, where, limit)
             settings = " or ".join(f"{c.setting} = {c.value}" for c in changes[:3]) or "a smaller model"
             return (
-                f"This run may need {gib(found.peak)} of memory{longest} and {gib(limit)} are here; try {settings} "
-                "(`posttrain plan` has the parts)."
+                f"This run may need {gib(found.peak)} of memory{longest}, but only {gib(limit)} is available. Try "
+                f"{settings} (`posttrain plan` shows the breakdown)."
             )
     return ""
 
 
 def gib(count: float) -> str:
-    """Bytes as people read them."""
+    """Formats bytes as MiB or GiB."""
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
 def machine_memory(cuda: bool) -> int:
-    """Bytes this machine, its container or its GPU has."""
+    """Memory in bytes of this machine, its container, or its GPU."""
     if cuda and torch.cuda.is_available():
         return torch.cuda.get_device_properties(0).total_memory
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -167,7 +167,7 @@ def machine_memory(cuda: bool) -> int:
 
 
 def resident() -> int:
-    """Bytes resident in this process now, with all imports and no model; the planner's figure where /proc is not."""
+    """Resident bytes of this process now (all imports, no model); the planner's constant without /proc."""
     status = Path("/proc/self/status")
     if not status.is_file():
         return BASELINE
@@ -175,7 +175,7 @@ def resident() -> int:
 
 
 def longest_rows(recipe: Recipe) -> Rows:
-    """Rows as long as the settings allow."""
+    """Rows of the maximum length that the settings allow."""
     if (most := recipe.facts().max_tokens) is None:
         return Rows(recipe.data.max_prompt_tokens, rollout_of(recipe).max_tokens)
     prompt = min(recipe.data.max_prompt_tokens, most // 2)
@@ -183,7 +183,7 @@ def longest_rows(recipe: Recipe) -> Rows:
 
 
 def measured_rows(recipe: Recipe) -> tuple[Rows, str]:
-    """Rows of the data itself where it and the tokenizer are here, else as long as the settings allow and a note."""
+    """Row lengths of the data if it and the tokenizer are local; else the maximum lengths and a note."""
     worst = longest_rows(recipe)
     try:
         if not Path(resolve_path(recipe.model.path)).is_dir():
@@ -196,9 +196,7 @@ def measured_rows(recipe: Recipe) -> tuple[Rows, str]:
             lengths = [len(chat.prompt_tokens(task.messages)) for task in sets.train]
             lengths = [n for n in lengths if n <= recipe.data.max_prompt_tokens] or [worst.prompt]
             rows = Rows(max(lengths), worst.answer, sum(lengths) / len(lengths), worst.answer)
-            text = (
-                f"Completions are taken to be {worst.answer} tokens long (rollout.max_tokens); shorter ones need less."
-            )
+            text = f"Assumes completions of {worst.answer} tokens (rollout.max_tokens); shorter ones need less."
             return rows, text
         if facts.data == "conversations" and isinstance(recipe.algo, RowSettings):
             found = load_conversations(recipe.data, recipe.run.seed)
@@ -208,9 +206,9 @@ def measured_rows(recipe: Recipe) -> tuple[Rows, str]:
             sets = load_pairs(Setup(recipe, policy, chat, Path("nowhere")))
             made = pair_rows(sets.train, chat, recipe.pairs.max_tokens)[0]
         else:
-            raise OSError("the run itself makes what it learns from")
+            raise OSError("the run generates its own training data")
     except (PosttrainError, OSError, ValueError) as error:
-        return worst, f"Rows are taken to be as long as the settings allow, {worst.longest} tokens ({error})."
+        return worst, f"Assumes rows of the maximum length, {worst.longest} tokens ({error})."
     return rows_of(made), ""
 
 
@@ -227,9 +225,9 @@ def rows_of(samples: Sequence[Sample]) -> Rows:
 
 
 def advice(recipe: Recipe, shape: ModelShape, rows: Rows, where: Where, limit: int) -> list[Change]:
-    """Settings that need less memory, those that change least about the run first, until together they are enough.
+    """Suggests settings that reduce memory, least intrusive first, until the run fits with all of them.
 
-    Each is credited with what it saves alone, and left out where that is below a hundredth of the peak.
+    Each change reports what it saves alone; changes that save less than 1% of the peak are left out.
     """
     before, together, changes = plan_memory(recipe, shape, rows, where).peak, recipe, list[Change]()
     for setting, values, cost in ladder(recipe, rows):
@@ -251,12 +249,10 @@ def advice(recipe: Recipe, shape: ModelShape, rows: Rows, where: Where, limit: i
 
 
 def ladder(recipe: Recipe, rows: Rows) -> list[tuple[str, list[Any], str]]:
-    """(setting, values to try in turn, what it costs), cheapest first."""
+    """(setting, values to try in order, cost), cheapest first."""
     unit = rows.longest * (2 if isinstance(recipe, PairRecipe) else 1)
     halves = [n for n in (recipe.train.micro_batch_tokens >> k for k in range(1, 12)) if n >= unit] or [unit]
-    steps: list[tuple[str, list[Any], str]] = [
-        ("train.micro_batch_tokens", halves, "nothing: the gradient is the same")
-    ]
+    steps: list[tuple[str, list[Any], str]] = [("train.micro_batch_tokens", halves, "none: the gradient is the same")]
     rollout = rollout_of(recipe)
     if samples(recipe):
         slots = [n for n in (rollout.slots >> k for k in range(1, 8)) if n >= TILE]
@@ -269,12 +265,12 @@ def ladder(recipe: Recipe, rows: Rows) -> list[tuple[str, list[Any], str]]:
     if not recipe.model.lora_rank:
         steps.append(("model.lora_rank", [16], "only adapters are trained"))
     if samples(recipe):
-        steps.append(("rollout.max_tokens", [rollout.max_tokens // 2], "longer completions are cut"))
+        steps.append(("rollout.max_tokens", [rollout.max_tokens // 2], "longer completions are truncated"))
     return steps
 
 
 def changed(recipe: Recipe, setting: str, value: Any) -> Recipe:
-    """The recipe with one setting changed. Raises ConfigError where that does not go with the others."""
+    """A copy of the recipe with one setting changed. Raises ConfigError if it conflicts with other settings."""
     section, key = setting.split(".")
     changed_section = replace(getattr(recipe, section), **{key: value})
     return cast(Recipe, replace(cast(Any, recipe), **{section: changed_section}))
@@ -285,18 +281,16 @@ def shortened(rows: Rows, setting: str, value: Any) -> Rows:
 
 
 def not_known(recipe: Recipe, where: Where) -> list[str]:
-    """What the numbers leave out."""
+    """Limitations of the estimate, as notes."""
     found: list[str] = []
     if where.gpus > 1:
-        found.append("Sharding is arithmetic: runs here use one device, and no sharded run was measured.")
+        found.append("Sharding is calculated, not measured: runs here use one device.")
     elif where.cuda:
-        found.append("GPU figures are arithmetic; they were held against measurements on a CPU only.")
+        found.append("GPU figures are calculated; the planner was validated on CPUs only.")
     if recipe.facts().teacher:
-        found.append("The teacher is taken to have the student's size.")
+        found.append("Assumes that the teacher has the student's size.")
     if isinstance(recipe, config.Sampling) and ".py:" in recipe.reward.name:
-        found.append("What the reward function itself holds and how long it takes is not known.")
+        found.append("The memory and time of the reward function are unknown and not included.")
     if recipe.facts().samples == "every step":
-        found.append(
-            "Examinations (eval.*), checkpoints and the final export take more time than the steps named here."
-        )
+        found.append("Evaluations (eval.*), checkpoints and the final export take additional time.")
     return found

@@ -1,8 +1,8 @@
-"""What a run will hold in memory, as arithmetic: a model's shape and settings → bytes by part.
+"""Memory model of a run: from model shape and settings to bytes by part.
 
-Nothing is loaded or measured here and only the standard library is imported, so the same functions answer for a machine
-that is not here. Each part is one small function that names the file whose tensors it counts. What has to be measured
-is added by `posttrain/planner/estimate.py`; `bench/memory.py` holds the result against real runs.
+Nothing is loaded or measured here, so the same functions work for other machines. Each part is one small function that
+names the file whose tensors it counts. `posttrain/planner/estimate.py` adds measurements; `bench/memory.py` compares
+the result with real runs.
 """
 
 from __future__ import annotations
@@ -16,24 +16,25 @@ from posttrain.config import Recipe, RolloutConfig, Sampling
 from posttrain.models.shapes import ModelShape, shape_of
 
 BASELINE = 356 << 20
-"""Resident bytes of a process that has imported torch, transformers and posttrain.api and done nothing yet."""
+"""Resident bytes of a process that has only imported torch, transformers and posttrain.api."""
 HEAP_BLOCK = 32 << 20
-"""Smaller blocks come from glibc's heap, the others are mapped one by one and given back when freed. In the heap a
-freed block leaves a gap: torch asks for aligned ones, and until glibc 2.38 one does not fit the next of its size."""
+"""glibc allocates smaller blocks from the heap; larger ones are mapped individually and unmapped when freed. A freed
+heap block leaves a gap: torch requests aligned blocks, and before glibc 2.38 a gap does not fit the next block of its
+size."""
 HEAP_KEPT = 0.9
-"""Share of that heap which stays resident between passes."""
+"""Share of the heap that stays resident between passes."""
 LOGITS_PER_CHUNK = 1 << 24
 """As in posttrain/train/forward.py."""
 DRAW_BYTES = 28
-"""Per logit while posttrain/rollout/generator.py:draw makes tokens of them: two in float64, three in float32."""
+"""Bytes per logit in posttrain/rollout/generator.py:draw: two float64 and three float32 values."""
 TILE, CACHE_BLOCK, WORTH, PACKED_HEAD, PREFILL, PREFILL_ROWS = 32, 64, 16, 8192, 4096, 1024
-"""As in posttrain/models/invariance.py, rollout and data/batching.py. An output layer of more words is read in place;
-so many tokens of prompts go together, with kernels and without."""
+"""As in posttrain/models/invariance.py, rollout and data/batching.py. PACKED_HEAD: larger output layers are read in
+place. PREFILL and PREFILL_ROWS: prompt tokens per prefill pass with and without kernels."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Tokens of one row of data: `prompt` and `answer` of the longest, and their means, which decide the time."""
+    """Row lengths in tokens: `prompt` and `answer` of the longest row, and means, which determine the time."""
 
     prompt: int
     answer: int
@@ -51,7 +52,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Where:
-    """What a run is on. `fused` says that posttrain/models/kernels are used: float32 on a CPU with a C compiler."""
+    """Hardware of a run. `fused`: posttrain/models/kernels are available (float32 on a CPU with a C compiler)."""
 
     gpus: int = 1
     cuda: bool = False
@@ -61,7 +62,7 @@ class Where:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes by part: `held` throughout, and what each phase adds to it."""
+    """Bytes by part: `held` for the whole run, and what each phase adds."""
 
     held: Mapping[str, int]
     phases: Mapping[str, Mapping[str, int]]
@@ -72,20 +73,20 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        """The most bytes held at once."""
+        """Peak bytes of the run."""
         return self.of(self.peak_phase)
 
     def of(self, phase: str) -> int:
-        """The most bytes held in a phase."""
+        """Peak bytes of a phase."""
         return sum(self.held.values()) + sum(self.phases[phase].values())
 
 
 def plan_memory(recipe: Recipe, shape: ModelShape, rows: Rows, where: Where | None = None) -> Memory:
-    """The memory of a resolved recipe on a model of `shape` whose rows of data are `rows` tokens long."""
+    """Estimates the memory of a resolved recipe for a model of `shape` and rows of length `rows`."""
     where = where or Where()
     held = {"process": where.baseline, **states(recipe, shape, where)}
     if samples(recipe):
-        copies = 2 if lags(recipe) else 1  # one generator samples, another examines
+        copies = 2 if lags(recipe) else 1  # one generator for training, one for evaluation
         held |= {name: size * copies for name, size in generator(recipe, shape, rows, where).items()}
     training = training_pass(recipe, shape, largest_pass(recipe, rows), where)
     phases: dict[str, dict[str, int]] = {"training pass": training}
@@ -94,42 +95,42 @@ def plan_memory(recipe: Recipe, shape: ModelShape, rows: Rows, where: Where | No
         phases["scoring"] = scoring_phase(recipe, shape, whole, where)
     if samples(recipe):
         phases["sampling"] = sampling_phase(recipe, shape, rows, where)
-    if not where.cuda:  # a later phase takes its blocks from what the passes have left in the heap
+    if not where.cuda:  # later phases reuse heap memory that the passes left
         left = HEAP_KEPT * (training["activations"] + training["gaps in the heap"])
         for parts in list(phases.values())[1:]:
             parts["heap kept by the allocator"] = max(0, round(left) - sum(parts.values()))
     return Memory(held, phases)
 
 
-# --- what is held throughout ----------------------------------------------------------------------------------------
+# --- held for the whole run ------------------------------------------------------------------------------------------
 
 
 def width_of(recipe: Recipe) -> int:
-    """Bytes of one weight."""
+    """Bytes per weight."""
     return 4 if recipe.model.dtype == "float32" else 2
 
 
 def trainable(recipe: Recipe, shape: ModelShape) -> int:
-    """Weights that learn."""
+    """Number of trainable parameters."""
     return shape.adapters(recipe.model.lora_rank) if recipe.model.lora_rank else shape.parameters
 
 
 def samples(recipe: Recipe) -> bool:
-    """Whether completions are sampled to learn from, in every step or before the first."""
+    """Whether training completions are sampled, in every step or before the first."""
     return recipe.facts().samples != "never"
 
 
 def scores(recipe: Recipe) -> bool:
-    """Whether there are passes without gradient: of a reference, old log-probabilities and values, held-out rows."""
+    """Whether there are no-grad passes: reference and old log-probabilities, values, held-out rows."""
     facts = recipe.facts()
     return facts.scoring_passes > 0 or facts.held_out_pass
 
 
 def states(recipe: Recipe, shape: ModelShape, where: Where) -> dict[str, int]:
-    """Weights of every model and the optimizers' numbers: posttrain/train/learners/local.py, frozen.py and critic.py.
+    """Weights of all models and optimizer states: posttrain/train/learners/local.py, reference.py and critic.py.
 
-    Gradients live from a step's first pass to its update, so they belong to the training pass. On N devices each holds
-    one Nth of them.
+    Gradients exist from the first pass of a step to its update, so they count towards the training pass. Each of N
+    devices holds 1/N of the total.
     """
     size, learns, facts = width_of(recipe), trainable(recipe, shape), recipe.facts()
     model = shape.parameters * size
@@ -152,44 +153,44 @@ def states(recipe: Recipe, shape: ModelShape, where: Where) -> dict[str, int]:
 
 
 def reference_bytes(recipe: Recipe, shape: ModelShape) -> int:
-    """Bytes of a frozen copy of the starting model; 0 with LoRA, where the policy without its adapters serves."""
+    """Bytes of a frozen copy of the starting model; 0 with LoRA, where the policy without adapters is the reference."""
     return 0 if recipe.model.lora_rank else shape.parameters * width_of(recipe)
 
 
 def keeps_reference(recipe: Recipe) -> bool:
-    """Whether a frozen copy stays in memory (train/reference.py); with LoRA it is the policy without its adapters."""
+    """Whether a frozen copy of the model stays in memory (train/reference.py); not needed with LoRA."""
     return recipe.facts().reference == "frozen" and not recipe.model.lora_rank
 
 
 def rollout_of(recipe: Recipe) -> RolloutConfig:
-    """The section of a recipe that samples; the defaults where it has none."""
+    """The rollout section of a recipe; defaults if it has none."""
     return recipe.rollout if isinstance(recipe, Sampling) else RolloutConfig()
 
 
 def reward_folders(recipe: Recipe) -> list[Path]:
-    """Model folders that `model:A+B` in `reward.name` names (posttrain/rewards/models.py)."""
+    """Model folders named by `model:A+B` in `reward.name` (posttrain/rewards/models.py)."""
     name = recipe.reward.name if isinstance(recipe, Sampling) else ""
     said = re.findall(r"model:([^\s&*(),='\"]+)", name)
     if name.startswith("model:") and " & " not in name and all(Path(f).is_dir() for f in name[6:].split("+")):
-        said = [name.removeprefix("model:")]  # folders may hold any sign
+        said = [name.removeprefix("model:")]  # folder names may contain any character
     folders = [Path(part) for spec in said for part in spec.split("+")]
     return [f / "model" if (f / "run.json").is_file() else f for f in folders]
 
 
 def lags(recipe: Recipe) -> bool:
-    """Whether completions are sampled from a copy of the policy."""
+    """Whether completions are sampled from a copy of the policy (lag or overlap)."""
     return recipe.facts().sampler_copy
 
 
 def by_kernels(recipe: Recipe, where: Where) -> bool:
-    """Whether posttrain/models/kernels do the work between products."""
+    """Whether posttrain/models/kernels are used between matrix products."""
     return where.fused and not where.cuda and recipe.model.dtype == "float32"
 
 
 def generator(recipe: Recipe, shape: ModelShape, rows: Rows, where: Where) -> dict[str, int]:
-    """What a generator keeps between steps: posttrain/rollout/fused.py with kernels, else plain.py.
+    """Memory a generator keeps between steps: posttrain/rollout/fused.py with kernels, else plain.py.
 
-    With kernels: weights once more in the order decoding reads them, slots for answers alone, and the newest logits.
+    With kernels: a packed copy of the weights, a KV cache for completions and one for prompts, and the latest logits.
     """
     prompts, answers = at_once(recipe)
     kv = token_kv(shape, recipe)
@@ -203,7 +204,7 @@ def generator(recipe: Recipe, shape: ModelShape, rows: Rows, where: Where) -> di
 
 
 def at_once(recipe: Recipe) -> tuple[int, int]:
-    """The most prompts and the most answers that a generator works on at once: a step's, or an examination's."""
+    """Maximum number of prompts and completions in a generator at once, over training steps and evaluation."""
     facts, slots = recipe.facts(), rollout_of(recipe).slots
     asked = [(facts.prompts, facts.group_size)]
     asked += [(recipe.eval.problems, recipe.eval.samples)] if isinstance(recipe, Sampling) else []
@@ -212,18 +213,18 @@ def at_once(recipe: Recipe) -> tuple[int, int]:
 
 
 def token_kv(shape: ModelShape, recipe: Recipe) -> int:
-    """Bytes of one token's keys and values in all layers."""
+    """KV cache bytes per token, all layers."""
     return 2 * shape.layers * shape.kv_heads * shape.head_dim * width_of(recipe)
 
 
 def batch_rows(recipe: Recipe) -> int:
-    """Rows of data in one optimizer batch."""
+    """Rows in one optimizer batch."""
     return max(1, recipe.facts().batch_rows)
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One call of the model: tokens it computes, how many of them are trained, and whether others follow it."""
+    """One forward pass: number of tokens, how many are trained, and whether it is the only pass of the update."""
 
     tokens: int
     trained: int
@@ -231,10 +232,10 @@ class Pass:
 
 
 def largest_pass(recipe: Recipe, rows: Rows, all_rows: bool = False) -> Pass:
-    """The largest pass of an optimizer batch, or over any number of rows (posttrain/data/batching.py:plan).
+    """The largest pass of an optimizer batch, or over all rows of a step (posttrain/data/batching.py:plan).
 
-    Rows with one prompt are a unit whose prompt is computed once. As many units as fit make a pass, and the passes are
-    of equal size; a unit that does not fit is split, and each part computes the prompt again.
+    Rows with the same prompt form a unit whose prompt is computed once. Passes have equal size and as many units as
+    fit; a unit that does not fit is split, and each part recomputes the prompt.
     """
     room = recipe.train.micro_batch_tokens
     alike = sharing(recipe, rows)
@@ -252,7 +253,7 @@ def largest_pass(recipe: Recipe, rows: Rows, all_rows: bool = False) -> Pass:
 
 
 def sharing(recipe: Recipe, rows: Rows) -> int:
-    """Rows whose prompt is computed once for all of them."""
+    """Number of rows that share one computed prompt."""
     return 1 if rows.prompt < WORTH else recipe.facts().shared_prompt
 
 
@@ -262,10 +263,10 @@ def planned_in_pairs(recipe: Recipe) -> bool:
 
 
 def layer_tensors(recipe: Recipe, shape: ModelShape, tokens: int, where: Where) -> list[tuple[float, float]]:
-    """(bytes, number) of the tensors that one layer keeps for its backward pass.
+    """(bytes, count) of the tensors that one layer saves for its backward pass.
 
-    posttrain/models/decoder.py with kernels, else transformers' Llama. Attention (posttrain/models/packing.py) keeps
-    queries, keys and values, and its result is what the output projection keeps; probabilities are computed again.
+    posttrain/models/decoder.py with kernels, else transformers' Llama. Attention (posttrain/models/packing.py) saves
+    queries, keys and values; its output is saved by the output projection, and probabilities are recomputed.
     """
     size, keys = width_of(recipe), tokens * shape.kv_heads * shape.head_dim
     attention, stream, unit = tokens * shape.attention, tokens * shape.width, tokens * shape.ffn
@@ -275,16 +276,16 @@ def layer_tensors(recipe: Recipe, shape: ModelShape, tokens: int, where: Where) 
         return [(attention * 4, 4), (keys * 4, 2), (stream * 4, 6), (unit * 4, 4)]
     if not recipe.model.lora_rank:  # norms are computed in float32
         return [(attention * 2, 4), (keys * 2, 2), (stream * 2, 4), (stream * 4, 2), (unit * 2, 4)]
-    casts = [(attention * 4, 1), (stream * 4, 5), (unit * 4, 1)]  # PEFT keeps what each adapter saw, in float32
+    casts = [(attention * 4, 1), (stream * 4, 5), (unit * 4, 1)]  # PEFT saves adapter inputs in float32
     return [*casts, (attention * 2, 3), (keys * 2, 2), (stream * 4, 2), (unit * 2, 3)]
 
 
 def layer_gaps(recipe: Recipe, shape: ModelShape, tokens: int, where: Where) -> float:
-    """Bytes of what a layer makes and frees between tensors it keeps, as far as that lies in the heap.
+    """Bytes of heap gaps left by temporaries that a layer frees between saved tensors.
 
-    Queries and keys before they are turned, and both parts' results before they join the residual stream; with an
-    adapter each product's result is made of several, and one gap of its size stays. Without kernels each norm leaves
-    one in float32, and attention one.
+    Temporaries are queries and keys before the rotary embedding, and the outputs of attention and MLP before they are
+    added to the residual stream. With LoRA, each product leaves one more gap of the size of its output. Without
+    kernels, each norm leaves one in float32, and attention one.
     """
     if where.cuda:
         return 0.0
@@ -298,7 +299,7 @@ def layer_gaps(recipe: Recipe, shape: ModelShape, tokens: int, where: Where) -> 
 
 
 def activations(recipe: Recipe, shape: ModelShape, tokens: int, where: Where) -> tuple[int, int]:
-    """What the layers keep between the forward and the backward pass of `tokens` tokens, and the gaps among it."""
+    """Bytes that the layers save for the backward pass of `tokens` tokens, and the heap gaps between them."""
     gaps = round(shape.layers * layer_gaps(recipe, shape, tokens, where))
     if not recipe.model.gradient_checkpointing:
         return shape.layers * one_layer(recipe, shape, tokens, where), gaps
@@ -307,15 +308,15 @@ def activations(recipe: Recipe, shape: ModelShape, tokens: int, where: Where) ->
 
 
 def one_layer(recipe: Recipe, shape: ModelShape, tokens: int, where: Where) -> int:
-    """Bytes that one layer keeps."""
+    """Bytes that one layer saves."""
     return round(sum(each * count for each, count in layer_tensors(recipe, shape, tokens, where)))
 
 
 def projection(recipe: Recipe, shape: ModelShape, trained: int, where: Where) -> int:
-    """Blocks of logits in posttrain/train/projection.py; scores of whole rows need none.
+    """Bytes of logit chunks in posttrain/train/projection.py; 0 for models with a score head.
 
-    With kernels a block becomes its own gradient, and of several the last is alive while the next is made. Without,
-    log-probabilities, their exponentials and a product of both are blocks of their own.
+    With kernels, a chunk is overwritten with its gradient, and with several chunks the last one is alive while the next
+    is computed. Without kernels, log-probabilities, their exponentials and a product of both need chunks of their own.
     """
     if recipe.facts().trains == "scorer":
         return 0
@@ -331,19 +332,19 @@ def projection(recipe: Recipe, shape: ModelShape, trained: int, where: Where) ->
 def training_pass(recipe: Recipe, shape: ModelShape, update: Pass, where: Where) -> dict[str, int]:
     """One forward and backward pass: posttrain/train/learners/local.py:forward_backward.
 
-    A pass that is alone makes its gradients where activations were; of several, all find the gradients there.
+    In a single pass, gradients reuse memory freed by activations; with several passes, gradients are already allocated.
     """
     size, learns = width_of(recipe), trainable(recipe, shape)
     whole = not recipe.model.lora_rank
     head = shape.head * (4 if size == 4 else 6) if whole and recipe.facts().trains == "policy" else 0
-    low = learns * 2 if size == 2 and whole else 0  # bf16 gradients before they join the masters'
+    low = learns * 2 if size == 2 and whole else 0  # bf16 gradients before they are added to the fp32 ones
     kept, gaps = activations(recipe, shape, update.tokens, where)
     accumulated = 0 if update.alone else learns * 4
     if recipe.facts().critic == "separate":
-        accumulated += learns * 4  # of the critic, whose passes alternate with the policy's
+        accumulated += learns * 4  # the critic's gradients; its passes alternate with the policy's
     late = low + learns * 4 if update.alone else low
     working = update.tokens * (3 * shape.ffn + 2 * shape.width) * size
-    if recipe.model.gradient_checkpointing:  # which is computed again
+    if recipe.model.gradient_checkpointing:  # one layer is recomputed at a time
         working += one_layer(recipe, shape, update.tokens, where)
     logits = projection(recipe, shape, update.trained, where)
     return {
@@ -357,9 +358,9 @@ def training_pass(recipe: Recipe, shape: ModelShape, update: Pass, where: Where)
 
 
 def sampling_phase(recipe: Recipe, shape: ModelShape, rows: Rows, where: Where) -> dict[str, int]:
-    """Prompts' passes and a decode step's logits: posttrain/rollout/engines/embedded.py, plain.py and fused.py.
+    """Prefill passes and the logits of a decode step: posttrain/rollout/engines/embedded.py, plain.py and fused.py.
 
-    A pass computes one layer at a time and keeps all layers' keys and values, which without kernels it stacks.
+    Prefill computes one layer at a time and keeps the keys and values of all layers, stacked if there are no kernels.
     """
     prompts, answers = at_once(recipe)
     tokens, kv = prompts * rows.prompt, token_kv(shape, recipe)
@@ -372,6 +373,6 @@ def sampling_phase(recipe: Recipe, shape: ModelShape, rows: Rows, where: Where) 
 
 
 def scoring_phase(recipe: Recipe, shape: ModelShape, one: Pass, where: Where) -> dict[str, int]:
-    """A pass without gradient (posttrain/train/forward.py): one layer at a time, then a chunk of logits."""
+    """A no-grad pass (posttrain/train/forward.py): one layer at a time, then a chunk of logits."""
     layer = one_layer(recipe, shape, one.tokens, where)
     return {"one layer": layer, "logits": projection(recipe, shape, one.trained, where)}

@@ -1,6 +1,6 @@
-"""How long the parts of a step take: operations counted from the model's shape, over speeds measured at this moment.
+"""Estimates step time by part: FLOPs from the model's shape divided by measured speeds.
 
-The speeds are those of the very code that trains and samples, on a few layers of the same shape with random weights.
+Speeds are measured with the real training and sampling code, on a few layers of the same shape with random weights.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PROBE_LAYERS, PROBE_TOKENS, PROBE_ANSWER = 2, 512, 12
 
 @dataclass(frozen=True)
 class Work:
-    """Floating-point operations of one step by part, and how many rows a product has (which decides its speed)."""
+    """FLOPs of one step by part, with the number of decode steps and rows per step (which determine their speed)."""
 
     prefill: float = 0.0
     decode: float = 0.0
@@ -44,13 +44,13 @@ class Work:
 
 
 def forward_flops(shape: ModelShape, tokens: float, mean_context: float, logits: float) -> float:
-    """Multiply-adds count twice: matrices, attention over the mean context, and the output layer at `logits` tokens."""
+    """FLOPs of a forward pass, 2 per multiply-add: matrices, attention, and the output layer at `logits` tokens."""
     attention = 4 * shape.layers * shape.attention * mean_context
     return tokens * (2 * shape.matrices + attention) + 2 * logits * shape.head
 
 
 def work(recipe: Recipe, shape: ModelShape, rows: Rows) -> Work:
-    """What one step computes; rows have their mean length."""
+    """FLOPs of one step, for rows of mean length."""
     facts, prompt, answer = recipe.facts(), rows.mean_prompt or rows.prompt, rows.mean_answer or rows.answer
     context = rows.mean / 2
     tokens = answer + prompt / memory.sharing(recipe, rows)
@@ -73,7 +73,7 @@ def work(recipe: Recipe, shape: ModelShape, rows: Rows) -> Work:
 
 
 def step_seconds(recipe: Recipe, shape: ModelShape, rows: Rows, device: str) -> dict[str, float]:
-    """Seconds of one step by part: its operations over speeds measured now on `PROBE_LAYERS` layers of this shape."""
+    """Seconds of one step by part, from speeds measured on `PROBE_LAYERS` layers of this shape."""
     small = replace(shape, layers=min(PROBE_LAYERS, shape.layers))
     policy = random_policy(small, recipe, device)
     todo = work(recipe, shape, rows)
@@ -89,7 +89,7 @@ def step_seconds(recipe: Recipe, shape: ModelShape, rows: Rows, device: str) -> 
 
 
 def random_policy(shape: ModelShape, recipe: Recipe, device: str) -> Policy:
-    """A Llama of a shape with random weights and no tokenizer."""
+    """A Llama model of a given shape with random weights and no tokenizer."""
     model = LlamaForCausalLM(llama_config(shape, max_position_embeddings=1 << 20))
     model.set_attn_implementation(NAME)
     dtype = torch.float32 if recipe.model.dtype == "float32" else torch.bfloat16
@@ -98,7 +98,7 @@ def random_policy(shape: ModelShape, recipe: Recipe, device: str) -> Policy:
 
 
 def training_speed(policy: Policy, shape: ModelShape, recipe: Recipe, rows: Rows) -> tuple[float, float]:
-    """FLOP/s of a training pass and of a pass without gradient, over about PROBE_TOKENS tokens of the run's rows."""
+    """FLOP/s of a training pass and of a no-grad pass, on about PROBE_TOKENS tokens in rows like the run's."""
     length = min(max(2, round(rows.mean)), PROBE_TOKENS)
     answer = max(1, min(length - 1, round(length * (rows.mean_answer or rows.answer) / rows.mean)))
     count = max(1, min(PROBE_TOKENS, recipe.train.micro_batch_tokens) // length)
@@ -118,7 +118,7 @@ def training_speed(policy: Policy, shape: ModelShape, recipe: Recipe, rows: Rows
 
 
 def sampling_speed(policy: Policy, shape: ModelShape, recipe: Recipe, rows: Rows, slots: int) -> tuple[float, float]:
-    """FLOP/s of a prompt's pass and of decoding with `slots` sequences at the run's mean context."""
+    """FLOP/s of prefill and of decoding with `slots` sequences at the run's mean context."""
     prompt, answer = max(1, round(rows.mean_prompt or rows.prompt)), rows.mean_answer or rows.answer
     generator = EmbeddedGenerator(policy, slots)
     middle = min(prompt + max(0, round(answer / 2) - PROBE_ANSWER // 2), 4 * PROBE_TOKENS)
@@ -135,7 +135,7 @@ def sampling_speed(policy: Policy, shape: ModelShape, recipe: Recipe, rows: Rows
 
 
 def best_time(action: Callable[[], object], budget: float = 1.5) -> float:
-    """Median seconds of a call, after one that is not counted, over about `budget` seconds."""
+    """Median seconds of a call after one warm-up call; at most 5 calls within about `budget` seconds."""
     action()
     times: list[float] = []
     deadline = time.monotonic() + budget

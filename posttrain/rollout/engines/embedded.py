@@ -96,8 +96,8 @@ class EmbeddedGenerator:
             self.decoder = PlainDecoder(policy, self.slots)
         else:
             raise ConfigError(
-                f"rollout.dtype asks for products in {dtype} on a {model_dtype} model, which needs the fused decoder (a "
-                'Llama-like model in float32 on a CPU with a C compiler). Set rollout.dtype = "model", or model.dtype.'
+                f"rollout.dtype asks for products in {dtype} on a {model_dtype} model, which needs the fused decoder ("
+                'Llama-like, float32, on a CPU with a C compiler). Set rollout.dtype = "model" or change model.dtype.'
             )
 
     def load(self, weights: Mapping[str, torch.Tensor], version: int) -> None:

@@ -138,7 +138,7 @@ class VLLMGenerator:
             )
         if 0 < params.temperature < COLDEST:
             raise ConfigError(
-                f"temperature={params.temperature}, but vLLM would sample at {COLDEST}. Use 0 (greedy) or {COLDEST} or more."
+                f"temperature={params.temperature}, but vLLM would sample at {COLDEST}. Use 0 (greedy) or a higher one."
             )
         longest = max(
             len(r.context) + max(r.limit(i, params.max_tokens) for i in range(len(r.seeds))) for r in requests
