@@ -68,7 +68,7 @@ def test_a_run_that_may_not_fit_says_so_before_its_first_step_and_keeps_it(
     assert [line.split()[0] for line in said] == ["warning:", "step"]
     with Run.read(tmp_path / "run") as store:
         (kept,) = [event.message for event in store.events() if event.kind == "memory"]
-    assert said[0] == f"warning: {kept}" and "1 MiB are here" in kept
+    assert said[0] == f"warning: {kept}" and "only 1 MiB is available" in kept
 
 
 def test_a_run_reports_its_folder_and_what_changed_as_json(run: dict[str, Any], place: Path) -> None:

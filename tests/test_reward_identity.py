@@ -26,7 +26,7 @@ def test_a_changed_reward_file_is_noticed_when_the_run_is_resumed(tmp_path: Path
     with pytest.raises(KeyboardInterrupt):
         pt.grpo(str(model), "addition", f"{reward}:score", out, stop, steps=2, checkpoint_every=1, **small)
     reward.write_text("def score(completion, **task):\n    return 1.0\n")
-    with pytest.raises(ResumeError, match="or of the reward has changed"):
+    with pytest.raises(ResumeError, match="the tasks or the reward of .* have changed"):
         pt.resume(out)
     reward.write_text("def score(completion, **task):\n    return float(len(completion) % 3)\n")
     assert pt.resume(out).summary

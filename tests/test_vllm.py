@@ -288,7 +288,7 @@ def test_sampling_whose_probabilities_it_cannot_report_is_refused(
 
 @real
 def test_what_exceeds_the_context_is_refused(policy: Policy, generator: VLLMGenerator) -> None:
-    with pytest.raises(RolloutError, match="exceed the model's context of 512"):
+    with pytest.raises(RolloutError, match="exceeds the model's context of 512"):
         generator.generate([Request(np.arange(5, 25), (0,))], SamplingParams(max_tokens=500))
 
 

@@ -87,9 +87,9 @@ def make_loss(cfg: DPOConfig, beta: float, baseline: torch.Tensor | None = None)
     def loss(logp: torch.Tensor, entropy: torch.Tensor, b: Batch) -> tuple[torch.Tensor, dict[str, Stat]]:  # (B, T)
         mask = b.mask
         assert b.labels is not None and b.margins is not None
-        answers = sequence_logp(logp, mask, cfg.normalised)  # (B,)
-        refs = torch.zeros_like(answers) if b.ref_logp is None else sequence_logp(b.ref_logp, mask, cfg.normalised)
-        each, right, stats = compare(cfg, beta, answers, refs, b.labels, b.margins, baseline)  # (N,)
+        logps = sequence_logp(logp, mask, cfg.normalised)  # (B,)
+        refs = torch.zeros_like(logps) if b.ref_logp is None else sequence_logp(b.ref_logp, mask, cfg.normalised)
+        each, right, stats = compare(cfg, beta, logps, refs, b.labels, b.margins, baseline)  # (N,)
         weights = b.row_weights.view(len(each), -1).sum(1)  # the weight of a pair is that of its two rows
         stats["preference_accuracy"] = Stat(right.nansum().item(), int((~right.isnan()).sum()))
         stats["entropy"] = Stat(entropy[mask].sum().item(), int(mask.sum()))
@@ -236,9 +236,9 @@ def held_out(learner: Learner, test: Feedback, cfg: DPOConfig) -> dict[str, floa
     if not len(test):
         return {}
     labels, margins = (torch.tensor([getattr(row, name) for row in test.rows]) for name in ("label", "margin"))
-    answers = answer_logp(learner.logprobs(test.rows), test.rows, cfg)
+    logps = answer_logp(learner.logprobs(test.rows), test.rows, cfg)
     refs = answer_logp(None, test.rows, cfg)
-    each, right, stats = compare(cfg, cfg.beta, answers, refs, labels, margins, mismatch_kl(learner, test, cfg))
+    each, right, stats = compare(cfg, cfg.beta, logps, refs, labels, margins, mismatch_kl(learner, test, cfg))
     by_prompt: dict[bytes, list[float]] = {}
     for row, value in zip(test.rows[:: test.together], right.tolist(), strict=True):
         if not math.isnan(value):

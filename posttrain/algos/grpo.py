@@ -224,7 +224,7 @@ def training_rows(groups: Sequence[Sequence[Episode]]) -> tuple[list[Sample], to
     An episode is one row, or several if its history was edited.
     """
     rows = [to_samples(e, 0.0) for group in groups for e in group]
-    samples = [sample for episode_rows in rows for sample in episode_rows]
+    samples = [sample for row in rows for sample in row]
     return samples, torch.tensor([i for i, row in enumerate(rows) for _ in row])
 
 

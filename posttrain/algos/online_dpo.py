@@ -59,9 +59,9 @@ def make_loss(cfg: OnlineDPOConfig) -> Loss:
     def loss(logp: torch.Tensor, entropy: torch.Tensor, b: Batch) -> tuple[torch.Tensor, dict[str, Stat]]:  # (B, T)
         mask = b.mask
         assert b.ref_logp is not None and b.labels is not None and b.margins is not None
-        answers = sequence_logp(logp, mask, cfg.length_normalise).view(-1, 2)  # (N, 2)
+        logps = sequence_logp(logp, mask, cfg.length_normalise).view(-1, 2)  # (N, 2)
         refs = sequence_logp(b.ref_logp, mask, cfg.length_normalise).view(-1, 2)
-        pair = (answers[:, 0], answers[:, 1], refs[:, 0], refs[:, 1])
+        pair = (logps[:, 0], logps[:, 1], refs[:, 0], refs[:, 1])
         label, margin = b.labels[0::2] * (1 - cfg.label_smoothing), cfg.margin_coef * b.margins[0::2]
         each = PAIR_LOSSES[cfg.loss](*pair, cfg.beta, label, margin)  # (N,)
         good, bad = implicit_rewards(*pair, cfg.beta)
