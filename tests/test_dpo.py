@@ -197,7 +197,7 @@ def test_the_loss_of_a_batch_is_the_mean_over_its_pairs_whatever_their_lengths(m
     alone = [
         sum(
             learner.forward_backward([b], make_loss(cfg, 0.1))[0]["loss"].value
-            for b in batching.micro(made.take([i]).rows, 1000, "seq-mean-token-sum", together=2)
+            for b in batching.micro(made.subset([i]).rows, 1000, "seq-mean-token-sum", together=2)
         )
         for i in range(len(made))
     ]
