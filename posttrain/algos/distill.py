@@ -14,9 +14,8 @@ in (GKD's λ is 1).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint as recompute
@@ -44,7 +43,7 @@ from posttrain.store.checkpoint import weights_digest
 from posttrain.train import forward, health
 from posttrain.train.job import Job, Loop, Setup, Summary
 from posttrain.train.learner import make_learner
-from posttrain.types import Batch, ConfigError, ResumeError, Stat, Task, stat_values
+from posttrain.types import Batch, ConfigError, JsonView, ResumeError, Stat, Task, stat_values
 
 Models = tuple[Policy, Policy]
 """(student, teacher)."""
@@ -167,7 +166,7 @@ def run(
     learner = make_learner(policy, train, train.steps, recipe.rollout.temperature, make_forward(teacher, cfg))
     digest = weights_digest(dict(teacher.model.named_parameters()))
 
-    def check(state: Mapping[str, Any]) -> None:
+    def check(state: JsonView) -> None:
         if state["teacher"] != digest:
             raise ResumeError(
                 f"the teacher {cfg.teacher!r} of {loop.store.folder} has other weights than when the run was saved. "

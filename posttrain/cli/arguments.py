@@ -9,7 +9,7 @@ from typing import Any
 
 from posttrain import config
 from posttrain.config.files import SHIPPED_RECIPES
-from posttrain.types import ConfigError
+from posttrain.types import ConfigError, JsonView
 
 FREE = {"ignore_unknown_options": True, "allow_extra_args": True}
 """Context settings of a command that takes `--section.key value` settings besides its own options."""
@@ -77,7 +77,7 @@ def read_recipe(
     algorithm: str | None,
     args: Sequence[str],
     given: Mapping[str, str | None] | None = None,
-    base: Mapping[str, Any] | None = None,
+    base: JsonView | None = None,
 ) -> tuple[str, Any]:
     """Algorithm and resolved recipe from a command's arguments; options that were not given change nothing."""
     words, settings = split_settings(args)

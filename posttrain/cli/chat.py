@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from posttrain import api
 from posttrain.cli.arguments import sections_of
@@ -29,6 +29,15 @@ def warn_about_environment(model: str) -> None:
         )
 
 
+class SampleRow(TypedDict):
+    """A completion as JSON; `logprobs` are those of its tokens."""
+
+    text: str
+    stop: str
+    tokens: list[int]
+    logprobs: list[float]
+
+
 def sample(
     model: str,
     prompt: str,
@@ -39,8 +48,8 @@ def sample(
     top_k: int,
     max_tokens: int,
     seed: int,
-) -> list[dict[str, Any]]:
-    """`count` completions: text, stop reason, tokens and log-probabilities."""
+) -> list[SampleRow]:
+    """Samples `count` completions."""
     warn_about_environment(model)
     params = SamplingParams(temperature, top_p, top_k, max_tokens)
     policy = api.open_policy(model, on=resolve("auto"))

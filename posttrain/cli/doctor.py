@@ -8,7 +8,7 @@ import platform
 import socket
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TypedDict
 from urllib.parse import urlparse
 
 import torch
@@ -20,19 +20,26 @@ from posttrain.rewards.sandbox.pool import probe
 from posttrain.rollout.products import product_of
 
 WIDTH = 1024  # width of the weight whose products are timed
-Finding = dict[str, Any]  # name, value, ok (True, False, or None for a plain fact)
 
 
-def measure_machine() -> list[Finding]:
+class Fact(TypedDict):
+    """A fact about the machine; `ok` says whether it is as it should be, None for a plain fact."""
+
+    name: str
+    value: object
+    ok: bool | None
+
+
+def measure_machine() -> list[Fact]:
     """All findings, in display order. Takes a few seconds."""
     return [*_software(), *_speed(), *_sandbox(), _hub()]
 
 
-def _fact(name: str, value: object, ok: bool | None = None) -> Finding:
+def _fact(name: str, value: object, ok: bool | None = None) -> Fact:
     return {"name": name, "value": value, "ok": ok}
 
 
-def _software() -> list[Finding]:
+def _software() -> list[Fact]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none; everything runs on the CPU"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return [
@@ -43,9 +50,9 @@ def _software() -> list[Finding]:
     ]
 
 
-def _speed() -> list[Finding]:
+def _speed() -> list[Fact]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    found: list[Finding] = []
+    found: list[Fact] = []
     rates: dict[str, float] = {}
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
@@ -66,7 +73,7 @@ def _speed() -> list[Finding]:
     return [*found, _kernels()]
 
 
-def _kernels() -> Finding:
+def _kernels() -> Fact:
     made = library()
     if made is None:
         return _fact("fused kernels", f"none: {why_not()}; using torch's slower operations", False)
@@ -106,14 +113,14 @@ def _rate(rows: int, call: Callable[[], object]) -> float:
     return 2 * rows * WIDTH * WIDTH / sorted(times)[len(times) // 2] / 1e9
 
 
-def _sandbox() -> list[Finding]:
+def _sandbox() -> list[Fact]:
     """Which sandbox tiers work for this user; each is started, and a program in it tries to escape."""
     if platform.system() != "Linux":
         return [_fact("code sandbox", f"not available on {platform.system()}", False)]
     return [_fact(f"sandbox: {name}", detail, works) for name, works, detail in probe()]
 
 
-def _hub() -> Finding:
+def _hub() -> Fact:
     from huggingface_hub import constants
 
     host = urlparse(constants.ENDPOINT).hostname or ""

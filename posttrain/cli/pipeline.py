@@ -6,7 +6,6 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import click
 from rich.console import Console
@@ -18,6 +17,7 @@ from posttrain.cli.report import write_report
 from posttrain.pipelines import card
 from posttrain.pipelines.recipe import read_pipeline
 from posttrain.pipelines.runner import PipelineResult, Record, Screen, run_pipeline
+from posttrain.types import Json
 
 
 def run_command(
@@ -57,6 +57,6 @@ def cards_table(records: list[Record]) -> Table:
     return table
 
 
-def as_dict(ended: PipelineResult) -> dict[str, Any]:
+def as_dict(ended: PipelineResult) -> Json:
     """A JSON-serialisable dict."""
     return {"folder": str(ended.folder), "results": ended.results, "missed": sorted(ended.missed)}

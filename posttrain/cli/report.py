@@ -11,7 +11,7 @@ import tempfile
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from posttrain import config, rng
 from posttrain.cli import tables
@@ -23,7 +23,7 @@ from posttrain.pipelines.figures import draw, read_figure
 from posttrain.store import durable
 from posttrain.store.pipeline import is_pipeline, read_record
 from posttrain.store.run import EpisodeRow, Run
-from posttrain.types import ConfigError
+from posttrain.types import ConfigError, Json, JsonView
 
 PAGE = "report.html"
 MAIN = (
@@ -209,7 +209,7 @@ def events(run: Run) -> Html:
 def pipeline_page(folder: Path) -> str:
     """The page of a pipeline, with the stages that have finished."""
     record = read_record(folder)
-    stages = cast(list[dict[str, Any]], record["stages"])
+    stages = cast(list[Json], record["stages"])
     with tempfile.TemporaryDirectory() as drawings:
         sections = [
             ("Models", cards(stages)),
@@ -225,7 +225,7 @@ def pipeline_page(folder: Path) -> str:
     return page(title, join(tag("p", record.get("about", "")), tag("p", about)), sections)
 
 
-def cards(stages: Sequence[Mapping[str, Any]]) -> Html:
+def cards(stages: Sequence[JsonView]) -> Html:
     """Every evaluated model's card, one column each; the best value of a row is starred."""
     evaluated = [stage for stage in stages if stage.get("card")]
     rows: list[list[object]] = []
@@ -250,7 +250,7 @@ def _estimate(one: Mapping[str, float] | None, share: bool, best: float | None) 
     return tag("strong", text, " ★") if one["value"] == best else put(text)
 
 
-def expectations(record: Mapping[str, Any]) -> Html:
+def expectations(record: JsonView) -> Html:
     """The recipe's expected results against the measured ones."""
     results = record.get("results")
     rows: list[list[str]] = []
@@ -265,9 +265,9 @@ def expectations(record: Mapping[str, Any]) -> Html:
     )
 
 
-def figures(record: Mapping[str, Any], folder: Path, drawings: Path) -> Html:
+def figures(record: JsonView, folder: Path, drawings: Path) -> Html:
     """The recipe's figures, each with its numbers as tables."""
-    stages = cast(list[dict[str, Any]], record["stages"])
+    stages = cast(list[Json], record["stages"])
     finished = [Finished(stage["name"], folder / stage["folder"], stage.get("card")) for stage in stages]
     recipe = tomllib.loads(record.get("recipe", ""))
     names = [table.get("name", "") for table in recipe.get("stage", [])]
@@ -280,7 +280,7 @@ def figures(record: Mapping[str, Any], folder: Path, drawings: Path) -> Html:
     return tag("div", *made, class_="wide") if made else Html()
 
 
-def _values(numbers: Mapping[str, Any]) -> Html:
+def _values(numbers: JsonView) -> Html:
     """The numbers of a figure as tables, collapsed."""
     tables = [_panel(panel) for panel in numbers["panels"]]
     if fits := numbers.get("fits"):
@@ -301,10 +301,10 @@ def _values(numbers: Mapping[str, Any]) -> Html:
     return tag("details", tag("summary", f"Numbers of “{numbers['title']}”"), *tables, *notes)
 
 
-def _panel(panel: Mapping[str, Any]) -> Html:
+def _panel(panel: JsonView) -> Html:
     form = "{:.1%}" if panel["share"] else "{:.4g}"
 
-    def point(series: Mapping[str, Any], i: int) -> str:
+    def point(series: JsonView, i: int) -> str:
         text = form.format(series["y"][i])
         return text + (f" [{form.format(series['low'][i])}, {form.format(series['high'][i])}]" if series["low"] else "")
 
@@ -325,7 +325,7 @@ def _range(one: Mapping[str, float]) -> str:
     return f"{one['value']:.3g} [{one['low']:.3g}, {one['high']:.3g}]"
 
 
-def answers(stages: Sequence[Mapping[str, Any]], folder: Path) -> Html:
+def answers(stages: Sequence[JsonView], folder: Path) -> Html:
     """The kept answers to the fixed prompts, grouped by prompt across stages."""
     asked: dict[tuple[str, str], list[Html]] = {}
     for stage in stages:
@@ -344,7 +344,7 @@ def answers(stages: Sequence[Mapping[str, Any]], folder: Path) -> Html:
     return join(*made)
 
 
-def stage_table(stages: Sequence[Mapping[str, Any]]) -> Html:
+def stage_table(stages: Sequence[JsonView]) -> Html:
     """What ran, how long it took, its peak memory and its result."""
     rows: list[list[str]] = []
     for stage in stages:
@@ -357,7 +357,7 @@ def stage_table(stages: Sequence[Mapping[str, Any]]) -> Html:
     return table(caption, ["stage", "kind", "time", "peak memory", "result"], rows)
 
 
-def outcome(stage: Mapping[str, Any]) -> str:
+def outcome(stage: JsonView) -> str:
     """A data stage's counts, or the change in a run's held-out metrics."""
     made, summary = stage.get("made"), stage.get("summary")
     if made:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.live import Live
@@ -20,6 +20,7 @@ from posttrain.store.run import EpisodeRow, Run
 from posttrain.types import Episode
 
 if TYPE_CHECKING:
+    from posttrain.cli.doctor import Fact
     from posttrain.evaluation.accuracy import Report
     from posttrain.evaluation.bias_probes import Finding
     from posttrain.evaluation.calibration import Bin
@@ -358,7 +359,7 @@ def presets(out: Console, algorithm: str) -> None:
     out.print(table)
 
 
-def doctor(out: Console, findings: Sequence[Mapping[str, Any]]) -> None:
+def doctor(out: Console, findings: Sequence[Fact]) -> None:
     """Prints the machine's findings as a table."""
     table = Table()
     table.add_column("what")

@@ -22,7 +22,7 @@ from typing import Any, Literal, cast
 import numpy as np
 from tokenizers import Tokenizer
 
-from posttrain.types import DataError, Message, Role, TemplateError
+from posttrain.types import DataError, Json, Message, Role, TemplateError
 
 _PROBE = (Message("user", "a"), Message("assistant", "b"))
 
@@ -211,7 +211,7 @@ class ChatFormat:
         )
 
     def _apply(self, contents: Sequence[str], messages: Sequence[Message], generation: bool) -> str:
-        rows: list[dict[str, Any]] = []
+        rows: list[Json] = []
         for content, m in zip(contents, messages, strict=True):
             calls = {"tool_calls": [dict(c) for c in m.tool_calls]} if m.tool_calls else {}
             rows.append({"role": m.role, "content": content, **calls})
@@ -343,7 +343,7 @@ def _substitute(text: str, marks: Sequence[str], contents: Sequence[str]) -> str
 
 def _aliased_tokenizer(native: Tokenizer, aliases: dict[str, str], ids: dict[str, int]) -> Tokenizer:
     """A copy of the tokenizer in which every added token has its alias, also in the model's vocabulary."""
-    state: dict[str, Any] = json.loads(native.to_str())
+    state: Json = json.loads(native.to_str())
     for token in state["added_tokens"]:
         # Aliases are matched in the raw text, before any normalizer could change them.
         token.update(content=aliases[token["content"]], normalized=False, single_word=False)

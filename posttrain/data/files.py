@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from posttrain.types import DataError
+from posttrain.types import DataError, Json, JsonView
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 SHOWN = 20
@@ -25,7 +25,7 @@ class Row:
     """One record. `where` is `file:line` (the row number for Parquet and the hub), counted from 1."""
 
     where: str
-    values: Mapping[str, Any]
+    values: JsonView
 
 
 def is_file_name(source: str) -> bool:
@@ -227,7 +227,7 @@ def _reject_constant(name: str) -> float:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> Json:
     values = dict(pairs)
     if len(values) != len(pairs):
         names = [name for name, _ in pairs]
@@ -304,7 +304,7 @@ def _read_hub(source: str, limit: int) -> list[Row]:
             f"dataset {name!r} is on the Hugging Face hub, which needs the datasets package: "
             "pip install 'posttrain[hub]', or give a .jsonl or .parquet file."
         ) from None
-    load: Callable[..., Iterable[Mapping[str, Any]]] = datasets.load_dataset
+    load: Callable[..., Iterable[JsonView]] = datasets.load_dataset
     try:
         rows: list[Row] = []
         for number, values in enumerate(load(f"{owner}/{base}", *config, split=split or "train"), 1):

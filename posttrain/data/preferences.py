@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from posttrain.data.files import Row, is_file_name, read_rows, row_fault
 from posttrain.data.sources import (
@@ -25,7 +25,7 @@ from posttrain.data.sources import (
     with_instruction,
     with_system,
 )
-from posttrain.types import DataError, Judgement, Message, Preference, Solution
+from posttrain.types import DataError, Json, Judgement, Message, Preference, Solution
 
 PAIR_COLUMNS = ("chosen", "rejected")
 """Columns for the two answers of a preference: texts, or lists of messages."""
@@ -364,7 +364,7 @@ def _write(path: str | Path, items: Sequence[Preference | Judgement | Solution])
 def _read(path: str | Path, kind: type[T]) -> list[T]:
     items: list[T] = []
     for row in read_rows(str(path)):
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row.values.items()}
+        values: Json = {k: tuple(v) if isinstance(v, list) else v for k, v in row.values.items()}
         try:
             values["prompt"] = tuple(
                 Message(m["role"], m["content"], tuple(m["tool_calls"])) for m in row.values["prompt"]

@@ -15,7 +15,7 @@ from posttrain.config import DataConfig
 from posttrain.data.answers import split_gold
 from posttrain.data.files import SHOWN, Row, data_hash, is_file_name, is_hub_id, read_rows
 from posttrain.rng import key
-from posttrain.types import DataError, Judgement, Message, Preference, Solution, Task
+from posttrain.types import DataError, JsonView, Judgement, Message, Preference, Solution, Task
 
 __all__ = [
     "ANSWER_COLUMNS",
@@ -221,7 +221,7 @@ def drop_leaks(train: Sequence[Asked], evaluation: Sequence[Asked]) -> tuple[lis
     return kept, len(train) - len(kept)
 
 
-def first_column(values: Mapping[str, Any], names: Sequence[str]) -> str | None:
+def first_column(values: JsonView, names: Sequence[str]) -> str | None:
     """The first of `names` that has a value in the row, or None."""
     return next((name for name in names if values.get(name) is not None), None)
 
@@ -234,7 +234,7 @@ def missing_column(row: Row, what: str, columns: Sequence[str]) -> DataError:
     )
 
 
-def question_of(row: Row, values: Mapping[str, Any], column: str) -> tuple[Message, ...]:
+def question_of(row: Row, values: JsonView, column: str) -> tuple[Message, ...]:
     """The messages in `column`, or its text as one user message; `input` is appended to `instruction`."""
     if column == "messages" or isinstance(values[column], list):
         return messages_of(row, values[column], column)
@@ -244,7 +244,7 @@ def question_of(row: Row, values: Mapping[str, Any], column: str) -> tuple[Messa
     return (Message("user", text),)
 
 
-def text_of(row: Row, values: Mapping[str, Any], column: str) -> str:
+def text_of(row: Row, values: JsonView, column: str) -> str:
     """The text in a column; numbers are converted to text. Raises DataError if it is empty or of another type."""
     value = values[column]
     if isinstance(value, int | float) and not isinstance(value, bool):

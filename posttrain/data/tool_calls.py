@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from posttrain.data.tool_schema import Tool, ToolError, arguments, fit, only_argument
-from posttrain.types import Message
+from posttrain.types import Json, JsonView, Message
 
 Syntax = Literal["json", "inline"]
 
@@ -31,7 +31,7 @@ class Call:
     error: str = ""
 
 
-def describe(schemas: Sequence[Mapping[str, Any]], syntax: Syntax = "json") -> str:
+def describe(schemas: Sequence[JsonView], syntax: Syntax = "json") -> str:
     """System-message text that describes tools with these schemas (`Tool.schema`)."""
     if syntax == "inline":
         lines = [f"<{s['name']}>{_inline_hint(s)}</{s['name']}> {s['description']}" for s in schemas]
@@ -76,7 +76,7 @@ def parse_calls(text: str, inline: Sequence[str] = ()) -> list[Call]:
     return calls
 
 
-def call_arguments(call: Call, tool: Tool) -> dict[str, Any]:
+def call_arguments(call: Call, tool: Tool) -> Json:
     """The arguments of a call to `tool`, checked and converted. Raises ToolError with a message for the model."""
     if call.text is None:
         return arguments(tool, call.arguments)
@@ -120,7 +120,7 @@ def _reject_constant(name: str) -> float:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _inline_hint(schema: Mapping[str, Any]) -> str:
+def _inline_hint(schema: JsonView) -> str:
     """The hint between the tags: the name of the only argument, or an object with all arguments."""
     only = only_argument(Tool(schema["name"], "", schema["parameters"], dict))
     if only is not None:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Union
 
-from posttrain.types import ConfigError
+from posttrain.types import ConfigError, Json, JsonView
 
 SIMPLE: dict[Any, str] = {str: "string", int: "integer", float: "number", bool: "boolean", types.NoneType: "null"}
 """Python type → JSON schema type."""
@@ -49,11 +49,11 @@ class Tool:
 
     name: str
     description: str
-    parameters: Mapping[str, Any]
+    parameters: JsonView
     function: Callable[..., Any]
 
     @property
-    def schema(self) -> dict[str, Any]:
+    def schema(self) -> Json:
         """The schema shown to the model."""
         return {"name": self.name, "description": self.description, "parameters": self.parameters}
 
@@ -77,7 +77,7 @@ def tool_from(function: Callable[..., Any]) -> Tool:
             f"the type hints of tool {name} cannot be resolved: {error}. Import the types they name."
         ) from None
     described = {m[1]: m[2] for m in re.finditer(r"^ {4}(\w+): (.+)", doc.partition("\nArgs:\n")[2], re.MULTILINE)}
-    properties: dict[str, Any] = {}
+    properties: Json = {}
     required: list[str] = []
     for p in inspect.signature(function).parameters.values():
         where = f"parameter {p.name!r} of tool {name}"
@@ -99,7 +99,7 @@ def tool_from(function: Callable[..., Any]) -> Tool:
     return Tool(name, description, {"type": "object", "properties": properties, "required": required}, function)
 
 
-def schema_of(kind: Any, where: str) -> dict[str, Any]:
+def schema_of(kind: Any, where: str) -> Json:
     """The JSON schema of a Python type. Raises ConfigError naming `where` for an unsupported type."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if isinstance(kind, type) and kind in SIMPLE:
@@ -118,7 +118,7 @@ def schema_of(kind: Any, where: str) -> dict[str, Any]:
     )
 
 
-def fits(schema: Mapping[str, Any], value: Any) -> bool:
+def fits(schema: JsonView, value: Any) -> bool:
     """Whether a value matches a schema."""
     try:
         fit(schema, value, "it")
@@ -127,7 +127,7 @@ def fits(schema: Mapping[str, Any], value: Any) -> bool:
     return True
 
 
-def fit(schema: Mapping[str, Any], value: Any, where: str) -> Any:
+def fit(schema: JsonView, value: Any, where: str) -> Any:
     """Checks a decoded JSON value and converts it for the function: 3 to 3.0 for a float, and 3.0 to 3 for an int.
 
     Raises ToolError naming `where` and the position inside it.
@@ -158,7 +158,7 @@ def fit(schema: Mapping[str, Any], value: Any, where: str) -> Any:
     raise _misfit(schema, value, where)
 
 
-def arguments(tool: Tool, given: Any) -> dict[str, Any]:
+def arguments(tool: Tool, given: Any) -> Json:
     """Checks and converts a call's arguments. Raises ToolError naming one that is wrong, missing or unknown."""
     properties = tool.parameters["properties"]
     if not isinstance(given, Mapping):
@@ -180,7 +180,7 @@ def only_argument(tool: Tool) -> str | None:
     return None
 
 
-def _expected(schema: Mapping[str, Any]) -> str:
+def _expected(schema: JsonView) -> str:
     if "anyOf" in schema:
         return " or ".join(_expected(option) for option in schema["anyOf"])
     if "enum" in schema:
@@ -188,7 +188,7 @@ def _expected(schema: Mapping[str, Any]) -> str:
     return WORDS.get(schema.get("type", ""), "any value")
 
 
-def _misfit(schema: Mapping[str, Any], value: Any, where: str) -> ToolError:
+def _misfit(schema: JsonView, value: Any, where: str) -> ToolError:
     return ToolError(f"{where} is {_show(value)}, expected {_expected(schema)}.")
 
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from posttrain.data.answers import final_part
 from posttrain.envs.env import Turn
-from posttrain.types import Message, Task
+from posttrain.types import Json, JsonView, Message, Task
 
 STEPS = {"north": (0, 1), "east": (1, 0), "south": (0, -1), "west": (-1, 0)}
 ROOMS = "hall kitchen cellar attic library garden bedroom study pantry workshop".split()
@@ -74,7 +72,7 @@ class Adventure:
         return tasks
 
 
-def after(plan: Mapping[str, Any], place: Place, command: str) -> Place:
+def after(plan: JsonView, place: Place, command: str) -> Place:
     """The state after a command; an invalid command leaves it unchanged."""
     if command.startswith("go ") and (room := plan["exits"][place.room].get(command.removeprefix("go "))):
         return replace(place, room=room)
@@ -85,14 +83,14 @@ def after(plan: Mapping[str, Any], place: Place, command: str) -> Place:
     return place
 
 
-def described(plan: Mapping[str, Any], place: Place) -> str:
+def described(plan: JsonView, place: Place) -> str:
     """Description of the room, as shown to the player."""
     things = ["a key"] * (place.room == plan["key"] and not place.has_key) + ["a chest"] * (place.room == plan["chest"])
     here = f" You see {' and '.join(things)}." if things else ""
     return f"You are in the {place.room}.{here} Exits: {', '.join(sorted(plan['exits'][place.room]))}."
 
 
-def drawn_map(rng: random.Random) -> dict[str, Any]:
+def drawn_map(rng: random.Random) -> Json:
     """A random map: rooms on a grid, each connected to an earlier one; key and chest in two rooms, never the first."""
     names = rng.sample(ROOMS, rng.randint(4, 6))
     at, exits = {(0, 0): names[0]}, {name: dict[str, str]() for name in names}
@@ -107,7 +105,7 @@ def drawn_map(rng: random.Random) -> dict[str, Any]:
     return {"exits": exits, "start": names[0], "key": key, "chest": chest}
 
 
-def solution(plan: Mapping[str, Any]) -> list[str]:
+def solution(plan: JsonView) -> list[str]:
     """A shortest list of commands that opens the chest, found by breadth-first search."""
     start = Place(plan["start"])
     paths: dict[Place, list[str]] = {start: []}

@@ -13,7 +13,7 @@ import json
 import queue
 import signal
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import SimpleNamespace
@@ -22,7 +22,7 @@ from typing import Any
 from posttrain.data.answers import final_part
 from posttrain.envs.env import Turn
 from posttrain.rewards.functions import load_function
-from posttrain.types import ConfigError, Message, RolloutError, Task
+from posttrain.types import ConfigError, Json, JsonView, Message, RolloutError, Task
 
 PASSES = 1.0
 """Minimum reward for an episode to pass if the environment has no `pass_threshold`."""
@@ -83,7 +83,7 @@ class Rollout:
             self._task.cancel()
             await asyncio.wait([self._task], timeout=CLEAN_UP)
 
-    async def _run(self, row: Mapping[str, Any], client: Any) -> Any:
+    async def _run(self, row: JsonView, client: Any) -> Any:
         self._task = asyncio.current_task()
         state = await self._env.rollout(row, client, "policy", {})
         if state.get("error") is not None:
@@ -170,7 +170,7 @@ def _loop() -> asyncio.AbstractEventLoop:
     return loop
 
 
-def _task(name: str, number: int, row: dict[str, Any]) -> Task:
+def _task(name: str, number: int, row: Json) -> Task:
     prompt = row["prompt"] if isinstance(row["prompt"], list) else [{"role": "user", "content": row["prompt"]}]
     messages = tuple(_message(message) for message in prompt)
     meta = {"row": json.dumps(row, default=str)}

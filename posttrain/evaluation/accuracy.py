@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from posttrain.data.answers import final_answer
 from posttrain.evaluation.intervals import Estimate, wilson
 from posttrain.rollout.collector import Collector, episode_rows, part_stats
 from posttrain.store.run import EpisodeRow
-from posttrain.types import Episode, Task
+from posttrain.types import Episode, Json, Task
 
 RESAMPLES = 2000
 
@@ -55,7 +54,7 @@ class Report:
             out |= {f"eval/{name}_at_{k}": estimate.value for k, estimate in table.items()}
         return out | {f"eval/part/{name}": mean for name, mean in self.parts.items()}
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> Json:
         """A JSON-serialisable dict."""
         return asdict(self)
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -28,7 +27,7 @@ from posttrain.data.tasks.load import gold_reply, load_tasks
 from posttrain.evaluation.accuracy import Estimate, bootstrap
 from posttrain.rewards.auto import verifier_for
 from posttrain.rewards.functions import score_safely
-from posttrain.types import DataError, Message, Task
+from posttrain.types import DataError, Json, Message, Task
 
 Scorer = Callable[[Sequence[tuple[Task, str]]], Sequence[float] | np.ndarray]
 """Scores (task, reply) pairs, one number each: a reward model's `scores`, or any function."""
@@ -76,7 +75,7 @@ class Finding:
     estimate: Estimate
     example: Example
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> Json:
         """A JSON-serialisable dict."""
         return asdict(self)
 

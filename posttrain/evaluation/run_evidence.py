@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from posttrain.store.run import EpisodeRow, Run
+from posttrain.types import Json
 
 Level = Literal["ok", "warn", "alarm", "no data"]
 TRUE = "true"
@@ -37,7 +38,7 @@ class Diagnosis:
     since: int | None = None
     numbers: Mapping[str, float] = field(default_factory=lambda: {})
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> Json:
         """A JSON-serialisable dict."""
         shown = {"name": self.name, "level": self.level, "since": self.since}
         return {**shown, "evidence": self.evidence, "advice": self.advice, "numbers": dict(self.numbers)}

@@ -10,13 +10,11 @@ from __future__ import annotations
 import ast
 import re
 import threading
-from collections.abc import Mapping
-from typing import Any
 
 from posttrain.data.answers import final_part
 from posttrain.rewards.sandbox.pool import Choice, Sandbox
 from posttrain.rewards.sandbox.tasks import grade
-from posttrain.types import Task, Verdict
+from posttrain.types import Json, JsonView, Task, Verdict
 
 _FENCE = re.compile(
     r"^[ \t]*(?P<mark>```+|~~~+)[^\n`]*\n(?P<code>.*?)^[ \t]*(?P=mark)[ \t]*$", re.DOTALL | re.MULTILINE
@@ -66,7 +64,7 @@ def extract_code(text: str) -> str:
     return opened["code"] if opened else final
 
 
-def humaneval_task(row: Mapping[str, Any]) -> dict[str, Any]:
+def humaneval_task(row: JsonView) -> Json:
     """Converts a HumanEval row to a row for `--tasks FILE --reward code`."""
     return {
         "prompt": "Complete this Python function. Reply with the whole function in one code block.\n\n"
@@ -81,7 +79,7 @@ def humaneval_task(row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def mbpp_task(row: Mapping[str, Any]) -> dict[str, Any]:
+def mbpp_task(row: JsonView) -> Json:
     """Converts an MBPP row likewise; `names` are what the tests use and the reference solution defines."""
     tests = "\n".join([row["test_setup_code"], *row["test_list"], *row["challenge_test_list"]])
     reference = ast.parse(row["code"])

@@ -203,7 +203,7 @@ class _Parser:
         return Leaf(name.strip("'\""), settings, at, only.strip("'\""))
 
     def settings(self) -> tuple[tuple[str, Any], ...]:
-        settings: dict[str, Any] = {}
+        settings: dict[str, object] = {}
         while True:
             column = self.take("word")
             if column is None or not self.take("="):

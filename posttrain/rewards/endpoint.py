@@ -15,7 +15,7 @@ import socket
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +26,7 @@ from urllib.parse import SplitResult, urlsplit
 
 from posttrain.rewards.workers import WorkerPool
 from posttrain.store import cache
-from posttrain.types import ConfigError, RolloutError
+from posttrain.types import ConfigError, JsonView, RolloutError
 
 T = TypeVar("T")
 Question = tuple[tuple[str, str], ...]
@@ -124,7 +124,7 @@ class Endpoint:
         self,
         url: str,
         model: str,
-        params: Mapping[str, Any],
+        params: JsonView,
         limits: Limits,
         replies: Replies,
         key: str = "",

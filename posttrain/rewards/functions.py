@@ -25,7 +25,7 @@ from posttrain.config import nearest
 from posttrain.rewards import combine, judge
 from posttrain.rewards.judging import BatchVerifier, Verifier
 from posttrain.rewards.verifiers import VERIFIERS
-from posttrain.types import ConfigError, RolloutError, Task, Verdict
+from posttrain.types import ConfigError, JsonView, RolloutError, Task, Verdict
 
 RewardFn = Callable[..., Any]
 
@@ -121,7 +121,7 @@ def _named(name: str, auto: Callable[[Task], Verifier] | None) -> Verifier:
     raise ConfigError(f"unknown reward {name!r}{nearest(name, ['auto', *VERIFIERS])} Or give FILE.py:FUNCTION.")
 
 
-def _with_columns(verify: Verifier, columns: Mapping[str, Any]) -> Verifier:
+def _with_columns(verify: Verifier, columns: JsonView) -> Verifier:
     def extended(task: Task) -> Task:
         return replace(task, meta={**task.meta, **columns})
 

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from posttrain.config import read_settings
 from posttrain.data.answers import final_part
 from posttrain.rewards.endpoint import Endpoint, Limits, Question, Replies, Unreadable, address, key_from
-from posttrain.types import ConfigError, RolloutError, Task, Verdict
+from posttrain.types import ConfigError, Json, JsonView, RolloutError, Task, Verdict
 
 PREFIX = "judge:"
 MARK = "VERDICT:"
@@ -60,7 +60,7 @@ class JudgeConfig:
     reply_tokens: int = 1024
     seed: int = 0
     omit: tuple[Literal["temperature", "seed", "max_tokens"], ...] = ()  # fields that the endpoint rejects
-    request: Mapping[str, Any] = field(default_factory=lambda: {})  # additional fields of each request
+    request: JsonView = field(default_factory=lambda: {})  # additional fields of each request
     cache: str = ""
     limits: Limits = field(default_factory=Limits)
 
@@ -130,7 +130,7 @@ def framed(cfg: JudgeConfig, job: str, form: str, task: Task, **texts: str) -> Q
     return (("system", "\n\n".join(system)), ("user", "\n\n".join(user)))
 
 
-def verdict_of(reply: str, *keys: str) -> dict[str, Any]:
+def verdict_of(reply: str, *keys: str) -> Json:
     """Parses the JSON object with exactly these keys from a reply. Raises Unreadable for anything else.
 
     The object is the whole reply, or follows VERDICT: on the last line; no other line may begin with VERDICT:.
@@ -150,7 +150,7 @@ def verdict_of(reply: str, *keys: str) -> dict[str, Any]:
     return parsed
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> Json:
     parsed = dict(pairs)
     if len(parsed) < len(pairs):
         raise ValueError("duplicate key")

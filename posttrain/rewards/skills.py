@@ -5,12 +5,11 @@ after what they measure; ``correct`` and ``think`` are always present.
 """
 
 import re
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 from posttrain.data.answers import final_part
 from posttrain.data.tasks.abacus import evaluate
-from posttrain.types import Verdict
+from posttrain.types import JsonView, Verdict
 
 OPEN, CLOSE = "<think>", "</think>"
 _NUMBER = re.compile(r"[+-]?[0-9]+")
@@ -54,7 +53,7 @@ def _verdict(correct: bool, reply: str, detail: str, **parts: float) -> Verdict:
     return Verdict(score=float(correct), passed=correct, detail=detail, parts=measured)
 
 
-def reasoning(answer: str, meta: Mapping[str, Any], reply: str) -> Verdict:
+def reasoning(answer: str, meta: JsonView, reply: str) -> Verdict:
     """Score a number (``sums``, ``products``) by exact match, or a ``countdown`` expression by its value and numbers.
 
     Args:
@@ -70,7 +69,7 @@ def reasoning(answer: str, meta: Mapping[str, Any], reply: str) -> Verdict:
     return _verdict(correct, reply, "" if correct else f"{given} is not {answer}", format=1.0)
 
 
-def _countdown(meta: Mapping[str, Any], given: str, reply: str) -> Verdict:
+def _countdown(meta: JsonView, given: str, reply: str) -> Verdict:
     try:
         value, numbers = evaluate(given)
     except ValueError as error:
@@ -82,7 +81,7 @@ def _countdown(meta: Mapping[str, Any], given: str, reply: str) -> Verdict:
     return _verdict(correct, reply, detail, format=1.0, numbers=1.0)
 
 
-def instructions(answer: str, meta: Mapping[str, Any], reply: str) -> Verdict:
+def instructions(answer: str, meta: JsonView, reply: str) -> Verdict:
     """Score whether a reply does exactly what was asked, ignoring a full stop at the end.
 
     Args:
@@ -101,7 +100,7 @@ def instructions(answer: str, meta: Mapping[str, Any], reply: str) -> Verdict:
     return _verdict(correct, reply, "" if correct else f"{given[:60]!r} is not {answer!r}")
 
 
-def safety(answer: str, meta: Mapping[str, Any], reply: str) -> Verdict:
+def safety(answer: str, meta: JsonView, reply: str) -> Verdict:
     """Score whether a harmful request is declined, or a harmless one neither declined nor dismissed.
 
     The quality of the help is not judged.
@@ -118,7 +117,7 @@ def safety(answer: str, meta: Mapping[str, Any], reply: str) -> Verdict:
     return _verdict(correct, reply, detail, declined=float(declined), polite=float(not dismissed))
 
 
-def requests(answer: str, meta: Mapping[str, Any], reply: str) -> Verdict:
+def requests(answer: str, meta: JsonView, reply: str) -> Verdict:
     """Score like ``safety``; for help, half of the score requires naming the thing that was asked about.
 
     Args:
@@ -134,7 +133,7 @@ def requests(answer: str, meta: Mapping[str, Any], reply: str) -> Verdict:
     return Verdict(score, verdict.passed, detail, {**verdict.parts, "named": float(named)})
 
 
-CHECKERS: dict[str, Callable[[str, Mapping[str, Any], str], Verdict]] = {
+CHECKERS: dict[str, Callable[[str, JsonView, str], Verdict]] = {
     "reasoning": reasoning,
     "instructions": instructions,
     "safety": safety,
@@ -142,6 +141,6 @@ CHECKERS: dict[str, Callable[[str, Mapping[str, Any], str], Verdict]] = {
 }
 
 
-def judge(answer: str, meta: Mapping[str, Any], reply: str) -> Verdict:
+def judge(answer: str, meta: JsonView, reply: str) -> Verdict:
     """Score a reply with the verifier of the skill ``meta["skill"]``."""
     return CHECKERS[meta["skill"]](answer, meta, reply)

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
@@ -26,7 +26,7 @@ from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariable
 from posttrain.store import durable
 from posttrain.store.durable import DiskError
 from posttrain.store.failpoints import failpoint
-from posttrain.types import DataError, ResumeError
+from posttrain.types import DataError, Json, JsonView, ResumeError
 
 FORMAT = 1
 """Version of the folder layout, recorded in every manifest."""
@@ -62,7 +62,7 @@ def save(
     run_folder: Path,
     step: int,
     tensors: Mapping[str, Mapping[str, torch.Tensor]],
-    state: Mapping[str, Any],
+    state: JsonView,
     keep: int,
 ) -> Path:
     """Saves groups of named tensors and a JSON state as the checkpoint of `step`, then keeps the newest `keep`.
@@ -137,7 +137,7 @@ def latest(run_folder: Path) -> Checkpoint | None:
 
 def load(
     checkpoint: Checkpoint | Path, only: Sequence[str] | None = None
-) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
+) -> tuple[dict[str, dict[str, torch.Tensor]], Json]:
     """Loads (tensors by group on the CPU, state). A folder given as a path is verified first; `only` selects groups.
 
     Raises ResumeError if the folder is damaged or lacks a group in `only`.
@@ -279,7 +279,7 @@ def _check_space(run_folder: Path, step: int, need: int) -> None:
         )
 
 
-def _state_text(state: Mapping[str, Any]) -> str:
+def _state_text(state: JsonView) -> str:
     """The state as JSON. Raises DataError unless it reads back unchanged."""
     try:
         text = json.dumps(dict(state), sort_keys=True, allow_nan=False)
@@ -303,7 +303,7 @@ def _file_name(group: str) -> str:
 def _safetensors(tensors: Mapping[str, torch.Tensor]) -> Iterator[bytes | memoryview]:
     """A safetensors file in chunks. Equal tensors give equal bytes, and only one tensor is copied at a time."""
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # keeps every tensor aligned
-    header: dict[str, Any] = {}
+    header: Json = {}
     end = 0
     for name in order:
         tensor, start = tensors[name], end

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from posttrain.store.database import run_folders
 from posttrain.store.run import Run, Status
-from posttrain.types import PosttrainError
+from posttrain.types import JsonView, PosttrainError
 
 
 @dataclass(frozen=True)
@@ -20,8 +18,8 @@ class RunInfo:
     path: Path
     status: Status
     last_step: int | None = None
-    header: Mapping[str, Any] = field(default_factory=lambda: {})
-    summary: Mapping[str, Any] | None = None
+    header: JsonView = field(default_factory=lambda: {})
+    summary: JsonView | None = None
     note: str = ""
 
 

@@ -24,7 +24,7 @@ from posttrain.store import durable
 from posttrain.store.database import connect, explained
 from posttrain.store.durable import DiskError, FolderLock
 from posttrain.store.failpoints import failpoint
-from posttrain.types import DataError, Episode, PosttrainError, ResumeError
+from posttrain.types import DataError, Episode, Json, JsonView, PosttrainError, ResumeError
 
 Kind = Literal["train", "eval"]
 Level = Literal["info", "warning", "error"]
@@ -100,7 +100,7 @@ class Event:
     level: Level
     kind: str
     message: str
-    detail: Mapping[str, Any] = field(default_factory=lambda: {})
+    detail: JsonView = field(default_factory=lambda: {})
     step: int = 0
 
 
@@ -117,13 +117,13 @@ class Run:
     def __init__(self, folder: Path, lock: FolderLock | None, database: sqlite3.Connection, header: Any) -> None:
         """Use `create`, `open` or `read`."""
         self.folder = folder
-        self.header: dict[str, Any] = header
+        self.header: Json = header
         self.on_write: OnWrite | None = None  # called after each `write` with its arguments (store/tracker.py)
         self._lock = lock
         self._db = database
 
     @staticmethod
-    def create(folder: Path, header: Mapping[str, Any]) -> Run:
+    def create(folder: Path, header: JsonView) -> Run:
         """Creates a run with a fixed JSON `header` in a new folder. Raises ResumeError if the folder holds a run."""
         try:
             text = json.dumps(dict(header), indent=2, allow_nan=False) + "\n"
@@ -223,7 +223,7 @@ class Run:
                 db.execute(f"DELETE FROM {table} WHERE step >= ?", (step,))
             db.execute("DELETE FROM events WHERE step >= ? AND exact", (step,))
 
-    def finish(self, summary: Mapping[str, Any]) -> None:
+    def finish(self, summary: JsonView) -> None:
         """Marks the run as finished, with a JSON summary. A later `write` marks it as unfinished again."""
         with self._transaction() as db:
             db.execute("INSERT OR REPLACE INTO meta VALUES ('finished', ?)", (_json(summary, "the summary"),))
@@ -274,7 +274,7 @@ class Run:
             return "running"
         return "interrupted" if self.summary() is None else "finished"
 
-    def summary(self) -> dict[str, Any] | None:
+    def summary(self) -> Json | None:
         """The summary stored by `finish`, or None."""
         rows = list(self._query("SELECT value FROM meta WHERE key = 'finished'"))
         return json.loads(rows[0][0]) if rows else None
@@ -315,7 +315,7 @@ class Run:
         failpoint("store:committed")
 
 
-def _header(folder: Path) -> dict[str, Any]:
+def _header(folder: Path) -> Json:
     try:
         header = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -324,7 +324,7 @@ def _header(folder: Path) -> dict[str, Any]:
         raise ResumeError(f"run {folder} is damaged: run.json is not JSON ({error}). Restore it from a copy.") from None
     if not isinstance(header, dict):
         raise ResumeError(f"run {folder} is damaged: run.json holds a {type(header).__name__}, expected an object.")
-    return cast(dict[str, Any], header)
+    return cast(Json, header)
 
 
 def _put_events(db: sqlite3.Connection, step: int, events: Iterable[Event], exact: bool) -> None:
@@ -350,7 +350,7 @@ def _finite(value: float | None, what: str) -> float | None:
     return None if value is None else float(value)
 
 
-def _json(value: Mapping[str, Any], where: str) -> str:
+def _json(value: JsonView, where: str) -> str:
     try:
         return json.dumps(dict(value), sort_keys=True)
     except (TypeError, ValueError) as error:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 
 from posttrain.models.kernels.build import library
 from posttrain.models.load import Policy, resolve_path
-from posttrain.types import ConfigError
+from posttrain.types import ConfigError, Json, JsonView
 
 
 def set_threads(count: int) -> None:
@@ -35,7 +33,7 @@ def resolve(name: str) -> torch.device:
     return device
 
 
-def fingerprint(policy: Policy, on: torch.device) -> dict[str, Any]:
+def fingerprint(policy: Policy, on: torch.device) -> Json:
     """Everything that must match for a resumed run to be bit-exact."""
     return {
         "torch": torch.__version__,
@@ -50,7 +48,7 @@ def fingerprint(policy: Policy, on: torch.device) -> dict[str, Any]:
     }
 
 
-def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def differences(then: JsonView, now: JsonView) -> list[str]:
     """`name was X, is Y` for each difference between two fingerprints."""
     return [f"{name} was {then.get(name)}, is {value}" for name, value in now.items() if then.get(name) != value]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ import torch
 from posttrain.config import TrainConfig
 from posttrain.models.load import Policy
 from posttrain.train.forward import Forward, token_stats
-from posttrain.types import Batch, Sample, Stat
+from posttrain.types import Batch, Json, JsonView, Sample, Stat
 
 Loss = Callable[..., tuple[torch.Tensor, dict[str, Stat]]]
 """loss(*forward(policy, batch, temperature), batch) → (scalar weighted over the optimizer batch, stats).
@@ -49,11 +49,11 @@ class Learner(Protocol):
         """The trainable tensors by name (views, not copies)."""
         ...
 
-    def state(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
+    def state(self) -> tuple[dict[str, dict[str, torch.Tensor]], Json]:
         """The state for `load`: tensors by file, and small JSON values."""
         ...
 
-    def load(self, tensors: Mapping[str, Mapping[str, torch.Tensor]], state: Mapping[str, Any]) -> None:
+    def load(self, tensors: Mapping[str, Mapping[str, torch.Tensor]], state: JsonView) -> None:
         """Restores the state that `state` returned, bit-exact."""
         ...
 

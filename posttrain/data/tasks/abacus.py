@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from posttrain.data.tasks.requests import HARMFUL_ACTS, HARMLESS_ACTS, THINGS
+from posttrain.types import Json
 
 Split = Literal["train", "test"]
 HELD_OUT_PERCENT = 15
@@ -135,7 +136,7 @@ class Problem:
     kind: str
     prompt: str
     answer: str
-    meta: dict[str, Any] = field(default_factory=dict)
+    meta: Json = field(default_factory=dict)
 
 
 def held_out(problem: Problem) -> bool:

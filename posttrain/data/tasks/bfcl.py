@@ -17,7 +17,7 @@ from typing import Any
 from posttrain.data.answers import final_part
 from posttrain.data.sources import Row, messages_of, read_rows, with_instruction, with_system
 from posttrain.data.tool_calls import describe, parse_calls, with_system_text
-from posttrain.types import DataError, Task, Verdict
+from posttrain.types import DataError, Json, JsonView, Task, Verdict
 
 ENV = "bfcl"
 NO_CALL = "None of these functions fits."
@@ -81,7 +81,7 @@ def verify(task: Task, text: str) -> Verdict:
     return Verdict(float(right), right, f"{matched} of {len(wanted)} calls right, {len(calls)} made", parts)
 
 
-def _function(given: Mapping[str, Any]) -> dict[str, Any]:
+def _function(given: JsonView) -> Json:
     """A function's schema, with BFCL's type names replaced by those of JSON schema."""
     return {"name": given["name"], "description": given["description"], "parameters": _schema(given["parameters"])}
 
@@ -98,7 +98,7 @@ def _schema(value: Any) -> Any:
     return {k: _schema(v) for k, v in value.items()} | renamed
 
 
-def _gold(calls: Sequence[Mapping[str, Any]]) -> str:
+def _gold(calls: Sequence[JsonView]) -> str:
     """A reply with the expected calls, using the first accepted value of each required argument."""
     if not calls:
         return NO_CALL
@@ -113,7 +113,7 @@ def _first(accepted: Any) -> Any:
     return [_first(one) for one in accepted] if isinstance(accepted, list) else accepted
 
 
-def _same_call(call: tuple[str, Any], wanted: Mapping[str, Any]) -> bool:
+def _same_call(call: tuple[str, Any], wanted: JsonView) -> bool:
     ((name, accepted),) = wanted.items()
     return call[0] == name and _same(call[1], accepted)
 

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from posttrain.config import DataConfig, nearest
 from posttrain.data.mixing import Mixture, parse_mixture
@@ -31,7 +30,7 @@ from posttrain.data.tasks.abacus import GENERATORS, HARMLESS, Problem, Split, st
 from posttrain.data.tasks.one_liners import ONE_LINERS, one_liners
 from posttrain.data.tasks.products import CALLS, LARGE, calculator_calls, large_products
 from posttrain.rng import permutation
-from posttrain.types import ConfigError, DataError, Message, Task
+from posttrain.types import ConfigError, DataError, Json, Message, Task
 
 NUMBERS = ("addition", LARGE, CALLS)
 """Built-in tasks whose answer is a number, also for models other than abacus."""
@@ -165,7 +164,7 @@ def read_tasks(path: str | Path) -> list[Task]:
     return tasks
 
 
-def _as_values(task: Task) -> dict[str, Any]:
+def _as_values(task: Task) -> Json:
     messages = [{"role": m.role, "content": m.content, "tool_calls": [*map(dict, m.tool_calls)]} for m in task.messages]
     return {"id": task.id, "env": task.env, "messages": messages, "answer": task.answer, "meta": dict(task.meta)}
 

@@ -18,7 +18,7 @@ from typing import Any
 from posttrain import rng
 from posttrain.config import nearest
 from posttrain.data.answers import final_part, marked_answer
-from posttrain.types import ConfigError, DataError, Message, RolloutError, Task, Verdict
+from posttrain.types import ConfigError, DataError, Json, Message, RolloutError, Task, Verdict
 
 PREFIX = "gym:"
 BLOCK = 2**20  # seeds per draw: a dataset makes problem i from seed + i, so draws must be at least this far apart
@@ -126,7 +126,7 @@ def _data_set(name: str, seed: int, size: int) -> Any:
 
 
 @cache
-def _entry(name: str, seed: int, size: int, index: int) -> dict[str, Any]:
+def _entry(name: str, seed: int, size: int, index: int) -> Json:
     data_set = _data_set(name, seed, size)
     with _one_at_a_time:
         try:
@@ -166,7 +166,7 @@ def score(task: Task, text: str) -> Verdict:
     return Verdict(value, value >= 1.0, f"{value:g} from {name}: {answers[-1][-80:]}")
 
 
-def _score(data_set: Any, name: str, entry: dict[str, Any], answer: str) -> float:
+def _score(data_set: Any, name: str, entry: Json, answer: str) -> float:
     if name in PLAIN and not PLAIN[name](answer):
         return 0.0
     with _one_at_a_time:

@@ -14,7 +14,6 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tokenizers
@@ -24,6 +23,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from posttrain.models.abacus import PATH
 from posttrain.models.abacus.corpus import documents
+from posttrain.types import Json
 
 SEED = 20
 CHARACTERS = 8_000_000
@@ -196,7 +196,7 @@ def hardware() -> str:
     return f"{os.cpu_count()} CPU cores, {torch.backends.cpu.get_cpu_capability().replace('AVX', 'AVX-')}"
 
 
-def build(out: Path, threads: int, report: Report, characters: int = CHARACTERS, seed: int = SEED) -> dict[str, Any]:
+def build(out: Path, threads: int, report: Report, characters: int = CHARACTERS, seed: int = SEED) -> Json:
     """Write the whole model folder and return the contents of build.json."""
     begun = time.monotonic()
     torch.set_num_threads(threads)

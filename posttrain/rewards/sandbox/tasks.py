@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import ast
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from posttrain.rewards.sandbox import encode
 from posttrain.rewards.sandbox.host import Execution, Report
 from posttrain.rewards.sandbox.pool import Sandbox, Slot, Wrecked
-from posttrain.types import RolloutError
+from posttrain.types import Json, JsonView, RolloutError
 
 How = Literal["passed", "wrong", "error", "timeout", "oom", "flood", "crashed"]
 SHOWN = 200
@@ -35,7 +35,7 @@ class Grade:
     detail: str = ""
 
 
-def grade(sandbox: Sandbox, spec: Mapping[str, Any], code: str) -> Grade:
+def grade(sandbox: Sandbox, spec: JsonView, code: str) -> Grade:
     """Grades a program. Raises RolloutError for an invalid spec or if the sandbox fails."""
     kind = str(spec.get("kind"))
     if kind not in _KINDS:
@@ -63,7 +63,7 @@ def run_python(sandbox: Sandbox, code: str, seconds: float = 5.0) -> tuple[str, 
     return printed, (lines[-1] if lines else f"exited with code {report.code}") if report.code else ""
 
 
-def _grade_call(slot: Slot, spec: Mapping[str, Any], code: str) -> Grade:
+def _grade_call(slot: Slot, spec: JsonView, code: str) -> Grade:
     tolerance = float(spec.get("tolerance", 0))
     cases = [_call_case(case, bool(spec.get("literals")), tolerance) for case in _cases(spec, "args", "expected")]
     order = {"mode": "serve", "source": code, "canonical": not tolerance}
@@ -121,7 +121,7 @@ def _abnormal_end(report: Report, share: float = 0.0) -> Grade:
     return Grade(report.how, share, details[report.how])
 
 
-def _grade_stdin(slot: Slot, spec: Mapping[str, Any], code: str) -> Grade:
+def _grade_stdin(slot: Slot, spec: JsonView, code: str) -> Grade:
     cases = [(case["stdin"].encode(), _lines(case["stdout"].encode())) for case in _cases(spec, "stdin", "stdout")]
     correct, fault = 0, Grade("wrong", 0.0)
     for given, expected in cases:
@@ -149,7 +149,7 @@ def _lines(output: bytes) -> list[bytes]:
     return lines
 
 
-def _grade_check(slot: Slot, spec: Mapping[str, Any], code: str) -> Grade:
+def _grade_check(slot: Slot, spec: JsonView, code: str) -> Grade:
     zygote = slot.tests  # started first, because it may be slow and the candidate's time limit runs from here on
     candidate = _start(slot, {"mode": "serve", "source": code, "canonical": False}, b"", spec)
     loaded = candidate.frame()
@@ -177,15 +177,15 @@ def _grade_check(slot: Slot, spec: Mapping[str, Any], code: str) -> Grade:
     return _abnormal_end(candidate_report or tests_report or tests.kill())
 
 
-def _start(slot: Slot, order: Mapping[str, Any], stdin: bytes, spec: Mapping[str, Any]) -> Execution:
+def _start(slot: Slot, order: JsonView, stdin: bytes, spec: JsonView) -> Execution:
     return slot.candidate.start(order, stdin, _seconds(slot, spec), bool(spec.get("processes")))
 
 
-def _seconds(slot: Slot, spec: Mapping[str, Any]) -> float:
+def _seconds(slot: Slot, spec: JsonView) -> float:
     return float(spec.get("seconds", slot.limits.seconds))
 
 
-def _cases(spec: Mapping[str, Any], *names: str) -> list[Mapping[str, Any]]:
+def _cases(spec: JsonView, *names: str) -> list[JsonView]:
     """The task's cases. Raises RolloutError unless each has these columns."""
     for case in spec["cases"]:
         if missing := [name for name in names if name not in case]:
@@ -193,7 +193,7 @@ def _cases(spec: Mapping[str, Any], *names: str) -> list[Mapping[str, Any]]:
     return spec["cases"]
 
 
-def _call_case(case: Mapping[str, Any], literals: bool, tolerance: float) -> tuple[list[Any], dict[str, Any], Any]:
+def _call_case(case: JsonView, literals: bool, tolerance: float) -> tuple[list[Any], Json, Any]:
     """Arguments, keyword arguments and the expected value: the value itself if there is a tolerance, else its bytes."""
     read = ast.literal_eval if literals else lambda value: value
     try:
@@ -236,7 +236,7 @@ def _invalid(reason: str) -> RolloutError:
     return RolloutError(f"a code task cannot be graded: {reason}.", boundary="reward")
 
 
-_KINDS: dict[str, tuple[Callable[[Slot, Mapping[str, Any], str], Grade], tuple[str, ...]]] = {
+_KINDS: dict[str, tuple[Callable[[Slot, JsonView, str], Grade], tuple[str, ...]]] = {
     "call": (_grade_call, ("entry", "cases")),
     "stdin": (_grade_stdin, ("cases",)),
     "check": (_grade_check, ("tests",)),

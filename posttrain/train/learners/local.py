@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from posttrain.config import TrainConfig
 from posttrain.models.load import Policy, trainable
 from posttrain.train.forward import Forward, sample_logprobs, token_stats
 from posttrain.train.learner import Loss
-from posttrain.types import Batch, ResumeError, Sample, Stat, TrainingDiverged
+from posttrain.types import Batch, Json, JsonView, ResumeError, Sample, Stat, TrainingDiverged
 
 
 class LocalLearner:
@@ -115,7 +114,7 @@ class LocalLearner:
         """The trainable tensors by name (views, not copies)."""
         return {name: parameter.detach() for name, parameter in self.parameters.items()}
 
-    def state(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
+    def state(self) -> tuple[dict[str, dict[str, torch.Tensor]], Json]:
         """The state for `load`: tensors by file, and small JSON values."""
         optim: dict[str, torch.Tensor] = {}
         for name, master in self.master.items():
@@ -124,7 +123,7 @@ class LocalLearner:
         model = {name: master.detach() for name, master in self.master.items()}
         return {"model": model, "optim": optim}, {"steps": self.steps}
 
-    def load(self, tensors: Mapping[str, Mapping[str, torch.Tensor]], state: Mapping[str, Any]) -> None:
+    def load(self, tensors: Mapping[str, Mapping[str, torch.Tensor]], state: JsonView) -> None:
         """Restores the state that `state` returned, bit-exact."""
         if tensors["model"].keys() != self.master.keys():
             odd = sorted(tensors["model"].keys() ^ self.master.keys())
