@@ -19,7 +19,7 @@ from typing import Any
 
 from posttrain.data.answers import final_part, marked_answer
 from posttrain.rewards.judging import column, failed
-from posttrain.types import RolloutError, Task, Verdict
+from posttrain.types import Json, RolloutError, Task, Verdict
 
 EFFORT = 2_000_000
 """z3's resource limit (rlimit) per assertion, about a second. Unlike a time limit it is the same on every machine."""
@@ -318,7 +318,7 @@ def by_lean(task: Task, text: str) -> Verdict:
     return Verdict(1.0, True, "proved")
 
 
-def _lean_messages(lean: str, source: str) -> list[dict[str, Any]] | None:
+def _lean_messages(lean: str, source: str) -> list[Json] | None:
     """Lean's messages about a source file, or None if it timed out."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "Answer.lean"
@@ -337,7 +337,7 @@ def _lean_messages(lean: str, source: str) -> list[dict[str, Any]] | None:
             )
         except subprocess.TimeoutExpired:
             return None
-    messages: list[dict[str, Any]] = []
+    messages: list[Json] = []
     for line in done.stdout.splitlines():
         try:
             message = json.loads(line)

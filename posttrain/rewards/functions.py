@@ -268,7 +268,7 @@ def _adapt(function: RewardFn) -> Verifier:
     return verify
 
 
-def _available(task: Task, text: str) -> dict[str, Any]:
+def _available(task: Task, text: str) -> dict[str, object]:
     """All arguments available to a reward function; the built-in names override the task's own columns."""
     return {
         **task.meta,
@@ -283,14 +283,14 @@ def _available(task: Task, text: str) -> dict[str, Any]:
 
 
 def _arguments(
-    parameters: list[inspect.Parameter], available: Mapping[str, Any], name: str, task: Task
-) -> tuple[list[Any], dict[str, Any]]:
+    parameters: list[inspect.Parameter], available: Mapping[str, object], name: str, task: Task
+) -> tuple[list[object], dict[str, object]]:
     """Arguments for a call of a reward function.
 
     If its first parameter has an unknown name (`def f(reply, gold)`), arguments are matched by position instead.
     """
-    positional: list[Any] = []
-    named: dict[str, Any] = {}
+    positional: list[object] = []
+    named: dict[str, object] = {}
     by_order = ["completion", "answer"] if parameters and parameters[0].name not in available else []
     for p in parameters:
         if p.kind is p.VAR_POSITIONAL:

@@ -6,13 +6,12 @@ checkpoint, so a resumed run selects the same tasks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
 from posttrain import rng
-from posttrain.types import Episode, Task
+from posttrain.types import Episode, Json, JsonView, Task
 
 LEVELS = ("difficulty", "level")  # task columns that give its difficulty
 FORGET = 0.9  # decay of earlier results each time a level is sampled
@@ -72,11 +71,11 @@ class Curriculum:
         p = (1 + self._seen[:, 1]) / (2 + self._seen[:, 0])
         return {"curriculum_pass_rate": float(p[levels].mean()), "curriculum_levels": float(len({*levels}))}
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> Json:
         """The state for `load`, as exact JSON."""
         return {"seen": self._seen.tolist(), "drawn": self._drawn.tolist()} if self.how != "none" else {}
 
-    def load(self, state: Mapping[str, Any]) -> None:
+    def load(self, state: JsonView) -> None:
         """Restores what `state` returned."""
         if state:
             self._seen, self._drawn = np.array(state["seen"]), np.array(state["drawn"], np.int64)

@@ -32,11 +32,11 @@ from posttrain.store.failpoints import failpoint
 from posttrain.store.run import EpisodeRow, Event, Run
 from posttrain.train.interrupt import Interrupt
 from posttrain.train.learner import Learner
-from posttrain.types import Task, TrainingDiverged
+from posttrain.types import Json, JsonView, Task, TrainingDiverged
 
 R = TypeVar("R", bound=Recipe, covariant=True)
 Metrics = dict[str, float]
-Summary = dict[str, Any]
+Summary = Json
 Tensors = Mapping[str, Mapping[str, torch.Tensor]]
 
 OnStep = Callable[[int, Metrics], None]
@@ -88,7 +88,7 @@ class Loop:
     _rollout: dict[str, float] = field(default_factory=dict[str, float])
     _rollout_tokens: int | None = None
 
-    def restore(self, learner: Learner, check: Callable[[Mapping[str, Any]], None] | None = None) -> dict[str, Any]:
+    def restore(self, learner: Learner, check: Callable[[JsonView], None] | None = None) -> Json:
         """Loads the newest checkpoint into the learner and returns the `state` and "tensors" passed to `end`.
 
         "tensors" does not include the learner's. `check` gets the state first and may raise. Empty if the run has no
@@ -136,7 +136,7 @@ class Loop:
         tokens: int = 0,
         events: Sequence[Event] = (),
         hopeless: str = "",
-        state: Mapping[str, Any] | None = None,
+        state: JsonView | None = None,
         tensors: Tensors | None = None,
     ) -> None:
         """Ends a step after its update: evaluates if due, stores the step, reports it and saves a checkpoint if due.
