@@ -427,6 +427,8 @@ def definitions(path: Path) -> set[str]:
 def knows(recipe: type, name: str) -> bool:
     try:
         config.locate(recipe, name)
+    except config.SettingRenamed:  # an old name, which pages mention to say what to write
+        return True
     except PosttrainError:
         return False
     return True

@@ -154,7 +154,7 @@ def test_a_world_that_crashes_or_hangs_leaves_only_its_own_attempt_unscored(
     assert errors["fine"] is None and errors["fine too"] is None
     assert "raised KeyError: 'gone'" in (errors["crash"] or "")
     assert "longer than 2 seconds" in (errors["hang"] or "")
-    assert "answered with str, expected a Turn" in (errors["wrong"] or "")
+    assert "the environment returned str, expected a Turn" in (errors["wrong"] or "")
     assert errors["unspeakable"]
     assert [group[0].reward is None for group in groups] == [False, True, True, True, True, False]
     for group in groups[1:5]:

@@ -341,7 +341,7 @@ def test_attempts_that_cannot_be_scored_are_counted_and_teach_nothing(base: dict
 
 
 def test_equal_scores_for_many_steps_stop_the_run(base: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(PosttrainError, match="in the last 2 steps all answers had the same score"):
+    with pytest.raises(PosttrainError, match="in the last 2 steps all completions had the same score"):
         train(base, tmp_path / "run", lambda completion, answer, **task: 1.0, max_flat_steps=2)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from posttrain.data.files import Row, read_rows
@@ -376,6 +376,11 @@ solutions = st.lists(st.tuples(words, labels), min_size=1, max_size=4).flatmap(
     st.lists(preferences, min_size=1, max_size=4),
     st.lists(judgements, min_size=1, max_size=4),
     st.lists(solutions, min_size=1, max_size=4),
+)
+@example(  # text that looks like JSON's escape of a NUL, and is none
+    [Preference("p", (Message("user", "q"),), r"say \u0000", "b")],
+    [Judgement("j", (Message("user", r"\u0000"),), "a", True)],
+    [Solution("s", (Message("user", "q"),), (r"\ud800", "b"), (1.0, 0.0))],
 )
 def test_what_is_written_is_read_back_equal(
     tmp_path_factory: pytest.TempPathFactory,

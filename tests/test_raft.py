@@ -182,7 +182,7 @@ def test_without_restart_rounds_build_on_each_other(model: Path, tmp_path: Path)
 
 
 def test_rounds_without_a_selected_answer_change_nothing_and_end_the_run(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(TrainingDiverged, match="round 3: nothing was selected for 3 rounds in a row"):
+    with pytest.raises(TrainingDiverged, match="step 3: nothing was selected for 3 rounds in a row"):
         start(model, tmp_path / "run", algo__select="threshold", algo__threshold=2.0, algo__max_empty=3, train__steps=9)
     with Run.read(tmp_path / "run") as run:
         assert run.last_step() == 3 and run.curve("grad_norm")[1] == []

@@ -317,7 +317,7 @@ def test_folders_are_numbered_on_and_two_processes_never_share_one(tmp_path: Pat
     assert next_folder(tmp_path / "runs", "grpo").name == "grpo-0042"
     assert next_folder(tmp_path / "runs", "sft").name == "sft-0001"
     code = "print(*(next_folder(folder, 'x').name for _ in range(50)))"
-    prefix = "import sys\nfrom pathlib import Path\nfrom posttrain.store.run import *\nfolder = Path(sys.argv[1])\n"
+    prefix = "import sys\nfrom pathlib import Path\nfrom posttrain.store.listing import *\nfolder = Path(sys.argv[1])\n"
     command = [sys.executable, "-c", prefix + code, str(tmp_path / "runs")]
     processes = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     names = [name for process in processes for name in process.communicate()[0].split()]

@@ -259,14 +259,27 @@ def row_fault(value: Any, text: str) -> str | None:
     if not value:
         return "an object without columns."
     if "\\u" in text:
-        flat = json.dumps(value, ensure_ascii=False)
-        if "\\u0000" in flat:
+        texts = list(_texts(value))
+        if any("\0" in one for one in texts):
             return "contains the NUL character \\u0000."
         try:
-            flat.encode("utf-8")
+            "".join(texts).encode("utf-8")
         except UnicodeEncodeError:
             return "contains an unpaired surrogate (\\ud800-\\udfff), which is not valid text."
     return None
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every string in a decoded row, names of columns included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            yield name
+            yield from _texts(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _texts(inner)
 
 
 def writable(text: str) -> bool:
