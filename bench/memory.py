@@ -216,11 +216,11 @@ def compare(name: str, threads: int, probe: bool = False) -> dict[str, Any]:
         make_data(root / "data.jsonl", algorithm, prompt, answer)
         algorithm, overrides = settings(name, root, threads)
         recipe = config.resolve(algorithm, {}, overrides)
-        shape, rows = shapes.shape_of(root / "model"), estimate.measured_rows(algorithm, recipe)[0]
+        shape, rows = shapes.shape_of(root / "model"), estimate.measured_rows(recipe)[0]
         found = json.loads(child("--worker", name, "--root", folder, "--threads", str(threads)).splitlines()[-1])
         where = planner.Where(fused=library() is not None, baseline=found["baseline"])
         plan = planner.plan_memory(recipe, shape, rows, where)
-        seconds = sum(speed.step_seconds(algorithm, recipe, shape, rows, "cpu").values()) if probe else None
+        seconds = sum(speed.step_seconds(recipe, shape, rows, "cpu").values()) if probe else None
     return {
         "name": name,
         "predicted": plan.peak,

@@ -152,9 +152,9 @@ def pipeline_lines() -> list[str]:
         "",
         "## Pipelines",
         "",
-        "A pipeline is one TOML file with several stages ([pipelines.md](../guides/pipelines.md)). On the command line "
-        "a stage's setting is `--STAGE.section.key value` for a training stage and `--STAGE.key value` for a data stage. "
-        "`--card.key value` is for the cards, `--defaults.section.key value` for all training stages.",
+        "A pipeline is one TOML file with several stages ([pipelines.md](../guides/pipelines.md)). On the command "
+        "line a stage's setting is `--STAGE.section.key value` for a training stage and `--STAGE.key value` for a data "
+        "stage. `--card.key value` is for the cards, `--defaults.section.key value` for all training stages.",
         "",
         *table(("in the file", "meaning"), [(f"`{name}`", meaning) for name, meaning in TABLES.items()]),
         "",

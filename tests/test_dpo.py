@@ -379,7 +379,7 @@ def test_judgements_of_one_prompt_give_no_baseline(model: Path, tmp_path: Path) 
 
 
 def test_a_missing_reference_is_refused_before_the_first_step(model: Path, pairs: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"the reference cannot be had: model folder './gone' does not exist"):
+    with pytest.raises(ConfigError, match=r"cannot load the reference model: model folder './gone' does not exist"):
         start(model, pairs, tmp_path / "run", algo__reference="./gone")
 
 

@@ -45,7 +45,7 @@ def length(completion: str) -> float:
 
 
 def setup(policy: Policy, folder: Path, source: str = "addition", **sections: Any) -> Setup:
-    recipe = SimpleNamespace(
+    recipe: Any = SimpleNamespace(
         data=DataConfig(**{"tasks": source, "count": 12, **sections.pop("data", {})}),
         pairs=PairsConfig(**sections.pop("pairs", {"samples": 16})),
         reward=RewardConfig(),

@@ -220,7 +220,7 @@ def test_the_command_says_whether_a_run_fits_and_what_to_change() -> None:
 
 @pytest.mark.parametrize(
     ("args", "said"),
-    [([], "name a recipe"), (["sft", "--model.path", "nowhere"], "shape of model 'nowhere' is not known"),
+    [([], "name a recipe"), (["sft", "--model.path", "nowhere"], "shape of model 'nowhere' is unknown"),
      (["grpo", "--slotz", "3"], "Did you mean 'slots'"), (["demo", "--memory", "0"], "memory=0 GiB"),
      (["demo", "--gpus", "0"], "gpus=0"), (["demo", "--device", "tpu"], "Give auto, cpu or cuda")],
 )  # fmt: skip

@@ -204,9 +204,9 @@ class Steps:
         self.found: list[dict[str, torch.Tensor]] = []
         real = self.learner.step
 
-        def step() -> Any:
+        def step(only: str = "") -> Any:
             self.found.append(gradients(self.learner))
-            return real()
+            return real(only=only)
 
         self.learner.step = step  # type: ignore[method-assign]
 

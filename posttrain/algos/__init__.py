@@ -7,7 +7,7 @@ Each file has `prepare(setup) -> Job`, which checks everything before step 0, an
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from posttrain.train.job import Job, Setup
 
@@ -22,4 +22,4 @@ class Algorithm(Protocol):
 
 def load(name: str) -> Algorithm:
     """Imports the module of an algorithm; `name` is a key of `config.RECIPES`."""
-    return import_module(f"posttrain.algos.{name.replace('-', '_')}")
+    return cast(Algorithm, import_module(f"posttrain.algos.{name.replace('-', '_')}"))

@@ -7,7 +7,7 @@ drops the tracker and continues.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Protocol
@@ -35,7 +35,7 @@ class Tracker(Protocol):
 
 
 @contextmanager
-def open_trackers(names: str, run: Run) -> Iterator[None]:
+def open_trackers(names: str, run: Run) -> Generator[None]:
     """Within the block, forwards what `run` stores to the trackers in `names`, comma-separated.
 
     Raises ConfigError if a tracker's package is not installed.
