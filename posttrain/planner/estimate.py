@@ -208,7 +208,7 @@ def measured_rows(recipe: Recipe) -> tuple[Rows, str]:
         else:
             raise OSError("the run generates its own training data")
     except (PosttrainError, OSError, ValueError) as error:
-        return worst, f"Assumes rows of the maximum length, {worst.longest} tokens ({error})."
+        return worst, f"Assumes rows of the maximum length, {worst.longest} tokens ({str(error).rstrip('.')})."
     return rows_of(made), ""
 
 
