@@ -183,6 +183,21 @@ def test_what_is_no_label_is_refused_and_not_stored(tmp_path: Path, change: dict
     assert queue.labels() == []
 
 
+def test_finding_a_queue_opens_its_file_only_and_no_file_outside_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue, pair = queue_of(tmp_path), Preference("1", (Message("user", "?"),), "a", "b")
+    for name in ("other", "third"):
+        store.create(tmp_path, name, "elsewhere", [pair])
+    opened_files, connect = [], sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda path, **more: (opened_files.append(path), connect(path, **more))[1])
+    assert Queue.find(tmp_path, queue.name).pairs()
+    assert opened_files and all("/sums.db" in uri for uri in opened_files)
+    for name in ("nobody", "../labels/sums", "sums.db"):
+        with pytest.raises(ResumeError, match="no queue named"):
+            Queue.find(tmp_path, name)
+
+
 def test_two_who_start_the_same_queue_share_it_and_another_source_of_that_name_is_refused(tmp_path: Path) -> None:
     pairs_file(tmp_path / "sums.jsonl", 40)
     with ThreadPoolExecutor(4) as pool:

@@ -77,7 +77,12 @@ def left_of(queue: str, annotator: str, pair: str) -> Side:
 
 def queues(root: Path) -> dict[str, Path]:
     """Name → file of every queue in the folder."""
-    return {path.stem: path for path in sorted((root / FOLDER).glob("*.db")) if _is_whole(path)}
+    return {name: path for name, path in _files(root).items() if _is_whole(path)}
+
+
+def _files(root: Path) -> dict[str, Path]:
+    """Name → file of every database in the folder, unopened; only listed names are found, so none leaves the folder."""
+    return {path.stem: path for path in sorted((root / FOLDER).glob("*.db"))}
 
 
 def create(root: Path, name: str, source: str, pairs: Sequence[Preference]) -> None:
@@ -109,10 +114,10 @@ class Queue:
     @staticmethod
     def find(root: Path, name: str) -> Queue:
         """The queue of that name. Raises ResumeError if it does not exist."""
-        found = queues(root)
-        if name not in found:
+        path = _files(root).get(name)
+        if path is None or not _is_whole(path):
             raise ResumeError(f"{root} contains no queue named {name!r}. Start one on the Label page.")
-        return Queue(found[name])
+        return Queue(path)
 
     def about(self) -> dict[str, str]:
         """`source` and `created`."""
