@@ -5,32 +5,15 @@ from __future__ import annotations
 from typing import Any, Protocol, runtime_checkable
 
 from posttrain.config.facts import Facts
-from posttrain.config.pairs import PairsConfig
-from posttrain.config.sections import (
-    DataConfig,
-    EnvConfig,
-    EvalConfig,
-    ModelConfig,
-    RewardConfig,
-    RolloutConfig,
-    RunConfig,
-    TrainConfig,
-)
+from posttrain.config.pairs import PairSections
+from posttrain.config.sections import EnvConfig, EvalConfig, RewardConfig, RolloutConfig, SharedSections
 
 
-class Recipe(Protocol):
+class Recipe(SharedSections, Protocol):
     """The sections of every algorithm's recipe, a frozen dataclass; `algo` has the algorithm's own settings."""
 
     @property
-    def model(self) -> ModelConfig: ...
-    @property
-    def data(self) -> DataConfig: ...
-    @property
     def algo(self) -> Any: ...
-    @property
-    def train(self) -> TrainConfig: ...
-    @property
-    def run(self) -> RunConfig: ...
 
     def facts(self) -> Facts:
         """The models a run with these settings holds, what it samples and its forward passes."""
@@ -38,23 +21,15 @@ class Recipe(Protocol):
 
 
 @runtime_checkable
-class Sampling(Protocol):
+class Sampling(SharedSections, Protocol):
     """The sections needed to sample and score completions."""
 
-    @property
-    def model(self) -> ModelConfig: ...
-    @property
-    def data(self) -> DataConfig: ...
     @property
     def reward(self) -> RewardConfig: ...
     @property
     def rollout(self) -> RolloutConfig: ...
     @property
-    def train(self) -> TrainConfig: ...
-    @property
     def eval(self) -> EvalConfig: ...
-    @property
-    def run(self) -> RunConfig: ...
 
 
 @runtime_checkable
@@ -70,8 +45,5 @@ class SamplingRecipe(Recipe, Sampling, Protocol):
 
 
 @runtime_checkable
-class PairRecipe(SamplingRecipe, Protocol):
+class PairRecipe(SamplingRecipe, PairSections, Protocol):
     """The recipe of an algorithm that learns from preferences."""
-
-    @property
-    def pairs(self) -> PairsConfig: ...
