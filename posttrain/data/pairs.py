@@ -33,9 +33,10 @@ Compared = TypeVar("Compared", Preference, Judgement)
 Kind = Literal["pairs", "judgements", "tasks"]
 
 
-def is_data(source: str) -> bool:
-    """Whether `data.tasks` names a file or hub dataset rather than built-in tasks."""
-    return source not in BUILT_IN and (is_file_name(source) or is_hub_id(source))
+def stored_rows(cfg: DataConfig) -> list[Row]:
+    """The rows of `data.tasks` if it names a file or hub dataset; none if it names built-in tasks."""
+    stored = cfg.tasks not in BUILT_IN and (is_file_name(cfg.tasks) or is_hub_id(cfg.tasks))
+    return read_rows(cfg.tasks, cfg.count) if stored else []
 
 
 def kind_of(rows: Sequence[Row]) -> Kind:
@@ -47,10 +48,9 @@ def kind_of(rows: Sequence[Row]) -> Kind:
 
 
 def read_compared(
-    cfg: DataConfig, seed: int, chat: ChatFormat, parse: Callable[[Row, str, str], Compared], name: str
+    rows: list[Row], cfg: DataConfig, seed: int, chat: ChatFormat, parse: Callable[[Row, str, str], Compared], name: str
 ) -> tuple[list[Compared], list[Compared], list[str], str]:
-    """Reads the rows of `data.tasks` and `data.eval_tasks`; returns (train, held-out, notes, hash)."""
-    rows = read_rows(cfg.tasks, cfg.count)
+    """Parses `rows`, those of `data.tasks`, and reads `data.eval_tasks`; returns (train, held-out, notes, hash)."""
     held = read_rows(cfg.eval_tasks, cfg.count) if cfg.eval_tasks else []
     notes: list[str] = []
     train, test = (

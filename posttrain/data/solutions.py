@@ -58,9 +58,8 @@ def graded(row: Row, cfg: PRMConfig, system: str = "", instruction: str = "") ->
     return Graded(whole, known, right)
 
 
-def read_solution_sets(cfg: DataConfig, algo: PRMConfig, seed: int) -> SolutionSets:
-    """Reads training and held-out solutions from `data.tasks` and `data.eval_tasks`."""
-    rows = read_rows(cfg.tasks, cfg.count)
+def read_solution_sets(rows: list[Row], cfg: DataConfig, algo: PRMConfig, seed: int) -> SolutionSets:
+    """Training and held-out solutions of `rows`, those of `data.tasks`, and of `data.eval_tasks`, which is read."""
     held = read_rows(cfg.eval_tasks, cfg.count) if cfg.eval_tasks else []
     notes: list[str] = []
     train, test = (

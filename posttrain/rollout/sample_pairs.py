@@ -9,7 +9,7 @@ from itertools import product
 from posttrain import rng
 from posttrain.config import PairRecipe
 from posttrain.data.files import writable
-from posttrain.data.pairs import is_data, kind_of, read_compared
+from posttrain.data.pairs import kind_of, read_compared, stored_rows
 from posttrain.data.preferences import (
     judgements_of,
     read_preferences,
@@ -17,11 +17,7 @@ from posttrain.data.preferences import (
     row_to_preference,
     write_preferences,
 )
-from posttrain.data.sources import (
-    Row,
-    data_hash,
-    read_rows,
-)
+from posttrain.data.sources import Row, data_hash
 from posttrain.data.tasks.load import TaskSets
 from posttrain.rollout.build import make_collector, with_opening
 from posttrain.rollout.collector import Verifier, check_failures
@@ -65,10 +61,14 @@ def load_pairs(setup: Setup[PairRecipe]) -> PairSets:
     `pairs.samples` completions each, and completions with different rewards form pairs, which are saved in the run
     folder for resuming. Raises DataError if there are no pairs.
     """
+    return _pair_sets(setup, stored_rows(setup.recipe.data) if setup.given is None else [])
+
+
+def _pair_sets(setup: Setup[PairRecipe], rows: list[Row]) -> PairSets:
     cfg = setup.recipe.data
-    kind = kind_of(read_rows(cfg.tasks, cfg.count)) if setup.given is None and is_data(cfg.tasks) else "tasks"
+    kind = kind_of(rows) if rows else "tasks"
     if kind == "pairs":
-        return PairSets(*read_compared(cfg, setup.recipe.run.seed, setup.chat, row_to_preference, "pairs"))
+        return PairSets(*read_compared(rows, cfg, setup.recipe.run.seed, setup.chat, row_to_preference, "pairs"))
     if kind == "judgements":
         raise DataError(
             f"{cfg.tasks} holds judgements of single answers, but this loss compares two. Give rows with chosen and "
@@ -80,9 +80,11 @@ def load_pairs(setup: Setup[PairRecipe]) -> PairSets:
 def load_judgements(setup: Setup[PairRecipe]) -> JudgementSets:
     """Loads unpaired feedback: a file of judgements, or `load_pairs` with each pair split into two judgements."""
     cfg = setup.recipe.data
-    if setup.given is None and is_data(cfg.tasks) and kind_of(read_rows(cfg.tasks, cfg.count)) == "judgements":
-        return JudgementSets(*read_compared(cfg, setup.recipe.run.seed, setup.chat, row_to_judgement, "judgements"))
-    sets = load_pairs(setup)
+    rows = stored_rows(cfg) if setup.given is None else []
+    if rows and kind_of(rows) == "judgements":
+        parsed = read_compared(rows, cfg, setup.recipe.run.seed, setup.chat, row_to_judgement, "judgements")
+        return JudgementSets(*parsed)
+    sets = _pair_sets(setup, rows)
     train, test = ([one for pair in part for one in judgements_of(pair)] for part in (sets.train, sets.test))
     notes = [*sets.notes, f"each pair counts as two judgements: {len(train)} to train on, {len(test)} held out."]
     return JudgementSets(train, test, notes, sets.hash, sets.tasks, sets.verify)

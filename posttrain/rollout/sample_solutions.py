@@ -14,17 +14,13 @@ import numpy as np
 from posttrain.config.prm import PRMConfig, PRMRecipe
 from posttrain.data.chat import ChatFormat
 from posttrain.data.files import writable
-from posttrain.data.pairs import is_data
+from posttrain.data.pairs import stored_rows
 from posttrain.data.preferences import (
     read_solutions,
     write_solutions,
 )
 from posttrain.data.solutions import Graded, SolutionSets, has_solutions, read_solution_sets
-from posttrain.data.sources import (
-    Row,
-    data_hash,
-    read_rows,
-)
+from posttrain.data.sources import Row, data_hash
 from posttrain.data.steps import split_steps, step_ends
 from posttrain.rewards.functions import score_all
 from posttrain.rollout.build import make_collector, with_opening
@@ -47,8 +43,9 @@ def load_solutions(setup: Setup[PRMRecipe]) -> SolutionSets:
     no solutions.
     """
     cfg = setup.recipe.data
-    if setup.given is None and is_data(cfg.tasks) and has_solutions(read_rows(cfg.tasks, cfg.count)):
-        return read_solution_sets(cfg, setup.recipe.algo, setup.recipe.run.seed)
+    rows = stored_rows(cfg) if setup.given is None else []
+    if rows and has_solutions(rows):
+        return read_solution_sets(rows, cfg, setup.recipe.algo, setup.recipe.run.seed)
     return _sampled(setup)
 
 
