@@ -89,7 +89,7 @@ def settings(results: Sequence[Result], peer: str = "TRL") -> str:
         return ", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in values.items())
 
     return "\n".join(
-        f"- {r.row.name}: ours {said(r.ours.settings)}; {peer} {said(r.peer.settings)}; {len(r.ours.seconds)} rounds"
+        f"- {r.row.name}: ours {said(r.ours.settings)}; {peer} {said(r.peer.settings)}; rounds: {len(r.ours.seconds)}"
         for r in results
         if r.ours and r.peer
     )

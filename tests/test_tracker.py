@@ -23,9 +23,9 @@ from tests import tiny
 class Memory:
     """A tracker that remembers."""
 
-    def __init__(self, fail_at: int = -1) -> None:
+    def __init__(self, fail_at: int = -1, fail_to_close: bool = False) -> None:
         self.steps: list[tuple[int, dict[str, float]]] = []
-        self.fail_at, self.closed = fail_at, 0
+        self.fail_at, self.fail_to_close, self.closed = fail_at, fail_to_close, 0
 
     def write(self, step: int, metrics: Any, timings: Any, episodes: Any, events: Any) -> None:
         if step == self.fail_at:
@@ -34,6 +34,8 @@ class Memory:
 
     def close(self) -> None:
         self.closed += 1
+        if self.fail_to_close:
+            raise OSError("the server is gone")
 
 
 @pytest.fixture
@@ -66,6 +68,18 @@ def test_a_tracker_that_fails_is_noted_and_dropped(tmp_path: Path, remember: Cal
         assert [step for step, _ in tracker.steps] == [0] and run.last_step() == 2
         (note,) = run.events()
     assert (note.level, note.kind) == ("warning", "tracker")
+    assert note.message == "run.track: memory failed and was turned off (OSError: the server is gone)."
+
+
+def test_a_tracker_that_fails_to_close_is_noted_and_does_not_end_the_run(
+    tmp_path: Path, remember: Callable[..., Memory]
+) -> None:
+    tracker = remember(fail_to_close=True)
+    with Run.create(tmp_path / "run", {}) as run:
+        with open_trackers("memory", run):
+            run.write(0, {"a": 1.0}, {})
+        (note,) = run.events()
+    assert tracker.closed == 1 and (note.level, note.kind, note.step) == ("warning", "tracker", 0)
     assert note.message == "run.track: memory failed and was turned off (OSError: the server is gone)."
 
 

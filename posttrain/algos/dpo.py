@@ -33,13 +33,13 @@ from posttrain.objectives.preference import PAIR_LOSSES, implicit_rewards, kto, 
 from posttrain.objectives.tokens import kl_k2
 from posttrain.rollout.build import make_collector
 from posttrain.rollout.collector import with_logp
-from posttrain.rollout.sample_pairs import JudgementSets, PairSets, load_judgements, load_pairs
+from posttrain.rollout.sample_pairs import ComparedSets, load_judgements, load_pairs
 from posttrain.store.run import EpisodeRow
 from posttrain.train.device import model_hash
 from posttrain.train.job import Job, Loop, Metrics, Setup, Summary
 from posttrain.train.learner import Learner, Loss, make_learner
 from posttrain.train.reference_cache import reference_logprobs
-from posttrain.types import Batch, ConfigError, DataError, Sample, Stat, stat_values
+from posttrain.types import Batch, ConfigError, DataError, Judgement, Preference, Sample, Stat, stat_values
 
 
 @dataclass(frozen=True)
@@ -296,7 +296,9 @@ def check(train: Feedback, cfg: DPOConfig) -> None:
         )
 
 
-def make_evaluator(setup: Setup[DPORecipe], sets: PairSets | JudgementSets) -> Evaluator | None:
+def make_evaluator(
+    setup: Setup[DPORecipe], sets: ComparedSets[Preference] | ComparedSets[Judgement]
+) -> Evaluator | None:
     """Evaluates sampled completions on held-out tasks, if the feedback was sampled on tasks with a reward."""
     if sets.tasks is None or sets.verify is None:
         return None

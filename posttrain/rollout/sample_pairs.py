@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
+from typing import Generic
 
 from posttrain import rng
 from posttrain.config import PairRecipe
 from posttrain.data.files import writable
-from posttrain.data.pairs import kind_of, read_compared, stored_rows
+from posttrain.data.pairs import Compared, kind_of, read_compared, stored_rows
 from posttrain.data.preferences import (
     judgements_of,
     read_preferences,
@@ -31,30 +32,18 @@ TRAIN_FILE, TEST_FILE = "pairs.jsonl", "held-out-pairs.jsonl"
 
 
 @dataclass(frozen=True)
-class PairSets:
-    """Training and held-out preferences; `tasks` and `verify` are set if the preferences were sampled."""
+class ComparedSets(Generic[Compared]):
+    """Training and held-out preferences or judgements; `tasks` and `verify` are set if they were sampled."""
 
-    train: list[Preference]
-    test: list[Preference]
+    train: list[Compared]
+    test: list[Compared]
     notes: list[str]
     hash: str
     tasks: TaskSets | None = None
     verify: Verifier | None = None
 
 
-@dataclass(frozen=True)
-class JudgementSets:
-    """`PairSets` for unpaired feedback."""
-
-    train: list[Judgement]
-    test: list[Judgement]
-    notes: list[str]
-    hash: str
-    tasks: TaskSets | None = None
-    verify: Verifier | None = None
-
-
-def load_pairs(setup: Setup[PairRecipe]) -> PairSets:
+def load_pairs(setup: Setup[PairRecipe]) -> ComparedSets[Preference]:
     """Loads the preferences of a recipe with sections data, pairs, reward, rollout and eval.
 
     `data.tasks` names a file or hub dataset of preferences, or tasks. For tasks, the starting model samples
@@ -64,11 +53,11 @@ def load_pairs(setup: Setup[PairRecipe]) -> PairSets:
     return _pair_sets(setup, stored_rows(setup.recipe.data) if setup.given is None else [])
 
 
-def _pair_sets(setup: Setup[PairRecipe], rows: list[Row]) -> PairSets:
+def _pair_sets(setup: Setup[PairRecipe], rows: list[Row]) -> ComparedSets[Preference]:
     cfg = setup.recipe.data
     kind = kind_of(rows) if rows else "tasks"
     if kind == "pairs":
-        return PairSets(*read_compared(rows, cfg, setup.recipe.run.seed, setup.chat, row_to_preference, "pairs"))
+        return ComparedSets(*read_compared(rows, cfg, setup.recipe.run.seed, setup.chat, row_to_preference, "pairs"))
     if kind == "judgements":
         raise DataError(
             f"{cfg.tasks} holds judgements of single answers, but this loss compares two. Give rows with chosen and "
@@ -77,17 +66,17 @@ def _pair_sets(setup: Setup[PairRecipe], rows: list[Row]) -> PairSets:
     return _sampled(setup)
 
 
-def load_judgements(setup: Setup[PairRecipe]) -> JudgementSets:
+def load_judgements(setup: Setup[PairRecipe]) -> ComparedSets[Judgement]:
     """Loads unpaired feedback: a file of judgements, or `load_pairs` with each pair split into two judgements."""
     cfg = setup.recipe.data
     rows = stored_rows(cfg) if setup.given is None else []
     if rows and kind_of(rows) == "judgements":
         parsed = read_compared(rows, cfg, setup.recipe.run.seed, setup.chat, row_to_judgement, "judgements")
-        return JudgementSets(*parsed)
+        return ComparedSets(*parsed)
     sets = _pair_sets(setup, rows)
     train, test = ([one for pair in part for one in judgements_of(pair)] for part in (sets.train, sets.test))
     notes = [*sets.notes, f"each pair counts as two judgements: {len(train)} to train on, {len(test)} held out."]
-    return JudgementSets(train, test, notes, sets.hash, sets.tasks, sets.verify)
+    return ComparedSets(train, test, notes, sets.hash, sets.tasks, sets.verify)
 
 
 def pairs_of(
@@ -114,7 +103,7 @@ def pairs_of(
     return pairs, counts
 
 
-def _sampled(setup: Setup[PairRecipe]) -> PairSets:
+def _sampled(setup: Setup[PairRecipe]) -> ComparedSets[Preference]:
     """Pairs of the starting model's completions; read from the run folder if this run has sampled them before."""
     recipe, folder = setup.recipe, setup.folder
     sets, verify = judged_tasks(recipe, setup.chat, setup.given, setup.reward)
@@ -144,4 +133,4 @@ def _sampled(setup: Setup[PairRecipe]) -> PairSets:
             )
         sampled.keep(folder, (TRAIN_FILE, TEST_FILE), train, test, write_preferences)
     content = data_hash(Row(p.id, asdict(p)) for p in (*train, *test))
-    return PairSets(train, test, notes, data_hash([Row("", {"tasks": sets.hash, "pairs": content})]), sets, verify)
+    return ComparedSets(train, test, notes, data_hash([Row("", {"tasks": sets.hash, "pairs": content})]), sets, verify)

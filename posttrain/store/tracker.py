@@ -45,6 +45,11 @@ def open_trackers(names: str, run: Run) -> Generator[None]:
         name: import_module(f"posttrain.store.trackers.{name}").open(run) for name in chosen
     }
 
+    def turn_off(name: str, step: int, error: Exception) -> None:
+        del trackers[name]
+        text = f"run.track: {name} failed and was turned off ({type(error).__name__}: {error})."
+        run.note(step, Event("warning", "tracker", text))
+
     def forward(
         step: int,
         metrics: Mapping[str, float],
@@ -56,14 +61,15 @@ def open_trackers(names: str, run: Run) -> Generator[None]:
             try:
                 tracker.write(step, metrics, timings, episodes, events)
             except Exception as error:  # a failing tracker must not end the run
-                del trackers[name]
-                text = f"run.track: {name} failed and was turned off ({type(error).__name__}: {error})."
-                run.note(step, Event("warning", "tracker", text))
+                turn_off(name, step, error)
 
     run.on_write = forward if trackers else None
     try:
         yield
     finally:
         run.on_write = None
-        for tracker in trackers.values():
-            tracker.close()
+        for name, tracker in list(trackers.items()):
+            try:
+                tracker.close()
+            except Exception as error:  # likewise; the steps are stored
+                turn_off(name, run.last_step() or 0, error)
