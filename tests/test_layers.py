@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 
 import pytest
@@ -116,8 +117,7 @@ def test_a_module_imports_only_from_lower_layers(module: str) -> None:
             assert inside or any(name == n or name.startswith(f"{n}.") for n in only), f"{module} imports {name}"
 
 
-def test_no_two_modules_import_each_other_through_any_chain() -> None:
-    graph = {m: {n for n in own(m) if n in SOURCES} for m in SOURCES}
+def assert_no_cycle(graph: Mapping[str, Set[str]]) -> None:
     done: set[str] = set()
 
     def visit(module: str, path: tuple[str, ...]) -> None:
@@ -129,6 +129,18 @@ def test_no_two_modules_import_each_other_through_any_chain() -> None:
 
     for module in graph:
         visit(module, ())
+
+
+def test_no_two_modules_import_each_other_through_any_chain() -> None:
+    assert_no_cycle({m: {n for n in own(m) if n in SOURCES} for m in SOURCES})
+
+
+def test_no_two_scripts_of_the_lab_import_each_other_through_any_chain() -> None:
+    scripts = {path.name: path.read_text(encoding="utf-8") for path in (PACKAGE / "lab" / "static").glob("*.js")}
+    imported = re.compile(r"""(?:from|import)\s*\(?\s*"\./([\w-]+\.js)\"""")
+    graph = {name: {*imported.findall(text)} for name, text in scripts.items()}
+    assert "ui.js" in graph["course.js"] and "course-exercise.js" in graph["course.js"]  # static and dynamic imports
+    assert_no_cycle(graph)
 
 
 @modules

@@ -2,17 +2,17 @@
 
 import { Loaded, html, printable, useData, useRef, useState } from "./ui.js";
 import { send } from "./controls.js";
-import { Nodes } from "./course.js";
 
 const KINDS = { conceptual: "Question", coding: "Coding exercise", exploration: "Exploration" };
 const keptAs = (name) => `posttrain-exercise-${name}`; // where the browser keeps a reader's code
 
-export function Exercise({ name }) {
+// `Nodes` renders the course's text; it is passed in, because the course imports this module.
+export function Exercise({ name, Nodes }) {
   const exercise = useData(`/api/exercises/${encodeURIComponent(name)}`);
   return html`<section class="exercise box" data-name=${name}><${Loaded} from=${exercise} of="the exercise">${(found) => html`
     <h3><span class="soft">${KINDS[found.kind]}: </span>${printable(found.title)}</h3>
     <${Nodes} of=${found.text} />
-    ${found.choices && html`<${Question} ...${found} />`}
+    ${found.choices && html`<${Question} ...${found} Nodes=${Nodes} />`}
     ${found.kind === "coding" && html`<${Coding} ...${found} />`}
     ${found.hint && html`<details><summary>Hint</summary><${Nodes} of=${found.hint} /></details>`}
     ${found.answer && html`<details><summary>${found.kind === "conceptual" ? "Full answer" : "What to look for"}</summary><${Nodes} of=${found.answer} /></details>`}`}</${Loaded}></section>`;
@@ -34,7 +34,7 @@ function useVerdict(name) {
 
 // --- questions -------------------------------------------------------------------------------------------------------
 
-function Question({ name, choices }) {
+function Question({ name, choices, Nodes }) {
   const [chosen, choose] = useState(-1);
   const [state, check, forget] = useVerdict(name);
   const asked = (event) => { event.preventDefault(); if (chosen >= 0) check({ choice: chosen }); };

@@ -185,5 +185,5 @@ function Ahead({ name }) {
     return () => { here.current = false; };
   }, []);
   if (state.error) return html`<${Failed} error=${state.error} />`;
-  return state.Exercise ? html`<${state.Exercise} name=${name} />` : html`<p class="waiting" role="status">Loading the exercise …</p>`;
+  return state.Exercise ? html`<${state.Exercise} name=${name} Nodes=${Nodes} />` : html`<p class="waiting" role="status">Loading the exercise …</p>`;
 }

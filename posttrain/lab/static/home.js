@@ -1,8 +1,8 @@
 // The home page: the folder's runs and pipelines, or how to start a first run.
 
-import { Command, Loaded, address, grouped, html, printable, useData, useTitle } from "./ui.js";
+import { Loaded, address, grouped, html, printable, useData, useTitle } from "./ui.js";
 import { Explorers } from "./explore.js";
-import { RunsTable } from "./runs.js";
+import { Empty, RunsTable } from "./runs-table.js";
 
 export function Page() {
   useTitle("Home");
@@ -12,16 +12,6 @@ export function Page() {
     <section><h2>Explore</h2><${Explorers} /></section>
     <${Loaded} from=${home} of="the folder">${(found) => (found.count || found.pipelines.length
       ? html`<${Here} ...${found} />` : html`<${Empty} folder=${found.folder} />`)}</${Loaded}>`;
-}
-
-export function Empty({ folder }) {
-  return html`<section class="box empty">
-    <h2>No runs yet</h2>
-    <p>The lab is showing <code>${printable(folder)}</code>, which has no runs. This command trains the bundled model in a few minutes:</p>
-    <${Command}>posttrain demo</${Command}>
-    <p>The run appears here while it trains. To see the runs of another folder:</p>
-    <${Command}>posttrain lab FOLDER</${Command}>
-  </section>`;
 }
 
 function Here({ folder, runs, count, running, pipelines }) {
