@@ -4,8 +4,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-# Tests wait about a third of their time, for processes and pages; three at once keep two cores busy.
-WORKERS ?= 3
+# Tests wait about a third of their time, for processes and pages; four at once keep two cores busy.
+WORKERS ?= 4
 
 .PHONY: demo test lint docs clean
 

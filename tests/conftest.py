@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
+import gc
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +12,7 @@ import pytest
 from hypothesis import settings
 from playwright.sync_api import Browser, Page, sync_playwright
 
+from posttrain.models.kernels.build import library
 from tests.lab_server import CHROMIUM, FLAGS, PATIENCE
 
 settings.register_profile("posttrain", deadline=None)  # a busy machine must not fail a test
@@ -37,11 +41,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
 
 
+def pytest_collection_finish() -> None:
+    """Keeps the garbage collector from visiting thousands of tests again and again."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Tests keep reference log-probabilities in a folder of their own, not in the user's."""
+    """Tests keep reference log-probabilities in a folder of their own, not in the user's.
+
+    Test processes side by side share the compiled kernels: the first compiles them, the others wait for it.
+    """
+    cache = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("POSTTRAIN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("POSTTRAIN_CACHE", str(cache))
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            kernels = tmp_path_factory.getbasetemp().parent / "kernels"
+            kernels.mkdir(exist_ok=True)
+            (cache / "kernels").symlink_to(kernels)
+            with (kernels / "lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                library()
         yield
 
 

@@ -52,12 +52,12 @@ def opened(folder: Path, *more: str) -> Iterator[Opened]:
         process.stdout.readline()  # the line after it
         token = found[0].partition("?token=")[2]
         if not token:
-            page = urllib.request.urlopen(found[0], timeout=60).read().decode()
+            page = urllib.request.urlopen(found[0], timeout=600).read().decode()
             token = page.partition('name="lab-token" content="')[2].partition('"')[0]
         yield Opened(found[0].partition("?")[0].rstrip("/"), token, int(found[1]), process)
     finally:
         process.terminate()
-        process.wait(timeout=60)
+        process.wait(timeout=600)
         if process.stdout is not None:
             process.stdout.close()
 

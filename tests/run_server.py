@@ -17,15 +17,19 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
 
+import numpy as np
 import torch
 
 from posttrain import algos, api, config
-from posttrain.config import DataConfig
+from posttrain.config import DataConfig, ModelConfig, RolloutConfig
 from posttrain.data.tasks.load import load_tasks
 from posttrain.models.kernels.build import library
+from posttrain.models.load import load_policy
+from posttrain.rollout.build import make_generator
+from posttrain.rollout.generator import Request
 from posttrain.store import failpoints
 from posttrain.store.run import Run
-from posttrain.types import ResumeError, Task
+from posttrain.types import ResumeError, SamplingParams, Task
 
 STEPS = 5
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -262,8 +266,13 @@ def serve() -> None:
     assert Task  # the imports above are the expensive part; every child inherits them
     library()  # and the kernels, which each child would compile into its own cache
     load_tasks(DataConfig(tasks="sums", count=64), 0)  # and the problems that most lives are about
+    warm: set[str] = set()
     for line in sys.stdin:
         request = json.loads(line)
+        if request["model"] not in warm:  # transformers' own tables, and the row counts that are measured once
+            generator = make_generator(load_policy(ModelConfig(path=request["model"])), RolloutConfig(slots=32))
+            generator.generate([Request(np.zeros(1, np.int32), (0,))], SamplingParams(max_tokens=2))
+            warm.add(request["model"])
         child = os.fork()
         if child == 0:
             try:

@@ -34,7 +34,7 @@ def socket(lab: Opened) -> Iterator[ClientConnection]:
 
 def requested(lab: Opened, path: str) -> tuple[int, Any]:
     try:
-        answer = urllib.request.urlopen(lab.address + path, timeout=60)
+        answer = urllib.request.urlopen(lab.address + path, timeout=600)
     except urllib.error.HTTPError as error:
         answer = error
     return int(answer.status or 0), json.loads(answer.read())
@@ -54,7 +54,7 @@ def requested(lab: Opened, path: str) -> tuple[int, Any]:
 )
 def test_an_answer_is_that_of_a_request(lab: Opened, socket: ClientConnection, path: str, status: int) -> None:
     socket.send(json.dumps({"id": 7, "path": path}))
-    told = json.loads(socket.recv(60))
+    told = json.loads(socket.recv(600))
     assert (told["id"], told["status"]) == (7, status)
     assert (told["status"], told["body"]) == requested(lab, path)
 
@@ -64,7 +64,7 @@ def test_many_questions_at_once_each_get_their_own_answer(socket: ClientConnecti
         rewards = ",".join(["1"] + ["0"] * (1 + number % 20))
         path = f"/api/explore/grpo/advantages?rewards={rewards}&how=grpo&watch=0"
         socket.send(json.dumps({"id": number, "path": path}))
-    told = [json.loads(socket.recv(60)) for _ in range(40)]
+    told = [json.loads(socket.recv(600)) for _ in range(40)]
     found = {one["id"]: len(one["body"]["rewards"]) for one in told}
     assert found == {number: 2 + number % 20 for number in range(40)}
 
@@ -72,7 +72,7 @@ def test_many_questions_at_once_each_get_their_own_answer(socket: ClientConnecti
 @pytest.mark.parametrize("path", ["/", "/runs", "/static/main.js", "/api/label", "/ask", "//evil.example/api/runs", ""])
 def test_what_is_no_reading_route_is_not_answered(socket: ClientConnection, lab: Opened, path: str) -> None:
     socket.send(json.dumps({"id": 1, "path": path}))
-    told = json.loads(socket.recv(60))
+    told = json.loads(socket.recv(600))
     if path == "/api/label":  # reads what can be labelled; its writes are other routes
         assert (told["status"], told["body"]) == requested(lab, path)
     elif path.startswith("//"):  # a host is not looked at: the lab asks nobody
@@ -87,7 +87,7 @@ def test_what_is_no_reading_route_is_not_answered(socket: ClientConnection, lab:
 def test_what_is_no_question_ends_the_socket(socket: ClientConnection, said: str) -> None:
     socket.send(said)
     with pytest.raises(ConnectionClosed) as ended:
-        socket.recv(60)
+        socket.recv(600)
     assert ended.value.rcvd is not None and ended.value.rcvd.code == 1003
 
 

@@ -281,7 +281,7 @@ def call(lab: Opened, path: str, sent: dict[str, Any] | None = None) -> Any:
     headers = {"x-lab-token": lab.token, "content-type": "application/json", "origin": lab.address}
     data = None if sent is None else json.dumps(sent).encode()
     request = urllib.request.Request(lab.address + path, data, headers)
-    return json.loads(urllib.request.urlopen(request, timeout=60).read())
+    return json.loads(urllib.request.urlopen(request, timeout=600).read())
 
 
 def test_sigkill_at_random_moments_loses_no_acknowledged_label(tmp_path: Path) -> None:

@@ -213,6 +213,6 @@ def test_the_explorer_is_accessible_and_fits_a_phone(page: Page, lab: Opened, sc
 @pytest.mark.parametrize("query", ["labels=1x", "seed=-1", "who=nobody", f"labels={'1' * 500}"])
 def test_an_address_that_says_nonsense_is_refused_in_one_sentence(lab: Opened, query: str) -> None:
     with pytest.raises(urllib.error.HTTPError) as refused:
-        urllib.request.urlopen(f"{lab.address}/api/explore/preferences?{query}", timeout=60)
+        urllib.request.urlopen(f"{lab.address}/api/explore/preferences?{query}", timeout=600)
     text = refused.value.read().decode()
     assert refused.value.code == 400 and ("expected" in text or "choose one" in text)

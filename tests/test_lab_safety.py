@@ -132,7 +132,7 @@ def send(lab: Opened, method: str, path: str, headers: dict[str, Any]) -> tuple[
     for name, value in {"Host": "{own}", "Connection": "close", **headers}.items():
         values = value if isinstance(value, list) else [] if value is None else [value]
         lines += [f"{name}: {filled(one, lab)}" for one in values]
-    with socket.create_connection(("127.0.0.1", lab.port), timeout=60) as sock:
+    with socket.create_connection(("127.0.0.1", lab.port), timeout=600) as sock:
         sock.sendall("\r\n".join([*lines, "", ""]).encode())
         answer = b""
         while part := sock.recv(65536):
@@ -152,7 +152,7 @@ def test_a_request_that_is_not_from_the_labs_own_page_is_rejected(lab: Opened, n
 @pytest.mark.parametrize("name", SOCKETS)
 def test_a_websocket_of_another_site_does_not_open(lab: Opened, name: str) -> None:
     query, origin, host = SOCKETS[name]
-    made = socket.create_connection(("127.0.0.1", lab.port), timeout=60)
+    made = socket.create_connection(("127.0.0.1", lab.port), timeout=600)
     address = f"ws://{filled(host, lab)}/live/hostile{filled(query, lab)}"
     with pytest.raises(InvalidStatus, match="403"), connect(address, origin=origin and filled(origin, lab), sock=made):  # type: ignore[arg-type]
         pass
@@ -165,7 +165,7 @@ def test_the_labs_own_requests_are_answered(lab: Opened) -> None:
     assert send(lab, "GET", "/", followed)[0] == 200, "a link from elsewhere may open a page"
     assert send(lab, "POST", "/api/runs", {**WRITE, "Content-Length": "0"})[0] == 405, "past the guard, no such write"
     with connect(filled("ws://{own}/live/hostile?token={token}", lab), origin=filled(HERE, lab)) as sock:  # type: ignore[arg-type]
-        assert '"whole": true' in str(sock.recv(timeout=60))
+        assert '"whole": true' in str(sock.recv(timeout=600))
 
 
 @pytest.mark.parametrize("path", ["/", "/api/runs", "/static/main.js", "/nothing", "/api/runs/nothing"])
@@ -236,7 +236,7 @@ def test_no_websocket_opens_for_a_page_that_is_not_the_labs_own(lab: Opened, wri
     assert "/live/hostile" in paths
     for path in paths:
         for query, origin, host in SOCKETS.values():
-            made = socket.create_connection(("127.0.0.1", lab.port), timeout=60)
+            made = socket.create_connection(("127.0.0.1", lab.port), timeout=600)
             address = f"ws://{filled(host, lab)}{path}{filled(query, lab)}"
             given = Origin(filled(origin, lab)) if origin else None
             with pytest.raises(InvalidStatus, match="403"), connect(address, origin=given, sock=made):
