@@ -370,10 +370,11 @@ class Stat:
     def __add__(self, other: Stat) -> Stat:
         if self.kind != other.kind:
             raise ValueError(f"cannot add a {self.kind} to a {other.kind}.")
-        if self.kind == "max":
-            return Stat(max(self.total, other.total), self.count + other.count, "max")
-        if self.kind == "min":
-            return Stat(min(self.total, other.total), self.count + other.count, "min")
+        if self.kind in ("max", "min"):
+            if math.isnan(self.total) or math.isnan(other.total):  # max and min keep or lose NaN by its position
+                return Stat(math.nan, self.count + other.count, self.kind)
+            total = max(self.total, other.total) if self.kind == "max" else min(self.total, other.total)
+            return Stat(total, self.count + other.count, self.kind)
         return Stat(self.total + other.total, self.count + other.count, self.kind)
 
     @property

@@ -186,10 +186,9 @@ def finished(out: Console, folder: Path) -> None:
         if steps:  # offline algorithms sample no training answers
             out.print(Text(terminal_curve(steps, values, "accuracy of the sampled training answers")))
     out.print(change_table(before, after))
-    if gaps := [gap for gap in mismatch if math.isfinite(gap)]:
-        out.print(
-            f"sampler and learner log-probabilities differ by at most {max(gaps):.1g} per token\n", soft_wrap=True
-        )
+    if mismatch:
+        largest = math.nan if any(map(math.isnan, mismatch)) else max(mismatch)
+        out.print(f"sampler and learner log-probabilities differ by at most {largest:.1g} per token\n", soft_wrap=True)
     for message in dict.fromkeys(data):
         out.print(Text(f"data: {message}"), soft_wrap=True)
     for message in dict.fromkeys(warnings[-5:]):

@@ -21,9 +21,9 @@ def repeated(kind: str, what: str, steps: int, least: int = 3) -> list[Event]:
 def mismatch(values: Mapping[str, float], limit: float) -> str:
     """Reason to stop if sampler and learner log-probabilities differ by more than `limit` nats; else empty."""
     gap = values.get("mismatch", 0.0)
-    if gap <= limit:
-        return ""
-    return (
-        f"sampler and learner differ by {gap:.3g} in a token's log-probability (allowed: algo.max_mismatch={limit}). "
-        "The rollouts are not from this policy."
-    )
+    if not gap <= limit:  # also catches NaN
+        return (
+            f"sampler and learner differ by {gap:.3g} in a token's log-probability (allowed: algo.max_mismatch="
+            f"{limit}). The rollouts are not from this policy."
+        )
+    return ""
