@@ -24,7 +24,7 @@ from posttrain.evaluation import bias_probes
 from posttrain.evaluation.accuracy import Report
 from posttrain.evaluation.accuracy import evaluate as evaluate_tasks
 from posttrain.evaluation.bias_probes import Finding
-from posttrain.models import heads
+from posttrain.models import heads, weights
 from posttrain.models.load import Policy, load_policy, load_weights, save_pretrained, with_chat_format
 from posttrain.planner import estimate
 from posttrain.rewards.models import load_reward_model
@@ -143,6 +143,8 @@ def start(
     with Run.create(folder, header) as store:
         if given is not None:
             write_tasks(folder / "tasks.jsonl", given)
+        for note in job.policy.notes:
+            store.note(0, Event("info", "model", note))
         for note in job.notes:
             store.note(0, Event("info", "data", note))
         if warning:
@@ -216,17 +218,19 @@ def _drive(store: Run, recipe: Recipe, job: Job, on_step: OnStep | None) -> Resu
 
 
 def open_policy(path: str, cfg: config.ModelConfig | None = None, on: torch.device | str = "cpu") -> Policy:
-    """Loads a model from a folder, hub id, `abacus`, or a run folder (newest checkpoint, finished or not)."""
-    if not (Path(path) / "run.json").exists():
+    """Loads a model from a folder, hub id, `abacus`, a PEFT adapter, a run or one of its checkpoints.
+
+    A run stands for its newest checkpoint, finished or not, or for its best one if it kept that (`run.keep_best`).
+    """
+    run = weights.run_of(Path(path))
+    if run is None:
         return load_policy(replace(cfg or config.ModelConfig(), path=path), on)
-    with Run.read(Path(path)) as store:
-        recipe: Recipe = config.stored(store.header["algorithm"], store.header["recipe"])
+    recipe, saved = weights.recipe_of(run), weights.chosen(run, Path(path))
+    if saved is None:  # finished, and its checkpoints were removed; or no checkpoint yet
+        return load_policy(replace(recipe.model, path=path, lora_rank=0, continue_adapter=False), on)
     rng.seed_global(recipe.run.seed, "init")
     policy = load_policy(recipe.model, on)
-    saved = checkpoint.latest(Path(path))
-    if saved is None:
-        raise ResumeError(f"{path} has no checkpoint yet; resume it, or use its base model {recipe.model.path!r}.")
-    tensors = checkpoint.load(saved, only=["model"])[0]["model"]
+    tensors = weights.load_checkpoint(saved)
     if (head := tensors.get("scalar.weight")) is not None:
         heads.attach_scalar(policy, len(head))
         if recipe.facts().trains == "scorer":

@@ -269,7 +269,7 @@ def load_reference(recipe: DPORecipe, policy: Policy) -> Policy:
     """Loads the model in `algo.reference`. Raises ConfigError if it is missing or has another vocabulary."""
     name = recipe.algo.reference
     try:
-        model = load_policy(replace(recipe.model, path=name, lora_rank=0), str(policy.device))
+        model = load_policy(replace(recipe.model, path=name, lora_rank=0, continue_adapter=False), str(policy.device))
     except ConfigError as error:
         raise ConfigError(
             f"cannot load the reference model: {error} Or set algo.reference_free to train without one."

@@ -178,7 +178,7 @@ def finished(out: Console, folder: Path) -> None:
         curves = {name: store.curve(name) for name in ("accuracy", "think_share", "length", "nll")}
         mismatch = store.curve("mismatch")[1]
         warnings = [e.message for e in store.events() if e.level != "info"]
-        data = [e.message for e in store.events() if e.level == "info" and e.kind == "data"]
+        notes = [(e.kind, e.message) for e in store.events() if e.level == "info" and e.kind in ("model", "data")]
     out.print()
     if first and last:
         out.print(answers_table(side_by_side(first, last), "The same held-out questions, before and after"))
@@ -189,8 +189,8 @@ def finished(out: Console, folder: Path) -> None:
     if mismatch:
         largest = math.nan if any(map(math.isnan, mismatch)) else max(mismatch)
         out.print(f"sampler and learner log-probabilities differ by at most {largest:.1g} per token\n", soft_wrap=True)
-    for message in dict.fromkeys(data):
-        out.print(Text(f"data: {message}"), soft_wrap=True)
+    for kind, message in dict.fromkeys(notes):
+        out.print(Text(f"{kind}: {message}"), soft_wrap=True)
     for message in dict.fromkeys(warnings[-5:]):
         out.print(Text(f"note: {message}", style="yellow"))
     if table := summary.get("calibration"):

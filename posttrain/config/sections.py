@@ -16,9 +16,11 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the weights, for sampling and training."""
     lora_rank: int = 0
-    """Rank of LoRA adapters on every linear layer; 0 trains all weights."""
+    """Rank of LoRA adapters on every linear layer and expert; 0 trains all weights."""
     lora_alpha: int = 32
     """LoRA scaling: adapter outputs are multiplied by lora_alpha / lora_rank."""
+    continue_adapter: bool = False
+    """If path is a PEFT adapter, train it further, instead of merging it into its base model before training."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: saves memory, takes about a third more time."""
 
@@ -190,6 +192,11 @@ def check_shared(recipe: SharedSections) -> None:
         raise ConfigError(f"rollout.vllm_memory={rollout.vllm_memory} is not between 0 and 1.")
     if recipe.model.lora_rank < 0:
         raise ConfigError(f"model.lora_rank={recipe.model.lora_rank} is negative. Use 0 to train all weights.")
+    if recipe.model.continue_adapter and recipe.model.lora_rank:
+        raise ConfigError(
+            f"model.continue_adapter trains the adapter of model.path with its own rank, so model.lora_rank="
+            f"{recipe.model.lora_rank} must be 0."
+        )
     require_positive(train, "micro_batch_tokens")
     require_positive(run, "checkpoint_every", "keep")
     if env and not env.timeout > 0:

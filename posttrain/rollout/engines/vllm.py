@@ -22,7 +22,8 @@ import torch
 from posttrain.config import RolloutConfig
 from posttrain.models import lora
 from posttrain.models.decoder import head_width
-from posttrain.models.load import TOLERANCE, Policy, packed_logits, resolve_path, short_rows, take_weights, weight_views
+from posttrain.models.load import TOLERANCE, Policy, packed_logits, short_rows, take_weights, weight_views
+from posttrain.models.weights import base_of
 from posttrain.rollout.generator import OnDone, OnToken, Request
 from posttrain.types import Completion, ConfigError, PosttrainError, RolloutError, SamplingParams
 
@@ -181,7 +182,7 @@ class _Engine:
         context = getattr(config, "max_position_embeddings", None)
         with _nothing_else_changed():
             self.llm = vllm.LLM(
-                model=resolve_path(policy.source),
+                model=base_of(policy.source),
                 dtype=str(like.dtype).removeprefix("torch."),
                 load_format="dummy",  # random weights; replaced with the policy's
                 skip_tokenizer_init=True,
