@@ -152,14 +152,21 @@ def start(
         return _drive(store, recipe, job, on_step)
 
 
-def resume(folder: str | Path, reward: Callable[..., Any] | None = None, on_step: OnStep | None = None) -> Result:
+def resume(
+    folder: str | Path,
+    reward: Callable[..., Any] | None = None,
+    on_step: OnStep | None = None,
+    steps: int | None = None,
+) -> Result:
     """Continues a run from its newest checkpoint; on the same machine the result is bit-exact.
 
-    A reward that was passed as a Python function must be passed again. Raises ResumeError if the data has changed or
-    another process has the run open.
+    `steps` is a new, larger `train.steps`, also for a run that has finished. A reward that was passed as a Python
+    function must be passed again. Raises ResumeError if the data has changed or another process has the run open.
     """
     folder = Path(folder)
     with Run.open(folder) as store:
+        if steps is not None:
+            extend(store, steps)
         header = store.header
         algorithm = header["algorithm"]
         recipe: Recipe = config.stored(algorithm, header["recipe"])
@@ -187,6 +194,23 @@ def resume(folder: str | Path, reward: Callable[..., Any] | None = None, on_step
             store.rewind(step + 1 if saved else 0)
             store.note(step, Event("warning", "fingerprint", text))
         return _drive(store, recipe, job, on_step)
+
+
+def extend(store: Run, steps: int) -> None:
+    """Raises `train.steps` of a run to `steps`. Raises ConfigError if that is not more than planned and trained."""
+    header = store.header
+    train = config.as_dict(config.stored(header["algorithm"], header["recipe"]))["train"]
+    planned, trained = train["steps"], store.last_step() or 0
+    if steps == planned:
+        return
+    if steps <= max(planned, trained):
+        raise ConfigError(
+            f"train.steps={steps} does not extend {store.folder}, which plans {planned or 'whole passes'} and has "
+            f"trained {trained} steps. Give more."
+        )
+    train |= {"steps": steps} | ({"epochs": 1} if "epochs" in train else {})
+    store.extend({**header, "recipe": {**header["recipe"], "train": train}})
+    store.note(trained, Event("info", "extended", f"train.steps was {planned or 'not set'}, is {steps}."))
 
 
 def prepare(

@@ -72,6 +72,7 @@ class Progress:
     flat_steps: int = 0
     cursor: int = 0  # position in the task order
     ema: float | None = None  # running mean of the rewards
+    solved_steps: int = 0
 
 
 def prepare(setup: Setup[GRPORecipe]) -> Job:
@@ -142,7 +143,7 @@ def run(
     loss = make_loss(recipe)
     curriculum, progress = Curriculum(tasks, cfg.curriculum, seed), Progress()
     if saved := loop.restore(learner):
-        progress = Progress(*(saved[name] for name in ("flat_steps", "cursor", "ema")))
+        progress = Progress(*(saved[name] for name in ("flat_steps", "cursor", "ema")), saved.get("solved_steps", 0))
         curriculum.load(saved.get("curriculum", {}))
         if "sampler" in saved["tensors"]:
             sampler.load(saved["tensors"]["sampler"], saved["sampler"])
@@ -183,7 +184,8 @@ def run(
         stats.append({"groups": Stat(len(groups), 1, "sum"), "groups_kept": Stat(sum(sampled.kept), 1, "sum")})
         first = learner.steps
         for epoch in range(cfg.epochs):
-            for minibatch in batching.minibatches(samples, cfg.minibatches, rng.key(seed, "minibatch", step, epoch)):
+            parts = batching.minibatches(samples, cfg.minibatches, rng.key(seed, "minibatch", step, epoch))
+            for update, minibatch in enumerate(parts, step * updates + epoch * cfg.minibatches):
                 batches = batching.micro(
                     minibatch,
                     train.micro_batch_tokens,
@@ -200,9 +202,10 @@ def run(
                     ]
                 stats += batch_stats
                 if batches:  # with nothing to train on the optimizer takes no step, not even from momentum
-                    stats.append(learner.step())
+                    stats.append(learner.step(update=update))
         progress.flat_steps = progress.flat_steps + 1 if bool(flat.all()) else 0
         values = stat_values(stats) | difficulty
+        progress.solved_steps = health.solved_steps(progress.solved_steps, bool(flat.all()), values)
         tensors, state = {}, asdict(progress) | {"curriculum": curriculum.state()}
         if cfg.overlap or (step + 1) % (cfg.max_lag + 1):  # the next steps still sample from older weights
             tensors["sampler"], state["sampler"] = sampler.weights(), sampler.version
@@ -211,7 +214,8 @@ def run(
             values,
             episode_rows("train", step + 1, groups, sampled.tasks, advantages),
             events=events(values, progress.flat_steps),
-            hopeless=hopeless(cfg, values, progress.flat_steps),
+            hopeless=hopeless(cfg, values, 0 if progress.solved_steps else progress.flat_steps),
+            solved=health.solved(progress.solved_steps, cfg.max_flat_steps),
             state=state,
             tensors=tensors,
         )

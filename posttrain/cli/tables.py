@@ -174,7 +174,8 @@ def finished(out: Console, folder: Path) -> None:
     with Run.read(folder) as store:
         summary = store.summary() or {}
         before, after = summary.get("before", {}), summary.get("after", {})
-        first, last = store.episodes("eval", 0), store.episodes("eval", summary["steps"])
+        exported = summary.get("best", {}).get("step", summary["steps"])
+        first, last = store.episodes("eval", 0), store.episodes("eval", exported)
         curves = {name: store.curve(name) for name in ("accuracy", "think_share", "length", "nll")}
         mismatch = store.curve("mismatch")[1]
         warnings = [e.message for e in store.events() if e.level != "info"]
@@ -189,6 +190,13 @@ def finished(out: Console, folder: Path) -> None:
     if mismatch:
         largest = math.nan if any(map(math.isnan, mismatch)) else max(mismatch)
         out.print(f"sampler and learner log-probabilities differ by at most {largest:.1g} per token\n", soft_wrap=True)
+    if ended := summary.get("ended"):
+        out.print(Text(f"note: the run ended after step {summary['steps']}. {ended}"), soft_wrap=True)
+    if best := summary.get("best"):
+        metric, value = next((name, value) for name, value in best.items() if name != "step")
+        out.print(
+            f"best checkpoint: step {best['step']}, {metric} {value:.4g}; this is the exported model", soft_wrap=True
+        )
     for kind, message in dict.fromkeys(notes):
         out.print(Text(f"{kind}: {message}"), soft_wrap=True)
     for message in dict.fromkeys(warnings[-5:]):

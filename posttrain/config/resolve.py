@@ -176,7 +176,14 @@ def coerce(value: Any, hint: Any, name: str) -> Any:
 
 @cache
 def field_docs(cls: type) -> dict[str, str]:
-    """The docstring under each field of a config dataclass, by field name."""
+    """The docstring under each field of a config dataclass, its own or inherited, by field name."""
+    docs: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        docs |= _own_docs(base) if is_dataclass(base) else {}
+    return docs
+
+
+def _own_docs(cls: type) -> dict[str, str]:
     body = typing.cast(ast.ClassDef, ast.parse(inspect.getsource(cls)).body[0]).body
     docs: dict[str, str] = {}
     for node, after in zip(body, body[1:], strict=False):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal, Protocol
 
+from posttrain.config.best import is_lower_better
 from posttrain.config.choices import FilesIn
 from posttrain.types import ConfigError
 
@@ -104,7 +105,7 @@ class RolloutConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     steps: int = 60
-    """Number of training steps; 0, the default of sft, dpo, reward and prm, is one pass over the data."""
+    """Number of training steps."""
     lr: float = 1e-4
     """Peak learning rate of AdamW."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -151,8 +152,28 @@ class RunConfig:
     """Steps between checkpoints; a killed run resumes exactly from the last one."""
     keep: int = 2
     """Number of newest checkpoints to keep."""
+    keep_best: str = ""
+    """Evaluation metric, such as `accuracy` or `nll`, whose best checkpoint is kept and exported; empty: the last."""
+    patience: int = 0
+    """End the run after this many evaluations in a row without a new best value of keep_best; 0 never does."""
     track: Annotated[str, FilesIn("store/trackers", several=True)] = ""
     """Experiment trackers that receive what the run stores, comma-separated (docs/guides/runs.md); empty for none."""
+
+
+@dataclass(frozen=True)
+class EpochTrainConfig(TrainConfig):
+    """Training settings of algorithms that make passes over a fixed set of rows."""
+
+    steps: int = 0
+    """Number of training steps; 0 trains for `epochs`."""
+    epochs: int = 1
+    """Passes over the data, each in another order, if steps is 0."""
+
+
+@dataclass(frozen=True)
+class HeldOutConfig:
+    every: int = 0
+    """Steps between evaluations on held-out rows; 0 evaluates only before and after training."""
 
 
 class SharedSections(Protocol):
@@ -199,9 +220,30 @@ def check_shared(recipe: SharedSections) -> None:
         )
     require_positive(train, "micro_batch_tokens")
     require_positive(run, "checkpoint_every", "keep")
+    check_length(recipe)
     if env and not env.timeout > 0:
         raise ConfigError(f"env.timeout={env.timeout} must be above 0 seconds.")
     counts = {"rollout": ("slots", "max_tokens"), "eval": ("problems", "samples"), "env": ("max_turns", "workers")}
     for section, names in counts.items():
-        if hasattr(recipe, section):
+        if hasattr(recipe, section) and not isinstance(getattr(recipe, section), HeldOutConfig):
             require_positive(getattr(recipe, section), *names)
+
+
+def check_length(recipe: SharedSections) -> None:
+    """Checks what decides when a run ends and what it exports."""
+    run, train = recipe.run, recipe.train
+    every = getattr(getattr(recipe, "eval", None), "every", 0)
+    if every < 0 or run.patience < 0:
+        raise ConfigError(f"eval.every={every} and run.patience={run.patience} cannot be negative. Use 0 for never.")
+    if run.keep_best:
+        is_lower_better(run.keep_best)
+        if not every:
+            raise ConfigError(f"run.keep_best={run.keep_best!r} compares evaluations during training. Set eval.every.")
+    elif run.patience:
+        raise ConfigError(f"run.patience={run.patience} needs the metric to watch. Set run.keep_best.")
+    if isinstance(train, EpochTrainConfig):
+        require_positive(train, "epochs")
+        if train.steps and train.epochs > 1:
+            raise ConfigError(
+                f"train.steps={train.steps} and train.epochs={train.epochs} both set the length of the run."
+            )

@@ -167,8 +167,8 @@ def check_loaded(model: Any, info: Mapping[str, Any], name: str) -> list[str]:
         faults.append(f"{len(strange)} tensors of the checkpoint are not used (the first is {strange[0]!r})")
     if faults:
         raise ConfigError(
-            f"model {name!r} is not loaded completely as {type(model).__name__}: {', and '.join(faults)}. Save it again "
-            "with transformers' save_pretrained, or correct config.json."
+            f"model {name!r} is not loaded completely as {type(model).__name__}: {', and '.join(faults)}. Save it "
+            "again with transformers' save_pretrained, or correct config.json."
         )
     return [f"{len(other)} tensors of {name} are not used; the first is {other[0]}."] if other else []
 
@@ -195,8 +195,8 @@ def _with_adapter(cfg: ModelConfig, folder: Path) -> Weights:
     for keys, what in ((result.missing_keys, "have no tensor in it"), (result.unexpected_keys, "have no place in it")):
         if keys:
             raise ConfigError(
-                f"adapter {cfg.path!r} does not fit its base model {base_name!r}: {len(keys)} adapter weights {what} (the "
-                f"first is {sorted(keys)[0]!r})."
+                f"adapter {cfg.path!r} does not fit its base model {base_name!r}: {len(keys)} adapter weights {what} "
+                f"(the first is {sorted(keys)[0]!r})."
             )
     if cfg.continue_adapter:
         return Weights(lora.continued(model), tokenizer, base.notes)

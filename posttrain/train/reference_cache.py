@@ -4,8 +4,8 @@ The file name is a hash over everything the values depend on: the reference's we
 their masks, temperature, dtype, micro-batch size, torch version, CPU and threads. A cached value is therefore exactly
 the one this machine would compute, and resuming is bit-exact with or without the file.
 
-The reference is the policy without its trained adapters at the time `reference_logprobs` is called. Call it before loading a
-checkpoint or taking a step.
+The reference is the policy without its trained adapters at the time `reference_logprobs` is called. Call it before
+loading a checkpoint or taking a step.
 """
 
 from __future__ import annotations
