@@ -89,7 +89,10 @@ def loss(logits: torch.Tensor, b: Batch) -> tuple[torch.Tensor, dict[str, Stat]]
 def run(
     recipe: PRMRecipe, policy: Policy, train: Sequence[Sample], test: Sequence[tuple[Graded, Sample]], loop: Loop
 ) -> Summary | None:
-    """Trains for `train.steps` steps (0: `train.epochs` passes over the solutions). The summary includes the calibration table."""
+    """Trains for `train.steps` steps (0: `train.epochs` passes over the solutions).
+
+    The summary includes the calibration table.
+    """
     cfg, seed, micro_batch_tokens = recipe.algo, recipe.run.seed, recipe.train.micro_batch_tokens
     total = recipe.train.steps or math.ceil(recipe.train.epochs * len(train) / cfg.batch_rows)
     learner = make_learner(policy, recipe.train, total, forward=step_scores)

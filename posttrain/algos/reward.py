@@ -95,7 +95,10 @@ def make_loss(cfg: RewardModelConfig, weights: torch.Tensor) -> Loss:
 def run(
     recipe: RewardModelRecipe, policy: Policy, train: Sequence[Pair], test: Sequence[Pair], loop: Loop
 ) -> Summary | None:
-    """Trains for `train.steps` steps (0: `train.epochs` passes over the pairs). The summary includes the calibration table."""
+    """Trains for `train.steps` steps (0: `train.epochs` passes over the pairs).
+
+    The summary includes the calibration table.
+    """
     cfg, seed, micro_batch_tokens = recipe.algo, recipe.run.seed, recipe.train.micro_batch_tokens
     total = recipe.train.steps or math.ceil(recipe.train.epochs * len(train) / cfg.batch_pairs)
     learner = make_learner(policy, recipe.train, total, forward=row_scores)

@@ -1,4 +1,4 @@
-"""Run folder: `run.json` written once (again only by `extend`), `LOCK` for the single writer, `run.db` for everything the run measured.
+"""Run folder: `run.json` with the recipe, `LOCK` for the single writer, `run.db` for everything the run measured.
 
 Each step is one transaction, so readers, and a process that resumes after kill -9, see a step completely or not at all.
 Rows have natural keys, so a replayed step overwrites itself with equal bytes, and a run that was killed and resumed has

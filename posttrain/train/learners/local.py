@@ -99,7 +99,7 @@ class LocalLearner:
         return {"grad_norm": Stat(norm.item()), "lr": Stat(rate)}
 
     def learning_rate(self, step: int) -> float:
-        """Learning rate of planned update `step` (from 0): linear warm-up, then constant, or linear or cosine decay to 0."""
+        """Learning rate of planned update `step` (from 0): linear warm-up, then constant, or decay to 0."""
         cfg = self.cfg
         if step < cfg.warmup_steps:
             return cfg.lr * (step + 1) / cfg.warmup_steps
