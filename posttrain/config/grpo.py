@@ -97,7 +97,7 @@ class GRPOConfig:
     max_mismatch: float = 0.5
     """Stop if the log-probabilities of sampler and learner differ by more than this on any token."""
     max_flat_steps: int = 20
-    """End after this many steps in a row with equal rewards in each group: as solved if all passed, else as an error."""
+    """End after this many steps in a row with equal rewards per group: as solved if all passed, else as an error."""
 
 
 @dataclass(frozen=True)

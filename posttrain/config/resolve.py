@@ -155,6 +155,8 @@ def coerce(value: Any, hint: Any, name: str) -> Any:
             if one not in allowed:
                 raise ConfigError(f"{name}={one!r} is not one of {', '.join(map(str, allowed))}.")
         return value
+    if origin is tuple:
+        return _coerce_list(value, typing.get_args(hint)[0], name)
     if origin in (types.UnionType, typing.Union):
         return coerce(value, next(a for a in typing.get_args(hint) if a is not type(None)), name)
     if hint is bool and isinstance(value, str) and value.lower() in ("true", "false"):
@@ -172,6 +174,17 @@ def coerce(value: Any, hint: Any, name: str) -> Any:
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise ConfigError(f"{name}={value!r} is {type(value).__name__}, expected {hint.__name__}.")
     return value
+
+
+def _coerce_list(value: Any, hint: Any, name: str) -> tuple[Any, ...]:
+    """A TOML or JSON list of values of one type; text that is not a JSON list is one value."""
+    if isinstance(value, str) and value.startswith("["):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ConfigError(f"{name}={value!r} is not a JSON list: {error}.") from None
+    values = value if isinstance(value, list | tuple) else [value]
+    return tuple(coerce(one, hint, name) for one in values)
 
 
 @cache
@@ -227,4 +240,6 @@ def _toml_value(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # TOML's escapes: JSON's and DEL
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_toml_value, value))}]"
     return repr(value)

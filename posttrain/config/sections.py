@@ -96,6 +96,10 @@ class RolloutConfig:
     """Precision of the embedded engine's matrix products: that of the model, or bfloat16 with a float32 learner."""
     temperature: float = 1.0
     """Sampling temperature; also used for the learner's log-probabilities."""
+    stop: tuple[str, ...] = ()
+    """Stop strings: a completion ends where its text contains one, which is not part of the text that is scored."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Stop tokens besides the model's own."""
     vllm_memory: float = 0.3
     """With `vllm`, maximum share of the device's memory for the KV cache."""
     reward_workers: int = 1
@@ -207,6 +211,18 @@ def check_shared(recipe: SharedSections) -> None:
         raise ConfigError(f"data.holdout={data.holdout} is not in [0, 1).")
     if data.count < 0:
         raise ConfigError(f"data.count={data.count} is negative. Use 0 to read all rows of a file.")
+    if rollout and not all(rollout.stop):
+        raise ConfigError("rollout.stop has an empty string, at which every completion would end at once. Remove it.")
+    if rollout and rollout.stop and rollout.engine != "embedded":
+        raise ConfigError(
+            f'rollout.engine = "{rollout.engine}" cannot end at a string (rollout.stop={rollout.stop[0]!r}). Use the '
+            "embedded engine, or rollout.stop_token_ids."
+        )
+    if rollout and rollout.stop and env and env.name:
+        raise ConfigError(
+            f"rollout.stop={rollout.stop[0]!r} would end a reply without the chat template's end of turn, after which "
+            f"the environment {env.name!r} cannot answer. Leave it out."
+        )
     if rollout and rollout.reward_workers < 0:
         raise ConfigError(f"rollout.reward_workers={rollout.reward_workers} is negative. Use 0 for none.")
     if rollout and not 0 < rollout.vllm_memory < 1:

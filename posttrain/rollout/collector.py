@@ -22,6 +22,7 @@ from posttrain.rewards.judging import BatchVerifier, Verifier
 from posttrain.rewards.workers import WorkerPool
 from posttrain.rollout.generator import Generator, Request, completion_seed
 from posttrain.rollout.multi_turn import MultiTurn, Trajectory
+from posttrain.rollout.stopping import completion_text
 from posttrain.store.run import EpisodeRow
 from posttrain.types import (
     Completion,
@@ -50,7 +51,7 @@ class Collector:
 
     generator: Generator
     encode: Callable[[Task], np.ndarray]  # prompt token ids
-    decode: Callable[[np.ndarray], str]  # completion token ids, stop token left out
+    decode: Callable[[np.ndarray], str]  # text of completion token ids
     verify: Verifier
     params: SamplingParams
     seed: int
@@ -108,7 +109,7 @@ class Collector:
         return [list(islice(episodes, len(task_seeds))) for task_seeds in seeds]
 
     def _text(self, completion: Completion) -> str:
-        return self.decode(completion.tokens[:-1] if completion.stop == "stop" else completion.tokens)
+        return completion_text(self.decode, completion)
 
     def _judge(self, task: Task, completion: Completion) -> Judged:
         text = self._text(completion)

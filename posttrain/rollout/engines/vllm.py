@@ -132,6 +132,8 @@ class VLLMGenerator:
         )
 
     def _check(self, requests: Sequence[Request], params: SamplingParams) -> None:
+        if params.stop:
+            raise ConfigError(f'rollout.engine = "vllm" does not end at strings such as {params.stop[0]!r}.')
         if params.top_k or params.top_p < 1:
             raise ConfigError(
                 f'rollout.engine = "vllm" does not report the probability removed by top_k={params.top_k}, '
