@@ -54,6 +54,8 @@ class DataConfig:
 class RewardConfig:
     name: str = "auto"
     """`auto` (each task's own verifier), a verifier's name, `FILE.py:FUNCTION`, `model:FOLDER` or `judge:FILE.toml`."""
+    weights: tuple[float, ...] = ()
+    """Weights of the rewards in a list of functions, or of the terms of a sum in name; empty weighs each 1."""
     ensemble: Literal["mean", "min", "penalised"] = "mean"
     """How scores of several reward models or heads are combined; `penalised`: mean − uncertainty_coef × variance."""
     uncertainty_coef: float = 1.0

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import groupby, islice
 from typing import Literal
 
 import numpy as np
@@ -17,8 +17,8 @@ import torch
 
 from posttrain import rng
 from posttrain.config import SamplingRecipe
-from posttrain.rewards.functions import score_all, score_safely
 from posttrain.rewards.judging import BatchVerifier, Verifier
+from posttrain.rewards.scoring import score_groups, score_safely
 from posttrain.rewards.workers import WorkerPool
 from posttrain.rollout.generator import Generator, Request, completion_seed
 from posttrain.rollout.multi_turn import MultiTurn, Trajectory
@@ -128,7 +128,10 @@ class Collector:
             for i, c in enumerate(group)
             if (g, i) not in judged or judged[g, i][1] is None
         }
-        verdicts = score_all(self.verify, [(tasks[g], text) for (g, _), text in texts.items()])
+        groups = [
+            [(tasks[g], text) for (_, _), text in run] for g, run in groupby(texts.items(), lambda one: one[0][0])
+        ]
+        verdicts = score_groups(self.verify, groups)
         return judged | {at: (text, *verdict) for (at, text), verdict in zip(texts.items(), verdicts, strict=True)}
 
 

@@ -22,7 +22,7 @@ from posttrain.data.preferences import (
 from posttrain.data.solutions import Graded, SolutionSets, has_solutions, read_solution_sets
 from posttrain.data.sources import Row, data_hash
 from posttrain.data.steps import split_steps, step_ends
-from posttrain.rewards.functions import score_all
+from posttrain.rewards.scoring import score_all
 from posttrain.rollout.build import make_collector, with_opening
 from posttrain.rollout.collector import Collector
 from posttrain.rollout.generator import Request, completion_seed
