@@ -188,9 +188,11 @@ def kind(hint: Any) -> str:
     """What may be written, in words."""
     if allowed := config.choices(hint):
         several = any(getattr(extra, "several", False) for extra in getattr(hint, "__metadata__", ()))
-        return ("any of " if several else "one of ") + ", ".join(f"`{choice}`" for choice in allowed)
+        files = any(getattr(extra, "or_file", False) for extra in getattr(hint, "__metadata__", ()))
+        listed = ", ".join(f"`{choice}`" for choice in allowed) + ", or `FILE.py:FUNCTION`" * files
+        return ("any of " if several else "one of ") + listed
     if typing.get_origin(hint) is tuple:
-        return "list of texts"
+        return {str: "list of texts", int: "list of whole numbers", float: "list of numbers"}[typing.get_args(hint)[0]]
     return {str: "text", int: "whole number", float: "number", bool: "`true` or `false`"}[hint]
 
 

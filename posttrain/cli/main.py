@@ -140,6 +140,8 @@ def training_command(algorithm: str) -> None:
         shown.append(
             ("--preset", "algo.preset", f"Settings of a paper or another implementation: {', '.join(presets)}.")
         )
+    if hasattr(recipe().algo, "policy_loss"):
+        shown.append(("--loss", "algo.policy_loss", "Policy loss: a name, or your own as FILE.py:FUNCTION."))
     shown.append(("--out", "run.out", "Run folder."))
 
     def command(args: tuple[str, ...], as_json: bool, **given: str | None) -> None:

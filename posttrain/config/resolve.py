@@ -148,8 +148,11 @@ def _build(default: Any, values: JsonView, where: str) -> Any:
 def coerce(value: Any, hint: Any, name: str) -> Any:
     """Converts a TOML value or command-line text to the field's type. Raises ConfigError saying what was expected."""
     origin = typing.get_origin(hint)
+    extras = getattr(hint, "__metadata__", ())
     if allowed := choices(hint):
-        several = any(isinstance(extra, FilesIn) and extra.several for extra in getattr(hint, "__metadata__", ()))
+        if isinstance(value, str) and ".py:" in value and any(getattr(extra, "or_file", False) for extra in extras):
+            return value
+        several = any(isinstance(extra, FilesIn) and extra.several for extra in extras)
         chosen = [part.strip() for part in str(value).split(",") if part.strip()] if several else [value]
         for one in chosen:
             if one not in allowed:
