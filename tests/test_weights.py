@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import tomllib
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -24,6 +28,7 @@ from posttrain.models.weights import base_of, check_loaded, content_files
 from posttrain.train.reference import frozen_reference
 from posttrain.types import ConfigError, Sample
 from tests import tiny
+from tests.lower_bounds import ROOT, lower_bounds
 
 SMALL: dict[str, Any] = {"rollout__max_tokens": 6, "rollout__slots": 32, "prompts": 2, "group_size": 4, "problems": 2,
                          "count": 16, "threads": 1}  # fmt: skip
@@ -294,3 +299,16 @@ def test_lora_adapts_every_linear_layer_and_every_expert_and_merging_changes_no_
     assert set(sent) == set(saved) == names
     for key, tensor in sent.items():
         torch.testing.assert_close(tensor, saved[key], rtol=0, atol=1e-6)
+
+
+# --- versions --------------------------------------------------------------------------------------------------------
+
+
+def test_every_requirement_has_a_lower_bound_that_is_met_here_and_the_guide_says_which_were_tried() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lowest = lower_bounds()
+    assert len(lowest) == len(project["dependencies"]), "a requirement has no plain lower bound"
+    for name, version in lowest.items():
+        assert Version(metadata.version(name)) >= Version(version), name
+    tried = re.findall(r"(?m)^\| (\w+) \| ([\d.]+) \|$", (ROOT / "docs/guides/install.md").read_text(encoding="utf-8"))
+    assert tried and all(lowest[name] == version for name, version in tried)
