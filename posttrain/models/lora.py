@@ -19,6 +19,9 @@ from posttrain.types import ConfigError, Json
 TRAINED = "default"
 REFERENCE = "reference"
 """Names of the adapter that trains, and of its frozen copy where an existing adapter is trained further."""
+RENAMED = {"gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj"}
+"""Last names of layers that PEFT takes for an older transformers' experts in a mixture of experts. Beside experts, such
+a layer is adapted by the name of its weight instead, or it would get no adapter."""
 NOT_CONTINUED = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "layer_replication")
 """Options of an adapter that change more than the low-rank products of its layers."""
 
@@ -30,11 +33,13 @@ def attach(model: Any, rank: int, alpha: int) -> Any:
     the same rank per expert (PEFT's `target_parameters`). `not_adapted` names what is left out.
     """
     experts = expert_parameters(model)
+    layers = _linear_layers(model) if experts else []
+    renamed = [name for name in layers if name.rpartition(".")[2] in RENAMED]
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
-        target_modules=_linear_layers(model) if experts else "all-linear",
-        target_parameters=experts or None,
+        target_modules=[name for name in layers if name not in renamed] if experts else "all-linear",
+        target_parameters=[*experts, *(f"{name}.weight" for name in renamed)] or None,
         lora_dropout=0.0,
         task_type="CAUSAL_LM",
     )
