@@ -90,14 +90,14 @@ def test_a_run_that_was_killed_as_it_was_solved_ends_there_when_it_is_resumed(
 
 
 def test_a_solved_step_between_unsolved_ones_does_not_end_the_run(model: Path, tmp_path: Path) -> None:
-    calls: list[int] = []
+    answers = iter([0.0] + [0.0] * 4 + [1.0] * 4 + [0.0, 1.0] * 2 + [1.0] * 4 + [1.0])
 
     def sometimes(completion: str, **task: Any) -> float:
-        calls.append(1)
-        return float(len(calls) % 12 > 4)
+        return next(answers)  # flat at the bottom, flat at the top, not flat, flat at the top
 
     settings = {**SMALL, "max_flat_steps": 2, "steps": 4, "reward_workers": 0, "problems": 1}
-    assert pt.grpo(str(model), "sums", sometimes, tmp_path / "run", **settings).summary
+    done = pt.grpo(str(model), "sums", sometimes, tmp_path / "run", **settings)
+    assert done.summary and done.summary["steps"] == 4 and "ended" not in done.summary
 
 
 # --- the rate follows the plan ---------------------------------------------------------------------------------------
@@ -123,8 +123,8 @@ def test_the_rate_is_that_of_the_planned_step_whether_or_not_an_update_was_appli
 
 def test_ppo_that_stops_its_epochs_early_ends_with_the_rate_of_one_that_does_not(model: Path, tmp_path: Path) -> None:
     settings = {**SMALL, "steps": 3, "schedule": "cosine", "warmup_steps": 2, "lr": 1e-4, "minibatches": 1, "epochs": 3}
-    whole = rates(pt.train("ppo", str(model), "sums", length, tmp_path / "whole", **settings).folder)
-    early = rates(pt.train("ppo", str(model), "sums", length, tmp_path / "early", target_kl=1e-12, **settings).folder)
+    whole = rates(api.train("ppo", str(model), "sums", length, tmp_path / "whole", **settings).folder)
+    early = rates(api.train("ppo", str(model), "sums", length, tmp_path / "early", target_kl=1e-12, **settings).folder)
     assert early.keys() == whole.keys() == {1, 2, 3}
     with Run.read(tmp_path / "early") as run, Run.read(tmp_path / "whole") as full:
         assert run.curve("critic_lr")[0] == full.curve("critic_lr")[0]

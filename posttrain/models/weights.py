@@ -154,7 +154,7 @@ def check_loaded(model: Any, info: Mapping[str, Any], name: str) -> list[str]:
     strange = [key for key in unused if key not in other]
     faults: list[str] = []
     if missing:
-        count = len(list(model.parameters()))
+        count = len(list(model.named_parameters(remove_duplicate=False)))
         faults.append(
             f"{len(missing)} of its {count} parameters are not in the checkpoint and would be random (the first is "
             f"{missing[0]!r})"

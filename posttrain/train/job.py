@@ -127,7 +127,7 @@ class Loop:
             self.best.check(values)
             self.store.write(0, values, {}, episodes)
             self.on_step(0, values)
-        while self.step < total and not self.interrupt.requested:
+        while self.step < self.total and not self.interrupt.requested:
             failpoint("step:start")
             self._started, self._rollout_tokens = time.monotonic(), None
             yield self.step
