@@ -205,7 +205,7 @@ def _with_adapter(cfg: ModelConfig, folder: Path) -> Weights:
             f"adapter {cfg.path!r} is of type {about.get('peft_type')}, which cannot be merged. Use LoRA."
         )
     note = f"{cfg.path} is a PEFT adapter; it was merged into its base model {base_name}."
-    return Weights(lora.merge(model), tokenizer, [*base.notes, note])
+    return Weights(_merged(model), tokenizer, [*base.notes, note])
 
 
 def _of_run(cfg: ModelConfig, run: Path, place: Path) -> Weights:
@@ -232,7 +232,12 @@ def _of_run(cfg: ModelConfig, run: Path, place: Path) -> Weights:
         for name, tensor in tensors.items():
             parameters[name].copy_(tensor)
     note = f"{cfg.path} is a run; training starts from its checkpoint of step {saved.step}."
-    return Weights(lora.merge(model), base.tokenizer, [*base.notes, note])
+    return Weights(_merged(model), base.tokenizer, [*base.notes, note])
+
+
+def _merged(model: Any) -> Any:
+    """The model with its adapters merged, all of which trains again: PEFT freezes what it adapts."""
+    return lora.merge(model).requires_grad_(True)
 
 
 def recipe_of(run: Path) -> Recipe:

@@ -182,9 +182,11 @@ class EmbeddedGenerator:
 
     def _stop_strings(self, params: SamplingParams) -> StopStrings | None:
         """The detector of the parameters' stop strings, if there are any."""
+        if not params.stop:
+            return None
         tokenizer = self.policy.tokenizer
         decode = partial(tokenizer.decode, skip_special_tokens=True)
-        return StopStrings(params.stop, decode, tokenizer.all_special_ids) if params.stop else None
+        return StopStrings(params.stop, decode, tokenizer.all_special_ids)
 
     def _check(self, requests: Sequence[Request], params: SamplingParams) -> None:
         context = getattr(self.policy.config, "max_position_embeddings", None)
