@@ -140,9 +140,13 @@ def config_page() -> str:
         lines += ["", f"### `[algo]` of {algorithm}", "", *section_table(section_class(recipe, "algo"))]
     lines += ["", "## Sections that algorithms share"]
     for name, users in shared.items():
-        used = " and ".join(f"`{user}`" for user in users)
-        cls = section_class(config.RECIPES[users[0]], name)
-        lines += ["", f"### `[{name}]`", "", f"Used by {used}.", "", *section_table(cls)]
+        lines += ["", f"### `[{name}]`"]
+        classes: dict[type, list[str]] = {}
+        for user in users:
+            classes.setdefault(section_class(config.RECIPES[user], name), []).append(user)
+        for cls, of in classes.items():
+            used = " and ".join(f"`{user}`" for user in of)
+            lines += ["", f"Used by {used}.", "", *section_table(cls)]
     return "\n".join([*lines, *pipeline_lines()]) + "\n"
 
 
