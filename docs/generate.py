@@ -140,9 +140,13 @@ def config_page() -> str:
         lines += ["", f"### `[algo]` of {algorithm}", "", *section_table(section_class(recipe, "algo"))]
     lines += ["", "## Sections that algorithms share"]
     for name, users in shared.items():
-        used = " and ".join(f"`{user}`" for user in users)
-        cls = section_class(config.RECIPES[users[0]], name)
-        lines += ["", f"### `[{name}]`", "", f"Used by {used}.", "", *section_table(cls)]
+        lines += ["", f"### `[{name}]`"]
+        classes: dict[type, list[str]] = {}
+        for user in users:
+            classes.setdefault(section_class(config.RECIPES[user], name), []).append(user)
+        for cls, of in classes.items():
+            used = " and ".join(f"`{user}`" for user in of)
+            lines += ["", f"Used by {used}.", "", *section_table(cls)]
     return "\n".join([*lines, *pipeline_lines()]) + "\n"
 
 
@@ -188,9 +192,11 @@ def kind(hint: Any) -> str:
     """What may be written, in words."""
     if allowed := config.choices(hint):
         several = any(getattr(extra, "several", False) for extra in getattr(hint, "__metadata__", ()))
-        return ("any of " if several else "one of ") + ", ".join(f"`{choice}`" for choice in allowed)
+        files = any(getattr(extra, "or_file", False) for extra in getattr(hint, "__metadata__", ()))
+        listed = ", ".join(f"`{choice}`" for choice in allowed) + ", or `FILE.py:FUNCTION`" * files
+        return ("any of " if several else "one of ") + listed
     if typing.get_origin(hint) is tuple:
-        return "list of texts"
+        return {str: "list of texts", int: "list of whole numbers", float: "list of numbers"}[typing.get_args(hint)[0]]
     return {str: "text", int: "whole number", float: "number", bool: "`true` or `false`"}[hint]
 
 

@@ -24,9 +24,10 @@ from posttrain.evaluation import bias_probes
 from posttrain.evaluation.accuracy import Report
 from posttrain.evaluation.accuracy import evaluate as evaluate_tasks
 from posttrain.evaluation.bias_probes import Finding
-from posttrain.models import heads
+from posttrain.models import heads, weights
 from posttrain.models.load import Policy, load_policy, load_weights, save_pretrained, with_chat_format
 from posttrain.planner import estimate
+from posttrain.rewards import combine
 from posttrain.rewards.models import load_reward_model
 from posttrain.rollout.build import engine_versions, make_collector
 from posttrain.rollout.collector import Collector, check_failures
@@ -43,6 +44,7 @@ from posttrain.types import ConfigError, Episode, Json, JsonView, ResumeError, T
 GIVEN = "given from Python"
 """Placeholder in a run header's recipe for tasks or a reward passed as Python objects; `given` lists them."""
 Reward = str | Callable[..., Any]
+Rewards = Reward | Sequence[Reward]
 
 
 @dataclass(frozen=True)
@@ -64,32 +66,32 @@ def train(
     algorithm: str,
     model: str = "abacus",
     tasks: str | Sequence[Task] = "arithmetic",
-    reward: Reward | None = None,
+    reward: Rewards | None = None,
     out: str | Path = "",
     on_step: OnStep | None = None,
     **settings: Any,
 ) -> Result:
     """Trains `model` with an algorithm of `config.RECIPES` on `tasks`: a built-in name, file, hub id or list of Task.
 
-    `reward`, for algorithms that use one, is `auto`, a verifier's name, `FILE.py:FUNCTION`, `model:FOLDER`, or a
-    function `(completion, answer, **task) -> float`; None keeps the recipe's. Raises ConfigError for an unknown
-    algorithm or setting.
+    `reward`, for algorithms that use one, is `auto`, a verifier's name, `FILE.py:FUNCTION`, `model:FOLDER`, a function
+    `(completion, answer, **task) -> float`, or a list of these, which is summed with `reward__weights`; None keeps the
+    recipe's. Raises ConfigError for an unknown algorithm or setting.
     """
     if algorithm not in config.RECIPES:
         raise ConfigError(f"unknown algorithm {algorithm!r}{config.nearest(algorithm, list(config.RECIPES))}")
     given = None if isinstance(tasks, str) else list(tasks)
     overrides = {"model.path": model, "data.tasks": tasks if given is None else GIVEN}
     overrides |= {"run.out": str(out), **_dotted(settings)}
-    if reward is not None:
-        overrides["reward.name"] = reward if isinstance(reward, str) else GIVEN
+    function, name = _named_reward(reward)
+    overrides |= {} if name is None else {"reward.name": name}
     recipe = config.resolve(algorithm, {}, overrides)
-    return start(algorithm, recipe, on_step, given, None if isinstance(reward, str) else reward)
+    return start(algorithm, recipe, on_step, given, function)
 
 
 def grpo(
     model: str = "abacus",
     tasks: str | Sequence[Task] = "arithmetic",
-    reward: Reward = "auto",
+    reward: Rewards = "auto",
     out: str | Path = "",
     on_step: OnStep | None = None,
     **settings: Any,
@@ -114,7 +116,7 @@ def start(
     recipe: Recipe,
     on_step: OnStep | None = None,
     given: list[Task] | None = None,
-    reward: Callable[..., Any] | None = None,
+    reward: Any = None,
     on_warning: Callable[[str], None] | None = None,
 ) -> Result:
     """Creates a new run folder for a resolved recipe and runs it to the end.
@@ -143,6 +145,8 @@ def start(
     with Run.create(folder, header) as store:
         if given is not None:
             write_tasks(folder / "tasks.jsonl", given)
+        for note in job.policy.notes:
+            store.note(0, Event("info", "model", note))
         for note in job.notes:
             store.note(0, Event("info", "data", note))
         if warning:
@@ -150,14 +154,21 @@ def start(
         return _drive(store, recipe, job, on_step)
 
 
-def resume(folder: str | Path, reward: Callable[..., Any] | None = None, on_step: OnStep | None = None) -> Result:
+def resume(
+    folder: str | Path,
+    reward: Any = None,
+    on_step: OnStep | None = None,
+    steps: int | None = None,
+) -> Result:
     """Continues a run from its newest checkpoint; on the same machine the result is bit-exact.
 
-    A reward that was passed as a Python function must be passed again. Raises ResumeError if the data has changed or
-    another process has the run open.
+    `steps` is a new, larger `train.steps`, also for a run that has finished. A reward that was passed as a Python
+    function must be passed again. Raises ResumeError if the data has changed or another process has the run open.
     """
     folder = Path(folder)
     with Run.open(folder) as store:
+        if steps is not None:
+            extend(store, steps)
         header = store.header
         algorithm = header["algorithm"]
         recipe: Recipe = config.stored(algorithm, header["recipe"])
@@ -187,9 +198,24 @@ def resume(folder: str | Path, reward: Callable[..., Any] | None = None, on_step
         return _drive(store, recipe, job, on_step)
 
 
-def prepare(
-    algorithm: str, recipe: Recipe, folder: Path, given: list[Task] | None, reward: Callable[..., Any] | None
-) -> tuple[Job, Json]:
+def extend(store: Run, steps: int) -> None:
+    """Raises `train.steps` of a run to `steps`. Raises ConfigError if that is not more than planned and trained."""
+    header = store.header
+    train = config.as_dict(config.stored(header["algorithm"], header["recipe"]))["train"]
+    planned, trained = train["steps"], store.last_step() or 0
+    if steps == planned:
+        return
+    if steps <= max(planned, trained):
+        raise ConfigError(
+            f"train.steps={steps} does not extend {store.folder}, which plans {planned or 'whole passes'} and has "
+            f"trained {trained} steps. Give more."
+        )
+    train |= {"steps": steps} | ({"epochs": 1} if "epochs" in train else {})
+    store.extend({**header, "recipe": {**header["recipe"], "train": train}})
+    store.note(trained, Event("info", "extended", f"train.steps was {planned or 'not set'}, is {steps}."))
+
+
+def prepare(algorithm: str, recipe: Recipe, folder: Path, given: list[Task] | None, reward: Any) -> tuple[Job, Json]:
     """Loads and checks the model and the data; invalid settings and data are rejected here, before step 0.
 
     Returns the job and the fingerprint of machine and model that bit-exact results depend on.
@@ -216,17 +242,19 @@ def _drive(store: Run, recipe: Recipe, job: Job, on_step: OnStep | None) -> Resu
 
 
 def open_policy(path: str, cfg: config.ModelConfig | None = None, on: torch.device | str = "cpu") -> Policy:
-    """Loads a model from a folder, hub id, `abacus`, or a run folder (newest checkpoint, finished or not)."""
-    if not (Path(path) / "run.json").exists():
+    """Loads a model from a folder, hub id, `abacus`, a PEFT adapter, a run or one of its checkpoints.
+
+    A run stands for its newest checkpoint, finished or not, or for its best one if it kept that (`run.keep_best`).
+    """
+    run = weights.run_of(Path(path))
+    if run is None:
         return load_policy(replace(cfg or config.ModelConfig(), path=path), on)
-    with Run.read(Path(path)) as store:
-        recipe: Recipe = config.stored(store.header["algorithm"], store.header["recipe"])
+    recipe, saved = weights.recipe_of(run), weights.chosen(run, Path(path))
+    if saved is None:  # finished, and its checkpoints were removed; or no checkpoint yet
+        return load_policy(replace(recipe.model, path=path, lora_rank=0, continue_adapter=False), on)
     rng.seed_global(recipe.run.seed, "init")
     policy = load_policy(recipe.model, on)
-    saved = checkpoint.latest(Path(path))
-    if saved is None:
-        raise ResumeError(f"{path} has no checkpoint yet; resume it, or use its base model {recipe.model.path!r}.")
-    tensors = checkpoint.load(saved, only=["model"])[0]["model"]
+    tensors = weights.load_checkpoint(saved)
     if (head := tensors.get("scalar.weight")) is not None:
         heads.attach_scalar(policy, len(head))
         if recipe.facts().trains == "scorer":
@@ -236,20 +264,15 @@ def open_policy(path: str, cfg: config.ModelConfig | None = None, on: torch.devi
 
 
 def evaluate(
-    model: str = "abacus", tasks: str = "arithmetic", reward: Reward = "auto", **settings: Any
+    model: str = "abacus", tasks: str = "arithmetic", reward: Rewards = "auto", **settings: Any
 ) -> tuple[Report, list[list[Episode]]]:
     """Held-out accuracy of a model or run with confidence intervals, and the evaluated episodes."""
-    overrides = {"data.tasks": tasks, **_dotted(settings)}
-    if isinstance(reward, str):
-        overrides["reward.name"] = reward
-    return evaluate_recipe(
-        model, config.resolve_as(EvalRecipe, {}, overrides), None if isinstance(reward, str) else reward
-    )
+    function, name = _named_reward(reward)
+    overrides = {"data.tasks": tasks, "reward.name": name, **_dotted(settings)}
+    return evaluate_recipe(model, config.resolve_as(EvalRecipe, {}, overrides), function)
 
 
-def evaluate_recipe(
-    model: str, recipe: EvalRecipe, reward: Callable[..., Any] | None = None
-) -> tuple[Report, list[list[Episode]]]:
+def evaluate_recipe(model: str, recipe: EvalRecipe, reward: Any = None) -> tuple[Report, list[list[Episode]]]:
     """`evaluate` for a resolved recipe, with its data, rollout, eval and run.seed settings."""
     sets, collector = _held_out(model, recipe, reward)
     return evaluate_tasks(collector, sets.test, recipe.eval.samples, 0)
@@ -269,7 +292,7 @@ def sample_many(
     return tasks, groups
 
 
-def _held_out(model: str, recipe: EvalRecipe, reward: Callable[..., Any] | None) -> tuple[TaskSets, Collector]:
+def _held_out(model: str, recipe: EvalRecipe, reward: Any) -> tuple[TaskSets, Collector]:
     """The tasks of a recipe, and a collector that samples the model at `eval.temperature`."""
     device.set_threads(recipe.train.threads)
     policy = open_policy(model, recipe.model, device.resolve(recipe.train.device))
@@ -285,6 +308,15 @@ def probe(model: str, tasks: str = "arithmetic", count: int = 64, seed: int = 0)
     return bias_probes.probe(
         scorer.scores, bias_probes.load_items(config.DataConfig(tasks=tasks, count=count), count, seed)
     )
+
+
+def _named_reward(reward: Rewards | None) -> tuple[Any, str | None]:
+    """A reward passed from Python as (function or list with functions, `reward.name`); the first is None for text."""
+    if reward is None or isinstance(reward, str):
+        return None, reward
+    if not callable(reward) and all(isinstance(item, str) for item in reward):
+        return None, " + ".join(combine.as_term(str(item)) for item in reward)
+    return reward, GIVEN
 
 
 def _dotted(settings: JsonView) -> Json:

@@ -178,6 +178,7 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0
     max_tokens: int = 256
+    stop: tuple[str, ...] = ()  # strings at which a completion ends, besides the policy's stop tokens
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -204,6 +205,7 @@ class Completion:
     kept_logmass: np.ndarray
     stop: StopReason
     version: int = 0
+    stop_string: str = ""  # the stop string that the last token completes, if one ended the completion
 
     def __post_init__(self) -> None:
         if not len(self.tokens) == len(self.logprobs) == len(self.kept_logmass) >= 1:
@@ -370,10 +372,9 @@ class Stat:
     def __add__(self, other: Stat) -> Stat:
         if self.kind != other.kind:
             raise ValueError(f"cannot add a {self.kind} to a {other.kind}.")
-        if self.kind == "max":
-            return Stat(max(self.total, other.total), self.count + other.count, "max")
-        if self.kind == "min":
-            return Stat(min(self.total, other.total), self.count + other.count, "min")
+        if self.kind in ("max", "min"):
+            extreme = np.maximum if self.kind == "max" else np.minimum  # both keep NaN, unlike Python's
+            return Stat(float(extreme(self.total, other.total)), self.count + other.count, self.kind)
         return Stat(self.total + other.total, self.count + other.count, self.kind)
 
     @property

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from posttrain import api
-from posttrain.models.load import ABACUS, save_pretrained
+from posttrain.models.load import save_pretrained
+from posttrain.models.weights import ABACUS
 from posttrain.pipelines import card
 from posttrain.pipelines.card import AnsweredTask, CardConfig, distinct, make_card, measures
 from posttrain.types import ConfigError, Episode, Message, Span, StopReason, Task

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 import posttrain as pt
 from posttrain.rewards.combine import Gate, Leaf, Sum, joined, labels, leaves, parse
-from posttrain.rewards.functions import reward_from, score_all, score_safely
+from posttrain.rewards.functions import reward_from
+from posttrain.rewards.scoring import score_all, score_safely
 from posttrain.rewards.verifiers import exact, format, math, numeric
 from posttrain.rollout.tasks import check_gold
 from posttrain.store.run import Run

@@ -163,6 +163,7 @@ def test_an_exploit_in_the_answers_is_alarmed_about_with_its_reason_and_a_step(
         ({"kl_episode": lambda t: math.inf if t == 1 else 0.0}, "KL", "alarm", 12),
         ({"kl_episode": lambda t: 3 * t}, "KL", "ok", None),
         ({"mismatch": lambda t: 0.7 if t == 1 else 1e-5}, "mismatch", "alarm", 12),
+        ({"mismatch": lambda t: math.nan if t == 1 else 1e-5}, "mismatch", "alarm", 12),
         ({"mismatch": lambda t: 1e-5}, "mismatch", "ok", None),
         ({"mismatch": lambda t: 0.7, "lag": lambda t: 1.0}, "mismatch", "no data", None),
     ],

@@ -302,7 +302,7 @@ def test_a_runnable_example_runs(code: str, model: Path, tmp_path: Path, monkeyp
         return lambda first, recipe, *rest, **named: function(first, shrunk(recipe), *rest, **named)
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("posttrain.models.load.ABACUS", model)
+    monkeypatch.setattr("posttrain.models.weights.ABACUS", model)
     monkeypatch.setattr(api, "start", small(api.start))
     monkeypatch.setattr(api, "evaluate_recipe", small(api.evaluate_recipe))
     exec(compile(code, "example", "exec"), {"__name__": "example"})

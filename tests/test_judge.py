@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 import posttrain as pt
 from posttrain.rewards import judge as judging
 from posttrain.rewards.endpoint import Endpoint, Limits, Question, Replies, Unreadable, key_from
-from posttrain.rewards.functions import reward_from, score_all
+from posttrain.rewards.functions import reward_from
 from posttrain.rewards.judge import Criterion, JudgeConfig, load_judge, read_judge, sealed, verdict_of
+from posttrain.rewards.scoring import score_all
 from posttrain.rollout.tasks import reward_hash
 from posttrain.store.run import Run
 from posttrain.types import ConfigError, Message, ResumeError, RolloutError, Task, Verdict

@@ -157,7 +157,7 @@ def test_a_step_without_a_pair_changes_no_weight_and_many_stop_the_run(model: Pa
         assert run.curve("flat_groups")[1] == [1.0, 1.0] and run.curve("pairs")[1] == [0.0, 0.0]
         assert not run.curve("grad_norm")[1]
     with pytest.raises(TrainingDiverged, match=r"in the last 2 steps all completions of each task had equal rewards"):
-        start(model, tmp_path / "stops", lambda completion: 1.0, train__steps=5, max_flat_steps=2)
+        start(model, tmp_path / "stops", lambda completion: 0.5, train__steps=5, max_flat_steps=2)
 
 
 def test_tasks_can_be_given_from_python(model: Path, tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 import posttrain as pt
 from posttrain import config
 from posttrain.rewards import verifiers, workers
-from posttrain.rewards.functions import reward_from, score_safely
+from posttrain.rewards.functions import reward_from
+from posttrain.rewards.scoring import score_safely
 from posttrain.rewards.workers import WorkerPool
 from posttrain.rollout.collector import Collector
 from posttrain.rollout.engines.embedded import EmbeddedGenerator

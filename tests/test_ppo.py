@@ -204,9 +204,9 @@ class Steps:
         self.found: list[dict[str, torch.Tensor]] = []
         real = self.learner.step
 
-        def step(only: str = "") -> Any:
+        def step(only: str = "", update: int | None = None) -> Any:
             self.found.append(gradients(self.learner))
-            return real(only=only)
+            return real(only, update)
 
         self.learner.step = step  # type: ignore[method-assign]
 
@@ -342,7 +342,7 @@ def test_attempts_that_cannot_be_scored_are_counted_and_teach_nothing(base: dict
 
 def test_equal_scores_for_many_steps_stop_the_run(base: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(PosttrainError, match="in the last 2 steps all completions had the same score"):
-        train(base, tmp_path / "run", lambda completion, answer, **task: 1.0, max_flat_steps=2)
+        train(base, tmp_path / "run", lambda completion, answer, **task: 0.5, max_flat_steps=2)
 
 
 # --- a critic from a reward model -----------------------------------------------------------------------------------

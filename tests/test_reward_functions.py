@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from posttrain.rewards.functions import load_function, reward_from, score_safely
+from posttrain.rewards.functions import load_function, reward_from
+from posttrain.rewards.scoring import score_safely
 from posttrain.rewards.verifiers import VERIFIERS, exact, numeric
 from posttrain.types import ConfigError, Message, RolloutError, Task, Verdict
 

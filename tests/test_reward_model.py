@@ -25,8 +25,8 @@ from posttrain.data.pairs import pair_rows
 from posttrain.evaluation.calibration import calibration
 from posttrain.models import heads
 from posttrain.models.load import load_policy, save_pretrained
-from posttrain.rewards.functions import score_all
 from posttrain.rewards.models import RewardModel, load_reward_model
+from posttrain.rewards.scoring import score_all
 from posttrain.rewards.verifiers import exact
 from posttrain.store.run import Run
 from posttrain.train.forward import sample_scores

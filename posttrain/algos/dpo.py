@@ -144,9 +144,9 @@ def beta_at(cfg: DPOConfig, step: int, steps: int) -> float:
 def run(
     recipe: DPORecipe, policy: Policy, train: Feedback, test: Feedback, evaluator: Evaluator | None, loop: Loop
 ) -> Summary | None:
-    """Trains for `train.steps` steps (0: one pass over the feedback)."""
+    """Trains for `train.steps` steps (0: `train.epochs` passes over the feedback)."""
     cfg, token_budget, seed = recipe.algo, recipe.train.micro_batch_tokens, recipe.run.seed
-    total = recipe.train.steps or math.ceil(len(train) / cfg.batch_pairs)
+    total = recipe.train.steps or math.ceil(recipe.train.epochs * len(train) / cfg.batch_pairs)
     learner = make_learner(policy, recipe.train, total)
     loop.restore(learner)
 
@@ -159,8 +159,8 @@ def run(
 
     for step in loop.steps(total, evaluate, recipe.eval.every):
         order = rng.draw_order(len(train), step * cfg.batch_pairs, cfg.batch_pairs, seed)
-        if not recipe.train.steps:  # one pass: the last step takes the remaining items
-            order = order[: len(train) - step * cfg.batch_pairs]
+        if not recipe.train.steps:  # whole passes: the last step takes the remaining items
+            order = order[: recipe.train.epochs * len(train) - step * cfg.batch_pairs]
         part, beta = train.subset(order), beta_at(cfg, step, total)
         baseline = mismatch_kl(learner, part, cfg)  # over the whole optimizer batch
         rng.seed_global(seed, "update", step)  # dropout, if the model has any
@@ -269,7 +269,7 @@ def load_reference(recipe: DPORecipe, policy: Policy) -> Policy:
     """Loads the model in `algo.reference`. Raises ConfigError if it is missing or has another vocabulary."""
     name = recipe.algo.reference
     try:
-        model = load_policy(replace(recipe.model, path=name, lora_rank=0), str(policy.device))
+        model = load_policy(replace(recipe.model, path=name, lora_rank=0, continue_adapter=False), str(policy.device))
     except ConfigError as error:
         raise ConfigError(
             f"cannot load the reference model: {error} Or set algo.reference_free to train without one."

@@ -29,6 +29,7 @@ from posttrain.config import GRPOConfig, GRPORecipe
 from posttrain.data import batching
 from posttrain.evaluation.accuracy import Evaluator
 from posttrain.models.load import Policy
+from posttrain.objectives import laws
 from posttrain.objectives.advantages import (
     batch_relative,
     flat_groups,
@@ -38,8 +39,9 @@ from posttrain.objectives.advantages import (
     minus_baseline,
     returns_to_go,
 )
-from posttrain.objectives.policy import POLICY_LOSSES, is_correction
+from posttrain.objectives.policy import POLICY_LOSSES, PolicyLoss, is_correction
 from posttrain.objectives.tokens import KL_ESTIMATORS, whiten
+from posttrain.rewards.functions import load_function
 from posttrain.rollout.build import make_collector
 from posttrain.rollout.collector import (
     Collector,
@@ -58,11 +60,12 @@ from posttrain.rollout.prefetch import Prefetcher
 from posttrain.rollout.tasks import env_tasks
 from posttrain.store.run import EpisodeRow, Event
 from posttrain.train import health
+from posttrain.train.device import file_hash
 from posttrain.train.forward import token_stats, token_stats_with_entropy
 from posttrain.train.job import Job, Loop, Metrics, Setup, Summary
 from posttrain.train.learner import Learner, Loss, make_learner
 from posttrain.train.reference import frozen_reference
-from posttrain.types import Batch, Episode, Sample, Stat, Task, stat_values
+from posttrain.types import Batch, ConfigError, Episode, Sample, Stat, Task, stat_values
 
 
 @dataclass
@@ -72,6 +75,7 @@ class Progress:
     flat_steps: int = 0
     cursor: int = 0  # position in the task order
     ema: float | None = None  # running mean of the rewards
+    solved_steps: int = 0
 
 
 def prepare(setup: Setup[GRPORecipe]) -> Job:
@@ -88,19 +92,37 @@ def prepare(setup: Setup[GRPORecipe]) -> Job:
             sampler = replace(collector, check=prefetch.check) if prefetch else collector
             return run(recipe, policy, sampler, sets.train, evaluate, prefetch, loop)
 
-    return Job(policy, sets.hash, sets.notes, start)
+    content, notes = check_loss(recipe.algo.policy_loss)
+    return Job(policy, sets.hash + content, [*sets.notes, *notes], start)
+
+
+def policy_loss(name: str) -> PolicyLoss:
+    """The policy loss of that name, or of a file, `FILE.py:FUNCTION`."""
+    return POLICY_LOSSES[name] if name in POLICY_LOSSES else load_function(name, "loss")
+
+
+def check_loss(name: str) -> tuple[str, list[str]]:
+    """The hash of a loss from a file, and notes on what it is not; empty for the losses of this package.
+
+    Raises ConfigError if it breaks a law that training relies on (objectives/laws.py).
+    """
+    if name in POLICY_LOSSES:
+        return "", []
+    loss = policy_loss(name)
+    if wrong := laws.broken(loss, laws.LAWS):
+        raise ConfigError(f"the loss {name} breaks {len(wrong)} of {len(laws.LAWS)} laws: {'; '.join(wrong)}.")
+    notes = [f"The loss {name} differs from the built-in ones: {says}." for says in laws.broken(loss, laws.TRAITS)]
+    return f"+{file_hash(name.rpartition(':')[0])}", notes
 
 
 def make_loss(recipe: GRPORecipe) -> Loss:
     """The loss of one micro-batch: policy loss, importance-sampling correction, KL to the reference, entropy bonus."""
-    cfg = recipe.algo
+    cfg, surrogate = recipe.algo, policy_loss(recipe.algo.policy_loss)
 
     def loss(logp: torch.Tensor, entropy: torch.Tensor, b: Batch) -> tuple[torch.Tensor, dict[str, Stat]]:  # (B, T)
         mask = b.mask
         old_logp = logp.detach() if b.old_logp is None else b.old_logp
-        per_token, clipped = POLICY_LOSSES[cfg.policy_loss](
-            logp, old_logp, b.advantages, mask, cfg.clip_low, cfg.clip_high
-        )
+        per_token, clipped = surrogate(logp, old_logp, b.advantages, mask, cfg.clip_low, cfg.clip_high)
         stats = {"clipped": Stat.over(clipped.float(), mask), "entropy": Stat.over(entropy, mask)}
         if cfg.is_cap:
             weight = is_correction(old_logp, b.behaviour_logp, mask, cfg.is_cap, cfg.is_mode, cfg.is_floor)
@@ -142,7 +164,7 @@ def run(
     loss = make_loss(recipe)
     curriculum, progress = Curriculum(tasks, cfg.curriculum, seed), Progress()
     if saved := loop.restore(learner):
-        progress = Progress(*(saved[name] for name in ("flat_steps", "cursor", "ema")))
+        progress = Progress(*(saved[name] for name in ("flat_steps", "cursor", "ema")), saved.get("solved_steps", 0))
         curriculum.load(saved.get("curriculum", {}))
         if "sampler" in saved["tensors"]:
             sampler.load(saved["tensors"]["sampler"], saved["sampler"])
@@ -183,7 +205,8 @@ def run(
         stats.append({"groups": Stat(len(groups), 1, "sum"), "groups_kept": Stat(sum(sampled.kept), 1, "sum")})
         first = learner.steps
         for epoch in range(cfg.epochs):
-            for minibatch in batching.minibatches(samples, cfg.minibatches, rng.key(seed, "minibatch", step, epoch)):
+            parts = batching.minibatches(samples, cfg.minibatches, rng.key(seed, "minibatch", step, epoch))
+            for update, minibatch in enumerate(parts, step * updates + epoch * cfg.minibatches):
                 batches = batching.micro(
                     minibatch,
                     train.micro_batch_tokens,
@@ -200,9 +223,10 @@ def run(
                     ]
                 stats += batch_stats
                 if batches:  # with nothing to train on the optimizer takes no step, not even from momentum
-                    stats.append(learner.step())
+                    stats.append(learner.step(update=update))
         progress.flat_steps = progress.flat_steps + 1 if bool(flat.all()) else 0
         values = stat_values(stats) | difficulty
+        progress.solved_steps = health.solved_steps(progress.solved_steps, bool(flat.all()), values)
         tensors, state = {}, asdict(progress) | {"curriculum": curriculum.state()}
         if cfg.overlap or (step + 1) % (cfg.max_lag + 1):  # the next steps still sample from older weights
             tensors["sampler"], state["sampler"] = sampler.weights(), sampler.version
@@ -211,7 +235,8 @@ def run(
             values,
             episode_rows("train", step + 1, groups, sampled.tasks, advantages),
             events=events(values, progress.flat_steps),
-            hopeless=hopeless(cfg, values, progress.flat_steps),
+            hopeless=hopeless(cfg, values, 0 if progress.solved_steps else progress.flat_steps),
+            solved=health.solved(progress.solved_steps, cfg.max_flat_steps),
             state=state,
             tensors=tensors,
         )

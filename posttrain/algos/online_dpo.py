@@ -114,7 +114,8 @@ def run(
     cfg, train, temperature = recipe.algo, recipe.train, recipe.rollout.temperature
     learner = make_learner(policy, train, train.steps, temperature)
     reference = frozen_reference(recipe.model, policy, train.micro_batch_tokens, temperature)
-    loss, flat_steps = make_loss(cfg), loop.restore(learner).get("flat_steps", 0)
+    loss, saved = make_loss(cfg), loop.restore(learner)
+    flat_steps, solved_steps = saved.get("flat_steps", 0), saved.get("solved_steps", 0)
 
     for step in loop.steps(train.steps, lambda n: evaluator(n, learner.weights()), recipe.eval.every):
         batch_tasks, groups = sample_step(collector, tasks, recipe, learner.weights(), step)
@@ -130,15 +131,17 @@ def run(
         )  # each token of a row has weight 1 / rows
         stats += learner.forward_backward(batches, loss)
         if batches:  # without a pair the optimizer takes no step, not even from momentum
-            stats.append(learner.step())
+            stats.append(learner.step(update=step))
         values, flat_steps = stat_values(stats), 0 if pairs else flat_steps + 1
+        solved_steps = health.solved_steps(solved_steps, not pairs, values)
         loop.end(
             learner,
             values,
             episode_rows("train", step + 1, groups, batch_tasks, pair_roles(groups, pairs)),
             events=health.unscored(values) + health.repeated("flat", FLAT, flat_steps),
-            hopeless=hopeless(cfg, values, flat_steps),
-            state={"flat_steps": flat_steps},
+            hopeless=hopeless(cfg, values, 0 if solved_steps else flat_steps),
+            solved=health.solved(solved_steps, cfg.max_flat_steps),
+            state={"flat_steps": flat_steps, "solved_steps": solved_steps},
         )
     return loop.summary(learner)
 

@@ -63,6 +63,7 @@ class Progress:
     kl_coef: float
     step: int = 0
     flat_steps: int = 0
+    solved_steps: int = 0
     ptx_rows: int = 0  # demonstrations used so far: position in their shuffled order
     scale: ReturnScale = field(default_factory=ReturnScale)  # updated only with whiten_returns
 
@@ -197,7 +198,9 @@ def run(
         if cfg.kl_controller == "adaptive" and len(known) and step >= cfg.critic_warmup:
             measured = values["kl_episode"]
             progress.kl_coef = adaptive_kl(progress.kl_coef, measured, cfg.kl_target, cfg.kl_horizon, len(known))
-        progress.flat_steps = progress.flat_steps + 1 if len(known.unique()) < 2 else 0
+        flat = len(known.unique()) < 2
+        progress.flat_steps = progress.flat_steps + 1 if flat else 0
+        progress.solved_steps = health.solved_steps(progress.solved_steps, flat, values)
         progress.step = step + 1
         advantages = mean_advantages(samples).view(len(groups), -1)
         tensors, state = {}, {"progress": asdict(progress)}
@@ -209,7 +212,8 @@ def run(
             values,
             collect.episode_rows("train", step + 1, groups, batch_tasks, advantages),
             events=health.unscored(values) + health.repeated("flat", FLAT, progress.flat_steps),
-            hopeless=hopeless(cfg, values, progress.flat_steps),
+            hopeless=hopeless(cfg, values, 0 if progress.solved_steps else progress.flat_steps),
+            solved=health.solved(progress.solved_steps, cfg.max_flat_steps),
             state=state,
             tensors=tensors,
         )
@@ -221,12 +225,12 @@ def improve(
 ) -> list[dict[str, Stat]]:
     """Updates the policy and critic: epochs × minibatches over the rollout buffer, one optimizer step each."""
     cfg, token_budget, device = recipe.algo, recipe.train.micro_batch_tokens, learner.policy.device
-    warming = at.step < cfg.critic_warmup
+    warming, per_step, waits = at.step < cfg.critic_warmup, cfg.epochs * cfg.minibatches, _waits(cfg, critic)
     policy_objective = policy_loss(cfg) if critic else shared_loss(cfg, only_critic=warming)
     out: list[dict[str, Stat]] = []
     for epoch in range(cfg.epochs):
         stats: list[dict[str, Stat]] = []  # of the latest minibatch
-        for part in minibatch_rows(recipe, at.step, epoch):
+        for update, part in enumerate(minibatch_rows(recipe, at.step, epoch), epoch * cfg.minibatches):
             rows = [samples[i] for i in part]
             if not any(row.loss_mask.any() for row in rows):
                 continue  # with nothing to train on the optimizer takes no step, not even from momentum
@@ -244,9 +248,10 @@ def improve(
                 stats += learner.forward_backward(ptx_batches, ptx_loss(cfg.ptx_coef))
                 at.ptx_rows += cfg.ptx_rows
             if critic:
-                stats.append(_of_critic(critic.step()))
+                stats.append(_of_critic(critic.step(update=at.step * per_step + update)))
             if not (critic and warming):  # warming up a shared critic trains only its head
-                stats.append(learner.step(only="scalar." if warming else ""))
+                planned = (at.step - waits) * per_step + update
+                stats.append(learner.step(only="scalar." if warming else "", update=planned))
             out += stats
         approx_kl = add_stats(stats).get("approx_kl")
         if cfg.target_kl and approx_kl is not None and approx_kl.value > cfg.target_kl:
@@ -332,13 +337,19 @@ def fill(samples: Rows, parts: Sequence[np.ndarray], name: str, of: PerRow) -> l
 def make_learners(recipe: PPORecipe, policy: Policy, critic: Policy) -> tuple[Learner, Learner | None]:
     """The policy's learner, and the critic's if it is separate."""
     cfg, train = recipe.algo, recipe.train
-    per_step, waits = cfg.epochs * cfg.minibatches, 0 if critic is policy else cfg.critic_warmup
+    per_step = cfg.epochs * cfg.minibatches
+    waits = _waits(cfg, None if critic is policy else critic)
     total, temperature = (train.steps - waits) * per_step, recipe.rollout.temperature
     learner = make_learner(policy, train, total, temperature, make_forward(cfg))
     if critic is policy:
         return learner, None
     critic_cfg = replace(train, lr=cfg.critic_lr)
     return learner, make_learner(critic, critic_cfg, train.steps * per_step, forward=passes.token_values)
+
+
+def _waits(cfg: PPOConfig, critic: object) -> int:
+    """Steps before the policy's first update: a separate critic is trained alone for `critic_warmup` steps."""
+    return 0 if critic is None else cfg.critic_warmup
 
 
 def mean_advantages(samples: Rows) -> torch.Tensor:

@@ -89,9 +89,12 @@ def loss(logits: torch.Tensor, b: Batch) -> tuple[torch.Tensor, dict[str, Stat]]
 def run(
     recipe: PRMRecipe, policy: Policy, train: Sequence[Sample], test: Sequence[tuple[Graded, Sample]], loop: Loop
 ) -> Summary | None:
-    """Trains for `train.steps` steps (0: one pass over the solutions). The summary includes the calibration table."""
+    """Trains for `train.steps` steps (0: `train.epochs` passes over the solutions).
+
+    The summary includes the calibration table.
+    """
     cfg, seed, micro_batch_tokens = recipe.algo, recipe.run.seed, recipe.train.micro_batch_tokens
-    total = recipe.train.steps or math.ceil(len(train) / cfg.batch_rows)
+    total = recipe.train.steps or math.ceil(recipe.train.epochs * len(train) / cfg.batch_rows)
     learner = make_learner(policy, recipe.train, total, forward=step_scores)
     loop.restore(learner)
 
@@ -100,8 +103,8 @@ def run(
 
     for step in loop.steps(total, evaluate, recipe.eval.every):
         order = rng.draw_order(len(train), step * cfg.batch_rows, cfg.batch_rows, seed)
-        if not recipe.train.steps:  # one pass: the last step takes the remaining solutions
-            order = order[: len(train) - step * cfg.batch_rows]
+        if not recipe.train.steps:  # whole passes: the last step takes the remaining solutions
+            order = order[: recipe.train.epochs * len(train) - step * cfg.batch_rows]
         rows = [train[i] for i in order]
         rng.seed_global(seed, "update", step)  # dropout, if the model has any
         batches = batching.micro(rows, micro_batch_tokens, "token-mean", device=policy.device)

@@ -95,9 +95,12 @@ def make_loss(cfg: RewardModelConfig, weights: torch.Tensor) -> Loss:
 def run(
     recipe: RewardModelRecipe, policy: Policy, train: Sequence[Pair], test: Sequence[Pair], loop: Loop
 ) -> Summary | None:
-    """Trains for `train.steps` steps (0: one pass over the pairs). The summary includes the calibration table."""
+    """Trains for `train.steps` steps (0: `train.epochs` passes over the pairs).
+
+    The summary includes the calibration table.
+    """
     cfg, seed, micro_batch_tokens = recipe.algo, recipe.run.seed, recipe.train.micro_batch_tokens
-    total = recipe.train.steps or math.ceil(len(train) / cfg.batch_pairs)
+    total = recipe.train.steps or math.ceil(recipe.train.epochs * len(train) / cfg.batch_pairs)
     learner = make_learner(policy, recipe.train, total, forward=row_scores)
     counts = bootstrap_counts(len(train), cfg.heads, seed)
     loop.restore(learner)
@@ -107,15 +110,15 @@ def run(
 
     for step in loop.steps(total, evaluate, recipe.eval.every):
         order = rng.draw_order(len(train), step * cfg.batch_pairs, cfg.batch_pairs, seed)
-        if not recipe.train.steps:  # one pass: the last step takes the remaining pairs
-            order = order[: len(train) - step * cfg.batch_pairs]
+        if not recipe.train.steps:  # whole passes: the last step takes the remaining pairs
+            order = order[: recipe.train.epochs * len(train) - step * cfg.batch_pairs]
         pairs, weights = [train[i] for i in order], counts[list(order)] / (len(order) * cfg.heads)
         rng.seed_global(seed, "update", step)  # dropout, if the model has any
         stats = learner.forward_backward(
             pair_batches(pairs, micro_batch_tokens, policy.device), make_loss(cfg, weights)
         )
         values = stat_values([*stats, learner.step()])
-        if step + 1 == total and cfg.normalise:
+        if cfg.normalise and loop.is_exported(step + 1):
             shift_to_zero(policy, train, micro_batch_tokens)
         loop.end(learner, values, tokens=sum(len(row.tokens) for pair in pairs for row in pair))
     summary = loop.summary(learner)

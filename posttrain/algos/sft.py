@@ -112,21 +112,22 @@ def noisy_forward(alpha: float, seed: int, loop: Loop) -> Forward:
 
 
 def run(recipe: SFTRecipe, policy: Policy, mixture: Mixture, train: Rows, test: Rows, loop: Loop) -> Summary | None:
-    """Trains for `train.steps` steps (0: one pass over the rows).
+    """Trains for `train.steps` steps (0: `train.epochs` passes over the rows).
 
     Row n of the run is draw n of the mixture, so the step is the only data cursor a resumed run needs.
     """
     cfg, seed = recipe.algo, recipe.run.seed
     sources = list(train.values())
-    total = recipe.train.steps or math.ceil(one_pass(mixture) / cfg.batch_rows)
-    last_row = total * cfg.batch_rows if recipe.train.steps else one_pass(mixture)
+    rows_in_all = recipe.train.epochs * one_pass(mixture)
+    total = recipe.train.steps or math.ceil(rows_in_all / cfg.batch_rows)
+    last_row = total * cfg.batch_rows if recipe.train.steps else rows_in_all
     learner = make_learner(policy, recipe.train, total, forward=noisy_forward(cfg.neftune_alpha, seed, loop))
     loop.restore(learner)
 
     def evaluate(step: int) -> tuple[Metrics, list[EpisodeRow]]:
         return held_out_loss(learner, test), []
 
-    for step in loop.steps(total, evaluate):
+    for step in loop.steps(total, evaluate, recipe.eval.every):
         start = step * cfg.batch_rows
         drawn = mixture.draw(start, min(cfg.batch_rows, last_row - start))  # the last one may be short
         rows = [sources[source][row] for source, row in drawn]

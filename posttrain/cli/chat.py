@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from posttrain import api
 from posttrain.cli.arguments import sections_of
 from posttrain.cli.tables import printable
-from posttrain.models.load import with_chat_format
+from posttrain.models.load import Policy, add_stop_ids, with_chat_format
 from posttrain.rollout.engines.embedded import EmbeddedGenerator
 from posttrain.rollout.generator import Request, completion_seed
 from posttrain.rollout.text import Stream, text_of
@@ -27,6 +27,14 @@ def warn_about_environment(model: str) -> None:
             f"prompt. `posttrain eval {run}` runs and scores whole episodes.",
             file=sys.stderr,
         )
+
+
+def stops_of(model: str, policy: Policy) -> tuple[str, ...]:
+    """The stop strings of a run, or of the run that exported a model; adds its stop tokens to the policy's."""
+    folder = Path(model)
+    rollout: Any = sections_of(str(folder.parent if folder.name == "model" else folder)).get("rollout", {})
+    add_stop_ids(policy, rollout.get("stop_token_ids", ()))
+    return tuple(rollout.get("stop", ()))
 
 
 class SampleRow(TypedDict):
@@ -51,8 +59,8 @@ def sample(
 ) -> list[SampleRow]:
     """Samples `count` completions."""
     warn_about_environment(model)
-    params = SamplingParams(temperature, top_p, top_k, max_tokens)
     policy = api.open_policy(model, on=resolve("auto"))
+    params = SamplingParams(temperature, top_p, top_k, max_tokens, stops_of(model, policy))
     tokens = with_chat_format(policy, "plain" if plain else "chat").prompt_tokens((Message("user", prompt),))
     request = Request(tokens, tuple(completion_seed(seed, "sample", 0, prompt, i) for i in range(count)))
     (completions,) = EmbeddedGenerator(policy, slots=min(count, 128)).generate([request], params)
@@ -74,12 +82,14 @@ def chat(model: str, temperature: float, max_tokens: int, system: str) -> None:
     form = with_chat_format(policy, "chat")
     engine = EmbeddedGenerator(policy, slots=1)
     history = [Message("system", system)] if system else []
-    params = SamplingParams(temperature, max_tokens=max_tokens)
+    params = SamplingParams(temperature, max_tokens=max_tokens, stop=stops_of(model, policy))
     print(f"Chatting with {model}. An empty line or Ctrl-D quits.")
     while line := _ask():
         history.append(Message("user", line))
         request = Request(form.prompt_tokens(tuple(history)), (completion_seed(0, "chat", len(history), line, 0),))
-        ((reply,),) = engine.generate([request], params, on_token=Stream(policy, _print).add)
+        stream = Stream(policy, _print, params.stop)
+        ((reply,),) = engine.generate([request], params, on_token=stream.add)
+        stream.finish(text_of(policy, reply))
         print()
         history.append(Message("assistant", text_of(policy, reply)))
 

@@ -15,7 +15,7 @@ from rich.text import Text
 from posttrain import api, config
 from posttrain.cli import tables
 from posttrain.config.files import SHIPPED_RECIPES
-from posttrain.models.load import ABACUS
+from posttrain.models.weights import ABACUS
 from posttrain.store.listing import next_folder
 from posttrain.store.run import Run
 

@@ -11,7 +11,7 @@ import inspect
 import json
 import sys
 import warnings
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,9 @@ def settings_command(name: str, **extra: Any) -> Any:
     return main.command(name, context_settings=FREE, **extra)
 
 
-def run_training(algorithm: str, recipe: config.Recipe, as_json: bool, resume: str | None = None) -> None:
+def run_training(
+    algorithm: str, recipe: config.Recipe, as_json: bool, resume: str | None = None, steps: int | None = None
+) -> None:
     """Runs or resumes training with the live progress line, then prints the results."""
     from posttrain.cli import tables
 
@@ -93,7 +95,10 @@ def run_training(algorithm: str, recipe: config.Recipe, as_json: bool, resume: s
         out.print(f"warning: {text}", style="yellow", soft_wrap=True)
 
     with tables.StepLine(out, recipe) as line:
-        result = api.resume(resume, on_step=line) if resume else api.start(algorithm, recipe, line, on_warning=warn)
+        if resume:
+            result = api.resume(resume, on_step=line, steps=steps)
+        else:
+            result = api.start(algorithm, recipe, line, on_warning=warn)
     if result.summary is None:
         out.print(f"Stopped and saved. Continue with: posttrain resume {result.folder}", soft_wrap=True)
         sys.exit(128 + result.stopped_by)
@@ -135,6 +140,8 @@ def training_command(algorithm: str) -> None:
         shown.append(
             ("--preset", "algo.preset", f"Settings of a paper or another implementation: {', '.join(presets)}.")
         )
+    if hasattr(recipe().algo, "policy_loss"):
+        shown.append(("--loss", "algo.policy_loss", "Policy loss: a name, or your own as FILE.py:FUNCTION."))
     shown.append(("--out", "run.out", "Run folder."))
 
     def command(args: tuple[str, ...], as_json: bool, **given: str | None) -> None:
@@ -180,17 +187,20 @@ def pipeline(args: tuple[str, ...], out: str, mini: bool, again: str, as_json: b
 
 @main.command()
 @click.argument("run")
+@click.option("--steps", "--train.steps", type=int, help="Train for more steps than the run planned.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
-def resume(run: str, as_json: bool) -> None:
-    """Resume a stopped or killed run, bit-exactly."""
+def resume(run: str, steps: int | None, as_json: bool) -> None:
+    """Resume a stopped or killed run, bit-exactly, or extend one with --steps."""
     from posttrain.store.run import Run
 
     with Run.read(Path(run)) as store:
         algorithm = store.header["algorithm"]
         recipe = config.stored(algorithm, store.header["recipe"])
-        if store.summary():
+        if store.summary() and steps in (None, recipe.train.steps):
             click.echo(f"{run} is finished; there is nothing to resume.", err=True)
-    run_training(algorithm, recipe, as_json, resume=run)
+    if steps is not None:
+        recipe = replace(recipe, train=replace(recipe.train, steps=steps))
+    run_training(algorithm, recipe, as_json, resume=run, steps=steps)
 
 
 @settings_command("eval", epilog="Override data, rollout, eval and run settings with --section.key value.")

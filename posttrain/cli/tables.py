@@ -174,11 +174,12 @@ def finished(out: Console, folder: Path) -> None:
     with Run.read(folder) as store:
         summary = store.summary() or {}
         before, after = summary.get("before", {}), summary.get("after", {})
-        first, last = store.episodes("eval", 0), store.episodes("eval", summary["steps"])
+        exported = summary.get("best", {}).get("step", summary["steps"])
+        first, last = store.episodes("eval", 0), store.episodes("eval", exported)
         curves = {name: store.curve(name) for name in ("accuracy", "think_share", "length", "nll")}
         mismatch = store.curve("mismatch")[1]
         warnings = [e.message for e in store.events() if e.level != "info"]
-        data = [e.message for e in store.events() if e.level == "info" and e.kind == "data"]
+        notes = [(e.kind, e.message) for e in store.events() if e.level == "info" and e.kind in ("model", "data")]
     out.print()
     if first and last:
         out.print(answers_table(side_by_side(first, last), "The same held-out questions, before and after"))
@@ -186,12 +187,18 @@ def finished(out: Console, folder: Path) -> None:
         if steps:  # offline algorithms sample no training answers
             out.print(Text(terminal_curve(steps, values, "accuracy of the sampled training answers")))
     out.print(change_table(before, after))
-    if gaps := [gap for gap in mismatch if math.isfinite(gap)]:
+    if mismatch:
+        largest = math.nan if any(map(math.isnan, mismatch)) else max(mismatch)
+        out.print(f"sampler and learner log-probabilities differ by at most {largest:.1g} per token\n", soft_wrap=True)
+    if ended := summary.get("ended"):
+        out.print(Text(f"note: the run ended after step {summary['steps']}. {ended}"), soft_wrap=True)
+    if best := summary.get("best"):
+        metric, value = next((name, value) for name, value in best.items() if name != "step")
         out.print(
-            f"sampler and learner log-probabilities differ by at most {max(gaps):.1g} per token\n", soft_wrap=True
+            f"best checkpoint: step {best['step']}, {metric} {value:.4g}; this is the exported model", soft_wrap=True
         )
-    for message in dict.fromkeys(data):
-        out.print(Text(f"data: {message}"), soft_wrap=True)
+    for kind, message in dict.fromkeys(notes):
+        out.print(Text(f"{kind}: {message}"), soft_wrap=True)
     for message in dict.fromkeys(warnings[-5:]):
         out.print(Text(f"note: {message}", style="yellow"))
     if table := summary.get("calibration"):

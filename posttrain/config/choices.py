@@ -18,13 +18,14 @@ PACKAGE = Path(__file__).resolve().parents[1]
 class KeysOf:
     """The keys of the dict (or the members of the set or tuple) `table` in a module of this package.
 
-    `more` are appended, and names in `without` are left out.
+    `more` are appended, and names in `without` are left out. With `or_file`, a setting may also be `FILE.py:FUNCTION`.
     """
 
     module: str
     table: str
     more: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
+    or_file: bool = False
 
     def names(self) -> tuple[str, ...]:
         """The names, in the order of the source."""

@@ -11,12 +11,12 @@ from posttrain.config.facts import Facts, names_tasks
 from posttrain.config.pairs import PairsConfig, check_pairs
 from posttrain.config.sections import (
     DataConfig,
+    EpochTrainConfig,
     EvalConfig,
     ModelConfig,
     RewardConfig,
     RolloutConfig,
     RunConfig,
-    TrainConfig,
     check_shared,
     require_positive,
 )
@@ -93,7 +93,7 @@ class DPORecipe:
     reward: RewardConfig = field(default_factory=RewardConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     algo: DPOConfig = field(default_factory=DPOConfig)
-    train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=0))
+    train: EpochTrainConfig = field(default_factory=EpochTrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     run: RunConfig = field(default_factory=RunConfig)
 

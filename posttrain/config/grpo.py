@@ -47,8 +47,8 @@ class GRPOConfig:
     """Added to the standard deviation: 1e-4 in TRL, 1e-6 in verl, 1e-9 in OpenRLHF."""
     whiten: Literal["none", "sample", "population"] = "none"
     """Normalise the advantages of all tokens in a step to mean 0 and variance 1 (REINFORCE++)."""
-    policy_loss: Annotated[str, KeysOf("objectives/policy.py", "POLICY_LOSSES")] = "clip"
-    """`clip` is PPO's clipped ratio, `reinforce` the plain policy gradient; docs/guides/grpo.md has the formulas."""
+    policy_loss: Annotated[str, KeysOf("objectives/policy.py", "POLICY_LOSSES", or_file=True)] = "clip"
+    """`clip` is PPO's clipped ratio, `reinforce` the plain policy gradient, or your own; see docs/guides/grpo.md."""
     clip_low: float = 0.2
     """Lower clip: ratio ≥ 1 − clip_low."""
     clip_high: float = 0.2
@@ -97,7 +97,7 @@ class GRPOConfig:
     max_mismatch: float = 0.5
     """Stop if the log-probabilities of sampler and learner differ by more than this on any token."""
     max_flat_steps: int = 20
-    """Stop after this many consecutive steps in which the rewards were equal within every group."""
+    """End after this many steps in a row with equal rewards per group: as solved if all passed, else as an error."""
 
 
 @dataclass(frozen=True)

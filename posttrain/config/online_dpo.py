@@ -42,7 +42,7 @@ class OnlineDPOConfig:
     max_mismatch: float = 0.5
     """Stop if the log-probabilities of sampler and learner differ by more than this on any token."""
     max_flat_steps: int = 20
-    """Stop after this many consecutive steps without any pair."""
+    """End after this many steps in a row without any pair: as solved if all completions passed, else as an error."""
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ class PPOConfig:
     max_mismatch: float = 0.5
     """Stop if the log-probabilities of sampler and learner differ by more than this on any token."""
     max_flat_steps: int = 20
-    """Stop after this many consecutive steps in which all completions had the same score."""
+    """End after this many steps in a row in which all scores were equal: as solved if all passed, else as an error."""
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from typing import Literal
 from posttrain.config.facts import Facts, names_tasks
 from posttrain.config.sections import (
     DataConfig,
+    EpochTrainConfig,
     EvalConfig,
     ModelConfig,
     RewardConfig,
     RolloutConfig,
     RunConfig,
-    TrainConfig,
     check_shared,
     require_positive,
 )
@@ -57,7 +57,7 @@ class PRMRecipe:
     reward: RewardConfig = field(default_factory=RewardConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     algo: PRMConfig = field(default_factory=PRMConfig)
-    train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=0))
+    train: EpochTrainConfig = field(default_factory=EpochTrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     run: RunConfig = field(default_factory=RunConfig)
 

@@ -148,13 +148,18 @@ def _build(default: Any, values: JsonView, where: str) -> Any:
 def coerce(value: Any, hint: Any, name: str) -> Any:
     """Converts a TOML value or command-line text to the field's type. Raises ConfigError saying what was expected."""
     origin = typing.get_origin(hint)
+    extras = getattr(hint, "__metadata__", ())
     if allowed := choices(hint):
-        several = any(isinstance(extra, FilesIn) and extra.several for extra in getattr(hint, "__metadata__", ()))
+        if isinstance(value, str) and ".py:" in value and any(getattr(extra, "or_file", False) for extra in extras):
+            return value
+        several = any(isinstance(extra, FilesIn) and extra.several for extra in extras)
         chosen = [part.strip() for part in str(value).split(",") if part.strip()] if several else [value]
         for one in chosen:
             if one not in allowed:
                 raise ConfigError(f"{name}={one!r} is not one of {', '.join(map(str, allowed))}.")
         return value
+    if origin is tuple:
+        return _coerce_list(value, typing.get_args(hint)[0], name)
     if origin in (types.UnionType, typing.Union):
         return coerce(value, next(a for a in typing.get_args(hint) if a is not type(None)), name)
     if hint is bool and isinstance(value, str) and value.lower() in ("true", "false"):
@@ -174,9 +179,27 @@ def coerce(value: Any, hint: Any, name: str) -> Any:
     return value
 
 
+def _coerce_list(value: Any, hint: Any, name: str) -> tuple[Any, ...]:
+    """A TOML or JSON list of values of one type; text that is not a JSON list is one value."""
+    if isinstance(value, str) and value.startswith("["):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ConfigError(f"{name}={value!r} is not a JSON list: {error}.") from None
+    values = value if isinstance(value, list | tuple) else [value]
+    return tuple(coerce(one, hint, name) for one in values)
+
+
 @cache
 def field_docs(cls: type) -> dict[str, str]:
-    """The docstring under each field of a config dataclass, by field name."""
+    """The docstring under each field of a config dataclass, its own or inherited, by field name."""
+    docs: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        docs |= _own_docs(base) if is_dataclass(base) else {}
+    return docs
+
+
+def _own_docs(cls: type) -> dict[str, str]:
     body = typing.cast(ast.ClassDef, ast.parse(inspect.getsource(cls)).body[0]).body
     docs: dict[str, str] = {}
     for node, after in zip(body, body[1:], strict=False):
@@ -220,4 +243,6 @@ def _toml_value(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # TOML's escapes: JSON's and DEL
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_toml_value, value))}]"
     return repr(value)

@@ -8,12 +8,12 @@ from posttrain.config.facts import Facts, names_tasks
 from posttrain.config.pairs import PairsConfig, check_pairs
 from posttrain.config.sections import (
     DataConfig,
+    EpochTrainConfig,
     EvalConfig,
     ModelConfig,
     RewardConfig,
     RolloutConfig,
     RunConfig,
-    TrainConfig,
     check_shared,
     require_positive,
 )
@@ -48,7 +48,7 @@ class RewardModelRecipe:
     reward: RewardConfig = field(default_factory=RewardConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     algo: RewardModelConfig = field(default_factory=RewardModelConfig)
-    train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=0))
+    train: EpochTrainConfig = field(default_factory=EpochTrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     run: RunConfig = field(default_factory=RunConfig)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal, Protocol
 
+from posttrain.config.best import is_lower_better
 from posttrain.config.choices import FilesIn
 from posttrain.types import ConfigError
 
@@ -16,9 +17,11 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the weights, for sampling and training."""
     lora_rank: int = 0
-    """Rank of LoRA adapters on every linear layer; 0 trains all weights."""
+    """Rank of LoRA adapters on every linear layer and expert; 0 trains all weights."""
     lora_alpha: int = 32
     """LoRA scaling: adapter outputs are multiplied by lora_alpha / lora_rank."""
+    continue_adapter: bool = False
+    """If path is a PEFT adapter, train it further, instead of merging it into its base model before training."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: saves memory, takes about a third more time."""
 
@@ -51,6 +54,8 @@ class DataConfig:
 class RewardConfig:
     name: str = "auto"
     """`auto` (each task's own verifier), a verifier's name, `FILE.py:FUNCTION`, `model:FOLDER` or `judge:FILE.toml`."""
+    weights: tuple[float, ...] = ()
+    """Weights of the rewards in a list of functions, or of the terms of a sum in name; empty weighs each 1."""
     ensemble: Literal["mean", "min", "penalised"] = "mean"
     """How scores of several reward models or heads are combined; `penalised`: mean − uncertainty_coef × variance."""
     uncertainty_coef: float = 1.0
@@ -93,6 +98,10 @@ class RolloutConfig:
     """Precision of the embedded engine's matrix products: that of the model, or bfloat16 with a float32 learner."""
     temperature: float = 1.0
     """Sampling temperature; also used for the learner's log-probabilities."""
+    stop: tuple[str, ...] = ()
+    """Stop strings: a completion ends where its text contains one, which is not part of the text that is scored."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Stop tokens besides the model's own."""
     vllm_memory: float = 0.3
     """With `vllm`, maximum share of the device's memory for the KV cache."""
     reward_workers: int = 1
@@ -102,7 +111,7 @@ class RolloutConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     steps: int = 60
-    """Number of training steps; 0, the default of sft, dpo, reward and prm, is one pass over the data."""
+    """Number of training steps."""
     lr: float = 1e-4
     """Peak learning rate of AdamW."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -149,8 +158,28 @@ class RunConfig:
     """Steps between checkpoints; a killed run resumes exactly from the last one."""
     keep: int = 2
     """Number of newest checkpoints to keep."""
+    keep_best: str = ""
+    """Evaluation metric, such as `accuracy` or `nll`, whose best checkpoint is kept and exported; empty: the last."""
+    patience: int = 0
+    """End the run after this many evaluations in a row without a new best value of keep_best; 0 never does."""
     track: Annotated[str, FilesIn("store/trackers", several=True)] = ""
     """Experiment trackers that receive what the run stores, comma-separated (docs/guides/runs.md); empty for none."""
+
+
+@dataclass(frozen=True)
+class EpochTrainConfig(TrainConfig):
+    """Training settings of algorithms that make passes over a fixed set of rows."""
+
+    steps: int = 0
+    """Number of training steps; 0 trains for `epochs`."""
+    epochs: int = 1
+    """Passes over the data, each in another order, if steps is 0."""
+
+
+@dataclass(frozen=True)
+class HeldOutConfig:
+    every: int = 0
+    """Steps between evaluations on held-out rows; 0 evaluates only before and after training."""
 
 
 class SharedSections(Protocol):
@@ -184,17 +213,55 @@ def check_shared(recipe: SharedSections) -> None:
         raise ConfigError(f"data.holdout={data.holdout} is not in [0, 1).")
     if data.count < 0:
         raise ConfigError(f"data.count={data.count} is negative. Use 0 to read all rows of a file.")
+    if rollout and not all(rollout.stop):
+        raise ConfigError("rollout.stop has an empty string, at which every completion would end at once. Remove it.")
+    if rollout and rollout.stop and rollout.engine != "embedded":
+        raise ConfigError(
+            f'rollout.engine = "{rollout.engine}" cannot end at a string (rollout.stop={rollout.stop[0]!r}). Use the '
+            "embedded engine, or rollout.stop_token_ids."
+        )
+    if rollout and rollout.stop and env and env.name:
+        raise ConfigError(
+            f"rollout.stop={rollout.stop[0]!r} would end a reply without the chat template's end of turn, after which "
+            f"the environment {env.name!r} cannot answer. Leave it out."
+        )
     if rollout and rollout.reward_workers < 0:
         raise ConfigError(f"rollout.reward_workers={rollout.reward_workers} is negative. Use 0 for none.")
     if rollout and not 0 < rollout.vllm_memory < 1:
         raise ConfigError(f"rollout.vllm_memory={rollout.vllm_memory} is not between 0 and 1.")
     if recipe.model.lora_rank < 0:
         raise ConfigError(f"model.lora_rank={recipe.model.lora_rank} is negative. Use 0 to train all weights.")
+    if recipe.model.continue_adapter and recipe.model.lora_rank:
+        raise ConfigError(
+            f"model.continue_adapter trains the adapter of model.path with its own rank, so model.lora_rank="
+            f"{recipe.model.lora_rank} must be 0."
+        )
     require_positive(train, "micro_batch_tokens")
     require_positive(run, "checkpoint_every", "keep")
+    check_length(recipe)
     if env and not env.timeout > 0:
         raise ConfigError(f"env.timeout={env.timeout} must be above 0 seconds.")
     counts = {"rollout": ("slots", "max_tokens"), "eval": ("problems", "samples"), "env": ("max_turns", "workers")}
     for section, names in counts.items():
-        if hasattr(recipe, section):
+        if hasattr(recipe, section) and not isinstance(getattr(recipe, section), HeldOutConfig):
             require_positive(getattr(recipe, section), *names)
+
+
+def check_length(recipe: SharedSections) -> None:
+    """Checks what decides when a run ends and what it exports."""
+    run, train = recipe.run, recipe.train
+    every = getattr(getattr(recipe, "eval", None), "every", 0)
+    if every < 0 or run.patience < 0:
+        raise ConfigError(f"eval.every={every} and run.patience={run.patience} cannot be negative. Use 0 for never.")
+    if run.keep_best:
+        is_lower_better(run.keep_best)
+        if not every:
+            raise ConfigError(f"run.keep_best={run.keep_best!r} compares evaluations during training. Set eval.every.")
+    elif run.patience:
+        raise ConfigError(f"run.patience={run.patience} needs the metric to watch. Set run.keep_best.")
+    if isinstance(train, EpochTrainConfig):
+        require_positive(train, "epochs")
+        if train.steps and train.epochs > 1:
+            raise ConfigError(
+                f"train.steps={train.steps} and train.epochs={train.epochs} both set the length of the run."
+            )

@@ -9,9 +9,10 @@ from typing import Literal
 from posttrain.config.facts import Facts
 from posttrain.config.sections import (
     DataConfig,
+    EpochTrainConfig,
+    HeldOutConfig,
     ModelConfig,
     RunConfig,
-    TrainConfig,
     check_shared,
     require_positive,
 )
@@ -43,7 +44,8 @@ class SFTRecipe:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     algo: SFTConfig = field(default_factory=SFTConfig)
-    train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=0))
+    train: EpochTrainConfig = field(default_factory=EpochTrainConfig)
+    eval: HeldOutConfig = field(default_factory=HeldOutConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def facts(self) -> Facts:

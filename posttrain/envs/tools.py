@@ -12,7 +12,7 @@ from posttrain.data.tool_calls import describe, parse_calls, with_system_text
 from posttrain.data.tool_schema import Tool
 from posttrain.envs.env import EnvFactory, Turn
 from posttrain.envs.toolbox import Result, run_call
-from posttrain.rewards.functions import score_safely
+from posttrain.rewards.scoring import score_safely
 from posttrain.rewards.verifiers import Verifier
 from posttrain.types import Message, RolloutError, Task
 

@@ -26,7 +26,7 @@ from posttrain.config import DataConfig
 from posttrain.data.tasks.load import gold_reply, load_tasks
 from posttrain.evaluation.accuracy import Estimate, bootstrap
 from posttrain.rewards.auto import verifier_for
-from posttrain.rewards.functions import score_safely
+from posttrain.rewards.scoring import score_safely
 from posttrain.types import DataError, Json, Message, Task
 
 Scorer = Callable[[Sequence[tuple[Task, str]]], Sequence[float] | np.ndarray]

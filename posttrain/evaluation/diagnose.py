@@ -123,7 +123,7 @@ def mismatch(e: Evidence) -> Diagnosis:
     text = f"log-probabilities differ by at most {values.max():.2g} nats per token"
     advice = "Sample in the learner's precision (rollout.dtype), or correct for the mismatch with algo.is_cap."
     for level, limit in zip(BAD, (MISMATCH_LIMITS[1], MISMATCH_LIMITS[0]), strict=True):
-        high = values >= limit
+        high = ~(values < limit)  # NaN is a mismatch too
         if high[-1] or high.mean() >= 0.25:
             return Diagnosis(name, level, text, advice, int(steps[high][0]), numbers)
     return Diagnosis(name, "ok", text, "", None, numbers)

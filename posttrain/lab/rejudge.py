@@ -35,7 +35,8 @@ def judge_again(folder: Path, row: EpisodeRow) -> Regraded:
     """
     from posttrain.rewards.auto import verifier_for
     from posttrain.rewards.combine import leaves_of
-    from posttrain.rewards.functions import reward_from, score_safely
+    from posttrain.rewards.functions import reward_from
+    from posttrain.rewards.scoring import score_safely
     from posttrain.rewards.verifiers import VERIFIERS
 
     with Run.read(folder) as run:
@@ -55,7 +56,8 @@ def judge_again(folder: Path, row: EpisodeRow) -> Regraded:
         raise _refused(f"the run's tasks no longer contain {row.task_id!r}")
     if used & {*EXECUTES} or ("auto" in used and verifier_for(task) is VERIFIERS["code"]):
         raise _refused("its verifier runs programs, which viewing a page must not do")
-    verdict, error = score_safely(reward_from(name, verifier_for), task, row.text)
+    weights = header["recipe"]["reward"].get("weights", ())
+    verdict, error = score_safely(reward_from(name, verifier_for, weights=weights), task, row.text)
     if verdict is None:
         return {"detail": "", "score": None, "passed": False, "answer": _shown(task), "error": error}
     return {

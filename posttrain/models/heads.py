@@ -17,7 +17,8 @@ from torch import nn
 
 from posttrain import rng
 from posttrain.config import ModelConfig
-from posttrain.models.load import Policy, load_policy, resolve_path
+from posttrain.models.load import Policy, load_policy
+from posttrain.models.weights import resolve_path
 from posttrain.types import ConfigError
 
 HEAD_FILE = "scalar_head.safetensors"

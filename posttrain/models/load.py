@@ -1,34 +1,31 @@
 """Loads Hugging Face causal LMs for training and checks them.
 
-Weights are read from safetensors only, and remote code is never run. After loading, the packed forward pass is compared
-with transformers' own on a few tokens, so that an unsupported architecture is rejected immediately.
+Weights are read from safetensors only, all of them are used (models/weights.py), and remote code is never run. After
+loading, the packed forward pass is compared with transformers' own on a few tokens, so that an unsupported architecture
+is rejected immediately.
 """
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-import transformers
 from torch import nn
 from transformers import LlamaConfig
 
 from posttrain.config import ModelConfig
 from posttrain.data.chat import ChatFormat
-from posttrain.models import decoder, lora
+from posttrain.models import decoder, lora, weights
 from posttrain.models.attention import NAME, Layout
 from posttrain.models.packing import Packed
 from posttrain.models.shapes import ModelShape
+from posttrain.models.weights import resolve_path as resolve_path
 from posttrain.types import ConfigError, TemplateError
 
-ABACUS = Path(__file__).parent / "abacus"
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.25}  # on logits; a wrong mask or position gives errors above 1
-_loading = threading.Lock()  # transformers changes process-wide settings while it builds a model
 
 
 @dataclass
@@ -40,6 +37,7 @@ class Policy:
     source: str
     stop_ids: tuple[int, ...]
     scalar: nn.Linear | None = None  # width → scores or values, for reward models and critics (models/heads.py)
+    notes: list[str] = field(default_factory=list[str])  # what was loaded, and what does not train
 
     @property
     def body(self) -> nn.Module:
@@ -72,31 +70,20 @@ def hidden_states(policy: Policy, tokens: torch.Tensor, positions: torch.Tensor,
     return out.last_hidden_state
 
 
-def resolve_path(path: str) -> str:
-    """Resolves `abacus` to the model in the package; anything else is a folder or a hub id."""
-    return str(ABACUS) if path == "abacus" else path
-
-
 def load_policy(cfg: ModelConfig, device: torch.device | str = "cpu") -> Policy:
     """Loads weights and tokenizer, checks that they match and are supported, and attaches LoRA if requested."""
-    source = resolve_path(cfg.path)
-    _require_safetensors(source, cfg.path)
-    transformers.utils.logging.disable_progress_bar()
-    dtype = torch.float32 if cfg.dtype == "float32" else torch.bfloat16
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-        with _loading:
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, use_safetensors=True, attn_implementation="sdpa"
-            )
-    except (OSError, ValueError) as error:
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ConfigError(f"model {cfg.path!r} cannot be loaded: {first}") from None
-    policy = Policy(cast(nn.Module, model).to(device), tokenizer, cfg.path, _stop_ids(model, tokenizer, cfg.path))
+    read = weights.read(cfg)
+    model, tokenizer = cast(nn.Module, read.model), read.tokenizer
+    stop_ids = _stop_ids(lora.unwrap(model), tokenizer, cfg.path)
+    policy = Policy(model.to(device), tokenizer, cfg.path, stop_ids, notes=read.notes)
     check_tokenizer(tokenizer, policy.vocab)
     check_forward(policy)
     if cfg.lora_rank:
         policy.model = lora.attach(policy.model, cfg.lora_rank, cfg.lora_alpha)
+        if frozen := lora.not_adapted(policy.model):
+            policy.notes.append(
+                f"LoRA leaves {len(frozen)} weight matrices without an adapter; the first is {frozen[0]}."
+            )
     if cfg.gradient_checkpointing:
         inner = lora.unwrap(policy.model)
         inner.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
@@ -156,20 +143,6 @@ def save_pretrained(policy: Policy, folder: Path) -> None:
     model = lora.merged(policy.model)
     model.save_pretrained(folder, safe_serialization=True)
     policy.tokenizer.save_pretrained(folder)
-
-
-def _require_safetensors(source: str, name: str) -> None:
-    folder = Path(source)
-    if not folder.exists():
-        if os.sep in name and (name.startswith((".", "/", "~")) or name.count("/") != 1):
-            raise ConfigError(f"model folder {name!r} does not exist.")
-        return  # a hub id: from_pretrained(use_safetensors=True) rejects other formats
-    if not folder.is_dir():
-        raise ConfigError(f"model {name!r} is a file. Give the folder that holds config.json and model.safetensors.")
-    if not list(folder.glob("*.safetensors")):
-        pickles = [p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern)]
-        found = f" (only {pickles[0]}, a pickle file that could run code)" if pickles else ""
-        raise ConfigError(f"model folder {name!r} has no *.safetensors file{found}. Convert the weights first.")
 
 
 def _stop_ids(model: Any, tokenizer: Any, name: str) -> tuple[int, ...]:

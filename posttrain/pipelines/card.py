@@ -23,7 +23,7 @@ from posttrain.evaluation.accuracy import Estimate, bootstrap
 from posttrain.evaluation.labels import LABELS
 from posttrain.models.load import Policy, with_chat_format
 from posttrain.rewards import language, shaping, skills, verifiers
-from posttrain.rewards.functions import score_safely
+from posttrain.rewards.scoring import score_safely
 from posttrain.rollout.build import make_collector
 from posttrain.rollout.collector import Verifier, check_failures, to_sample
 from posttrain.rollout.tasks import env_tasks

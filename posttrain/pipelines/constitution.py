@@ -17,7 +17,7 @@ from posttrain.config import nearest, read_settings
 from posttrain.data.tasks.abacus import HARMLESS
 from posttrain.pipelines.demonstrations import direct
 from posttrain.rewards.auto import verifier_for
-from posttrain.rewards.functions import score_safely
+from posttrain.rewards.scoring import score_safely
 from posttrain.rewards.skills import declines, dismisses, final_answer
 from posttrain.types import ConfigError, RolloutError, Task
 

@@ -27,8 +27,8 @@ from posttrain.pipelines.constitution import Principle, load_constitution, viola
 from posttrain.pipelines.rows import DATA, sampled, share
 from posttrain.rewards import skills
 from posttrain.rewards.auto import verifier_for
-from posttrain.rewards.functions import score_safely
 from posttrain.rewards.judge import PREFIX, load_judge
+from posttrain.rewards.scoring import score_safely
 from posttrain.types import ConfigError, DataError, Json, Message, Preference, RolloutError, Task
 
 SIMULATED, CONSTITUTION = "simulated", "constitution"

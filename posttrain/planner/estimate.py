@@ -25,8 +25,9 @@ from posttrain.data.conversations import load_conversations
 from posttrain.data.pairs import pair_rows
 from posttrain.data.tasks.load import load_tasks
 from posttrain.models.kernels.build import library
-from posttrain.models.load import Policy, resolve_path
+from posttrain.models.load import Policy
 from posttrain.models.shapes import ModelShape, shape_of
+from posttrain.models.weights import adapter_rank, base_of
 from posttrain.planner.memory import BASELINE, TILE, Memory, Rows, Where, plan_memory, rollout_of, samples
 from posttrain.planner.speed import step_seconds
 from posttrain.rollout.sample_pairs import load_pairs
@@ -108,7 +109,8 @@ def plan(
     if isinstance(recipe, str | Path):
         algorithm, sections, _ = config.read_toml(recipe)
         recipe = cast(Recipe, config.resolve(algorithm, sections))
-    shape = shape_of(resolve_path(recipe.model.path))
+    recipe = _with_rank(recipe)
+    shape = shape_of(base_of(recipe.model.path))
     cuda = device.startswith("cuda") or gpus > 1 or (device == "auto" and torch.cuda.is_available())
     unknown: list[str] = []
     if rows is None:
@@ -134,7 +136,8 @@ def warning(recipe: Recipe) -> str:
     actual rows do not fit either. Empty if the model's shape is unknown.
     """
     with suppress(PosttrainError):
-        shape, rows = shape_of(resolve_path(recipe.model.path)), longest_rows(recipe)
+        recipe = _with_rank(recipe)
+        shape, rows = shape_of(base_of(recipe.model.path)), longest_rows(recipe)
         where = Where(1, resolve(recipe.train.device).type == "cuda", library() is not None)
         found, limit = plan_memory(recipe, shape, rows, where), machine_memory(where.cuda)
         if found.peak > limit:
@@ -149,6 +152,15 @@ def warning(recipe: Recipe) -> str:
                 f"{settings} (`posttrain plan` shows the breakdown)."
             )
     return ""
+
+
+def _with_rank(recipe: Recipe) -> Recipe:
+    """The recipe with the rank of the adapter that it trains further, which is what its memory depends on."""
+    model = recipe.model
+    if not model.continue_adapter:
+        return recipe
+    model = replace(model, continue_adapter=False, lora_rank=adapter_rank(model.path))
+    return replace(cast(Any, recipe), model=model)
 
 
 def gib(count: float) -> str:
@@ -186,9 +198,9 @@ def measured_rows(recipe: Recipe) -> tuple[Rows, str]:
     """Row lengths of the data if it and the tokenizer are local; else the maximum lengths and a note."""
     worst = longest_rows(recipe)
     try:
-        if not Path(resolve_path(recipe.model.path)).is_dir():
+        if not Path(base_of(recipe.model.path)).is_dir():
             raise OSError("the tokenizer is not on this machine")
-        tokenizer = AutoTokenizer.from_pretrained(resolve_path(recipe.model.path))
+        tokenizer = AutoTokenizer.from_pretrained(base_of(recipe.model.path))
         chat = ChatFormat(tokenizer, recipe.data.format)
         facts = recipe.facts()
         if facts.samples == "every step":

@@ -9,7 +9,7 @@ from posttrain.data.tasks import bfcl, reasoning_gym
 from posttrain.data.tasks.abacus import GENERATORS
 from posttrain.data.tasks.load import NUMBERS, PROGRAMS, gold_reply
 from posttrain.rewards.code import code
-from posttrain.rewards.functions import score_safely
+from posttrain.rewards.scoring import score_safely
 from posttrain.rewards.skills import judge
 from posttrain.rewards.verifiers import Verifier, exact, is_mathematical, math, numeric
 from posttrain.types import DataError, Task, Verdict

@@ -13,8 +13,9 @@ name in a mixture, as in `auto@arithmetic + model:FOLDER@requests`; for other ta
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,31 @@ def parse(text: str) -> Node:
     if parser.position < len(parser.tokens):
         raise parser.error("expected +, -, & or the end of the expression")
     return tree
+
+
+def summed(nodes: Sequence[Node]) -> Node:
+    """The sum of rewards with weight 1; a single one is itself."""
+    if not nodes:
+        raise ConfigError("the list of rewards is empty. Give at least one.")
+    return nodes[0] if len(nodes) == 1 else Sum(tuple((1.0, node) for node in nodes))
+
+
+def weighted(tree: Node, weights: Sequence[float]) -> Node:
+    """The tree with the weights of its terms multiplied by `weights`. Raises ConfigError if the numbers differ."""
+    if not weights:
+        return tree
+    terms = tree.terms if isinstance(tree, Sum) else ((1.0, tree),)
+    if len(weights) != len(terms):
+        raise ConfigError(f"reward.weights has {len(weights)} values for {len(terms)} rewards. Give one for each.")
+    if not all(math.isfinite(weight) for weight in weights):
+        raise ConfigError(f"reward.weights={list(weights)} are not all finite numbers.")
+    return Sum(tuple((weight * own, node) for weight, (own, node) in zip(weights, terms, strict=True)))
+
+
+def as_term(text: str) -> str:
+    """A reward as it is written within an expression."""
+    parse(text)
+    return f"'{text}'" if _on_disk(text) else f"({text})"
 
 
 def leaves(tree: Node) -> list[Leaf]:

@@ -2,7 +2,9 @@
 
 A reward function is called with the arguments it names: `completion` (also as `text`), `answer`, `prompt`, `messages`,
 `task_id`, `task` (the Task) and every column of the task's `meta`. It must return one finite number or a Verdict;
-anything else is an error that names the function, the task and the value, and never becomes a reward.
+anything else is an error that names the function, the task and the value, and never becomes a reward. A function that
+asks for `completions` (or `group`) is called once per group and returns one value per completion. Functions may be
+asynchronous.
 """
 
 from __future__ import annotations
@@ -11,19 +13,20 @@ import importlib.util
 import inspect
 import math
 import numbers
-import signal
 import sys
-import threading
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from posttrain.config import nearest
 from posttrain.rewards import combine, judge
+from posttrain.rewards.calls import GROUP_ARGUMENTS, ConcurrentReward, GroupReward, is_async, waited
 from posttrain.rewards.judging import BatchVerifier, Verifier
+from posttrain.rewards.scoring import describe, error_text, name_of, score_all, scores_groups
 from posttrain.rewards.verifiers import VERIFIERS
 from posttrain.types import ConfigError, JsonView, RolloutError, Task, Verdict
 
@@ -61,28 +64,48 @@ def load_function(spec: str, what: str = "reward") -> RewardFn:
 
 
 def reward_from(
-    reward: str | RewardFn,
+    reward: str | RewardFn | Sequence[str | RewardFn],
     auto: Callable[[Task], Verifier] | None = None,
     load: Callable[[str], Verifier | None] = lambda name: None,
+    weights: Sequence[float] = (),
 ) -> Verifier:
-    """Creates a verifier from `reward.name` or from a Python function.
+    """Creates a verifier from `reward.name`, from a Python function, or from a list of both, which is summed.
+
+    `weights` are those of the list's items, or of the terms of a sum.
 
     A string is a name in VERIFIERS, `FILE.py:FUNCTION`, `judge:FILE.toml`, a name that `load` knows, `auto` (each task
     is scored by `auto(task)`), or an expression of these (posttrain/rewards/combine.py). Raises ConfigError for an
     unknown name or a function whose signature cannot be inspected.
     """
-    if callable(reward):
-        return reward if reward in VERIFIERS.values() else _adapt(reward)
-    tree = combine.parse(reward)
+    functions: dict[combine.Leaf, RewardFn] = {}
+    if isinstance(reward, str):
+        tree = combine.weighted(combine.parse(reward), weights)
+    else:
+        items = [reward] if callable(reward) else list(reward)
+        nodes = [_node(item, i, functions) for i, item in enumerate(items)]
+        tree = combine.weighted(combine.summed(nodes), weights)
     if isinstance(tree, combine.Leaf) and not tree.only:
-        return leaf_verifier(tree, auto, load)
-    verifiers: dict[combine.Leaf, Verifier] = {}
-    for leaf in combine.leaves(tree):
+        return _function_verifier(functions[tree]) if tree in functions else leaf_verifier(tree, auto, load)
+    verifiers: dict[combine.Leaf, Verifier] = {leaf: _function_verifier(f) for leaf, f in functions.items()}
+    for leaf in (leaf for leaf in combine.leaves(tree) if leaf not in functions):
         try:
             verifiers[leaf] = leaf_verifier(leaf, auto, load)
         except ConfigError as error:
             raise ConfigError(f"reward {reward!r}, character {leaf.position}: {error}") from None
     return _combined(tree, verifiers)
+
+
+def _node(item: str | RewardFn, index: int, functions: dict[combine.Leaf, RewardFn]) -> combine.Node:
+    """The tree of one reward of a list; a Python function is added to `functions`."""
+    if isinstance(item, str):
+        return combine.parse(item)
+    leaf = combine.Leaf(name_of(item), (("", index),))  # two functions may have the same name
+    functions[leaf] = item
+    return leaf
+
+
+def _function_verifier(function: RewardFn) -> Verifier:
+    return function if function in VERIFIERS.values() else _adapt(function)
 
 
 def leaf_verifier(
@@ -101,6 +124,7 @@ class Batched:
 
     one: Verifier
     many: Callable[[Sequence[tuple[Task, str]]], Sequence[Verdict | RolloutError]]
+    by_group: bool = False  # whether a verdict depends on the other completions of the group
 
     def __call__(self, task: Task, text: str, /) -> Verdict:
         return self.one(task, text)
@@ -130,7 +154,8 @@ def _with_columns(verify: Verifier, columns: JsonView) -> Verifier:
 
     if isinstance(verify, BatchVerifier):
         batch = verify.score_all
-        return Batched(verify_extended, lambda pairs: batch([(extended(task), text) for task, text in pairs]))
+        many = lambda pairs: batch([(extended(task), text) for task, text in pairs])  # noqa: E731
+        return Batched(verify_extended, many, scores_groups(verify))
     return verify_extended
 
 
@@ -154,7 +179,7 @@ def _combined(tree: combine.Node, verifiers: Mapping[combine.Leaf, Verifier]) ->
         return [_joined(tree, by_key, messages) for by_key, messages in zip(verdicts, errors, strict=True)]
 
     batched = any(isinstance(verifier, BatchVerifier) for verifier in verifiers.values())
-    return Batched(verify, score_batch) if batched else verify
+    return Batched(verify, score_batch, any(map(scores_groups, verifiers.values()))) if batched else verify
 
 
 def _joined(tree: combine.Node, verdicts: Mapping[Any, Verdict], errors: Sequence[str]) -> Verdict | RolloutError:
@@ -164,66 +189,6 @@ def _joined(tree: combine.Node, verdicts: Mapping[Any, Verdict], errors: Sequenc
         return combine.joined(tree, verdicts)
     except RolloutError as error:
         return error
-
-
-def score_safely(verify: Verifier, task: Task, text: str) -> tuple[Verdict | None, str | None]:
-    """Scores one completion: (verdict, None), or (None, error message). Only KeyboardInterrupt and the like propagate.
-
-    Outside the main thread, a reward that sets a signal handler, as most time limits do, gets an error from Python.
-    Some catch it and return a number, so a reward that tried to set one counts as failed, whatever it returned.
-    """
-    if threading.current_thread() is threading.main_thread():
-        return _score(verify, task, text)
-    _watch_signal_handlers()
-    _thread_state.set_handler = False
-    result = _score(verify, task, text)
-    if _thread_state.set_handler:
-        return None, (
-            f"reward {_name(verify)} sets a signal handler (for a time limit?), which works in the main thread only. "
-            "Set rollout.reward_workers = 0 and leave algo.overlap off, or limit its time in another way."
-        )
-    return result
-
-
-def _score(verify: Verifier, task: Task, text: str) -> tuple[Verdict | None, str | None]:
-    try:
-        verdict = verify(task, text)
-    except RolloutError as error:
-        return None, str(error)
-    except Exception as error:  # a reward may raise anything; it must neither become a number nor end the run
-        return None, _error_text(_name(verify), task, error)
-    if not isinstance(verdict, Verdict):
-        return None, f"{_name(verify)} returned {_describe(verdict)} for task {task.id!r}, expected a Verdict."
-    return verdict, None
-
-
-_thread_state = threading.local()
-
-
-@cache
-def _watch_signal_handlers() -> None:
-    """Patches `signal.signal` to record in `_thread_state` that a thread has called it."""
-    original = signal.signal
-
-    def recording(signalnum: Any, handler: Any) -> Any:
-        _thread_state.set_handler = True
-        return original(signalnum, handler)
-
-    signal.signal = recording
-
-
-def score_all(verify: Verifier, pairs: Sequence[tuple[Task, str]]) -> list[tuple[Verdict | None, str | None]]:
-    """`score_safely` for every pair; in one call if the verifier has a method `score_all(pairs) -> verdicts`.
-
-    That method returns a RolloutError in place of a verdict for a completion that it could not score.
-    """
-    if not isinstance(verify, BatchVerifier):
-        return [score_safely(verify, task, text) for task, text in pairs]
-    try:
-        verdicts = verify.score_all(pairs)
-    except RolloutError as error:
-        return [(None, str(error))] * len(pairs)
-    return [(None, str(item)) if isinstance(item, RolloutError) else (item, None) for item in verdicts]
 
 
 def to_verdict(value: Any, name: str, task: Task) -> Verdict:
@@ -242,13 +207,13 @@ def to_verdict(value: Any, name: str, task: Task) -> Verdict:
         if math.isfinite(score):
             return Verdict(score, score >= 1.0)
     raise RolloutError(
-        f"reward {name} returned {_describe(single)} for task {task.id!r}, expected one finite number.",
+        f"reward {name} returned {describe(single)} for task {task.id!r}, expected one finite number.",
         boundary="reward",
     )
 
 
 def _adapt(function: RewardFn) -> Verifier:
-    name = _name(function)
+    name = name_of(function)
     try:
         parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):
@@ -256,16 +221,59 @@ def _adapt(function: RewardFn) -> Verifier:
             f"cannot inspect the arguments of reward {name}. Wrap it: def reward(completion, answer, **task): ..."
         ) from None
 
-    def verify(task: Task, text: str) -> Verdict:
+    if any(p.name in GROUP_ARGUMENTS for p in parameters):
+        return GroupReward(name, partial(_score_group, function, parameters))
+
+    def call(task: Task, text: str) -> Any:
         positional, named = _arguments(parameters, _available(task, text), name, task)
-        try:
-            value = function(*positional, **named)
-        except Exception as error:
-            raise RolloutError(_error_text(name, task, error), boundary="reward") from error
+        with _explained(name, task):
+            return function(*positional, **named)
+
+    async def score(task: Task, text: str) -> Verdict:
+        pending = call(task, text)
+        with _explained(name, task):
+            value = await pending
         return to_verdict(value, name, task)
 
+    def verify(task: Task, text: str) -> Verdict:
+        return to_verdict(call(task, text), name, task)
+
     verify.__name__ = name
-    return verify
+    return ConcurrentReward(name, score) if is_async(function) else verify
+
+
+@contextmanager
+def _explained(name: str, task: Task) -> Iterator[None]:
+    """Turns an exception of a reward function into a RolloutError that names the function, the task and the line."""
+    try:
+        yield
+    except Exception as error:
+        raise RolloutError(error_text(name, task, error), boundary="reward") from error
+
+
+def _score_group(
+    function: RewardFn, parameters: list[inspect.Parameter], task: Task, texts: list[str]
+) -> list[Verdict]:
+    """Calls a group reward. Raises RolloutError unless it returns one value for each of the completions."""
+    name, clash = name_of(function), [word for word in GROUP_ARGUMENTS if word in task.meta]
+    if clash:
+        raise RolloutError(
+            f"reward {name} compares the completions of a group, but the tasks have a column {clash[0]!r}. Rename it.",
+            boundary="reward",
+        )
+    available = {k: v for k, v in _available(task, "").items() if k not in ("completion", "text")}
+    positional, named = _arguments(parameters, available | dict.fromkeys(GROUP_ARGUMENTS, texts), name, task)
+    with _explained(name, task):
+        values = function(*positional, **named)
+        values = waited(values) if inspect.iscoroutine(values) else values
+        values = values.tolist() if hasattr(values, "tolist") else values
+    if not isinstance(values, Sequence) or isinstance(values, str) or len(values) != len(texts):
+        raise RolloutError(
+            f"reward {name} returned {describe(values)} for task {task.id!r}, expected one number for each of its "
+            f"{len(texts)} completions.",
+            boundary="reward",
+        )
+    return [to_verdict(value, name, task) for value in values]
 
 
 def _available(task: Task, text: str) -> dict[str, object]:
@@ -298,6 +306,7 @@ def _arguments(
         if p.kind is p.VAR_KEYWORD:
             taken = {q.name for q in parameters}
             hidden = {"text", "task"} if by_order or "completion" in taken else {"task"}
+            hidden |= set(GROUP_ARGUMENTS) if taken & set(GROUP_ARGUMENTS) else set()
             named |= {k: v for k, v in available.items() if k not in taken | hidden}
             continue
         if p.name in available:
@@ -319,27 +328,6 @@ def _arguments(
         else:
             named[p.name] = value
     return positional, named
-
-
-def _name(function: Any) -> str:
-    return getattr(function, "__name__", type(function).__name__)
-
-
-def _describe(value: Any) -> str:
-    size = getattr(value, "shape", None)
-    if isinstance(value, list | tuple | set | dict) or size is not None:
-        count = math.prod(size) if size is not None else len(value)
-        return f"{count} value{'s' * (count != 1)} ({type(value).__name__})"
-    if isinstance(value, float) or value is None:
-        return str(value)
-    text = repr(value)
-    return f"{text[:60]}{'…' * (len(text) > 60)} ({type(value).__name__})"
-
-
-def _error_text(name: str, task: Task, error: BaseException) -> str:
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" at line {frames[-1].lineno} of {Path(frames[-1].filename).name}" if frames else ""
-    return f"reward {name} raised {type(error).__name__} for task {task.id!r}{where}: {error}"
 
 
 def _location(error: BaseException, path: Path) -> str:

@@ -14,12 +14,12 @@ import numpy as np
 from posttrain.config import EnvConfig, EnvRecipe, RolloutConfig, Sampling
 from posttrain.data.chat import ChatFormat
 from posttrain.envs.env import EnvFactory
-from posttrain.models.load import Policy
+from posttrain.models.load import Policy, add_stop_ids
 from posttrain.rewards.verifiers import Verifier
 from posttrain.rollout.collector import Collector
 from posttrain.rollout.generator import Generator
 from posttrain.rollout.multi_turn import MultiTurn
-from posttrain.types import Message, SamplingParams, Task
+from posttrain.types import ConfigError, Message, SamplingParams, Task
 
 
 def make_generator(policy: Policy, rollout: RolloutConfig) -> Generator:
@@ -47,13 +47,17 @@ def make_collector(
     def decode(tokens: np.ndarray) -> str:
         return policy.tokenizer.decode(tokens, skip_special_tokens=True)
 
+    odd = [token for token in rollout.stop_token_ids if not 0 <= token < policy.vocab]
+    if odd:
+        raise ConfigError(f"rollout.stop_token_ids has {odd[0]}, but the model's ids are below {policy.vocab}.")
+    add_stop_ids(policy, rollout.stop_token_ids)
     context = getattr(policy.config, "max_position_embeddings", None) or sys.maxsize
     return Collector(
         generator=make_generator(policy, rollout),
         encode=encode,
         decode=decode,
         verify=verify,
-        params=SamplingParams(temperature=rollout.temperature, max_tokens=rollout.max_tokens),
+        params=SamplingParams(rollout.temperature, max_tokens=rollout.max_tokens, stop=rollout.stop),
         seed=recipe.run.seed,
         workers=rollout.reward_workers,
         multi_turn=env and _multi_turn(env, chat, decode, cast(EnvRecipe, recipe).env, context),

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import groupby, islice
 from typing import Literal
 
 import numpy as np
@@ -17,11 +17,12 @@ import torch
 
 from posttrain import rng
 from posttrain.config import SamplingRecipe
-from posttrain.rewards.functions import score_all, score_safely
 from posttrain.rewards.judging import BatchVerifier, Verifier
+from posttrain.rewards.scoring import score_groups, score_safely
 from posttrain.rewards.workers import WorkerPool
 from posttrain.rollout.generator import Generator, Request, completion_seed
 from posttrain.rollout.multi_turn import MultiTurn, Trajectory
+from posttrain.rollout.stopping import completion_text
 from posttrain.store.run import EpisodeRow
 from posttrain.types import (
     Completion,
@@ -50,7 +51,7 @@ class Collector:
 
     generator: Generator
     encode: Callable[[Task], np.ndarray]  # prompt token ids
-    decode: Callable[[np.ndarray], str]  # completion token ids, stop token left out
+    decode: Callable[[np.ndarray], str]  # text of completion token ids
     verify: Verifier
     params: SamplingParams
     seed: int
@@ -108,7 +109,7 @@ class Collector:
         return [list(islice(episodes, len(task_seeds))) for task_seeds in seeds]
 
     def _text(self, completion: Completion) -> str:
-        return self.decode(completion.tokens[:-1] if completion.stop == "stop" else completion.tokens)
+        return completion_text(self.decode, completion)
 
     def _judge(self, task: Task, completion: Completion) -> Judged:
         text = self._text(completion)
@@ -127,7 +128,10 @@ class Collector:
             for i, c in enumerate(group)
             if (g, i) not in judged or judged[g, i][1] is None
         }
-        verdicts = score_all(self.verify, [(tasks[g], text) for (g, _), text in texts.items()])
+        groups = [
+            [(tasks[g], text) for (_, _), text in run] for g, run in groupby(texts.items(), lambda one: one[0][0])
+        ]
+        verdicts = score_groups(self.verify, groups)
         return judged | {at: (text, *verdict) for (at, text), verdict in zip(texts.items(), verdicts, strict=True)}
 
 

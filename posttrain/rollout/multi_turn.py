@@ -21,6 +21,7 @@ from posttrain.config import EnvConfig
 from posttrain.envs.env import Env, EnvFactory, Turn
 from posttrain.envs.timeouts import Calls
 from posttrain.rollout.generator import Generator, Request
+from posttrain.rollout.stopping import completion_text
 from posttrain.types import Completion, Episode, Message, PosttrainError, SamplingParams, Span, Task
 
 POLL_SECONDS = 0.2  # between two calls of `check` while environments step
@@ -84,7 +85,7 @@ class MultiTurn:
         def on_done(request: int, index: int, completion: Completion) -> None:
             check()
             i = members[request][index]
-            reply = self.decode(completion.tokens[:-1] if completion.stop == "stop" else completion.tokens)
+            reply = completion_text(self.decode, completion)
             last = trajectories[i].reply(completion, reply, self.limits.max_turns)
             calls.submit(i, partial(self._step, trajectories[i], reply, last), trajectories[i].close)
 

@@ -22,10 +22,11 @@ from posttrain.data.preferences import (
 from posttrain.data.solutions import Graded, SolutionSets, has_solutions, read_solution_sets
 from posttrain.data.sources import Row, data_hash
 from posttrain.data.steps import split_steps, step_ends
-from posttrain.rewards.functions import score_all
+from posttrain.rewards.scoring import score_all
 from posttrain.rollout.build import make_collector, with_opening
 from posttrain.rollout.collector import Collector
 from posttrain.rollout.generator import Request, completion_seed
+from posttrain.rollout.stopping import completion_text
 from posttrain.rollout.tasks import judged_tasks
 from posttrain.store import samples as sampled
 from posttrain.train.job import Setup
@@ -91,7 +92,7 @@ def sample_solutions(
     requests = [Request(solve.encode(task), _seeds(collector, "solve", task.id, cfg.solutions)) for task in tasks]
     groups = collector.generator.generate(requests, collector.params)
     answers = [
-        (task, solve.decode(c.tokens[:-1]))
+        (task, completion_text(solve.decode, c))
         for task, group in zip(tasks, groups, strict=True)
         for c in group
         if c.stop == "stop"
@@ -129,7 +130,7 @@ def step_values(
             beginnings.append((task, prefix[prompt:]))
     groups = collector.generator.generate(requests, collector.params)
     pairs = [
-        (task, collector.decode(np.concatenate([begun, c.tokens[:-1] if c.stop == "stop" else c.tokens])))
+        (task, completion_text(lambda tokens, begun=begun: collector.decode(np.concatenate([begun, tokens])), c))
         for (task, begun), group in zip(beginnings, groups, strict=True)
         for c in group
     ]

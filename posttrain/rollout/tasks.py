@@ -20,6 +20,7 @@ from posttrain.rewards import code, combine, judge
 from posttrain.rewards.auto import validate, verifier_for
 from posttrain.rewards.functions import leaf_verifier, reward_from
 from posttrain.rewards.models import PREFIX, load_reward_model, model_folders
+from posttrain.rewards.scoring import scores_groups
 from posttrain.rewards.verifiers import VERIFIERS, Verifier
 from posttrain.train import device
 from posttrain.types import ConfigError, Task
@@ -48,7 +49,7 @@ def _verifier(recipe: Sampling, reward: Callable[..., Any] | None) -> Verifier:
             return None
         return load_reward_model(name, recipe.reward, device.resolve(recipe.train.device), verifier_for)
 
-    return reward_from(reward or recipe.reward.name, verifier_for, load)
+    return reward_from(reward or recipe.reward.name, verifier_for, load, recipe.reward.weights)
 
 
 def _gold_decides(recipe: Sampling) -> bool:
@@ -108,6 +109,11 @@ def env_tasks(
     sandbox = partial(code.use, recipe.reward.sandbox, recipe.reward.accept_arbitrary_code)
     env = load_env(recipe.env.name, ENVS, verify, recipe.env, sandbox)
     judged, tasks, seed = takes(env, "verify"), recipe.data.tasks, recipe.run.seed
+    if judged and scores_groups(verify):
+        raise ConfigError(
+            f"the reward compares the completions of a group, but the environment {recipe.env.name!r} scores each "
+            "episode by itself. Use a reward that asks for `completion`."
+        )
     gold_decides = judged and reward is None and _gold_decides(recipe)
     own = own_tasks(env)
     if own is not None and given is None and not (is_file_name(tasks) or is_hub_id(tasks)):

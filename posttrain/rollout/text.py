@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from posttrain.models.load import Policy
+from posttrain.rollout.stopping import completion_text
 from posttrain.types import Completion
 
 
 def text_of(policy: Policy, completion: Completion) -> str:
-    """A completion's text without its stop token."""
-    tokens = completion.tokens[:-1] if completion.stop == "stop" else completion.tokens
-    return policy.tokenizer.decode(tokens, skip_special_tokens=True)
+    """A completion's text without its stop token or stop string."""
+    return completion_text(lambda tokens: policy.tokenizer.decode(tokens, skip_special_tokens=True), completion)
 
 
 class Stream:
-    """Streams text as its tokens arrive, holding back incomplete characters."""
+    """Streams text as its tokens arrive, holding back incomplete characters and beginnings of stop strings."""
 
-    def __init__(self, policy: Policy, write: Callable[[str], None]) -> None:
+    def __init__(self, policy: Policy, write: Callable[[str], None], stop: Sequence[str] = ()) -> None:
         self.policy = policy
         self.write = write
+        self.stop = stop
         self.tokens: list[int] = []
         self.written = ""
 
@@ -31,6 +32,17 @@ class Stream:
             return
         self.tokens.append(token)
         text = self.policy.tokenizer.decode(np.array(self.tokens), skip_special_tokens=True)
-        if not text.endswith("\ufffd") and text.startswith(self.written):
+        if not text.endswith("\ufffd"):
+            self.finish(text[: len(text) - self._held_back(text)])
+
+    def finish(self, text: str) -> None:
+        """Writes the part of the text that was not written yet, if it continues what was."""
+        if text.startswith(self.written):
             self.write(text[len(self.written) :])
             self.written = text
+
+    def _held_back(self, text: str) -> int:
+        """Length of the end of the text that is a stop string with anything after it, or could become one."""
+        held = [len(text) - at for stop in self.stop if (at := text.find(stop)) >= 0]
+        begun = [n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n])]
+        return max([*held, *begun], default=0)

@@ -64,8 +64,10 @@ def save(
     tensors: Mapping[str, Mapping[str, torch.Tensor]],
     state: JsonView,
     keep: int,
+    also: Sequence[int] = (),
 ) -> Path:
-    """Saves groups of named tensors and a JSON state as the checkpoint of `step`, then keeps the newest `keep`.
+    """Saves groups of named tensors and a JSON state as the checkpoint of `step`, then keeps the newest `keep` and
+    those of the steps in `also`.
 
     Returns the checkpoint's folder, which survives power loss from then on. Saving a step again (a replay after a
     kill) keeps the existing folder if its contents are identical. Tensors may be on any device and have any layout;
@@ -93,7 +95,7 @@ def save(
             "Earlier checkpoints are intact. Free some space or check the disk, then resume."
         ) from error
     try:
-        _retain(root, final, keep)
+        _retain(root, final, keep, also)
     except OSError as error:
         raise DiskError(
             f"the checkpoint of step {step} in {run_folder} was saved, but removing older ones failed: "
@@ -204,8 +206,8 @@ def _same(hidden: Path, final: Path) -> bool:
     return (hidden / "MANIFEST.json").read_bytes() == (final / "MANIFEST.json").read_bytes()
 
 
-def _retain(root: Path, final: Path, keep: int) -> None:
-    """Removes all checkpoints but `final` and the newest others, up to `keep` in total.
+def _retain(root: Path, final: Path, keep: int, also: Sequence[int]) -> None:
+    """Removes all checkpoints but `final`, the newest others, up to `keep` in total, and those of steps in `also`.
 
     `final` is known to be intact, so one good checkpoint always remains. The others count if their sizes match their
     manifest; their hashes are checked before loading, so that a save does not have to read every byte.
@@ -214,7 +216,7 @@ def _retain(root: Path, final: Path, keep: int) -> None:
     for step, path in folders(root.parent):
         if path == final:
             continue
-        if step not in kept and len(kept) < keep and _is_whole(path):
+        if step not in kept and (len(kept) < keep or step in also) and _is_whole(path):
             kept.add(step)
         else:
             failpoint("checkpoint:retention")

@@ -1,4 +1,4 @@
-"""Run folder: `run.json` written once, `LOCK` for the single writer, `run.db` for everything the run measured.
+"""Run folder: `run.json` with the recipe, `LOCK` for the single writer, `run.db` for everything the run measured.
 
 Each step is one transaction, so readers, and a process that resumes after kill -9, see a step completely or not at all.
 Rows have natural keys, so a replayed step overwrites itself with equal bytes, and a run that was killed and resumed has
@@ -227,6 +227,13 @@ class Run:
         """Marks the run as finished, with a JSON summary. A later `write` marks it as unfinished again."""
         with self._transaction() as db:
             db.execute("INSERT OR REPLACE INTO meta VALUES ('finished', ?)", (_json(summary, "the summary"),))
+
+    def extend(self, header: JsonView) -> None:
+        """Replaces the header of a run that is to train further than it planned, and marks it as unfinished."""
+        with self._transaction() as db:
+            db.execute("DELETE FROM meta WHERE key = 'finished'")
+        durable.publish_file(self.folder / "run.json", json.dumps(dict(header), indent=2, allow_nan=False) + "\n")
+        self.header = dict(header)
 
     def metrics(self, name: str | None = None) -> list[tuple[int, str, float]]:
         """(step, name, value) of one metric or all metrics, in step order."""

@@ -10,7 +10,8 @@ import torch
 import transformers
 
 from posttrain.models.kernels.build import library
-from posttrain.models.load import Policy, resolve_path
+from posttrain.models.load import Policy
+from posttrain.models.weights import content_files, resolve_path
 from posttrain.types import ConfigError, Json, JsonView
 
 
@@ -60,12 +61,11 @@ def file_hash(path: str | Path) -> str:
 
 
 def model_hash(source: str) -> str:
-    """SHA-256 over the weight and tokenizer files of a model folder; the name itself for a hub id."""
-    folder = Path(resolve_path(source))
-    if not folder.is_dir():
+    """SHA-256 over the files that determine a model's weights and tokenizer; the name itself for a hub id."""
+    if not Path(resolve_path(source)).is_dir():
         return f"hub:{source}"
     digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("tokenizer*.json")]):
+    for path in content_files(source):
         digest.update(path.name.encode())
         digest.update(bytes.fromhex(file_hash(path)))
     return digest.hexdigest()

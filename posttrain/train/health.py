@@ -18,12 +18,24 @@ def repeated(kind: str, what: str, steps: int, least: int = 3) -> list[Event]:
     return [Event("warning", kind, what.format(steps=steps))] if steps >= least else []
 
 
+def solved_steps(before: int, flat: bool, values: Mapping[str, float]) -> int:
+    """Consecutive steps, this one included, in which all rewards were equal and every scored completion passed."""
+    return before + 1 if flat and values["accuracy"] == 1 else 0
+
+
+def solved(steps: int, most: int) -> str:
+    """Reason to end a run early, as a success: `most` steps in a row had nothing left to improve; else empty."""
+    if steps < most:
+        return ""
+    return f"every completion of the last {steps} steps passed with equal rewards, so there was nothing left to learn"
+
+
 def mismatch(values: Mapping[str, float], limit: float) -> str:
     """Reason to stop if sampler and learner log-probabilities differ by more than `limit` nats; else empty."""
     gap = values.get("mismatch", 0.0)
-    if gap <= limit:
-        return ""
-    return (
-        f"sampler and learner differ by {gap:.3g} in a token's log-probability (allowed: algo.max_mismatch={limit}). "
-        "The rollouts are not from this policy."
-    )
+    if not gap <= limit:  # also catches NaN
+        return (
+            f"sampler and learner differ by {gap:.3g} in a token's log-probability (allowed: algo.max_mismatch="
+            f"{limit}). The rollouts are not from this policy."
+        )
+    return ""

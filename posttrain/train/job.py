@@ -30,6 +30,7 @@ from posttrain.models.load import Policy
 from posttrain.store import checkpoint
 from posttrain.store.failpoints import failpoint
 from posttrain.store.run import EpisodeRow, Event, Run
+from posttrain.train.best import Best
 from posttrain.train.interrupt import Interrupt
 from posttrain.train.learner import Learner
 from posttrain.types import Json, JsonView, Task, TrainingDiverged
@@ -82,11 +83,17 @@ class Loop:
     interrupt: Interrupt
     step: int = 0  # completed steps
     total: int = 0
+    ended: str = ""  # why the run ended before its last planned step, as a success
+    best: Best = field(init=False)
     _every: int = 0
     _evaluate: Evaluate | None = None
+    _ended_at: Json = field(default_factory=dict[str, Any])  # of the restored checkpoint
     _started: float = 0.0
     _rollout: dict[str, float] = field(default_factory=dict[str, float])
     _rollout_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        self.best = Best(self.cfg.keep_best)
 
     def restore(self, learner: Learner, check: Callable[[JsonView], None] | None = None) -> Json:
         """Loads the newest checkpoint into the learner and returns the `state` and "tensors" passed to `end`.
@@ -102,6 +109,8 @@ class Loop:
             check(state)
         learner.load(tensors, state["learner"])
         self.step = state["step"]
+        self.best.load(state.get("best", {}))
+        self._ended_at = state.get("ended", {})
         return {**state, "tensors": {name: group for name, group in tensors.items() if name not in ("model", "optim")}}
 
     def steps(self, total: int, evaluate: Evaluate, every: int = 0) -> Iterator[int]:
@@ -111,11 +120,14 @@ class Loop:
         last.
         """
         self.total, self._every, self._evaluate = total, every, evaluate
+        if self._ended_at and self._ended_at["total"] >= total:  # else it was extended since
+            self.total, self.ended = self.step, self._ended_at["why"]
         if self.step == 0:
             values, episodes = evaluate(0)
+            self.best.check(values)
             self.store.write(0, values, {}, episodes)
             self.on_step(0, values)
-        while self.step < total and not self.interrupt.requested:
+        while self.step < self.total and not self.interrupt.requested:
             failpoint("step:start")
             self._started, self._rollout_tokens = time.monotonic(), None
             yield self.step
@@ -136,42 +148,85 @@ class Loop:
         tokens: int = 0,
         events: Sequence[Event] = (),
         hopeless: str = "",
+        solved: str = "",
         state: JsonView | None = None,
         tensors: Tensors | None = None,
     ) -> None:
         """Ends a step after its update: evaluates if due, stores the step, reports it and saves a checkpoint if due.
 
         `episodes` have the number of the completed step. `tokens` counts the tokens of the training rows, for steps
-        without sampling. `hopeless` is a reason to stop, raised as TrainingDiverged once the step is stored. `state`
-        (JSON) and `tensors` are saved with the learner's.
+        without sampling. `hopeless` is a reason to stop, raised as TrainingDiverged once the step is stored; `solved`
+        is a reason to end the run here, as finished. `state` (JSON) and `tensors` are saved with the learner's.
         """
+        planned = self.total
         self.step += 1
         failpoint("step:updated")
         times = self._times(tokens)
-        rows = list(episodes)
-        if self.step == self.total or (self._every and self.step % self._every == 0):
+        rows, gained = list(episodes), False
+        if solved and self.step < planned:
+            self._end_here(solved)
+        if self.is_evaluated(self.step):
             assert self._evaluate is not None
             measured, more = self._evaluate(self.step)
             values, rows = values | measured, [*rows, *more]
+            gained = self.best.update(self.step, values)
+            if self.cfg.patience and self.best.since >= self.cfg.patience and self.step < self.total:
+                best = f"{self.best.metric} was best at step {self.best.step} ({self.best.value:.4g})"
+                self._end_here(f"{best}, and {self.best.since} evaluations have not improved on it")
+        if self.ended:
+            events = [*events, Event("info", "ended", f"Ended after step {self.step} of {planned}: {self.ended}.")]
         failpoint("step:before-store")
         self.store.write(self.step, values, times, rows, events)
         failpoint("step:after-store")
         self.on_step(self.step, values | times)
         if hopeless:
             raise TrainingDiverged(f"step {self.step}: {hopeless}")
-        if self.step % self.cfg.checkpoint_every == 0 or self.step == self.total or self.interrupt.requested:
-            failpoint("step:before-checkpoint")
-            own, learned = learner.state()
-            whole = {"step": self.step, **(state or {}), "learner": learned}
-            checkpoint.save(self.store.folder, self.step, own | dict(tensors or {}), whole, self.cfg.keep)
-            failpoint("step:after-checkpoint")
+        due = self.step % self.cfg.checkpoint_every == 0 or self.step == self.total
+        if due or (gained and self.best.metric) or self.interrupt.requested:
+            self._save(learner, state or {}, tensors or {}, planned)
+
+    def is_evaluated(self, step: int) -> bool:
+        """Whether the weights after a step are evaluated."""
+        return step == self.total or (self._every > 0 and step % self._every == 0)
+
+    def is_exported(self, step: int) -> bool:
+        """Whether the weights after a step may be those that the run exports."""
+        return step == self.total or (bool(self.best.metric) and self.is_evaluated(step))
+
+    def _end_here(self, why: str) -> None:
+        """Makes the current step the last one."""
+        self.ended, self.total = why, self.step
+
+    def _save(self, learner: Learner, state: JsonView, tensors: Tensors, planned: int) -> None:
+        failpoint("step:before-checkpoint")
+        own, learned = learner.state()
+        whole = {"step": self.step, **state, "learner": learned}
+        if self.best.metric and self.best.step:
+            whole["best"] = self.best.state()
+        if self.ended:
+            whole["ended"] = {"why": self.ended, "total": planned}
+        kept = [self.best.step] if self.best.metric else []
+        checkpoint.save(self.store.folder, self.step, own | dict(tensors), whole, self.cfg.keep, kept)
+        failpoint("step:after-checkpoint")
 
     def summary(self, learner: Learner) -> Summary | None:
-        """Metrics before and after training and a hash of the weights; None if a signal stopped the run."""
+        """Metrics before and after training and a hash of the weights; None if a signal stopped the run.
+
+        With `run.keep_best` the learner gets the weights of the best evaluation, and the metrics are those.
+        """
         if self.step < self.total:
             return None
-        digest = checkpoint.weights_digest(learner.weights())
-        return {"steps": self.step, "before": self.store.at(0), "after": self.store.at(self.step), "weights": digest}
+        found: Summary = {"steps": self.step, "before": self.store.at(0)}
+        best = self.best.step if self.best.metric and self.best.step else self.step
+        if self.best.metric and self.best.step:
+            found["best"] = {"step": best, self.best.metric: self.best.value}
+        if best != self.step:
+            saved = next(path for step, path in checkpoint.folders(self.store.folder) if step == best)
+            kept, state = checkpoint.load(saved)
+            learner.load(kept, state["learner"])
+        if self.ended:
+            found["ended"] = f"{self.ended[0].upper()}{self.ended[1:]}."
+        return {**found, "after": self.store.at(best), "weights": checkpoint.weights_digest(learner.weights())}
 
     def _times(self, tokens: int) -> dict[str, float]:
         seconds = time.monotonic() - self._started

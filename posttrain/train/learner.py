@@ -38,10 +38,11 @@ class Learner(Protocol):
         """
         ...
 
-    def step(self, only: str = "") -> dict[str, Stat]:
+    def step(self, only: str = "", update: int | None = None) -> dict[str, Stat]:
         """Takes one optimizer step and clears the gradient; returns its norm and the learning rate.
 
-        With `only`, the gradient of parameters whose names do not start with it is zero.
+        With `only`, the gradient of parameters whose names do not start with it is zero. `update` is the number of the
+        planned update (from 0), which the learning rate follows where some are left out; None: that of updates applied.
         """
         ...
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from peft import PeftModel
 
 from posttrain.config import ModelConfig
 from posttrain.models import lora
@@ -17,8 +18,8 @@ PerRow = Callable[[Sequence[Sample]], list[np.ndarray]]
 
 
 def frozen_reference(cfg: ModelConfig, policy: Policy, micro_batch_tokens: int, temperature: float) -> PerRow:
-    """Log-probabilities under the starting model: the policy with LoRA adapters disabled, or a frozen copy."""
-    if cfg.lora_rank:
+    """Log-probabilities under the starting model: the policy without its trained adapters, or a frozen copy."""
+    if isinstance(policy.model, PeftModel):
 
         def adapters_off(samples: Sequence[Sample]) -> list[np.ndarray]:
             with lora.disabled(policy.model):

@@ -4,8 +4,8 @@ The file name is a hash over everything the values depend on: the reference's we
 their masks, temperature, dtype, micro-batch size, torch version, CPU and threads. A cached value is therefore exactly
 the one this machine would compute, and resuming is bit-exact with or without the file.
 
-The reference is the policy with adapters disabled at the time `reference_logprobs` is called. Call it before loading a
-checkpoint or taking a step.
+The reference is the policy without its trained adapters at the time `reference_logprobs` is called. Call it before
+loading a checkpoint or taking a step.
 """
 
 from __future__ import annotations
@@ -64,7 +64,12 @@ def reference_logprobs(
 def content_key(policy: Policy, samples: Sequence[Sample], micro_batch_tokens: int, temperature: float) -> str:
     """SHA-256 over everything the values depend on: reference model, rows, masks, temperature, dtype, hardware."""
     inner = lora.unwrap(policy.model)
-    weights = {name: p.detach() for name, p in inner.named_parameters() if "lora_" not in name}
+    frozen = (f".{lora.REFERENCE}.", f".{lora.REFERENCE}")
+    weights = {
+        name: p.detach()
+        for name, p in inner.named_parameters()
+        if "lora_" not in name or frozen[0] in name or name.endswith(frozen[1])
+    }
     shape = {name: value for name, value in policy.config.to_dict().items() if name != "_name_or_path"}
     parts = {
         "weights": weights_digest(weights),

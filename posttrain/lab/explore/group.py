@@ -23,7 +23,7 @@ from posttrain.lab.tokens import pieces
 from posttrain.models.load import Policy
 from posttrain.objectives.advantages import flat_groups, group_relative, leave_one_out, max_rl
 from posttrain.rewards.auto import verifier_for
-from posttrain.rewards.functions import score_safely
+from posttrain.rewards.scoring import score_safely
 from posttrain.rewards.skills import CLOSE, OPEN
 from posttrain.rollout.engines.embedded import EmbeddedGenerator
 from posttrain.rollout.generator import Request, completion_seed

@@ -20,8 +20,12 @@ PANEL = 64  # of products.c
 
 
 def takes(tensor: torch.Tensor) -> bool:
-    """Whether the kernels support this tensor: float32 on a CPU, with the kernels compiled."""
-    return tensor.dtype == torch.float32 and tensor.device.type == "cpu" and library() is not None
+    """Whether the kernels support this tensor: float32 on a CPU, with the kernels compiled.
+
+    Only plain tensors and parameters: a subclass (DTensor, a fake or quantised tensor) may have no data at its address.
+    """
+    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter)
+    return plain and tensor.dtype == torch.float32 and tensor.device.type == "cpu" and library() is not None
 
 
 def bound(name: str, *arguments: Any) -> Callable[[], Any]:

@@ -9,6 +9,7 @@ position, so a completion does not depend on the other sequences in the batch, t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,6 +24,7 @@ from posttrain.rollout.fused import FusedDecoder
 from posttrain.rollout.generator import OnDone, OnToken, Request, draw
 from posttrain.rollout.plain import PlainDecoder
 from posttrain.rollout.scheduler import Scheduler
+from posttrain.rollout.stopping import StopStrings
 from posttrain.types import Completion, ConfigError, RolloutError, SamplingParams
 
 
@@ -48,18 +50,19 @@ class _Slots:
         self.lengths = np.zeros(slots, np.int64)
         self.limits = np.zeros(slots, np.int64)
         self.prompts = np.zeros(slots, np.int64)  # tokens in the prompt
+        self.prefixes = [np.zeros(0, np.int32)] * slots
 
     def begin(self, slot: int, group: int, index: int, request: Request, max_tokens: int) -> None:
         """Assigns a new completion to a slot."""
         limit = request.limit(index, max_tokens)
         self.sequence[slot] = (group, index)
-        begun = len(request.prefix)
+        begun, self.prefixes[slot] = len(request.prefix), request.prefix
         self.uniforms[slot, :limit] = rng.uniforms(request.seeds[index], begun + limit)[begun:]
         self.lengths[slot], self.limits[slot], self.prompts[slot] = 0, limit, len(request.prompt) + begun
 
     def move(self, source: int, target: int) -> int:
         """Copies one slot to another; returns the number of tokens its sequence has in the cache."""
-        self.sequence[target] = self.sequence[source]
+        self.sequence[target], self.prefixes[target] = self.sequence[source], self.prefixes[source]
         for array in (self.tokens, self.logprobs, self.kept, self.uniforms, self.lengths, self.limits, self.prompts):
             array[target] = array[source]
         return int(self.prompts[target] + self.lengths[target] - 1)
@@ -72,12 +75,22 @@ class _Slots:
         self.lengths[slots] += 1
         return tokens
 
-    def completion(self, slot: int, stopped: bool, version: int) -> Completion:
+    def completed(self, strings: StopStrings, slots: np.ndarray, unfinished: np.ndarray) -> dict[int, str]:
+        """The stop strings that the newest tokens of the unfinished `slots` complete, by position in `slots`."""
+        found: dict[int, str] = {}
+        for row in np.flatnonzero(unfinished).tolist():
+            slot = slots[row]
+            written = np.concatenate([self.prefixes[slot], self.tokens[slot, : self.lengths[slot]]])
+            if string := strings.completed_by(written):
+                found[row] = string
+        return found
+
+    def completion(self, slot: int, stopped: bool, version: int, stop_string: str) -> Completion:
         """The completion in a slot."""
         n = self.lengths[slot]
         tokens = self.tokens[slot, :n].astype(np.int32)
         logprobs, kept = self.logprobs[slot, :n].copy(), self.kept[slot, :n].copy()
-        return Completion(tokens, logprobs, kept, "stop" if stopped else "length", version)
+        return Completion(tokens, logprobs, kept, "stop" if stopped else "length", version, stop_string)
 
 
 class EmbeddedGenerator:
@@ -125,7 +138,7 @@ class EmbeddedGenerator:
         scheduler = Scheduler(self.slots, [len(r.seeds) for r in requests])
         self.decoder.prepare(len(scheduler.waiting), max(len(r.context) for r in requests), params.max_tokens)
         slots = _Slots(min(self.slots, len(scheduler.waiting)), params.max_tokens)
-        stops = np.array(self.policy.stop_ids)
+        stops, strings = np.array(self.policy.stop_ids), self._stop_strings(params)
         prompts: dict[int, Any] = {}
         done: list[list[Completion | None]] = [[None] * len(r.seeds) for r in requests]
 
@@ -137,10 +150,13 @@ class EmbeddedGenerator:
             if on_token:
                 for slot, token in zip(used.tolist(), tokens.tolist(), strict=True):
                     on_token(*slots.sequence[slot], token)  # type: ignore[misc]
+            ended = slots.completed(strings, used, ~stopped) if strings else {}
+            stopped[[*ended]] = True
             for row in np.flatnonzero(stopped | (slots.lengths[used] == slots.limits[used])).tolist():
                 slot = int(used[row])
                 group, index = slots.sequence[slot]  # type: ignore[misc]
-                done[group][index] = completion = slots.completion(slot, bool(stopped[row]), self.version)
+                completion = slots.completion(slot, bool(stopped[row]), self.version, ended.get(row, ""))
+                done[group][index] = completion
                 scheduler.finish(slot)
                 if on_done:
                     on_done(group, index, completion)
@@ -163,6 +179,14 @@ class EmbeddedGenerator:
             written = slots.lengths[used] - 1
             newest = torch.from_numpy(slots.tokens[used, written])
             take(used, self.decoder.step(newest, torch.from_numpy(slots.prompts[used] + written)))
+
+    def _stop_strings(self, params: SamplingParams) -> StopStrings | None:
+        """The detector of the parameters' stop strings, if there are any."""
+        if not params.stop:
+            return None
+        tokenizer = self.policy.tokenizer
+        decode = partial(tokenizer.decode, skip_special_tokens=True)
+        return StopStrings(params.stop, decode, tokenizer.all_special_ids)
 
     def _check(self, requests: Sequence[Request], params: SamplingParams) -> None:
         context = getattr(self.policy.config, "max_position_embeddings", None)

@@ -22,7 +22,8 @@ import torch
 from posttrain.config import RolloutConfig
 from posttrain.models import lora
 from posttrain.models.decoder import head_width
-from posttrain.models.load import TOLERANCE, Policy, packed_logits, resolve_path, short_rows, take_weights, weight_views
+from posttrain.models.load import TOLERANCE, Policy, packed_logits, short_rows, take_weights, weight_views
+from posttrain.models.weights import base_of
 from posttrain.rollout.generator import OnDone, OnToken, Request
 from posttrain.types import Completion, ConfigError, PosttrainError, RolloutError, SamplingParams
 
@@ -131,6 +132,8 @@ class VLLMGenerator:
         )
 
     def _check(self, requests: Sequence[Request], params: SamplingParams) -> None:
+        if params.stop:
+            raise ConfigError(f'rollout.engine = "vllm" does not end at strings such as {params.stop[0]!r}.')
         if params.top_k or params.top_p < 1:
             raise ConfigError(
                 f'rollout.engine = "vllm" does not report the probability removed by top_k={params.top_k}, '
@@ -181,7 +184,7 @@ class _Engine:
         context = getattr(config, "max_position_embeddings", None)
         with _nothing_else_changed():
             self.llm = vllm.LLM(
-                model=resolve_path(policy.source),
+                model=base_of(policy.source),
                 dtype=str(like.dtype).removeprefix("torch."),
                 load_format="dummy",  # random weights; replaced with the policy's
                 skip_tokenizer_init=True,

@@ -71,8 +71,8 @@ class LocalLearner:
                 parameter.grad = None
         return {"loss": Stat(value.item(), 1, "sum"), **stats}
 
-    def step(self, only: str = "") -> dict[str, Stat]:
-        """Takes one optimizer step and clears the gradient; returns its norm and the learning rate."""
+    def step(self, only: str = "", update: int | None = None) -> dict[str, Stat]:
+        """See `Learner.step`."""
         for name, master in self.master.items():
             if not name.startswith(only) and master.grad is not None:
                 master.grad.zero_()
@@ -88,7 +88,7 @@ class LocalLearner:
             )
         if self.cfg.max_grad_norm:
             torch.nn.utils.clip_grads_with_norm_(masters, self.cfg.max_grad_norm, norm)
-        rate = self.learning_rate(self.steps)
+        rate = self.learning_rate(self.steps if update is None else update)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
@@ -99,7 +99,7 @@ class LocalLearner:
         return {"grad_norm": Stat(norm.item()), "lr": Stat(rate)}
 
     def learning_rate(self, step: int) -> float:
-        """Learning rate of update `step` (from 0): linear warm-up, then constant, or linear or cosine decay to 0."""
+        """Learning rate of planned update `step` (from 0): linear warm-up, then constant, or decay to 0."""
         cfg = self.cfg
         if step < cfg.warmup_steps:
             return cfg.lr * (step + 1) / cfg.warmup_steps

@@ -1,0 +1,291 @@
+"""Reads the model that a path names: a hub id, a model folder, a PEFT adapter, a run or one of its checkpoints.
+
+Nothing is left out silently: every tensor of the checkpoint is in the model, and every parameter of the model was in
+the checkpoint, or the path is refused. An adapter is merged into its base model, so that what trains, evaluates and
+serves as the reference is the same model; with `model.continue_adapter` it is trained further instead.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import threading
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftModel
+
+from posttrain import config
+from posttrain.config import ModelConfig, Recipe
+from posttrain.models import lora
+from posttrain.store import checkpoint
+from posttrain.store.checkpoint import Checkpoint
+from posttrain.store.run import Run
+from posttrain.types import ConfigError, Json, ResumeError
+
+ABACUS = Path(__file__).parent / "abacus"
+ADAPTER = "adapter_config.json"
+OTHER_PARTS = re.compile(
+    r"(^|\.)(vision\w*|visual|image\w*|audio\w*|speech\w*|video\w*|multi_modal\w*|mm_projector|mtp)\."
+)
+"""Names of tensors that a language model in a larger checkpoint does not need: other modalities, extra heads."""
+_loading = threading.Lock()  # transformers changes process-wide settings while it builds a model
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model with its tokenizer, on the CPU, and notes about what was loaded."""
+
+    model: Any  # PreTrainedModel, or PeftModel where an adapter is trained further
+    tokenizer: Any
+    notes: list[str] = field(default_factory=list[str])
+
+
+def resolve_path(path: str) -> str:
+    """Resolves `abacus` to the model in the package; anything else is a folder or a hub id."""
+    return str(ABACUS) if path == "abacus" else path
+
+
+def read(cfg: ModelConfig) -> Weights:
+    """Loads the model of `cfg.path` in `cfg.dtype`, without new adapters. Raises ConfigError for anything else."""
+    place = Path(resolve_path(cfg.path))
+    if (place / ADAPTER).is_file():
+        return _with_adapter(cfg, place)
+    if cfg.continue_adapter:
+        raise ConfigError(
+            f"model.continue_adapter is set, but {cfg.path!r} is not a PEFT adapter: it has no {ADAPTER}."
+        )
+    if (run := run_of(place)) is not None:
+        return _of_run(cfg, run, place)
+    return _whole(cfg, str(place))
+
+
+def base_of(path: str) -> str:
+    """The folder or hub id that has the config.json of the model that `path` names; for a plain model, `path`."""
+    place = Path(resolve_path(path))
+    if (place / ADAPTER).is_file():
+        return base_of(_base_name(place, _read_json(place / ADAPTER)))
+    if (run := run_of(place)) is not None:
+        return str(run / "model") if (run / "model").is_dir() else base_of(recipe_of(run).model.path)
+    return str(place) if path == "abacus" else path
+
+
+def adapter_rank(path: str) -> int:
+    """The rank of the PEFT adapter in a folder."""
+    return int(_read_json(Path(path) / ADAPTER).get("r") or 0)
+
+
+def content_files(path: str) -> list[Path]:
+    """The files on this machine that determine the weights and tokenizer of `path`, in order; none for a hub id."""
+    place = Path(resolve_path(path))
+    if not place.is_dir():
+        return []
+    if (run := run_of(place)) is not None:
+        saved = chosen(run, place)
+        if saved is None:
+            return content_files(str(run / "model"))
+        return [*content_files(recipe_of(run).model.path), saved.path / "MANIFEST.json"]
+    own = sorted([*place.glob("*.safetensors"), *place.glob("tokenizer*.json")])
+    if (place / ADAPTER).is_file():
+        return [*content_files(_base_name(place, _read_json(place / ADAPTER))), place / ADAPTER, *own]
+    return own
+
+
+def run_of(place: Path) -> Path | None:
+    """The run that a folder is, or is a checkpoint of (`RUN/ckpt/step_0000010`); None for other folders."""
+    if (place / "run.json").is_file():
+        return place
+    run = place.parent.parent
+    return run if place.parent.name == "ckpt" and (run / "run.json").is_file() else None
+
+
+def chosen(run: Path, place: Path) -> Checkpoint | None:
+    """The checkpoint that stands for a run: the folder `place` if it is one of the run's, else the best if the run kept
+    one (`run.keep_best`) and has finished, else the newest; None if there is none."""
+    if place != run:
+        return Checkpoint(int(place.name.removeprefix("step_").removesuffix(".old")), place)
+    with Run.read(run) as store:
+        best = (store.summary() or {}).get("best")
+    found = [path for step, path in checkpoint.folders(run) if best and step == best["step"]]
+    return Checkpoint(best["step"], found[0]) if best and found else checkpoint.latest(run)
+
+
+def load_checkpoint(saved: Checkpoint) -> dict[str, torch.Tensor]:
+    """The model tensors of a checkpoint, verified, by trainable name."""
+    return checkpoint.load(saved.path, only=["model"])[0]["model"]
+
+
+def _whole(cfg: ModelConfig, source: str) -> Weights:
+    """Loads a model folder or hub id and checks that all of it was loaded."""
+    _require_safetensors(source, cfg.path)
+    transformers.utils.logging.disable_progress_bar()
+    dtype = torch.float32 if cfg.dtype == "float32" else torch.bfloat16
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        with _loading:
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=dtype,
+                use_safetensors=True,
+                attn_implementation="sdpa",
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported below, with the other faults
+            )
+    except Exception as error:  # a damaged or foreign folder may raise anything
+        raise _cannot_load(cfg.path, error) from None
+    return Weights(model, tokenizer, check_loaded(model, info, cfg.path))
+
+
+def check_loaded(model: Any, info: Mapping[str, Any], name: str) -> list[str]:
+    """Checks transformers' loading info: every parameter was in the checkpoint, and every tensor of it is in the model.
+
+    Tensors of other parts of a larger checkpoint (OTHER_PARTS) are counted in a note. Raises ConfigError otherwise.
+    """
+    shapes = {key: f"{key} is {tuple(have)}, expected {tuple(want)}" for key, have, want in info["mismatched_keys"]}
+    missing = sorted(set(info["missing_keys"]) - shapes.keys())
+    unused = sorted(set(info["unexpected_keys"]) - shapes.keys())
+    other = [key for key in unused if OTHER_PARTS.search(key)]
+    strange = [key for key in unused if key not in other]
+    faults: list[str] = []
+    if missing:
+        count = len(list(model.named_parameters(remove_duplicate=False)))
+        faults.append(
+            f"{len(missing)} of its {count} parameters are not in the checkpoint and would be random (the first is "
+            f"{missing[0]!r})"
+        )
+    if shapes:
+        faults.append(
+            f"{len(shapes)} tensors have another shape than its config.json says ({next(iter(shapes.values()))})"
+        )
+    if strange:
+        faults.append(f"{len(strange)} tensors of the checkpoint are not used (the first is {strange[0]!r})")
+    if faults:
+        raise ConfigError(
+            f"model {name!r} is not loaded completely as {type(model).__name__}: {', and '.join(faults)}. Save it "
+            "again with transformers' save_pretrained, or correct config.json."
+        )
+    return [f"{len(other)} tensors of {name} are not used; the first is {other[0]}."] if other else []
+
+
+def _with_adapter(cfg: ModelConfig, folder: Path) -> Weights:
+    """Loads the base model of a PEFT adapter and the adapter, merged unless `continue_adapter`."""
+    about = _read_json(folder / ADAPTER)
+    base_name = _base_name(folder, about)
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ConfigError(f"adapter {cfg.path!r} has no adapter_model.safetensors. Save it again with a current PEFT.")
+    if cfg.continue_adapter:
+        lora.check_continuable(about, cfg.path)
+    base = read(replace(cfg, path=base_name, continue_adapter=False))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of keys, which are checked below, and of PEFT's own deprecations
+            model = PeftModel.from_pretrained(base.model, str(folder), is_trainable=cfg.continue_adapter)
+            result = model.load_adapter(str(folder), "default", is_trainable=cfg.continue_adapter)
+        tokenizer = base.tokenizer
+        if (folder / "tokenizer.json").is_file():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
+    except Exception as error:
+        raise _cannot_load(cfg.path, error) from None
+    for keys, what in ((result.missing_keys, "have no tensor in it"), (result.unexpected_keys, "have no place in it")):
+        if keys:
+            raise ConfigError(
+                f"adapter {cfg.path!r} does not fit its base model {base_name!r}: {len(keys)} adapter weights {what} "
+                f"(the first is {sorted(keys)[0]!r})."
+            )
+    if cfg.continue_adapter:
+        return Weights(lora.continued(model), tokenizer, base.notes)
+    if not hasattr(model.base_model, "merge_and_unload"):
+        raise ConfigError(
+            f"adapter {cfg.path!r} is of type {about.get('peft_type')}, which cannot be merged. Use LoRA."
+        )
+    note = f"{cfg.path} is a PEFT adapter; it was merged into its base model {base_name}."
+    return Weights(_merged(model), tokenizer, [*base.notes, note])
+
+
+def _of_run(cfg: ModelConfig, run: Path, place: Path) -> Weights:
+    """Loads the model of a run's checkpoint, with its adapters merged."""
+    saved, recipe = chosen(run, place), recipe_of(run)
+    if saved is None:
+        if not (run / "model").is_dir():
+            raise ResumeError(f"{run} has no checkpoint yet; resume it, or use its base model {recipe.model.path!r}.")
+        return read(replace(cfg, path=str(run / "model")))
+    base = read(replace(recipe.model, dtype=cfg.dtype))
+    model = base.model
+    if recipe.model.lora_rank:
+        model = lora.attach(model, recipe.model.lora_rank, recipe.model.lora_alpha)
+    tensors = {name: t for name, t in load_checkpoint(saved).items() if not name.startswith("scalar.")}
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    odd = sorted(tensors.keys() - parameters.keys())
+    if recipe.facts().trains != "scorer":  # which leaves out the frozen output layer
+        odd = sorted(tensors.keys() ^ parameters.keys())
+    if odd:
+        raise ResumeError(
+            f"{saved.path} does not fit {recipe.model.path!r}: {len(odd)} names differ, first {odd[0]!r}."
+        )
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            parameters[name].copy_(tensor)
+    note = f"{cfg.path} is a run; training starts from its checkpoint of step {saved.step}."
+    return Weights(_merged(model), base.tokenizer, [*base.notes, note])
+
+
+def _merged(model: Any) -> Any:
+    """The model with its adapters merged, all of which trains again: PEFT freezes what it adapts."""
+    return lora.merge(model).requires_grad_(True)
+
+
+def recipe_of(run: Path) -> Recipe:
+    """The recipe of a run."""
+    with Run.read(run) as store:
+        return config.stored(store.header["algorithm"], store.header["recipe"])
+
+
+def _base_name(folder: Path, about: Json) -> str:
+    """The base model of an adapter: a hub id or folder, also relative to the adapter's folder."""
+    name = about.get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise ConfigError(
+            f"{folder / ADAPTER} names no base model. Set base_model_name_or_path to its folder or hub id."
+        )
+    beside = folder / name
+    base = str(beside) if not Path(name).exists() and beside.is_dir() else name
+    if Path(base).resolve() == folder.resolve():
+        raise ConfigError(f"{folder / ADAPTER} names itself as its base model. Set base_model_name_or_path.")
+    return base
+
+
+def _read_json(file: Path) -> Json:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} cannot be read: {error}") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{file} holds a {type(found).__name__}, expected an object.")
+    return found
+
+
+def _cannot_load(name: str, error: Exception) -> ConfigError:
+    if isinstance(error, ConfigError):
+        return error
+    first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return ConfigError(f"model {name!r} cannot be loaded: {first}")
+
+
+def _require_safetensors(source: str, name: str) -> None:
+    folder = Path(source)
+    if not folder.exists():
+        if os.sep in name and (name.startswith((".", "/", "~")) or name.count("/") != 1):
+            raise ConfigError(f"model folder {name!r} does not exist.")
+        return  # a hub id: from_pretrained(use_safetensors=True) rejects other formats
+    if not folder.is_dir():
+        raise ConfigError(f"model {name!r} is a file. Give the folder that holds config.json and model.safetensors.")
+    if not list(folder.glob("*.safetensors")):
+        pickles = [p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern)]
+        found = f" (only {pickles[0]}, a pickle file that could run code)" if pickles else ""
+        raise ConfigError(f"model folder {name!r} has no *.safetensors file{found}. Convert the weights first.")

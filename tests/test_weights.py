@@ -1,0 +1,320 @@
+"""Every tensor of a checkpoint is loaded, every parameter was in it, and a path means one model in every command."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tomllib
+import warnings
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from packaging.version import Version
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+import posttrain as pt
+from posttrain import api
+from posttrain.config import ModelConfig
+from posttrain.models import lora
+from posttrain.models.load import Policy, load_policy, packed_logits, save_pretrained, trainable
+from posttrain.models.weights import base_of, check_loaded, content_files
+from posttrain.train.reference import frozen_reference
+from posttrain.types import ConfigError, Sample
+from tests import tiny
+from tests.lower_bounds import ROOT, lower_bounds
+
+SMALL: dict[str, Any] = {"rollout__max_tokens": 6, "rollout__slots": 32, "prompts": 2, "group_size": 4, "problems": 2,
+                         "count": 16, "threads": 1}  # fmt: skip
+TENSORS = "model.safetensors"
+Tensors = dict[str, torch.Tensor]
+
+
+def odd(completion: str, answer: str, **task: Any) -> float:
+    return float(len(completion) % 2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.chatty(tmp_path_factory.mktemp("models") / "whole")
+
+
+@pytest.fixture(scope="module")
+def adapter(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter as PEFT and the trainers built on it leave it: its weights, and its base model's path."""
+    out = tmp_path_factory.mktemp("models") / "adapter"
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    torch.manual_seed(0)
+    settings = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules="all-linear", task_type="CAUSAL_LM")
+    with warnings.catch_warnings():  # PEFT uses a deprecated transformers name
+        warnings.simplefilter("ignore", FutureWarning)
+        model = get_peft_model(model, settings)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.2)
+    model.save_pretrained(str(out))
+    return out
+
+
+def logits(policy: Policy) -> torch.Tensor:
+    policy.model.eval()
+    with torch.no_grad():
+        return packed_logits(policy, [torch.arange(5, 25), torch.arange(30, 40)])
+
+
+# --- conservation ----------------------------------------------------------------------------------------------------
+
+
+def without(name: str) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {key: value for key, value in tensors.items() if key != name}
+
+
+NORM = "model.layers.1.input_layernorm.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda t: {f"base_model.model.{k}": v for k, v in t.items()}, r"21 of its 21 .* random .* and 20 tensors"),
+        (without(NORM), rf"1 of its 21 parameters .*the first is '{NORM}'"),
+        (lambda t: t | {"v_head.summary.weight": torch.ones(3)}, r"1 tensors of the checkpoint are not used .*v_head"),
+        (
+            lambda t: t | {NORM: torch.ones(7)},
+            rf"1 tensors have another shape .*\({NORM} is \(7,\), expected \(32,\)\)",
+        ),
+    ],
+)
+def test_a_checkpoint_that_is_not_the_model_is_refused_with_a_count_and_a_name(
+    folder: Path, tmp_path: Path, change: Callable[[Tensors], Tensors], says: str
+) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    file = tmp_path / "model" / TENSORS
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=says):
+        load_policy(ModelConfig(path=str(tmp_path / "model")))
+
+
+def test_a_damaged_file_is_refused_in_one_sentence(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    whole = (tmp_path / "model" / TENSORS).read_bytes()
+    (tmp_path / "model" / TENSORS).write_bytes(whole[:1000])
+    with pytest.raises(ConfigError, match=r"model .* cannot be loaded: "):
+        load_policy(ModelConfig(path=str(tmp_path / "model")))
+
+
+def test_tied_weights_are_in_the_checkpoint_once_and_other_modalities_are_counted(folder: Path) -> None:
+    assert "lm_head.weight" not in load_file(folder / TENSORS)
+    policy = load_policy(ModelConfig(path=str(folder)))
+    assert policy.notes == []
+    info = {"missing_keys": set[str](), "mismatched_keys": set[str]()}
+    info["unexpected_keys"] = {"model.vision_tower.a.weight", "mtp.layers.0.weight"}
+    (note,) = check_loaded(policy.model, info, "m")
+    assert note == "2 tensors of m are not used; the first is model.vision_tower.a.weight."
+
+
+# --- the same model in every command ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folders(folder: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Every kind of path that names a model."""
+    root = tmp_path_factory.mktemp("runs")
+    whole = pt.grpo(str(folder), "sums", odd, root / "whole", steps=2, lr=1e-2, checkpoint_every=1, **SMALL).folder
+    light = pt.grpo(str(folder), "sums", odd, root / "light", steps=2, lr=1e-2, lora_rank=2, **SMALL).folder
+    on_adapter = pt.grpo(str(adapter), "sums", odd, root / "on", steps=1, lr=1e-2, lora_rank=2, **SMALL).folder
+    further = pt.grpo(
+        str(adapter), "sums", odd, root / "further", steps=1, lr=1e-2, continue_adapter=True, kl_coef=0.1, **SMALL
+    ).folder
+    return {
+        "model folder": str(folder),
+        "adapter": str(adapter),
+        "run": str(whole),
+        "checkpoint": str(whole / "ckpt" / "step_0000001"),
+        "LoRA run": str(light),
+        "export of a LoRA run": str(light / "model"),
+        "LoRA run on an adapter": str(on_adapter),
+        "run that trained an adapter further": str(further),
+    }
+
+
+KINDS = ["model folder", "adapter", "run", "checkpoint", "LoRA run", "export of a LoRA run", "LoRA run on an adapter",
+         "run that trained an adapter further"]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_starts_from_the_model_that_eval_reads(folders: dict[str, str], kind: str) -> None:
+    path = folders[kind]
+    read = logits(api.open_policy(path))
+    settings = [{}, {"lora_rank": 2}] + [{"continue_adapter": True}] * (kind == "adapter")
+    for more in settings:
+        started = load_policy(ModelConfig(path=path, **more))
+        torch.testing.assert_close(logits(started), read, rtol=0, atol=2e-5)
+        assert trainable(started)
+    assert content_files(path) and (Path(base_of(path)) / "config.json").is_file()
+
+
+def test_runs_and_adapters_are_other_models_than_their_base(folders: dict[str, str]) -> None:
+    found = {kind: logits(api.open_policy(path)) for kind, path in folders.items()}
+    same = ("LoRA run", "export of a LoRA run")
+    for one in KINDS:
+        for other in KINDS:
+            if one < other and {one, other} != set(same):
+                assert not torch.allclose(found[one], found[other], rtol=0, atol=1e-4), (one, other)
+    torch.testing.assert_close(found[same[0]], found[same[1]], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("more", [{}, {"lora_rank": 2}, {"continue_adapter": True}])
+def test_the_reference_is_the_starting_model_whatever_has_been_trained_since(
+    adapter: Path, more: dict[str, Any]
+) -> None:
+    cfg = ModelConfig(path=str(adapter), **more)
+    policy = load_policy(cfg)
+    tokens = np.arange(5, 25)
+    row = Sample(tokens, np.arange(20) > 3, np.zeros(20, np.float32), np.zeros(20, np.float32))
+    start = logits(policy)
+    first = frozen_reference(cfg, policy, 100, 1.0)([row])[0]
+    with torch.no_grad():
+        for parameter in trainable(policy).values():
+            parameter.add_(0.05)
+    assert not torch.allclose(logits(policy), start, atol=1e-3)
+    names = set(trainable(policy))
+    assert np.array_equal(frozen_reference(cfg, policy, 100, 1.0)([row])[0], first)
+    assert set(trainable(policy)) == names, "the switch to the reference and back changed what trains"
+    expected = torch.log_softmax(start[:20], -1)[3:-1].gather(1, torch.from_numpy(tokens[4:, None]))[:, 0]
+    np.testing.assert_allclose(first[4:], expected, atol=2e-5)
+
+
+def test_an_adapter_that_is_trained_further_keeps_its_names_and_is_merged_in_the_export(
+    adapter: Path, tmp_path: Path
+) -> None:
+    policy = load_policy(ModelConfig(path=str(adapter), continue_adapter=True))
+    assert all(".default." in name for name in trainable(policy))
+    assert not any(isinstance(module, torch.nn.Dropout) for module in policy.model.modules())
+    save_pretrained(policy, tmp_path / "out")
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+    torch.testing.assert_close(logits(api.open_policy(str(tmp_path / "out"))), logits(policy), rtol=0, atol=2e-5)
+
+
+def test_a_run_that_trains_an_adapter_further_resumes_bit_exactly(
+    adapter: Path, folders: dict[str, str], tmp_path: Path
+) -> None:
+    settings = {"steps": 2, "lr": 1e-2, "kl_coef": 0.1, "continue_adapter": True, "checkpoint_every": 1, **SMALL}
+    whole = pt.grpo(str(adapter), "sums", odd, tmp_path / "whole", **settings)
+
+    class Killed(Exception):
+        pass
+
+    def kill(step: int, values: dict[str, float]) -> None:
+        if step == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        pt.grpo(str(adapter), "sums", odd, tmp_path / "cut", on_step=kill, **settings)
+    again = pt.resume(tmp_path / "cut", reward=odd)
+    assert whole.summary and again.summary and whole.summary["weights"] == again.summary["weights"]
+
+
+BROKEN: dict[str, tuple[dict[str, Any], str]] = {
+    "no base": ({"base_model_name_or_path": None}, "names no base model"),
+    "itself": ({"base_model_name_or_path": "HERE"}, "names itself"),
+    "nowhere": ({"base_model_name_or_path": "./nowhere"}, "model folder './nowhere' does not exist"),
+    "other layers": ({"target_modules": ["q_proj"]}, "adapter weights have no place in it"),
+    "a prompt": ({"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4}, "cannot be|does not fit"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_an_adapter_that_cannot_be_merged_is_refused(adapter: Path, tmp_path: Path, name: str) -> None:
+    change, says = BROKEN[name]
+    shutil.copytree(adapter, tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    text = json.dumps(json.loads(file.read_text()) | change)
+    file.write_text(text.replace("HERE", str(tmp_path / "adapter")))
+    with pytest.raises(ConfigError, match=says):
+        load_policy(ModelConfig(path=str(tmp_path / "adapter")))
+
+
+def test_settings_of_an_adapter_that_do_not_apply_are_refused(folder: Path, adapter: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is not a PEFT adapter"):
+        load_policy(ModelConfig(path=str(folder), continue_adapter=True))
+    with pytest.raises(ConfigError, match="with its own rank"):
+        pt.grpo(str(adapter), "sums", odd, tmp_path / "run", steps=1, continue_adapter=True, lora_rank=2)
+    shutil.copytree(adapter, tmp_path / "dora")
+    file = tmp_path / "dora" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"use_dora": True}))
+    with pytest.raises(ConfigError, match=r"with \['use_dora'\], which cannot be trained further"):
+        load_policy(ModelConfig(path=str(tmp_path / "dora"), continue_adapter=True))
+
+
+# --- LoRA on a mixture of experts ------------------------------------------------------------------------------------
+
+SHAPE: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+                         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+                         "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+MOE: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+MODELS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: transformers.LlamaConfig(**SHAPE),
+    "mixtral": lambda: transformers.MixtralConfig(**SHAPE, num_local_experts=4),
+    "qwen2-moe": lambda: transformers.Qwen2MoeConfig(**SHAPE, **MOE, num_experts=4, shared_expert_intermediate_size=16),
+    "qwen3-moe": lambda: transformers.Qwen3MoeConfig(**SHAPE, **MOE, num_experts=4, head_dim=8),
+    "granite-moe": lambda: transformers.GraniteMoeConfig(**SHAPE, num_experts_per_tok=2, num_local_experts=4),
+    "glm4-moe": lambda: transformers.Glm4MoeConfig(
+        **SHAPE, **MOE, n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=1, head_dim=8
+    ),
+    "gpt-oss": lambda: transformers.GptOssConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2, head_dim=8),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_lora_adapts_every_linear_layer_and_every_expert_and_merging_changes_no_logit(name: str) -> None:
+    torch.manual_seed(0)
+    plain = transformers.AutoModelForCausalLM.from_config(MODELS[name]()).eval()
+    rows = torch.randint(3, 64, (2, 9))
+    with torch.no_grad():
+        before = plain(rows, use_cache=False).logits
+    whole_linears = [(n, m) for n, m in plain.named_modules() if isinstance(m, torch.nn.Linear)]
+    names = {name for name, _ in plain.named_parameters(remove_duplicate=False)}
+    model = lora.attach(plain, 2, 8).eval()
+    learns = {lora._plain(n).split(".lora_")[0] for n, p in model.named_parameters() if p.requires_grad}
+    assert all("lora_" in n for n, p in model.named_parameters() if p.requires_grad)
+    left = lora.not_adapted(model)
+    assert all("gate.weight" in n or "router" in n or "bias" in n for n in left), left
+    missed = [n for n, m in whole_linears if f"{n}.weight" in left]
+    assert not missed, missed
+    assert len(learns) > 4
+    with torch.no_grad():
+        torch.testing.assert_close(model(rows, use_cache=False).logits, before, rtol=0, atol=1e-6)
+        for n, parameter in model.named_parameters():
+            if "lora_B" in n:
+                parameter.normal_(0, 0.3)
+        adapted = model(rows, use_cache=False).logits
+        assert not torch.allclose(adapted, before, atol=1e-3)
+        with lora.disabled(model):
+            torch.testing.assert_close(model(rows, use_cache=False).logits, before, rtol=0, atol=1e-6)
+        whole = lora.merged(model)
+        torch.testing.assert_close(whole(rows, use_cache=False).logits, adapted, rtol=0, atol=3e-5)
+    sent, saved = dict(lora.merged_weights(model)), dict(whole.named_parameters(remove_duplicate=False))
+    assert set(sent) == set(saved) == names
+    for key, tensor in sent.items():
+        torch.testing.assert_close(tensor, saved[key], rtol=0, atol=1e-6)
+
+
+# --- versions --------------------------------------------------------------------------------------------------------
+
+
+def test_every_requirement_has_a_lower_bound_that_is_met_here_and_the_guide_says_which_were_tried() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lowest = lower_bounds()
+    assert len(lowest) == len(project["dependencies"]), "a requirement has no plain lower bound"
+    for name, version in lowest.items():
+        assert Version(metadata.version(name)) >= Version(version), name
+    tried = re.findall(r"(?m)^\| (\w+) \| ([\d.]+) \|$", (ROOT / "docs/guides/install.md").read_text(encoding="utf-8"))
+    assert tried and all(lowest[name] == version for name, version in tried)
