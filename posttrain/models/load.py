@@ -1,7 +1,7 @@
 """Loads Hugging Face causal LMs for training and checks them.
 
-Weights are read from safetensors only, and remote code is never run. After loading, the packed forward pass is compared
-with transformers' own on a few tokens, so that an unsupported architecture is rejected immediately.
+Weights are read from safetensors only, and remote code is never run. After loading, the forward passes of training are
+compared with transformers' own (models/check.py), which chooses how the model is computed.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -20,56 +19,14 @@ from transformers import LlamaConfig
 
 from posttrain.config import ModelConfig
 from posttrain.data.chat import ChatFormat
-from posttrain.models import decoder, lora
-from posttrain.models.attention import NAME, Layout
-from posttrain.models.packing import Packed
+from posttrain.models import lora
+from posttrain.models.check import check_forward, first_line
+from posttrain.models.policy import Policy, checkpoint_layers
 from posttrain.models.shapes import ModelShape
 from posttrain.types import ConfigError, TemplateError
 
 ABACUS = Path(__file__).parent / "abacus"
-TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.25}  # on logits; a wrong mask or position gives errors above 1
 _loading = threading.Lock()  # transformers changes process-wide settings while it builds a model
-
-
-@dataclass
-class Policy:
-    """A model with its tokenizer and stop tokens, and optionally a scalar head."""
-
-    model: Any  # PreTrainedModel or PeftModel
-    tokenizer: Any
-    source: str
-    stop_ids: tuple[int, ...]
-    scalar: nn.Linear | None = None  # width → scores or values, for reward models and critics (models/heads.py)
-
-    @property
-    def body(self) -> nn.Module:
-        """The decoder without its output layer."""
-        return lora.unwrap(self.model).get_decoder()
-
-    @property
-    def head(self) -> nn.Linear:
-        """The output layer."""
-        return lora.unwrap(self.model).get_output_embeddings()
-
-    @property
-    def config(self) -> Any:
-        return lora.unwrap(self.model).config
-
-    @property
-    def device(self) -> torch.device:
-        return self.head.weight.device
-
-    @property
-    def vocab(self) -> int:
-        return self.head.weight.shape[0]
-
-
-def hidden_states(policy: Policy, tokens: torch.Tensor, positions: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """Forward pass through the decoder: tokens and positions (b, t) int64 → last hidden states (b, t, width)."""
-    if decoder.fits(policy.body):
-        return decoder.forward(policy.body, tokens, positions, layout)
-    out = policy.body(input_ids=tokens, position_ids=positions, use_cache=False, layout=layout)
-    return out.last_hidden_state
 
 
 def resolve_path(path: str) -> str:
@@ -86,21 +43,16 @@ def load_policy(cfg: ModelConfig, device: torch.device | str = "cpu") -> Policy:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         with _loading:
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, use_safetensors=True, attn_implementation="sdpa"
-            )
-    except (OSError, ValueError) as error:
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ConfigError(f"model {cfg.path!r} cannot be loaded: {first}") from None
+            model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
+    except Exception as error:  # also of packages that a checkpoint's format needs
+        raise ConfigError(f"model {cfg.path!r} cannot be loaded: {first_line(error)}") from None
     policy = Policy(cast(nn.Module, model).to(device), tokenizer, cfg.path, _stop_ids(model, tokenizer, cfg.path))
     check_tokenizer(tokenizer, policy.vocab)
     check_forward(policy)
     if cfg.lora_rank:
         policy.model = lora.attach(policy.model, cfg.lora_rank, cfg.lora_alpha)
     if cfg.gradient_checkpointing:
-        inner = lora.unwrap(policy.model)
-        inner.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-        inner.enable_input_require_grads()
+        checkpoint_layers(policy)
     return policy
 
 
@@ -174,7 +126,9 @@ def _require_safetensors(source: str, name: str) -> None:
 
 def _stop_ids(model: Any, tokenizer: Any, name: str) -> tuple[int, ...]:
     ids: list[int] = []
-    for value in (model.generation_config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token_id):
+    text = model.config.get_text_config(decoder=True)
+    generation = getattr(model.generation_config, "eos_token_id", None)
+    for value in (generation, getattr(text, "eos_token_id", None), tokenizer.eos_token_id):
         ids.extend(value if isinstance(value, list) else [value] if value is not None else [])
     if not ids:
         raise TemplateError(
@@ -191,39 +145,6 @@ def check_tokenizer(tokenizer: Any, rows: int) -> None:
             f"the tokenizer has ids up to {largest}, but the model has only {rows} embedding rows. "
             "Use the tokenizer that belongs to the model."
         )
-
-
-def short_rows(policy: Policy) -> list[torch.Tensor]:
-    """Token ids, (7,) and (3,), on which other forward passes are compared with the packed one."""
-    return [torch.arange(5, 5 + n, device=policy.device) % policy.vocab for n in (7, 3)]
-
-
-def packed_logits(policy: Policy, rows: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Logits (M, vocabulary) of rows with M tokens in total, packed into one pass."""
-    layout = Packed(torch.tensor([len(row) for row in rows], device=policy.device))
-    return policy.head(hidden_states(policy, torch.cat([*rows]).unsqueeze(0), layout.positions, layout))[0]
-
-
-@torch.no_grad()
-def check_forward(policy: Policy) -> float:
-    """Compares the packed forward pass with transformers' own on two short rows, and switches the model to it.
-
-    Returns the largest logit difference; raises ConfigError if it exceeds the tolerance.
-    """
-    model = lora.unwrap(policy.model)
-    model.eval()
-    rows = short_rows(policy)
-    theirs = torch.cat([model(input_ids=row.unsqueeze(0), use_cache=False).logits[0] for row in rows])
-    model.set_attn_implementation(NAME)
-    ours = packed_logits(policy, rows)
-    difference = float((ours.float() - theirs.float()).abs().max())
-    limit = TOLERANCE[policy.head.weight.dtype] * max(1.0, float(theirs.float().abs().max()) / 10)
-    if not difference <= limit:
-        raise ConfigError(
-            f"{type(model).__name__} is not supported: its logits differ by {difference:.2g} between transformers' "
-            f"forward pass and the packed one (allowed: {limit:.2g})."
-        )
-    return difference
 
 
 def with_chat_format(policy: Policy, form: Literal["chat", "plain"]) -> ChatFormat:
