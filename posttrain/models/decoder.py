@@ -2,7 +2,7 @@
 
 The transformers modules keep the weights, adapters and rotary angles and compute every matrix product. The operations
 in between (norms, residual sums, rotary embeddings, gated units) are one kernel each instead of a chain of torch
-operations. `models/load.py:check_forward` compares the result with transformers' own forward pass before it is used.
+operations. `models/check.py:check_forward` compares the result with transformers' own forward pass before it is used.
 """
 
 from __future__ import annotations
