@@ -35,7 +35,7 @@ TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.25}  # on logits; a wrong ma
 PREFIX, TAILS, ALONE = 9, (7, 3), 72  # tokens of the rows compared: a prefix that two rows share, and a longer row
 SMALL = 200_000_000  # a bfloat16 model of at most this many parameters is also compared in float32
 LONGEST = 128  # lengths at which a model changes are crossed by the check's rows up to this many tokens
-WINDOWS = r"(?!.*(pattern|layers|feed_forward)).*(window|chunk_size).*"  # names of settings that limit attention
+WINDOWS = r"(?!.*(pattern|layers)).*(window|attention_chunk_size).*"  # names of settings that limit attention
 STEPS = 4  # tokens that are decoded one by one
 
 Rows = list[torch.Tensor]
