@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-V, W, WINDOW = 262, 32, 16
+V, W, WINDOW = 264, 32, 16
 IDS: dict[str, Any] = {"vocab_size": V, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 NB: dict[str, Any] = {**IDS, "hidden_size": W, "num_hidden_layers": 2, "num_attention_heads": 4}
 BASE: dict[str, Any] = {**NB, "num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 512}

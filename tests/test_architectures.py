@@ -256,7 +256,7 @@ def test_a_layer_that_does_not_call_our_attention_is_not_packed(tmp_path: Path, 
     monkeypatch.setattr(check._Counting, "attend", forgetful)
     policy = load_policy(ModelConfig(path=str(folder)))
     assert policy.route.reach == 0
-    assert policy.notes[0].endswith("(slower): 1 of 2 layers do not use transformers' attention interface once.")
+    assert policy.notes[0].endswith("(slower): 1 of 2 layers do not use transformers' attention interface.")
 
 
 def test_a_decoder_whose_steps_differ_is_replaced_with_a_note(tmp_path: Path, monkeypatch: Any) -> None:

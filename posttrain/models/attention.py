@@ -50,9 +50,11 @@ def attention(
 ) -> tuple[torch.Tensor, None]:
     """The attention function transformers calls in each layer. Raises Unsupported for options it does not have."""
     if layout is None:
-        raise ValueError("a model loaded by posttrain was called without a layout. Use posttrain.models.policy.states.")
+        raise Unsupported("its attention was called without a packed layout (posttrain.models.policy.states has one)")
     if sliding_window is not None and layout.longest > sliding_window:
         raise Unsupported(f"a sequence of {layout.longest} tokens is longer than its window of {sliding_window}")
+    if attention_mask is not None:
+        raise Unsupported("its layers mask attention themselves")
     if softcap is not None:
         raise Unsupported("the packed pass has no attention soft-capping")
     if s_aux is not None:
@@ -75,11 +77,14 @@ def causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: f
 
 
 class Prefill:
-    """Layout for prefill: prompts padded to one length. Keeps every layer's keys and values for the slots."""
+    """Layout for prefill: prompts padded to one length, of at most `longest` tokens without the padding.
+
+    Keeps every layer's keys and values for the slots.
+    """
 
     def __init__(self, longest: int) -> None:
         self.longest = longest
-        self.keys: list[torch.Tensor] = []  # per layer (n, Hkv, longest, D)
+        self.keys: list[torch.Tensor] = []  # per layer (n, Hkv, padded length, D)
         self.values: list[torch.Tensor] = []
 
     def attend(

@@ -194,8 +194,9 @@ def _packed_agrees(policy: Policy, rows: Rows, truth: Rows) -> tuple[str, float]
         layers = policy.config.num_hidden_layers
         if sorted(layout.called) != list(range(layers)):
             missed = sorted({*range(layers)} - {*layout.called})
-            which = f"{len(missed)} of {layers}" if missed else f"some of {layers}"
-            return f"{which} layers do not use transformers' attention interface once", difference
+            if not missed:
+                return f"some of its {layers} layers use attention more than once", difference
+            return f"{len(missed)} of {layers} layers do not use transformers' attention interface", difference
         if not difference <= allowed(policy.head.weight.dtype, wanted):
             return f"its logits differ by {difference:.2g} in a packed pass", difference
         if policy.head.weight.dtype != torch.float32 and not decoder.fits(body):

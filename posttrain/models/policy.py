@@ -15,6 +15,8 @@ from posttrain.models import decoder, lora
 from posttrain.models.attention import NAME, Layout
 from posttrain.models.packing import Packed
 
+CACHES = ("cache", "past_key_values", "cache_params")  # what versions of transformers call a model's cache
+
 
 @dataclass(frozen=True)
 class LogitRule:
@@ -60,7 +62,9 @@ class Policy:
     @property
     def body(self) -> nn.Module:
         """The decoder without its output layer."""
-        return lora.unwrap(self.model).get_decoder()
+        inner = lora.unwrap(self.model)
+        found = inner.get_decoder()
+        return inner.model if found is inner else found  # Llama 4 returns itself
 
     @property
     def head(self) -> nn.Linear:
@@ -132,8 +136,8 @@ def advance(policy: Policy, tokens: torch.Tensor, cache: dict[str, Any]) -> tupl
     body = policy.body
     use_attention(body, policy.route.own)
     out = body(input_ids=tokens.unsqueeze(0), use_cache=True, **cache)
-    kept = {name: out[name] for name in ("cache", "past_key_values", "cache_params") if out.get(name) is not None}
-    return out.last_hidden_state[0], kept
+    name = next((name for name in CACHES if out.get(name) is not None), "")
+    return out.last_hidden_state[0], {name: out[name]} if name else {}
 
 
 def use_attention(body: Any, name: str) -> None:

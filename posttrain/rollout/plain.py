@@ -66,9 +66,11 @@ class PlainDecoder:
         done: dict[int, Prompt] = {}
         for padded, members in by_padded_length(prompts).items():
             for part in prefill_calls(members, padded, self.rows):
-                layout = Prefill(padded)
+                longest = max(len(prompts[i]) for i in part)
+                layout = Prefill(longest)
                 tokens = padded_tokens([prompts[i] for i in part], padded).to(self.policy.device)
-                positions = torch.arange(padded, device=tokens.device).expand_as(tokens)
+                # no position after the longest prompt: rotary frequencies may depend on the largest one
+                positions = torch.arange(padded, device=tokens.device).clamp_max(longest - 1).expand_as(tokens)
                 hidden = hidden_states(self.policy, tokens, positions, layout)
                 logits = self._head(torch.stack([hidden[row, len(prompts[i]) - 1] for row, i in enumerate(part)]))
                 keys, values = torch.stack(layout.keys, 1), torch.stack(layout.values, 1)  # (n, layers, Hkv, padded, D)
