@@ -227,7 +227,7 @@ def prepare(algorithm: str, recipe: Recipe, folder: Path, given: list[Task] | No
     setup = Setup(recipe, policy, with_chat_format(policy, recipe.data.format), folder, given, reward)
     job = algos.load(algorithm).prepare(setup)
     versions = engine_versions(recipe.rollout.engine) if isinstance(recipe, config.Sampling) else {}
-    return job, device.fingerprint(policy, on) | versions
+    return replace(job, notes=[*policy.notes, *job.notes]), device.fingerprint(policy, on) | versions
 
 
 def _drive(store: Run, recipe: Recipe, job: Job, on_step: OnStep | None) -> Result:

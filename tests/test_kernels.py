@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 import posttrain as pt
 from posttrain.models import decoder, kernels, lora
 from posttrain.models.attention import NAME
+from posttrain.models.check import check_forward
 from posttrain.models.kernels.build import library, why_not
-from posttrain.models.load import Policy, check_forward
 from posttrain.models.packing import Packed
+from posttrain.models.policy import Policy
 from posttrain.rollout.engines.embedded import EmbeddedGenerator
 from posttrain.rollout.fused import FusedDecoder
 from posttrain.rollout.generator import Request

@@ -15,8 +15,8 @@ import torch
 from posttrain.config import TrainConfig
 from posttrain.data import batching
 from posttrain.models import lora
-from posttrain.models.load import Policy, hidden_states
 from posttrain.models.packing import Packed
+from posttrain.models.policy import Policy, hidden_states
 from posttrain.objectives.tokens import token_logprobs
 from posttrain.train import forward as forward_module
 from posttrain.train.forward import sample_logprobs, token_stats

@@ -102,9 +102,9 @@ def make_forward(teacher: Policy, cfg: DistillConfig) -> forward.Forward:
         hidden: torch.Tensor, expert: torch.Tensor, targets: torch.Tensor, student: Policy, temperature: float
     ) -> tuple[torch.Tensor, ...]:
         """hidden, expert (n, width), targets (n,) → six tensors (n,)."""
-        ours = torch.log_softmax(student.head(hidden).float() / temperature, -1)  # (n, V)
+        ours = torch.log_softmax(student.logits(hidden).float() / temperature, -1)  # (n, V)
         with torch.no_grad():
-            rows = teacher.head(expert)[:, : student.vocab]  # a larger teacher may have more padding rows
+            rows = teacher.logits(expert)[:, : student.vocab]  # a larger teacher may have more padding rows
             theirs = torch.log_softmax(rows.float() / temperature, -1)
         logp, teacher_logp = (x.gather(-1, targets.unsqueeze(-1)).squeeze(-1) for x in (ours, theirs))
         if cfg.estimator == "full":

@@ -86,9 +86,12 @@ def noisy_embeddings(policy: Policy, batch: Batch, keys: Sequence[int], alpha: f
         yield
         return
 
+    rows = zip(keys, batch.real.sum(1).tolist(), strict=True)
+
     def add(_module: Any, _inputs: Any, embedded: torch.Tensor) -> torch.Tensor:
         parts: list[torch.Tensor] = []
-        for key, length in zip(keys, batch.real.sum(1).tolist(), strict=True):
+        while sum(len(part) for part in parts) < embedded.shape[1]:  # a call has all rows, or one (models/policy.py)
+            key, length = next(rows)
             draws = torch.rand(length, embedded.shape[-1], generator=torch.Generator().manual_seed(key))
             parts.append((2 * draws - 1) * (alpha / math.sqrt(draws.numel())))
         return embedded + torch.cat(parts).unsqueeze(0).to(embedded)

@@ -115,8 +115,7 @@ def _stats(policy: Policy, row: EpisodeRow, heat: float) -> tuple[np.ndarray, np
     """Log-probabilities and entropies (K,) of the K tokens that the model wrote."""
     import torch
 
-    from posttrain.models.load import hidden_states
-    from posttrain.models.packing import Packed
+    from posttrain.models.policy import states as states_of
     from posttrain.objectives.tokens import select
 
     ids = torch.from_numpy(row.tokens.astype(np.int64))
@@ -127,11 +126,10 @@ def _stats(policy: Policy, row: EpisodeRow, heat: float) -> tuple[np.ndarray, np
     where = torch.from_numpy(np.flatnonzero(row.loss_mask))
     with torch.inference_mode():
         policy.model.eval()
-        layout = Packed(torch.tensor([len(ids)]))
-        hidden = hidden_states(policy, ids.unsqueeze(0), layout.positions, layout)[0][where - 1]
+        hidden = states_of(policy, ids, torch.tensor([len(ids)]), (), where - 1)
         size = max(1, LOGITS_AT_ONCE // policy.vocab)
         parts = zip(hidden.split(size), ids[where].split(size), strict=True)
-        stats = [select(policy.head(states), targets, heat) for states, targets in parts]
+        stats = [select(policy.logits(states), targets, heat) for states, targets in parts]
         return (torch.cat([logp for logp, _ in stats]).numpy(), torch.cat([open_ for _, open_ in stats]).numpy())
 
 

@@ -18,6 +18,10 @@ KEY_BLOCK = 16  # keys are read in multiples of this; masked keys add exact zero
 QUERY_ROWS = 4  # minimum number of query rows: a single row would use another kernel, which rounds differently
 
 
+class Unsupported(ValueError):
+    """A layer asks for attention that the packed pass does not have."""
+
+
 class Layout(Protocol):
     """What the tokens of one model call attend to."""
 
@@ -41,20 +45,24 @@ def attention(
     layout: Layout | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The attention function transformers calls in each layer. Raises ValueError for unsupported options."""
+    """The attention function transformers calls in each layer. Raises Unsupported for options it does not have."""
     if layout is None:
-        raise ValueError(
-            "a model loaded by posttrain was called without a layout. Use posttrain.models.load.hidden_states."
-        )
+        raise Unsupported("its attention was called without a packed layout (posttrain.models.policy.states has one)")
     if sliding_window is not None and layout.longest > sliding_window:
-        raise ValueError(
-            f"a sequence of {layout.longest} tokens is longer than the model's sliding window of {sliding_window}. "
-            "Lower rollout.max_tokens or data.max_prompt_tokens."
-        )
-    if softcap is not None or dropout:
-        raise ValueError("attention soft-capping and attention dropout are not supported.")
+        raise Unsupported(f"a sequence of {layout.longest} tokens is longer than its window of {sliding_window}")
+    if attention_mask is not None:
+        raise Unsupported("its layers mask attention themselves")
+    if softcap is not None:
+        raise Unsupported("the packed pass has no attention soft-capping")
+    if s_aux is not None:
+        raise Unsupported("the packed pass has no attention sinks")
+    if dropout:
+        raise Unsupported("the packed pass has no attention dropout")
+    if value.shape[-1] != query.shape[-1]:
+        raise Unsupported("its keys and values have different widths")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     return layout.attend(int(module.layer_idx), query, key, value, scale), None  # type: ignore[arg-type]
 
@@ -69,11 +77,14 @@ def causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: f
 
 
 class Prefill:
-    """Layout for prefill: prompts padded to one length. Keeps every layer's keys and values for the slots."""
+    """Layout for prefill: prompts padded to one length, of at most `longest` tokens without the padding.
+
+    Keeps every layer's keys and values for the slots.
+    """
 
     def __init__(self, longest: int) -> None:
         self.longest = longest
-        self.keys: list[torch.Tensor] = []  # per layer (n, Hkv, longest, D)
+        self.keys: list[torch.Tensor] = []  # per layer (n, Hkv, padded length, D)
         self.values: list[torch.Tensor] = []
 
     def attend(

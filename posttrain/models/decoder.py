@@ -2,7 +2,7 @@
 
 The transformers modules keep the weights, adapters and rotary angles and compute every matrix product. The operations
 in between (norms, residual sums, rotary embeddings, gated units) are one kernel each instead of a chain of torch
-operations. `models/load.py:check_forward` compares the result with transformers' own forward pass before it is used.
+operations. `models/check.py:check_forward` compares the result with transformers' own forward pass before it is used.
 """
 
 from __future__ import annotations
@@ -42,10 +42,17 @@ def fits(body: nn.Module) -> bool:
         and config.hidden_act == "silu"
         and not getattr(config, "sliding_window", None)
         and not getattr(config, "attention_dropout", 0.0)
+        and not changes_with_length(config)
         and head_width(config) <= WIDEST_HEAD
         and head_width(config) % 2 == 0
         and kernels.takes(weight)
     )
+
+
+def changes_with_length(config: Any) -> bool:
+    """Whether rotary frequencies depend on the longest position of a call."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return rope.get("rope_type") in ("longrope", "dynamic")
 
 
 def head_width(config: Any) -> int:

@@ -1,14 +1,13 @@
 """Loads Hugging Face causal LMs for training and checks them.
 
 Weights are read from safetensors only, all of them are used (models/weights.py), and remote code is never run. After
-loading, the packed forward pass is compared with transformers' own on a few tokens, so that an unsupported architecture
-is rejected immediately.
+loading, the forward passes of training are compared with transformers' own (models/check.py), which chooses how the
+model is computed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -18,56 +17,12 @@ from transformers import LlamaConfig
 
 from posttrain.config import ModelConfig
 from posttrain.data.chat import ChatFormat
-from posttrain.models import decoder, lora, weights
-from posttrain.models.attention import NAME, Layout
-from posttrain.models.packing import Packed
+from posttrain.models import lora, weights
+from posttrain.models.check import check_forward
+from posttrain.models.policy import Policy, checkpoint_layers
 from posttrain.models.shapes import ModelShape
 from posttrain.models.weights import resolve_path as resolve_path
 from posttrain.types import ConfigError, TemplateError
-
-TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.25}  # on logits; a wrong mask or position gives errors above 1
-
-
-@dataclass
-class Policy:
-    """A model with its tokenizer and stop tokens, and optionally a scalar head."""
-
-    model: Any  # PreTrainedModel or PeftModel
-    tokenizer: Any
-    source: str
-    stop_ids: tuple[int, ...]
-    scalar: nn.Linear | None = None  # width → scores or values, for reward models and critics (models/heads.py)
-    notes: list[str] = field(default_factory=list[str])  # what was loaded, and what does not train
-
-    @property
-    def body(self) -> nn.Module:
-        """The decoder without its output layer."""
-        return lora.unwrap(self.model).get_decoder()
-
-    @property
-    def head(self) -> nn.Linear:
-        """The output layer."""
-        return lora.unwrap(self.model).get_output_embeddings()
-
-    @property
-    def config(self) -> Any:
-        return lora.unwrap(self.model).config
-
-    @property
-    def device(self) -> torch.device:
-        return self.head.weight.device
-
-    @property
-    def vocab(self) -> int:
-        return self.head.weight.shape[0]
-
-
-def hidden_states(policy: Policy, tokens: torch.Tensor, positions: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """Forward pass through the decoder: tokens and positions (b, t) int64 → last hidden states (b, t, width)."""
-    if decoder.fits(policy.body):
-        return decoder.forward(policy.body, tokens, positions, layout)
-    out = policy.body(input_ids=tokens, position_ids=positions, use_cache=False, layout=layout)
-    return out.last_hidden_state
 
 
 def load_policy(cfg: ModelConfig, device: torch.device | str = "cpu") -> Policy:
@@ -85,9 +40,7 @@ def load_policy(cfg: ModelConfig, device: torch.device | str = "cpu") -> Policy:
                 f"LoRA leaves {len(frozen)} weight matrices without an adapter; the first is {frozen[0]}."
             )
     if cfg.gradient_checkpointing:
-        inner = lora.unwrap(policy.model)
-        inner.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-        inner.enable_input_require_grads()
+        checkpoint_layers(policy)
     return policy
 
 
@@ -147,7 +100,9 @@ def save_pretrained(policy: Policy, folder: Path) -> None:
 
 def _stop_ids(model: Any, tokenizer: Any, name: str) -> tuple[int, ...]:
     ids: list[int] = []
-    for value in (model.generation_config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token_id):
+    text = model.config.get_text_config(decoder=True)
+    generation = getattr(model.generation_config, "eos_token_id", None)
+    for value in (generation, getattr(text, "eos_token_id", None), tokenizer.eos_token_id):
         ids.extend(value if isinstance(value, list) else [value] if value is not None else [])
     if not ids:
         raise TemplateError(
@@ -164,39 +119,6 @@ def check_tokenizer(tokenizer: Any, rows: int) -> None:
             f"the tokenizer has ids up to {largest}, but the model has only {rows} embedding rows. "
             "Use the tokenizer that belongs to the model."
         )
-
-
-def short_rows(policy: Policy) -> list[torch.Tensor]:
-    """Token ids, (7,) and (3,), on which other forward passes are compared with the packed one."""
-    return [torch.arange(5, 5 + n, device=policy.device) % policy.vocab for n in (7, 3)]
-
-
-def packed_logits(policy: Policy, rows: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Logits (M, vocabulary) of rows with M tokens in total, packed into one pass."""
-    layout = Packed(torch.tensor([len(row) for row in rows], device=policy.device))
-    return policy.head(hidden_states(policy, torch.cat([*rows]).unsqueeze(0), layout.positions, layout))[0]
-
-
-@torch.no_grad()
-def check_forward(policy: Policy) -> float:
-    """Compares the packed forward pass with transformers' own on two short rows, and switches the model to it.
-
-    Returns the largest logit difference; raises ConfigError if it exceeds the tolerance.
-    """
-    model = lora.unwrap(policy.model)
-    model.eval()
-    rows = short_rows(policy)
-    theirs = torch.cat([model(input_ids=row.unsqueeze(0), use_cache=False).logits[0] for row in rows])
-    model.set_attn_implementation(NAME)
-    ours = packed_logits(policy, rows)
-    difference = float((ours.float() - theirs.float()).abs().max())
-    limit = TOLERANCE[policy.head.weight.dtype] * max(1.0, float(theirs.float().abs().max()) / 10)
-    if not difference <= limit:
-        raise ConfigError(
-            f"{type(model).__name__} is not supported: its logits differ by {difference:.2g} between transformers' "
-            f"forward pass and the packed one (allowed: {limit:.2g})."
-        )
-    return difference
 
 
 def with_chat_format(policy: Policy, form: Literal["chat", "plain"]) -> ChatFormat:

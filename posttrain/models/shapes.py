@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from posttrain.types import ConfigError
 
@@ -81,16 +84,42 @@ def shape_of(source: str | Path) -> ModelShape:
         )
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
-        width, heads = int(raw["hidden_size"]), int(raw["num_attention_heads"])
-        return ModelShape(
-            layers=int(raw["num_hidden_layers"]),
+        raw = raw.get("text_config", raw)
+        width, heads = _size(raw, "width"), _size(raw, "heads")
+        shape = ModelShape(
+            layers=_size(raw, "layers"),
             width=width,
             heads=heads,
             kv_heads=int(raw.get("num_key_value_heads") or heads),
             head_dim=int(raw.get("head_dim") or width // heads),
-            ffn=int(raw["intermediate_size"]),
+            ffn=_size(raw, "ffn", 4 * width if "n_embd" in raw else None),
             vocab=int(raw["vocab_size"]),
             tied=bool(raw.get("tie_word_embeddings", False)),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{file} does not describe a Llama-like model: {type(error).__name__} {error}.") from None
+    if others := sorted(key for key, value in raw.items() if value and re.fullmatch(OTHERS, key)):
+        raise ConfigError(
+            f"{file} does not describe a Llama-like model: it sets {others[0]}, and only plain attention and one "
+            "feed-forward network in each layer are counted. Measure memory with a run of one step instead."
+        )
+    return shape
+
+
+NAMES = {
+    "width": ("hidden_size", "n_embd", "d_model"),
+    "heads": ("num_attention_heads", "n_head", "n_heads"),
+    "layers": ("num_hidden_layers", "n_layer", "n_layers"),
+    "ffn": ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"),
+}
+"""What models call their sizes in config.json."""
+OTHERS = r"(num|n|moe)_.*experts|num_experts|kv_lora_rank|.*mamba.*|.*ssm.*|linear_num_.*|state_size"
+"""Settings of layers that are not those of a Llama."""
+
+
+def _size(raw: Mapping[str, Any], of: str, default: int | None = None) -> int:
+    """A size by any of its names. Raises KeyError if it has none and there is no default."""
+    found = next((raw[name] for name in NAMES[of] if raw.get(name)), default)
+    if found is None:
+        raise KeyError(NAMES[of][0])
+    return int(found)

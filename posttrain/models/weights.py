@@ -133,7 +133,6 @@ def _whole(cfg: ModelConfig, source: str) -> Weights:
                 source,
                 dtype=dtype,
                 use_safetensors=True,
-                attn_implementation="sdpa",
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # reported below, with the other faults
             )

@@ -1,4 +1,4 @@
-"""Decoder on transformers' modules, for any architecture, dtype and device that the learner supports."""
+"""Decoder on transformers' modules, for every model that the packed pass computes, in any dtype on any device."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from posttrain.models.attention import Prefill, SlotCache
-from posttrain.models.decoder import head_width
+from posttrain.models.attention import Prefill, SlotCache, Unsupported
 from posttrain.models.invariance import ROW_COUNTS, TILE, calls, equal_row_counts, linear_shapes
-from posttrain.models.load import Policy, hidden_states
+from posttrain.models.policy import Policy, hidden_states
 
 BLOCK = 64  # cache capacity per sequence is a multiple of this many tokens
 PROMPT_BLOCK = 32  # prompts are right-padded to a multiple of this; no token attends to the padding
@@ -36,6 +35,7 @@ class PlainDecoder:
         self.rows = equal_row_counts(linear_shapes(policy.body), tiles, like)
         self.head_rows = equal_row_counts(linear_shapes(policy.head), [c for c in ROW_COUNTS if c <= slots], like)
         self._cache: SlotCache | None = None
+        self.layers, self.heads, self.width = self._sizes()
 
     @property
     def cache(self) -> SlotCache:
@@ -45,20 +45,32 @@ class PlainDecoder:
 
     def prepare(self, sequences: int, longest_prompt: int, max_tokens: int) -> None:
         """Allocates the KV cache for this many sequences of this length; weights are not copied."""
-        config = self.policy.config
         used, capacity = min(self.slots, -(-sequences // TILE) * TILE), longest_prompt + max_tokens
         if self._cache is None or self._cache.capacity < capacity or self._cache.keys.shape[1] < used:
-            shape = (used, config.num_key_value_heads, -(-capacity // BLOCK) * BLOCK, head_width(config))
-            self._cache = SlotCache(config.num_hidden_layers, *shape, like=next(self.policy.model.parameters()))
+            shape = (used, self.heads, -(-capacity // BLOCK) * BLOCK, self.width)
+            self._cache = SlotCache(self.layers, *shape, like=next(self.policy.model.parameters()))
+
+    @torch.no_grad()
+    def _sizes(self) -> tuple[int, int, int]:
+        """Layers, key heads and head width of the cache, found with one token. Raises Unsupported if they vary."""
+        layout, token = Prefill(1), torch.zeros(1, 1, dtype=torch.int64, device=self.policy.device)
+        self.policy.model.eval()
+        hidden_states(self.policy, token, token, layout)
+        shapes = {(part.shape[1], part.shape[3]) for part in (*layout.keys, *layout.values)}
+        if len(shapes) != 1:
+            raise Unsupported("its layers have keys and values of different sizes")
+        return len(layout.keys), *shapes.pop()
 
     def prefill(self, prompts: Sequence[np.ndarray]) -> list[Prompt]:
         """Prefills prompts, batched only where the results stay bit-exact."""
         done: dict[int, Prompt] = {}
         for padded, members in by_padded_length(prompts).items():
             for part in prefill_calls(members, padded, self.rows):
-                layout = Prefill(padded)
+                longest = max(len(prompts[i]) for i in part)
+                layout = Prefill(longest)
                 tokens = padded_tokens([prompts[i] for i in part], padded).to(self.policy.device)
-                positions = torch.arange(padded, device=tokens.device).expand_as(tokens)
+                # no position after the longest prompt: rotary frequencies may depend on the largest one
+                positions = torch.arange(padded, device=tokens.device).clamp_max(longest - 1).expand_as(tokens)
                 hidden = hidden_states(self.policy, tokens, positions, layout)
                 logits = self._head(torch.stack([hidden[row, len(prompts[i]) - 1] for row, i in enumerate(part)]))
                 keys, values = torch.stack(layout.keys, 1), torch.stack(layout.values, 1)  # (n, layers, Hkv, padded, D)
@@ -94,7 +106,7 @@ class PlainDecoder:
         for first, rows in calls(len(hidden), self.head_rows, self.slots):
             part = hidden[first : first + rows]
             padding = hidden.new_zeros(rows - len(part), hidden.shape[1])
-            out.append(self.policy.head(torch.cat([part, padding]))[: len(part)])
+            out.append(self.policy.logits(torch.cat([part, padding]))[: len(part)])
         return torch.cat(out)
 
 

@@ -14,8 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from posttrain.data import batching
-from posttrain.models.load import Policy, hidden_states
-from posttrain.models.packing import Packed
+from posttrain.models.policy import Policy, states
 from posttrain.objectives.tokens import select
 from posttrain.train.projection import log_probabilities
 from posttrain.types import Batch, Sample
@@ -31,10 +30,7 @@ def hidden_at(policy: Policy, batch: Batch, where: torch.Tensor) -> torch.Tensor
 
     Prefixes that rows share (`batch.shared`) are computed once; their gradient is the sum over those rows.
     """
-    layout = Packed(batch.real.sum(1), batch.shared)
-    tokens = batch.tokens[batch.real][layout.kept].unsqueeze(0)
-    hidden = hidden_states(policy, tokens, layout.positions, layout)[0]
-    return hidden.index_select(0, layout.index[where])
+    return states(policy, batch.tokens[batch.real], batch.real.sum(1), batch.shared, where)
 
 
 def trained_positions(batch: Batch) -> torch.Tensor:
@@ -108,12 +104,13 @@ def project(
     """hidden (K, width), targets (K,) → logp (K,), entropy (K,), in chunks of the (K, V) logits."""
 
     def chunk(part: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return select(policy.head(part), labels, temperature)
+        return select(policy.logits(part), labels, temperature)
 
     size = max(1, LOGITS_PER_CHUNK // policy.vocab)
-    if type(policy.head) is nn.Linear and len(hidden):
-        return log_probabilities(policy.head, hidden, targets, temperature, size)
-    if len(hidden) <= size:  # a wrapped or quantised output layer: plain autograd
+    rule = policy.route.rule
+    if type(policy.head) is nn.Linear and rule.cap is None and len(hidden):
+        return log_probabilities(policy.head, hidden, targets, temperature / rule.scale, size)
+    if len(hidden) <= size:  # a wrapped or quantised output layer, or capped logits: plain autograd
         return chunk(hidden, targets)
     parts = [
         checkpoint(chunk, part, labels, use_reentrant=False)

@@ -3,7 +3,8 @@
 A prompt is prefilled once for all of its completions. Each decode step is one pass over all slots in use. It is
 batch-invariant (products.py, models/invariance.py), and each token is drawn with the random number of its sequence and
 position, so a completion does not depend on the other sequences in the batch, the number of slots, or earlier samples.
-`FusedDecoder` computes the steps where it applies, else `PlainDecoder`.
+`FusedDecoder` computes the steps where it applies, else `PlainDecoder`; sequences that the packed pass cannot express
+(models/check.py) are computed by `GeneralDecoder`.
 """
 
 from __future__ import annotations
@@ -18,14 +19,20 @@ import torch
 from posttrain import rng
 from posttrain.config import RolloutConfig
 from posttrain.models import decoder, kernels
+from posttrain.models.attention import NAME
+from posttrain.models.check import allowed, first_line
 from posttrain.models.invariance import TILE
-from posttrain.models.load import Policy, take_weights, weight_views
+from posttrain.models.load import take_weights, weight_views
+from posttrain.models.policy import Policy, by_rows, use_attention
 from posttrain.rollout.fused import FusedDecoder
+from posttrain.rollout.general import GeneralDecoder
 from posttrain.rollout.generator import OnDone, OnToken, Request, draw
 from posttrain.rollout.plain import PlainDecoder
 from posttrain.rollout.scheduler import Scheduler
 from posttrain.rollout.stopping import StopStrings
 from posttrain.types import Completion, ConfigError, RolloutError, SamplingParams
+
+DECODED = 3  # tokens that are decoded to compare a decoder with the forward pass
 
 
 class Decoder(Protocol):
@@ -102,16 +109,7 @@ class EmbeddedGenerator:
         self.policy = policy
         self.slots = -(-slots // TILE) * TILE
         self.version = 0
-        model_dtype = policy.head.weight.dtype
-        if decoder.fits(policy.body):
-            self.decoder: Decoder = FusedDecoder(policy, self.slots, dtype or model_dtype)
-        elif dtype in (None, model_dtype):
-            self.decoder = PlainDecoder(policy, self.slots)
-        else:
-            raise ConfigError(
-                f"rollout.dtype asks for products in {dtype} on a {model_dtype} model, which needs the fused decoder ("
-                'Llama-like, float32, on a CPU with a C compiler). Set rollout.dtype = "model" or change model.dtype.'
-            )
+        self.decoder = make_decoder(policy, self.slots, dtype or policy.head.weight.dtype)
 
     def load(self, weights: Mapping[str, torch.Tensor], version: int) -> None:
         """Loads new weights, named as in `trainable(policy)`; no copy if they are the policy's own tensors."""
@@ -135,8 +133,31 @@ class EmbeddedGenerator:
             return []
         self._check(requests, params)
         self.policy.model.eval()
+        beyond = [_longest(r, params) > self.policy.route.reach for r in requests]
+        if not any(beyond) or isinstance(self.decoder, GeneralDecoder):
+            return self._generate(self.decoder, requests, params, on_token, on_done)
+        done: list[list[Completion]] = [[] for _ in requests]
+        for general in (False, True):  # a request's decoder depends on the request alone, so that batch-mates do not
+            own = [i for i, far in enumerate(beyond) if far == general]
+            if own:
+                calls = _renumbered(own, on_token), _renumbered(own, on_done)
+                chosen = GeneralDecoder(self.policy, self.slots) if general else self.decoder
+                made = self._generate(chosen, [requests[i] for i in own], params, *calls)
+                for i, completions in zip(own, made, strict=True):
+                    done[i] = completions
+        return done
+
+    def _generate(
+        self,
+        steps: Decoder,
+        requests: Sequence[Request],
+        params: SamplingParams,
+        on_token: OnToken | None,
+        on_done: OnDone | None,
+    ) -> list[list[Completion]]:
+        """Samples with one decoder. See `Generator.generate`."""
         scheduler = Scheduler(self.slots, [len(r.seeds) for r in requests])
-        self.decoder.prepare(len(scheduler.waiting), max(len(r.context) for r in requests), params.max_tokens)
+        steps.prepare(len(scheduler.waiting), max(len(r.context) for r in requests), params.max_tokens)
         slots = _Slots(min(self.slots, len(scheduler.waiting)), params.max_tokens)
         stops, strings = np.array(self.policy.stop_ids), self._stop_strings(params)
         prompts: dict[int, Any] = {}
@@ -164,21 +185,21 @@ class EmbeddedGenerator:
         while True:
             while started := scheduler.admit():
                 new = sorted({group for _, group, _ in started} - prompts.keys())
-                prompts |= zip(new, self.decoder.prefill([requests[g].context for g in new]), strict=True)
+                prompts |= zip(new, steps.prefill([requests[g].context for g in new]), strict=True)
                 for slot, group, index in started:
                     slots.begin(slot, group, index, requests[group], params.max_tokens)
-                    self.decoder.start(slot, prompts[group])
+                    steps.start(slot, prompts[group])
                 take(np.array([s for s, _, _ in started]), torch.cat([prompts[g].logits for _, g, _ in started]))
                 for group in {g for _, g, _ in started if scheduler.last_of_group(g)}:
                     del prompts[group]
             for source, target in scheduler.compact():
-                self.decoder.move(source, target, slots.move(source, target))
+                steps.move(source, target, slots.move(source, target))
             if not scheduler.active:
                 return [[c for c in group if c is not None] for group in done]
             used = np.arange(scheduler.active)
             written = slots.lengths[used] - 1
             newest = torch.from_numpy(slots.tokens[used, written])
-            take(used, self.decoder.step(newest, torch.from_numpy(slots.prompts[used] + written)))
+            take(used, steps.step(newest, torch.from_numpy(slots.prompts[used] + written)))
 
     def _stop_strings(self, params: SamplingParams) -> StopStrings | None:
         """The detector of the parameters' stop strings, if there are any."""
@@ -197,6 +218,77 @@ class EmbeddedGenerator:
                 f"{context}. Lower rollout.max_tokens or data.max_prompt_tokens.",
                 boundary="generator",
             )
+        turn = self.policy.route.turn
+        for request in requests:
+            if len(request.context) <= turn < _longest(request, params):
+                raise RolloutError(
+                    f"a prompt of {len(request.context)} tokens plus max_tokens={params.max_tokens} crosses "
+                    f"original_max_position_embeddings={turn}, where longrope changes the positions of all tokens. "
+                    "Lower rollout.max_tokens or data.max_prompt_tokens.",
+                    boundary="generator",
+                )
+
+
+def make_decoder(policy: Policy, slots: int, dtype: torch.dtype) -> Decoder:
+    """The fastest decoder that gives the logits of transformers' forward pass; `dtype` is that of the products.
+
+    Adds a note to the policy if only the general one does. Raises ConfigError if no decoder supports the dtype.
+    """
+    packed, own = policy.route.reach > 0, policy.head.weight.dtype
+    fused = packed and decoder.fits(policy.body)
+    if dtype != own and not fused:
+        raise ConfigError(
+            f"rollout.dtype asks for products in {dtype} on a {own} model, which needs the fused decoder ("
+            'Llama-like, float32, on a CPU with a C compiler). Set rollout.dtype = "model" or change model.dtype.'
+        )
+    if not packed:
+        return GeneralDecoder(policy, slots)
+    try:
+        made = FusedDecoder(policy, slots, dtype) if fused else PlainDecoder(policy, slots)
+        reason = _difference(made, policy, dtype)
+    except ConfigError:
+        raise
+    except Exception as error:
+        reason = f"the packed decoder fails ({first_line(error)})"
+    else:
+        if not reason:
+            return made
+    name = type(policy.body).__name__
+    policy.notes.append(f"{name} is sampled by transformers' own attention, one row at a time (slower): {reason}.")
+    return GeneralDecoder(policy, slots)
+
+
+@torch.no_grad()
+def _difference(made: Decoder, policy: Policy, dtype: torch.dtype) -> str:
+    """Decodes a few tokens after two prompts and compares with whole rows; empty if they agree."""
+    rows = [np.arange(5, 5 + n) % policy.vocab for n in (12, 7)]
+    begun = [row[: len(row) - DECODED] for row in rows]
+    made.prepare(len(rows), max(len(row) for row in begun), DECODED)
+    prompts = made.prefill(begun)
+    found = [torch.cat([prompt.logits for prompt in prompts])]  # of steps; a step's logits are valid until the next
+    for slot, prompt in enumerate(prompts):
+        made.start(slot, prompt)
+    for step in range(DECODED):
+        at = torch.tensor([len(row) for row in begun]) + step
+        newest = torch.tensor([int(row[i]) for row, i in zip(rows, at.tolist(), strict=True)])
+        found.append(made.step(newest, at).clone())
+    lengths = torch.tensor([len(row) for row in rows], device=policy.device)
+    tokens = torch.from_numpy(np.concatenate(rows)).to(policy.device)
+    whole = policy.logits(by_rows(policy, tokens, lengths)).split([len(row) for row in rows])
+    truth = torch.stack([row[len(row) - DECODED - 1 :] for row in whole], 1)
+    use_attention(policy.body, NAME)
+    gap = float((torch.stack(found).float() - truth.float()).abs().max())
+    return "" if gap <= allowed(dtype, truth) else f"decoded tokens' logits differ by {gap:.2g} from whole rows"
+
+
+def _longest(request: Request, params: SamplingParams) -> int:
+    """Tokens of a request's longest possible row."""
+    return len(request.context) + max(request.limit(i, params.max_tokens) for i in range(len(request.seeds)))
+
+
+def _renumbered(own: Sequence[int], call: Any) -> Any:
+    """The callback for requests `own` of a call, which are numbered from 0 in their part of it."""
+    return call and (lambda group, *rest: call(own[group], *rest))
 
 
 def _draw(

@@ -21,8 +21,10 @@ import torch
 
 from posttrain.config import RolloutConfig
 from posttrain.models import lora
+from posttrain.models.check import TOLERANCE, short_rows
 from posttrain.models.decoder import head_width
-from posttrain.models.load import TOLERANCE, Policy, packed_logits, short_rows, take_weights, weight_views
+from posttrain.models.load import take_weights, weight_views
+from posttrain.models.policy import Policy, states
 from posttrain.models.weights import base_of
 from posttrain.rollout.generator import OnDone, OnToken, Request
 from posttrain.types import Completion, ConfigError, PosttrainError, RolloutError, SamplingParams
@@ -161,8 +163,9 @@ class VLLMGenerator:
         requests = [Request(row.cpu().numpy(), (0,)) for row in rows]
         drawn = [c for (c,) in self.generate(requests, SamplingParams(temperature=0.0, max_tokens=1))]
         self.policy.model.eval()
-        last = torch.tensor([len(row) for row in rows]).cumsum(0) - 1
-        policy_logp = torch.log_softmax(packed_logits(self.policy, rows).cpu()[last].float(), -1)
+        lengths = torch.tensor([len(row) for row in rows], device=self.policy.device)
+        hidden = states(self.policy, torch.cat(rows), lengths, (), lengths.cumsum(0) - 1)
+        policy_logp = torch.log_softmax(self.policy.logits(hidden).cpu().float(), -1)
         gap = max(
             abs(float(row[int(c.tokens[0])]) - float(c.logprobs[0])) for row, c in zip(policy_logp, drawn, strict=True)
         )

@@ -10,6 +10,7 @@ import torch
 
 from posttrain.config import TrainConfig
 from posttrain.models.load import Policy, trainable
+from posttrain.models.policy import learner_mode
 from posttrain.train.forward import Forward, sample_logprobs, token_stats
 from posttrain.train.learner import Loss
 from posttrain.types import Batch, Json, JsonView, ResumeError, Sample, Stat, TrainingDiverged
@@ -51,7 +52,7 @@ class LocalLearner:
 
     def _pass(self, batch: Batch, loss: Loss) -> dict[str, Stat]:
         """Accumulates the gradient of one micro-batch. Raises TrainingDiverged on a non-finite loss."""
-        self.policy.model.train()
+        learner_mode(self.policy)
         outputs = self.forward(self.policy, batch, self.temperature)
         value, stats = loss(*outputs, batch)
         if not torch.isfinite(value):

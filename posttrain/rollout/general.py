@@ -1,0 +1,83 @@
+"""Decoder on the unchanged model, with transformers' own attention and the model's own cache: slow, and always right.
+
+Each sequence is computed by itself, one row to a call, so its results are bit-exact whatever else is sampled.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from posttrain.models.policy import Policy, advance, by_rows
+
+
+@dataclass
+class Prompt:
+    """A prefilled prompt: its tokens [n], the model's cache after them, and logits (1, V) after the last one."""
+
+    tokens: list[int]
+    cache: dict[str, Any]
+    logits: torch.Tensor
+
+
+@dataclass
+class _Sequence:
+    tokens: list[int]
+    cache: dict[str, Any]
+
+
+class GeneralDecoder:
+    """`Decoder` of rollout/engines/embedded.py. Each completion has its own copy of its prompt's cache.
+
+    Where the model's cache does not reproduce its own forward pass (`route.cached`), each step computes whole rows.
+    """
+
+    def __init__(self, policy: Policy, slots: int) -> None:
+        self.policy, self.slots = policy, slots
+        self.sequences: list[_Sequence | None] = [None] * slots
+
+    def prepare(self, sequences: int, longest_prompt: int, max_tokens: int) -> None:
+        """Releases the sequences of the last call."""
+        self.sequences = [None] * self.slots
+
+    def prefill(self, prompts: Sequence[np.ndarray]) -> list[Prompt]:
+        """Prefills prompts one at a time."""
+        done: list[Prompt] = []
+        for prompt in prompts:
+            tokens = prompt.astype(np.int64).tolist()
+            logits, cache = self._next(tokens, tokens, {})
+            done.append(Prompt(tokens, cache, logits))
+        return done
+
+    def start(self, slot: int, prompt: Prompt) -> None:
+        """Copies a prefilled prompt's cache into a slot."""
+        self.sequences[slot] = _Sequence(list(prompt.tokens), copy.deepcopy(prompt.cache))
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Moves a sequence to another slot."""
+        self.sequences[target], self.sequences[source] = self.sequences[source], None
+
+    def step(self, newest: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """One decode step for slots 0 … R−1: newest tokens (R,) at positions (R,) → next logits (R, V)."""
+        rows: list[torch.Tensor] = []
+        for slot, token in enumerate(newest.tolist()):
+            sequence = self.sequences[slot]
+            assert sequence is not None, "call `start` first"
+            sequence.tokens.append(token)
+            logits, sequence.cache = self._next([token], sequence.tokens, sequence.cache)
+            rows.append(logits)
+        return torch.cat(rows)
+
+    def _next(self, new: list[int], whole: list[int], cache: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Logits (1, V) after a sequence of which `new` are the tokens not in the cache, and the cache after them."""
+        device = self.policy.device
+        if self.policy.route.cached:
+            hidden, cache = advance(self.policy, torch.tensor(new, device=device), cache)
+        else:
+            hidden = by_rows(self.policy, torch.tensor(whole, device=device), torch.tensor([len(whole)]))
+        return self.policy.logits(hidden[-1:]), cache
