@@ -4,23 +4,35 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TypedDict
+from typing import Literal, TypedDict, cast
 
 from posttrain import api
 from posttrain.cli.arguments import sections_of
 from posttrain.cli.tables import printable
-from posttrain.models.load import with_chat_format
+from posttrain.data.chat import ChatFormat
+from posttrain.models.load import Policy, with_chat_format
 from posttrain.rollout.engines.embedded import EmbeddedGenerator
 from posttrain.rollout.generator import Request, completion_seed
 from posttrain.rollout.text import Stream, text_of
 from posttrain.train.device import resolve
-from posttrain.types import Message, SamplingParams
+from posttrain.types import JsonView, Message, SamplingParams
+
+
+def run_of(model: str) -> Path:
+    """The run's folder, for a run or the model in it; the folder itself for other models."""
+    folder = Path(model)
+    return folder.parent if folder.name == "model" else folder
+
+
+def chat_format(model: str, policy: Policy, form: Literal["chat", "plain"]) -> ChatFormat:
+    """The chat format with the template's arguments and date of the run that the model belongs to, if any."""
+    arguments = sections_of(str(run_of(model))).get("data", {}).get("template_kwargs", {})
+    return with_chat_format(policy, form, cast(JsonView, arguments if form == "chat" else {}), api.date_of(model))
 
 
 def warn_about_environment(model: str) -> None:
     """Notes on stderr if a run, or the model of one, was trained in an environment, which is not used here."""
-    folder = Path(model)
-    run = folder.parent if folder.name == "model" else folder
+    run = run_of(model)
     if env := sections_of(str(run)).get("env", {}).get("name"):
         print(
             f"note: {run} was trained in the environment {env!r}, which is not used here: the model sees only your "
@@ -53,12 +65,14 @@ def sample(
     warn_about_environment(model)
     params = SamplingParams(temperature, top_p, top_k, max_tokens)
     policy = api.open_policy(model, on=resolve("auto"))
-    tokens = with_chat_format(policy, "plain" if plain else "chat").prompt_tokens((Message("user", prompt),))
+    form = chat_format(model, policy, "plain" if plain else "chat")
+    asked = (Message("user", prompt),)
+    tokens, opening = form.prompt_tokens(asked), form.opening(asked)
     request = Request(tokens, tuple(completion_seed(seed, "sample", 0, prompt, i) for i in range(count)))
     (completions,) = EmbeddedGenerator(policy, slots=min(count, 128)).generate([request], params)
     return [
         {
-            "text": text_of(policy, c),
+            "text": opening + text_of(policy, c),
             "stop": c.stop,
             "tokens": c.tokens.tolist(),
             "logprobs": [round(float(x), 6) for x in c.logprobs],
@@ -71,7 +85,7 @@ def chat(model: str, temperature: float, max_tokens: int, system: str) -> None:
     """Reads lines and streams replies until an empty line or end of input."""
     warn_about_environment(model)
     policy = api.open_policy(model, on=resolve("auto"))
-    form = with_chat_format(policy, "chat")
+    form = chat_format(model, policy, "chat")
     engine = EmbeddedGenerator(policy, slots=1)
     history = [Message("system", system)] if system else []
     params = SamplingParams(temperature, max_tokens=max_tokens)
@@ -79,9 +93,10 @@ def chat(model: str, temperature: float, max_tokens: int, system: str) -> None:
     while line := _ask():
         history.append(Message("user", line))
         request = Request(form.prompt_tokens(tuple(history)), (completion_seed(0, "chat", len(history), line, 0),))
+        _print(opening := form.opening(tuple(history)))
         ((reply,),) = engine.generate([request], params, on_token=Stream(policy, _print).add)
         print()
-        history.append(Message("assistant", text_of(policy, reply)))
+        history.append(Message("assistant", opening + text_of(policy, reply)))
 
 
 def _print(text: str) -> None:

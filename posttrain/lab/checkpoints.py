@@ -12,15 +12,15 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from posttrain.lab.folders import SEPARATOR, Place
+from posttrain.store.listing import run_date
 from posttrain.store.pipeline import read_record
 from posttrain.store.run import Run
-from posttrain.types import ConfigError, Json, Message, PosttrainError, ResumeError, SamplingParams
+from posttrain.types import ConfigError, Json, JsonView, Message, PosttrainError, ResumeError, SamplingParams
 
 if TYPE_CHECKING:
     from posttrain.data.chat import ChatFormat
@@ -31,7 +31,6 @@ SHIPPED = "abacus"
 FOLDER = Path(__file__).parents[1] / "models" / SHIPPED
 SCORER = "scalar_head.safetensors"
 """File that marks a model that only scores and so cannot answer (models/heads.py)."""
-THOUGHT = "<think>"
 AT_ONCE = 4
 """Models kept open; the least recently used one is dropped."""
 
@@ -123,8 +122,8 @@ class Opened:
                 raise _Stopped
 
         stream = Stream(self.policy, tell)
-        if self._begins_in_thought(prompt):
-            write(THOUGHT, 0)
+        if opening := self.chat.opening(read):
+            write(opening, 0)
         own = completion_seed(seed, "chat", len(messages), messages[-1].content, 0)
         with self.generator() as generator:
             try:
@@ -137,10 +136,6 @@ class Opened:
         rest = text[len(stream.written) :] if text.startswith(stream.written) else ""
         write(rest, len(stream.tokens) - heard)
         return Reply(done.stop, len(prompt), len(done.tokens))
-
-    def _begins_in_thought(self, prompt: np.ndarray) -> bool:
-        """Whether the chat template itself opened a thought that the model continues."""
-        return self.policy.tokenizer.decode(prompt[-8:]).rstrip().endswith(THOUGHT)
 
 
 @dataclass
@@ -224,8 +219,19 @@ def _open(folder: Path, name: str) -> Opened:
     from posttrain.train.device import resolve
 
     policy = load_policy(ModelConfig(path=str(folder)), resolve("auto"))
-    form = "chat" if policy.tokenizer.chat_template else "plain"
-    return Opened(name, policy, with_chat_format(policy, form))
+    if not policy.tokenizer.chat_template:
+        return Opened(name, policy, with_chat_format(policy, "plain"))
+    arguments, day = _template_settings(folder)
+    return Opened(name, policy, with_chat_format(policy, "chat", arguments, day))
+
+
+def _template_settings(folder: Path) -> tuple[JsonView, date | None]:
+    """The arguments and the date of the chat template in the run that the model belongs to, if any."""
+    if not (folder.parent / "run.json").is_file():
+        return {}, None
+    with Run.read(folder.parent) as run:
+        header = run.header
+    return header.get("recipe", {}).get("data", {}).get("template_kwargs", {}), run_date(header)
 
 
 def _can_answer(folder: Path) -> bool:

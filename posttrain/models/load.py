@@ -10,6 +10,7 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -24,7 +25,7 @@ from posttrain.models import decoder, lora
 from posttrain.models.attention import NAME, Layout
 from posttrain.models.packing import Packed
 from posttrain.models.shapes import ModelShape
-from posttrain.types import ConfigError, TemplateError
+from posttrain.types import ConfigError, JsonView, TemplateError
 
 ABACUS = Path(__file__).parent / "abacus"
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.25}  # on logits; a wrong mask or position gives errors above 1
@@ -226,9 +227,14 @@ def check_forward(policy: Policy) -> float:
     return difference
 
 
-def with_chat_format(policy: Policy, form: Literal["chat", "plain"]) -> ChatFormat:
-    """The chat format of the policy's tokenizer; its end-of-turn tokens are added to the policy's stop tokens."""
-    chat = ChatFormat(policy.tokenizer, form)
+def with_chat_format(
+    policy: Policy, form: Literal["chat", "plain"], arguments: JsonView | None = None, day: date | None = None
+) -> ChatFormat:
+    """The chat format of the policy's tokenizer; its end-of-turn tokens are added to the policy's stop tokens.
+
+    `arguments` and `day` are the chat template's (`data.template_kwargs`, and the date it reads; by default today).
+    """
+    chat = ChatFormat(policy.tokenizer, form, arguments, day)
     add_stop_ids(policy, chat.stop_ids)
     return chat
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from posttrain.config.prm import PRMConfig, PRMRecipe
 from posttrain.data.chat import ChatFormat
+from posttrain.data.messages import without_prefill
 from posttrain.data.files import writable
 from posttrain.data.pairs import stored_rows
 from posttrain.data.preferences import (
@@ -91,7 +92,7 @@ def sample_solutions(
     requests = [Request(solve.encode(task), _seeds(collector, "solve", task.id, cfg.solutions)) for task in tasks]
     groups = collector.generator.generate(requests, collector.params)
     answers = [
-        (task, solve.decode(c.tokens[:-1]))
+        (task, solve.text(task, c.tokens[:-1]))
         for task, group in zip(tasks, groups, strict=True)
         for c in group
         if c.stop == "stop"
@@ -107,7 +108,7 @@ def sample_solutions(
     ]
     values = step_values(collector, chat, [(name, task, steps) for name, task, steps, _ in kept], cfg)
     solutions = [
-        Solution(name, task.messages, tuple(steps), (*labels, float(passed)))
+        Solution(name, without_prefill(task.messages), tuple(steps), (*labels, float(passed)))
         for (name, task, steps, passed), labels in zip(kept, values, strict=True)
     ]
     return solutions, len(tasks) * cfg.solutions
@@ -129,7 +130,7 @@ def step_values(
             beginnings.append((task, prefix[prompt:]))
     groups = collector.generator.generate(requests, collector.params)
     pairs = [
-        (task, collector.decode(np.concatenate([begun, c.tokens[:-1] if c.stop == "stop" else c.tokens])))
+        (task, collector.text(task, np.concatenate([begun, c.tokens[:-1] if c.stop == "stop" else c.tokens])))
         for (task, begun), group in zip(beginnings, groups, strict=True)
         for c in group
     ]
@@ -144,7 +145,7 @@ def _prefixes(chat: ChatFormat, task: Task, steps: list[str], separator: str) ->
     ends = step_ends(steps, separator)[:-1]
     starts = np.cumsum([len(step) + len(separator) for step in steps])[:-1]
     message = Message("assistant", separator.join(steps))
-    tokens, begun, ended = chat.answer_marks([*task.messages, message], [*ends, *map(int, starts)])
+    tokens, begun, ended = chat.answer_marks([*without_prefill(task.messages), message], [*ends, *map(int, starts)])
     return [tokens[:cut] for cut in np.maximum(begun[: len(ends)], ended[len(ends) :])]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 
 from posttrain.store.database import run_folders
@@ -26,6 +27,12 @@ class RunInfo:
 def list_runs(root: Path) -> list[RunInfo]:
     """All runs directly below `root`, sorted by name. Other folders are skipped; damaged runs are listed as damaged."""
     return [_info(path) for path in run_folders(root)]
+
+
+def run_date(header: JsonView) -> date:
+    """The date on which a run was created, from its header; today if the header does not have it."""
+    created = str(header.get("created", ""))[:10]
+    return date.fromisoformat(created) if created else date.today()
 
 
 def next_folder(root: Path, algorithm: str) -> Path:
