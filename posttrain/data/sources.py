@@ -62,9 +62,9 @@ def row_to_task(row: Row, env: str, system: str = "", instruction: str = "", nee
 
     `messages` (or a `prompt` that is a list) may end with an assistant turn: the gold answer if there is no answer
     column, else the beginning of the reply, which completions continue. Context columns (`system`, `tools`, …) are part
-    of the prompt, and of `meta`. A gold answer such as GSM8K's `… #### 1,072` becomes "1072", and the text before it becomes
-    `meta["worked"]`; a program, in a row with tests, is not split. All unused columns go to `meta`. Raises DataError
-    naming `file:line`.
+    of the prompt, and of `meta`. A gold answer such as GSM8K's `… #### 1,072` becomes "1072", and the text before it
+    becomes `meta["worked"]`; a program, in a row with tests, is not split. All unused columns go to `meta`. Raises
+    DataError naming `file:line`.
     """
     values = dict(row.values)
     column = first_column(values, PROMPT_COLUMNS)

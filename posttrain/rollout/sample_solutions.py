@@ -13,8 +13,8 @@ import numpy as np
 
 from posttrain.config.prm import PRMConfig, PRMRecipe
 from posttrain.data.chat import ChatFormat
-from posttrain.data.messages import without_prefill
 from posttrain.data.files import writable
+from posttrain.data.messages import without_prefill
 from posttrain.data.pairs import stored_rows
 from posttrain.data.preferences import (
     read_solutions,
