@@ -50,11 +50,12 @@ def replies(chat: ChatFormat, messages: Sequence[Message]) -> dict[int, list[int
     found: dict[int, list[int]] = {}
     for k in (k for k, m in enumerate(messages) if m.role == "assistant"):
         prompt = chat.prompt_tokens(messages[:k])
-        (row,) = [r for r in rows if np.array_equal(r[0][: len(prompt)], prompt) and r[1][len(prompt) : len(prompt) + 1].all()
-                  and not r[1][len(prompt) - 1]]  # fmt: skip
-        run = row[1][len(prompt) :].tolist()
-        length = run.index(False) if False in run else len(run)
-        found[k] = row[0][len(prompt) : len(prompt) + length].tolist()
+        first = len(prompt)
+        begins = [np.array_equal(ids[:first], prompt) and mask[first] and not mask[first - 1] for ids, mask in rows]
+        ids, mask = rows[begins.index(True)]
+        assert begins.count(True) == 1
+        run = [*mask[first:].tolist(), False]
+        found[k] = ids[first : first + run.index(False)].tolist()
     assert sum(map(len, found.values())) == sum(int(mask.sum()) for _, mask in rows), "nothing else is trained"
     return found
 

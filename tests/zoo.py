@@ -34,7 +34,7 @@ class Animal:
     stops: tuple[str, ...] = ("<|im_end|>",)
 
 
-DROPPED, UNOPENED = "leaves out '.*' of assistant message", "opens each reply with '<think>.*' but assistant message"
+DROPPED, UNOPENED = "leaves out '.*' of assistant message", "opens each reply with '<think>.*', but assistant message"
 _LAST = (
     "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
     "{% endif %}{% endfor %}"
@@ -43,8 +43,8 @@ _SPLIT = "{% set text = m.content.split('</think>')[-1].lstrip('\n') if m.role =
 ZOO = {
     "chatml": Animal(CHATML),
     "dated": Animal(
-        "{{ bos_token }}{{ '<|h|>system<|/h|>Today is ' + strftime_now('%d %b %Y') + '<|eot|>' }}{% for m in messages %}"
-        "{{ '<|h|>' + m.role + '<|/h|>\n\n' + m.content | trim + '<|eot|>' }}{% endfor %}"
+        "{{ bos_token }}{{ '<|h|>system<|/h|>Today is ' + strftime_now('%d %b %Y') + '<|eot|>' }}"
+        "{% for m in messages %}{{ '<|h|>' + m.role + '<|/h|>\n\n' + m.content | trim + '<|eot|>' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|h|>assistant<|/h|>\n\n' }}{% endif %}",
         ("<|begin|>", "<|h|>", "<|/h|>", "<|eot|>", "<|end|>"), "<|end|>", {"bos_token": "<|begin|>"},
         stops=("<|eot|>", "<|end|>"),
@@ -52,7 +52,6 @@ ZOO = {
     "opens a thought": Animal(
         TURNS + BEGIN.replace("assistant\n", "assistant\n<think>\n"), opens="<think>\n",
         refuses={"plain": UNOPENED, "two": UNOPENED, "system": UNOPENED, "break": UNOPENED},
-        many=("thoughts",),
     ),
     "opens and drops thoughts": Animal(
         "{% for m in messages %}" + _SPLIT + "{{ '<|im_start|>' + m.role + '\n' + text + '<|im_end|>\n' }}{% endfor %}"
@@ -72,8 +71,9 @@ ZOO = {
         "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
         "{% endif %}", many=("two", "thoughts"),
     ),
-    "closes an empty thought": Animal(TURNS + BEGIN.replace("assistant\n", "assistant\n<think></think>"), many=("two",),
-                                      refuses={}),
+    "closes an empty thought": Animal(
+        TURNS + BEGIN.replace("assistant\n", "assistant\n<think></think>"), many=("two", "thoughts")
+    ),
     "ends again at the end": Animal(
         "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}",
@@ -81,8 +81,9 @@ ZOO = {
         stops=("<|end|>", "<|endoftext|>"),
     ),
     "headers": Animal(
-        "{% for m in messages %}{% if m.role == 'assistant' %}{% if m.tool_calls %}{% set f = m.tool_calls[0].function %}"
-        "{{ '<|start|>assistant to=' + f.name + '<|channel|>commentary<|message|>' + f.arguments | tojson + '<|call|>' }}"
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% if m.tool_calls %}"
+        "{% set f = m.tool_calls[0].function %}{{ '<|start|>assistant to=' + f.name }}"
+        "{{ '<|channel|>commentary<|message|>' + f.arguments | tojson + '<|call|>' }}"
         "{% else %}{{ '<|start|>assistant<|channel|>final<|message|>' + m.content }}"
         "{{ '<|return|>' if loop.last else '<|end|>' }}{% endif %}"
         "{% else %}{{ '<|start|>' + m.role + '<|message|>' + m.content + '<|end|>' }}{% endif %}{% endfor %}"
