@@ -32,7 +32,7 @@ from posttrain.rollout.build import engine_versions, make_collector
 from posttrain.rollout.collector import Collector, check_failures
 from posttrain.rollout.tasks import env_tasks
 from posttrain.store import checkpoint
-from posttrain.store.listing import next_folder, run_date
+from posttrain.store.listing import next_folder, run_date, template_settings
 from posttrain.store.run import Event, Run
 from posttrain.store.tracker import open_trackers
 from posttrain.train import device
@@ -224,16 +224,6 @@ def _drive(store: Run, recipe: Recipe, job: Job, on_step: OnStep | None) -> Resu
     return Result(store.folder, summary, interrupt.requested)
 
 
-def date_of(model: str) -> date | None:
-    """The date that a run's chat template reads, for a run's folder or the model in it; None for other models."""
-    folder = Path(model)
-    for run in (folder, folder.parent if folder.name == "model" else folder):
-        if (run / "run.json").exists():
-            with Run.read(run) as store:
-                return run_date(store.header)
-    return None
-
-
 def open_policy(path: str, cfg: config.ModelConfig | None = None, on: torch.device | str = "cpu") -> Policy:
     """Loads a model from a folder, hub id, `abacus`, or a run folder (newest checkpoint, finished or not)."""
     if not (Path(path) / "run.json").exists():
@@ -292,7 +282,9 @@ def _held_out(model: str, recipe: EvalRecipe, reward: Callable[..., Any] | None)
     """The tasks of a recipe, and a collector that samples the model at `eval.temperature`."""
     device.set_threads(recipe.train.threads)
     policy = open_policy(model, recipe.model, device.resolve(recipe.train.device))
-    chat = with_chat_format(policy, recipe.data.format, recipe.data.template_kwargs, date_of(model))
+    arguments, day = template_settings(model)
+    arguments = recipe.data.template_kwargs or (arguments if recipe.data.format == "chat" else {})
+    chat = with_chat_format(policy, recipe.data.format, arguments, day)
     sets, verify, env = env_tasks(recipe, chat, None, reward)
     collector = make_collector(policy, chat, verify, recipe, env)
     return sets, replace(collector, params=replace(collector.params, temperature=recipe.eval.temperature))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Literal, TypedDict, cast
+from typing import Literal, TypedDict
 
 from posttrain import api
 from posttrain.cli.arguments import sections_of
@@ -14,25 +14,21 @@ from posttrain.models.load import Policy, with_chat_format
 from posttrain.rollout.engines.embedded import EmbeddedGenerator
 from posttrain.rollout.generator import Request, completion_seed
 from posttrain.rollout.text import Stream, text_of
+from posttrain.store.listing import template_settings
 from posttrain.train.device import resolve
-from posttrain.types import JsonView, Message, SamplingParams
-
-
-def run_of(model: str) -> Path:
-    """The run's folder, for a run or the model in it; the folder itself for other models."""
-    folder = Path(model)
-    return folder.parent if folder.name == "model" else folder
+from posttrain.types import Message, SamplingParams
 
 
 def chat_format(model: str, policy: Policy, form: Literal["chat", "plain"]) -> ChatFormat:
     """The chat format with the template's arguments and date of the run that the model belongs to, if any."""
-    arguments = sections_of(str(run_of(model))).get("data", {}).get("template_kwargs", {})
-    return with_chat_format(policy, form, cast(JsonView, arguments if form == "chat" else {}), api.date_of(model))
+    arguments, day = template_settings(model)
+    return with_chat_format(policy, form, arguments if form == "chat" else {}, day)
 
 
 def warn_about_environment(model: str) -> None:
     """Notes on stderr if a run, or the model of one, was trained in an environment, which is not used here."""
-    run = run_of(model)
+    folder = Path(model)
+    run = folder.parent if folder.name == "model" else folder
     if env := sections_of(str(run)).get("env", {}).get("name"):
         print(
             f"note: {run} was trained in the environment {env!r}, which is not used here: the model sees only your "

@@ -21,7 +21,7 @@ from typing import Any, Literal, cast
 import numpy as np
 
 from posttrain.data.control_tokens import ControlTokens, Offsets, private_mark
-from posttrain.data.messages import is_trained
+from posttrain.data.messages import is_trained, without_prefill
 from posttrain.data.stops import stop_ids
 from posttrain.data.templates import PROBE, TAG, Template
 from posttrain.data.turns import Prompt, Turn, Turns
@@ -81,14 +81,17 @@ class ChatFormat:
     def prompt_tokens(self, messages: Sequence[Message]) -> np.ndarray:
         """Ids [L] int32 of the prompt, up to where the completion begins. A last assistant message is continued."""
         if self.format == "plain":
-            return self._with_bos(self._encode_text(self._plain_prompt(messages), self._control.added))
+            asked = without_prefill(messages)
+            ids = self._encode_text(self._plain_prompt(asked), self._control.added)
+            begun = [i for m in messages[len(asked) :] for i in self._encode_text(m.content, self._control.special)]
+            return self._with_bos([*ids, *begun])
         return self._checked(self._prompt(messages).ids)
 
     def opening(self, messages: Sequence[Message]) -> str:
         """The beginning of the assistant's text that is in the prompt already: a thought that the template opens, such
         as `<think>`, and the text of a last assistant message. A verifier reads it in front of the completion."""
         if self.format == "plain":
-            return ""
+            return "".join(m.content for m in messages[len(without_prefill(messages)) :])
         prompt = self._prompt(messages)
         opened = prompt.opened
         closing = TAG.match(opened)  # a closing tag that decoding leaves out cannot be matched by a verifier

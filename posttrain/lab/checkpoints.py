@@ -12,15 +12,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from posttrain.lab.folders import SEPARATOR, Place
-from posttrain.store.listing import run_date
+from posttrain.store.listing import template_settings
 from posttrain.store.pipeline import read_record
 from posttrain.store.run import Run
-from posttrain.types import ConfigError, Json, JsonView, Message, PosttrainError, ResumeError, SamplingParams
+from posttrain.types import ConfigError, Json, Message, PosttrainError, ResumeError, SamplingParams
 
 if TYPE_CHECKING:
     from posttrain.data.chat import ChatFormat
@@ -221,17 +220,8 @@ def _open(folder: Path, name: str) -> Opened:
     policy = load_policy(ModelConfig(path=str(folder)), resolve("auto"))
     if not policy.tokenizer.chat_template:
         return Opened(name, policy, with_chat_format(policy, "plain"))
-    arguments, day = _template_settings(folder)
+    arguments, day = template_settings(folder)
     return Opened(name, policy, with_chat_format(policy, "chat", arguments, day))
-
-
-def _template_settings(folder: Path) -> tuple[JsonView, date | None]:
-    """The arguments and the date of the chat template in the run that the model belongs to, if any."""
-    if not (folder.parent / "run.json").is_file():
-        return {}, None
-    with Run.read(folder.parent) as run:
-        header = run.header
-    return header.get("recipe", {}).get("data", {}).get("template_kwargs", {}), run_date(header)
 
 
 def _can_answer(folder: Path) -> bool:

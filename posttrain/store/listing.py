@@ -35,6 +35,20 @@ def run_date(header: JsonView) -> date:
     return date.fromisoformat(created) if created else date.today()
 
 
+def template_settings(model: str | Path) -> tuple[JsonView, date | None]:
+    """The chat template's arguments and date in the run that a model belongs to: a run's folder, or the model in it.
+
+    Other models have no arguments, and None for the date, which means today.
+    """
+    folder = Path(model)
+    run = folder.parent if folder.name == "model" else folder
+    if not (run / "run.json").is_file():
+        return {}, None
+    with Run.read(run) as store:
+        header = store.header
+    return header.get("recipe", {}).get("data", {}).get("template_kwargs", {}), run_date(header)
+
+
 def next_folder(root: Path, algorithm: str) -> Path:
     """Creates the next free folder, e.g. runs/grpo-0007; concurrent calls get different folders."""
     root.mkdir(parents=True, exist_ok=True)
