@@ -22,6 +22,13 @@ RESERVED = ("conversation", "messages", "documents", "chat_template", "tokenize"
             "add_generation_prompt", "continue_final_message", "return_tensors", "return_dict", "strftime_now",
             "return_assistant_tokens_mask", "tokenizer_kwargs", TOOLS)  # fmt: skip
 """Names that `data.template_kwargs` and a row's `chat_template_kwargs` may not use."""
+_DAY = "posttrain_day"
+_CODES = (*(f"%-{c}" for c in "dmyHIMSj"), *(f"%{c}" for c in "aAbBcdDeFfGhHIjmMpSuUVwWxXyYzZ%"))
+_FIXED_DATE = (  # transformers' own strftime_now reads the clock; the line break is removed by its `trim_blocks`
+    "{%- macro strftime_now(format) -%}{%- set out = namespace(text=format) -%}{%- for code, value in "
+    + _DAY
+    + ".items() -%}{%- set out.text = out.text.replace(code, value) -%}{%- endfor -%}{{- out.text -}}{%- endmacro %}\n"
+)
 _TAGS = r"think|thinking|thought|thoughts|reasoning|reason|seed:think"
 _OPENED = re.compile(rf"(<(?P<tag>{_TAGS})>|\[THINK\])(?:(?!</(?:{_TAGS})>|\[/THINK\]).)*\Z", re.DOTALL | re.IGNORECASE)
 TAG = re.compile(rf"</?(?:{_TAGS})>|\[/?THINK\]", re.IGNORECASE)
@@ -37,7 +44,9 @@ class Template:
     def __init__(self, tokenizer: Any, control: ControlTokens, arguments: JsonView, day: date) -> None:
         self._tokenizer, self._control = tokenizer, control
         self._arguments = dict(arguments)
-        self._now = datetime(day.year, day.month, day.day)
+        at = datetime(day.year, day.month, day.day)
+        self._day = {code: at.strftime(code) for code in _CODES}
+        self._dated = self.mentions("strftime_now")
         for name in self._arguments:
             if name in RESERVED or not self.mentions(name):
                 why = "is set by posttrain" if name in RESERVED else "is not read by this tokenizer's chat template"
@@ -156,16 +165,14 @@ class Template:
     def _apply(self, rows: list[Json], generation: bool, arguments: JsonView) -> str:
         given = {**self._arguments, **arguments}
         try:
-            text = self._tokenizer.apply_chat_template(
-                rows, tokenize=False, add_generation_prompt=generation, strftime_now=self._strftime_now, **given
-            )
+            if self._dated:
+                own = self._tokenizer.get_chat_template(None, given.get(TOOLS))
+                given |= {"chat_template": _FIXED_DATE + own, _DAY: self._day}
+            text = self._tokenizer.apply_chat_template(rows, tokenize=False, add_generation_prompt=generation, **given)
         except Exception as error:  # templates can raise anything; it always means that they reject these messages
             roles = ", ".join(row["role"] for row in rows)
             raise TemplateError(f"the chat template rejects messages with roles {roles}: {error}") from error
         return cast(str, text)
-
-    def _strftime_now(self, form: str) -> str:
-        return self._now.strftime(form)
 
 
 def written_part(prompt: str, whole: str, text: str) -> str | None:
