@@ -120,7 +120,7 @@ def _message(row: Row, entry: JsonView) -> Message:
             raise DataError("has no role and content; expected {'role': 'user', 'content': '…'}.")
     elif content is None:
         content = ""  # most datasets write a turn that only calls tools with null content, or without it
-    role = {"function": "tool"}.get(entry["role"], entry["role"])
+    role: Any = "tool" if entry["role"] == "function" else entry["role"]
     if THOUGHT in fields and role != "assistant":
         raise DataError(f"a {role} message has a thought; only an assistant's can have one.")
     return Message(role, _text(content), calls, fields)
@@ -131,8 +131,9 @@ def _text(content: Any) -> Any:
     if not isinstance(content, list):
         return content
     parts = cast("list[Any]", content)
-    texts = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in parts]
-    return "".join(texts) if texts and all(isinstance(text, str) for text in texts) else content
+    texts = [part.get("text") for part in parts if isinstance(part, Mapping) and part.get("type") == "text"]
+    whole = len(texts) == len(parts) > 0 and all(isinstance(text, str) for text in texts)
+    return "".join(cast("list[str]", texts)) if whole else content
 
 
 def _call(row: Row, call: Any) -> JsonView:
@@ -176,8 +177,9 @@ def _history(row: Row, value: Any) -> tuple[Message, ...]:
     """Earlier messages: pairs of a question and a reply, or objects with role and content."""
     if isinstance(value, list) and all(isinstance(entry, Mapping) for entry in cast("list[Any]", value)):
         return messages_of(row, value, HISTORY)
-    pairs = cast("list[Any]", value) if isinstance(value, list) else [None]
-    if not all(isinstance(p, list | tuple) and [type(part) for part in cast(Any, p)] == [str, str] for p in pairs):
+    pairs = cast("list[Any]", value) if isinstance(value, list) else []
+    whole = all(isinstance(pair, list | tuple) and [*map(type, cast(Any, pair))] == [str, str] for pair in pairs)
+    if not pairs or not whole:
         raise DataError("is not a list of [question, reply] pairs or of messages.")
     return tuple(Message(role, text) for pair in pairs for role, text in zip(("user", "assistant"), pair, strict=True))
 
