@@ -197,11 +197,15 @@ def kind(hint: Any) -> str:
         return ("any of " if several else "one of ") + listed
     if typing.get_origin(hint) is tuple:
         return {str: "list of texts", int: "list of whole numbers", float: "list of numbers"}[typing.get_args(hint)[0]]
+    if typing.get_origin(hint) is dict:
+        return "table"
     return {str: "text", int: "whole number", float: "number", bool: "`true` or `false`"}[hint]
 
 
 def default(field: Field[Any]) -> str:
     """A field's default as TOML, or that it has none."""
+    if field.default_factory is not MISSING:
+        return "`{}`"
     if field.default is MISSING:
         return "needed"
     value = list(field.default) if isinstance(field.default, tuple) else field.default

@@ -8,10 +8,10 @@ Settings are the fields of `posttrain.config`, as `section__key`, or just the ke
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +33,7 @@ from posttrain.rollout.build import engine_versions, make_collector
 from posttrain.rollout.collector import Collector, check_failures
 from posttrain.rollout.tasks import env_tasks
 from posttrain.store import checkpoint
-from posttrain.store.listing import next_folder
+from posttrain.store.listing import next_folder, run_date, template_settings
 from posttrain.store.run import Event, Run
 from posttrain.store.tracker import open_trackers
 from posttrain.train import device
@@ -127,8 +127,9 @@ def start(
     if warning and on_warning:
         on_warning(warning)
     folder = Path(recipe.run.out) if recipe.run.out else next_folder(Path("runs"), algorithm)
+    created = datetime.now().astimezone()
     try:
-        job, fingerprint = prepare(algorithm, recipe, folder, given, reward)
+        job, fingerprint = prepare(algorithm, recipe, folder, given, reward, created.date())
     except BaseException:
         with suppress(OSError):  # removes the folder of a rejected run, unless it has files
             folder.rmdir()
@@ -140,7 +141,7 @@ def start(
         "data": job.data_hash,
         "given": [name for name, value in (("tasks", given), ("reward", reward)) if value is not None],
         "fingerprint": fingerprint,
-        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "created": created.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
     with Run.create(folder, header) as store:
         if given is not None:
@@ -181,7 +182,7 @@ def resume(
             )
         device.set_threads(header["fingerprint"]["threads"])
         given = read_tasks(folder / "tasks.jsonl") if "tasks" in header["given"] else None
-        job, fingerprint = prepare(algorithm, recipe, folder, given, reward)
+        job, fingerprint = prepare(algorithm, recipe, folder, given, reward, run_date(header))
         if job.data_hash != header["data"]:
             raise ResumeError(
                 f"the tasks or the reward of {folder} have changed since the run started (tasks: "
@@ -215,17 +216,22 @@ def extend(store: Run, steps: int) -> None:
     store.note(trained, Event("info", "extended", f"train.steps was {planned or 'not set'}, is {steps}."))
 
 
-def prepare(algorithm: str, recipe: Recipe, folder: Path, given: list[Task] | None, reward: Any) -> tuple[Job, Json]:
+def prepare(
+    algorithm: str, recipe: Recipe, folder: Path, given: list[Task] | None, reward: Any, day: date | None = None
+) -> tuple[Job, Json]:
     """Loads and checks the model and the data; invalid settings and data are rejected here, before step 0.
 
-    Returns the job and the fingerprint of machine and model that bit-exact results depend on.
+    `day` is the date that the chat template reads: that of the run's creation. Returns the job and the fingerprint of
+    machine and model that bit-exact results depend on.
     """
     device.set_threads(recipe.train.threads)
     on = device.resolve(recipe.train.device)
     rng.seed_global(recipe.run.seed, "init")  # LoRA's initial weights
     policy = load_policy(recipe.model, on)
-    setup = Setup(recipe, policy, with_chat_format(policy, recipe.data.format), folder, given, reward)
-    job = algos.load(algorithm).prepare(setup)
+    chat = with_chat_format(policy, recipe.data.format, recipe.data.template_kwargs, day)
+    job = algos.load(algorithm).prepare(Setup(recipe, policy, chat, folder, given, reward))
+    if chat.dated:
+        job.notes.append(f"The chat template reads the date; in this run it is {chat.day}, also when it is resumed.")
     versions = engine_versions(recipe.rollout.engine) if isinstance(recipe, config.Sampling) else {}
     return replace(job, notes=[*policy.notes, *job.notes]), device.fingerprint(policy, on) | versions
 
@@ -296,7 +302,9 @@ def _held_out(model: str, recipe: EvalRecipe, reward: Any) -> tuple[TaskSets, Co
     """The tasks of a recipe, and a collector that samples the model at `eval.temperature`."""
     device.set_threads(recipe.train.threads)
     policy = open_policy(model, recipe.model, device.resolve(recipe.train.device))
-    chat = with_chat_format(policy, recipe.data.format)
+    arguments, day = template_settings(model)
+    arguments = recipe.data.template_kwargs or (arguments if recipe.data.format == "chat" else {})
+    chat = with_chat_format(policy, recipe.data.format, arguments, day)
     sets, verify, env = env_tasks(recipe, chat, None, reward)
     collector = make_collector(policy, chat, verify, recipe, env)
     return sets, replace(collector, params=replace(collector.params, temperature=recipe.eval.temperature))

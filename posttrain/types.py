@@ -77,11 +77,12 @@ class ResumeError(PosttrainError, RuntimeError):
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation."""
+    """One turn of a conversation. `fields` are its other fields (posttrain/data/messages.py)."""
 
     role: Role
     content: str
     tool_calls: tuple[JsonView, ...] = ()
+    fields: JsonView = field(default_factory=lambda: {}, hash=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.role not in ("system", "user", "assistant", "tool"):
@@ -380,9 +381,9 @@ class Stat:
     @property
     def value(self) -> float:
         """The aggregated value; NaN for a mean over nothing."""
-        if self.kind == "mean":
-            return self.total / self.count if self.count else math.nan
-        return self.total
+        if self.kind != "mean":
+            return self.total
+        return self.total / self.count if self.count else math.nan
 
 
 def add_stats(rows: Sequence[Mapping[str, Stat]]) -> dict[str, Stat]:

@@ -48,6 +48,7 @@ def prepare(setup: Setup[PRMRecipe]) -> Job:
     train, notes = labelled_rows(sets.train, setup.chat, cfg)
     test, _ = labelled_rows(sets.test, setup.chat, cfg, whole=True)
     about = {"kind": cfg.level, "format": recipe.data.format, "separator": cfg.separator, "aggregate": cfg.aggregate}
+    about |= setup.chat.about()
     as_critic(attach_scalar(policy, 1, recipe.run.seed, about=about))
     rows = [row for _, row in train]
     return Job(policy, sets.hash, sets.notes + notes, lambda loop: run(recipe, policy, rows, test, loop))

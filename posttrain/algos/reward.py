@@ -50,7 +50,7 @@ def prepare(setup: Setup[RewardModelRecipe]) -> Job:
     sets = load_pairs(setup)
     train, notes = whole_pairs(sets.train, setup.chat, recipe.pairs.max_tokens)
     test, _ = whole_pairs(sets.test, setup.chat, recipe.pairs.max_tokens)
-    about = {"kind": "reward", "format": recipe.data.format}
+    about = {"kind": "reward", "format": recipe.data.format, **setup.chat.about()}
     as_critic(attach_scalar(policy, recipe.algo.heads, recipe.run.seed, about=about))
     return Job(policy, sets.hash, sets.notes + notes, lambda loop: run(recipe, policy, train, test, loop))
 

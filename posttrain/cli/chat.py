@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 from posttrain import api
 from posttrain.cli.arguments import sections_of
 from posttrain.cli.tables import printable
+from posttrain.data.chat import ChatFormat
 from posttrain.models.load import Policy, add_stop_ids, with_chat_format
 from posttrain.rollout.engines.embedded import EmbeddedGenerator
 from posttrain.rollout.generator import Request, completion_seed
 from posttrain.rollout.text import Stream, text_of
+from posttrain.store.listing import template_settings
 from posttrain.train.device import resolve
 from posttrain.types import Message, SamplingParams
+
+
+def chat_format(model: str, policy: Policy, form: Literal["chat", "plain"]) -> ChatFormat:
+    """The chat format with the template's arguments and date of the run that the model belongs to, if any."""
+    arguments, day = template_settings(model)
+    return with_chat_format(policy, form, arguments if form == "chat" else {}, day)
 
 
 def warn_about_environment(model: str) -> None:
@@ -61,12 +69,14 @@ def sample(
     warn_about_environment(model)
     policy = api.open_policy(model, on=resolve("auto"))
     params = SamplingParams(temperature, top_p, top_k, max_tokens, stops_of(model, policy))
-    tokens = with_chat_format(policy, "plain" if plain else "chat").prompt_tokens((Message("user", prompt),))
+    form = chat_format(model, policy, "plain" if plain else "chat")
+    asked = (Message("user", prompt),)
+    tokens, opening = form.prompt_tokens(asked), form.opening(asked)
     request = Request(tokens, tuple(completion_seed(seed, "sample", 0, prompt, i) for i in range(count)))
     (completions,) = EmbeddedGenerator(policy, slots=min(count, 128)).generate([request], params)
     return [
         {
-            "text": text_of(policy, c),
+            "text": opening + text_of(policy, c),
             "stop": c.stop,
             "tokens": c.tokens.tolist(),
             "logprobs": [round(float(x), 6) for x in c.logprobs],
@@ -79,7 +89,7 @@ def chat(model: str, temperature: float, max_tokens: int, system: str) -> None:
     """Reads lines and streams replies until an empty line or end of input."""
     warn_about_environment(model)
     policy = api.open_policy(model, on=resolve("auto"))
-    form = with_chat_format(policy, "chat")
+    form = chat_format(model, policy, "chat")
     engine = EmbeddedGenerator(policy, slots=1)
     history = [Message("system", system)] if system else []
     params = SamplingParams(temperature, max_tokens=max_tokens, stop=stops_of(model, policy))
@@ -87,11 +97,12 @@ def chat(model: str, temperature: float, max_tokens: int, system: str) -> None:
     while line := _ask():
         history.append(Message("user", line))
         request = Request(form.prompt_tokens(tuple(history)), (completion_seed(0, "chat", len(history), line, 0),))
+        _print(opening := form.opening(tuple(history)))
         stream = Stream(policy, _print, params.stop)
         ((reply,),) = engine.generate([request], params, on_token=stream.add)
         stream.finish(text_of(policy, reply))
         print()
-        history.append(Message("assistant", text_of(policy, reply)))
+        history.append(Message("assistant", opening + text_of(policy, reply)))
 
 
 def _print(text: str) -> None:

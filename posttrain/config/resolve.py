@@ -162,6 +162,8 @@ def coerce(value: Any, hint: Any, name: str) -> Any:
         return _coerce_list(value, typing.get_args(hint)[0], name)
     if origin in (types.UnionType, typing.Union):
         return coerce(value, next(a for a in typing.get_args(hint) if a is not type(None)), name)
+    if origin is dict:
+        return _table(value, name)
     if hint is bool and isinstance(value, str) and value.lower() in ("true", "false"):
         return value.lower() == "true"
     if hint in (int, float) and (isinstance(value, str) or value != value):
@@ -188,6 +190,24 @@ def _coerce_list(value: Any, hint: Any, name: str) -> tuple[Any, ...]:
             raise ConfigError(f"{name}={value!r} is not a JSON list: {error}.") from None
     values = value if isinstance(value, list | tuple) else [value]
     return tuple(coerce(one, hint, name) for one in values)
+
+
+def _table(value: Any, name: str) -> Json:
+    """A table: a mapping, or TOML or JSON text of one from the command line."""
+    if isinstance(value, Mapping):
+        return dict(typing.cast(JsonView, value))
+    try:
+        found = tomllib.loads(f"table = {value}")["table"] if isinstance(value, str) else None
+    except tomllib.TOMLDecodeError:
+        try:
+            found = json.loads(value)
+        except ValueError:
+            found = None
+    if not isinstance(found, dict):
+        raise ConfigError(
+            f"{name}={value!r} is not a table; write it as {{name = value}}, in quotes on a command line."
+        )
+    return found
 
 
 @cache
@@ -245,4 +265,9 @@ def _toml_value(value: Any) -> str:
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # TOML's escapes: JSON's and DEL
     if isinstance(value, tuple):
         return f"[{', '.join(map(_toml_value, value))}]"
+    if isinstance(value, Mapping):
+        entries = typing.cast(JsonView, value).items()
+        return "{" + ", ".join(f"{_toml_value(k)} = {_toml_value(v)}" for k, v in entries) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml_value, typing.cast("list[Any]", value))) + "]"
     return repr(value)

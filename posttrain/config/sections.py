@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Literal, Protocol
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, Protocol
 
 from posttrain.config.best import is_lower_better
 from posttrain.config.choices import FilesIn
@@ -44,6 +44,8 @@ class DataConfig:
     """Maximum prompt length; longer prompts are an error before step 0, or are dropped and counted (see overlong)."""
     format: Literal["chat", "plain"] = "chat"
     """`chat` applies the tokenizer's chat template; `plain` uses the text as it is, for base models without one."""
+    template_kwargs: dict[str, Any] = field(default_factory=dict[str, Any])
+    """Arguments for the chat template, e.g. `{enable_thinking = false}`; a row's `chat_template_kwargs` come first."""
     bad_rows: Literal["refuse", "drop"] = "refuse"
     """What to do with unusable rows of a file: `refuse` the file and list them, or `drop` and count them."""
     overlong: Literal["refuse", "drop"] = "refuse"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections import Counter
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from posttrain.data.chat import ChatFormat
+from posttrain.data.chat import ChatFormat, Row
 from posttrain.data.conversations import Conversation, Source
+from posttrain.data.messages import is_trained
+from posttrain.data.shown import require_tools_shown, unread_fields, unread_notes
 from posttrain.types import DataError, Message, Sample, TemplateError
 
 
@@ -25,70 +27,89 @@ class RowSettings(Protocol):
 
 
 def training_rows(source: Source, chat: ChatFormat, cfg: RowSettings, notes: list[str], kind: str = "") -> list[Sample]:
-    """Samples for a source's rows; notes on rows truncated or dropped at `max_tokens` are added to `notes`.
+    """Samples for a source's rows; notes on rows truncated, dropped or split by turn are added to `notes`.
 
     Raises DataError naming a row in which no token would be trained. Otherwise a batch could have all its labels
     masked and report a loss of 0.
     """
     samples: list[Sample] = []
     lengths: list[int] = []
+    split = turns = 0
+    unread: Counter[str] = Counter()
     for where, row in source.rows:
         try:
-            tokens, mask = trained_tokens(row, chat, cfg.train_on)
+            parts = trained_rows(row, chat, cfg.train_on)
+            unread.update(unread_fields(row, chat) if not isinstance(row, str) else ())
         except (DataError, TemplateError) as error:
             raise type(error)(f"{where}: {error}") from None
-        lengths.append(len(tokens))
-        if len(tokens) > cfg.max_tokens and cfg.overlong == "drop":
-            continue
-        if not mask[1 : cfg.max_tokens].any():
-            late = f"none of the first {cfg.max_tokens} tokens would be trained. Raise algo.max_tokens, or set "
-            why = late + 'algo.overlong = "drop"' if mask[1:].any() else "no token of this row would be trained"
-            raise DataError(f"{where}: {why}.")
-        tokens, mask = tokens[: cfg.max_tokens], mask[: cfg.max_tokens]
-        blank = np.zeros(len(tokens), np.float32)
-        samples.append(Sample(tokens, mask, blank, blank + 1))
+        split, turns = split + (len(parts) > 1), turns + len(parts) * (len(parts) > 1)
+        for tokens, mask in parts:
+            lengths.append(len(tokens))
+            if len(tokens) > cfg.max_tokens and cfg.overlong == "drop":
+                continue
+            if not mask[1 : cfg.max_tokens].any():
+                late = f"none of the first {cfg.max_tokens} tokens would be trained. Raise algo.max_tokens, or set "
+                why = late + 'algo.overlong = "drop"' if mask[1:].any() else "no token of this row would be trained"
+                raise DataError(f"{where}: {why}.")
+            tokens, mask = tokens[: cfg.max_tokens], mask[: cfg.max_tokens]
+            blank = np.zeros(len(tokens), np.float32)
+            samples.append(Sample(tokens, mask, blank, blank + 1))
     if over := sum(length > cfg.max_tokens for length in lengths):
         lost, done = sum(lengths) - sum(len(s.tokens) for s in samples), "cut" if cfg.overlong == "cut" else "dropped"
         notes.append(
             f"{source.name}: {over} of {len(lengths)} {kind}rows were over algo.max_tokens={cfg.max_tokens} "
             f"and {done}, losing {lost} of {sum(lengths)} tokens."
         )
+    if split:
+        notes.append(
+            f"{source.name}: {split} of {len(source.rows)} {kind}conversations became {turns} rows, one for each "
+            "assistant turn, because the chat template rewrites earlier turns."
+        )
+    notes += unread_notes(source.name, unread, kind)
     return samples
 
 
-def trained_tokens(row: Conversation, chat: ChatFormat, train_on: str) -> tuple[np.ndarray, np.ndarray]:
-    """Ids [L] int32 of a row and a mask [L] of the tokens that `train_on` selects, never the first token.
+def trained_rows(row: Conversation, chat: ChatFormat, train_on: str) -> list[Row]:
+    """Ids [L] int32 of a conversation or text and masks [L] of the tokens that `train_on` selects, never the first one.
 
     `assistant` selects all assistant turns, `completion` the last one, and `all` everything; for a text, all three
-    select everything.
+    select everything. An assistant turn with `weight: 0` is never trained. It is one row, or one for each turn if the
+    chat template rewrites earlier turns.
     """
     if isinstance(row, str):
-        return chat.text_tokens(row)
-    tokens, mask = chat.conversation_tokens(row)
-    require_tools_shown(row, tokens, chat)
-    if train_on == "all":
-        return tokens, np.arange(len(tokens)) > 0
-    turns = [i for i, message in enumerate(row) if message.role == "assistant"]
-    if train_on == "completion" and len(turns) > 1:
-        # The conversation up to the last turn but one is a prefix of the whole, so its mask marks the earlier turns.
-        _, earlier = chat.conversation_tokens(row[: turns[-2] + 1])
-        mask[np.flatnonzero(earlier)] = False
-    return tokens, mask
+        return [chat.text_tokens(row)]
+    turns = [k for k, message in enumerate(row) if is_trained(message)]
+    rows = chat.rows(row, turns[-1:] if train_on == "completion" else None)
+    require_tools_shown(row, chat)
+    return _everything(row, rows, chat) if train_on == "all" else rows
 
 
-def require_tools_shown(row: tuple[Message, ...], tokens: np.ndarray, chat: ChatFormat) -> None:
-    """Raises TemplateError if the chat template omits which tools were called, or what they returned."""
-    uncalled = tuple(replace(m, tool_calls=()) for m in row)
-    answered = tuple(replace(m, content=m.content + ".") if m.role == "tool" else m for m in row)
-    for other, what in ((uncalled, "the assistant's tool_calls"), (answered, "what a tool returned")):
-        if other == row:
-            continue
-        try:
-            same = np.array_equal(chat.conversation_tokens(other)[0], tokens)
-        except TemplateError:
-            continue  # the template rejects the changed messages, so it reads them
-        if same:
-            raise TemplateError(
-                f"the chat template does not support tools: it omits {what}, so the model would be trained without "
-                "them. Use a tokenizer whose template renders tool turns, or write them as text."
-            )
+def trained_tokens(row: Conversation, chat: ChatFormat, train_on: str) -> Row:
+    """The only row of `trained_rows`. Raises TemplateError if there are several."""
+    rows = trained_rows(row, chat, train_on)
+    if len(rows) > 1:
+        raise TemplateError("the chat template rewrites earlier turns, so each turn needs a row of its own.")
+    return rows[0]
+
+
+def _everything(messages: tuple[Message, ...], rows: list[Row], chat: ChatFormat) -> list[Row]:
+    """The rows with masks on all tokens but the first, and but those that an earlier row trains, or whose assistant
+    turn has `weight: 0`."""
+    ignored = [k for k, m in enumerate(messages) if m.role == "assistant" and not is_trained(m)]
+    if ignored and len(rows) > 1:
+        raise TemplateError(
+            'the row has turns with weight 0, which train_on = "all" cannot leave out, because the chat template '
+            'rewrites earlier turns. Use train_on = "assistant".'
+        )
+    out: list[Row] = []
+    before = np.zeros(0, np.int32)
+    for tokens, _ in rows:
+        shared = min(len(before), len(tokens))
+        differs = np.flatnonzero(before[:shared] != tokens[:shared])
+        start = int(differs[0]) if len(differs) else shared
+        out.append((tokens, np.arange(len(tokens)) >= max(1, start)))
+        before = tokens
+    for k in ignored:
+        (_, reply) = chat.rows(messages, [k])[0]
+        out[0][1][np.flatnonzero(reply)] = False
+    return out

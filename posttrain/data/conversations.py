@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from posttrain.config import DataConfig, nearest
 from posttrain.data.chat import ChatFormat
+from posttrain.data.messages import text_key
 from posttrain.data.mixing import parse_mixture
+from posttrain.data.row_messages import unused_note
+from posttrain.data.shown import unread_fields, unread_notes
 from posttrain.data.sources import (
     Row,
+    conversation_columns,
     data_hash,
     is_file_name,
     is_hub_id,
@@ -64,6 +69,12 @@ def fit_prompts(
     """Rejects, or drops and counts, tasks whose prompt (`opening`) is longer than `data.max_prompt_tokens`."""
     kept: list[list[Task]] = []
     notes = list(sets.notes)
+    if begun := sum(task.messages[-1].role == "assistant" for task in sets.train + sets.test):
+        notes.append(f"{begun} tasks end with an assistant message, which the completion continues.")
+    unread: Counter[str] = Counter()
+    for task in sets.train + sets.test:
+        unread.update(unread_fields(task.messages, chat))
+    notes += unread_notes(cfg.tasks, unread)
     for name, tasks in (("training", sets.train), ("evaluation", sets.test)):
         lengths = [len(chat.prompt_tokens(opening(task))) for task in tasks]
         over = [(n, task) for n, task in zip(lengths, tasks, strict=True) if n > cfg.max_prompt_tokens]
@@ -105,7 +116,9 @@ def load_conversations(cfg: DataConfig, seed: int) -> Conversations:
     sources, dropped = _without_leaks(sources, held_out)
     notes += _counts(sources, held_out) + dropped
     parts = [(part, i, value) for part in (sources, held_out) for i, s in enumerate(part) for _, value in s.rows]
-    content = data_hash(Row("", {"held": part is held_out, "source": i, "row": value}) for part, i, value in parts)
+    content = data_hash(
+        Row("", {"held": part is held_out, "source": i, "row": _hashed(value)}) for part, i, value in parts
+    )
     return Conversations(sources, held_out, notes, content)
 
 
@@ -119,7 +132,12 @@ def prompt_of(value: Conversation) -> str:
         return value
     roles = [m.role for m in value]
     first_user = roles.index("user") if "user" in roles else len(roles)
-    return repr(value[: roles.index("assistant", first_user)] if "assistant" in roles[first_user:] else value)
+    return text_key(value[: roles.index("assistant", first_user)] if "assistant" in roles[first_user:] else value)
+
+
+def _hashed(value: Conversation) -> Conversation:
+    """The row as its hash reads it: fields beside the texts count, too."""
+    return text_key(value) if not isinstance(value, str) and any(m.fields for m in value) else value
 
 
 def _demonstrations(name: str, cfg: DataConfig, seed: int, notes: list[str]) -> tuple[list[Shown], list[Shown]]:
@@ -140,6 +158,7 @@ def _conversations(name: str, cfg: DataConfig, seed: int, notes: list[str]) -> t
         raise ConfigError(f"unknown source {name!r}{nearest(name, [*BUILT_IN])} A file or owner/name works too.")
     rows = read_rows(name, cfg.count)
     found = usable(rows, lambda row: (row.where, row_to_conversation(row, cfg.system, cfg.instruction)), cfg, notes)
+    notes += unused_note(name, rows, conversation_columns)
     try:
         return split_by_key(found, [prompt_of(v) for _, v in found], 0 if cfg.eval_tasks else cfg.holdout, seed)
     except DataError as error:

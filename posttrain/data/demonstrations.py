@@ -21,10 +21,10 @@ def demonstration_rows(
     rows: list[Sample] = []
     cut = 0
     for where, shown in found:
-        tokens, mask = chat.text_tokens(shown) if isinstance(shown, str) else chat.conversation_tokens(shown)
-        if not mask[1:longest].any():
-            raise DataError(f"{where}: no token would be trained within the first {longest} tokens of this row.")
-        cut += len(tokens) > longest
-        blank = np.zeros(min(len(tokens), longest), np.float32)
-        rows.append(Sample(tokens[:longest], mask[:longest], blank, blank))
+        for tokens, mask in [chat.text_tokens(shown)] if isinstance(shown, str) else chat.rows(shown):
+            if not mask[1:longest].any():
+                raise DataError(f"{where}: no token would be trained within the first {longest} tokens of this row.")
+            cut += len(tokens) > longest
+            blank = np.zeros(min(len(tokens), longest), np.float32)
+            rows.append(Sample(tokens[:longest], mask[:longest], blank, blank))
     return rows, cut

@@ -14,7 +14,10 @@ import numpy as np
 
 from posttrain.config import DataConfig
 from posttrain.data.chat import ChatFormat
-from posttrain.data.preferences import COMPLETION_COLUMNS, PAIR_COLUMNS
+from posttrain.data.messages import answer_message, without_prefill
+from posttrain.data.preferences import COMPLETION_COLUMNS, PAIR_COLUMNS, compared_columns
+from posttrain.data.row_messages import unused_note
+from posttrain.data.shown import require_tools_shown, unread_fields, unread_notes
 from posttrain.data.sources import (
     Row,
     data_hash,
@@ -56,6 +59,8 @@ def read_compared(
     train, test = (
         usable(part, lambda row: parse(row, cfg.system, cfg.instruction), cfg, notes) for part in (rows, held)
     )
+    for source, part in ((cfg.tasks, rows), (cfg.eval_tasks, held)):
+        notes += unused_note(source, part, compared_columns)
     if held:
         train, dropped = drop_leaks(train, test)
         if dropped:
@@ -70,6 +75,14 @@ def read_compared(
 
 def _fitting(items: list[Compared], chat: ChatFormat, cfg: DataConfig, notes: list[str]) -> list[Compared]:
     """Rejects, or drops and counts, items whose prompt is longer than `data.max_prompt_tokens`."""
+    unread: Counter[str] = Counter()
+    for item in items:
+        try:
+            require_tools_shown(item.prompt, chat)
+        except TemplateError as error:
+            raise TemplateError(f"{item.id}: {error}") from None
+        unread.update(unread_fields(item.prompt, chat))
+    notes += unread_notes(cfg.tasks, unread)
     lengths = [len(chat.prompt_tokens(item.prompt)) for item in items]
     over = [(n, item.id) for n, item in zip(lengths, items, strict=True) if n > cfg.max_prompt_tokens]
     if over and cfg.overlong == "refuse":
@@ -93,12 +106,7 @@ def pair_rows(preferences: Sequence[Preference], chat: ChatFormat, max_tokens: i
     rows: list[Sample] = []
     cut = equal = 0
     for p in preferences:
-        (chosen, start), (rejected, other) = (answer_tokens(p.id, p.prompt, a, chat) for a in (p.chosen, p.rejected))
-        if start != other or not np.array_equal(chosen[0][:start], rejected[0][:start]):
-            raise TemplateError(
-                f"preference {p.id!r}: the chat template renders the prompt differently for the two answers, so their "
-                "log-probabilities cannot be compared. Use a template that only appends."
-            )
+        chosen, rejected = (answer_tokens(p.id, p.prompt, a, chat) for a in (p.chosen, p.rejected))
         cut += sum(len(tokens) > max_tokens for tokens, _ in (chosen, rejected))
         two = [
             _row(p.id, *chosen, max_tokens, p.label, p.margin),
@@ -125,7 +133,7 @@ def judgement_rows(
     rows: list[Sample] = []
     cut = 0
     for j in judgements:
-        row, _ = answer_tokens(j.id, j.prompt, j.answer, chat)
+        row = answer_tokens(j.id, j.prompt, j.answer, chat)
         cut += len(row[0]) > max_tokens
         rows.append(_row(j.id, *row, max_tokens, float(j.desirable), 0.0))
     return rows, [f"{cut} rows were cut at pairs.max_tokens={max_tokens}."] if cut else []
@@ -133,15 +141,12 @@ def judgement_rows(
 
 def answer_tokens(
     name: str, prompt: tuple[Message, ...], answer: str, chat: ChatFormat
-) -> tuple[tuple[np.ndarray, np.ndarray], int]:
-    """Returns ((tokens [L], mask [L] on the final answer), index of the answer's first token)."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids [L] of the prompt and an answer to it, and a mask [L] on the answer."""
     try:
-        tokens, mask = chat.conversation_tokens((*prompt, Message("assistant", answer)))
+        return chat.answer_row((*without_prefill(prompt), answer_message(answer)))
     except (DataError, TemplateError) as error:
         raise type(error)(f"{name}: {error}") from None
-    end = int(np.flatnonzero(mask)[-1])
-    start = int(np.flatnonzero(~mask[:end])[-1]) + 1  # earlier assistant turns are not trained
-    return (tokens, mask & (np.arange(len(mask)) >= start)), start
 
 
 def _row(name: str, tokens: np.ndarray, mask: np.ndarray, most: int, label: float, margin: float) -> Sample:

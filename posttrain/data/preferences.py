@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from posttrain.data.files import Row, is_file_name, read_rows, row_fault
+from posttrain.data.messages import Answer, as_json, from_json
+from posttrain.data.row_messages import CONTEXT_COLUMNS, with_context
 from posttrain.data.sources import (
+    INPUT_COLUMNS,
     PROMPT_COLUMNS,
     first_column,
     messages_of,
@@ -25,7 +28,7 @@ from posttrain.data.sources import (
     with_instruction,
     with_system,
 )
-from posttrain.types import DataError, Json, Judgement, Message, Preference, Solution
+from posttrain.types import DataError, Json, JsonView, Judgement, Message, Preference, Solution
 
 PAIR_COLUMNS = ("chosen", "rejected")
 """Columns for the two answers of a preference: texts, or lists of messages."""
@@ -72,7 +75,7 @@ def row_to_preference(row: Row, system: str = "", instruction: str = "") -> Pref
         )
     prompt = _prompt(row, chosen[:-1], system, instruction)
     try:
-        return Preference(_id(row), prompt, chosen[-1].content, rejected[-1].content, _label(row), _margin(row))
+        return Preference(_id(row), prompt, Answer.of(chosen[-1]), Answer.of(rejected[-1]), _label(row), _margin(row))
     except DataError as error:
         raise _with_location(row, error) from None
 
@@ -94,7 +97,26 @@ def row_to_judgement(row: Row, system: str = "", instruction: str = "") -> Judge
     if verdict not in (0, 1):
         raise DataError(f"{row.where}: label={label!r}, expected true, 1 or 'desirable', or false, 0 or 'undesirable'.")
     prompt = _prompt(row, conversation[:-1], system, instruction)
-    return Judgement(_id(row), prompt, conversation[-1].content, bool(verdict))
+    return Judgement(_id(row), prompt, Answer.of(conversation[-1]), bool(verdict))
+
+
+def compared_columns(values: JsonView) -> set[str]:
+    """The columns of a preference or a judgement that are read."""
+    prompt, answer = first_column(values, _PROMPTS), first_column(values, COMPLETION_COLUMNS)
+    pair = all(values.get(name) is not None for name in PAIR_COLUMNS)
+    numbers = {"label", *(("tie", "margin", "score_chosen", "score_rejected") if pair else ())}
+    answers = {*PAIR_COLUMNS} if pair else {answer or "messages"}
+    return _prompt_columns(prompt) | answers | numbers
+
+
+def solution_columns(values: JsonView) -> set[str]:
+    """The columns of a stepwise solution that are read."""
+    outcome = {"final_answer_correct", "answer", "target"}
+    return _prompt_columns(first_column(values, _PROMPTS)) | {*STEP_COLUMNS, *STEP_LABEL_COLUMNS} | outcome
+
+
+def _prompt_columns(prompt: str | None) -> set[str]:
+    return {*([prompt] if prompt else ()), *(INPUT_COLUMNS if prompt == "instruction" else ()), *CONTEXT_COLUMNS}
 
 
 def judgements_of(preference: Preference) -> tuple[Judgement, ...]:
@@ -265,6 +287,7 @@ def _prompt(row: Row, messages: tuple[Message, ...], system: str, instruction: s
             f"{row.where}: there is an assistant message right before the answer, so it is unclear where the answer "
             "begins. Join the two or remove the row."
         )
+    messages = with_context(row, messages)
     return with_system(row.where, with_instruction(messages, instruction), system)
 
 
@@ -347,9 +370,7 @@ def _write(path: str | Path, items: Sequence[Preference | Judgement | Solution])
     for item in items:
         values = {f.name: getattr(item, f.name) for f in fields(item)}
         values = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
-        values["prompt"] = [
-            {"role": m.role, "content": m.content, "tool_calls": [*map(dict, m.tool_calls)]} for m in item.prompt
-        ]
+        values["prompt"] = [as_json(m) for m in item.prompt]
         try:
             lines.append(json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n")
             lines[-1].encode("utf-8")
@@ -366,9 +387,7 @@ def _read(path: str | Path, kind: type[T]) -> list[T]:
     for row in read_rows(str(path)):
         values: Json = {k: tuple(v) if isinstance(v, list) else v for k, v in row.values.items()}
         try:
-            values["prompt"] = tuple(
-                Message(m["role"], m["content"], tuple(m["tool_calls"])) for m in row.values["prompt"]
-            )
+            values["prompt"] = tuple(from_json(m) for m in row.values["prompt"])
             items.append(kind(**values))
         except (KeyError, TypeError, AttributeError, DataError) as error:
             name = kind.__name__.lower()

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from posttrain.config import DataConfig
 from posttrain.config.prm import PRMConfig
-from posttrain.data.preferences import STEP_COLUMNS, row_to_judgement, row_to_outcome, row_to_solution
+from posttrain.data.preferences import STEP_COLUMNS, row_to_judgement, row_to_outcome, row_to_solution, solution_columns
+from posttrain.data.row_messages import unused_note
 from posttrain.data.sources import Row, content_key, data_hash, read_rows, split_by_key, usable
 from posttrain.types import DataError, Solution
 
@@ -65,6 +66,7 @@ def read_solution_sets(rows: list[Row], cfg: DataConfig, algo: PRMConfig, seed: 
     train, test = (
         usable(part, lambda row: graded(row, algo, cfg.system, cfg.instruction), cfg, notes) for part in (rows, held)
     )
+    notes += unused_note(cfg.tasks, rows, solution_columns)
     if held:
         test_prompts = {content_key(one.solution) for one in test}
         kept = [one for one in train if content_key(one.solution) not in test_prompts]

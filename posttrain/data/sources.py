@@ -8,12 +8,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
 from posttrain.config import DataConfig
 from posttrain.data.answers import split_gold
 from posttrain.data.files import SHOWN, Row, data_hash, is_file_name, is_hub_id, read_rows
+from posttrain.data.messages import is_trained
+from posttrain.data.row_messages import CONTEXT_COLUMNS, messages_of, with_context
 from posttrain.rng import key
 from posttrain.types import DataError, JsonView, Judgement, Message, Preference, Solution, Task
 
@@ -27,6 +31,7 @@ __all__ = [
     "duplicates",
     "is_file_name",
     "is_hub_id",
+    "messages_of",
     "parse_rows",
     "read_rows",
     "row_to_conversation",
@@ -44,6 +49,8 @@ PROMPT_COLUMNS = ("messages", "prompt", "question", "problem", "instruction", "i
 """Columns for the prompt, in order of precedence. `input` is appended to `instruction` if a row has both."""
 ANSWER_COLUMNS = ("answer", "solution", "target", "label")
 """Columns for the gold answer, in order of precedence."""
+INPUT_COLUMNS = ("input", "context")
+"""Columns that are appended to an `instruction`, after a blank line each."""
 PAIRS = (("prompt", "completion"), ("question", "answer"), ("problem", "solution"), ("instruction", "output"))
 """Column pairs of a supervised row, in order of precedence, after `text` and `messages`."""
 TEST_COLUMNS = ("cases", "tests")
@@ -53,20 +60,21 @@ TEST_COLUMNS = ("cases", "tests")
 def row_to_task(row: Row, env: str, system: str = "", instruction: str = "", needs_answer: bool = True) -> Task:
     """Converts a row into a task with the id `env:line`.
 
-    `messages` (or a `prompt` that is a list) may end with an assistant turn, which is the gold answer if there is no
-    answer column. A gold answer such as GSM8K's `… #### 1,072` becomes "1072", and the text before it becomes
-    `meta["worked"]`; a program, in a row with tests, is not split. All unused columns go to `meta`. Raises DataError
-    naming `file:line`.
+    `messages` (or a `prompt` that is a list) may end with an assistant turn: the gold answer if there is no answer
+    column, else the beginning of the reply, which completions continue. Context columns (`system`, `tools`, …) are part
+    of the prompt, and of `meta`. A gold answer such as GSM8K's `… #### 1,072` becomes "1072", and the text before it
+    becomes `meta["worked"]`; a program, in a row with tests, is not split. All unused columns go to `meta`. Raises
+    DataError naming `file:line`.
     """
     values = dict(row.values)
     column = first_column(values, PROMPT_COLUMNS)
     if column is None:
         raise missing_column(row, "a question", PROMPT_COLUMNS)
     messages = question_of(row, values, column)
-    used = {column, "input"} if column == "instruction" else {column}
+    used = {column, *INPUT_COLUMNS} if column == "instruction" else {column}
     answer_column = first_column(values, tuple(c for c in ANSWER_COLUMNS if c not in used))
     answer: Any = None
-    if messages[-1].role == "assistant":
+    if messages[-1].role == "assistant" and answer_column is None:
         answer, messages = messages[-1].content, messages[:-1]
     if answer_column is not None:
         answer = values[answer_column]
@@ -82,6 +90,9 @@ def row_to_task(row: Row, env: str, system: str = "", instruction: str = "", nee
         raise DataError(
             f"{row.where}: column {answer_column!r} gives the answer {answer!r}. Give one that is not empty."
         )
+    if messages[-1].role == "assistant":
+        _require_beginning(row, messages[-1], answer)
+    messages = with_context(row, messages, lenient=True)
     messages = with_system(row.where, with_instruction(messages, instruction), system)
     try:
         return Task(f"{env}:{row.where.rpartition(':')[2]}", env, messages, answer, meta)
@@ -111,18 +122,30 @@ def row_to_conversation(row: Row, system: str = "", instruction: str = "") -> st
             messages += messages_of(row, values[pair[1]], pair[1])
         else:
             messages += (Message("assistant", text_of(row, values, pair[1])),)
-    if not any(m.role == "assistant" and (m.content.strip() or m.tool_calls) for m in messages):
+    if not any(is_trained(m) and (m.content.strip() or m.tool_calls) for m in messages):
         raise DataError(
             f"{row.where}: there is no assistant message with text or a tool call to train on. Remove the row."
         )
+    messages = with_context(row, messages)
     return with_system(row.where, with_instruction(messages, instruction), system)
+
+
+def conversation_columns(values: JsonView) -> set[str]:
+    """The columns of a supervised row that `row_to_conversation` reads."""
+    if values.get("text") is not None:
+        return {"text"}
+    if values.get("messages") is not None:
+        return {"messages", *CONTEXT_COLUMNS}
+    pair = next((p for p in PAIRS if all(values.get(c) is not None for c in p)), ())
+    return {*pair, *(INPUT_COLUMNS if "instruction" in pair else ()), *CONTEXT_COLUMNS}
 
 
 def with_instruction(messages: tuple[Message, ...], instruction: str) -> tuple[Message, ...]:
     """Appends `instruction` to every user message after a blank line."""
     if not instruction:
         return messages
-    return tuple(Message("user", f"{m.content}\n\n{instruction}") if m.role == "user" else m for m in messages)
+    asked = f"\n\n{instruction}"
+    return tuple(replace(m, content=m.content + asked) if m.role == "user" else m for m in messages)
 
 
 def with_system(where: str, messages: tuple[Message, ...], system: str) -> tuple[Message, ...]:
@@ -172,7 +195,8 @@ def usable(rows: Sequence[Row], parse: Callable[[Row], T], cfg: DataConfig, note
 def content_key(item: Task | Preference | Judgement | Solution) -> str:
     """Hash of the prompt: equal exactly if the messages before the answer are equal."""
     messages = item.messages if isinstance(item, Task) else item.prompt
-    text = json.dumps([(m.role, m.content, list(m.tool_calls)) for m in messages], default=str)
+    parts = [(m.role, m.content, list(m.tool_calls), *([dict(m.fields)] if m.fields else [])) for m in messages]
+    text = json.dumps(parts, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -226,6 +250,15 @@ def first_column(values: JsonView, names: Sequence[str]) -> str | None:
     return next((name for name in names if values.get(name) is not None), None)
 
 
+def _require_beginning(row: Row, begun: Message, answer: Any) -> None:
+    """Raises DataError if a last assistant turn, which completions would continue, states the answer already."""
+    if answer not in (None, "") and re.search(rf"(?<!\w){re.escape(str(answer))}(?!\w)", begun.content):
+        raise DataError(
+            f"{row.where}: the last message is an assistant's, which the completion would continue, but it states the "
+            f"answer {str(answer)[:40]!r} already. Remove that message, or the answer column."
+        )
+
+
 def missing_column(row: Row, what: str, columns: Sequence[str]) -> DataError:
     """The error for a row with no value in any of `columns`."""
     shown = [f"{name} (null)" if value is None else name for name, value in row.values.items()]
@@ -235,12 +268,13 @@ def missing_column(row: Row, what: str, columns: Sequence[str]) -> DataError:
 
 
 def question_of(row: Row, values: JsonView, column: str) -> tuple[Message, ...]:
-    """The messages in `column`, or its text as one user message; `input` is appended to `instruction`."""
+    """The messages in `column`, or its text as one user message; `input` and `context` follow an `instruction`."""
     if column == "messages" or isinstance(values[column], list):
         return messages_of(row, values[column], column)
     text = text_of(row, values, column)
-    if column == "instruction" and values.get("input"):
-        text = f"{text}\n\n{text_of(row, values, 'input')}"
+    if column == "instruction":
+        for more in INPUT_COLUMNS:
+            text += f"\n\n{text_of(row, values, more)}" if values.get(more) else ""
     return (Message("user", text),)
 
 
@@ -254,22 +288,3 @@ def text_of(row: Row, values: JsonView, column: str) -> str:
     if not value.strip():
         raise DataError(f"{row.where}: column {column!r} is empty. Fill it or remove the row.")
     return value
-
-
-def messages_of(row: Row, value: Any, column: str) -> tuple[Message, ...]:
-    """The messages in a column's list of objects with role and content (and tool_calls). Raises DataError."""
-    if not isinstance(value, list) or not value:
-        raise DataError(f"{row.where}: column {column!r} is not a list of messages with role and content.")
-    messages: list[Message] = []
-    for number, entry in enumerate(value, 1):
-        where = f"{row.where}: message {number} of {column!r}"
-        if not isinstance(entry, Mapping) or "role" not in entry or "content" not in entry:
-            raise DataError(f"{where} has no role and content; expected {{'role': 'user', 'content': '…'}}.")
-        calls = tuple(entry.get("tool_calls") or ())
-        # Most datasets write a turn that only calls tools with null content.
-        content: Any = (entry["content"] or "") if calls else entry["content"]
-        try:
-            messages.append(Message(entry["role"], content, calls))
-        except DataError as error:
-            raise DataError(f"{where}: {error}") from None
-    return tuple(messages)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from posttrain.data.chat import ChatFormat
+from posttrain.data.messages import answer_message, without_prefill
 from posttrain.types import DataError, Message, Sample
 
 
@@ -46,7 +47,7 @@ def step_row(
     `returns` [L] holds the steps' labels at those tokens. The sample ends with the end-of-turn token. Raises DataError
     if two labelled steps end in the same token.
     """
-    tokens, begun, _ = chat.answer_marks([*prompt, Message("assistant", text)], ends)
+    tokens, begun, _ = chat.answer_marks([*without_prefill(prompt), answer_message(text)], ends)
     mask, blank = np.zeros(len(tokens), bool), np.zeros(len(tokens), np.float32)
     mask[begun - 1] = True
     targets = blank.copy()

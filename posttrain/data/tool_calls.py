@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from posttrain.data.tool_schema import Tool, ToolError, arguments, fit, only_argument
@@ -51,7 +51,7 @@ def describe(schemas: Sequence[JsonView], syntax: Syntax = "json") -> str:
 def with_system_text(messages: Sequence[Message], text: str) -> tuple[Message, ...]:
     """Appends a text to the system message, or adds it as the system message if there is none."""
     if messages and messages[0].role == "system":
-        return (Message("system", f"{messages[0].content}\n\n{text}"), *messages[1:])
+        return (replace(messages[0], content=f"{messages[0].content}\n\n{text}"), *messages[1:])
     return (Message("system", text), *messages)
 
 

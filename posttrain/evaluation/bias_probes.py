@@ -27,7 +27,7 @@ from posttrain.data.tasks.load import gold_reply, load_tasks
 from posttrain.evaluation.accuracy import Estimate, bootstrap
 from posttrain.rewards.auto import verifier_for
 from posttrain.rewards.scoring import score_safely
-from posttrain.types import DataError, Json, Message, Task
+from posttrain.types import DataError, Json, Task
 
 Scorer = Callable[[Sequence[tuple[Task, str]]], Sequence[float] | np.ndarray]
 """Scores (task, reply) pairs, one number each: a reward model's `scores`, or any function."""
@@ -152,7 +152,7 @@ def ordered(item: Item) -> tuple[str, str]:
 def stated(item: Item) -> Task:
     """The task with the wrong answer that the user expects stated after the question."""
     *before, last = item.task.messages
-    message = Message(last.role, f"{last.content} {OPINION.format(item.wrong)}", last.tool_calls)
+    message = replace(last, content=f"{last.content} {OPINION.format(item.wrong)}")
     return replace(item.task, messages=(*before, message))
 
 

@@ -15,9 +15,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from posttrain.lab.folders import SEPARATOR, Place
+from posttrain.store.listing import template_settings
 from posttrain.store.pipeline import read_record
 from posttrain.store.run import Run
 from posttrain.types import ConfigError, Json, Message, PosttrainError, ResumeError, SamplingParams
@@ -31,7 +30,6 @@ SHIPPED = "abacus"
 FOLDER = Path(__file__).parents[1] / "models" / SHIPPED
 SCORER = "scalar_head.safetensors"
 """File that marks a model that only scores and so cannot answer (models/heads.py)."""
-THOUGHT = "<think>"
 AT_ONCE = 4
 """Models kept open; the least recently used one is dropped."""
 
@@ -123,8 +121,8 @@ class Opened:
                 raise _Stopped
 
         stream = Stream(self.policy, tell)
-        if self._begins_in_thought(prompt):
-            write(THOUGHT, 0)
+        if opening := self.chat.opening(read):
+            write(opening, 0)
         own = completion_seed(seed, "chat", len(messages), messages[-1].content, 0)
         with self.generator() as generator:
             try:
@@ -137,10 +135,6 @@ class Opened:
         rest = text[len(stream.written) :] if text.startswith(stream.written) else ""
         write(rest, len(stream.tokens) - heard)
         return Reply(done.stop, len(prompt), len(done.tokens))
-
-    def _begins_in_thought(self, prompt: np.ndarray) -> bool:
-        """Whether the chat template itself opened a thought that the model continues."""
-        return self.policy.tokenizer.decode(prompt[-8:]).rstrip().endswith(THOUGHT)
 
 
 @dataclass
@@ -224,8 +218,10 @@ def _open(folder: Path, name: str) -> Opened:
     from posttrain.train.device import resolve
 
     policy = load_policy(ModelConfig(path=str(folder)), resolve("auto"))
-    form = "chat" if policy.tokenizer.chat_template else "plain"
-    return Opened(name, policy, with_chat_format(policy, form))
+    if not policy.tokenizer.chat_template:
+        return Opened(name, policy, with_chat_format(policy, "plain"))
+    arguments, day = template_settings(folder)
+    return Opened(name, policy, with_chat_format(policy, "chat", arguments, day))
 
 
 def _can_answer(folder: Path) -> bool:

@@ -8,6 +8,7 @@ model is computed.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -22,7 +23,7 @@ from posttrain.models.check import check_forward
 from posttrain.models.policy import Policy, checkpoint_layers
 from posttrain.models.shapes import ModelShape
 from posttrain.models.weights import resolve_path as resolve_path
-from posttrain.types import ConfigError, TemplateError
+from posttrain.types import ConfigError, JsonView, TemplateError
 
 
 def load_policy(cfg: ModelConfig, device: torch.device | str = "cpu") -> Policy:
@@ -121,9 +122,14 @@ def check_tokenizer(tokenizer: Any, rows: int) -> None:
         )
 
 
-def with_chat_format(policy: Policy, form: Literal["chat", "plain"]) -> ChatFormat:
-    """The chat format of the policy's tokenizer; its end-of-turn tokens are added to the policy's stop tokens."""
-    chat = ChatFormat(policy.tokenizer, form)
+def with_chat_format(
+    policy: Policy, form: Literal["chat", "plain"], arguments: JsonView | None = None, day: date | None = None
+) -> ChatFormat:
+    """The chat format of the policy's tokenizer; its end-of-turn tokens are added to the policy's stop tokens.
+
+    `arguments` and `day` are the chat template's (`data.template_kwargs`, and the date it reads; by default today).
+    """
+    chat = ChatFormat(policy.tokenizer, form, arguments, day)
     add_stop_ids(policy, chat.stop_ids)
     return chat
 

@@ -29,7 +29,7 @@ from posttrain.rewards import skills
 from posttrain.rewards.auto import verifier_for
 from posttrain.rewards.judge import PREFIX, load_judge
 from posttrain.rewards.scoring import score_safely
-from posttrain.types import ConfigError, DataError, Json, Message, Preference, RolloutError, Task
+from posttrain.types import ConfigError, DataError, Json, Preference, RolloutError, Task
 
 SIMULATED, CONSTITUTION = "simulated", "constitution"
 LABELS = "labels.jsonl"
@@ -180,7 +180,7 @@ def _expected_answer(task: Task, rng: random.Random) -> str:
 def _with_opinion(task: Task, expected: str) -> Task:
     """The task with the expected answer stated after the question, worded as in the bias probe."""
     *before, last = task.messages
-    return replace(task, messages=(*before, Message(last.role, f"{last.content} {OPINION.format(expected)}")))
+    return replace(task, messages=(*before, replace(last, content=f"{last.content} {OPINION.format(expected)}")))
 
 
 def utility(cfg: Preferences, pair: Pair, text: str) -> float:

@@ -201,7 +201,7 @@ def measured_rows(recipe: Recipe) -> tuple[Rows, str]:
         if not Path(base_of(recipe.model.path)).is_dir():
             raise OSError("the tokenizer is not on this machine")
         tokenizer = AutoTokenizer.from_pretrained(base_of(recipe.model.path))
-        chat = ChatFormat(tokenizer, recipe.data.format)
+        chat = ChatFormat(tokenizer, recipe.data.format, recipe.data.template_kwargs)
         facts = recipe.facts()
         if facts.samples == "every step":
             sets = load_tasks(recipe.data, recipe.run.seed, None, needs_answer=False)

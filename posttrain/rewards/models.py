@@ -6,9 +6,11 @@ policy's; that format also terminates the completion, even if it was truncated.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any, cast
 
@@ -178,4 +180,6 @@ def _member(folder: Path, device: torch.device | str, micro_batch_tokens: int) -
             "Give a `posttrain reward` or `posttrain prm` run."
         )
     policy.model.requires_grad_(False)
-    return Member(policy, ChatFormat(policy.tokenizer, cast(Any, head["format"])), micro_batch_tokens)
+    day = date.fromisoformat(head["day"]) if "day" in head else None
+    chat = ChatFormat(policy.tokenizer, cast(Any, head["format"]), json.loads(head.get("template_kwargs", "{}")), day)
+    return Member(policy, chat, micro_batch_tokens)

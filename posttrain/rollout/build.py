@@ -13,6 +13,7 @@ import numpy as np
 
 from posttrain.config import EnvConfig, EnvRecipe, RolloutConfig, Sampling
 from posttrain.data.chat import ChatFormat
+from posttrain.data.messages import continued
 from posttrain.envs.env import EnvFactory
 from posttrain.models.load import Policy, add_stop_ids
 from posttrain.rewards.verifiers import Verifier
@@ -61,6 +62,7 @@ def make_collector(
         seed=recipe.run.seed,
         workers=rollout.reward_workers,
         multi_turn=env and _multi_turn(env, chat, decode, cast(EnvRecipe, recipe).env, context),
+        opening=lambda task: chat.opening(task.messages),
     )
 
 
@@ -83,16 +85,18 @@ def _multi_turn(
     def follow(messages: Sequence[Message]) -> np.ndarray:
         return chat.continuation_tokens(readable(messages))
 
-    return MultiTurn(env, encode, follow, decode, limits, context)
+    def opening(messages: Sequence[Message]) -> str:
+        return chat.opening(readable(messages))
+
+    return MultiTurn(env, encode, follow, decode, limits, context, opening)
 
 
 def with_opening(collector: Collector, chat: ChatFormat, opening: str) -> Collector:
     """A copy of the collector whose completions begin with a fixed text."""
     if not opening:
         return collector
-
-    def encode(task: Task) -> np.ndarray:
-        tokens, begun, _ = chat.answer_marks([*task.messages, Message("assistant", opening)], [len(opening)])
-        return tokens[: begun[0]]
-
-    return replace(collector, encode=encode, decode=lambda tokens: opening + collector.decode(tokens))
+    return replace(
+        collector,
+        encode=lambda task: chat.prompt_tokens(continued(task.messages, opening)),
+        opening=lambda task: chat.opening(continued(task.messages, opening)),
+    )

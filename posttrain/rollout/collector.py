@@ -38,11 +38,17 @@ from posttrain.types import (
 )
 
 Judged = tuple[str, Verdict | None, str | None]  # completion text, and its verdict or the error
+NO_TOKENS = np.zeros(0, np.int32)
 POLL_SECONDS = 0.2  # between two calls of `Collector.check` while the last completions are scored
 
 
 def never_cancelled() -> None:
     """The default `Collector.check`, which never cancels."""
+
+
+def no_opening(task: Task) -> str:
+    """The default `Collector.opening`: prompts end where the assistant's text begins."""
+    return ""
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,7 @@ class Collector:
     workers: int = 0  # threads that score completions during sampling; 0 scores them afterwards
     check: Callable[[], None] = never_cancelled  # called periodically; raises to cancel
     multi_turn: MultiTurn | None = None  # rolls out in an environment instead of sampling one completion
+    opening: Callable[[Task], str] = no_opening  # the part of the assistant's text that the prompt has already
 
     def groups(self, tasks: Sequence[Task], group_size: int, step: int, purpose: str = "train") -> list[list[Episode]]:
         """Samples `group_size` episodes per task. Unscored episodes have reward None and an error message.
@@ -108,11 +115,14 @@ class Collector:
         episodes = iter(rollout.run(self.generator, self.params, started, self.check))
         return [list(islice(episodes, len(task_seeds))) for task_seeds in seeds]
 
-    def _text(self, completion: Completion) -> str:
-        return completion_text(self.decode, completion)
+    def text(self, task: Task, completion: Completion, begun: np.ndarray = NO_TOKENS) -> str:
+        """The assistant's whole text, as verifiers read it: what the prompt opened, tokens that were `begun`, and the
+        completion without its stop token or stop string."""
+        written = completion_text(lambda tokens: self.decode(np.concatenate([begun, tokens])), completion)
+        return self.opening(task) + written
 
     def _judge(self, task: Task, completion: Completion) -> Judged:
-        text = self._text(completion)
+        text = self.text(task, completion)
         return (text, *score_safely(self.verify, task, text))
 
     def _judge_rest(
@@ -123,7 +133,7 @@ class Collector:
     ) -> dict[tuple[int, int], Judged]:
         """Scores the completions without a verdict in this thread, which some rewards need; returns all verdicts."""
         texts = {
-            (g, i): judged[g, i][0] if (g, i) in judged else self._text(c)
+            (g, i): judged[g, i][0] if (g, i) in judged else self.text(tasks[g], c)
             for g, group in enumerate(completions)
             for i, c in enumerate(group)
             if (g, i) not in judged or judged[g, i][1] is None

@@ -18,6 +18,7 @@ import numpy as np
 
 from posttrain import rng
 from posttrain.config import EnvConfig
+from posttrain.data.messages import without_prefill
 from posttrain.envs.env import Env, EnvFactory, Turn
 from posttrain.envs.timeouts import Calls
 from posttrain.rollout.generator import Generator, Request
@@ -38,6 +39,7 @@ class MultiTurn:
     decode: Callable[[np.ndarray], str]
     limits: EnvConfig
     context: int  # the model's context window, in tokens
+    opening: Callable[[Sequence[Message]], str] = lambda messages: ""  # the part of the reply that is in the prompt
 
     def run(
         self,
@@ -85,7 +87,7 @@ class MultiTurn:
         def on_done(request: int, index: int, completion: Completion) -> None:
             check()
             i = members[request][index]
-            reply = completion_text(self.decode, completion)
+            reply = trajectories[i].opening + completion_text(self.decode, completion)
             last = trajectories[i].reply(completion, reply, self.limits.max_turns)
             calls.submit(i, partial(self._step, trajectories[i], reply, last), trajectories[i].close)
 
@@ -116,10 +118,12 @@ class MultiTurn:
         try:
             if not trajectory.spans:
                 trajectory.begin(result, self.encode(replace(trajectory.task, messages=result)))
+                trajectory.opening, trajectory.opened = self.opening(result), self.opening(without_prefill(result))
             elif not isinstance(result, Turn):
                 trajectory.failed(f"the environment returned {type(result).__name__}, expected a Turn.")
             else:
                 trajectory.receive(result, self.encode, self.follow)
+                trajectory.opening = trajectory.opened
         except Exception as error:  # the template or tokenizer rejects the environment's message
             trajectory.failed(_why(error))
         if not trajectory.over and len(trajectory.context) + max_tokens > self.context:
@@ -140,6 +144,8 @@ class Trajectory:
     cuts: list[int] = field(default_factory=lambda: [])
     rewards: list[float] = field(default_factory=lambda: [])
     text: str = ""
+    opening: str = ""  # what the prompt has of the next reply already
+    opened: str = ""  # what every prompt has of it: a thought that the template opens
     last: Turn | None = None
     over: bool = False
     ends: bool = False  # the episode ends after the environment's next response
@@ -162,7 +168,7 @@ class Trajectory:
         return rng.key(self.seed, "turn", self.turns) if self.turns else self.seed
 
     def begin(self, messages: Sequence[Message], tokens: np.ndarray) -> None:
-        self.history, self.spans = list(messages), [Span("prompt", tokens)]
+        self.history, self.spans = [*without_prefill(messages)], [Span("prompt", tokens)]
 
     def reply(self, completion: Completion, text: str, max_turns: int) -> bool:
         """Adds the model's reply; returns whether the episode ends after the environment's next step."""

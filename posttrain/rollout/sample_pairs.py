@@ -10,6 +10,7 @@ from typing import Generic
 from posttrain import rng
 from posttrain.config import PairRecipe
 from posttrain.data.files import writable
+from posttrain.data.messages import without_prefill
 from posttrain.data.pairs import Compared, kind_of, read_compared, stored_rows
 from posttrain.data.preferences import (
     judgements_of,
@@ -99,7 +100,9 @@ def pairs_of(
         counts["flat"] += not candidates
         for n, i in enumerate(rng.permutation(len(candidates), seed, "pairs", task.id)[:per_task]):
             (chosen, high), (rejected, low) = candidates[i]
-            pairs.append(Preference(f"{task.id}#{n}", task.messages, chosen, rejected, margin=high - low))
+            pairs.append(
+                Preference(f"{task.id}#{n}", without_prefill(task.messages), chosen, rejected, margin=high - low)
+            )
     return pairs, counts
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from posttrain.config.prm import PRMConfig, PRMRecipe
 from posttrain.data.chat import ChatFormat
 from posttrain.data.files import writable
+from posttrain.data.messages import without_prefill
 from posttrain.data.pairs import stored_rows
 from posttrain.data.preferences import (
     read_solutions,
@@ -26,7 +27,6 @@ from posttrain.rewards.scoring import score_all
 from posttrain.rollout.build import make_collector, with_opening
 from posttrain.rollout.collector import Collector
 from posttrain.rollout.generator import Request, completion_seed
-from posttrain.rollout.stopping import completion_text
 from posttrain.rollout.tasks import judged_tasks
 from posttrain.store import samples as sampled
 from posttrain.train.job import Setup
@@ -92,7 +92,7 @@ def sample_solutions(
     requests = [Request(solve.encode(task), _seeds(collector, "solve", task.id, cfg.solutions)) for task in tasks]
     groups = collector.generator.generate(requests, collector.params)
     answers = [
-        (task, completion_text(solve.decode, c))
+        (task, solve.text(task, c))
         for task, group in zip(tasks, groups, strict=True)
         for c in group
         if c.stop == "stop"
@@ -108,7 +108,7 @@ def sample_solutions(
     ]
     values = step_values(collector, chat, [(name, task, steps) for name, task, steps, _ in kept], cfg)
     solutions = [
-        Solution(name, task.messages, tuple(steps), (*labels, float(passed)))
+        Solution(name, without_prefill(task.messages), tuple(steps), (*labels, float(passed)))
         for (name, task, steps, passed), labels in zip(kept, values, strict=True)
     ]
     return solutions, len(tasks) * cfg.solutions
@@ -130,7 +130,7 @@ def step_values(
             beginnings.append((task, prefix[prompt:]))
     groups = collector.generator.generate(requests, collector.params)
     pairs = [
-        (task, completion_text(lambda tokens, begun=begun: collector.decode(np.concatenate([begun, tokens])), c))
+        (task, collector.text(task, c, begun))
         for (task, begun), group in zip(beginnings, groups, strict=True)
         for c in group
     ]
@@ -145,7 +145,7 @@ def _prefixes(chat: ChatFormat, task: Task, steps: list[str], separator: str) ->
     ends = step_ends(steps, separator)[:-1]
     starts = np.cumsum([len(step) + len(separator) for step in steps])[:-1]
     message = Message("assistant", separator.join(steps))
-    tokens, begun, ended = chat.answer_marks([*task.messages, message], [*ends, *map(int, starts)])
+    tokens, begun, ended = chat.answer_marks([*without_prefill(task.messages), message], [*ends, *map(int, starts)])
     return [tokens[:cut] for cut in np.maximum(begun[: len(ends)], ended[len(ends) :])]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 
 from posttrain.store.database import run_folders
@@ -26,6 +27,26 @@ class RunInfo:
 def list_runs(root: Path) -> list[RunInfo]:
     """All runs directly below `root`, sorted by name. Other folders are skipped; damaged runs are listed as damaged."""
     return [_info(path) for path in run_folders(root)]
+
+
+def run_date(header: JsonView) -> date:
+    """The date on which a run was created, from its header; today if the header does not have it."""
+    created = str(header.get("created", ""))[:10]
+    return date.fromisoformat(created) if created else date.today()
+
+
+def template_settings(model: str | Path) -> tuple[JsonView, date | None]:
+    """The chat template's arguments and date in the run that a model belongs to: a run's folder, or the model in it.
+
+    Other models have no arguments, and None for the date, which means today.
+    """
+    folder = Path(model)
+    run = folder.parent if folder.name == "model" else folder
+    if not (run / "run.json").is_file():
+        return {}, None
+    with Run.read(run) as store:
+        header = store.header
+    return header.get("recipe", {}).get("data", {}).get("template_kwargs", {}), run_date(header)
 
 
 def next_folder(root: Path, algorithm: str) -> Path:

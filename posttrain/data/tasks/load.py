@@ -10,7 +10,9 @@ from functools import lru_cache
 from pathlib import Path
 
 from posttrain.config import DataConfig, nearest
+from posttrain.data.messages import as_json, from_json
 from posttrain.data.mixing import Mixture, parse_mixture
+from posttrain.data.row_messages import unused_note
 from posttrain.data.sources import (
     Row,
     data_hash,
@@ -157,7 +159,7 @@ def read_tasks(path: str | Path) -> list[Task]:
     for row in read_rows(str(path)):
         v = row.values
         try:
-            messages = tuple(Message(m["role"], m["content"], tuple(m["tool_calls"])) for m in v["messages"])
+            messages = tuple(from_json(m) for m in v["messages"])
             tasks.append(Task(v["id"], v["env"], messages, v["answer"], v["meta"]))
         except (KeyError, TypeError, DataError) as error:
             raise DataError(f"{row.where}: not a task written by write_tasks: {error}.") from None
@@ -165,7 +167,7 @@ def read_tasks(path: str | Path) -> list[Task]:
 
 
 def _as_values(task: Task) -> Json:
-    messages = [{"role": m.role, "content": m.content, "tool_calls": [*map(dict, m.tool_calls)]} for m in task.messages]
+    messages = [as_json(m) for m in task.messages]
     return {"id": task.id, "env": task.env, "messages": messages, "answer": task.answer, "meta": dict(task.meta)}
 
 
@@ -189,6 +191,7 @@ def _from_source(source: str, cfg: DataConfig, needs_answer: bool, notes: list[s
     rows = read_rows(source, cfg.count)
     if bfcl.is_bfcl(rows[0]):
         return usable(rows, bfcl.reader(source, cfg.system, cfg.instruction), cfg, notes)
+    notes += unused_note(source, rows, lambda values: {*values})
     return usable(rows, lambda row: row_to_task(row, env, cfg.system, cfg.instruction, needs_answer), cfg, notes)
 
 

@@ -16,9 +16,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Literal, TypedDict, cast
 
 from posttrain import rng
+from posttrain.data.messages import as_json, from_json
 from posttrain.store.durable import DiskError, make_folder
 from posttrain.types import ConfigError, Json, JsonView, Message, PosttrainError, Preference, ResumeError, Role
 
@@ -63,7 +64,7 @@ class Label:
 
 
 class MessageRow(TypedDict):
-    """A message in the format of a data file."""
+    """A message in the format of a data file; it may have other fields (posttrain/data/messages.py)."""
 
     role: Role
     content: str
@@ -244,12 +245,12 @@ def _pair(row: tuple[str, str, str, str]) -> Pair:
 
 def prompt_rows(prompt: Sequence[Message]) -> list[MessageRow]:
     """Messages in the format of a data file."""
-    return [{"role": m.role, "content": m.content, "tool_calls": [*map(dict, m.tool_calls)]} for m in prompt]
+    return [cast(MessageRow, as_json(m)) for m in prompt]
 
 
 def messages_of(rows: Sequence[MessageRow]) -> tuple[Message, ...]:
     """Inverse of `prompt_rows`."""
-    return tuple(Message(m["role"], m["content"], tuple(m["tool_calls"])) for m in rows)
+    return tuple(map(from_json, rows))
 
 
 def _now() -> str:
