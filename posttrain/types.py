@@ -92,13 +92,19 @@ class Message:
 
 @dataclass(frozen=True)
 class Task:
-    """One task: a prompt and its gold answer. `meta` is passed to the reward."""
+    """One task: a prompt and its gold answer. `meta` is passed to the reward.
+
+    `source` is the part of a mixture that the task is from, by which metrics are reported. `columns` are the columns of
+    its row that became the prompt or the answer, under their own names, for reward functions that ask for them.
+    """
 
     id: str
     env: str
     messages: tuple[Message, ...]
     answer: Any
     meta: JsonView = field(default_factory=lambda: {})
+    source: str = field(default="", compare=False)
+    columns: JsonView = field(default_factory=lambda: {}, compare=False)
 
     def __post_init__(self) -> None:
         if not self.messages or not any(m.role == "user" for m in self.messages):

@@ -177,6 +177,11 @@ class ChatFormat:
         mask[0] = False
         return tokens, mask
 
+    @property
+    def longest_token(self) -> int:
+        """Characters of the vocabulary's longest token."""
+        return max(map(len, self._native.get_vocab()))
+
     def decode(self, tokens: np.ndarray | Sequence[int]) -> str:
         """Decodes generated ids; special tokens are left out, visible added tokens (`<think>`) are kept."""
         return self._native.decode([int(t) for t in tokens], skip_special_tokens=True)

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 from posttrain.config import DataConfig
 from posttrain.data.answers import split_gold
 from posttrain.data.files import SHOWN, Row, data_hash, is_file_name, is_hub_id, read_rows
+from posttrain.data.formats import converter_for
 from posttrain.rng import key
 from posttrain.types import DataError, JsonView, Judgement, Message, Preference, Solution, Task
 
@@ -84,7 +85,8 @@ def row_to_task(row: Row, env: str, system: str = "", instruction: str = "", nee
         )
     messages = with_system(row.where, with_instruction(messages, instruction), system)
     try:
-        return Task(f"{env}:{row.where.rpartition(':')[2]}", env, messages, answer, meta)
+        columns = {name: value for name, value in values.items() if name in used and value is not None}
+        return Task(f"{env}:{row.where.rpartition(':')[2]}", env, messages, answer, meta, columns=columns)
     except DataError as error:
         raise DataError(f"{row.where}: {error}") from None
 
@@ -144,17 +146,23 @@ def parse_rows(
     """
     parsed: list[T] = []
     faults: list[str] = []
+    converter = ""
     for row in rows:
+        if row.fault:
+            faults.append(f"{row.where}: {row.fault}")
+            continue
         try:
             parsed.append(parse(row))
         except DataError as error:
             faults.append(str(error))
+            converter = converter or converter_for(row.values)
     if faults and (bad == "refuse" or not parsed):
         more = f" ({len(faults) - SHOWN} more not shown)" if len(faults) > SHOWN else ""
         hint = ', or set data.bad_rows = "drop"' if parsed else ""
         raise DataError(
             "\n".join(faults[:SHOWN])
             + f"\n{len(faults)} of {len(rows)} rows cannot be used{more}; no row was used. Fix or remove them{hint}."
+            + converter
         )
     return parsed, faults
 
@@ -230,7 +238,8 @@ def missing_column(row: Row, what: str, columns: Sequence[str]) -> DataError:
     """The error for a row with no value in any of `columns`."""
     shown = [f"{name} (null)" if value is None else name for name, value in row.values.items()]
     return DataError(
-        f"{row.where}: no column holds {what} ({', '.join(columns)}); the row has {', '.join(shown)}. Rename a column."
+        f"{row.where}: no column holds {what} ({', '.join(columns)}); the row has {', '.join(shown)}. Rename a "
+        "column: posttrain data convert FILE --to FILE --rename OLD=NEW."
     )
 
 

@@ -1,8 +1,10 @@
 """User-defined reward functions: `def reward(completion, answer, **task) -> float`, from a file or passed from Python.
 
 A reward function is called with the arguments it names: `completion` (also as `text`), `answer`, `prompt`, `messages`,
-`task_id`, `task` (the Task) and every column of the task's `meta`. It must return one finite number or a Verdict;
-anything else is an error that names the function, the task and the value, and never becomes a reward.
+`task_id`, `task` (the Task) and every column of its row, the answer's under its own name too. A column with the name of
+a built-in argument is refused before step 0 if the function asks for it (rewards/arguments.py). It must return one
+finite number or a Verdict; anything else is an error that names the function, the task and the value, and never becomes
+a reward.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from typing import Any
 
 from posttrain.config import nearest
 from posttrain.rewards import combine, judge
+from posttrain.rewards.arguments import available, check_of, column_check, with_check
 from posttrain.rewards.judging import BatchVerifier, Verifier
 from posttrain.rewards.verifiers import VERIFIERS
 from posttrain.types import ConfigError, JsonView, RolloutError, Task, Verdict
@@ -131,7 +134,8 @@ def _with_columns(verify: Verifier, columns: JsonView) -> Verifier:
     if isinstance(verify, BatchVerifier):
         batch = verify.score_all
         return Batched(verify_extended, lambda pairs: batch([(extended(task), text) for task, text in pairs]))
-    return verify_extended
+    check = check_of(verify)
+    return with_check(verify_extended, lambda task: check(extended(task))) if check else verify_extended
 
 
 def _combined(tree: combine.Node, verifiers: Mapping[combine.Leaf, Verifier]) -> Verifier:
@@ -153,8 +157,13 @@ def _combined(tree: combine.Node, verifiers: Mapping[combine.Leaf, Verifier]) ->
                     verdicts[i][leaf.key] = verdict
         return [_joined(tree, by_key, messages) for by_key, messages in zip(verdicts, errors, strict=True)]
 
+    def check(task: Task) -> None:
+        for leaf, verifier in verifiers.items():
+            if (inner := check_of(verifier)) and leaf.concerns(task):
+                inner(task)
+
     batched = any(isinstance(verifier, BatchVerifier) for verifier in verifiers.values())
-    return Batched(verify, score_batch) if batched else verify
+    return with_check(Batched(verify, score_batch) if batched else verify, check)
 
 
 def _joined(tree: combine.Node, verdicts: Mapping[Any, Verdict], errors: Sequence[str]) -> Verdict | RolloutError:
@@ -257,7 +266,7 @@ def _adapt(function: RewardFn) -> Verifier:
         ) from None
 
     def verify(task: Task, text: str) -> Verdict:
-        positional, named = _arguments(parameters, _available(task, text), name, task)
+        positional, named = _arguments(parameters, available(task, text), name, task)
         try:
             value = function(*positional, **named)
         except Exception as error:
@@ -265,21 +274,7 @@ def _adapt(function: RewardFn) -> Verifier:
         return to_verdict(value, name, task)
 
     verify.__name__ = name
-    return verify
-
-
-def _available(task: Task, text: str) -> dict[str, object]:
-    """All arguments available to a reward function; the built-in names override the task's own columns."""
-    return {
-        **task.meta,
-        "completion": text,
-        "text": text,
-        "answer": task.answer,
-        "prompt": task.prompt,
-        "messages": task.messages,
-        "task_id": task.id,
-        "task": task,
-    }
+    return with_check(verify, column_check(name, parameters))
 
 
 def _arguments(
@@ -298,7 +293,8 @@ def _arguments(
         if p.kind is p.VAR_KEYWORD:
             taken = {q.name for q in parameters}
             hidden = {"text", "task"} if by_order or "completion" in taken else {"task"}
-            named |= {k: v for k, v in available.items() if k not in taken | hidden}
+            columns = {k: task.meta[k] for k in hidden if k in task.meta}  # the row's own, not the built-in ones
+            named |= {k: v for k, v in {**available, **columns}.items() if k not in taken | (hidden - columns.keys())}
             continue
         if p.name in available:
             value = available[p.name]
