@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from posttrain.config import DataConfig, EvalRecipe, locate
 from posttrain.data.files import Row, count_rows, is_file_name, is_hub_id, read_rows
-from posttrain.data.formats import standard
+from posttrain.data.formats import MESSAGE_COLUMNS, standard
 from posttrain.data.mixing import parts_of
 from posttrain.types import DataError, Json, JsonView, PosttrainError
 
@@ -59,21 +59,47 @@ def evaluation_settings(overrides: JsonView, trained_on: str = "") -> Json:
 
 
 def unread_columns(rows: Sequence[Row], parse: Callable[[Row], object]) -> list[str]:
-    """Names of columns without which `parse` gives the same results: nothing reads them.
+    """Names of columns, and of fields of messages as `messages.name`, that nothing reads: without one of them, `parse`
+    gives the same results.
 
-    Each column is removed from the first rows that have a value in it. Rows that cannot be parsed are skipped.
+    Each is removed from the first rows that have a value in it. Rows that cannot be parsed are skipped.
     """
     found: dict[str, list[Row]] = {}
     for row in rows:
-        for name, value in row.values.items():
-            if value is not None and not row.fault and len(found.setdefault(name, [])) < EXAMPLES:
-                found[name].append(row)
-    return [name for name, examples in found.items() if not any(_reads(row, name, parse) for row in examples)]
+        if not row.fault:
+            for name in _filled(row.values):
+                examples = found.setdefault(name, [])
+                if len(examples) < EXAMPLES:
+                    examples.append(row)
+    unread = [name for name, examples in found.items() if not any(_reads(row, name, parse) for row in examples)]
+    return [name for name in unread if name.partition(".")[0] not in unread or "." not in name]
+
+
+def _filled(values: JsonView) -> Iterator[str]:
+    """The columns of a row that are not null, and the fields of their messages."""
+    for name, value in values.items():
+        if value is not None:
+            yield name
+        if name in MESSAGE_COLUMNS and isinstance(value, list):
+            fields = {k for entry in value if isinstance(entry, Mapping) for k, v in entry.items() if v is not None}
+            yield from sorted(f"{name}.{field}" for field in fields)
+
+
+def _without(values: JsonView, name: str) -> Json:
+    """A row without a column, or without a field of the messages in a column."""
+    if name in values:
+        return {k: v for k, v in values.items() if k != name}
+    column, _, field = name.partition(".")
+    entries = [
+        {k: v for k, v in entry.items() if k != field} if isinstance(entry, Mapping) else entry
+        for entry in values[column]
+    ]
+    return {**values, column: entries}
 
 
 def _reads(row: Row, name: str, parse: Callable[[Row], object]) -> bool:
     """Whether the result for a row, or the error, depends on one of its columns."""
-    return _outcome(row, parse) != _outcome(Row(row.where, {k: v for k, v in row.values.items() if k != name}), parse)
+    return _outcome(row, parse) != _outcome(Row(row.where, _without(row.values, name)), parse)
 
 
 def _outcome(row: Row, parse: Callable[[Row], object]) -> tuple[bool, object]:

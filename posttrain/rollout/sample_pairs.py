@@ -120,9 +120,11 @@ def _sampled(setup: Setup[PairRecipe]) -> ComparedSets[Preference]:
             make_collector(setup.policy, setup.chat, verify, recipe), setup.chat, recipe.pairs.opening
         )
         parts: list[list[Preference]] = []
+        most = recipe.pairs.held_out
+        held_out = chosen(sets.test, most, sets.shuffled) if most else []
         for name, tasks in (
             ("training", sets.train),
-            ("held-out", chosen(sets.test, recipe.pairs.held_out, sets.shuffled)),
+            ("held-out", held_out),
         ):
             groups = collector.groups(tasks, recipe.pairs.samples, 0, "pairs")
             check_failures(groups, recipe.reward.max_failure_rate)
