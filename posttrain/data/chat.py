@@ -21,6 +21,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 from posttrain.types import DataError, Json, Message, Role, TemplateError
 
@@ -179,8 +180,10 @@ class ChatFormat:
 
     @property
     def longest_token(self) -> int:
-        """Characters of the vocabulary's longest token."""
-        return max(map(len, self._native.get_vocab()))
+        """Characters that one token can stand for, at most; 0 if an unknown token can stand for a text of any length."""
+        model = self._native.model
+        bounded = isinstance(model, BPE) and (model.byte_fallback or not (model.unk_token and model.fuse_unk))
+        return max(map(len, self._native.get_vocab())) if bounded else 0
 
     def decode(self, tokens: np.ndarray | Sequence[int]) -> str:
         """Decodes generated ids; special tokens are left out, visible added tokens (`<think>`) are kept."""

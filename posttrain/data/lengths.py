@@ -14,11 +14,11 @@ COMPOSED = 4
 def prompt_lengths(prompts: Sequence[Sequence[Message]], chat: ChatFormat, limit: int) -> list[int]:
     """Tokens of each prompt, or, for a text that cannot fit in `limit` tokens, a lower bound above the limit.
 
-    No token of the vocabulary has more characters than the longest, so a text has at least its characters divided by
-    that many tokens. A text whose bound is over the limit is not tokenized, which could take minutes.
+    No token stands for more characters than the longest one has, so a text has at least its characters divided by that
+    many tokens. A text whose bound is over the limit is not tokenized, which could take minutes.
     """
     longest = COMPOSED * chat.longest_token
-    bounds = [sum(len(message.content) for message in prompt) // longest for prompt in prompts]
+    bounds = [sum(len(message.content) for message in prompt) // longest if longest else 0 for prompt in prompts]
     return [
         bound if bound > limit else len(chat.prompt_tokens(prompt))
         for prompt, bound in zip(prompts, bounds, strict=True)

@@ -42,6 +42,8 @@ BUILT_IN = (*GENERATORS, *NUMBERS, *PROGRAMS)
 """Names of built-in tasks for `data.tasks`, in addition to files and hub ids."""
 PATIENCE = 1000
 """Draws in a row without a new problem after which a built-in task counts as exhausted."""
+MOST_SOURCES = 20
+"""Most values of a column `data_source` by which metrics are reported; a column with more is an id, not a source."""
 HELD_OUT = 512
 """Maximum size of a built-in task's test split, which is the same for every seed, so that runs are comparable."""
 
@@ -278,7 +280,10 @@ def _from_source(source: str, env: str, cfg: DataConfig, needs_answer: Needs, no
     tasks = usable(rows, parse, cfg, notes)
     if unread := unread_columns(rows, lambda row: (parse(row).messages, parse(row).answer)):
         notes.append(f"{source}: the model does not see the columns {', '.join(unread)}; rewards can read them.")
-    return tasks
+    named = {name for task in tasks if isinstance(name := task.meta.get("data_source"), str)}
+    if not 1 < len(named) <= MOST_SOURCES:
+        return tasks
+    return [replace(task, source=str(task.meta.get("data_source", source))) for task in tasks]
 
 
 def _generated(name: str, count: int, seed: int, split: Split, notes: list[str]) -> list[Task]:
