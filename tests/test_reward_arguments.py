@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def score(function: Callable[..., Any], row: dict[str, Any], text: str = "42") -
         found.append(function(*positional, **named))
         return 0.0
 
-    record.__signature__ = __import__("inspect").signature(function)  # type: ignore[attr-defined]
+    record.__dict__["__signature__"] = inspect.signature(function)
     verify = reward_from(record)
     check_columns(verify, [task(row)])
     verify(task(row), text)
@@ -88,7 +89,7 @@ def test_equal_values_and_columns_that_are_not_asked_for_are_fine() -> None:
 
 def test_a_clash_inside_an_expression_is_found_for_the_tasks_it_concerns(tmp_path: Path) -> None:
     (tmp_path / "r.py").write_text("def by_task(completion, task):\n    return 1.0\n")
-    for spec in ("format + {}", "format & {}", "{}@f.jsonl + format", "{}(limit=4)"):
+    for spec in ("format + {}", "format & {}", "{}@'f.jsonl' + format", "{}(limit=4)"):
         with pytest.raises(DataError, match="column 'task'"):
             check_columns(reward_from(spec.format(f"{tmp_path}/r.py:by_task")), [task(ROW)])
     check_columns(reward_from(f"{tmp_path}/r.py:by_task@other + format"), [task(ROW)])

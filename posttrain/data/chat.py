@@ -180,7 +180,7 @@ class ChatFormat:
 
     @property
     def longest_token(self) -> int:
-        """Characters that one token can stand for, at most; 0 if an unknown token can stand for a text of any length."""
+        """Characters that one token can stand for, at most; 0 if an unknown token can stand for any text."""
         model = self._native.model
         bounded = isinstance(model, BPE) and (model.byte_fallback or not (model.unk_token and model.fuse_unk))
         return max(map(len, self._native.get_vocab())) if bounded else 0
