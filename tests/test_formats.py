@@ -301,7 +301,6 @@ CONVERTED: dict[str, tuple[Any, Any, Any]] = {
     "openai-batch": ({"custom_id": "1", "body": {"messages": CHAT[:1]}}, task, (ASKED, None)),
     "openai-reinforcement": ({"messages": CHAT[:1], "reference_answer": "b"}, gold, (ASKED, "b")),
     "verl": ({"prompt": CHAT[:1], "reward_model": {"ground_truth": "42"}}, gold, (ASKED, "42")),
-    "response": ({"prompt": Q, "response": R}, sft, TOLD),
 }
 
 

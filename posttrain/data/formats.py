@@ -24,6 +24,7 @@ SPEAKERS = {
 MESSAGE_COLUMNS = ("messages", "prompt", "completion", "chosen", "rejected", "conversations", "conversation")
 """Columns that may hold a list of messages."""
 TEXT_PARTS = ("text", "input_text", "output_text")
+ASKED = ("text", "prompt", "question", "problem", "instruction")
 REPLIES = ("completion", "output", "answer", "solution", "target", "chosen", "label")
 Convert = Callable[[Json], Json]
 
@@ -44,6 +45,8 @@ def standard(values: JsonView) -> tuple[Json, list[str]]:
     for name in MESSAGE_COLUMNS:
         if isinstance(row.get(name), list):
             row[name] = [_without_parts(entry, name) for entry in row[name]]
+    if _is_context(row) and row.get("response") is not None:
+        raise DataError(f"the model would not see the column 'context' or 'passage'.{converter_for(row)}")
     return row, names
 
 
@@ -88,9 +91,10 @@ def _without_parts(entry: Any, column: str) -> Any:
 
 
 def _is_sharegpt(row: JsonView) -> bool:
-    return any(_spoken(row.get(name)) for name in ("conversations", "conversation", "messages")) or (
-        "messages" not in row and any(_turns(row.get(name)) for name in ("conversations", "conversation"))
-    )
+    if any(row.get(name) is not None for name in ASKED):
+        return False  # the row is read by that column
+    names = ("conversations", "conversation")
+    return _spoken(row.get("messages")) or ("messages" not in row and any(_turns(row.get(name)) for name in names))
 
 
 def _turns(value: Any) -> bool:
@@ -103,12 +107,10 @@ def _spoken(value: Any) -> bool:
 
 def _sharegpt(row: Json) -> Json:
     """`conversations` of `from` and `value` → `messages`, or `prompt` if the row has chosen and rejected replies."""
-    column = next(name for name in ("conversations", "conversation", "messages") if _turns(row.get(name)))
+    column = next(name for name in ("messages", "conversations", "conversation") if _turns(row.get(name)))
     out = {name: value for name, value in row.items() if name != column}
     compared = [name for name in ("chosen", "rejected") if row.get(name) is not None]
     target = "prompt" if compared else "messages"
-    if target != column and row.get(target) is not None:
-        raise DataError(f"the row has both {column!r} and {target!r}. Remove one of them.")
     out[target] = [_turn(entry, column) for entry in row[column]]
     for name in compared:
         entries = row[name] if isinstance(row[name], list) else [row[name]]
@@ -161,7 +163,7 @@ def _openai_preference(row: Json) -> Json:
 
 
 def _is_openai_batch(row: JsonView) -> bool:
-    return "custom_id" in row and ("response" in row or isinstance(row.get("body"), Mapping))
+    return "custom_id" in row and any(isinstance(row.get(name), Mapping) for name in ("response", "body"))
 
 
 def _openai_batch(row: Json) -> Json:
@@ -180,11 +182,12 @@ def _openai_batch(row: Json) -> Json:
 
 
 def _is_openai_reinforcement(row: JsonView) -> bool:
-    return "reference_answer" in row and isinstance(row.get("messages"), list) and row.get("answer") is None
+    asked = _turns(row.get("messages")) and row["messages"][-1].get("role") == "user"
+    return asked and row.get("reference_answer") is not None and row.get("answer") is None
 
 
 def _openai_reinforcement(row: Json) -> Json:
-    return {**{k: v for k, v in row.items() if k != "reference_answer"}, "answer": row["reference_answer"]}
+    return {**row, "answer": row["reference_answer"]}
 
 
 def _is_verl(row: JsonView) -> bool:
@@ -193,27 +196,11 @@ def _is_verl(row: JsonView) -> bool:
 
 
 def _verl(row: Json) -> Json:
-    """`reward_model.ground_truth` → `answer`; `data_source` stays a column, by which rewards can be chosen."""
+    """`reward_model.ground_truth` → `answer`; all columns stay, for rewards that ask for them."""
     model: JsonView = row["reward_model"]
     if row.get("answer") not in (None, model["ground_truth"]):
         raise DataError("the row has both an answer and another reward_model.ground_truth. Remove one of them.")
-    rest = {k: v for k, v in model.items() if k != "ground_truth"}
-    return {**row, "answer": model["ground_truth"], "reward_model": rest}
-
-
-def _is_response(row: JsonView) -> bool:
-    asked = any(row.get(name) is not None for name in ("prompt", "question", "instruction"))
-    return asked and row.get("response") is not None and not any(row.get(n) is not None for n in (*REPLIES, "context"))
-
-
-def _response(row: Json) -> Json:
-    """`response` next to a question → `output` for an instruction (Alpaca's name), else `completion`."""
-    name = "prompt" if row.get("prompt") is not None else "question" if row.get("question") is not None else ""
-    out = {k: v for k, v in row.items() if k != "response"}
-    if not name:
-        return {**out, "output": row["response"]}
-    question = out.pop(name)
-    return {"prompt": question, **out, "completion": row["response"]}
+    return {**row, "answer": model["ground_truth"]}
 
 
 DIRECT: dict[str, tuple[Callable[[JsonView], bool], Convert]] = {
@@ -222,7 +209,6 @@ DIRECT: dict[str, tuple[Callable[[JsonView], bool], Convert]] = {
     "openai-batch": (_is_openai_batch, _openai_batch),
     "openai-reinforcement": (_is_openai_reinforcement, _openai_reinforcement),
     "verl": (_is_verl, _verl),
-    "response": (_is_response, _response),
 }
 """Layouts that are converted when a file is read."""
 

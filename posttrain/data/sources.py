@@ -45,7 +45,15 @@ PROMPT_COLUMNS = ("messages", "prompt", "question", "problem", "instruction", "i
 """Columns for the prompt, in order of precedence. `input` is appended to `instruction` if a row has both."""
 ANSWER_COLUMNS = ("answer", "solution", "target", "label")
 """Columns for the gold answer, in order of precedence."""
-PAIRS = (("prompt", "completion"), ("question", "answer"), ("problem", "solution"), ("instruction", "output"))
+PAIRS = (
+    ("prompt", "completion"),
+    ("question", "answer"),
+    ("problem", "solution"),
+    ("instruction", "output"),
+    ("prompt", "response"),
+    ("question", "response"),
+    ("instruction", "response"),
+)
 """Column pairs of a supervised row, in order of precedence, after `text` and `messages`."""
 TEST_COLUMNS = ("cases", "tests")
 """Columns with tests: a row with one of these asks for a program, which is executed to check it."""
