@@ -107,9 +107,8 @@ def test_every_command_and_option_is_documented() -> None:
         assert section, f"command {name} is not in docs/reference/cli.md"
         parts = command.commands if isinstance(command, click.Group) else {"": command}
         for inner, part in parts.items():
-            listed = (
-                section.partition(f"### `posttrain {name} {inner}`\n")[2].partition("\n###")[0] if inner else section
-            )
+            heading = f"### `posttrain {name} {inner}`\n" if inner else "\n"
+            listed = section.partition(heading)[2].partition("\n###")[0]
             for option in (p for p in part.params if isinstance(p, click.Option)):
                 for spelling in (*option.opts, *option.secondary_opts):
                     assert f"`{spelling}`" in listed, f"{name} {inner} {spelling} is not in docs/reference/cli.md"

@@ -45,7 +45,7 @@ def standard(values: JsonView) -> tuple[Json, list[str]]:
     for name in MESSAGE_COLUMNS:
         if isinstance(row.get(name), list):
             row[name] = [_without_parts(entry, name) for entry in row[name]]
-    if _is_context(row) and row.get("response") is not None:
+    if _is_context(row) and row.get("response") is not None and not any(row.get(n) is not None for n in REPLIES):
         raise DataError(f"the model would not see the column 'context' or 'passage'.{converter_for(row)}")
     return row, names
 
