@@ -35,7 +35,7 @@ def read_source(source: str, cfg: DataConfig, notes: list[str]) -> list[Row]:
             out.append(Row(row.where, row.values, str(error)))
             continue
         formats.update(names)
-        out.append(Row(row.where, values) if names else row)
+        out.append(Row(row.where, values))
     notes += [f"{source}: {count} of {len(rows)} rows were read as {name}." for name, count in formats.items()]
     return out
 

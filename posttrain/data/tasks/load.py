@@ -85,7 +85,7 @@ def load_tasks(cfg: DataConfig, seed: int, given: Sequence[Task] | None = None, 
         train, test = _sources(cfg, seed, needs_answer, notes)
     if not train:
         raise DataError(f"there are no tasks to train on (data.tasks={cfg.tasks!r}, data.count={cfg.count}).")
-    if copies := duplicates(train):
+    if copies := duplicates([*train, *test]):
         notes.append(f"{copies} training tasks repeat the prompt of another task; they are kept.")
     if cfg.eval_tasks:
         test = _evaluation(cfg, needs_answer, notes)
