@@ -77,7 +77,7 @@ def test_the_counts_and_notes_are_those_of_the_run(tmp_path: Path) -> None:
     out = tmp_path / "run"
     pt.sft(data=str(file), out=out, train__steps=1, **{k.replace(".", "__"): v for k, v in settings.items()})
     with Run.read(out) as store:
-        notes = [event.text for event in store.events() if event.source == "data"]
+        notes = [event.message for event in store.events() if event.kind == "data"]
     assert set(found["notes"]) == set(notes) and any("were over algo.max_tokens=40" in note for note in notes)
     assert found["duplicates"] == 1
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 import posttrain as pt
-from posttrain import config, rng
+from posttrain import api, config, rng
 from posttrain.cli.main import main
 from posttrain.config import DataConfig, EvalRecipe
 from posttrain.data.chat import ChatFormat
@@ -249,7 +249,7 @@ def test_a_run_on_two_files_reports_each_and_resumes(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"train__steps": 2, "algo__prompts": 4, "algo__group_size": 2, "rollout__max_tokens": 4}
     for algorithm in ("grpo", "online-dpo"):
         out = tmp_path / algorithm
-        pt.train(algorithm, "abacus", spec, lambda completion: float(len(completion)), out, **settings)
+        api.train(algorithm, "abacus", spec, lambda completion: float(len(completion)), out, **settings)
         with Run.read(out) as run:
             for name in ("a.jsonl", "b.jsonl"):
                 for metric in ("reward", "accuracy"):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-import posttrain as pt
+from posttrain import api
 from posttrain.data.sources import Row, row_to_task
 from posttrain.rewards.arguments import check_columns
 from posttrain.rewards.functions import reward_from
@@ -102,5 +102,5 @@ def test_a_run_is_refused_before_step_0(algorithm: str, tmp_path: Path) -> None:
     )
     (tmp_path / "r.py").write_text("def by_task(completion, task):\n    return float(task == 'sum')\n")
     with pytest.raises(DataError, match="column 'task'"):
-        pt.train(algorithm, "abacus", str(tmp_path / "t.jsonl"), f"{tmp_path}/r.py:by_task", tmp_path / "run")
+        api.train(algorithm, "abacus", str(tmp_path / "t.jsonl"), f"{tmp_path}/r.py:by_task", tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -134,9 +134,9 @@ def _score(tree: Node, verdicts: Mapping[Any, Verdict]) -> tuple[float, bool] | 
 
 def _on_disk(text: str) -> bool:
     """True for an existing file's function or existing model folders, whose paths may contain any character."""
-    file, colon, _ = text.rpartition(":")
+    file, colon, name = text.rpartition(":")
     if colon and file.endswith(".py"):
-        return Path(file).is_file()
+        return name.isidentifier() and Path(file).is_file()
     return text.startswith("model:") and all(Path(part).is_dir() for part in text.removeprefix("model:").split("+"))
 
 
