@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import io
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from posttrain.types import DataError, JsonView
 
@@ -95,7 +95,7 @@ def numbered_lines(path: Path, problems: BadLines, longest: int = 0) -> Iterator
         raise DataError(f"{path} cannot be read: {error.strerror or error}. Check its permissions.") from error
 
 
-def _raw_lines(file: IO[bytes], longest: int, most: int) -> Iterator[tuple[bytes, bool]]:
+def _raw_lines(file: io.BufferedIOBase, longest: int, most: int) -> Iterator[tuple[bytes, bool]]:
     """Yields (bytes, whole) of each line: the first bytes of a line over `longest` bytes are not `whole`.
 
     At most `most` + 1 bytes are read in all; 0 is no limit for both.
