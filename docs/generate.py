@@ -224,7 +224,12 @@ def cli_page() -> str:
         "sends everything meant for people to stderr.",
     ]
     for name, command in cli.main.commands.items():
-        lines += ["", f"## `posttrain {name}`", "", *command_lines(name, command)]
+        if not isinstance(command, click.Group):
+            lines += ["", f"## `posttrain {name}`", "", *command_lines(name, command)]
+            continue
+        lines += ["", f"## `posttrain {name}`", "", one_line(command.help or "")]
+        for inner, part in command.commands.items():
+            lines += ["", f"### `posttrain {name} {inner}`", "", *command_lines(f"{name} {inner}", part)]
     lines += ["", "## Exit codes", "", *table(("code", "meaning", "error class"), exit_codes())]
     lines += [
         "",

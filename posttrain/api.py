@@ -19,7 +19,8 @@ import torch
 
 from posttrain import __version__, algos, config, rng
 from posttrain.config import EvalRecipe, Recipe
-from posttrain.data.tasks.load import TaskSets, read_tasks, write_tasks
+from posttrain.data.reading import evaluation_settings
+from posttrain.data.tasks.load import TaskSets, chosen, is_generated, read_tasks, write_tasks
 from posttrain.evaluation import bias_probes
 from posttrain.evaluation.accuracy import Report
 from posttrain.evaluation.accuracy import evaluate as evaluate_tasks
@@ -272,16 +273,23 @@ def open_policy(path: str, cfg: config.ModelConfig | None = None, on: torch.devi
 def evaluate(
     model: str = "abacus", tasks: str = "arithmetic", reward: Rewards = "auto", **settings: Any
 ) -> tuple[Report, list[list[Episode]]]:
-    """Held-out accuracy of a model or run with confidence intervals, and the evaluated episodes."""
+    """Held-out accuracy of a model or run with confidence intervals, and the evaluated episodes.
+
+    All rows of a file are held out.
+    """
     function, name = _named_reward(reward)
-    overrides = {"data.tasks": tasks, "reward.name": name, **_dotted(settings)}
+    overrides = evaluation_settings({"data.tasks": tasks, "reward.name": name, **_dotted(settings)})
     return evaluate_recipe(model, config.resolve_as(EvalRecipe, {}, overrides), function)
 
 
 def evaluate_recipe(model: str, recipe: EvalRecipe, reward: Any = None) -> tuple[Report, list[list[Episode]]]:
-    """`evaluate` for a resolved recipe, with its data, rollout, eval and run.seed settings."""
-    sets, collector = _held_out(model, recipe, reward)
-    return evaluate_tasks(collector, sets.test, recipe.eval.samples, 0)
+    """`evaluate` for a resolved recipe, with its data, rollout, eval and run.seed settings.
+
+    With `data.eval_tasks`, only these are loaded; otherwise the held-out side of `data.tasks` is evaluated.
+    """
+    sets, collector = _held_out(model, recipe, reward, train=False)
+    report, groups = evaluate_tasks(collector, sets.test, recipe.eval.samples, 0)
+    return replace(report, notes=sets.notes), groups
 
 
 def sample_many(
@@ -291,21 +299,22 @@ def sample_many(
 
     Raises RolloutError if more than `reward.max_failure_rate` of them could not be scored.
     """
-    sets, collector = _held_out(model, recipe, None)
-    tasks = sets.test if split == "held-out" else sets.train[: recipe.eval.problems]
+    sets, collector = _held_out(model, recipe, None, train=split == "train")
+    shuffled = is_generated(recipe.data.tasks)
+    tasks = sets.test if split == "held-out" else chosen(sets.train, recipe.eval.problems, shuffled)
     groups = collector.groups(tasks, recipe.eval.samples, 0, "best-of-n")
     check_failures(groups, recipe.reward.max_failure_rate)
     return tasks, groups
 
 
-def _held_out(model: str, recipe: EvalRecipe, reward: Any) -> tuple[TaskSets, Collector]:
+def _held_out(model: str, recipe: EvalRecipe, reward: Any, train: bool) -> tuple[TaskSets, Collector]:
     """The tasks of a recipe, and a collector that samples the model at `eval.temperature`."""
     device.set_threads(recipe.train.threads)
     policy = open_policy(model, recipe.model, device.resolve(recipe.train.device))
     arguments, day = template_settings(model)
     arguments = recipe.data.template_kwargs or (arguments if recipe.data.format == "chat" else {})
     chat = with_chat_format(policy, recipe.data.format, arguments, day)
-    sets, verify, env = env_tasks(recipe, chat, None, reward)
+    sets, verify, env = env_tasks(recipe, chat, None, reward, train)
     collector = make_collector(policy, chat, verify, recipe, env)
     return sets, replace(collector, params=replace(collector.params, temperature=recipe.eval.temperature))
 

@@ -50,11 +50,13 @@ def permutation(count: int, *parts: int | str) -> np.ndarray:
     return np.argsort(uniforms(key("permutation", *parts), count), kind="stable")
 
 
-def draw_order(count: int, start: int, take: int, seed: int) -> list[int]:
-    """Rows start … start+take−1 of an endless pass over `count` rows, reshuffled every epoch.
+def draw_order(count: int, start: int, take: int, seed: int, shuffle: bool = True) -> list[int]:
+    """Rows start … start+take−1 of an endless pass over `count` rows, reshuffled every epoch, or always in order.
 
     The position in the data is the single integer `start`, so a resumed run continues with the right row.
     """
+    if not shuffle:
+        return [position % count for position in range(start, start + take)]
     out: list[int] = []
     position = start
     while len(out) < take:

@@ -23,10 +23,8 @@ if TYPE_CHECKING:
 Role = Literal["system", "user", "assistant", "tool"]
 StopReason = Literal["stop", "length"]
 Author = Literal["prompt", "model", "env"]
-Json = dict[str, Any]
-"""A JSON object."""
-JsonView = Mapping[str, Any]
-"""A read-only JSON object."""
+Json = dict[str, Any]  # a JSON object
+JsonView = Mapping[str, Any]  # a read-only JSON object
 
 
 class PosttrainError(Exception):
@@ -100,6 +98,8 @@ class Task:
     messages: tuple[Message, ...]
     answer: Any
     meta: JsonView = field(default_factory=lambda: {})
+    source: str = field(default="", compare=False)  # the part of a mixture, by which metrics are reported
+    columns: JsonView = field(default_factory=lambda: {}, compare=False)  # of the row: its prompt and answer, unchanged
 
     def __post_init__(self) -> None:
         if not self.messages or not any(m.role == "user" for m in self.messages):

@@ -141,7 +141,7 @@ def test_whole_numbers_and_text_become_the_fields_type() -> None:
         ({"data__holdout": 1.0}, "data.holdout=1.0 is not in [0, 1)"),
         ({"data__count": -1}, "data.count=-1 is negative"),
         ({"model__lora_rank": -1}, "model.lora_rank=-1 is negative"),
-        ({"eval__problems": 0}, "problems=0 must be 1 or more"),
+        ({"eval__problems": -1}, "eval.problems=-1 is negative. Use 0 to evaluate all"),
         ({"eval__samples": 0}, "samples=0 must be 1 or more"),
     ],
 )

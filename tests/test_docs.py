@@ -105,9 +105,13 @@ def test_every_command_and_option_is_documented() -> None:
     for name, command in cli.main.commands.items():
         section = page.partition(f"## `posttrain {name}`\n")[2].partition("\n## ")[0]
         assert section, f"command {name} is not in docs/reference/cli.md"
-        for option in (p for p in command.params if isinstance(p, click.Option)):
-            for spelling in (*option.opts, *option.secondary_opts):
-                assert f"`{spelling}`" in section, f"{name} {spelling} is not in docs/reference/cli.md"
+        parts = command.commands if isinstance(command, click.Group) else {"": command}
+        for inner, part in parts.items():
+            heading = f"### `posttrain {name} {inner}`\n" if inner else "\n"
+            listed = section.partition(heading)[2].partition("\n###")[0]
+            for option in (p for p in part.params if isinstance(p, click.Option)):
+                for spelling in (*option.opts, *option.secondary_opts):
+                    assert f"`{spelling}`" in listed, f"{name} {inner} {spelling} is not in docs/reference/cli.md"
 
 
 def test_every_setting_is_documented() -> None:
@@ -227,7 +231,7 @@ def written(model: Path, tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     folders.append(api.start("ppo", config.resolve("ppo", {}, ppo), reward=spread).folder)
     own = {"model.path": str(model), "data.tasks": "addition", "rollout.max_tokens": 8, "eval.problems": 2}
     own |= {"train.steps": 1, "prompts": 2, "group_size": 2}
-    for name, more in (("raft", {}), ("distill", {"teacher": str(model)})):
+    for name, more in (("raft", {"data.tasks": "addition + sums"}), ("distill", {"teacher": str(model)})):
         recipe = config.resolve(name, {}, {**own, **more, "run.out": str(root / name)})
         folders.append(api.start(name, recipe, reward=spread).folder)
     rows = "".join(f'{{"prompt": "q{i}", "chosen": "a", "rejected": "b"}}\n' for i in range(9))

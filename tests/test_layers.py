@@ -45,6 +45,7 @@ LAZY = {
     "cli.main": "commands load torch when they run, so that --help is quick",
     "cli.inspect": "the same",
     "cli.arguments": "the same",
+    "cli.data": "the same",
     "cli.doctor": "each measurement loads what it measures",
     "lab.checkpoints": "the lab starts without torch",
     "lab.rescore": "the same",

@@ -90,7 +90,7 @@ MALFORMED: list[tuple[str, bytes, str, str]] = [
     ("a.json", b'{\n "a": 1\n}', ":1", "not valid JSON"),
     ("a.parquet", b"", "", "is empty (0 bytes)"),
     ("a.parquet", b"PAR1 not really", "", "not valid Parquet"),
-    ("a.csv", b"question,answer\nq,1\n", "", "is not one of .jsonl"),
+    ("a.txt", b"question,answer\nq,1\n", "", "is not one of .jsonl"),
     ("a", b"q", "", "is not one of .jsonl"),
 ]
 

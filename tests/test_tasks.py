@@ -80,9 +80,7 @@ def test_a_part_of_a_mixture_that_runs_out_gives_all_it_has_and_the_others_go_on
 
 
 def test_a_mixture_with_a_part_that_is_not_built_in_names_the_part_and_the_nearest_one() -> None:
-    with pytest.raises(
-        ConfigError, match=r"mixes built-in tasks with 'safty'. Did you mean 'safety'\? Only sft can mix"
-    ):
+    with pytest.raises(ConfigError, match=r"unknown task 'safty'. Did you mean 'safety'\? A file or owner/name works"):
         load_tasks(DataConfig(tasks="sums*2 + safty"), 0)
     with pytest.raises(ConfigError, match="weight of sums is 0"):
         load_tasks(DataConfig(tasks="sums*0 + safety"), 0)
@@ -123,8 +121,6 @@ def test_an_unknown_name_gets_the_nearest_one(name: str, says: str) -> None:
 
 
 def test_no_tasks_at_all_is_refused() -> None:
-    with pytest.raises(DataError, match="no tasks to train on"):
-        load_tasks(DataConfig(tasks="sums", count=0), 0)
     with pytest.raises(DataError, match="no tasks to train on"):
         load_tasks(DataConfig(), 0, given=[])
 

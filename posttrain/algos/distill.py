@@ -182,7 +182,7 @@ def run(
         batches = batching.micro(
             samples, train.micro_batch_tokens, cfg.aggregate, recipe.rollout.max_tokens, policy.device
         )
-        stats = [episode_stats(groups, int(flat_groups(rewards_tensor(groups)).sum()))]
+        stats = [episode_stats(groups, int(flat_groups(rewards_tensor(groups)).sum()), batch_tasks)]
         stats += [*learner.forward_backward(batches, loss), learner.step()]
         values = stat_values(stats)
         loop.end(

@@ -158,7 +158,7 @@ def run(
         return values | sampled, episodes
 
     for step in loop.steps(total, evaluate, recipe.eval.every):
-        order = rng.draw_order(len(train), step * cfg.batch_pairs, cfg.batch_pairs, seed)
+        order = rng.draw_order(len(train), step * cfg.batch_pairs, cfg.batch_pairs, seed, recipe.data.shuffle)
         if not recipe.train.steps:  # whole passes: the last step takes the remaining items
             order = order[: recipe.train.epochs * len(train) - step * cfg.batch_pairs]
         part, beta = train.subset(order), beta_at(cfg, step, total)

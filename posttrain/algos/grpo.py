@@ -27,6 +27,7 @@ import torch
 from posttrain import rng
 from posttrain.config import GRPOConfig, GRPORecipe
 from posttrain.data import batching
+from posttrain.data.mixing import task_order
 from posttrain.evaluation.accuracy import Evaluator
 from posttrain.models.load import Policy
 from posttrain.objectives import laws
@@ -162,7 +163,8 @@ def run(
     if cfg.kl_coef:
         reference = frozen_reference(recipe.model, policy, train.micro_batch_tokens, temperature)
     loss = make_loss(recipe)
-    curriculum, progress = Curriculum(tasks, cfg.curriculum, seed), Progress()
+    order = task_order(tasks, recipe.data, seed)
+    curriculum, progress = Curriculum(tasks, cfg.curriculum, seed, order), Progress()
     if saved := loop.restore(learner):
         progress = Progress(*(saved[name] for name in ("flat_steps", "cursor", "ema")), saved.get("solved_steps", 0))
         curriculum.load(saved.get("curriculum", {}))
@@ -201,7 +203,7 @@ def run(
 
         rng.seed_global(seed, "update", step)  # dropout, if the model has any
         flat = flat_groups(rewards) if cfg.group_size > 1 else (advantages == 0).all(1)  # (P,)
-        stats = [episode_stats(groups, int(flat.sum())), {"lag": Stat(step - sampled.version)}]
+        stats = [episode_stats(groups, int(flat.sum()), sampled.tasks), {"lag": Stat(step - sampled.version)}]
         stats.append({"groups": Stat(len(groups), 1, "sum"), "groups_kept": Stat(sum(sampled.kept), 1, "sum")})
         first = learner.steps
         for epoch in range(cfg.epochs):

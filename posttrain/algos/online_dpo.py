@@ -122,7 +122,7 @@ def run(
         loop.sampled(sampled_tokens(groups))
         pairs = best_and_worst(groups)
         samples = with_logp(pair_samples(pairs), "ref_logp", reference)
-        stats = [episode_stats(groups, len(groups) - len(pairs)), {"pairs": Stat(len(pairs), 1, "sum")}]
+        stats = [episode_stats(groups, len(groups) - len(pairs), batch_tasks), {"pairs": Stat(len(pairs), 1, "sum")}]
         stats.append({"pair_kl": policy_kl(samples)})
 
         rng.seed_global(recipe.run.seed, "update", step)  # dropout, if the model has any

@@ -103,7 +103,7 @@ def run(
         return held_out(policy, test, cfg, micro_batch_tokens)[0], []
 
     for step in loop.steps(total, evaluate, recipe.eval.every):
-        order = rng.draw_order(len(train), step * cfg.batch_rows, cfg.batch_rows, seed)
+        order = rng.draw_order(len(train), step * cfg.batch_rows, cfg.batch_rows, seed, recipe.data.shuffle)
         if not recipe.train.steps:  # whole passes: the last step takes the remaining solutions
             order = order[: recipe.train.epochs * len(train) - step * cfg.batch_rows]
         rows = [train[i] for i in order]

@@ -140,7 +140,7 @@ def run(
         chosen = [choose(g, cfg, seed, "select", step, i) for i, g in enumerate(groups)]
         fresh = [to_sample(e, 1.0) for picks in chosen for e in picks]
         pool = joined(pool, fresh) if cfg.pool == "all" else fresh
-        stats = [episode_stats(groups, int(flat_groups(rewards_tensor(groups)).sum()))]
+        stats = [episode_stats(groups, int(flat_groups(rewards_tensor(groups)).sum()), batch_tasks)]
         stats.append({**selection_stats(groups, chosen, cfg), "pool": Stat(len(pool), 1, "sum")})
         if fresh:  # with nothing selected the optimizer takes no step, not even from momentum
             if cfg.restart:

@@ -109,7 +109,7 @@ def run(
         return held_out(policy, test, micro_batch_tokens)[0], []
 
     for step in loop.steps(total, evaluate, recipe.eval.every):
-        order = rng.draw_order(len(train), step * cfg.batch_pairs, cfg.batch_pairs, seed)
+        order = rng.draw_order(len(train), step * cfg.batch_pairs, cfg.batch_pairs, seed, recipe.data.shuffle)
         if not recipe.train.steps:  # whole passes: the last step takes the remaining pairs
             order = order[: recipe.train.epochs * len(train) - step * cfg.batch_pairs]
         pairs, weights = [train[i] for i in order], counts[list(order)] / (len(order) * cfg.heads)

@@ -46,7 +46,8 @@ def prepare(setup: Setup[SFTRecipe]) -> Job:
     for name, rows in train.items():
         if not rows:
             raise DataError(f"{name}: no row fits algo.max_tokens={recipe.algo.max_tokens}. Raise it.")
-    mixture = Mixture([len(rows) for rows in train.values()], [s.weight for s in sets.sources], recipe.run.seed)
+    weights = [source.weight for source in sets.sources]
+    mixture = Mixture([*map(len, train.values())], weights, recipe.run.seed, recipe.data.shuffle)
     if len(train) > 1 and not recipe.train.steps:
         rows, drawn = one_pass(mixture), mixture.drawn(one_pass(mixture))
         parts = [f"{n} of {len(train[name])} from {name}" for name, n in zip(train, drawn, strict=True)]

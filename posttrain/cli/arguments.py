@@ -64,13 +64,21 @@ def sections_of(model: str) -> dict[str, dict[str, object]]:
 
 
 def read_evaluation(
-    args: Sequence[str], given: Mapping[str, str | None], base: Mapping[str, object]
+    args: Sequence[str], given: Mapping[str, str | None], base: Mapping[str, Mapping[str, object]], whole: bool = False
 ) -> config.EvalRecipe:
-    """The resolved settings of an evaluation; options that were not given change nothing."""
+    """The resolved settings of an evaluation; options that were not given change nothing.
+
+    With `whole`, all rows of a file in `data.tasks` are evaluated, unless `base` was trained on it.
+    """
     words, settings = split_settings(args)
     if words:
         raise ConfigError(f"unexpected argument {words[0]!r}; settings are written --section.key value.")
-    return config.resolve_as(config.EvalRecipe, base, {k: v for k, v in given.items() if v is not None} | settings)
+    overrides = {k: v for k, v in given.items() if v is not None} | settings
+    if whole:
+        from posttrain.data.reading import evaluation_settings
+
+        overrides = evaluation_settings(overrides, str(base.get("data", {}).get("tasks", "")))
+    return config.resolve_as(config.EvalRecipe, base, overrides)
 
 
 def read_recipe(

@@ -11,6 +11,7 @@ import click
 
 from posttrain import config
 from posttrain.cli.arguments import FREE, RECIPE_HELP, read_recipe, shipped_recipes, split_settings
+from posttrain.cli.data import data
 from posttrain.types import ConfigError
 
 
@@ -168,5 +169,5 @@ def lab(folder: str, port: int, host: str, expose: bool) -> None:
     serve(Path(folder), host, port, expose, click.echo)
 
 
-COMMANDS = (runs, lab, report, presets, show_config, plan, doctor)
+COMMANDS = (data, runs, lab, report, presets, show_config, plan, doctor)
 """In the order of the help."""

@@ -215,12 +215,13 @@ def evaluate(
 ) -> None:
     """Evaluate a model or run on held-out tasks.
 
-    Reports accuracy and, with --samples 2 or more, pass@k and maj@k, with 95 % intervals.
+    All rows of a file in --tasks are evaluated. Reports accuracy and, with --samples 2 or more, pass@k and maj@k, with
+    95 % intervals.
     """
     from posttrain.cli import tables
 
     given = {"data.tasks": tasks, "reward.name": reward, "eval.samples": samples}
-    recipe = read_evaluation(args, given, sections_of(model))
+    recipe = read_evaluation(args, given, sections_of(model), whole=True)
     out = tables.console(as_json)
     with out.status(f"evaluating {model} on {recipe.data.tasks}"):
         from posttrain import api

@@ -300,9 +300,14 @@ def report(out: Console, model: str, found: Report, groups: Sequence[Sequence[Ep
     table.add_row("truncated at max_tokens", f"{found.truncated:.1%}", "")
     for name, mean in found.parts.items():
         table.add_row(Text(f"part {printable(name)}"), f"{mean:.3g}", "")
+    for name, part in found.sources.items():
+        interval = f"{part.accuracy.low:.1%} – {part.accuracy.high:.1%}"
+        table.add_row(Text(f"accuracy {printable(name)}"), f"{part.accuracy.value:.1%}", interval)
     if found.unscored:
         table.add_row("unscored", str(found.unscored), "")
     out.print(table)
+    for note in found.notes:
+        out.print(Text(printable(note)), soft_wrap=True)
     errors = {e.error for group in groups for e in group if e.error}
     for error in sorted(errors)[:3]:
         out.print(Text(error, style="red"))

@@ -138,6 +138,11 @@ class GRPORecipe:
     def __post_init__(self) -> None:
         algo = self.algo
         require_positive(algo, "prompts", "group_size", "minibatches", "epochs", "max_flat_steps")
+        if algo.curriculum != "none" and not self.data.shuffle:
+            raise ConfigError(
+                f"algo.curriculum={algo.curriculum!r} chooses tasks by their pass rate, which contradicts "
+                "data.shuffle=false. Set one of them back."
+            )
         require_positive(self.train, "steps")
         for name in ("clip_low", "clip_high", "kl_coef", "is_cap", "is_floor", "max_mismatch", "std_eps"):
             if getattr(algo, name) < 0:

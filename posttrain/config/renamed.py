@@ -19,7 +19,7 @@ RENAMED = {
     "algo.unfinished_value": "algo.truncated_value",
 }
 """Old name → current name."""
-ADDED = {"train.learner": "local", "run.track": ""}
+ADDED = {"train.learner": "local", "run.track": "", "data.shuffle": True}
 """Settings that were added later → their default, which keeps the previous behaviour."""
 
 

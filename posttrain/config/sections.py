@@ -9,6 +9,9 @@ from posttrain.config.best import is_lower_better
 from posttrain.config.choices import FilesIn
 from posttrain.types import ConfigError
 
+GENERATED = 4096
+"""Problems of a built-in task if `data.count` is 0."""
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -29,13 +32,15 @@ class ModelConfig:
 @dataclass(frozen=True)
 class DataConfig:
     tasks: str = "arithmetic"
-    """Training data: a built-in task, `gym:NAME`, a mixture (`a*3 + b`), a JSONL or Parquet file, or a hub dataset."""
+    """Training data: a built-in task, `gym:NAME`, a file, a hub dataset, or a mixture of these (`a.jsonl*3 + b`)."""
     eval_tasks: str = ""
     """Evaluation data; empty uses the held-out split of a built-in task, or holds out rows of the file."""
     holdout: float = 0.1
     """Share of a file's rows held out for evaluation when eval_tasks is empty."""
-    count: int = 4096
-    """Number of problems to generate for a built-in task, or maximum number of rows to read from a file (0: all)."""
+    count: int = 0
+    """Number of problems to generate for a built-in task (0: 4096), or maximum rows to read from a file (0: all)."""
+    shuffle: bool = True
+    """Draw training rows in a seeded random order, new in every epoch; false keeps the order of the file."""
     system: str = ""
     """System message to prepend to every task; empty adds none."""
     instruction: str = ""
@@ -50,6 +55,11 @@ class DataConfig:
     """What to do with unusable rows of a file: `refuse` the file and list them, or `drop` and count them."""
     overlong: Literal["refuse", "drop"] = "refuse"
     """What to do with prompts over max_prompt_tokens: `refuse` to start, or `drop` and count them."""
+
+    @property
+    def generated(self) -> int:
+        """Number of problems to generate for a built-in task."""
+        return self.count or GENERATED
 
 
 @dataclass(frozen=True)
@@ -143,7 +153,7 @@ class EvalConfig:
     every: int = 0
     """Steps between evaluations on held-out tasks; 0 evaluates only before and after training."""
     problems: int = 256
-    """Number of held-out tasks per evaluation."""
+    """Number of held-out tasks per evaluation, drawn from all held-out tasks; 0 evaluates all of them."""
     samples: int = 1
     """Completions per task."""
     temperature: float = 1.0
@@ -227,6 +237,9 @@ def check_shared(recipe: SharedSections) -> None:
             f"rollout.stop={rollout.stop[0]!r} would end a reply without the chat template's end of turn, after which "
             f"the environment {env.name!r} cannot answer. Leave it out."
         )
+    evaluation: EvalConfig | None = getattr(recipe, "eval", None)
+    if evaluation and evaluation.problems < 0:
+        raise ConfigError(f"eval.problems={evaluation.problems} is negative. Use 0 to evaluate all held-out tasks.")
     if rollout and rollout.reward_workers < 0:
         raise ConfigError(f"rollout.reward_workers={rollout.reward_workers} is negative. Use 0 for none.")
     if rollout and not 0 < rollout.vllm_memory < 1:
@@ -243,7 +256,7 @@ def check_shared(recipe: SharedSections) -> None:
     check_length(recipe)
     if env and not env.timeout > 0:
         raise ConfigError(f"env.timeout={env.timeout} must be above 0 seconds.")
-    counts = {"rollout": ("slots", "max_tokens"), "eval": ("problems", "samples"), "env": ("max_turns", "workers")}
+    counts = {"rollout": ("slots", "max_tokens"), "eval": ("samples",), "env": ("max_turns", "workers")}
     for section, names in counts.items():
         if hasattr(recipe, section) and not isinstance(getattr(recipe, section), HeldOutConfig):
             require_positive(getattr(recipe, section), *names)

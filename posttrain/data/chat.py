@@ -19,6 +19,7 @@ from datetime import date
 from typing import Any, Literal, cast
 
 import numpy as np
+from tokenizers.models import BPE
 
 from posttrain.data.control_tokens import ControlTokens, Offsets, private_mark
 from posttrain.data.messages import is_trained, without_prefill
@@ -210,6 +211,13 @@ class ChatFormat:
         mask = np.ones(len(tokens), dtype=bool)
         mask[0] = False
         return tokens, mask
+
+    @property
+    def longest_token(self) -> int:
+        """Characters that one token can stand for, at most; 0 if an unknown token can stand for any text."""
+        model = self._native.model
+        bounded = isinstance(model, BPE) and (model.byte_fallback or not (model.unk_token and model.fuse_unk))
+        return max(map(len, self._native.get_vocab())) if bounded else 0
 
     def decode(self, tokens: np.ndarray | Sequence[int]) -> str:
         """Decodes generated ids; special tokens are left out, visible added tokens (`<think>`) are kept."""

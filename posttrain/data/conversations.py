@@ -8,17 +8,16 @@ from dataclasses import dataclass, replace
 
 from posttrain.config import DataConfig, nearest
 from posttrain.data.chat import ChatFormat
+from posttrain.data.lengths import prompt_lengths
 from posttrain.data.messages import text_key
 from posttrain.data.mixing import parse_mixture
-from posttrain.data.row_messages import unused_note
+from posttrain.data.reading import read_source, unread_note
 from posttrain.data.shown import unread_fields, unread_notes
 from posttrain.data.sources import (
     Row,
-    conversation_columns,
     data_hash,
     is_file_name,
     is_hub_id,
-    read_rows,
     row_to_conversation,
     split_by_key,
     usable,
@@ -76,18 +75,18 @@ def fit_prompts(
         unread.update(unread_fields(task.messages, chat))
     notes += unread_notes(cfg.tasks, unread)
     for name, tasks in (("training", sets.train), ("evaluation", sets.test)):
-        lengths = [len(chat.prompt_tokens(opening(task))) for task in tasks]
+        lengths = prompt_lengths([opening(task) for task in tasks], chat, cfg.max_prompt_tokens)
         over = [(n, task) for n, task in zip(lengths, tasks, strict=True) if n > cfg.max_prompt_tokens]
         if over and cfg.overlong == "refuse":
             n, task = max(over, key=lambda pair: pair[0])
             raise DataError(
                 f"{len(over)} {name} prompts are longer than data.max_prompt_tokens={cfg.max_prompt_tokens} (longest: "
-                f'{n} tokens, task {task.id}). Raise it, or set data.overlong = "drop".'
+                f'{n} tokens or more, task {task.id}). Raise it, or set data.overlong = "drop".'
             )
         if over:
             notes.append(f"{len(over)} {name} prompts over {cfg.max_prompt_tokens} tokens were dropped.")
         kept.append([task for n, task in zip(lengths, tasks, strict=True) if n <= cfg.max_prompt_tokens])
-    if not kept[0]:
+    if sets.train and not kept[0]:
         raise DataError(f"no training prompt fits data.max_prompt_tokens={cfg.max_prompt_tokens}. Raise it.")
     return replace(sets, train=kept[0], test=kept[1], notes=notes)
 
@@ -156,9 +155,13 @@ def _conversations(name: str, cfg: DataConfig, seed: int, notes: list[str]) -> t
     """The rows of a file or hub id; `data.holdout` of its prompts are held out unless `data.eval_tasks` is given."""
     if not is_file_name(name) and not is_hub_id(name):
         raise ConfigError(f"unknown source {name!r}{nearest(name, [*BUILT_IN])} A file or owner/name works too.")
-    rows = read_rows(name, cfg.count)
-    found = usable(rows, lambda row: (row.where, row_to_conversation(row, cfg.system, cfg.instruction)), cfg, notes)
-    notes += unused_note(name, rows, conversation_columns)
+    rows = read_source(name, cfg, notes)
+
+    def parse(row: Row) -> Conversation:
+        return row_to_conversation(row, cfg.system, cfg.instruction)
+
+    found = usable(rows, lambda row: (row.where, parse(row)), cfg, notes)
+    notes += unread_note(name, rows, parse)
     try:
         return split_by_key(found, [prompt_of(v) for _, v in found], 0 if cfg.eval_tasks else cfg.holdout, seed)
     except DataError as error:

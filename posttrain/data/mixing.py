@@ -11,11 +11,13 @@ import math
 import os
 import re
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 
+from posttrain.config import DataConfig
+from posttrain.data.files import is_file_name, is_hub_id
 from posttrain.rng import draw_order, key
-from posttrain.types import ConfigError, DataError
+from posttrain.types import ConfigError, DataError, Task
 
 
 class Mixture:
@@ -23,10 +25,11 @@ class Mixture:
 
     `sizes` [K] are the row counts of the sources and `weights` [K] their shares of the draws, up to a common factor. A
     weight is taken as the decimal it is written as, so 0.7 and 0.3 are exactly 7 : 3. The same sizes, weights and
-    `seed` give the same schedule. Raises ConfigError for invalid weights and DataError for an empty source.
+    `seed` give the same schedule; without `shuffle`, the rows of each source are drawn in their order. Raises
+    ConfigError for invalid weights and DataError for an empty source.
     """
 
-    def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int) -> None:
+    def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int, shuffle: bool = True) -> None:
         if not sizes or len(sizes) != len(weights):
             raise ConfigError(f"{len(sizes)} sources have {len(weights)} weights. Give each source one weight.")
         for i, (size, weight) in enumerate(zip(sizes, weights, strict=True)):
@@ -34,7 +37,7 @@ class Mixture:
             if size < 1:
                 raise DataError(f"source {i} has {size} rows, so nothing can be drawn from it. Remove it.")
         self.sizes = tuple(sizes)
-        self.seed = seed
+        self.seed, self.shuffle = seed, shuffle
         exact = [Fraction(repr(float(weight))) for weight in weights]
         common = math.lcm(*(f.denominator for f in exact))
         whole = [int(f * common) for f in exact]
@@ -65,7 +68,8 @@ class Mixture:
         rows: list[Iterator[int]] = []
         for i, size in enumerate(self.sizes):
             positions = [earlier for source, earlier in order if source == i]
-            rows.append(iter(draw_order(size, positions[0], len(positions), self._seed(i)) if positions else ()))
+            first = positions[0] if positions else 0
+            rows.append(iter(draw_order(size, first, len(positions), self._seed(i), self.shuffle)))
         return [(source, next(rows[source])) for source, _ in order]
 
     def drawn(self, count: int) -> list[int]:
@@ -104,6 +108,33 @@ class Mixture:
 
     def _seed(self, source: int) -> int:
         return self.seed if source == 0 else key("mixture", self.seed, source)
+
+
+Draw = Callable[[int, int], list[int]]
+"""draw(start, take) → the indices of draws start … start + take − 1 of an endless order."""
+
+
+def task_order(tasks: Sequence[Task], cfg: DataConfig, seed: int) -> Draw:
+    """The order in which training tasks are drawn: at random, new in every epoch, or as they are without data.shuffle.
+
+    In a mixture with files, each source has its weight's share of the draws, whatever its number of tasks. Generated
+    tasks alone are mixed when they are generated (data/tasks/load.py).
+    """
+    weights = dict(parts_of(cfg.tasks))
+    members = {name: [i for i, task in enumerate(tasks) if task.source == name] for name in weights}
+    files = any(is_file_name(name) or is_hub_id(name) for name in weights)
+    if len(weights) < 2 or not files or sum(map(len, members.values())) < len(tasks):
+        return lambda start, take: draw_order(len(tasks), start, take, seed, cfg.shuffle)
+    rows = list(members.values())
+    if empty := next((name for name, found in members.items() if not found), None):
+        raise DataError(f"{empty}: no task is left to train on. Remove it from data.tasks={cfg.tasks!r}.")
+    mixture = Mixture([*map(len, rows)], [*weights.values()], seed, cfg.shuffle)
+    return lambda start, take: [rows[source][row] for source, row in mixture.draw(start, take)]
+
+
+def parts_of(name: str) -> list[tuple[str, float]]:
+    """The sources of `data.tasks` with their weights; a name without weights or " + " is a single source."""
+    return parse_mixture(name) if " + " in name or "*" in name else [(name, 1.0)]
 
 
 def parse_mixture(text: str) -> list[tuple[str, float]]:

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Literal, TypeVar
 
 import numpy as np
 
 from posttrain.config import DataConfig
 from posttrain.data.chat import ChatFormat
+from posttrain.data.lengths import prompt_lengths
 from posttrain.data.messages import answer_message, without_prefill
-from posttrain.data.preferences import COMPLETION_COLUMNS, PAIR_COLUMNS, compared_columns
-from posttrain.data.row_messages import unused_note
+from posttrain.data.mixing import parts_of
+from posttrain.data.preferences import COMPLETION_COLUMNS, PAIR_COLUMNS
+from posttrain.data.reading import read_source, unread_note
 from posttrain.data.shown import require_tools_shown, unread_fields, unread_notes
 from posttrain.data.sources import (
     Row,
@@ -25,21 +28,32 @@ from posttrain.data.sources import (
     first_column,
     is_file_name,
     is_hub_id,
-    read_rows,
     split_holdout,
     usable,
 )
 from posttrain.data.tasks.load import BUILT_IN
-from posttrain.types import DataError, Judgement, Message, Preference, Sample, TemplateError
+from posttrain.types import ConfigError, DataError, Judgement, Message, Preference, Sample, TemplateError
 
 Compared = TypeVar("Compared", Preference, Judgement)
 Kind = Literal["pairs", "judgements", "tasks"]
 
 
-def stored_rows(cfg: DataConfig) -> list[Row]:
-    """The rows of `data.tasks` if it names a file or hub dataset; none if it names built-in tasks."""
-    stored = cfg.tasks not in BUILT_IN and (is_file_name(cfg.tasks) or is_hub_id(cfg.tasks))
-    return read_rows(cfg.tasks, cfg.count) if stored else []
+def stored_rows(cfg: DataConfig, notes: list[str]) -> list[Row]:
+    """The rows of `data.tasks` if it names files or hub datasets; none if it names built-in tasks.
+
+    Several files, `a.jsonl + b.jsonl`, are read one after the other. Raises ConfigError if they have weights.
+    """
+    if cfg.tasks in BUILT_IN:
+        return []
+    parts = parts_of(cfg.tasks)
+    if not all(is_file_name(name) or is_hub_id(name) for name, _ in parts):
+        return []
+    if len({weight for _, weight in parts}) > 1:
+        raise ConfigError(
+            f"data.tasks={cfg.tasks!r} gives its files different weights, but every row of feedback is used once. "
+            "Leave the weights out, or repeat rows."
+        )
+    return [row for name, _ in parts for row in read_source(name, cfg, notes)]
 
 
 def kind_of(rows: Sequence[Row]) -> Kind:
@@ -54,13 +68,13 @@ def read_compared(
     rows: list[Row], cfg: DataConfig, seed: int, chat: ChatFormat, parse: Callable[[Row, str, str], Compared], name: str
 ) -> tuple[list[Compared], list[Compared], list[str], str]:
     """Parses `rows`, those of `data.tasks`, and reads `data.eval_tasks`; returns (train, held-out, notes, hash)."""
-    held = read_rows(cfg.eval_tasks, cfg.count) if cfg.eval_tasks else []
     notes: list[str] = []
+    held = read_source(cfg.eval_tasks, cfg, notes) if cfg.eval_tasks else []
     train, test = (
         usable(part, lambda row: parse(row, cfg.system, cfg.instruction), cfg, notes) for part in (rows, held)
     )
     for source, part in ((cfg.tasks, rows), (cfg.eval_tasks, held)):
-        notes += unused_note(source, part, compared_columns)
+        notes += unread_note(source, part, lambda row: replace(parse(row, cfg.system, cfg.instruction), id=""))
     if held:
         train, dropped = drop_leaks(train, test)
         if dropped:
@@ -83,12 +97,12 @@ def _fitting(items: list[Compared], chat: ChatFormat, cfg: DataConfig, notes: li
             raise TemplateError(f"{item.id}: {error}") from None
         unread.update(unread_fields(item.prompt, chat))
     notes += unread_notes(cfg.tasks, unread)
-    lengths = [len(chat.prompt_tokens(item.prompt)) for item in items]
+    lengths = prompt_lengths([item.prompt for item in items], chat, cfg.max_prompt_tokens)
     over = [(n, item.id) for n, item in zip(lengths, items, strict=True) if n > cfg.max_prompt_tokens]
     if over and cfg.overlong == "refuse":
         raise DataError(
             f"{len(over)} prompts are longer than data.max_prompt_tokens={cfg.max_prompt_tokens} (longest: "
-            f'{max(over)[0]} tokens, row {max(over)[1]}). Raise it, or set data.overlong = "drop".'
+            f'{max(over)[0]} tokens or more, row {max(over)[1]}). Raise it, or set data.overlong = "drop".'
         )
     if over:
         notes.append(f"{len(over)} rows with prompts over {cfg.max_prompt_tokens} tokens were dropped.")

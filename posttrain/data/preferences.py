@@ -16,9 +16,8 @@ from typing import Literal, TypeVar
 
 from posttrain.data.files import Row, is_file_name, read_rows, row_fault
 from posttrain.data.messages import Answer, as_json, from_json
-from posttrain.data.row_messages import CONTEXT_COLUMNS, with_context
+from posttrain.data.row_messages import with_context
 from posttrain.data.sources import (
-    INPUT_COLUMNS,
     PROMPT_COLUMNS,
     first_column,
     messages_of,
@@ -28,7 +27,7 @@ from posttrain.data.sources import (
     with_instruction,
     with_system,
 )
-from posttrain.types import DataError, Json, JsonView, Judgement, Message, Preference, Solution
+from posttrain.types import DataError, Json, Judgement, Message, Preference, Solution
 
 PAIR_COLUMNS = ("chosen", "rejected")
 """Columns for the two answers of a preference: texts, or lists of messages."""
@@ -98,25 +97,6 @@ def row_to_judgement(row: Row, system: str = "", instruction: str = "") -> Judge
         raise DataError(f"{row.where}: label={label!r}, expected true, 1 or 'desirable', or false, 0 or 'undesirable'.")
     prompt = _prompt(row, conversation[:-1], system, instruction)
     return Judgement(_id(row), prompt, Answer.of(conversation[-1]), bool(verdict))
-
-
-def compared_columns(values: JsonView) -> set[str]:
-    """The columns of a preference or a judgement that are read."""
-    prompt, answer = first_column(values, _PROMPTS), first_column(values, COMPLETION_COLUMNS)
-    pair = all(values.get(name) is not None for name in PAIR_COLUMNS)
-    numbers = {"label", *(("tie", "margin", "score_chosen", "score_rejected") if pair else ())}
-    answers = {*PAIR_COLUMNS} if pair else {answer or "messages"}
-    return _prompt_columns(prompt) | answers | numbers
-
-
-def solution_columns(values: JsonView) -> set[str]:
-    """The columns of a stepwise solution that are read."""
-    outcome = {"final_answer_correct", "answer", "target"}
-    return _prompt_columns(first_column(values, _PROMPTS)) | {*STEP_COLUMNS, *STEP_LABEL_COLUMNS} | outcome
-
-
-def _prompt_columns(prompt: str | None) -> set[str]:
-    return {*([prompt] if prompt else ()), *(INPUT_COLUMNS if prompt == "instruction" else ()), *CONTEXT_COLUMNS}
 
 
 def judgements_of(preference: Preference) -> tuple[Judgement, ...]:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from posttrain.data.files import Row
@@ -22,18 +21,6 @@ HISTORY = "history"
 CONTEXT_COLUMNS = (*SYSTEM_COLUMNS, HISTORY, TOOLS, ARGUMENTS)
 """Columns that belong to the whole conversation, in any layout of rows with messages."""
 _PASSED_ON = ("name", "tool_call_id")
-MESSAGE_FIELDS = (
-    "role",
-    "content",
-    "tool_calls",
-    "function_call",
-    WEIGHT,
-    *THOUGHT_NAMES,
-    *_PASSED_ON,
-    TOOLS,
-    ARGUMENTS,
-)
-"""The fields of a message that are read."""
 _TEXT_FILE = re.compile(r"\.(jsonl?|ndjson|csv|tsv)(\.\w+)?$", re.IGNORECASE)
 
 
@@ -79,23 +66,6 @@ def with_context(row: Row, messages: tuple[Message, ...], lenient: bool = False)
     if systems and not begins:
         messages = (Message("system", *systems), *messages)
     return with_arguments(messages, {name: found[name] for name in (TOOLS, ARGUMENTS) if name in found})
-
-
-def unused_note(name: str, rows: Sequence[Row], used: Callable[[JsonView], set[str]]) -> list[str]:
-    """A note on the columns and message fields of a source that nothing reads, with their counts; none if all are
-    read. `used` gives the columns that are read of a row."""
-    columns: Counter[str] = Counter()
-    fields: Counter[str] = Counter()
-    for row in rows:
-        read = used(row.values)
-        columns.update(n for n, value in row.values.items() if n not in read and value not in (None, "", [], {}))
-        for entry in (e for n in read if isinstance(row.values.get(n), list) for e in row.values[n]):
-            if isinstance(entry, Mapping) and "role" in entry:
-                named = cast(JsonView, entry)
-                fields.update(n for n, v in named.items() if n not in MESSAGE_FIELDS and v not in (None, "", [], {}))
-    parts = [f"column {n!r} ({count} rows)" for n, count in columns.items()]
-    parts += [f"message field {n!r} ({count} messages)" for n, count in fields.items()]
-    return [f"{name}: nothing reads {', '.join(parts)}."] if parts else []
 
 
 def _message(row: Row, entry: JsonView) -> Message:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from posttrain.config import DataConfig
 from posttrain.config.prm import PRMConfig
-from posttrain.data.preferences import STEP_COLUMNS, row_to_judgement, row_to_outcome, row_to_solution, solution_columns
-from posttrain.data.row_messages import unused_note
-from posttrain.data.sources import Row, content_key, data_hash, read_rows, split_by_key, usable
+from posttrain.data.preferences import STEP_COLUMNS, row_to_judgement, row_to_outcome, row_to_solution
+from posttrain.data.reading import read_source, unread_note
+from posttrain.data.sources import Row, content_key, data_hash, split_by_key, usable
 from posttrain.types import DataError, Solution
 
 
@@ -61,12 +61,12 @@ def graded(row: Row, cfg: PRMConfig, system: str = "", instruction: str = "") ->
 
 def read_solution_sets(rows: list[Row], cfg: DataConfig, algo: PRMConfig, seed: int) -> SolutionSets:
     """Training and held-out solutions of `rows`, those of `data.tasks`, and of `data.eval_tasks`, which is read."""
-    held = read_rows(cfg.eval_tasks, cfg.count) if cfg.eval_tasks else []
     notes: list[str] = []
+    held = read_source(cfg.eval_tasks, cfg, notes) if cfg.eval_tasks else []
     train, test = (
         usable(part, lambda row: graded(row, algo, cfg.system, cfg.instruction), cfg, notes) for part in (rows, held)
     )
-    notes += unused_note(cfg.tasks, rows, solution_columns)
+    notes += unread_note(cfg.tasks, rows, lambda row: graded(row, algo, cfg.system, cfg.instruction))
     if held:
         test_prompts = {content_key(one.solution) for one in test}
         kept = [one for one in train if content_key(one.solution) not in test_prompts]

@@ -16,8 +16,9 @@ from typing import Any, Literal, TypeVar
 from posttrain.config import DataConfig
 from posttrain.data.answers import split_gold
 from posttrain.data.files import SHOWN, Row, data_hash, is_file_name, is_hub_id, read_rows
+from posttrain.data.formats import converter_for
 from posttrain.data.messages import is_trained
-from posttrain.data.row_messages import CONTEXT_COLUMNS, messages_of, with_context
+from posttrain.data.row_messages import messages_of, with_context
 from posttrain.rng import key
 from posttrain.types import DataError, JsonView, Judgement, Message, Preference, Solution, Task
 
@@ -51,7 +52,15 @@ ANSWER_COLUMNS = ("answer", "solution", "target", "label")
 """Columns for the gold answer, in order of precedence."""
 INPUT_COLUMNS = ("input", "context")
 """Columns that are appended to an `instruction`, after a blank line each."""
-PAIRS = (("prompt", "completion"), ("question", "answer"), ("problem", "solution"), ("instruction", "output"))
+PAIRS = (
+    ("prompt", "completion"),
+    ("question", "answer"),
+    ("problem", "solution"),
+    ("instruction", "output"),
+    ("prompt", "response"),
+    ("question", "response"),
+    ("instruction", "response"),
+)
 """Column pairs of a supervised row, in order of precedence, after `text` and `messages`."""
 TEST_COLUMNS = ("cases", "tests")
 """Columns with tests: a row with one of these asks for a program, which is executed to check it."""
@@ -95,7 +104,8 @@ def row_to_task(row: Row, env: str, system: str = "", instruction: str = "", nee
     messages = with_context(row, messages, lenient=True)
     messages = with_system(row.where, with_instruction(messages, instruction), system)
     try:
-        return Task(f"{env}:{row.where.rpartition(':')[2]}", env, messages, answer, meta)
+        columns = {name: value for name, value in values.items() if name in used and value is not None}
+        return Task(f"{env}:{row.where.rpartition(':')[2]}", env, messages, answer, meta, columns=columns)
     except DataError as error:
         raise DataError(f"{row.where}: {error}") from None
 
@@ -130,16 +140,6 @@ def row_to_conversation(row: Row, system: str = "", instruction: str = "") -> st
     return with_system(row.where, with_instruction(messages, instruction), system)
 
 
-def conversation_columns(values: JsonView) -> set[str]:
-    """The columns of a supervised row that `row_to_conversation` reads."""
-    if values.get("text") is not None:
-        return {"text"}
-    if values.get("messages") is not None:
-        return {"messages", *CONTEXT_COLUMNS}
-    pair = next((p for p in PAIRS if all(values.get(c) is not None for c in p)), ())
-    return {*pair, *(INPUT_COLUMNS if "instruction" in pair else ()), *CONTEXT_COLUMNS}
-
-
 def with_instruction(messages: tuple[Message, ...], instruction: str) -> tuple[Message, ...]:
     """Appends `instruction` to every user message after a blank line."""
     if not instruction:
@@ -167,17 +167,23 @@ def parse_rows(
     """
     parsed: list[T] = []
     faults: list[str] = []
+    converter = ""
     for row in rows:
+        if row.fault:
+            faults.append(f"{row.where}: {row.fault}")
+            continue
         try:
             parsed.append(parse(row))
         except DataError as error:
             faults.append(str(error))
+            converter = converter or converter_for(row.values)
     if faults and (bad == "refuse" or not parsed):
         more = f" ({len(faults) - SHOWN} more not shown)" if len(faults) > SHOWN else ""
         hint = ', or set data.bad_rows = "drop"' if parsed else ""
         raise DataError(
             "\n".join(faults[:SHOWN])
             + f"\n{len(faults)} of {len(rows)} rows cannot be used{more}; no row was used. Fix or remove them{hint}."
+            + converter
         )
     return parsed, faults
 
@@ -263,7 +269,8 @@ def missing_column(row: Row, what: str, columns: Sequence[str]) -> DataError:
     """The error for a row with no value in any of `columns`."""
     shown = [f"{name} (null)" if value is None else name for name, value in row.values.items()]
     return DataError(
-        f"{row.where}: no column holds {what} ({', '.join(columns)}); the row has {', '.join(shown)}. Rename a column."
+        f"{row.where}: no column holds {what} ({', '.join(columns)}); the row has {', '.join(shown)}. Rename a "
+        "column: posttrain data convert FILE --to FILE --rename OLD=NEW."
     )
 
 

@@ -15,7 +15,7 @@ from posttrain import rng
 from posttrain.config import EvalConfig
 from posttrain.data.answers import final_answer
 from posttrain.evaluation.intervals import Estimate, wilson
-from posttrain.rollout.collector import Collector, episode_rows, part_stats
+from posttrain.rollout.collector import Collector, by_source, episode_rows, part_stats
 from posttrain.store.run import EpisodeRow
 from posttrain.types import Episode, Json, Task
 
@@ -37,6 +37,8 @@ class Report:
     pass_at: dict[int, Estimate]
     maj_at: dict[int, Estimate]
     parts: dict[str, float] = field(default_factory=lambda: {})  # mean of each part of the verdicts
+    sources: dict[str, Report] = field(default_factory=lambda: {})  # of each source of a mixture
+    notes: list[str] = field(default_factory=lambda: [])  # on tasks that were left out
 
     def metrics(self) -> dict[str, float]:
         """Flat `eval/…` metrics for the run store."""
@@ -52,6 +54,8 @@ class Report:
         }
         for name, table in (("pass", self.pass_at), ("maj", self.maj_at)):
             out |= {f"eval/{name}_at_{k}": estimate.value for k, estimate in table.items()}
+        for name, part in self.sources.items():
+            out |= {f"eval/accuracy/{name}": part.accuracy.value, f"eval/reward/{name}": part.reward}
         return out | {f"eval/part/{name}": mean for name, mean in self.parts.items()}
 
     def as_dict(self) -> Json:
@@ -99,7 +103,8 @@ def evaluate(
 ) -> tuple[Report, list[list[Episode]]]:
     """Samples `samples` completions for each task and summarises them."""
     groups = collector.groups(tasks, samples, step, purpose)
-    return summarise(groups, samples), groups
+    sources = {name: summarise(part, samples) for name, part in by_source(groups, tasks).items()}
+    return replace(summarise(groups, samples), sources=sources), groups
 
 
 @dataclass(frozen=True)

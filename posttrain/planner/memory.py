@@ -207,7 +207,7 @@ def at_once(recipe: Recipe) -> tuple[int, int]:
     """Maximum number of prompts and completions in a generator at once, over training steps and evaluation."""
     facts, slots = recipe.facts(), rollout_of(recipe).slots
     batches = [(facts.prompts, facts.group_size)]
-    batches += [(recipe.eval.problems, recipe.eval.samples)] if isinstance(recipe, Sampling) else []
+    batches += [(recipe.eval.problems or slots, recipe.eval.samples)] if isinstance(recipe, Sampling) else []
     prompts = max(min(count, -(-slots // each) + 1) for count, each in batches)
     return prompts, min(slots, max(count * each for count, each in batches))
 

@@ -8,7 +8,7 @@
 
 A name is anything `reward.name` accepts on its own: a verifier, `auto`, `FILE.py:FUNCTION`, `model:FOLDER`; quote it if
 it contains spaces or operators. A setting overrides a column of every task. `@` restricts a reward to the tasks of one
-name in a mixture, as in `auto@arithmetic + model:FOLDER@requests`; for other tasks it is skipped.
+source, as in `auto@arithmetic + model:FOLDER@requests` or `math@'a.jsonl'`; for other tasks it is skipped.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ class Leaf:
         return self.name, self.settings, self.only
 
     def concerns(self, task: Task) -> bool:
-        """Whether it applies to this task, by its data set or by the kind or skill of a built-in task."""
-        return not self.only or self.only in (task.env, task.meta.get("kind"), task.meta.get("skill"))
+        """Whether it applies to this task, by its source, its column `data_source`, or a built-in task's kind."""
+        names = (task.env, task.source, *(task.meta.get(column) for column in ("kind", "skill", "data_source")))
+        return not self.only or self.only in names
 
 
 @dataclass(frozen=True)
@@ -159,9 +160,9 @@ def _score(tree: Node, verdicts: Mapping[Any, Verdict]) -> tuple[float, bool] | 
 
 def _on_disk(text: str) -> bool:
     """True for an existing file's function or existing model folders, whose paths may contain any character."""
-    file, colon, _ = text.rpartition(":")
+    file, colon, name = text.rpartition(":")
     if colon and file.endswith(".py"):
-        return Path(file).is_file()
+        return name.isidentifier() and Path(file).is_file()
     return text.startswith("model:") and all(Path(part).is_dir() for part in text.removeprefix("model:").split("+"))
 
 

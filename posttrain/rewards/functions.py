@@ -1,10 +1,11 @@
 """User-defined reward functions: `def reward(completion, answer, **task) -> float`, from a file or passed from Python.
 
 A reward function is called with the arguments it names: `completion` (also as `text`), `answer`, `prompt`, `messages`,
-`task_id`, `task` (the Task) and every column of the task's `meta`. It must return one finite number or a Verdict;
-anything else is an error that names the function, the task and the value, and never becomes a reward. A function that
-asks for `completions` (or `group`) is called once per group and returns one value per completion. Functions may be
-asynchronous.
+`task_id`, `task` (the Task) and every column of its row, the answer's under its own name too. A column with the name of
+a built-in argument is refused before step 0 if the function asks for it (rewards/arguments.py). It must return one
+finite number or a Verdict; anything else is an error that names the function, the task and the value, and never becomes
+a reward. A function that asks for `completions` (or `group`) is called once per group and returns one value per
+completion. Functions may be asynchronous.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 
 from posttrain.config import nearest
 from posttrain.rewards import combine, judge
+from posttrain.rewards.arguments import available, check_of, column_check, with_check
 from posttrain.rewards.calls import GROUP_ARGUMENTS, ConcurrentReward, GroupReward, is_async, waited
 from posttrain.rewards.judging import BatchVerifier, Verifier
 from posttrain.rewards.scoring import describe, error_text, name_of, score_all, scores_groups
@@ -155,8 +157,11 @@ def _with_columns(verify: Verifier, columns: JsonView) -> Verifier:
     if isinstance(verify, BatchVerifier):
         batch = verify.score_all
         many = lambda pairs: batch([(extended(task), text) for task, text in pairs])  # noqa: E731
-        return Batched(verify_extended, many, scores_groups(verify))
-    return verify_extended
+        extension: Verifier = Batched(verify_extended, many, scores_groups(verify))
+    else:
+        extension = verify_extended
+    check = check_of(verify)
+    return with_check(extension, lambda task: check(extended(task))) if check else extension
 
 
 def _combined(tree: combine.Node, verifiers: Mapping[combine.Leaf, Verifier]) -> Verifier:
@@ -178,8 +183,14 @@ def _combined(tree: combine.Node, verifiers: Mapping[combine.Leaf, Verifier]) ->
                     verdicts[i][leaf.key] = verdict
         return [_joined(tree, by_key, messages) for by_key, messages in zip(verdicts, errors, strict=True)]
 
+    def check(task: Task) -> None:
+        for leaf, verifier in verifiers.items():
+            if (inner := check_of(verifier)) and leaf.concerns(task):
+                inner(task)
+
     batched = any(isinstance(verifier, BatchVerifier) for verifier in verifiers.values())
-    return Batched(verify, score_batch, any(map(scores_groups, verifiers.values()))) if batched else verify
+    groups = any(map(scores_groups, verifiers.values()))
+    return with_check(Batched(verify, score_batch, groups) if batched else verify, check)
 
 
 def _joined(tree: combine.Node, verdicts: Mapping[Any, Verdict], errors: Sequence[str]) -> Verdict | RolloutError:
@@ -221,11 +232,12 @@ def _adapt(function: RewardFn) -> Verifier:
             f"cannot inspect the arguments of reward {name}. Wrap it: def reward(completion, answer, **task): ..."
         ) from None
 
+    check = column_check(name, parameters)
     if any(p.name in GROUP_ARGUMENTS for p in parameters):
-        return GroupReward(name, partial(_score_group, function, parameters))
+        return with_check(GroupReward(name, partial(_score_group, function, parameters)), check)
 
     def call(task: Task, text: str) -> Any:
-        positional, named = _arguments(parameters, _available(task, text), name, task)
+        positional, named = _arguments(parameters, available(task, text), name, task)
         with _explained(name, task):
             return function(*positional, **named)
 
@@ -239,7 +251,7 @@ def _adapt(function: RewardFn) -> Verifier:
         return to_verdict(call(task, text), name, task)
 
     verify.__name__ = name
-    return ConcurrentReward(name, score) if is_async(function) else verify
+    return with_check(ConcurrentReward(name, score) if is_async(function) else verify, check)
 
 
 @contextmanager
@@ -261,8 +273,8 @@ def _score_group(
             f"reward {name} compares the completions of a group, but the tasks have a column {clash[0]!r}. Rename it.",
             boundary="reward",
         )
-    available = {k: v for k, v in _available(task, "").items() if k not in ("completion", "text")}
-    positional, named = _arguments(parameters, available | dict.fromkeys(GROUP_ARGUMENTS, texts), name, task)
+    given = {k: v for k, v in available(task, "").items() if k not in ("completion", "text")}
+    positional, named = _arguments(parameters, given | dict.fromkeys(GROUP_ARGUMENTS, texts), name, task)
     with _explained(name, task):
         values = function(*positional, **named)
         values = waited(values) if inspect.iscoroutine(values) else values
@@ -274,20 +286,6 @@ def _score_group(
             boundary="reward",
         )
     return [to_verdict(value, name, task) for value in values]
-
-
-def _available(task: Task, text: str) -> dict[str, object]:
-    """All arguments available to a reward function; the built-in names override the task's own columns."""
-    return {
-        **task.meta,
-        "completion": text,
-        "text": text,
-        "answer": task.answer,
-        "prompt": task.prompt,
-        "messages": task.messages,
-        "task_id": task.id,
-        "task": task,
-    }
 
 
 def _arguments(
@@ -307,7 +305,8 @@ def _arguments(
             taken = {q.name for q in parameters}
             hidden = {"text", "task"} if by_order or "completion" in taken else {"task"}
             hidden |= set(GROUP_ARGUMENTS) if taken & set(GROUP_ARGUMENTS) else set()
-            named |= {k: v for k, v in available.items() if k not in taken | hidden}
+            columns = {k: task.meta[k] for k in hidden if k in task.meta}  # the row's own, not the built-in ones
+            named |= {k: v for k, v in {**available, **columns}.items() if k not in taken | (hidden - columns.keys())}
             continue
         if p.name in available:
             value = available[p.name]

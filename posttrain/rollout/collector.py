@@ -15,8 +15,8 @@ from typing import Literal
 import numpy as np
 import torch
 
-from posttrain import rng
 from posttrain.config import SamplingRecipe
+from posttrain.data.mixing import task_order
 from posttrain.rewards.judging import BatchVerifier, Verifier
 from posttrain.rewards.scoring import score_groups, score_safely
 from posttrain.rewards.workers import WorkerPool
@@ -210,8 +210,11 @@ def with_logp(
     return [replace(s, **{field: row}) for s, row in zip(samples, logprobs(samples), strict=True)]
 
 
-def episode_stats(groups: Sequence[Sequence[Episode]], flat: int) -> dict[str, Stat]:
-    """Metrics of a step's episodes; `flat` is the number of groups with equal rewards."""
+def episode_stats(groups: Sequence[Sequence[Episode]], flat: int, tasks: Sequence[Task] = ()) -> dict[str, Stat]:
+    """Metrics of a step's episodes; `flat` is the number of groups with equal rewards, `tasks` are the groups' tasks.
+
+    Reward and accuracy are also given for each source of a mixture.
+    """
     episodes = [e for group in groups for e in group]
     scored = [e for e in episodes if e.reward is not None]
     count = len(scored)
@@ -226,7 +229,20 @@ def episode_stats(groups: Sequence[Sequence[Episode]], flat: int) -> dict[str, S
     }
     if any(e.turn_rewards for e in episodes):
         stats["turns"] = Stat(sum(e.turns for e in episodes), len(episodes))
+    for name, part in by_source(groups, tasks).items():
+        known = [(e.reward, e.passed) for group in part for e in group if e.reward is not None]
+        stats[f"reward/{name}"] = Stat(sum(reward for reward, _ in known), len(known))
+        stats[f"accuracy/{name}"] = Stat(sum(passed for _, passed in known), len(known))
     return stats | {f"part/{name}": stat for name, stat in part_stats(episodes).items()}
+
+
+def by_source(groups: Sequence[Sequence[Episode]], tasks: Sequence[Task]) -> dict[str, list[Sequence[Episode]]]:
+    """The groups of each source of a mixture; empty if no task has a source."""
+    found: dict[str, list[Sequence[Episode]]] = {}
+    for group, task in zip(groups, tasks, strict=False):
+        if task.source:
+            found.setdefault(task.source, []).append(group)
+    return found
 
 
 def part_stats(episodes: Sequence[Episode]) -> dict[str, Stat]:
@@ -269,7 +285,8 @@ def sample_step(
     """
     cfg = recipe.algo
     collector.generator.load(weights, version=step)
-    chosen = [tasks[i] for i in rng.draw_order(len(tasks), step * cfg.prompts, cfg.prompts, recipe.run.seed)]
+    draw = task_order(tasks, recipe.data, recipe.run.seed)
+    chosen = [tasks[i] for i in draw(step * cfg.prompts, cfg.prompts)]
     groups = collector.groups(chosen, cfg.group_size, step)
     check_failures(groups, recipe.reward.max_failure_rate)
     return chosen, groups

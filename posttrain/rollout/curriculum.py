@@ -7,10 +7,12 @@ checkpoint, so a resumed run selects the same tasks.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
 from posttrain import rng
+from posttrain.data.mixing import Draw
 from posttrain.types import Episode, Json, JsonView, Task
 
 LEVELS = ("difficulty", "level")  # task columns that give its difficulty
@@ -22,13 +24,14 @@ class Curriculum:
     """Selects tasks. With `how = "pass-rate"`, tasks of one level (a column `difficulty` or `level`; else each task is
     its own level) share a running pass rate p. Each level is drawn with weight p (1 − p) per task, the variance of a
     pass/fail reward, which is 0 where all rewards of a group would be equal. The weight per task is at least FLOOR
-    times the largest.
+    times the largest. Otherwise tasks are drawn by `order`, by default at random, every task once per epoch.
 
     p is (1 + passes) / (2 + episodes), with older episodes decayed by FORGET, so it starts at ½.
     """
 
-    def __init__(self, tasks: Sequence[Task], how: str, seed: int) -> None:
-        self.count, self.how, self.seed = len(tasks), how, seed
+    def __init__(self, tasks: Sequence[Task], how: str, seed: int, order: Draw | None = None) -> None:
+        self.how, self.seed = how, seed
+        self._order = order or partial(rng.draw_order, len(tasks), seed=seed)
         names = [_level(task) for task in tasks]
         self._levels = list(dict.fromkeys(names))
         number = {name: i for i, name in enumerate(self._levels)}
@@ -40,7 +43,7 @@ class Curriculum:
     def order(self, cursor: int, skip: int, take: int) -> list[int]:
         """Indices of tasks `skip` … `skip + take − 1` of a step that begins at position `cursor` of the data."""
         if self.how == "none":
-            return rng.draw_order(self.count, cursor + skip, take, self.seed)
+            return self._order(cursor + skip, take)
         cumulative = np.cumsum(self.weights())
         numbers = rng.uniforms(rng.key(self.seed, "curriculum", cursor), skip + take) * cumulative[-1]
         drawn, out = self._drawn.copy(), []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Generic
 
@@ -20,7 +20,7 @@ from posttrain.data.preferences import (
     write_preferences,
 )
 from posttrain.data.sources import Row, data_hash
-from posttrain.data.tasks.load import TaskSets
+from posttrain.data.tasks.load import TaskSets, chosen
 from posttrain.rollout.build import make_collector, with_opening
 from posttrain.rollout.collector import Verifier, check_failures
 from posttrain.rollout.tasks import judged_tasks
@@ -51,7 +51,10 @@ def load_pairs(setup: Setup[PairRecipe]) -> ComparedSets[Preference]:
     `pairs.samples` completions each, and completions with different rewards form pairs, which are saved in the run
     folder for resuming. Raises DataError if there are no pairs.
     """
-    return _pair_sets(setup, stored_rows(setup.recipe.data) if setup.given is None else [])
+    notes: list[str] = []
+    rows = stored_rows(setup.recipe.data, notes) if setup.given is None else []
+    sets = _pair_sets(setup, rows)
+    return replace(sets, notes=[*notes, *sets.notes])
 
 
 def _pair_sets(setup: Setup[PairRecipe], rows: list[Row]) -> ComparedSets[Preference]:
@@ -70,13 +73,15 @@ def _pair_sets(setup: Setup[PairRecipe], rows: list[Row]) -> ComparedSets[Prefer
 def load_judgements(setup: Setup[PairRecipe]) -> ComparedSets[Judgement]:
     """Loads unpaired feedback: a file of judgements, or `load_pairs` with each pair split into two judgements."""
     cfg = setup.recipe.data
-    rows = stored_rows(cfg) if setup.given is None else []
+    read: list[str] = []
+    rows = stored_rows(cfg, read) if setup.given is None else []
     if rows and kind_of(rows) == "judgements":
         parsed = read_compared(rows, cfg, setup.recipe.run.seed, setup.chat, row_to_judgement, "judgements")
-        return ComparedSets(*parsed)
+        sets = ComparedSets(*parsed)
+        return replace(sets, notes=[*read, *sets.notes])
     sets = _pair_sets(setup, rows)
     train, test = ([one for pair in part for one in judgements_of(pair)] for part in (sets.train, sets.test))
-    notes = [*sets.notes, f"each pair counts as two judgements: {len(train)} to train on, {len(test)} held out."]
+    notes = [*read, *sets.notes, f"each pair counts as two judgements: {len(train)} to train on, {len(test)} held out."]
     return ComparedSets(train, test, notes, sets.hash, sets.tasks, sets.verify)
 
 
@@ -118,7 +123,12 @@ def _sampled(setup: Setup[PairRecipe]) -> ComparedSets[Preference]:
             make_collector(setup.policy, setup.chat, verify, recipe), setup.chat, recipe.pairs.opening
         )
         parts: list[list[Preference]] = []
-        for name, tasks in (("training", sets.train), ("held-out", sets.test[: recipe.pairs.held_out])):
+        most = recipe.pairs.held_out
+        held_out = chosen(sets.test, most, sets.shuffled) if most else []
+        for name, tasks in (
+            ("training", sets.train),
+            ("held-out", held_out),
+        ):
             groups = collector.groups(tasks, recipe.pairs.samples, 0, "pairs")
             check_failures(groups, recipe.reward.max_failure_rate)
             pairs, counts = pairs_of(groups, tasks, recipe.pairs.per_task, recipe.run.seed)

@@ -7,7 +7,7 @@ The label of a sampled step is the share of completions from there that reach a 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 
@@ -44,9 +44,11 @@ def load_solutions(setup: Setup[PRMRecipe]) -> SolutionSets:
     no solutions.
     """
     cfg = setup.recipe.data
-    rows = stored_rows(cfg) if setup.given is None else []
+    notes: list[str] = []
+    rows = stored_rows(cfg, notes) if setup.given is None else []
     if rows and has_solutions(rows):
-        return read_solution_sets(rows, cfg, setup.recipe.algo, setup.recipe.run.seed)
+        sets = read_solution_sets(rows, cfg, setup.recipe.algo, setup.recipe.run.seed)
+        return replace(sets, notes=[*notes, *sets.notes])
     return _sampled(setup)
 
 

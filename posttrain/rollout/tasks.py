@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from posttrain.config import EnvRecipe, Sampling
 from posttrain.data.chat import ChatFormat
 from posttrain.data.conversations import fit_prompts
+from posttrain.data.mixing import parts_of
 from posttrain.data.sources import is_file_name, is_hub_id
-from posttrain.data.tasks.load import TaskSets, held_out, load_tasks
+from posttrain.data.tasks.load import TaskSets, chosen, held_out, load_evaluation, load_tasks
 from posttrain.envs import ENVS
 from posttrain.envs.env import EnvFactory, load_env, own_tasks, takes
 from posttrain.envs.toolbox import runs_python, tools_hash
 from posttrain.envs.tools import opening_of
 from posttrain.rewards import code, combine, judge
+from posttrain.rewards.arguments import check_columns
 from posttrain.rewards.auto import validate, verifier_for
 from posttrain.rewards.functions import leaf_verifier, reward_from
 from posttrain.rewards.models import PREFIX, load_reward_model, model_folders
@@ -32,13 +35,19 @@ GOLD_MAY_BE_GIVEN = ("regex", "json_schema", "z3", "lean", "code")
 
 
 def judged_tasks(
-    recipe: Sampling, chat: ChatFormat, given: list[Task] | None = None, reward: Callable[..., Any] | None = None
+    recipe: Sampling,
+    chat: ChatFormat,
+    given: list[Task] | None = None,
+    reward: Callable[..., Any] | None = None,
+    train: bool = True,
 ) -> tuple[TaskSets, Verifier]:
-    """Loads the tasks of a recipe and their verifier; checks that gold answers pass where the reward uses them."""
+    """Loads the tasks of a recipe and their verifier; checks that gold answers pass where the reward uses them.
+
+    Without `train`, only the tasks of `data.eval_tasks` are loaded, if it is set.
+    """
     verify = _verifier(recipe, reward)
-    gold_decides = reward is None and _gold_decides(recipe)
-    sets = load_tasks(recipe.data, recipe.run.seed, given, needs_answer=gold_decides)
-    sets = _checked(sets, recipe, chat, reward is None)
+    sets = _loaded(recipe, given, reward is None, train)
+    sets = _checked(sets, recipe, chat, verify, reward is None)
     content = sets.hash if reward is not None else sets.hash + reward_hash(recipe.reward.name)
     return replace(sets, hash=content), verify
 
@@ -52,8 +61,16 @@ def _verifier(recipe: Sampling, reward: Callable[..., Any] | None) -> Verifier:
     return reward_from(reward or recipe.reward.name, verifier_for, load, recipe.reward.weights)
 
 
-def _gold_decides(recipe: Sampling) -> bool:
-    return any(leaf.name in GOLD_DECIDES for leaf in combine.leaves_of(recipe.reward.name))
+def _loaded(recipe: Sampling, given: list[Task] | None, judged: bool, train: bool) -> TaskSets:
+    """The tasks of a recipe; rows need an answer if a reward that compares with it applies to their source."""
+    leaves = [leaf for leaf in combine.leaves_of(recipe.reward.name) if leaf.name in GOLD_DECIDES] if judged else []
+
+    def needs_answer(source: str) -> bool:
+        return any(not leaf.only or leaf.only in (source, Path(source).name) for leaf in leaves)
+
+    if recipe.data.eval_tasks and not train:
+        return load_evaluation(recipe.data, needs_answer)
+    return load_tasks(recipe.data, recipe.run.seed, given, needs_answer)
 
 
 def check_gold(tasks: Sequence[Task], name: str) -> None:
@@ -67,7 +84,7 @@ def check_gold(tasks: Sequence[Task], name: str) -> None:
 
 
 def _checked(
-    sets: TaskSets, recipe: Sampling, chat: ChatFormat, judged: bool, env: EnvFactory | None = None
+    sets: TaskSets, recipe: Sampling, chat: ChatFormat, verify: Verifier, judged: bool, env: EnvFactory | None = None
 ) -> TaskSets:
     """Filters and checks the task sets, with `eval.problems` held-out tasks; `judged`: the recipe's reward scores."""
     sets = fit_prompts(sets, chat, recipe.data, partial(opening_of, env))
@@ -76,15 +93,23 @@ def _checked(
     executed = _executes(recipe, sets, judged, env)
     if executed:
         code.use(recipe.reward.sandbox, recipe.reward.accept_arbitrary_code)
+    check_columns(verify, sets.train + sets.test)
     if judged:
         check_gold(sets.train + sets.test, recipe.reward.name)
+    test = chosen(sets.test, recipe.eval.problems, sets.shuffled)
     if len(sets.test) < recipe.eval.problems:
         note = f"{len(sets.test)} held-out tasks exist; eval.problems={recipe.eval.problems} evaluates all of them."
+        sets = replace(sets, notes=[*sets.notes, note])
+    elif len(test) < len(sets.test) and not sets.shuffled:
+        note = (
+            f"{len(test)} of {len(sets.test)} held-out tasks are evaluated, drawn at random but the same in every run; "
+            f"{len(sets.test) - len(test)} are left out (eval.problems={recipe.eval.problems}; 0 evaluates all)."
+        )
         sets = replace(sets, notes=[*sets.notes, note])
     if executed and recipe.reward.sandbox == "none":
         note = 'Model-written code runs WITHOUT ISOLATION, as reward.sandbox = "none" asks.'
         sets = replace(sets, notes=[*sets.notes, note])
-    return replace(sets, test=sets.test[: recipe.eval.problems])
+    return replace(sets, test=test)
 
 
 def _executes(recipe: Sampling, sets: TaskSets, judged: bool, env: EnvFactory | None) -> bool:
@@ -100,27 +125,32 @@ def _executes(recipe: Sampling, sets: TaskSets, judged: bool, env: EnvFactory | 
 
 
 def env_tasks(
-    recipe: EnvRecipe, chat: ChatFormat, given: list[Task] | None = None, reward: Callable[..., Any] | None = None
+    recipe: EnvRecipe,
+    chat: ChatFormat,
+    given: list[Task] | None = None,
+    reward: Callable[..., Any] | None = None,
+    train: bool = True,
 ) -> tuple[TaskSets, Verifier, EnvFactory | None]:
     """`judged_tasks` and the recipe's environment, which may provide the tasks."""
     if not recipe.env.name:
-        return *judged_tasks(recipe, chat, given, reward), None
+        return *judged_tasks(recipe, chat, given, reward, train), None
     verify = _verifier(recipe, reward)
     sandbox = partial(code.use, recipe.reward.sandbox, recipe.reward.accept_arbitrary_code)
     env = load_env(recipe.env.name, ENVS, verify, recipe.env, sandbox)
-    judged, tasks, seed = takes(env, "verify"), recipe.data.tasks, recipe.run.seed
+    judged, seed = takes(env, "verify"), recipe.run.seed
     if judged and scores_groups(verify):
         raise ConfigError(
             f"the reward compares the completions of a group, but the environment {recipe.env.name!r} scores each "
             "episode by itself. Use a reward that asks for `completion`."
         )
-    gold_decides = judged and reward is None and _gold_decides(recipe)
     own = own_tasks(env)
-    if own is not None and given is None and not (is_file_name(tasks) or is_hub_id(tasks)):
-        sets = held_out(own(recipe.data.count, seed), recipe.data, seed)
+    stored = any(is_file_name(name) or is_hub_id(name) for name, _ in parts_of(recipe.data.tasks))
+    if own is not None and given is None and not stored:
+        # the tasks of someone else's environment may be in an order, e.g. of difficulty
+        sets = held_out(own(recipe.data.generated, seed), recipe.data, seed, shuffled=":" not in recipe.env.name)
     else:
-        sets = load_tasks(recipe.data, seed, given, needs_answer=gold_decides)
-    sets = _checked(sets, recipe, chat, judged and reward is None, env)
+        sets = _loaded(recipe, given, judged and reward is None, train)
+    sets = _checked(sets, recipe, chat, verify, judged and reward is None, env)
     content = sets.hash + (reward_hash(recipe.reward.name) if judged and reward is None else "")
     content += tools_hash(recipe.env.tools) if takes(env, "tools") else ""
     return replace(sets, hash=content + env_hash(recipe.env.name)), verify, env
