@@ -26,6 +26,7 @@ import torch
 from posttrain import rng
 from posttrain.config.dpo import DPOConfig, DPORecipe
 from posttrain.data import batching
+from posttrain.data.epochs import Epochs
 from posttrain.data.pairs import judgement_rows, pair_rows
 from posttrain.evaluation.accuracy import Evaluator, bootstrap
 from posttrain.models.load import Policy, load_policy
@@ -146,8 +147,8 @@ def run(
 ) -> Summary | None:
     """Trains for `train.steps` steps (0: `train.epochs` passes over the feedback)."""
     cfg, token_budget, seed = recipe.algo, recipe.train.micro_batch_tokens, recipe.run.seed
-    total = recipe.train.steps or math.ceil(recipe.train.epochs * len(train) / cfg.batch_pairs)
-    learner = make_learner(policy, recipe.train, total)
+    epochs = Epochs(len(train), cfg.batch_pairs, recipe.train, seed, recipe.data.shuffle)
+    learner = make_learner(policy, recipe.train, epochs.steps)
     loop.restore(learner)
 
     def evaluate(step: int) -> tuple[Metrics, list[EpisodeRow]]:
@@ -157,11 +158,8 @@ def run(
         sampled, episodes = evaluator(step, learner.weights())
         return values | sampled, episodes
 
-    for step in loop.steps(total, evaluate, recipe.eval.every):
-        order = rng.draw_order(len(train), step * cfg.batch_pairs, cfg.batch_pairs, seed, recipe.data.shuffle)
-        if not recipe.train.steps:  # whole passes: the last step takes the remaining items
-            order = order[: recipe.train.epochs * len(train) - step * cfg.batch_pairs]
-        part, beta = train.subset(order), beta_at(cfg, step, total)
+    for step in loop.steps(epochs.steps, evaluate, recipe.eval.every):
+        part, beta = train.subset(epochs.rows(step)), beta_at(cfg, step, epochs.steps)
         baseline = mismatch_kl(learner, part, cfg)  # over the whole optimizer batch
         rng.seed_global(seed, "update", step)  # dropout, if the model has any
         batches = batching.micro(

@@ -22,6 +22,7 @@ from posttrain import rng
 from posttrain.config.prm import PRMConfig, PRMRecipe
 from posttrain.data import batching
 from posttrain.data.chat import ChatFormat
+from posttrain.data.epochs import Epochs
 from posttrain.data.solutions import Graded
 from posttrain.data.steps import step_ends, step_row
 from posttrain.evaluation.accuracy import Estimate, wilson
@@ -95,18 +96,15 @@ def run(
     The summary includes the calibration table.
     """
     cfg, seed, micro_batch_tokens = recipe.algo, recipe.run.seed, recipe.train.micro_batch_tokens
-    total = recipe.train.steps or math.ceil(recipe.train.epochs * len(train) / cfg.batch_rows)
-    learner = make_learner(policy, recipe.train, total, forward=step_scores)
+    epochs = Epochs(len(train), cfg.batch_rows, recipe.train, seed, recipe.data.shuffle)
+    learner = make_learner(policy, recipe.train, epochs.steps, forward=step_scores)
     loop.restore(learner)
 
     def evaluate(step: int) -> tuple[Metrics, list[EpisodeRow]]:
         return held_out(policy, test, cfg, micro_batch_tokens)[0], []
 
-    for step in loop.steps(total, evaluate, recipe.eval.every):
-        order = rng.draw_order(len(train), step * cfg.batch_rows, cfg.batch_rows, seed, recipe.data.shuffle)
-        if not recipe.train.steps:  # whole passes: the last step takes the remaining solutions
-            order = order[: recipe.train.epochs * len(train) - step * cfg.batch_rows]
-        rows = [train[i] for i in order]
+    for step in loop.steps(epochs.steps, evaluate, recipe.eval.every):
+        rows = [train[i] for i in epochs.rows(step)]
         rng.seed_global(seed, "update", step)  # dropout, if the model has any
         batches = batching.micro(rows, micro_batch_tokens, "token-mean", device=policy.device)
         values = stat_values([*learner.forward_backward(batches, loss), learner.step()])

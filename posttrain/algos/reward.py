@@ -25,6 +25,7 @@ from posttrain import rng
 from posttrain.config.reward import RewardModelConfig, RewardModelRecipe
 from posttrain.data import batching
 from posttrain.data.chat import ChatFormat
+from posttrain.data.epochs import Epochs
 from posttrain.data.pairs import pair_rows
 from posttrain.evaluation.accuracy import wilson
 from posttrain.evaluation.calibration import Bin, calibration
@@ -100,18 +101,16 @@ def run(
     The summary includes the calibration table.
     """
     cfg, seed, micro_batch_tokens = recipe.algo, recipe.run.seed, recipe.train.micro_batch_tokens
-    total = recipe.train.steps or math.ceil(recipe.train.epochs * len(train) / cfg.batch_pairs)
-    learner = make_learner(policy, recipe.train, total, forward=row_scores)
+    epochs = Epochs(len(train), cfg.batch_pairs, recipe.train, seed, recipe.data.shuffle)
+    learner = make_learner(policy, recipe.train, epochs.steps, forward=row_scores)
     counts = bootstrap_counts(len(train), cfg.heads, seed)
     loop.restore(learner)
 
     def evaluate(step: int) -> tuple[Metrics, list[EpisodeRow]]:
         return held_out(policy, test, micro_batch_tokens)[0], []
 
-    for step in loop.steps(total, evaluate, recipe.eval.every):
-        order = rng.draw_order(len(train), step * cfg.batch_pairs, cfg.batch_pairs, seed, recipe.data.shuffle)
-        if not recipe.train.steps:  # whole passes: the last step takes the remaining pairs
-            order = order[: recipe.train.epochs * len(train) - step * cfg.batch_pairs]
+    for step in loop.steps(epochs.steps, evaluate, recipe.eval.every):
+        order = epochs.rows(step)
         pairs, weights = [train[i] for i in order], counts[list(order)] / (len(order) * cfg.heads)
         rng.seed_global(seed, "update", step)  # dropout, if the model has any
         stats = learner.forward_backward(

@@ -15,7 +15,8 @@ from transformers import AutoTokenizer
 
 from posttrain import config
 from posttrain.cli.tables import printable
-from posttrain.config import DataConfig, Recipe
+from posttrain.config import DataConfig, GRPORecipe, Recipe, SFTRecipe
+from posttrain.config.dpo import DPORecipe
 from posttrain.data.chat import ChatFormat
 from posttrain.data.conversation_rows import training_rows
 from posttrain.data.conversations import load_conversations
@@ -158,7 +159,7 @@ def _algorithm(rows: Sequence[Row]) -> str:
     return "sft" if 2 * shown >= len(rows) else "grpo"
 
 
-def _sft(recipe: Any, chat: ChatFormat) -> Built:
+def _sft(recipe: SFTRecipe, chat: ChatFormat) -> Built:
     sets = load_conversations(recipe.data, recipe.run.seed)
     notes = list(sets.notes)
     train = [row for source in sets.sources for row in training_rows(source, chat, recipe.algo, notes)]
@@ -166,7 +167,7 @@ def _sft(recipe: Any, chat: ChatFormat) -> Built:
     return Built(train, len(test), notes)
 
 
-def _dpo(recipe: Any, chat: ChatFormat) -> Built:
+def _dpo(recipe: DPORecipe, chat: ChatFormat) -> Built:
     notes: list[str] = []
     rows = stored_rows(recipe.data, notes)
     kind = kind_of(rows) if rows else "tasks"
@@ -180,7 +181,7 @@ def _dpo(recipe: Any, chat: ChatFormat) -> Built:
     return Built(samples, 2 * len(test), [*notes, *more, *cut])
 
 
-def _kto(recipe: Any, chat: ChatFormat) -> Built:
+def _kto(recipe: DPORecipe, chat: ChatFormat) -> Built:
     notes: list[str] = []
     rows = stored_rows(recipe.data, notes)
     if rows and kind_of(rows) == "pairs":
@@ -194,7 +195,7 @@ def _kto(recipe: Any, chat: ChatFormat) -> Built:
     return Built(samples, len(test), [*notes, *more, *cut])
 
 
-def _grpo(recipe: Any, chat: ChatFormat) -> Built:
+def _grpo(recipe: GRPORecipe, chat: ChatFormat) -> Built:
     sets, _, _ = env_tasks(recipe, chat)
     prompts: list[Sample] = []
     for task in sets.train:

@@ -237,8 +237,8 @@ def check_shared(recipe: SharedSections) -> None:
             f"rollout.stop={rollout.stop[0]!r} would end a reply without the chat template's end of turn, after which "
             f"the environment {env.name!r} cannot answer. Leave it out."
         )
-    evaluation: EvalConfig | None = getattr(recipe, "eval", None)
-    if evaluation and evaluation.problems < 0:
+    evaluation: EvalConfig | HeldOutConfig | None = getattr(recipe, "eval", None)
+    if isinstance(evaluation, EvalConfig) and evaluation.problems < 0:
         raise ConfigError(f"eval.problems={evaluation.problems} is negative. Use 0 to evaluate all held-out tasks.")
     if rollout and rollout.reward_workers < 0:
         raise ConfigError(f"rollout.reward_workers={rollout.reward_workers} is negative. Use 0 for none.")
