@@ -223,8 +223,8 @@ def _plain(text: str) -> str:
 
 def _unclear(k: int) -> TemplateError:
     return TemplateError(
-        f"the chat template writes the prompt differently once assistant message {k + 1} follows, and where the message "
-        "begins cannot be told. Use another template."
+        f"the chat template writes the prompt differently once assistant message {k + 1} follows, and it is unclear "
+        "where that message begins. Use another template."
     )
 
 
