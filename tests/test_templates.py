@@ -13,14 +13,19 @@ import numpy as np
 import pytest
 
 import posttrain as pt
+from posttrain.cli.chat import chat_format
+from posttrain.config import ModelConfig
+from posttrain.config.resolve import as_toml, read_toml, resolve
 from posttrain.data.chat import ChatFormat
 from posttrain.data.conversation_rows import trained_rows
 from posttrain.data.files import Row
 from posttrain.data.pairs import pair_rows
 from posttrain.data.sources import row_to_conversation, row_to_task
 from posttrain.data.templates import TAG
+from posttrain.models.load import load_policy
 from posttrain.rewards.verifiers import VERIFIERS
-from posttrain.types import DataError, Message, Preference, Task, TemplateError
+from posttrain.store.listing import template_settings
+from posttrain.types import ConfigError, DataError, Message, Preference, Task, TemplateError
 from tests.zoo import ZOO, Animal, save, tokenizer_of
 
 every = pytest.mark.parametrize("name", ZOO)
@@ -256,3 +261,55 @@ def test_a_task_s_last_assistant_message_begins_the_reply_or_is_the_answer() -> 
     row["messages"][1]["content"] = "It is 8, as 8 = 3 + 5"
     with pytest.raises(DataError, match="states the answer '8' already"):
         row_to_task(Row("f:1", {**row, "answer": "8"}), "f")
+
+
+class Stopped(Exception):
+    """Ends a run between two steps."""
+
+
+def test_a_run_is_resumed_with_the_date_of_its_creation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save(ZOO["dated"], tmp_path / "model")
+
+    def reward(completion: str, **task: Any) -> float:
+        return len(completion) % 3 / 2
+
+    def run(name: str, **more: Any) -> pt.api.Result:
+        return pt.grpo(str(folder), "sums", reward, tmp_path / name, **SMALL | {"steps": 2}, **more)
+
+    def stop(step: int, values: object) -> None:
+        if step == 1:
+            raise Stopped
+
+    class Tomorrow(date):
+        @classmethod
+        def today(cls) -> date:
+            return date(2099, 1, 1)
+
+    whole = run("whole")
+    with pytest.raises(Stopped):
+        run("killed", on_step=stop)
+    monkeypatch.setattr("posttrain.data.chat.date", Tomorrow)
+    resumed = pt.resume(tmp_path / "killed", reward=reward)
+    assert whole.summary and resumed.summary and resumed.summary["weights"] == whole.summary["weights"]
+
+
+def test_the_template_s_arguments_are_kept_in_the_run_and_used_for_its_model(tmp_path: Path) -> None:
+    recipe = resolve("grpo", {}, {"data.template_kwargs": "{enable_thinking = false, words = ['a']}"})
+    assert recipe.data.template_kwargs == {"enable_thinking": False, "words": ["a"]}
+    toml = tmp_path / "recipe.toml"
+    toml.write_text(as_toml("grpo", recipe))
+    assert resolve("grpo", read_toml(toml)[1]) == recipe
+    with pytest.raises(ConfigError, match=r"data.template_kwargs='off' is not a table"):
+        resolve("grpo", {}, {"data.template_kwargs": "off"})
+    folder = save(ZOO["thinks in the last turn"], tmp_path / "model")
+    data = tmp_path / "rows.jsonl"
+    data.write_text(json.dumps({"prompt": "3 + 5?", "completion": "8."}) + "\n")
+    off = {"enable_thinking": False}
+    settings: dict[str, Any] = {"steps": 1, "threads": 1, "data__holdout": 0, "data__template_kwargs": off}
+    run = pt.sft(str(folder), str(data), tmp_path / "run", **settings).folder
+    for model in (run, run / "model"):
+        arguments, day = template_settings(model)
+        assert arguments == off and day is not None
+        chat = chat_format(str(model), load_policy(ModelConfig(path=str(run / "model"))), "chat")
+        assert chat.decode(chat.prompt_tokens(said("u:a"))).endswith("</think>\n\n")
+    assert template_settings(folder) == ({}, None)
