@@ -166,7 +166,7 @@ def run(
     order = task_order(tasks, recipe.data, seed)
     curriculum, progress = Curriculum(tasks, cfg.curriculum, seed, order), Progress()
     if saved := loop.restore(learner):
-        progress = Progress(*(saved[name] for name in ("flat_steps", "cursor", "ema")), saved.get("solved_steps", 0))
+        progress = Progress(saved["flat_steps"], saved["cursor"], saved["ema"], saved.get("solved_steps", 0))
         curriculum.load(saved.get("curriculum", {}))
         if "sampler" in saved["tensors"]:
             sampler.load(saved["tensors"]["sampler"], saved["sampler"])

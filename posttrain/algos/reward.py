@@ -101,9 +101,9 @@ def run(
     The summary includes the calibration table.
     """
     cfg, seed, micro_batch_tokens = recipe.algo, recipe.run.seed, recipe.train.micro_batch_tokens
+    counts = bootstrap_counts(len(train), cfg.heads, seed)
     epochs = Epochs(len(train), cfg.batch_pairs, recipe.train, seed, recipe.data.shuffle)
     learner = make_learner(policy, recipe.train, epochs.steps, forward=row_scores)
-    counts = bootstrap_counts(len(train), cfg.heads, seed)
     loop.restore(learner)
 
     def evaluate(step: int) -> tuple[Metrics, list[EpisodeRow]]:

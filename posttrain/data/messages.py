@@ -11,9 +11,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from posttrain.types import Json, JsonView, Message
 
@@ -96,7 +95,7 @@ def as_json(message: Message) -> Json:
     return {"role": message.role, "content": message.content, "tool_calls": calls, **message.fields}
 
 
-def from_json(row: Mapping[str, Any]) -> Message:
+def from_json(row: JsonView) -> Message:
     """The message written by `as_json`."""
     fields = {name: value for name, value in row.items() if name not in ("role", "content", "tool_calls")}
     return Message(row["role"], row["content"], tuple(row["tool_calls"]), fields)

@@ -29,7 +29,7 @@ from posttrain.models.policy import (
     learner_mode,
     use_attention,
 )
-from posttrain.types import ConfigError
+from posttrain.types import ConfigError, Json, JsonView
 
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.25}  # on logits; a wrong mask or position gives errors above 1
 PREFIX, TAILS, ALONE = 9, (7, 3), 72  # tokens of the rows compared: a prefix that two rows share, and a longer row
@@ -90,7 +90,7 @@ def _route(policy: Policy) -> tuple[Route, float, str]:
     return replace(route, reach=reach, cached=cached), max(general, packed), note
 
 
-def thresholds(config: Mapping[str, Any]) -> dict[str, int]:
+def thresholds(config: JsonView) -> dict[str, int]:
     """Row lengths beyond which a model computes something that the packed pass does not, by the setting's name.
 
     These are attention windows and chunks, and the lengths at which rotary frequencies change: for `longrope` the
@@ -112,7 +112,7 @@ def thresholds(config: Mapping[str, Any]) -> dict[str, int]:
     return found
 
 
-def _contexts(config: Mapping[str, Any]) -> dict[str, Any]:
+def _contexts(config: JsonView) -> Json:
     names = ("max_position_embeddings", "original_max_position_embeddings")
     return {name: config[name] for name in names if name in config}
 

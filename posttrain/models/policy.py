@@ -15,6 +15,8 @@ from posttrain.models import decoder, lora
 from posttrain.models.attention import NAME, Layout
 from posttrain.models.packing import Packed
 
+Cache = dict[str, Any]
+"""What a model keeps of the tokens it has read, as keyword arguments of its next call."""
 CACHES = ("cache", "past_key_values", "cache_params")  # what versions of transformers call a model's cache
 
 
@@ -128,7 +130,7 @@ def by_rows(policy: Policy, tokens: torch.Tensor, lengths: torch.Tensor) -> torc
     return torch.cat(rows)
 
 
-def advance(policy: Policy, tokens: torch.Tensor, cache: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
+def advance(policy: Policy, tokens: torch.Tensor, cache: Cache) -> tuple[torch.Tensor, Cache]:
     """Feeds tokens (n,) of one sequence after those in `cache` → last hidden states (n, width) and the new cache.
 
     The cache is the model's own, under the name that its forward pass gives it; an empty one starts a sequence.

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from posttrain.types import ConfigError
+from posttrain.types import ConfigError, JsonView
 
 
 @dataclass(frozen=True)
@@ -117,7 +115,7 @@ OTHERS = r"(num|n|moe)_.*experts|num_experts|kv_lora_rank|.*mamba.*|.*ssm.*|line
 """Settings of layers that are not those of a Llama."""
 
 
-def _size(raw: Mapping[str, Any], of: str, default: int | None = None) -> int:
+def _size(raw: JsonView, of: str, default: int | None = None) -> int:
     """A size by any of its names. Raises KeyError if it has none and there is no default."""
     found = next((raw[name] for name in NAMES[of] if raw.get(name)), default)
     if found is None:

@@ -12,7 +12,6 @@ import os
 import re
 import threading
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from posttrain.models import lora
 from posttrain.store import checkpoint
 from posttrain.store.checkpoint import Checkpoint
 from posttrain.store.run import Run
-from posttrain.types import ConfigError, Json, ResumeError
+from posttrain.types import ConfigError, Json, JsonView, ResumeError
 
 ABACUS = Path(__file__).parent / "abacus"
 ADAPTER = "adapter_config.json"
@@ -141,7 +140,7 @@ def _whole(cfg: ModelConfig, source: str) -> Weights:
     return Weights(model, tokenizer, check_loaded(model, info, cfg.path))
 
 
-def check_loaded(model: Any, info: Mapping[str, Any], name: str) -> list[str]:
+def check_loaded(model: Any, info: JsonView, name: str) -> list[str]:
     """Checks transformers' loading info: every parameter was in the checkpoint, and every tensor of it is in the model.
 
     Tensors of other parts of a larger checkpoint (OTHER_PARTS) are counted in a note. Raises ConfigError otherwise.

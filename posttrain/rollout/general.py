@@ -8,12 +8,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
-from posttrain.models.policy import Policy, advance, by_rows
+from posttrain.models.policy import Cache, Policy, advance, by_rows
 
 
 @dataclass
@@ -21,14 +20,14 @@ class Prompt:
     """A prefilled prompt: its tokens [n], the model's cache after them, and logits (1, V) after the last one."""
 
     tokens: list[int]
-    cache: dict[str, Any]
+    cache: Cache
     logits: torch.Tensor
 
 
 @dataclass
 class _Sequence:
     tokens: list[int]
-    cache: dict[str, Any]
+    cache: Cache
 
 
 class GeneralDecoder:
@@ -73,7 +72,7 @@ class GeneralDecoder:
             rows.append(logits)
         return torch.cat(rows)
 
-    def _next(self, new: list[int], whole: list[int], cache: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
+    def _next(self, new: list[int], whole: list[int], cache: Cache) -> tuple[torch.Tensor, Cache]:
         """Logits (1, V) after a sequence of which `new` are the tokens not in the cache, and the cache after them."""
         device = self.policy.device
         if self.policy.route.cached:
