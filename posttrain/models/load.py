@@ -20,7 +20,7 @@ from transformers import LlamaConfig
 from posttrain.config import ModelConfig
 from posttrain.data.chat import ChatFormat
 from posttrain.models import lora
-from posttrain.models.check import check_forward, first_line
+from posttrain.models.check import check_forward, check_runs, first_line
 from posttrain.models.policy import Policy, checkpoint_layers
 from posttrain.models.shapes import ModelShape
 from posttrain.types import ConfigError, TemplateError
@@ -50,7 +50,13 @@ def load_policy(cfg: ModelConfig, device: torch.device | str = "cpu") -> Policy:
     check_tokenizer(tokenizer, policy.vocab)
     check_forward(policy)
     if cfg.lora_rank:
-        policy.model = lora.attach(policy.model, cfg.lora_rank, cfg.lora_alpha)
+        try:
+            policy.model = lora.attach(policy.model, cfg.lora_rank, cfg.lora_alpha)
+            check_runs(policy)
+        except Exception as error:  # PEFT has no adapters for some layers
+            raise ConfigError(
+                f"model {cfg.path!r} cannot have LoRA adapters: {first_line(error)} Set model.lora_rank = 0."
+            ) from None
     if cfg.gradient_checkpointing:
         checkpoint_layers(policy)
     return policy
