@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 import posttrain as pt
 from posttrain.cli.main import main
 from posttrain.data.chat import ChatFormat
-from posttrain.models.load import ABACUS
+from posttrain.models.weights import ABACUS
 from posttrain.store.run import Run
 from posttrain.types import Message
 

@@ -200,6 +200,16 @@ def test_a_shape_is_read_from_a_folder_or_known_by_name_or_refused(tmp_path: Pat
     (tmp_path / "config.json").write_text('{"hidden_size": 8}')
     with pytest.raises(ConfigError, match="does not describe a Llama-like model"):
         shape_of(tmp_path)
+    gpt2 = {"n_embd": 8, "n_head": 2, "n_layer": 3, "vocab_size": 5, "n_inner": None, "tie_word_embeddings": True}
+    assert _shape(tmp_path, gpt2) == _shape(tmp_path, {"text_config": gpt2}) == ModelShape(3, 8, 2, 2, 4, 32, 5, True)
+    for name, value in {"num_local_experts": 4, "n_routed_experts": 8, "kv_lora_rank": 16, "mamba_d_state": 8}.items():
+        with pytest.raises(ConfigError, match=f"it sets {name}, and only plain attention"):
+            _shape(tmp_path, gpt2 | {name: value})
+
+
+def _shape(folder: Path, config: dict[str, Any]) -> ModelShape:
+    (folder / "config.json").write_text(json.dumps(config))
+    return shape_of(folder)
 
 
 def invoke(*args: str) -> Any:

@@ -27,7 +27,7 @@ from posttrain.data.preferences import row_to_preference
 from posttrain.data.reading import evaluation_settings, read_source, unread_columns
 from posttrain.data.sources import Row, row_to_conversation
 from posttrain.data.tasks.load import TaskSets, chosen, load_evaluation, load_tasks
-from posttrain.models.load import ABACUS
+from posttrain.models.weights import ABACUS
 from posttrain.rollout.tasks import judged_tasks
 from posttrain.store.run import Run
 from posttrain.types import ConfigError, DataError, Message, Task

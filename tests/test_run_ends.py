@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import posttrain as pt
 from posttrain import api
+from posttrain.algos import grpo
 from posttrain.config import ModelConfig
 from posttrain.config.best import is_lower_better
 from posttrain.models.load import load_policy, weight_views
@@ -172,7 +173,7 @@ def test_the_best_checkpoint_is_kept_and_exported_and_the_run_ends_without_gain(
         at["step"] = step + 1
 
     # the evaluation of step s is measured when `at` is s: held-out rewards are replaced by the table above
-    original = api.algos.load("grpo").Evaluator.__call__
+    original = grpo.Evaluator.__call__
 
     def scored(self: Any, step: int, weights: Any) -> Any:
         values, rows = original(self, step, weights)
@@ -181,7 +182,7 @@ def test_the_best_checkpoint_is_kept_and_exported_and_the_run_ends_without_gain(
     settings = {**SMALL, "steps": 9, "lr": 1e-2, "eval__every": 1, "keep_best": "reward", "patience": 3, "keep": 1,
                 "checkpoint_every": 5}  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(api.algos.load("grpo").Evaluator, "__call__", scored)
+        patch.setattr(grpo.Evaluator, "__call__", scored)
         done = pt.grpo(str(model), "sums", staged, tmp_path / "run", on_step=watch, **settings)
     assert done.summary and done.summary["steps"] == 5
     assert done.summary["best"] == {"step": 2, "eval/reward": 0.9}

@@ -42,6 +42,7 @@ def test_a_completion_ends_at_the_first_token_with_which_its_text_contains_a_sto
 ) -> None:
     found = StopStrings(strings, spell, [9])
     ends = [n for n in range(1, len(tokens) + 1) if any(s in spell(np.array(tokens[:n])) for s in strings)]
+    said = ""
     for n in range(1, (ends[0] if ends else len(tokens)) + 1):
         said = found.completed_by(np.array(tokens[:n]))
         assert bool(said) == (bool(ends) and n == ends[0]), (tokens[:n], said)

@@ -10,6 +10,7 @@ import tokenize
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -96,7 +97,14 @@ def test_a_loop_is_at_most_nine_calls_in_five_files_away_from_a_drawn_token(
 
     monkeypatch.setattr(kernels, "draw", drawing)
     model, length = tiny.chatty(tmp_path / "model"), lambda completion: len(completion) % 3 / 2
-    small = {"rollout__max_tokens": 4, "rollout__slots": 32, "prompts": 2, "group_size": 2, "problems": 2, "count": 16}
+    small: dict[str, Any] = {
+        "rollout__max_tokens": 4,
+        "rollout__slots": 32,
+        "prompts": 2,
+        "group_size": 2,
+        "problems": 2,
+        "count": 16,
+    }
     pt.grpo(str(model), "sums", length, tmp_path / "run", steps=1, **small)
     ours = [file for file, _ in calls if "posttrain" in file]
     assert calls and len(calls) <= 9 and len({*ours}) <= 5, calls

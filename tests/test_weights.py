@@ -24,7 +24,8 @@ import posttrain as pt
 from posttrain import api
 from posttrain.config import ModelConfig
 from posttrain.models import lora
-from posttrain.models.load import Policy, load_policy, packed_logits, save_pretrained, trainable
+from posttrain.models.load import load_policy, save_pretrained, trainable
+from posttrain.models.policy import Policy, states
 from posttrain.models.weights import base_of, check_loaded, content_files
 from posttrain.train.reference import frozen_reference
 from posttrain.types import ConfigError, Sample
@@ -67,7 +68,8 @@ def adapter(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def logits(policy: Policy) -> torch.Tensor:
     policy.model.eval()
     with torch.no_grad():
-        return packed_logits(policy, [torch.arange(5, 25), torch.arange(30, 40)])
+        tokens, lengths = torch.cat([torch.arange(5, 25), torch.arange(30, 40)]), torch.tensor([20, 10])
+        return policy.logits(states(policy, tokens, lengths, (), torch.arange(30)))
 
 
 # --- conservation ----------------------------------------------------------------------------------------------------
@@ -260,14 +262,15 @@ SHAPE: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size
                          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
                          "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
 MOE: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+HEAD: dict[str, Any] = {"head_dim": 8}
 MODELS: dict[str, Callable[[], Any]] = {
     "llama": lambda: transformers.LlamaConfig(**SHAPE),
     "mixtral": lambda: transformers.MixtralConfig(**SHAPE, num_local_experts=4),
     "qwen2-moe": lambda: transformers.Qwen2MoeConfig(**SHAPE, **MOE, num_experts=4, shared_expert_intermediate_size=16),
-    "qwen3-moe": lambda: transformers.Qwen3MoeConfig(**SHAPE, **MOE, num_experts=4, head_dim=8),
+    "qwen3-moe": lambda: transformers.Qwen3MoeConfig(**SHAPE, **MOE, **HEAD, num_experts=4),
     "granite-moe": lambda: transformers.GraniteMoeConfig(**SHAPE, num_experts_per_tok=2, num_local_experts=4),
     "glm4-moe": lambda: transformers.Glm4MoeConfig(
-        **SHAPE, **MOE, n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=1, head_dim=8
+        **SHAPE, **MOE, **HEAD, n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=1
     ),
     "gpt-oss": lambda: transformers.GptOssConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2, head_dim=8),
 }

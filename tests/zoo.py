@@ -6,7 +6,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -132,9 +132,14 @@ def save(animal: Animal, folder: Path) -> Path:
     tokenizer = tokenizer_of(animal)
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     config = LlamaConfig(vocab_size=400, num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.3,
-                         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=0, **shape)  # fmt: skip
+                         bos_token_id=None, eos_token_id=cast(int, tokenizer.eos_token_id), pad_token_id=0, **shape)  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 

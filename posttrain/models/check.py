@@ -27,6 +27,7 @@ from posttrain.models.policy import (
     by_rows,
     hidden_states,
     learner_mode,
+    states,
     use_attention,
 )
 from posttrain.types import ConfigError, Json, JsonView
@@ -65,7 +66,7 @@ def _route(policy: Policy) -> tuple[Route, float, str]:
     """The route, the largest difference found on it, and a note (may be empty)."""
     model = lora.unwrap(policy.model)
     model.eval()
-    own, config = policy.body.config._attn_implementation, policy.config  # type: ignore[union-attr]
+    own, config = str(policy.body.config._attn_implementation), policy.config  # type: ignore[union-attr]
     own = "sdpa" if own == NAME else own
     use_attention(policy.body, own)
     limits = thresholds(config.to_dict())
@@ -242,6 +243,19 @@ def _cache_agrees(policy: Policy, row: torch.Tensor, truth: torch.Tensor) -> boo
     except Exception:
         return False  # any failure means the same: whole rows are computed instead
     return bool(cache) and difference <= allowed(policy.head.weight.dtype, truth)
+
+
+@torch.no_grad()
+def check_runs(policy: Policy) -> None:
+    """Computes a short row; raises whatever the model raises."""
+    tokens = short_rows(policy)[0]
+    states(
+        policy,
+        tokens,
+        torch.tensor([len(tokens)], device=tokens.device),
+        (),
+        torch.arange(len(tokens), device=tokens.device),
+    )
 
 
 def by_rows_logits(policy: Policy, row: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from transformers import LlamaConfig
 from posttrain.config import ModelConfig
 from posttrain.data.chat import ChatFormat
 from posttrain.models import lora, weights
-from posttrain.models.check import check_forward
+from posttrain.models.check import check_forward, check_runs, first_line
 from posttrain.models.policy import Policy, checkpoint_layers
 from posttrain.models.shapes import ModelShape
 from posttrain.models.weights import resolve_path as resolve_path
@@ -35,7 +35,13 @@ def load_policy(cfg: ModelConfig, device: torch.device | str = "cpu") -> Policy:
     check_tokenizer(tokenizer, policy.vocab)
     check_forward(policy)
     if cfg.lora_rank:
-        policy.model = lora.attach(policy.model, cfg.lora_rank, cfg.lora_alpha)
+        try:
+            policy.model = lora.attach(policy.model, cfg.lora_rank, cfg.lora_alpha)
+            check_runs(policy)
+        except Exception as error:  # PEFT has no adapters for some layers
+            raise ConfigError(
+                f"model {cfg.path!r} cannot have LoRA adapters: {first_line(error)} Set model.lora_rank = 0."
+            ) from None
         if frozen := lora.not_adapted(policy.model):
             policy.notes.append(
                 f"LoRA leaves {len(frozen)} weight matrices without an adapter; the first is {frozen[0]}."

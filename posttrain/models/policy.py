@@ -12,7 +12,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from posttrain.models import decoder, lora
-from posttrain.models.attention import NAME, Layout
+from posttrain.models.attention import NAME, Layout, Unsupported
 from posttrain.models.packing import Packed
 
 Cache = dict[str, Any]
@@ -143,9 +143,11 @@ def advance(policy: Policy, tokens: torch.Tensor, cache: Cache) -> tuple[torch.T
 
 
 def use_attention(body: Any, name: str) -> None:
-    """Switches the decoder to an attention function by its transformers name."""
+    """Switches the decoder to an attention function by its transformers name. Raises Unsupported if it has only one."""
     if body.config._attn_implementation != name:
         body.set_attn_implementation(name)
+        if body.config._attn_implementation != name:
+            raise Unsupported("its layers do not use transformers' attention interface")
 
 
 def forget_lengths(body: nn.Module) -> None:

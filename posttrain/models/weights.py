@@ -128,7 +128,7 @@ def _whole(cfg: ModelConfig, source: str) -> Weights:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         with _loading:
-            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
                 source,
                 dtype=dtype,
                 use_safetensors=True,

@@ -51,7 +51,7 @@ def value_and_gradient(loss: PolicyLoss, b: Rows) -> tuple[torch.Tensor, torch.T
     leaf = b.logp.clone().requires_grad_()
     value, clipped = loss(leaf, b.old_logp, b.advantages, b.mask, LOW, HIGH)
     (gradient,) = torch.autograd.grad(value.sum(), leaf, allow_unused=True)
-    return value.detach(), clipped, torch.zeros_like(leaf) if gradient is None else gradient
+    return value.detach(), clipped, torch.zeros_like(leaf) if gradient is None else gradient  # pyright: ignore[reportUnnecessaryComparison]
 
 
 def _shapes(loss: PolicyLoss, b: Rows) -> str:
@@ -84,7 +84,8 @@ def _mask(loss: PolicyLoss, b: Rows) -> str:
     if value[~b.mask].any() or clipped[~b.mask].any() or gradient[~b.mask].any():
         return "tokens outside the mask have a loss, a gradient or are marked as clipped; all must be 0 there"
     for poison in POISON:
-        hidden = Rows(*(torch.where(b.mask, t, poison) for t in (b.logp, b.old_logp, b.advantages)), b.mask)
+        logp, old_logp, advantages = (torch.where(b.mask, t, poison) for t in (b.logp, b.old_logp, b.advantages))
+        hidden = Rows(logp, old_logp, advantages, b.mask)
         if says := _differs((value, clipped, gradient), value_and_gradient(loss, hidden)):
             return f"with {poison} at tokens outside the mask {says}"
     return ""
