@@ -284,6 +284,8 @@ def test_columns_and_message_fields_that_nothing_reads_are_named(tmp_path: Path)
     rows: list[dict[str, Any]] = [{"id": i, "prompt": "p", "messages": messages(i)} for i in range(4)]
     found = unread_columns([Row("", row) for row in rows], row_to_conversation)
     assert found == ["id", "prompt", "messages.mood"]
+    bad = [Row("", {"id": 1, "text": [5], "odd": 1})] * 5
+    assert unread_columns([*bad, *(Row("", row) for row in rows)], row_to_conversation) == found
     notes = load_conversations(DataConfig(tasks=write(tmp_path / "a.jsonl", rows), holdout=0), 0).notes
     assert any("the columns id, prompt, messages.mood are not used" in note for note in notes)
     sets = load_tasks(DataConfig(tasks=write(tmp_path / "b.jsonl", sums(4, passage="Once."))), 0)

@@ -223,7 +223,7 @@ def evaluate(
     given = {"data.tasks": tasks, "reward.name": reward, "eval.samples": samples}
     recipe = read_evaluation(args, given, sections_of(model), whole=True)
     out = tables.console(as_json)
-    with out.status(f"evaluating {model} on {recipe.data.tasks}"):
+    with out.status(f"evaluating {model} on {recipe.data.eval_tasks or recipe.data.tasks}"):
         from posttrain import api
 
         report, groups = api.evaluate_recipe(model, recipe)

@@ -17,7 +17,7 @@ LONGEST_ROW = 4_000_000
 """Maximum characters of a row. A tokenizer needs about 300 bytes of memory for each, so longer rows are refused before
 they are tokenized."""
 TOO_LONG = f"the row has more than {LONGEST_ROW} characters. Split it or remove it."
-GZIP_FREE, GZIP_RATIO = 256 * 2**20, 100
+GZIP_FREE, GZIP_RATIO = 256 * 2**20, 50
 """A .gz file may decompress to GZIP_FREE bytes, or to GZIP_RATIO times its own size if that is more."""
 
 
@@ -61,21 +61,17 @@ def numbered_lines(path: Path, problems: BadLines, longest: int = 0) -> Iterator
     With `longest`, a line of more characters is a problem, and is skipped without being held in memory. Raises
     DataError if the file cannot be read.
     """
-    number = 0
+    number = offset = 0
     compressed = path.name.lower().endswith(".gz")
-    most = max(GZIP_FREE, GZIP_RATIO * path.stat().st_size) if compressed else 0
     try:
+        if compressed and (most := _exceeded(path)):
+            raise DataError(
+                f"{path} decompresses to more than {most} bytes, over {GZIP_RATIO} times its size. Decompress it "
+                "yourself if that is right."
+            )
         with gzip.open(path, "rb") if compressed else path.open("rb") as file:
-            offset = 0
-            for raw, whole in _raw_lines(file, 4 * longest, most):
+            for raw, whole in _raw_lines(file, 4 * longest):
                 number, start, offset = number + 1, offset, offset + len(raw)
-                if most and offset > most:
-                    reason = (
-                        f"the file decompresses to more than {most} bytes, over {GZIP_RATIO} times its size, as a "
-                        "damaged or hostile file does. Decompress it yourself if it is right."
-                    )
-                    problems.add(f"{path}:{number}", reason)
-                    return
                 if number == 1 and (fault := _wrong_encoding(raw)):
                     problems.add(f"{path}:1", fault)
                     return
@@ -95,23 +91,27 @@ def numbered_lines(path: Path, problems: BadLines, longest: int = 0) -> Iterator
         raise DataError(f"{path} cannot be read: {error.strerror or error}. Check its permissions.") from error
 
 
-def _raw_lines(file: io.BufferedIOBase, longest: int, most: int) -> Iterator[tuple[bytes, bool]]:
-    """Yields (bytes, whole) of each line: the first bytes of a line over `longest` bytes are not `whole`.
+def _exceeded(path: Path) -> int:
+    """The limit of a .gz file in bytes if it decompresses to more, else 0. Nothing is held in memory."""
+    most, total = max(GZIP_FREE, GZIP_RATIO * path.stat().st_size), 0
+    try:
+        with gzip.open(path, "rb") as file:
+            while chunk := file.read(1 << 20):
+                total += len(chunk)
+                if total > most:
+                    return most
+    except (EOFError, zlib.error, gzip.BadGzipFile):
+        return 0  # the damage is reported with its line when the lines are read
+    return 0
 
-    At most `most` + 1 bytes are read in all; 0 is no limit for both.
-    """
-    done = 0
-    while True:
-        room = min((n for n in (longest, most - done if most else 0) if n > 0), default=-2)
-        raw = file.readline(room + 1)
-        if not raw:
-            return
-        done += len(raw)
+
+def _raw_lines(file: io.BufferedIOBase, longest: int) -> Iterator[tuple[bytes, bool]]:
+    """Yields (bytes, whole) of each line: of a line over `longest` bytes (0: no limit), only the first are kept."""
+    while raw := file.readline(longest + 1 if longest else -1):
         whole = not longest or len(raw) <= longest or raw.endswith(b"\n")
-        while not whole and not (rest := file.readline(1 << 20)).endswith(b"\n"):
-            done += len(rest)
-            if not rest or (most and done > most):
-                break
+        rest = raw
+        while not whole and rest and not rest.endswith(b"\n"):
+            rest = file.readline(1 << 20)
         yield raw, whole
 
 

@@ -67,12 +67,12 @@ def unread_columns(rows: Sequence[Row], parse: Callable[[Row], object]) -> list[
     """
     found: dict[str, list[Row]] = {}
     for row in rows:
-        if not row.fault:
-            for name in _filled(row.values):
-                examples = found.setdefault(name, [])
-                if len(examples) < EXAMPLES:
-                    examples.append(row)
-    unread = [name for name, examples in found.items() if not any(_reads(row, name, parse) for row in examples)]
+        wanted = [name for name in _filled(row.values) if len(found.setdefault(name, [])) < EXAMPLES]
+        if wanted and not row.fault and _outcome(row, parse)[0]:
+            for name in wanted:
+                found[name].append(row)
+    tried = {name: examples for name, examples in found.items() if examples}
+    unread = [name for name, examples in tried.items() if not any(_reads(row, name, parse) for row in examples)]
     return [name for name in unread if name.partition(".")[0] not in unread or "." not in name]
 
 
