@@ -6,7 +6,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -139,7 +139,7 @@ def save(animal: Animal, folder: Path) -> Path:
         "num_attention_heads": 4,
     }
     config = LlamaConfig(vocab_size=400, num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.3,
-                         bos_token_id=None, eos_token_id=cast(int, tokenizer.eos_token_id), pad_token_id=0, **shape)  # fmt: skip
+                         bos_token_id=None, pad_token_id=0, **shape)  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
