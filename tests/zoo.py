@@ -137,6 +137,7 @@ def save(animal: Animal, folder: Path) -> Path:
         "intermediate_size": 48,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
+        "eos_token_id": tokenizer.eos_token_id,
     }
     config = LlamaConfig(vocab_size=400, num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.3,
                          bos_token_id=None, pad_token_id=0, **shape)  # fmt: skip
