@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import warnings
 from dataclasses import fields
@@ -16,6 +17,14 @@ from posttrain.cli.main import main
 from posttrain.config.renamed import ADDED, RENAMED, SettingRenamed
 from posttrain.store.run import Run
 from tests import tiny
+
+
+IDENTITIES = {
+    "distill": "6e74a83a5052", "dpo": "6b8d04e706c3", "grpo": "107dbdf53379", "online-dpo": "1540b1aeb0e3",
+    "ppo": "e0bbe67c24ee", "prm": "f28ea6adf5eb", "raft": "719a5dc9ad45", "reward": "6a572dfa08ae",
+    "sft": "95d04bb55d75",
+}  # fmt: skip
+"""Hashes of the default recipes' identities when pipelines first stored them."""
 
 
 def owner(setting: str) -> str:
@@ -76,3 +85,9 @@ def test_a_run_folder_with_old_names_resumes_without_a_word(tmp_path: Path) -> N
     assert api.resume(tmp_path / "run").summary == whole
     with Run.read(tmp_path / "run") as run:
         assert run.header["recipe"]["train"]["tokens_per_pass"] == 64
+
+
+@pytest.mark.parametrize(("algorithm", "stored"), IDENTITIES.items())
+def test_settings_added_later_leave_the_identity_of_a_stage_as_stored(algorithm: str, stored: str) -> None:
+    identity = config.identity(config.as_dict(config.resolve(algorithm, {})))
+    assert hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12] == stored

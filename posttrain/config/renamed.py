@@ -19,8 +19,24 @@ RENAMED = {
     "algo.unfinished_value": "algo.truncated_value",
 }
 """Old name → current name."""
-ADDED = {"train.learner": "local", "run.track": "", "data.shuffle": True}
+ADDED = {
+    "model.continue_adapter": False,
+    "data.shuffle": True,
+    "data.template_kwargs": {},
+    "reward.weights": (),
+    "rollout.stop": (),
+    "rollout.stop_token_ids": (),
+    "train.learner": "local",
+    "train.epochs": 1,
+    "run.track": "",
+    "run.keep_best": "",
+    "run.patience": 0,
+}
 """Settings that were added later → their default, which keeps the previous behaviour."""
+ADDED_SECTIONS = {"eval": {"every": 0}}
+"""Sections that some algorithms got later → the same."""
+CHANGED = {("data.count", "0"): 4096}
+"""(setting, default as text) → its former default, which draws the same number of problems."""
 
 
 class SettingRenamed(FutureWarning):
@@ -54,6 +70,11 @@ def identity(sections: Mapping[str, JsonView]) -> dict[str, Json]:
     out: dict[str, Json] = {}
     for section, values in sections.items():
         full = {f"{section}.{key}": value for key, value in values.items()}
+        if values == ADDED_SECTIONS.get(section):
+            continue
         kept = {name: value for name, value in full.items() if name not in ADDED or value != ADDED[name]}
-        out[section] = {first.get(name, name).partition(".")[2]: value for name, value in kept.items()}
+        out[section] = {
+            first.get(name, name).partition(".")[2]: CHANGED.get((name, str(value)), value)
+            for name, value in kept.items()
+        }
     return out
