@@ -100,7 +100,7 @@ def check(file: str, model: str, algorithm: str, settings: Mapping[str, str], sh
         raise ConfigError(
             f"tokenizer of {recipe.model.path!r} cannot be loaded: {str(error).splitlines()[0]}"
         ) from None
-    chat = ChatFormat(tokenizer, recipe.data.format)
+    chat = ChatFormat(tokenizer, recipe.data.format, recipe.data.template_kwargs)
     parse, build = BUILDERS[algorithm]
     built = build(recipe, chat)
     if not built.train:
