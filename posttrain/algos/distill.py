@@ -178,7 +178,7 @@ def run(
         batch_tasks, groups = sample_step(collector, tasks, recipe, learner.weights(), step)
         loop.sampled(sampled_tokens(groups))
         samples = [to_sample(e, 0.0) for g in groups for e in g]
-        rng.seed_global(recipe.run.seed, "update", step)  # dropout, if the model has any
+        rng.seed_global(recipe.run.seed, "update", step)  # whatever the model draws
         batches = batching.micro(
             samples, train.micro_batch_tokens, cfg.aggregate, recipe.rollout.max_tokens, policy.device
         )

@@ -161,7 +161,7 @@ def run(
     for step in loop.steps(epochs.steps, evaluate, recipe.eval.every):
         part, beta = train.subset(epochs.rows(step)), beta_at(cfg, step, epochs.steps)
         baseline = mismatch_kl(learner, part, cfg)  # over the whole optimizer batch
-        rng.seed_global(seed, "update", step)  # dropout, if the model has any
+        rng.seed_global(seed, "update", step)  # whatever the model draws
         batches = batching.micro(
             part.rows, token_budget, "seq-mean-token-sum", device=policy.device, together=part.together
         )  # each token of a row has weight 1 / rows

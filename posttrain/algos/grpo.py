@@ -201,7 +201,7 @@ def run(
         progress.ema = moving_mean(progress.ema, rewards, cfg.ema_decay)
         samples = trained(cfg, samples, groups, sampled.kept, owner)
 
-        rng.seed_global(seed, "update", step)  # dropout, if the model has any
+        rng.seed_global(seed, "update", step)  # whatever the model draws
         flat = flat_groups(rewards) if cfg.group_size > 1 else (advantages == 0).all(1)  # (P,)
         stats = [episode_stats(groups, int(flat.sum()), sampled.tasks), {"lag": Stat(step - sampled.version)}]
         stats.append({"groups": Stat(len(groups), 1, "sum"), "groups_kept": Stat(sum(sampled.kept), 1, "sum")})

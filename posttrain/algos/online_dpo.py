@@ -125,7 +125,7 @@ def run(
         stats = [episode_stats(groups, len(groups) - len(pairs), batch_tasks), {"pairs": Stat(len(pairs), 1, "sum")}]
         stats.append({"pair_kl": policy_kl(samples)})
 
-        rng.seed_global(recipe.run.seed, "update", step)  # dropout, if the model has any
+        rng.seed_global(recipe.run.seed, "update", step)  # whatever the model draws
         batches = batching.micro(
             samples, train.micro_batch_tokens, "seq-mean-token-sum", device=policy.device, together=2
         )  # each token of a row has weight 1 / rows

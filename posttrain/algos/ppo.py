@@ -190,7 +190,7 @@ def run(
         )
         samples, frozen = freeze(samples, scores, cfg, progress, critic_policy)
 
-        rng.seed_global(recipe.run.seed, "update", step)  # dropout, if the model has any
+        rng.seed_global(recipe.run.seed, "update", step)  # whatever the model draws
         stats = [collect.episode_stats(groups, 0, batch_tasks), frozen]
         stats += improve(recipe, progress, learner, critic, samples, demonstrations)
         values = {name: value for name, value in stat_values(stats).items() if name != "flat_groups"}

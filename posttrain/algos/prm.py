@@ -105,7 +105,7 @@ def run(
 
     for step in loop.steps(epochs.steps, evaluate, recipe.eval.every):
         rows = [train[i] for i in epochs.rows(step)]
-        rng.seed_global(seed, "update", step)  # dropout, if the model has any
+        rng.seed_global(seed, "update", step)  # whatever the model draws
         batches = batching.micro(rows, micro_batch_tokens, "token-mean", device=policy.device)
         values = stat_values([*learner.forward_backward(batches, loss), learner.step()])
         loop.end(learner, values, tokens=sum(len(row.tokens) for row in rows))

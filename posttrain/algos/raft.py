@@ -146,7 +146,7 @@ def run(
             if cfg.restart:
                 load_weights(policy, starting)
                 learner = make_learner(policy, train, cfg.epochs * math.ceil(len(pool) / cfg.batch_rows))
-            rng.seed_global(seed, "update", step)  # dropout, if the model has any
+            rng.seed_global(seed, "update", step)  # whatever the model draws
             for epoch in range(cfg.epochs):
                 order = rng.permutation(len(pool), seed, "epoch", step, epoch)
                 for i in range(0, len(pool), cfg.batch_rows):

@@ -112,7 +112,7 @@ def run(
     for step in loop.steps(epochs.steps, evaluate, recipe.eval.every):
         order = epochs.rows(step)
         pairs, weights = [train[i] for i in order], counts[list(order)] / (len(order) * cfg.heads)
-        rng.seed_global(seed, "update", step)  # dropout, if the model has any
+        rng.seed_global(seed, "update", step)  # whatever the model draws
         stats = learner.forward_backward(
             pair_batches(pairs, micro_batch_tokens, policy.device), make_loss(cfg, weights)
         )

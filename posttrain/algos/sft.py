@@ -135,7 +135,7 @@ def run(recipe: SFTRecipe, policy: Policy, mixture: Mixture, train: Rows, test: 
         start = step * cfg.batch_rows
         drawn = mixture.draw(start, min(cfg.batch_rows, last_row - start))  # the last one may be short
         rows = [sources[source][row] for source, row in drawn]
-        rng.seed_global(seed, "update", step)  # dropout, if the model has any
+        rng.seed_global(seed, "update", step)  # whatever the model draws
         share = not cfg.neftune_alpha  # noise differs per row, so rows have no prefix to share
         batches = batching.micro(rows, recipe.train.micro_batch_tokens, "token-mean", device=policy.device, share=share)
         values = stat_values([*learner.forward_backward(batches, loss), learner.step()])
