@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from posttrain.config import ModelConfig
 from posttrain.models import check
 from posttrain.models.check import check_forward, thresholds
 from posttrain.models.load import load_policy
-from posttrain.models.policy import LogitRule, Policy, Route, learner_mode
+from posttrain.models.packing import Packed
+from posttrain.models.policy import LogitRule, Policy, Route, by_rows, hidden_states, learner_mode
 from posttrain.rollout.engines.embedded import EmbeddedGenerator
 from posttrain.rollout.fused import FusedDecoder
 from posttrain.rollout.general import GeneralDecoder
@@ -264,6 +266,7 @@ def test_a_decoder_whose_steps_differ_is_replaced_with_a_note(tmp_path: Path, mo
     truth = EmbeddedGenerator(policy, 32).generate([Request(np.arange(5, 12), (1,))], SamplingParams(max_tokens=6))
     for kind in (FusedDecoder, PlainDecoder):
         monkeypatch.setattr(kind, "step", _shifted(kind.step))
+    policy = load_policy(ModelConfig(path=str(tmp_path)))  # a decoder is compared once for each loaded model
     engine = EmbeddedGenerator(policy, 32)
     assert isinstance(engine.decoder, GeneralDecoder)
     assert "LlamaModel is sampled by transformers' own attention" in policy.notes[-1]
@@ -292,3 +295,19 @@ def test_the_ordinary_models_are_packed_and_say_nothing(tmp_path: Path) -> None:
     for name in ("llama", "mistral", "qwen 2", "qwen 3"):
         policy = load_policy(ModelConfig(path=str(made(name, tmp_path / name))))
         assert policy.route == Route(math.inf, "sdpa") and not policy.notes
+
+
+def test_threads_that_compute_with_one_model_in_two_ways_get_the_results_of_one(tmp_path: Path) -> None:
+    """The attention function is part of a model, so a pass must not switch it under another one."""
+    policy = load_policy(ModelConfig(path=str(made("phi", tmp_path))))
+    tokens, lengths = torch.arange(5, 25), torch.tensor([12, 8])
+    layout = Packed(lengths)
+
+    def packed(_: int) -> torch.Tensor:
+        return hidden_states(policy, tokens.unsqueeze(0), layout.positions, layout)[0]
+
+    with torch.no_grad(), ThreadPoolExecutor(4) as pool:
+        rows, together = by_rows(policy, tokens, lengths), packed(0)
+        kinds = [lambda i: by_rows(policy, tokens, lengths), packed]
+        found = list(pool.map(lambda i: kinds[i % 2](i), range(40)))
+    assert all(torch.equal(one, [rows, together][i % 2]) for i, one in enumerate(found))

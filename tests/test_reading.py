@@ -287,9 +287,12 @@ def test_columns_and_message_fields_that_nothing_reads_are_named(tmp_path: Path)
     bad = [Row("", {"id": 1, "text": [5], "odd": 1})] * 5
     assert unread_columns([*bad, *(Row("", row) for row in rows)], row_to_conversation) == found
     notes = load_conversations(DataConfig(tasks=write(tmp_path / "a.jsonl", rows), holdout=0), 0).notes
-    assert any("the columns id, prompt, messages.mood are not used" in note for note in notes)
+    assert any(
+        "nothing reads column 'id' (4 rows), column 'prompt' (4 rows), message field 'mood' (4 rows)." in note
+        for note in notes
+    )
     sets = load_tasks(DataConfig(tasks=write(tmp_path / "b.jsonl", sums(4, passage="Once."))), 0)
-    assert any("the model does not see the columns passage; rewards" in note for note in sets.notes)
+    assert any("the model does not see column 'passage' (4 rows); rewards can." in note for note in sets.notes)
 
 
 # --- long prompts -----------------------------------------------------------------------------------------------------

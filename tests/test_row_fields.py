@@ -156,7 +156,7 @@ def test_what_nothing_reads_is_named_and_counted(tmp_path: Path) -> None:
     rows = [{"id": i, "messages": [{**U, "lang": "en"}, {**A, "refusal": None}], "source": "web"} for i in range(3)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     notes = load_conversations(DataConfig(tasks=str(path), holdout=0), 0).notes
-    note = f"{path}: nothing reads column 'id' (3 rows), column 'source' (3 rows), message field 'lang' (3 messages)."
+    note = f"{path}: nothing reads column 'id' (3 rows), column 'source' (3 rows), message field 'lang' (3 rows)."
     assert note in notes
     pairs = [{"id": i, "prompt": f"{i}?", "chosen": "a", "rejected": "b"} for i in range(3)]
     path.write_text("".join(json.dumps(row) + "\n" for row in pairs))

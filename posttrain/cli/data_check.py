@@ -31,6 +31,8 @@ from posttrain.models.load import resolve_path
 from posttrain.rollout.tasks import env_tasks
 from posttrain.types import ConfigError, DataError, Json, Sample
 
+VARIANTS = {"kto": ("dpo", {"algo.loss": "kto"})}
+"""Names of `--algo` that are an algorithm with other settings."""
 SUPERVISED = ("text", "messages", "completion", "output")
 """Columns that make rows demonstrations rather than questions, if the algorithm is not given."""
 
@@ -91,7 +93,7 @@ def check(file: str, model: str, algorithm: str, settings: Mapping[str, str], sh
     read: list[str] = []
     rows = [row for name, _ in parts_of(file) for row in read_source(name, data, read)]
     algorithm = algorithm or _algorithm(rows)
-    named, more = ("dpo", {"algo.loss": "kto"}) if algorithm == "kto" else (algorithm, {})
+    named, more = VARIANTS.get(algorithm, (algorithm, {}))
     overrides = {"data.tasks": file, "model.path": model, **more, **settings}
     recipe: Recipe = config.resolve(named, {}, overrides)
     try:
@@ -135,7 +137,7 @@ def show(out: Console, found: Checked, ids: bool) -> None:
         out.print(line, soft_wrap=True)
         if ids:
             out.print(Text(" ".join(f"{i}*" if s.trained else str(i) for s in spans for i in s.ids)), soft_wrap=True)
-    kind = "prompts to sample from" if found.algorithm == "grpo" else "rows to train on"
+    kind = "rows to train on" if found.trained_tokens else "prompts to sample from"
     out.print(f"{found.algorithm}: {found.rows} {kind}, {found.held_out} held out")
     out.print(
         f"{found.tokens} tokens, {found.trained_tokens} of them trained; {found.shortest} to {found.longest} a row, "

@@ -114,7 +114,7 @@ def _kl_of(e: Evidence, metric: str) -> Diagnosis | None:
 def mismatch(e: Evidence) -> Diagnosis:
     """Sampler and learner disagree on the log-probabilities of the sampled tokens."""
     name = "mismatch"
-    steps, values = e.curve("mismatch")
+    steps, values = e.curve("mismatch", with_nan=True)
     lag = e.curve("lag")[1]
     if not len(values) or (lag > 0).any():
         text = "the sampler lags by design, so the two differ" if len(values) else "no mismatch was measured"

@@ -89,10 +89,10 @@ class Evidence:
     metrics: Mapping[str, Mapping[int, float]]
     answers: tuple[Answers, ...]
 
-    def curve(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """(steps, values) of a metric from step 1 on, both (S,), without NaN (a mean over nothing)."""
+    def curve(self, name: str, with_nan: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """(steps, values) of a metric from step 1 on, both (S,), without NaN (a mean over nothing) unless asked for."""
         known = self.metrics.get(name, {}).items()
-        rows = sorted((step, value) for step, value in known if step > 0 and not math.isnan(value))
+        rows = sorted((step, value) for step, value in known if step > 0 and (with_nan or not math.isnan(value)))
         return np.array([step for step, _ in rows], int), np.array([value for _, value in rows], float)
 
     def until(self, step: int) -> Evidence:

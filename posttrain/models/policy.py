@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -17,6 +20,8 @@ from posttrain.models.packing import Packed
 
 Cache = dict[str, Any]
 """What a model keeps of the tokens it has read, as keyword arguments of its next call."""
+_guard = threading.Lock()
+_locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()  # one for each decoder
 CACHES = ("cache", "past_key_values", "cache_params")  # what versions of transformers call a model's cache
 
 
@@ -115,18 +120,18 @@ def hidden_states(policy: Policy, tokens: torch.Tensor, positions: torch.Tensor,
     body = policy.body
     if decoder.fits(body):
         return decoder.forward(body, tokens, positions, layout)
-    use_attention(body, NAME)
-    return body(input_ids=tokens, position_ids=positions, use_cache=False, layout=layout).last_hidden_state
+    with attention(body, NAME):
+        return body(input_ids=tokens, position_ids=positions, use_cache=False, layout=layout).last_hidden_state
 
 
 def by_rows(policy: Policy, tokens: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """Last hidden states (N, width) of rows with N tokens in total, each row by its own call of the unchanged model."""
     body = policy.body
-    use_attention(body, policy.route.own)
-    rows = []
+    rows: list[torch.Tensor] = []
     for row in tokens.split([int(n) for n in lengths.tolist()]):
-        forget_lengths(body)
-        rows.append(body(input_ids=row.unsqueeze(0), use_cache=False).last_hidden_state[0])
+        with attention(body, policy.route.own):
+            forget_lengths(body)
+            rows.append(body(input_ids=row.unsqueeze(0), use_cache=False).last_hidden_state[0])
     return torch.cat(rows)
 
 
@@ -136,10 +141,23 @@ def advance(policy: Policy, tokens: torch.Tensor, cache: Cache) -> tuple[torch.T
     The cache is the model's own, under the name that its forward pass gives it; an empty one starts a sequence.
     """
     body = policy.body
-    use_attention(body, policy.route.own)
-    out = body(input_ids=tokens.unsqueeze(0), use_cache=True, **cache)
+    with attention(body, policy.route.own):
+        out = body(input_ids=tokens.unsqueeze(0), use_cache=True, **cache)
     name = next((name for name in CACHES if out.get(name) is not None), "")
     return out.last_hidden_state[0], {name: out[name]} if name else {}
+
+
+@contextmanager
+def attention(body: nn.Module, name: str) -> Iterator[None]:
+    """Within the block, the decoder uses an attention function by its transformers name.
+
+    The name is part of the model, so other threads that compute with the same model wait.
+    """
+    with _guard:
+        lock = _locks.setdefault(body, threading.RLock())
+    with lock:
+        use_attention(body, name)
+        yield
 
 
 def use_attention(body: Any, name: str) -> None:

@@ -23,6 +23,7 @@ from peft import PeftModel
 from posttrain import config
 from posttrain.config import ModelConfig, Recipe
 from posttrain.models import lora
+from posttrain.models.check import first_line
 from posttrain.store import checkpoint
 from posttrain.store.checkpoint import Checkpoint
 from posttrain.store.run import Run
@@ -271,8 +272,7 @@ def _read_json(file: Path) -> Json:
 def _cannot_load(name: str, error: Exception) -> ConfigError:
     if isinstance(error, ConfigError):
         return error
-    first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return ConfigError(f"model {name!r} cannot be loaded: {first}")
+    return ConfigError(f"model {name!r} cannot be loaded: {first_line(error)}")
 
 
 def _require_safetensors(source: str, name: str) -> None:
