@@ -164,6 +164,16 @@ def test_a_judgement_file_and_a_preference_file_both_give_judgements(policy: Pol
     assert [(j.answer, j.desirable) for j in split.train] == [("a", True), ("b", False)] * 4
 
 
+def test_labels_that_are_no_judgement_are_refused_and_never_read_as_tasks(policy: Policy, tmp_path: Path) -> None:
+    for name, labels in (("good", ("good", "bad")), ("yes", ("yes", "no")), ("scores", (4, 5))):
+        rows = [{"prompt": f"q{i}", "completion": "a", "label": labels[i % 2]} for i in range(4)]
+        with pytest.raises(DataError, match=rf"1: label={labels[0]!r}, expected true"):
+            load_judgements(setup(policy, tmp_path, write(tmp_path / f"{name}.jsonl", rows)))
+    rows = [{"prompt": f"q{i}", "completion": "a", "label": ("Desirable", "undesirable ")[i % 2]} for i in range(4)]
+    read = load_judgements(setup(policy, tmp_path, write(tmp_path / "d.jsonl", rows), data={"holdout": 0}))
+    assert [j.desirable for j in read.train] == [True, False, True, False]
+
+
 def test_prompts_over_the_limit_are_refused_or_dropped(policy: Policy, tmp_path: Path) -> None:
     rows = [{"prompt": "q" * n, "chosen": "a", "rejected": "b"} for n in (3, 60)]
     data = {"holdout": 0, "max_prompt_tokens": 20}

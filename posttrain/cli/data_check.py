@@ -189,7 +189,7 @@ def _kto(recipe: DPORecipe, chat: ChatFormat) -> Built:
     if rows and kind_of(rows) == "pairs":
         pairs, held, more, _ = read_compared(rows, recipe.data, recipe.run.seed, chat, row_to_preference, "pairs")
         train, test = ([one for pair in part for one in judgements_of(pair)] for part in (pairs, held))
-    elif rows and kind_of(rows) == "judgements":
+    elif rows and kind_of(rows, judged=True) == "judgements":
         train, test, more, _ = read_compared(rows, recipe.data, recipe.run.seed, chat, row_to_judgement, "judgements")
     else:
         raise DataError(f"{recipe.data.tasks} holds tasks, not answers with a label. Check it with --algo grpo.")

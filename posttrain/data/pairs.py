@@ -18,7 +18,7 @@ from posttrain.data.chat import ChatFormat
 from posttrain.data.lengths import prompt_lengths
 from posttrain.data.messages import answer_message, without_prefill
 from posttrain.data.mixing import parts_of
-from posttrain.data.preferences import COMPLETION_COLUMNS, PAIR_COLUMNS
+from posttrain.data.preferences import COMPLETION_COLUMNS, PAIR_COLUMNS, VERDICTS
 from posttrain.data.reading import read_source, unread_note
 from posttrain.data.shown import require_tools_shown, unread_fields, unread_notes
 from posttrain.data.sources import (
@@ -56,11 +56,16 @@ def stored_rows(cfg: DataConfig, notes: list[str]) -> list[Row]:
     return [row for name, _ in parts for row in read_source(name, cfg, notes)]
 
 
-def kind_of(rows: Sequence[Row]) -> Kind:
-    """The kind of most rows: pairs, judgements of single answers, or tasks. Rows of other kinds are bad rows."""
+def kind_of(rows: Sequence[Row], judged: bool = False) -> Kind:
+    """The kind of most rows: pairs, judgements of single answers, or tasks. Rows of other kinds are bad rows.
+
+    With `judged`, for a loss that learns from judgements, any label of a completion is meant as a judgement, so that a
+    file whose labels are written in another way is refused, not read as tasks.
+    """
     kinds: Counter[Kind] = Counter()
     for row in rows:
-        kinds["pairs" if _has_pair(row) else "judgements" if _is_judgement(row) else "tasks"] += 1
+        labelled = _is_judgement(row) or (judged and _has_label(row))
+        kinds["pairs" if _has_pair(row) else "judgements" if labelled else "tasks"] += 1
     return kinds.most_common(1)[0][0]
 
 
@@ -181,5 +186,11 @@ def _has_pair(row: Row) -> bool:
 def _is_judgement(row: Row) -> bool:
     """Whether a row has an answer and a desirable/undesirable label; any other `label`, e.g. a class, is a task's."""
     label = row.values.get("label")
-    verdict = label in ("desirable", "undesirable") or (isinstance(label, int | float) and label in (0, 1))
+    verdict = label.strip().lower() in VERDICTS if isinstance(label, str) else label in (0, 1)
     return verdict and first_column(row.values, (*COMPLETION_COLUMNS, "messages")) is not None
+
+
+def _has_label(row: Row) -> bool:
+    """Whether a row has a label of any kind beside a completion (an `answer` may be the gold answer of a task)."""
+    given = [name for name in COMPLETION_COLUMNS if name != "answer"]
+    return row.values.get("label") is not None and first_column(row.values, given) is not None

@@ -41,7 +41,8 @@ STEP_LABEL_COLUMNS = ("labels", "mistake_index", "label")
 # `prompt` first: if a row also has `messages`, they usually repeat the prompt and one of the answers.
 _PROMPTS = ("prompt", *(name for name in PROMPT_COLUMNS if name != "prompt"))
 _TURN = re.compile(r"\n\n(Human|Assistant):")
-_VERDICTS = {"desirable": True, "undesirable": False}
+VERDICTS = {"desirable": True, "undesirable": False}
+"""Texts that a judgement's label can be, in any case."""
 
 AfterMistake = Literal["drop", "wrong"]
 T = TypeVar("T", Preference, Judgement, Solution)
@@ -92,7 +93,7 @@ def row_to_judgement(row: Row, system: str = "", instruction: str = "") -> Judge
     label = row.values.get("label")
     if label is None:
         raise missing_column(row, "a label", ("label",))
-    verdict = _VERDICTS.get(label.strip().lower()) if isinstance(label, str) else label
+    verdict = VERDICTS.get(label.strip().lower()) if isinstance(label, str) else label
     if verdict not in (0, 1):
         raise DataError(f"{row.where}: label={label!r}, expected true, 1 or 'desirable', or false, 0 or 'undesirable'.")
     prompt = _prompt(row, conversation[:-1], system, instruction)

@@ -75,7 +75,7 @@ def load_judgements(setup: Setup[PairRecipe]) -> ComparedSets[Judgement]:
     cfg = setup.recipe.data
     read: list[str] = []
     rows = stored_rows(cfg, read) if setup.given is None else []
-    if rows and kind_of(rows) == "judgements":
+    if rows and kind_of(rows, judged=True) == "judgements":
         parsed = read_compared(rows, cfg, setup.recipe.run.seed, setup.chat, row_to_judgement, "judgements")
         sets = ComparedSets(*parsed)
         return replace(sets, notes=[*read, *sets.notes])
