@@ -73,6 +73,15 @@ def test_history_comes_before_the_question() -> None:
         read(prompt="Go on.", completion="Yes.", history=[["Hi"]])
 
 
+def test_a_reply_after_an_assistant_s_prompt_is_refused() -> None:
+    """As in preferences: whether it continues that message cannot be told, and two turns would be trained."""
+    begun = [U, {"role": "assistant", "content": "Sure,"}]
+    for reply in (" it is blue.", [{"role": "assistant", "content": " it is blue."}]):
+        with pytest.raises(DataError, match=r"f.parquet:1: 'prompt' ends with an assistant message and 'completion'"):
+            read(prompt=begun, completion=reply)
+    assert len(read(prompt=[U, A, U], completion="Blue.")) == 4
+
+
 def test_a_context_follows_an_instruction() -> None:
     assert read(instruction="Who?", context="Bob did it.", output="Bob.")[0].content == "Who?\n\nBob did it."
 

@@ -129,9 +129,15 @@ def row_to_conversation(row: Row, system: str = "", instruction: str = "") -> st
             raise missing_column(row, "text to train on", ("text", "messages", *("+".join(p) for p in PAIRS)))
         messages = question_of(row, values, pair[0])
         if isinstance(values[pair[1]], list):
-            messages += messages_of(row, values[pair[1]], pair[1])
+            replies = messages_of(row, values[pair[1]], pair[1])
         else:
-            messages += (Message("assistant", text_of(row, values, pair[1])),)
+            replies = (Message("assistant", text_of(row, values, pair[1])),)
+        if messages[-1].role == replies[0].role == "assistant":
+            raise DataError(
+                f"{row.where}: {pair[0]!r} ends with an assistant message and {pair[1]!r} begins with one, so it is "
+                "unclear whether the second continues the first. Join the two or remove the row."
+            )
+        messages += replies
     if not any(is_trained(m) and (m.content.strip() or m.tool_calls) for m in messages):
         raise DataError(
             f"{row.where}: there is no assistant message with text or a tool call to train on. Remove the row."
