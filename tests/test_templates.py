@@ -163,6 +163,15 @@ def test_prompts_are_encoded_once_for_both_answers(monkeypatch: pytest.MonkeyPat
     assert sum("What is 3 + 5?" in text for text in rendered) == 1
 
 
+def test_a_thought_of_its_own_is_named_where_the_template_opens_one_and_does_not_write_it() -> None:
+    for name in ("opens a thought", "opens and drops thoughts"):
+        row = (Message("user", "3 + 5?"), Message("assistant", "8.", fields={"reasoning_content": "I add."}))
+        with pytest.raises(
+            TemplateError, match="does not write the thought of assistant message 2, which is in a field"
+        ):
+            ChatFormat(tokenizer_of(ZOO[name])).rows(row)
+
+
 def test_the_date_is_fixed() -> None:
     asked = said("u:3 + 5?")
     one, other = (ChatFormat(tokenizer_of(ZOO["dated"]), day=date(2026, 1, day)) for day in (2, 3))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from posttrain.data.control_tokens import ControlTokens, Offsets, private_mark
-from posttrain.data.messages import without_prefill
+from posttrain.data.messages import thought_of, without_prefill
 from posttrain.data.templates import Template, common_prefix, missing_text, written_part
 from posttrain.types import Message, TemplateError
 
@@ -134,6 +134,8 @@ class Turns:
             body = self._control.alias_allowed(body, message) if prompt.aliased else body
             reply = body + probe[probe.find(mark) + len(mark) :]
         elif reply is None:
+            if opened and thought_of(message):
+                raise _apart(opened, k)
             reply = self._separated(prompt, after, probe, mark, k)
         if missing := self._missing(prompt, message, reply):
             raise _left_out(missing, k)
@@ -225,6 +227,13 @@ def _unclear(k: int) -> TemplateError:
     return TemplateError(
         f"the chat template writes the prompt differently once assistant message {k + 1} follows, and where the "
         "message begins cannot be told. Use another template."
+    )
+
+
+def _apart(opened: str, k: int) -> TemplateError:
+    return TemplateError(
+        f"the chat template opens each reply with {opened!r} and does not write the thought of assistant message "
+        f"{k + 1}, which is in a field of its own. Write it in the message's text, between the tags of the template."
     )
 
 
