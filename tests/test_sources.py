@@ -87,7 +87,7 @@ MALFORMED: list[tuple[str, bytes, str, str]] = [
     ("a.json", b'[{"a": 1},\n\n {"a": nope}]', ":3", "not valid JSON"),
     ("a.json", b'[{"a": 1}] [2]', ":1", "text after the end of the array"),
     ("a.json", b'[{"a": 1},\n{"a": "\xff"}]', ":2", "byte 0xff"),
-    ("a.json", b'{\n "a": 1\n}', ":1", "not valid JSON"),
+    ("a.json", b'{\n "a": 1\n}', ":1", "an object over several lines, expected one row a line"),
     ("a.parquet", b"", "", "is empty (0 bytes)"),
     ("a.parquet", b"PAR1 not really", "", "not valid Parquet"),
     ("a.txt", b"question,answer\nq,1\n", "", "is not one of .jsonl"),

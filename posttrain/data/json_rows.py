@@ -29,6 +29,11 @@ def json_rows(path: Path, problems: BadLines) -> Iterator[Row]:
         if not problems.count:  # an array with a damaged line cannot be parsed
             yield from _array_rows(path, text, problems)
         return
+    if first[1].strip() == "{":
+        problems.add(
+            f"{path}:{first[0]}", "an object over several lines, expected one row a line, or an array of rows."
+        )
+        return
     for number, text in _chain(first, lines):
         where = f"{path}:{number}"
         try:
