@@ -26,9 +26,9 @@ from posttrain.config import ModelConfig
 from posttrain.models import lora
 from posttrain.models.load import load_policy, save_pretrained, trainable
 from posttrain.models.policy import Policy, states
-from posttrain.models.weights import base_of, check_loaded, content_files
+from posttrain.models.weights import base_of, check_loaded, chosen, content_files
 from posttrain.train.reference import frozen_reference
-from posttrain.types import ConfigError, Sample
+from posttrain.types import ConfigError, ResumeError, Sample
 from tests import tiny
 from tests.lower_bounds import ROOT, lower_bounds
 
@@ -166,6 +166,12 @@ def test_tied_weights_are_in_the_checkpoint_once_and_other_modalities_are_counte
     info["unexpected_keys"] = {"model.vision_tower.a.weight", "mtp.layers.0.weight"}
     (note,) = check_loaded(policy.model, info, "m")
     assert note == "2 tensors of m are not used; the first is model.vision_tower.a.weight."
+
+
+def test_a_checkpoint_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(ResumeError, match="step_0000009 does not exist; .* has checkpoints of the steps none"):
+        chosen(tmp_path, tmp_path / "ckpt" / "step_0000009")
 
 
 # --- the same model in every command ---------------------------------------------------------------------------------

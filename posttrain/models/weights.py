@@ -109,6 +109,9 @@ def run_of(place: Path) -> Path | None:
 def chosen(run: Path, place: Path) -> Checkpoint | None:
     """The checkpoint that stands for a run: the folder `place` if it is one of the run's, else the best if the run kept
     one (`run.keep_best`) and has finished, else the newest; None if there is none."""
+    if place != run and not place.is_dir():
+        steps = ", ".join(str(step) for step, _ in checkpoint.folders(run)) or "none"
+        raise ResumeError(f"{place} does not exist; {run} has checkpoints of the steps {steps}.")
     if place != run:
         return Checkpoint(int(place.name.removeprefix("step_").removesuffix(".old")), place)
     with Run.read(run) as store:
