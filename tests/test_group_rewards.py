@@ -213,3 +213,26 @@ def test_runs_score_groups_lists_and_coroutines_and_resume_with_them(tmp_path: P
     with Run.read(named.folder) as run:
         assert run.header["recipe"]["reward"]["name"] == "(numeric) + (format)"
         assert run.header["given"] == []
+
+
+ENDINGS: dict[str, Any] = {"exit": SystemExit(0), "cancel": asyncio.CancelledError(), "lines": ValueError("a\n  b")}
+
+
+@pytest.mark.parametrize("kind", ENDINGS)
+def test_a_reward_that_exits_or_cancels_is_unscored_and_ends_neither_the_run_nor_the_event_loop(kind: str) -> None:
+    def plain(completion: str) -> float:
+        raise ENDINGS[kind]
+
+    async def waiting(completion: str) -> float:
+        raise ENDINGS[kind]
+
+    async def grouped(completions: list[str]) -> list[float]:
+        raise ENDINGS[kind]
+
+    for reward in (plain, waiting, grouped):
+        for error in scores(reward, pairs(TASK)):
+            assert isinstance(error, str) and error.startswith(
+                f"reward {reward.__name__} raised {type(ENDINGS[kind]).__name__} for"
+            )
+            assert "\n" not in error and error.endswith(": a b." if kind == "lines" else ".")
+    assert scores(later, pairs(TASK)) == [4] * 4, "the event loop still runs"

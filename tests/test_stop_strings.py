@@ -18,7 +18,7 @@ from posttrain.config import ModelConfig
 from posttrain.models.load import Policy, load_policy
 from posttrain.rollout.engines.embedded import EmbeddedGenerator
 from posttrain.rollout.generator import Request
-from posttrain.rollout.stopping import StopStrings, completion_text
+from posttrain.rollout.stopping import StopStrings, check_strings, completion_text
 from posttrain.rollout.text import Stream
 from posttrain.store.run import Run
 from posttrain.types import Completion, ConfigError, SamplingParams
@@ -210,3 +210,19 @@ def test_a_stream_never_writes_a_part_of_a_stop_string(policy: Policy) -> None:
     for token in policy.tokenizer.encode("D more", add_special_tokens=False):
         stream.add(0, 0, token)
     assert "".join(written) == "it is E EN\n EN"
+
+
+def test_a_stop_string_with_a_special_token_is_refused_unless_it_ends_completions_anyway(policy: Policy) -> None:
+    special = {"<|end|>": 2, "<|call|>": 7}
+    check_strings(["<|end|>", "</answer>"], special, (2,))
+    for string, number in {"<|call|>": 7, "x<|call|>": 7, "<|end|>\n": 2}.items():
+        with pytest.raises(ConfigError, match=rf"never be found.*stop_token_ids = \[{number}\]"):
+            check_strings([string], special, (2,))
+
+
+def test_a_run_refuses_a_special_token_as_a_stop_string(model: Path, policy: Policy, tmp_path: Path) -> None:
+    added = policy.tokenizer.added_tokens_decoder
+    odd = next(str(token) for number, token in added.items() if token.special and number not in policy.stop_ids)
+    settings: dict[str, Any] = {"rollout__stop": [odd], "count": 8, "threads": 1}
+    with pytest.raises(ConfigError, match="would never be found"):
+        pt.grpo(str(model), "sums", lambda completion: 1.0, tmp_path / "r", steps=1, **settings)

@@ -26,9 +26,9 @@ from posttrain.config import ModelConfig
 from posttrain.models import lora
 from posttrain.models.load import load_policy, save_pretrained, trainable
 from posttrain.models.policy import Policy, states
-from posttrain.models.weights import base_of, check_loaded, content_files
+from posttrain.models.weights import base_of, check_loaded, chosen, content_files
 from posttrain.train.reference import frozen_reference
-from posttrain.types import ConfigError, Sample
+from posttrain.types import ConfigError, ResumeError, Sample
 from tests import tiny
 from tests.lower_bounds import ROOT, lower_bounds
 
@@ -104,12 +104,58 @@ def test_a_checkpoint_that_is_not_the_model_is_refused_with_a_count_and_a_name(
         load_policy(ModelConfig(path=str(tmp_path / "model")))
 
 
-def test_a_damaged_file_is_refused_in_one_sentence(folder: Path, tmp_path: Path) -> None:
+def _cut(folder: Path) -> None:
+    (folder / TENSORS).write_bytes((folder / TENSORS).read_bytes()[:1000])
+
+
+def _no_tokenizer(folder: Path) -> None:
+    for file in [*folder.glob("*token*"), *folder.glob("vocab*")]:
+        file.unlink()
+
+
+def _bad_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("{")
+
+
+def _nan(folder: Path) -> None:
+    tensors = load_file(folder / TENSORS)
+    tensors["model.norm.weight"][:] = float("nan")
+    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+
+
+def _wrong_type(folder: Path) -> None:
+    about = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**about, "num_hidden_layers": "two"}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    {
+        "cut": (_cut, r"model/model.safetensors is damaged or cut short \(.+\)\. Download or copy it again\."),
+        "no tokenizer": (_no_tokenizer, r"model folder '.*' has no tokenizer\. "),
+        "bad tokenizer": (_bad_tokenizer, r"the tokenizer of model '.*' cannot be loaded: \w+: \w+"),
+        "not finite": (_nan, r"is damaged: 1 of its parameters hold NaN or infinity \(.*'model.norm.weight'\)"),
+        "wrong type": (_wrong_type, r"cannot be loaded: .*'num_hidden_layers': .*expected int"),
+        "absent": (shutil.rmtree, r"model folder '.*' does not exist"),
+    }.values(),
+)
+def test_a_damaged_folder_is_refused_in_a_sentence_that_names_what_is_wrong(
+    folder: Path, tmp_path: Path, damage: Callable[[Path], None], says: str
+) -> None:
     shutil.copytree(folder, tmp_path / "model")
-    whole = (tmp_path / "model" / TENSORS).read_bytes()
-    (tmp_path / "model" / TENSORS).write_bytes(whole[:1000])
-    with pytest.raises(ConfigError, match=r"model .* cannot be loaded: "):
+    damage(tmp_path / "model")
+    with pytest.raises(ConfigError, match=says):
         load_policy(ModelConfig(path=str(tmp_path / "model")))
+
+
+def test_a_missing_base_model_is_named_with_its_adapter(adapter: Path, tmp_path: Path) -> None:
+    shutil.copytree(adapter, tmp_path / "adapter")
+    about = tmp_path / "adapter" / "adapter_config.json"
+    about.write_text(json.dumps({**json.loads(about.read_text()), "base_model_name_or_path": "/gone/base"}))
+    with pytest.raises(
+        ConfigError, match="base model of adapter .*/adapter' cannot be loaded: .*'/gone/base' does not"
+    ):
+        load_policy(ModelConfig(path=str(tmp_path / "adapter")))
 
 
 def test_tied_weights_are_in_the_checkpoint_once_and_other_modalities_are_counted(folder: Path) -> None:
@@ -120,6 +166,12 @@ def test_tied_weights_are_in_the_checkpoint_once_and_other_modalities_are_counte
     info["unexpected_keys"] = {"model.vision_tower.a.weight", "mtp.layers.0.weight"}
     (note,) = check_loaded(policy.model, info, "m")
     assert note == "2 tensors of m are not used; the first is model.vision_tower.a.weight."
+
+
+def test_a_checkpoint_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(ResumeError, match="step_0000009 does not exist; .* has checkpoints of the steps none"):
+        chosen(tmp_path, tmp_path / "ckpt" / "step_0000009")
 
 
 # --- the same model in every command ---------------------------------------------------------------------------------

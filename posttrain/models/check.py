@@ -146,12 +146,25 @@ def _rule(policy: Policy, own: str, rows: Rows, truth: Rows) -> tuple[LogitRule,
     product, wanted = policy.head(hidden).float(), torch.cat(truth)
     tried = {rule: _difference(rule.apply(product), wanted) for rule in _rules(policy.config)}
     best = min(tried, key=lambda rule: tried[rule] if tried[rule] == tried[rule] else math.inf)
+    if not wanted.isfinite().all():
+        raise ConfigError(_not_finite(policy))
     if not tried[best] <= allowed(policy.head.weight.dtype, wanted):
         raise ConfigError(
             f"{type(lora.unwrap(policy.model)).__name__} is not supported: its logits differ by {tried[best]:.2g} from "
             "the product of its output layer and its last hidden states (after the scale or soft cap of its config)."
         )
     return best, tried[best]
+
+
+def _not_finite(policy: Policy) -> str:
+    """Why a model's own logits are not finite: its weights, or its arithmetic."""
+    bad = [name for name, weight in policy.model.named_parameters() if not weight.isfinite().all()]
+    if bad:
+        return (
+            f"model {policy.source!r} is damaged: {len(bad)} of its parameters hold NaN or infinity (the first is "
+            f"{bad[0]!r}). Use an earlier checkpoint, or download it again."
+        )
+    return f"model {policy.source!r} computes logits that are not finite in {policy.head.weight.dtype}."
 
 
 def _rules(config: Any) -> list[LogitRule]:
@@ -273,5 +286,7 @@ def allowed(dtype: torch.dtype, logits: torch.Tensor) -> float:
 
 
 def first_line(error: Exception) -> str:
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    """The type and first line of an error, with the second if the first only introduces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    line = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
     return f"{type(error).__name__}: {line[:160]}" if line else type(error).__name__

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import transformers
 from peft import PeftModel
+from safetensors import safe_open
 
 from posttrain import config
 from posttrain.config import ModelConfig, Recipe
@@ -108,6 +109,9 @@ def run_of(place: Path) -> Path | None:
 def chosen(run: Path, place: Path) -> Checkpoint | None:
     """The checkpoint that stands for a run: the folder `place` if it is one of the run's, else the best if the run kept
     one (`run.keep_best`) and has finished, else the newest; None if there is none."""
+    if place != run and not place.is_dir():
+        steps = ", ".join(str(step) for step, _ in checkpoint.folders(run)) or "none"
+        raise ResumeError(f"{place} does not exist; {run} has checkpoints of the steps {steps}.")
     if place != run:
         return Checkpoint(int(place.name.removeprefix("step_").removesuffix(".old")), place)
     with Run.read(run) as store:
@@ -127,7 +131,6 @@ def _whole(cfg: ModelConfig, source: str) -> Weights:
     transformers.utils.logging.disable_progress_bar()
     dtype = torch.float32 if cfg.dtype == "float32" else torch.bfloat16
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         with _loading:
             model, info = transformers.AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
                 source,
@@ -138,7 +141,20 @@ def _whole(cfg: ModelConfig, source: str) -> Weights:
             )
     except Exception as error:  # a damaged or foreign folder may raise anything
         raise _cannot_load(cfg.path, error) from None
-    return Weights(model, tokenizer, check_loaded(model, info, cfg.path))
+    return Weights(model, _tokenizer(source, cfg.path), check_loaded(model, info, cfg.path))
+
+
+def _tokenizer(source: str, name: str) -> Any:
+    """The tokenizer of a folder or hub id."""
+    try:
+        return transformers.AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # a damaged or foreign file may raise anything
+        here = Path(source)
+        if here.is_dir() and not any(here.glob("*token*")) and not any(here.glob("vocab*")):
+            raise ConfigError(
+                f"model folder {name!r} has no tokenizer. Copy tokenizer.json and the like to it."
+            ) from None
+        raise ConfigError(f"the tokenizer of model {name!r} cannot be loaded: {first_line(error)}") from None
 
 
 def check_loaded(model: Any, info: JsonView, name: str) -> list[str]:
@@ -180,17 +196,18 @@ def _with_adapter(cfg: ModelConfig, folder: Path) -> Weights:
         raise ConfigError(f"adapter {cfg.path!r} has no adapter_model.safetensors. Save it again with a current PEFT.")
     if cfg.continue_adapter:
         lora.check_continuable(about, cfg.path)
-    base = read(replace(cfg, path=base_name, continue_adapter=False))
+    try:
+        base = read(replace(cfg, path=base_name, continue_adapter=False))
+    except ConfigError as error:
+        raise ConfigError(f"the base model of adapter {cfg.path!r} cannot be loaded: {error}") from None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of keys, which are checked below, and of PEFT's own deprecations
             model = PeftModel.from_pretrained(base.model, str(folder), is_trainable=cfg.continue_adapter)
             result = model.load_adapter(str(folder), "default", is_trainable=cfg.continue_adapter)
-        tokenizer = base.tokenizer
-        if (folder / "tokenizer.json").is_file():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
     except Exception as error:
         raise _cannot_load(cfg.path, error) from None
+    tokenizer = _tokenizer(str(folder), cfg.path) if (folder / "tokenizer.json").is_file() else base.tokenizer
     for keys, what in ((result.missing_keys, "have no tensor in it"), (result.unexpected_keys, "have no place in it")):
         if keys:
             raise ConfigError(
@@ -272,7 +289,21 @@ def _read_json(file: Path) -> Json:
 def _cannot_load(name: str, error: Exception) -> ConfigError:
     if isinstance(error, ConfigError):
         return error
-    return ConfigError(f"model {name!r} cannot be loaded: {first_line(error)}")
+    place = Path(name)
+    for file in sorted(place.glob("*.safetensors")):
+        if damage := _damage(file):
+            return ConfigError(f"{file} is damaged or cut short ({damage}). Download or copy it again.")
+    where = "" if place.exists() else "there is no such folder, and for the hub id "
+    return ConfigError(f"model {name!r} cannot be loaded: {where}{first_line(error)}")
+
+
+def _damage(file: Path) -> str:
+    """What makes a safetensors file unreadable; empty if nothing does."""
+    try:
+        with safe_open(file, "pt"):
+            return ""
+    except Exception as error:  # of safetensors, or of the file system
+        return first_line(error)
 
 
 def _require_safetensors(source: str, name: str) -> None:

@@ -137,7 +137,7 @@ def broken(loss: PolicyLoss, laws: dict[str, Law]) -> list[str]:
         for seed in SEEDS:
             try:
                 says = law(loss, ragged(seed))
-            except Exception as error:  # a user's function may raise anything
+            except (Exception, SystemExit) as error:  # a user's function may raise anything
                 says = f"it raises {type(error).__name__}: {error}"
             if says:
                 found.append(f"{name}: {says}")

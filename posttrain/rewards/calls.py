@@ -73,8 +73,21 @@ def is_async(function: Any) -> bool:
 
 
 def waited(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """Runs a coroutine on the background event loop and waits for its result."""
-    return asyncio.run_coroutine_threadsafe(coroutine, _loop()).result()
+    """Runs a coroutine on the background event loop and waits for its result, or raises here what it raised.
+
+    `sys.exit` in the loop's thread would end the loop, and this would wait for ever.
+    """
+
+    async def caught() -> tuple[Any, BaseException | None]:
+        try:
+            return await coroutine, None
+        except (Exception, SystemExit, asyncio.CancelledError) as error:
+            return None, error
+
+    result, error = asyncio.run_coroutine_threadsafe(caught(), _loop()).result()
+    if error is not None:
+        raise error
+    return result
 
 
 @cache

@@ -28,7 +28,7 @@ from posttrain.rewards import combine, judge
 from posttrain.rewards.arguments import available, check_of, column_check, with_check
 from posttrain.rewards.calls import GROUP_ARGUMENTS, ConcurrentReward, GroupReward, is_async, waited
 from posttrain.rewards.judging import BatchVerifier, Verifier
-from posttrain.rewards.scoring import describe, error_text, name_of, score_all, scores_groups
+from posttrain.rewards.scoring import RAISED, describe, error_text, name_of, score_all, scores_groups
 from posttrain.rewards.verifiers import VERIFIERS
 from posttrain.types import ConfigError, JsonView, RolloutError, Task, Verdict
 
@@ -259,7 +259,7 @@ def _explained(name: str, task: Task) -> Iterator[None]:
     """Turns an exception of a reward function into a RolloutError that names the function, the task and the line."""
     try:
         yield
-    except Exception as error:
+    except RAISED as error:
         raise RolloutError(error_text(name, task, error), boundary="reward") from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import signal
 import threading
@@ -14,6 +15,10 @@ from typing import Any
 from posttrain.rewards.judging import BatchVerifier, Verifier
 from posttrain.types import RolloutError, Task, Verdict
 
+RAISED = (Exception, SystemExit, asyncio.CancelledError)
+"""What a reward may raise to leave a completion unscored: all but Ctrl-C. `sys.exit` must not end the run as if it had
+finished, nor stop the event loop of asynchronous rewards."""
+
 
 def scores_groups(verify: Verifier) -> bool:
     """Whether a verifier compares the completions of a group with each other."""
@@ -21,7 +26,7 @@ def scores_groups(verify: Verifier) -> bool:
 
 
 def score_safely(verify: Verifier, task: Task, text: str) -> tuple[Verdict | None, str | None]:
-    """Scores one completion: (verdict, None), or (None, error message). Only KeyboardInterrupt and the like propagate.
+    """Scores one completion: (verdict, None), or (None, error message). Only KeyboardInterrupt propagates.
 
     Outside the main thread, a reward that sets a signal handler, as most time limits do, gets an error from Python.
     Some catch it and return a number, so a reward that tried to set one counts as failed, whatever it returned.
@@ -44,7 +49,7 @@ def _score(verify: Verifier, task: Task, text: str) -> tuple[Verdict | None, str
         verdict = verify(task, text)
     except RolloutError as error:
         return None, str(error)
-    except Exception as error:  # a reward may raise anything; it must neither become a number nor end the run
+    except RAISED as error:  # it must neither become a number nor end the run
         return None, error_text(name_of(verify), task, error)
     if not isinstance(verdict, Verdict):
         return None, f"{name_of(verify)} returned {describe(verdict)} for task {task.id!r}, expected a Verdict."
@@ -110,4 +115,5 @@ def error_text(name: str, task: Task, error: BaseException) -> str:
     """What a reward raised, with the line."""
     frames = traceback.extract_tb(error.__traceback__)
     where = f" at line {frames[-1].lineno} of {Path(frames[-1].filename).name}" if frames else ""
-    return f"reward {name} raised {type(error).__name__} for task {task.id!r}{where}: {error}"
+    text = " ".join(str(error).split()).rstrip(".")
+    return f"reward {name} raised {type(error).__name__} for task {task.id!r}{where}{text and f': {text}'}."

@@ -20,6 +20,7 @@ from posttrain.rewards.verifiers import Verifier
 from posttrain.rollout.collector import Collector
 from posttrain.rollout.generator import Generator
 from posttrain.rollout.multi_turn import MultiTurn
+from posttrain.rollout.stopping import check_strings
 from posttrain.types import ConfigError, Message, SamplingParams, Task
 
 
@@ -52,6 +53,8 @@ def make_collector(
     if odd:
         raise ConfigError(f"rollout.stop_token_ids has {odd[0]}, but the model's ids are below {policy.vocab}.")
     add_stop_ids(policy, rollout.stop_token_ids)
+    added = policy.tokenizer.added_tokens_decoder
+    check_strings(rollout.stop, {str(t): number for number, t in added.items() if t.special}, policy.stop_ids)
     context = getattr(policy.config, "max_position_embeddings", None) or sys.maxsize
     return Collector(
         generator=make_generator(policy, rollout),

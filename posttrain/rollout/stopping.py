@@ -7,15 +7,29 @@ a function of its own tokens alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from posttrain.types import Completion
+from posttrain.types import Completion, ConfigError
 
 Decode = Callable[[np.ndarray], str]
 BROKEN = "\ufffd"  # the text of a character whose last bytes are missing
 MARGIN = 8  # tokens decoded beyond those that can belong to a stop string, as the first ones may decode differently
+
+
+def check_strings(strings: Sequence[str], special: Mapping[str, int], stop_ids: Sequence[int]) -> None:
+    """Raises ConfigError for a stop string that no completion's text can contain, as it has a special token's text.
+
+    `special` are the ids of the special tokens by their text. One that ends completions anyway is accepted by itself.
+    """
+    for string in strings:
+        for token, number in special.items():
+            if token in string and not (token == string and number in stop_ids):
+                raise ConfigError(
+                    f"rollout.stop={string!r} would never be found: {token!r} is a special token, which is not part of "
+                    f"a completion's text. Set rollout.stop_token_ids = [{number}]."
+                )
 
 
 class StopStrings:
