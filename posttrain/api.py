@@ -234,7 +234,7 @@ def prepare(
     if chat.dated:
         job.notes.append(f"The chat template reads the date; in this run it is {chat.day}, also when it is resumed.")
     versions = engine_versions(recipe.rollout.engine) if isinstance(recipe, config.Sampling) else {}
-    return replace(job, notes=[*policy.notes, *job.notes]), device.fingerprint(policy, on) | versions
+    return job, device.fingerprint(policy, on) | versions
 
 
 def _drive(store: Run, recipe: Recipe, job: Job, on_step: OnStep | None) -> Result:

@@ -27,6 +27,7 @@ from posttrain.models import lora
 from posttrain.models.load import load_policy, save_pretrained, trainable
 from posttrain.models.policy import Policy, states
 from posttrain.models.weights import base_of, check_loaded, chosen, content_files
+from posttrain.store.run import Run
 from posttrain.train.reference import frozen_reference
 from posttrain.types import ConfigError, ResumeError, Sample
 from tests import tiny
@@ -213,6 +214,12 @@ def test_training_starts_from_the_model_that_eval_reads(folders: dict[str, str],
         torch.testing.assert_close(logits(started), read, rtol=0, atol=2e-5)
         assert trainable(started)
     assert content_files(path) and (Path(base_of(path)) / "config.json").is_file()
+
+
+def test_what_was_loaded_is_noted_once_in_the_run(folders: dict[str, str]) -> None:
+    with Run.read(Path(folders["LoRA run on an adapter"])) as run:
+        notes = [event.message for event in run.events()]
+    assert sum("is a PEFT adapter; it was merged" in note for note in notes) == 1 and len(notes) == len({*notes})
 
 
 def test_runs_and_adapters_are_other_models_than_their_base(folders: dict[str, str]) -> None:

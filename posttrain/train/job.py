@@ -171,8 +171,10 @@ class Loop:
             values, rows = values | measured, [*rows, *more]
             gained = self.best.update(self.step, values)
             if self.cfg.patience and self.best.since >= self.cfg.patience and self.step < self.total:
-                best = f"{self.best.metric} was best at step {self.best.step} ({self.best.value:.4g})"
-                self._end_here(f"{best}, and {self.best.since} evaluations have not improved on it")
+                best = f"the best {self.best.metric}, {self.best.value:.4g}, is that of step {self.best.step}"
+                since = self.best.since
+                later = "1 evaluation has" if since == 1 else f"{since} evaluations have"
+                self._end_here(f"{best}, and {later} not improved on it")
         if self.ended:
             events = [*events, Event("info", "ended", f"Ended after step {self.step} of {planned}: {self.ended}.")]
         failpoint("step:before-store")
