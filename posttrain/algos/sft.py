@@ -23,6 +23,7 @@ from posttrain.config import SFTRecipe
 from posttrain.data import batching
 from posttrain.data.conversation_rows import training_rows
 from posttrain.data.conversations import load_conversations
+from posttrain.data.epochs import Epochs
 from posttrain.data.mixing import Mixture
 from posttrain.models import lora
 from posttrain.models.load import Policy
@@ -122,25 +123,22 @@ def run(recipe: SFTRecipe, policy: Policy, mixture: Mixture, train: Rows, test: 
     """
     cfg, seed = recipe.algo, recipe.run.seed
     sources = list(train.values())
-    rows_in_all = recipe.train.epochs * one_pass(mixture)
-    total = recipe.train.steps or math.ceil(rows_in_all / cfg.batch_rows)
-    last_row = total * cfg.batch_rows if recipe.train.steps else rows_in_all
-    learner = make_learner(policy, recipe.train, total, forward=noisy_forward(cfg.neftune_alpha, seed, loop))
+    epochs = Epochs(one_pass(mixture), cfg.batch_rows, recipe.train, seed, recipe.data.shuffle)
+    learner = make_learner(policy, recipe.train, epochs.steps, forward=noisy_forward(cfg.neftune_alpha, seed, loop))
     loop.restore(learner)
 
     def evaluate(step: int) -> tuple[Metrics, list[EpisodeRow]]:
         return held_out_loss(learner, test), []
 
-    for step in loop.steps(total, evaluate, recipe.eval.every):
-        start = step * cfg.batch_rows
-        drawn = mixture.draw(start, min(cfg.batch_rows, last_row - start))  # the last one may be short
-        rows = [sources[source][row] for source, row in drawn]
+    for step in loop.steps(epochs.steps, evaluate, recipe.eval.every):
+        start, size = epochs.span(step)
+        rows = [sources[source][row] for source, row in mixture.draw(start, size)]
         rng.seed_global(seed, "update", step)  # whatever the model draws
         share = not cfg.neftune_alpha  # noise differs per row, so rows have no prefix to share
         batches = batching.micro(rows, recipe.train.micro_batch_tokens, "token-mean", device=policy.device, share=share)
         values = stat_values([*learner.forward_backward(batches, loss), learner.step()])
         if len(train) > 1:
-            counts = mixture.drawn(start + len(rows))
+            counts = mixture.drawn(start + size)
             values |= {f"rows/{name}": float(count) for name, count in zip(train, counts, strict=True)}
         loop.end(learner, values, tokens=sum(len(r.tokens) for r in rows))
     return loop.summary(learner)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 from posttrain import api
@@ -14,7 +13,7 @@ from posttrain.models.load import Policy, add_stop_ids, with_chat_format
 from posttrain.rollout.engines.embedded import EmbeddedGenerator
 from posttrain.rollout.generator import Request, completion_seed
 from posttrain.rollout.text import Stream, text_of
-from posttrain.store.listing import template_settings
+from posttrain.store.listing import run_behind, template_settings
 from posttrain.train.device import resolve
 from posttrain.types import Message, SamplingParams
 
@@ -27,8 +26,7 @@ def chat_format(model: str, policy: Policy, form: Literal["chat", "plain"]) -> C
 
 def warn_about_environment(model: str) -> None:
     """Notes on stderr if a run, or the model of one, was trained in an environment, which is not used here."""
-    folder = Path(model)
-    run = folder.parent if folder.name == "model" else folder
+    run = run_behind(model)
     if env := sections_of(str(run)).get("env", {}).get("name"):
         print(
             f"note: {run} was trained in the environment {env!r}, which is not used here: the model sees only your "
@@ -39,8 +37,7 @@ def warn_about_environment(model: str) -> None:
 
 def stops_of(model: str, policy: Policy) -> tuple[str, ...]:
     """The stop strings of a run, or of the run that exported a model; adds its stop tokens to the policy's."""
-    folder = Path(model)
-    rollout: Any = sections_of(str(folder.parent if folder.name == "model" else folder)).get("rollout", {})
+    rollout: Any = sections_of(str(run_behind(model))).get("rollout", {})
     add_stop_ids(policy, rollout.get("stop_token_ids", ()))
     return tuple(rollout.get("stop", ()))
 

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.text import Text
-from transformers import AutoTokenizer
 
 from posttrain import config
 from posttrain.cli.tables import printable
@@ -26,8 +25,8 @@ from posttrain.data.pairs import judgement_rows, kind_of, pair_rows, read_compar
 from posttrain.data.preferences import judgements_of, row_to_judgement, row_to_preference
 from posttrain.data.reading import read_source, unread_columns
 from posttrain.data.sources import row_to_conversation, row_to_task
-from posttrain.data.tasks.load import is_generated
-from posttrain.models.load import resolve_path
+from posttrain.data.tasks.load import is_generated, seen_of
+from posttrain.models.weights import base_of, load_tokenizer
 from posttrain.rollout.tasks import env_tasks
 from posttrain.types import ConfigError, DataError, Json, Sample
 
@@ -96,12 +95,7 @@ def check(file: str, model: str, algorithm: str, settings: Mapping[str, str], sh
     named, more = VARIANTS.get(algorithm, (algorithm, {}))
     overrides = {"data.tasks": file, "model.path": model, **more, **settings}
     recipe: Recipe = config.resolve(named, {}, overrides)
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(resolve_path(recipe.model.path))
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"tokenizer of {recipe.model.path!r} cannot be loaded: {str(error).splitlines()[0]}"
-        ) from None
+    tokenizer = load_tokenizer(base_of(recipe.model.path), recipe.model.path)
     chat = ChatFormat(tokenizer, recipe.data.format, recipe.data.template_kwargs)
     parse, build = BUILDERS[algorithm]
     built = build(recipe, chat)
@@ -208,8 +202,7 @@ def _grpo(recipe: GRPORecipe, chat: ChatFormat) -> Built:
 
 
 def _task(row: Row, data: DataConfig) -> object:
-    task = row_to_task(row, "", data.system, data.instruction, needs_answer=False)
-    return task.messages, task.answer
+    return seen_of(row_to_task(row, "", data.system, data.instruction, needs_answer=False))
 
 
 BUILDERS: dict[str, tuple[Callable[[Row, DataConfig], object], Callable[[Any, ChatFormat], Built]]] = {

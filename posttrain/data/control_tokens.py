@@ -45,6 +45,9 @@ class ControlTokens:
         self._unknown = cast("str | None", tokenizer.unk_token)
         self._aliases = {text: f"\ue000{secrets.token_hex(8)}{i}\ue001" for text, i in self.added.items()}
         self._names = {alias: text for text, alias in self._aliases.items()}
+        known = {n: i for n, i in self.added.items() if n != self._unknown}
+        self._banned_to_assistant = frozenset(i for n, i in known.items() if n in self.special)
+        self._banned_to_others = frozenset(known.values())
         self.find_special = alternation(self.special)
         self._find_added = alternation(self.added)
         self._find_alias = alternation(self._names)
@@ -87,8 +90,7 @@ class ControlTokens:
 
     def _forges(self, text: str, assistant: bool) -> bool:
         """Whether a normalizer makes a control token of the text, e.g. by lower-casing; only encoding reveals that."""
-        names = self.special if assistant else self.added
-        banned = {self.added[n] for n in names if n in self.added and n != self._unknown}
+        banned = self._banned_to_assistant if assistant else self._banned_to_others
         return not banned.isdisjoint(self.native.encode(text, add_special_tokens=False).ids)
 
     def alias(self, text: str, names: Iterable[str]) -> str:

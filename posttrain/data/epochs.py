@@ -20,7 +20,14 @@ class Epochs:
         self._all = self.steps * size if train.steps else train.epochs * count
         self._seed, self._shuffle = seed, shuffle
 
-    def rows(self, step: int) -> list[int]:
-        """Indices of a step's rows. The last step of whole passes takes the rows that remain."""
+    def span(self, step: int) -> tuple[int, int]:
+        """The position of a step's first row in the run, and its number of rows.
+
+        The last step of whole passes takes the rows that remain.
+        """
         start = step * self.size
-        return draw_order(self.count, start, min(self.size, self._all - start), self._seed, self._shuffle)
+        return start, min(self.size, self._all - start)
+
+    def rows(self, step: int) -> list[int]:
+        """Indices of a step's rows."""
+        return draw_order(self.count, *self.span(step), self._seed, self._shuffle)

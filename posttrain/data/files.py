@@ -11,7 +11,7 @@ from pathlib import Path
 from posttrain.data.csv_rows import csv_rows
 from posttrain.data.json_rows import json_rows, row_fault
 from posttrain.data.lines import SHOWN, BadLines, Row
-from posttrain.data.parquet import checked, parquet_rows
+from posttrain.data.parquet import checked, parquet_rows, reason_of
 from posttrain.types import DataError, JsonView
 
 __all__ = [
@@ -127,8 +127,7 @@ def _hub_rows(source: str) -> Iterator[Row]:
     except DataError:
         raise
     except Exception as error:  # the hub client raises many types; each becomes one line that names the dataset
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise DataError(
-            f"dataset {source!r} could not be loaded: {reason}. "
+            f"dataset {source!r} could not be loaded: {reason_of(error)}. "
             "Check the name and the network, or give a .jsonl or .parquet file."
         ) from error

@@ -33,8 +33,12 @@ def parquet_rows(path: Path) -> Iterator[Row]:
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         if isinstance(error, DataError):
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise DataError(f"{path} is not valid Parquet: {reason}. Write the file again.") from error
+        raise DataError(f"{path} is not valid Parquet: {reason_of(error)}. Write the file again.") from error
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of another library's message, without its full stop."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def checked(where: str, values: JsonView) -> Json:

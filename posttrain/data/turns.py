@@ -11,7 +11,7 @@ import json
 import re
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from posttrain.data.control_tokens import ControlTokens, Offsets, private_mark
@@ -125,7 +125,7 @@ class Turns:
         if reply is not None and not self._missing(prompt, message, reply):
             return self._encoded(prompt, reply, k)
         mark = private_mark()
-        probe = self._template.render((*prompt.messages, _with_content(message, mark)), False, prompt.aliased)
+        probe = self._template.render((*prompt.messages, replace(message, content=mark)), False, prompt.aliased)
         if mark not in probe:
             raise _left_out(message.content, k) if message.content.strip() else _unclear(k)
         opened = prompt.opened
@@ -213,10 +213,6 @@ class Turns:
                     f"the chat template leaves out the {message.role} message {content[:40]!r}, or changes its words. "
                     "Use a template that writes it, or remove it."
                 )
-
-
-def _with_content(message: Message, content: str) -> Message:
-    return Message(message.role, content, message.tool_calls, message.fields)
 
 
 def _plain(text: str) -> str:

@@ -22,7 +22,6 @@ from posttrain.models import lora, weights
 from posttrain.models.check import check_forward, check_runs, first_line
 from posttrain.models.policy import Policy, checkpoint_layers
 from posttrain.models.shapes import ModelShape
-from posttrain.models.weights import resolve_path as resolve_path
 from posttrain.types import ConfigError, JsonView, TemplateError
 
 

@@ -141,11 +141,11 @@ def _whole(cfg: ModelConfig, source: str) -> Weights:
             )
     except Exception as error:  # a damaged or foreign folder may raise anything
         raise _cannot_load(cfg.path, error) from None
-    return Weights(model, _tokenizer(source, cfg.path), check_loaded(model, info, cfg.path))
+    return Weights(model, load_tokenizer(source, cfg.path), check_loaded(model, info, cfg.path))
 
 
-def _tokenizer(source: str, name: str) -> Any:
-    """The tokenizer of a folder or hub id."""
+def load_tokenizer(source: str, name: str) -> Any:
+    """The tokenizer of a folder or hub id, which the user calls `name`. Raises ConfigError."""
     try:
         return transformers.AutoTokenizer.from_pretrained(source)
     except Exception as error:  # a damaged or foreign file may raise anything
@@ -207,7 +207,7 @@ def _with_adapter(cfg: ModelConfig, folder: Path) -> Weights:
             result = model.load_adapter(str(folder), "default", is_trainable=cfg.continue_adapter)
     except Exception as error:
         raise _cannot_load(cfg.path, error) from None
-    tokenizer = _tokenizer(str(folder), cfg.path) if (folder / "tokenizer.json").is_file() else base.tokenizer
+    tokenizer = load_tokenizer(str(folder), cfg.path) if (folder / "tokenizer.json").is_file() else base.tokenizer
     for keys, what in ((result.missing_keys, "have no tensor in it"), (result.unexpected_keys, "have no place in it")):
         if keys:
             raise ConfigError(

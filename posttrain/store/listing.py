@@ -35,13 +35,18 @@ def run_date(header: JsonView) -> date:
     return date.fromisoformat(created) if created else date.today()
 
 
+def run_behind(model: str | Path) -> Path:
+    """The folder of the run that a model belongs to, if there is one: the parent of `RUN/model`, else the folder."""
+    folder = Path(model)
+    return folder.parent if folder.name == "model" else folder
+
+
 def template_settings(model: str | Path) -> tuple[JsonView, date | None]:
     """The chat template's arguments and date in the run that a model belongs to: a run's folder, or the model in it.
 
     Other models have no arguments, and None for the date, which means today.
     """
-    folder = Path(model)
-    run = folder.parent if folder.name == "model" else folder
+    run = run_behind(model)
     if not (run / "run.json").is_file():
         return {}, None
     with Run.read(run) as store:

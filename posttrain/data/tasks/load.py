@@ -279,11 +279,16 @@ def _from_source(source: str, env: str, cfg: DataConfig, needs_answer: Needs, no
         return row_to_task(row, env, cfg.system, cfg.instruction, needed)
 
     tasks = usable(rows, parse, cfg, notes)
-    notes += unread_note(source, rows, lambda row: (parse(row).messages, parse(row).answer), others="rewards")
+    notes += unread_note(source, rows, lambda row: seen_of(parse(row)), others="rewards")
     named = {name for task in tasks if isinstance(name := task.meta.get("data_source"), str)}
     if not 1 < len(named) <= MOST_SOURCES:
         return tasks
     return [replace(task, source=str(task.meta.get("data_source", source))) for task in tasks]
+
+
+def seen_of(task: Task) -> tuple[object, object]:
+    """What training sees of a task beside rewards: its messages and its answer."""
+    return task.messages, task.answer
 
 
 def _generated(name: str, count: int, seed: int, split: Split, notes: list[str]) -> list[Task]:
