@@ -34,7 +34,7 @@ from posttrain.rollout.build import engine_versions, make_collector
 from posttrain.rollout.collector import Collector, check_failures
 from posttrain.rollout.tasks import env_tasks
 from posttrain.store import checkpoint
-from posttrain.store.listing import next_folder, run_date, template_settings
+from posttrain.store.listing import next_folder, run_date, run_of, template_settings
 from posttrain.store.run import Event, Run
 from posttrain.store.tracker import open_trackers
 from posttrain.train import device
@@ -253,7 +253,7 @@ def open_policy(path: str, cfg: config.ModelConfig | None = None, on: torch.devi
 
     A run stands for its newest checkpoint, finished or not, or for its best one if it kept that (`run.keep_best`).
     """
-    run = weights.run_of(Path(path))
+    run = run_of(path)
     if run is None:
         return load_policy(replace(cfg or config.ModelConfig(), path=path), on)
     recipe, saved = weights.recipe_of(run), weights.chosen(run, Path(path))

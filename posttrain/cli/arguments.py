@@ -52,12 +52,14 @@ def shipped_recipes(kind: str = "algorithm") -> list[str]:
 
 
 def sections_of(model: str) -> dict[str, dict[str, object]]:
-    """The settings of a run that an evaluation has, too; nothing for other models."""
-    if not (Path(model) / "run.json").exists():
-        return {}
-    from posttrain.store.run import Run  # listing commands should not wait for SQLite and NumPy
+    """The settings of a run, or of a checkpoint's run, that an evaluation has, too; nothing for other models."""
+    from posttrain.store.listing import run_of  # listing commands should not wait for SQLite and NumPy
+    from posttrain.store.run import Run
 
-    with Run.read(Path(model)) as store:
+    run = run_of(model)
+    if run is None:
+        return {}
+    with Run.read(run) as store:
         recipe = config.as_dict(config.stored(store.header["algorithm"], store.header["recipe"]))
     known = config.as_dict(config.EvalRecipe())
     return {name: {k: v for k, v in recipe[name].items() if k in known[name]} for name in known if name in recipe}

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import sys
-from typing import Any, Literal, TypedDict
+from typing import Literal, TypedDict
 
 from posttrain import api
-from posttrain.cli.arguments import sections_of
 from posttrain.cli.tables import printable
 from posttrain.data.chat import ChatFormat
 from posttrain.models.load import Policy, add_stop_ids, with_chat_format
 from posttrain.rollout.engines.embedded import EmbeddedGenerator
 from posttrain.rollout.generator import Request, completion_seed
 from posttrain.rollout.text import Stream, text_of
-from posttrain.store.listing import run_behind, template_settings
+from posttrain.store.listing import recipe_behind, run_behind, stop_settings, template_settings
 from posttrain.train.device import resolve
 from posttrain.types import Message, SamplingParams
 
@@ -27,7 +26,7 @@ def chat_format(model: str, policy: Policy, form: Literal["chat", "plain"]) -> C
 def warn_about_environment(model: str) -> None:
     """Notes on stderr if a run, or the model of one, was trained in an environment, which is not used here."""
     run = run_behind(model)
-    if env := sections_of(str(run)).get("env", {}).get("name"):
+    if env := recipe_behind(model).get("env", {}).get("name"):
         print(
             f"note: {run} was trained in the environment {env!r}, which is not used here: the model sees only your "
             f"prompt. `posttrain eval {run}` runs and scores whole episodes.",
@@ -36,10 +35,10 @@ def warn_about_environment(model: str) -> None:
 
 
 def stops_of(model: str, policy: Policy) -> tuple[str, ...]:
-    """The stop strings of a run, or of the run that exported a model; adds its stop tokens to the policy's."""
-    rollout: Any = sections_of(str(run_behind(model))).get("rollout", {})
-    add_stop_ids(policy, rollout.get("stop_token_ids", ()))
-    return tuple(rollout.get("stop", ()))
+    """The stop strings of the run that a model belongs to; adds the run's stop tokens to the policy's."""
+    strings, ids = stop_settings(model)
+    add_stop_ids(policy, ids)
+    return strings
 
 
 class SampleRow(TypedDict):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from posttrain.lab.folders import SEPARATOR, Place
-from posttrain.store.listing import template_settings
+from posttrain.store.listing import stop_settings, template_settings
 from posttrain.store.pipeline import read_record
 from posttrain.store.run import Run
 from posttrain.types import ConfigError, Json, Message, PosttrainError, ResumeError, SamplingParams
@@ -51,11 +51,12 @@ class Reply:
 @dataclass
 class Opened:
     """An opened model. `policy` holds model and tokenizer; `chat` is `plain` if the tokenizer has no chat template, in
-    which case the model reads only the last message, not the conversation."""
+    which case the model reads only the last message, not the conversation. `stop` are the stop strings of its run."""
 
     name: str
     policy: Policy
     chat: ChatFormat
+    stop: tuple[str, ...] = ()
     _idle: list[Generator] = field(default_factory=lambda: [])
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -120,14 +121,14 @@ class Opened:
             if stopped():
                 raise _Stopped
 
-        stream = Stream(self.policy, tell)
+        stream = Stream(self.policy, tell, self.stop)
         if opening := self.chat.opening(read):
             write(opening, 0)
         own = completion_seed(seed, "chat", len(messages), messages[-1].content, 0)
         with self.generator() as generator:
             try:
                 request = Request(prompt, (own,))
-                shortened = replace(params, max_tokens=min(params.max_tokens, room))
+                shortened = replace(params, max_tokens=min(params.max_tokens, room), stop=self.stop)
                 ((done,),) = generator.generate([request], shortened, on_token=add)
             except _Stopped:
                 return Reply("stopped", len(prompt), len(stream.tokens))
@@ -214,14 +215,16 @@ def describe_model(place: Place, name: str) -> Json:
 
 def _open(folder: Path, name: str) -> Opened:
     from posttrain.config import ModelConfig
-    from posttrain.models.load import load_policy, with_chat_format
+    from posttrain.models.load import add_stop_ids, load_policy, with_chat_format
     from posttrain.train.device import resolve
 
     policy = load_policy(ModelConfig(path=str(folder)), resolve("auto"))
+    stop, ids = stop_settings(folder)
+    add_stop_ids(policy, ids)
     if not policy.tokenizer.chat_template:
-        return Opened(name, policy, with_chat_format(policy, "plain"))
+        return Opened(name, policy, with_chat_format(policy, "plain"), stop)
     arguments, day = template_settings(folder)
-    return Opened(name, policy, with_chat_format(policy, "chat", arguments, day))
+    return Opened(name, policy, with_chat_format(policy, "chat", arguments, day), stop)
 
 
 def _can_answer(folder: Path) -> bool:

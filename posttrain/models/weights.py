@@ -27,6 +27,7 @@ from posttrain.models import lora
 from posttrain.models.check import first_line
 from posttrain.store import checkpoint
 from posttrain.store.checkpoint import Checkpoint
+from posttrain.store.listing import run_of
 from posttrain.store.run import Run
 from posttrain.types import ConfigError, Json, JsonView, ResumeError
 
@@ -96,14 +97,6 @@ def content_files(path: str) -> list[Path]:
     if (place / ADAPTER).is_file():
         return [*content_files(_base_name(place, _read_json(place / ADAPTER))), place / ADAPTER, *own]
     return own
-
-
-def run_of(place: Path) -> Path | None:
-    """The run that a folder is, or is a checkpoint of (`RUN/ckpt/step_0000010`); None for other folders."""
-    if (place / "run.json").is_file():
-        return place
-    run = place.parent.parent
-    return run if place.parent.name == "ckpt" and (run / "run.json").is_file() else None
 
 
 def chosen(run: Path, place: Path) -> Checkpoint | None:

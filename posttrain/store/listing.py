@@ -35,23 +35,38 @@ def run_date(header: JsonView) -> date:
     return date.fromisoformat(created) if created else date.today()
 
 
-def run_behind(model: str | Path) -> Path:
-    """The folder of the run that a model belongs to, if there is one: the parent of `RUN/model`, else the folder."""
+def run_of(model: str | Path) -> Path | None:
+    """The run that a folder is, or is a checkpoint of (`RUN/ckpt/step_0000010`); None for other folders."""
     folder = Path(model)
-    return folder.parent if folder.name == "model" else folder
+    if (folder / "run.json").is_file():
+        return folder
+    run = folder.parent.parent
+    return run if folder.parent.name == "ckpt" and (run / "run.json").is_file() else None
+
+
+def run_behind(model: str | Path) -> Path | None:
+    """The run that a model belongs to: as `run_of`, and for the exported `RUN/model`, too; None for other models."""
+    return run_of(Path(model).parent if Path(model).name == "model" else model)
+
+
+def recipe_behind(model: str | Path) -> JsonView:
+    """The stored settings of the run that a model belongs to, by section; empty for other models."""
+    return _header_behind(model).get("recipe", {})
 
 
 def template_settings(model: str | Path) -> tuple[JsonView, date | None]:
-    """The chat template's arguments and date in the run that a model belongs to: a run's folder, or the model in it.
+    """The chat template's arguments and date in the run that a model belongs to.
 
     Other models have no arguments, and None for the date, which means today.
     """
-    run = run_behind(model)
-    if not (run / "run.json").is_file():
-        return {}, None
-    with Run.read(run) as store:
-        header = store.header
-    return header.get("recipe", {}).get("data", {}).get("template_kwargs", {}), run_date(header)
+    header = _header_behind(model)
+    return header.get("recipe", {}).get("data", {}).get("template_kwargs", {}), run_date(header) if header else None
+
+
+def stop_settings(model: str | Path) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """The stop strings and extra stop token ids of the run that a model belongs to; none for other models."""
+    rollout = recipe_behind(model).get("rollout", {})
+    return tuple(rollout.get("stop", ())), tuple(rollout.get("stop_token_ids", ()))
 
 
 def next_folder(root: Path, algorithm: str) -> Path:
@@ -65,6 +80,14 @@ def next_folder(root: Path, algorithm: str) -> Path:
             return folder
         except FileExistsError:  # another process was faster
             continue
+
+
+def _header_behind(model: str | Path) -> JsonView:
+    run = run_behind(model)
+    if run is None:
+        return {}
+    with Run.read(run) as store:
+        return store.header
 
 
 def _info(path: Path) -> RunInfo:
