@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from playwright.sync_api import Page
+from safetensors.torch import load_file, save_file
 from websockets.sync.client import connect
 
 from posttrain.cli import chat as talk
@@ -37,12 +38,19 @@ GO = "Go on."
 PARTS = st.lists(st.sampled_from(["<think>", "</think>", "<", "think", "</", ">", "a ", "\n"]), max_size=12)
 
 
-def finished(folder: Path, model: Path) -> Path:
-    """A finished run whose exported model is a copy of `model`."""
-    with Run.create(folder, header()) as run:
+def finished(folder: Path, model: Path, **sections: Any) -> Path:
+    """A finished run with settings of these sections, whose exported model is a copy of `model`."""
+    with Run.create(folder, {**header(), "recipe": sections}) as run:
         run.finish({})
     shutil.copytree(model, folder / "model")
     return folder
+
+
+def never_stop(folder: Path) -> None:
+    """Makes the logit of the stop token 0, below the largest one, so that greedy sampling does not stop."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.embed_tokens.weight"][tiny.STOP] = 0  # tied with the output layer
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +62,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     finished(runs / "small", tiny.chatty(root / "tiny"))
     finished(runs / "judge", root / "tiny")
     (runs / "judge" / "model" / HEAD_FILE).write_bytes(b"")
-    config = finished(runs / "endless", root / "tiny") / "model" / "config.json"  # sampled greedily it never stops
+    config = finished(runs / "endless", root / "tiny") / "model" / "config.json"
+    never_stop(config.parent)
     config.write_text(json.dumps({**json.loads(config.read_text()), "max_position_embeddings": 10**6}))
     return Place(runs)
 
@@ -219,6 +228,19 @@ def test_a_thought_that_the_template_opens_is_folded_too(tmp_path: Path) -> None
     assert text.startswith("<think>") and unfold(text)[1] == ""
 
 
+def test_an_answer_ends_at_the_stop_strings_and_stop_tokens_of_the_model_s_run(tmp_path: Path) -> None:
+    model = tiny.chatty(tmp_path / "tiny")
+    free = open_model(Place(finished(tmp_path / "free", model).parent), "free")
+    seed = long_seed(free)
+    text = said(free, GO, seed, temperature=2.0, max_tokens=200)
+    stop = text[20:22]
+    stopping = finished(tmp_path / "stopping", model, rollout={"stop": [stop], "stop_token_ids": [7]})
+    opened = open_model(Place(stopping.parent), "stopping")
+    assert 7 in opened.policy.stop_ids
+    heard = said(opened, GO, seed, temperature=2.0, max_tokens=200)
+    assert heard and text.startswith(heard) and stop not in heard
+
+
 def test_a_draft_hands_out_everything_once_with_counts(place: Place) -> None:
     draft, taken = Draft(), []
     for text, tokens in (("<thi", 1), ("nk>ab", 1), ("c</think>", 2), ("d<", 1)):
@@ -372,11 +394,15 @@ def test_a_model_is_shown_the_whole_conversation_and_the_system_message(lab: Lab
 
 
 def test_a_message_is_text_and_stop_stops(lab: Lab, page: Page) -> None:
-    page.goto(f"{lab.address}/chat?{urlencode({'model': 'endless', 'temperature': 0, 'max_tokens': 2048})}")
+    page.goto(f"{lab.address}/chat?{urlencode({'model': 'endless', 'temperature': 0, 'max_tokens': 8192})}")
     page.get_by_text("parameters, context").wait_for()
     send(page, HOSTILE)
-    page.locator(".answer, .thought").first.wait_for()
-    page.get_by_role("button", name="Stop").click()
+    answer, stop = page.locator(".answer, .thought").first, page.get_by_role("button", name="Stop")
+    answer.wait_for()
+    place, last = stop.bounding_box(), "document.querySelector('.turns').lastElementChild.offsetHeight"
+    page.wait_for_function(f"least => {last} > least", arg=page.evaluate(last))
+    assert stop.bounding_box() == place, "the button keeps its place while the answer grows"
+    stop.click()
     page.get_by_text("stopped by you").wait_for()
     assert page.title() == "Chat · posttrain lab" and page.locator(".turn script, .turn img").count() == 0
     assert "\\u202e" in page.locator(".yours").inner_text()

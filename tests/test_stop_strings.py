@@ -20,6 +20,7 @@ from posttrain.rollout.engines.embedded import EmbeddedGenerator
 from posttrain.rollout.generator import Request
 from posttrain.rollout.stopping import StopStrings, check_strings, completion_text
 from posttrain.rollout.text import Stream
+from posttrain.store.listing import stop_settings
 from posttrain.store.run import Run
 from posttrain.types import Completion, ConfigError, SamplingParams
 from tests import tiny
@@ -127,7 +128,7 @@ def test_a_run_trains_the_tokens_up_to_the_stop_and_scores_the_text_before_it(mo
         return float(len(completion) % 2)
 
     settings: dict[str, Any] = {"steps": 1, "rollout__max_tokens": 24, "rollout__slots": 32, "prompts": 4,
-                                "group_size": 4, "problems": 2, "count": 16, "threads": 1}  # fmt: skip
+                                "group_size": 4, "problems": 2, "count": 16, "threads": 1, "checkpoint_every": 1}  # fmt: skip
     stops = [chr(c) for c in range(33, 80)]
     done = pt.grpo(str(model), "sums", reward, tmp_path / "run", rollout__stop=stops, format="plain", **settings)
     with Run.read(done.folder) as run:
@@ -142,8 +143,11 @@ def test_a_run_trains_the_tokens_up_to_the_stop_and_scores_the_text_before_it(mo
             assert row.stop == "stop" and said[:-1] == row.text and row.length == int(row.loss_mask.sum())
             ended += 1
     assert ended > 8
-    answers = chat.sample(str(done.folder), "hello", True, 8, 1.0, 1.0, 0, 24, 0)
-    assert not any(c in answer["text"] for c in stops for answer in answers), "posttrain sample stops there too"
+    (saved,) = (done.folder / "ckpt").glob("step_*")
+    for folder in (done.folder, done.folder / "model", saved):
+        assert stop_settings(folder) == (tuple(stops), ())
+        answers = chat.sample(str(folder), "hello", True, 8, 1.0, 1.0, 0, 24, 0)
+        assert not any(c in answer["text"] for c in stops for answer in answers), "posttrain sample stops there too"
     report, groups = pt.evaluate(str(done.folder), "sums", reward, rollout__stop=stops, rollout__max_tokens=24,
                                  eval__problems=2, format="plain")  # fmt: skip
     assert not any(c in e.text for c in stops for group in groups for e in group)

@@ -314,9 +314,11 @@ def test_the_template_s_arguments_are_kept_in_the_run_and_used_for_its_model(tmp
     data = tmp_path / "rows.jsonl"
     data.write_text(json.dumps({"prompt": "3 + 5?", "completion": "8."}) + "\n")
     off = {"enable_thinking": False}
-    settings: dict[str, Any] = {"steps": 1, "threads": 1, "data__holdout": 0, "data__template_kwargs": off}
+    settings: dict[str, Any] = {"steps": 1, "threads": 1, "data__holdout": 0, "data__template_kwargs": off,
+                                "checkpoint_every": 1}  # fmt: skip
     run = pt.sft(str(folder), str(data), tmp_path / "run", **settings).folder
-    for model in (run, run / "model"):
+    (saved,) = (run / "ckpt").glob("step_*")
+    for model in (run, run / "model", saved):
         arguments, day = template_settings(model)
         assert arguments == off and day is not None
         chat = chat_format(str(model), load_policy(ModelConfig(path=str(run / "model"))), "chat")
