@@ -128,7 +128,8 @@ def test_a_run_trains_the_tokens_up_to_the_stop_and_scores_the_text_before_it(mo
         return float(len(completion) % 2)
 
     settings: dict[str, Any] = {"steps": 1, "rollout__max_tokens": 24, "rollout__slots": 32, "prompts": 4,
-                                "group_size": 4, "problems": 2, "count": 16, "threads": 1, "checkpoint_every": 1}  # fmt: skip
+                                "group_size": 4, "problems": 2, "count": 16, "threads": 1,
+                                "checkpoint_every": 1}  # fmt: skip
     stops = [chr(c) for c in range(33, 80)]
     done = pt.grpo(str(model), "sums", reward, tmp_path / "run", rollout__stop=stops, format="plain", **settings)
     with Run.read(done.folder) as run:
