@@ -207,7 +207,7 @@ def test_every_part_s_own_gold_answer_is_checked_before_step_0() -> None:
     check_gold([replace(right, answer=None)], "regex")
     for bad, name, says in (
         (replace(right, answer=None), "format & math", "no gold answer"),
-        (right, "regex(pattern='[a-z]+') + math", "its gold answer '42' does not pass"),
+        (right, "regex(pattern='[a-z]+') + math", "its gold answer '42' does not pass regex"),
         (right, "math + regex(pattern='.*')", "an empty reply passes"),
         (right, "math + regex(pattern='(')", "cannot be scored|does not pass"),
         (right, "ifeval", "cannot be scored .*instruction_id_list"),

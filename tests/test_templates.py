@@ -23,9 +23,8 @@ from posttrain.data.pairs import pair_rows
 from posttrain.data.sources import row_to_conversation, row_to_task
 from posttrain.data.templates import TAG
 from posttrain.models.load import load_policy
-from posttrain.rewards.verifiers import VERIFIERS
 from posttrain.store.listing import template_settings
-from posttrain.types import ConfigError, DataError, Message, Preference, Task, TemplateError
+from posttrain.types import ConfigError, DataError, Message, Preference, TemplateError
 from tests.zoo import ZOO, Animal, save, tokenizer_of
 
 every = pytest.mark.parametrize("name", ZOO)
@@ -102,19 +101,6 @@ def test_no_text_becomes_a_control_token(name: str) -> None:
         assert written(chat.prompt_tokens(said(f"u:x{text}y"))) == harmless
     with pytest.raises(TemplateError, match="control token"):
         chat.prompt_tokens([Message("user", "x", fields={"name": animal.special[0]})])
-
-
-@every
-def test_what_the_template_opened_belongs_to_the_text_that_verifiers_read(name: str) -> None:
-    chat = format_of(name)
-    asked = said("u:3 + 5?")
-    assert chat.opening(asked) == ZOO[name].opens
-    task = Task("t", "t", asked, "8")
-    rest = "I add.\n</think>\n\nThe answer is 8" if ZOO[name].opens else "<think>\nI add.\n</think>\n\nThe answer is 8"
-    for reward in ("format", "numeric", "exact"):
-        text = chat.opening(asked) + (rest if reward != "exact" else rest.replace("The answer is ", ""))
-        assert VERIFIERS[reward](task, text).passed, reward
-        assert not VERIFIERS[reward](task, text[: text.index("</think>")] + "so 8").passed, "cut inside the thought"
 
 
 def test_a_turn_that_begins_with_a_line_break_is_encoded_apart_from_its_prompt() -> None:
@@ -241,25 +227,6 @@ def test_a_header_is_trained_with_the_call_s_arguments() -> None:
 
 SMALL: dict[str, Any] = {"threads": 1, "rollout__max_tokens": 6, "rollout__slots": 8, "prompts": 2, "group_size": 2,
                          "eval__problems": 2, "count": 16, "steps": 1}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", ["opens a thought", "thinks in the last turn", "headers", "moves the system message"])
-def test_sft_and_grpo_run_over_the_zoo(name: str, tmp_path: Path) -> None:
-    folder = save(ZOO[name], tmp_path / "model")
-    kind = "thoughts" if "thoughts" not in ZOO[name].refuses else "two"
-    rows = [{"messages": [{"role": m.role, "content": m.content} for m in CONVERSATIONS[kind]]}] * 4
-    data = tmp_path / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    done = pt.sft(str(folder), str(data), tmp_path / "sft", steps=1, batch_rows=2, threads=1, data__holdout=0)
-    assert done.summary is not None
-    seen: list[str] = []
-
-    def reward(completion: str, **task: Any) -> float:
-        seen.append(completion)
-        return len(completion) % 3 / 2
-
-    assert pt.grpo(str(folder), "sums", reward, tmp_path / "grpo", **SMALL).summary is not None
-    assert seen and all(text.startswith(ZOO[name].opens) for text in seen)
 
 
 def test_a_task_s_last_assistant_message_begins_the_reply_or_is_the_answer() -> None:

@@ -38,12 +38,15 @@ def verifier_for(task: Task) -> Verifier:
 
 
 def validate(
-    tasks: Sequence[Task], verifier: Verifier, gold: Literal["always", "where given", "never"] = "always"
+    tasks: Sequence[Task],
+    verifier: Verifier,
+    gold: Literal["always", "where given", "never"] = "always",
+    name: str = "the reward",
 ) -> None:
     """Raises DataError listing tasks whose gold answer fails the verifier, or for which an empty reply passes.
 
     `gold` selects whose gold answers must pass: all tasks', those of tasks that have one, or none. A task whose empty
-    reply cannot be scored is also at fault.
+    reply cannot be scored is also at fault. `name` is what the verifier is called in the message.
     """
     faults: list[str] = []
     for task in tasks:
@@ -51,13 +54,13 @@ def validate(
             verdict, error = score_safely(verifier, task, gold_reply(task))
             if verdict is None or not verdict.passed:
                 reason = error or "scored as wrong"
-                faults.append(f"{task.id}: its gold answer {str(task.answer)[:60]!r} does not pass ({reason}).")
+                faults.append(f"{task.id}: its gold answer {str(task.answer)[:60]!r} does not pass {name} ({reason}).")
                 continue
         empty, error = score_safely(verifier, task, "")
         if empty is None:
-            faults.append(f"{task.id}: cannot be scored ({error}).")
+            faults.append(f"{task.id}: cannot be scored by {name} ({error}).")
         elif empty.passed:
-            faults.append(f"{task.id}: an empty reply passes.")
+            faults.append(f"{task.id}: an empty reply passes {name}.")
     if faults:
         more = f" (the first {SHOWN} are shown)" if len(faults) > SHOWN else ""
         raise DataError(

@@ -80,7 +80,7 @@ def check_gold(tasks: Sequence[Task], name: str) -> None:
             given = "where given" if leaf.name in GOLD_MAY_BE_GIVEN else "never"
             gold = "always" if leaf.name in GOLD_DECIDES else given
             concerned = [task for task in tasks if leaf.concerns(task)]
-            validate(concerned, leaf_verifier(leaf, verifier_for), gold)
+            validate(concerned, leaf_verifier(leaf, verifier_for), gold, leaf.name)
 
 
 def _checked(
