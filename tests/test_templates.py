@@ -25,10 +25,14 @@ from posttrain.data.templates import TAG
 from posttrain.models.load import load_policy
 from posttrain.store.listing import template_settings
 from posttrain.types import ConfigError, DataError, Message, Preference, TemplateError
-from tests.zoo import ZOO, Animal, save, tokenizer_of
+from tests.zoo import SPACES, ZOO, Animal, save, tokenizer_of
 
 every = pytest.mark.parametrize("name", ZOO)
-format_of = functools.cache(lambda name: ChatFormat(tokenizer_of(ZOO[name]), day=date(2026, 1, 2)))
+
+
+@functools.cache
+def format_of(name: str, spaces: str = "byte-level") -> ChatFormat:
+    return ChatFormat(tokenizer_of(ZOO[name], spaces=spaces), day=date(2026, 1, 2))
 
 
 def said(*texts: str) -> tuple[Message, ...]:
@@ -42,6 +46,8 @@ CONVERSATIONS = {
     "plain": said("u:3 + 5?", "a:The sum is 8."),
     "system": said("s:Be brief.", "u:3 + 5?", "a:8."),
     "break": said("u:3 + 5?", "a:\nThe sum is 8."),
+    "breaks": said("u:3 + 5?\n\n", "a:\n\nThe sum is 8.\n"),
+    "spaces": said("u: 3 + 5?", "a:  The sum is 8. é ÿ"),
     "two": said("u:3 + 5?", "a:8.", "u:And 1 + 1?", "a:The sum is 2."),
     "thought": said("u:3 + 5?", f"a:{THOUGHT}"),
     "thoughts": said("u:3 + 5?", f"a:{THOUGHT}", "u:And 1 + 1?", "a:<think>\nOne, two.\n</think>\n\n2."),
@@ -65,10 +71,11 @@ def replies(chat: ChatFormat, messages: Sequence[Message]) -> dict[int, list[int
 
 
 @every
+@pytest.mark.parametrize("spaces", SPACES)
 @pytest.mark.parametrize("kind", CONVERSATIONS)
-def test_what_is_trained_is_the_sampler_s_prompt_and_what_it_would_write(name: str, kind: str) -> None:
-    animal, chat, messages = ZOO[name], format_of(name), CONVERSATIONS[kind]
-    if reason := animal.refuses.get(kind):
+def test_what_is_trained_is_the_sampler_s_prompt_and_what_it_would_write(name: str, kind: str, spaces: str) -> None:
+    animal, chat, messages = ZOO[name], format_of(name, spaces), CONVERSATIONS[kind]
+    if reason := animal.refuses.get("break" if kind in ("breaks", "spaces") else kind):
         with pytest.raises(TemplateError, match=reason):
             chat.rows(messages)
         return
@@ -78,11 +85,13 @@ def test_what_is_trained_is_the_sampler_s_prompt_and_what_it_would_write(name: s
             "one stop, at its end"
         )
         begun, whole = decode(prompt, skip_special_tokens=False), decode(prompt + reply, skip_special_tokens=False)
-        assert whole.startswith(begun) and whole[len(begun) :] == decode(reply, skip_special_tokens=False)
+        alone = decode(reply, skip_special_tokens=False)
+        assert whole.startswith(begun) and whole[len(begun) :].strip(" ") == alone.strip(" ")
         text = chat.opening(messages[:k]) + chat.decode(reply)
         for part in TAG.split(messages[k].content):
             assert part.strip() in text, "all of the assistant's text is trained"
-    assert len(chat.rows(messages)) == (2 if kind in animal.many else 1)
+    if spaces == "byte-level":  # the others merge some replies with the prompt's end, which needs a row for each turn
+        assert len(chat.rows(messages)) == (2 if kind in animal.many else 1)
 
 
 @every
@@ -92,8 +101,9 @@ def test_stop_tokens_come_after_the_text_and_are_never_headers(name: str) -> Non
 
 
 @every
-def test_no_text_becomes_a_control_token(name: str) -> None:
-    chat, animal = format_of(name), ZOO[name]
+@pytest.mark.parametrize("spaces", SPACES)
+def test_no_text_becomes_a_control_token(name: str, spaces: str) -> None:
+    chat, animal = format_of(name, spaces), ZOO[name]
     controls = {i for text, i in chat._control.added.items() if text != "<pad>"}
     written = lambda ids: [i for i in ids.tolist() if i in controls]  # noqa: E731
     harmless = written(chat.prompt_tokens(said("u:x", "a:8", "u:x")[:1]))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 WORDS = r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|\s?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -112,10 +113,22 @@ ZOO = {
 }  # fmt: skip
 
 
-def tokenizer_of(animal: Animal, visible: Sequence[str] = ("<think>", "</think>")) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer with the template and its control tokens."""
-    raw: Any = _trained(tuple(animal.special))
-    raw.add_tokens([AddedToken(text, special=False) for text in visible])
+SPACES = {
+    "byte-level": "as GPT-2, Llama 3 and Qwen: a space is a letter of the word after it",
+    "replaced": "as Gemma: a space is the letter ▁",
+    "metaspace": "as SentencePiece: the same, and one more before the first word of a text",
+    "prepended": "as Llama 2 and the first Mistral: the same, and one more after each control token, too",
+}
+"""Tokenizers by what they do with spaces."""
+
+
+def tokenizer_of(
+    animal: Animal, visible: Sequence[str] = ("<think>", "</think>"), spaces: str = "byte-level"
+) -> PreTrainedTokenizerFast:
+    """A tokenizer with the template and its control tokens; `spaces` is one of SPACES."""
+    raw: Any = Tokenizer.from_str(_byte_level(tuple(animal.special)) if spaces == "byte-level"
+                                  else _sentence_pieces(tuple(animal.special), spaces))  # fmt: skip
+    raw.add_tokens([AddedToken(text, special=False, normalized=False) for text in visible])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=raw,
         clean_up_tokenization_spaces=False,
@@ -145,12 +158,8 @@ def save(animal: Animal, folder: Path) -> Path:
     return folder
 
 
-def _trained(special: tuple[str, ...]) -> Any:
-    return Tokenizer.from_str(_tokenizer_json(special))
-
-
 @functools.cache
-def _tokenizer_json(special: tuple[str, ...]) -> str:
+def _byte_level(special: tuple[str, ...]) -> str:
     raw: Any = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(WORDS), "isolated")
     raw.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
@@ -160,4 +169,28 @@ def _tokenizer_json(special: tuple[str, ...]) -> str:
         vocab_size=310, special_tokens=["<pad>", *special], initial_alphabet=alphabet, show_progress=False
     )
     raw.train_from_iterator(CORPUS, trainer)
+    return raw.to_str()
+
+
+@functools.cache
+def _sentence_pieces(special: tuple[str, ...], spaces: str) -> str:
+    """BPE over whole texts, which merges across words and line breaks; what it does not know is written in bytes."""
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    raw: Any = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    replaced: Any = normalizers.Replace(" ", "▁")
+    raw.normalizer = replaced
+    trainer = trainers.BpeTrainer(
+        vocab_size=330, special_tokens=["<pad>", "<unk>", *special, *bytes_], show_progress=False
+    )
+    raw.train_from_iterator(CORPUS, trainer)
+    made = json.loads(raw.to_str())
+    made["added_tokens"] = [token for token in made["added_tokens"] if token["content"] not in bytes_]
+    raw = Tokenizer.from_str(json.dumps(made))
+    decoder: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if spaces == "prepended":
+        raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), replaced])
+    if spaces == "metaspace":
+        raw.normalizer = None
+        raw.pre_tokenizer = pre_tokenizers.Metaspace("▁", "first", False)
+    raw.decoder = decoders.Sequence([*decoder, *([] if spaces == "replaced" else [decoders.Strip(" ", 1, 0)])])
     return raw.to_str()

@@ -21,6 +21,8 @@ from posttrain.types import Message, TemplateError
 
 _SWITCHES = re.compile(r"/(?:no_)?think\b|/system_override\b")
 """Words in a message that some templates read and leave out (SmolLM3, Nemotron)."""
+NEIGHBOURS = "\n.0a"
+"""Characters to encode a reply after, one of which it does not merge with, if it cannot be encoded alone."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,12 +189,13 @@ class Turns:
             return joint[len(begun) :], [(a - len(tail), b - len(tail)) for a, b in offsets[len(begun) :]]
         decode = self._control.native.decode
         expected = decode(joint, skip_special_tokens=False)
-        # After a control token, tokenizers that put a space before the first word of a text do not do so.
+        # Some tokenizers put a space before the first word of a text, others also after a control token.
         control = next(iter(sorted(self._control.special & self._control.added.keys())), "")
-        for lead in (self._control.in_text(control, aliased), "") if control else ("",):
-            ids, offsets = encode(lead + reply, aliased)
-            skip = 1 if lead else 0
-            if decode([*begun, *ids[skip:]], skip_special_tokens=False) == expected:
+        control = self._control.in_text(control, aliased) if control else ""
+        for lead in dict.fromkeys((control, "", *(control + neighbour for neighbour in NEIGHBOURS))):
+            apart, (ids, offsets) = encode(lead, aliased)[0], encode(lead + reply, aliased)
+            skip = len(apart)
+            if ids[:skip] == apart and decode([*begun, *ids[skip:]], skip_special_tokens=False) == expected:
                 return ids[skip:], [(max(0, a - len(lead)), b - len(lead)) for a, b in offsets[skip:]]
         raise TemplateError(
             f"the beginning of a reply, {reply[:20]!r}, is one token together with the end of its prompt, so the model "
