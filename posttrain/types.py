@@ -86,7 +86,8 @@ class Message:
         if self.role not in ("system", "user", "assistant", "tool"):
             raise DataError(f"role {self.role!r} is not one of system, user, assistant, tool.")
         if not isinstance(self.content, str):
-            raise DataError(f"content of a {self.role} message is {type(self.content).__name__}, expected text.")
+            kind = "null" if self.content is None else type(self.content).__name__  # pyright: ignore[reportUnnecessaryComparison]
+            raise DataError(f"the content of the {self.role} message is {kind}, expected text.")
 
 
 @dataclass(frozen=True)

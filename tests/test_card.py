@@ -87,7 +87,7 @@ def test_the_kl_is_the_mean_log_ratio_of_the_models_own_answers_at_their_tempera
 ) -> None:
     cfg = replace(SMALL, temperature=0.8)
     found = make_card(str(moved), "abacus", cfg, tmp_path)
-    asked, _ = card.sample_answers(api.open_policy(str(moved)), cfg)
+    asked, _ = card.sample_answers(api.open_policy(str(moved)), cfg, str(moved))
     models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64) for path in (moved, ABACUS)]
 
     def log_ratio(episode: Episode) -> float:

@@ -96,6 +96,19 @@ def test_a_message_of_weight_0_is_context() -> None:
         read(messages=[U, {**A, "weight": 0}])
 
 
+def test_openai_s_developer_is_the_system_and_a_refusal_is_the_assistant_s_text() -> None:
+    declined = {"role": "assistant", "content": None, "refusal": "I cannot help with that."}
+    messages = read(messages=[{"role": "developer", "content": "Be brief."}, U, declined])
+    assert [(m.role, m.content) for m in messages] == [
+        ("system", "Be brief."), ("user", "Sky?"), ("assistant", "I cannot help with that."),
+    ]  # fmt: skip
+    assert read(messages=[U, {**A, "refusal": None}])[-1].content == "Bleu."
+    with pytest.raises(DataError, match="message 2 of 'messages' has no|the content of the assistant message is null"):
+        read(messages=[U, {"role": "assistant", "content": None, "refusal": None}])
+    with pytest.raises(DataError, match="two different system messages"):
+        read(system="Be long.", messages=[{"role": "developer", "content": "Be brief."}, U, A])
+
+
 @pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
 def test_a_separate_thought_is_trained_or_refused(name: str) -> None:
     messages = read(messages=[U, {**A, name: "I look up."}])

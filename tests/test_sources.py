@@ -291,7 +291,10 @@ def test_an_answer_may_be_absent_where_the_reward_needs_none() -> None:
         ({"messages": ["hello"], "answer": "1"}, "message 1 of 'messages' has no role and content"),
         ({"messages": [{"from": "human", "value": "x"}], "answer": "1"}, "has no role and content"),
         ({"messages": [{"role": "human", "content": "x"}], "answer": "1"}, "role 'human' is not one of"),
-        ({"messages": [{"role": "user", "content": None}], "answer": "1"}, "content of a user message is NoneType"),
+        (
+            {"messages": [{"role": "user", "content": None}], "answer": "1"},
+            "of the user message is null, expected",
+        ),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}], "answer": "1"}, "is list, expected text"),
         ({"messages": [{"role": "system", "content": "x"}], "answer": "1"}, "has no user message"),
         ({"messages": [{"role": "assistant", "content": "x"}], "answer": "1"}, "has no user message"),

@@ -21,6 +21,7 @@ HISTORY = "history"
 CONTEXT_COLUMNS = (*SYSTEM_COLUMNS, HISTORY, TOOLS, ARGUMENTS)
 """Columns that belong to the whole conversation, in any layout of rows with messages."""
 _PASSED_ON = ("name", "tool_call_id")
+_ROLES = {"function": "tool", "developer": "system"}  # OpenAI's names for the same roles
 _TEXT_FILE = re.compile(r"\.(jsonl?|ndjson|csv|tsv)(\.\w+)?$", re.IGNORECASE)
 
 
@@ -85,12 +86,14 @@ def _message(row: Row, entry: JsonView) -> Message:
         fields[WEIGHT] = 0
     fields |= {name: check(row, entry[name]) for name, check in _ARGUMENTS.items() if entry.get(name)}
     content = entry.get("content")
+    if content is None and entry["role"] == "assistant" and isinstance(entry.get("refusal"), str):
+        content = entry["refusal"]  # OpenAI's place for the text of an assistant that declines
     if content is None and not (calls or THOUGHT in fields):
         if "content" not in entry:
             raise DataError("has no role and content; expected {'role': 'user', 'content': '…'}.")
     elif content is None:
         content = ""  # most datasets write a turn that only calls tools with null content, or without it
-    role: Any = "tool" if entry["role"] == "function" else entry["role"]
+    role: Any = _ROLES.get(entry["role"], entry["role"]) if isinstance(entry["role"], str) else entry["role"]
     if THOUGHT in fields and role != "assistant":
         raise DataError(f"a {role} message has a thought; only an assistant's can have one.")
     return Message(role, _text(content), calls, fields)

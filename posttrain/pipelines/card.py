@@ -28,6 +28,7 @@ from posttrain.rollout.build import make_collector
 from posttrain.rollout.collector import Verifier, check_failures, to_sample
 from posttrain.rollout.tasks import env_tasks
 from posttrain.store import durable
+from posttrain.store.listing import stop_settings, template_settings
 from posttrain.train.device import resolve, set_threads
 from posttrain.train.forward import sample_logprobs
 from posttrain.types import ConfigError, Episode, Json, JsonView, Task
@@ -120,7 +121,7 @@ def make_card(model: str, reference: str, cfg: CardConfig, folder: Path) -> Json
     set_threads(cfg.threads)
     device = resolve(cfg.device)
     policy = api.open_policy(model, on=device)
-    asked, verify = sample_answers(policy, cfg)
+    asked, verify = sample_answers(policy, cfg, model)
     check_failures([one.answers for one in asked], RewardConfig().max_failure_rate)
     whole = [one for one in asked if all(e.reward is not None for e in one.answers)]
     own = logprobs(policy, whole, cfg)
@@ -138,15 +139,24 @@ def make_card(model: str, reference: str, cfg: CardConfig, folder: Path) -> Json
     return card
 
 
-def sample_answers(policy: Policy, cfg: CardConfig) -> tuple[list[AnsweredTask], Verifier]:
+def sample_answers(policy: Policy, cfg: CardConfig, model: str) -> tuple[list[AnsweredTask], Verifier]:
     """Samples and scores `samples` completions per task, set after set; also returns the verifier.
+
+    The template's arguments and date, the stop strings and stop tokens are those of the run that `model` belongs to.
 
     A built-in set gives its held-out tasks, a file all of its tasks; at most `problems` of each set are used.
     """
-    chat = with_chat_format(policy, cfg.format)
+    (arguments, day), (stop, stop_ids) = template_settings(model), stop_settings(model)
+    chat = with_chat_format(policy, cfg.format, arguments if cfg.format == "chat" else {}, day)
     recipe = GRPORecipe(
         data=DataConfig(tasks="addition", count=cfg.problems, format=cfg.format),  # never trained on
-        rollout=RolloutConfig(slots=cfg.slots, max_tokens=cfg.max_tokens, temperature=cfg.temperature),
+        rollout=RolloutConfig(
+            slots=cfg.slots,
+            max_tokens=cfg.max_tokens,
+            temperature=cfg.temperature,
+            stop=stop,
+            stop_token_ids=stop_ids,
+        ),
         eval=EvalConfig(problems=cfg.problems),
         run=RunConfig(seed=cfg.seed),
     )
