@@ -26,6 +26,7 @@ ADDED = {
     "reward.weights": (),
     "rollout.stop": (),
     "rollout.stop_token_ids": (),
+    "train.lanes": 1,
     "train.learner": "local",
     "train.epochs": 1,
     "run.track": "",

@@ -140,6 +140,8 @@ class TrainConfig:
     """Maximum global gradient norm for clipping; 0 disables clipping."""
     micro_batch_tokens: int = 8192
     """Maximum number of tokens per forward-backward pass; affects memory and speed, but not the gradient."""
+    lanes: int = 1
+    """Partial sums in which an update's gradient is added, a power of two; part of the result, whoever computes it."""
     learner: Annotated[str, FilesIn("train/learners")] = "local"
     """Learner that computes gradients and updates; `local` runs in this process."""
     threads: int = 0
@@ -252,6 +254,8 @@ def check_shared(recipe: SharedSections) -> None:
             f"{recipe.model.lora_rank} must be 0."
         )
     require_positive(train, "micro_batch_tokens")
+    if train.lanes < 1 or train.lanes & (train.lanes - 1):
+        raise ConfigError(f"train.lanes={train.lanes} is not a power of two. Use 1, 2, 4, 8 …")
     require_positive(run, "checkpoint_every", "keep")
     check_length(recipe)
     if env and not env.timeout > 0:

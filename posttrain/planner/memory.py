@@ -135,7 +135,8 @@ def states(recipe: Recipe, shape: ModelShape, where: Where) -> dict[str, int]:
     size, learns, facts = width_of(recipe), trainable(recipe, shape), recipe.facts()
     model = shape.parameters * size
     adapters = learns * 4 if recipe.model.lora_rank else 0  # PEFT keeps adapters in float32
-    masters = learns * 4 if size == 2 and not recipe.model.lora_rank else 0
+    lanes = recipe.train.lanes > 1  # their masters are one flat vector
+    masters = learns * 4 if lanes or (size == 2 and not recipe.model.lora_rank) else 0
     found = {"weights": model + adapters, "float32 masters": masters, "optimizer": learns * 8}
     if keeps_reference(recipe):
         found["reference model"] = reference_bytes(recipe, shape)
@@ -340,6 +341,8 @@ def training_pass(recipe: Recipe, shape: ModelShape, update: Pass, where: Where)
     low = learns * 2 if size == 2 and whole else 0  # bf16 gradients before they are added to the fp32 ones
     kept, gaps = activations(recipe, shape, update.tokens, where)
     accumulated = 0 if update.alone else learns * 4
+    if recipe.train.lanes > 1:  # the sums of train/lanes.py:tree beside a pass's own gradient
+        accumulated = learns * 4 * (1 + recipe.train.lanes.bit_length())
     if recipe.facts().critic == "separate":
         accumulated += learns * 4  # the critic's gradients; its passes alternate with the policy's
     late = low + learns * 4 if update.alone else low

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -10,10 +9,11 @@ import torch
 
 from posttrain.config import TrainConfig
 from posttrain.models.load import Policy, trainable
-from posttrain.models.policy import learner_mode
 from posttrain.train.forward import Forward, sample_logprobs, token_stats
-from posttrain.train.learner import Loss
-from posttrain.types import Batch, Json, JsonView, ResumeError, Sample, Stat, TrainingDiverged
+from posttrain.train.lane_learner import LaneLearner
+from posttrain.train.learner import Learner, Loss
+from posttrain.train.update import backward, check_norm, learning_rate
+from posttrain.types import Batch, Json, JsonView, ResumeError, Sample, Stat
 
 
 class LocalLearner:
@@ -52,16 +52,7 @@ class LocalLearner:
 
     def _pass(self, batch: Batch, loss: Loss) -> dict[str, Stat]:
         """Accumulates the gradient of one micro-batch. Raises TrainingDiverged on a non-finite loss."""
-        learner_mode(self.policy)
-        outputs = self.forward(self.policy, batch, self.temperature)
-        value, stats = loss(*outputs, batch)
-        if not torch.isfinite(value):
-            rows = (~torch.isfinite(outputs[0])).any(1).nonzero().flatten().tolist()
-            raise TrainingDiverged(
-                f"the loss of update {self.steps + 1} is {value.item()} (rows with non-finite model outputs: "
-                f"{rows or 'none'}). The update was not applied; lower train.lr or inspect the step's data."
-            )
-        value.backward()
+        stats = backward(self.policy, batch, loss, self.forward, self.temperature, self.steps + 1)
         for name, parameter in self.parameters.items():
             master = self.master[name]
             if master is not parameter and parameter.grad is not None:
@@ -70,7 +61,7 @@ class LocalLearner:
                 else:
                     master.grad += parameter.grad
                 parameter.grad = None
-        return {"loss": Stat(value.item(), 1, "sum"), **stats}
+        return stats
 
     def step(self, only: str = "", update: int | None = None) -> dict[str, Stat]:
         """See `Learner.step`."""
@@ -82,11 +73,7 @@ class LocalLearner:
             if master.grad is None:  # no micro-batch used it; momentum and decay still apply
                 master.grad = torch.zeros_like(master)
         norm = torch.nn.utils.get_total_norm([m.grad for m in masters if m.grad is not None])
-        if not torch.isfinite(norm):
-            raise TrainingDiverged(
-                f"the gradient norm of update {self.steps + 1} is {norm.item()}. The update was not applied; "
-                "lower train.lr or set train.max_grad_norm."
-            )
+        check_norm(norm, self.steps + 1)
         if self.cfg.max_grad_norm:
             torch.nn.utils.clip_grads_with_norm_(masters, self.cfg.max_grad_norm, norm)
         rate = self.learning_rate(self.steps if update is None else update)
@@ -100,16 +87,8 @@ class LocalLearner:
         return {"grad_norm": Stat(norm.item()), "lr": Stat(rate)}
 
     def learning_rate(self, step: int) -> float:
-        """Learning rate of planned update `step` (from 0): linear warm-up, then constant, or decay to 0."""
-        cfg = self.cfg
-        if step < cfg.warmup_steps:
-            return cfg.lr * (step + 1) / cfg.warmup_steps
-        done = (step - cfg.warmup_steps) / max(1, self.total_steps - cfg.warmup_steps)
-        if cfg.schedule == "linear":
-            return cfg.lr * max(0.0, 1 - done)
-        if cfg.schedule == "cosine":
-            return cfg.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-        return cfg.lr
+        """Learning rate of planned update `step` (from 0)."""
+        return learning_rate(self.cfg, self.total_steps, step)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The trainable tensors by name (views, not copies)."""
@@ -150,6 +129,7 @@ class LocalLearner:
                     parameter.copy_(self.master[name])
 
 
-def make(policy: Policy, cfg: TrainConfig, total_steps: int, temperature: float, forward: Forward) -> LocalLearner:
-    """Makes the learner for `train.learner = "local"`."""
-    return LocalLearner(policy, cfg, total_steps, temperature, forward)
+def make(policy: Policy, cfg: TrainConfig, total_steps: int, temperature: float, forward: Forward) -> Learner:
+    """Makes the learner for `train.learner = "local"`; with `train.lanes` above 1, the one that adds in lanes."""
+    made = LaneLearner if cfg.lanes > 1 else LocalLearner
+    return made(policy, cfg, total_steps, temperature, forward)

@@ -1,0 +1,54 @@
+"""What every learner does alike: the backward pass of one micro-batch, and the learning rate of an update."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from posttrain.config import TrainConfig
+from posttrain.models.policy import Policy, learner_mode
+from posttrain.train.forward import Forward
+from posttrain.train.learner import Loss
+from posttrain.types import Batch, Stat, TrainingDiverged
+
+
+def backward(
+    policy: Policy, batch: Batch, loss: Loss, forward: Forward, temperature: float, update: int
+) -> dict[str, Stat]:
+    """Adds the gradient of one micro-batch to the parameters' `grad`; returns the loss and its stats.
+
+    Raises TrainingDiverged on a non-finite loss; `update` is its number (from 1) for the message.
+    """
+    learner_mode(policy)
+    outputs = forward(policy, batch, temperature)
+    value, stats = loss(*outputs, batch)
+    if not torch.isfinite(value):
+        rows = (~torch.isfinite(outputs[0])).any(1).nonzero().flatten().tolist()
+        raise TrainingDiverged(
+            f"the loss of update {update} is {value.item()} (rows with non-finite model outputs: "
+            f"{rows or 'none'}). The update was not applied; lower train.lr or inspect the step's data."
+        )
+    value.backward()
+    return {"loss": Stat(value.item(), 1, "sum"), **stats}
+
+
+def check_norm(norm: torch.Tensor, update: int) -> None:
+    """Raises TrainingDiverged if the gradient norm of update number `update` (from 1) is not finite."""
+    if not torch.isfinite(norm):
+        raise TrainingDiverged(
+            f"the gradient norm of update {update} is {norm.item()}. The update was not applied; "
+            "lower train.lr or set train.max_grad_norm."
+        )
+
+
+def learning_rate(cfg: TrainConfig, total_steps: int, step: int) -> float:
+    """Learning rate of planned update `step` (from 0): linear warm-up, then constant, or decay to 0."""
+    if step < cfg.warmup_steps:
+        return cfg.lr * (step + 1) / cfg.warmup_steps
+    done = (step - cfg.warmup_steps) / max(1, total_steps - cfg.warmup_steps)
+    if cfg.schedule == "linear":
+        return cfg.lr * max(0.0, 1 - done)
+    if cfg.schedule == "cosine":
+        return cfg.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    return cfg.lr
