@@ -192,6 +192,14 @@ def test_other_tasks_can_be_used_and_a_person_gets_a_table(place: Path) -> None:
     assert "KL at most" in call(f"best-of-n tiny {SMALL} --n 2")
 
 
+def test_a_file_is_used_whole_unless_a_side_of_it_is_asked_for(place: Path) -> None:
+    rows = [{"prompt": f"What is {n} + 1?", "answer": str(n + 1)} for n in range(20)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = f"best-of-n tiny --tasks rows.jsonl --scorer {VOWELS}:vowels --max-tokens 4 --n 1 --json"
+    counts = [json.loads(call(given + more))["tasks"] for more in ("", " --split train", " --split held-out")]
+    assert counts == [20, 18, 2]
+
+
 @pytest.mark.parametrize(
     ("options", "says"), [("--n 0", "samples=0 must be 1 or more"), ("--n 2 --out no/where.jsonl", "no does not exist")]
 )

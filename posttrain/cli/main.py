@@ -244,7 +244,11 @@ def evaluate(
     show_default=True,
     help="`auto`, a verifier, FILE.py:FUNCTION, model:FOLDER, or judge:FILE.toml.",
 )
-@click.option("--split", type=click.Choice(["held-out", "train"]), default="held-out", help="Which tasks to use.")
+@click.option(
+    "--split",
+    type=click.Choice(["held-out", "train"]),
+    help="Which tasks to use.  [default: all rows of a file in --tasks, else held-out]",
+)
 @click.option("--out", help="File for each task's best completion, as rows for `posttrain sft`.")
 @click.option("--least", type=float, help="Minimum score for --out.  [default: none]")
 @click.option("--pairs", help="File for best-worst pairs, for `posttrain dpo` and `posttrain reward`.")
@@ -252,7 +256,8 @@ def evaluate(
 def best_of_n(model: str, args: tuple[str, ...], out: str, least: float | None, pairs: str, **given: Any) -> None:
     """Evaluate best-of-n sampling for n = 1, 2, 4 … N.
 
-    With --out or --pairs, the completions become training data.
+    With --out or --pairs, the completions become training data. All rows of a file in --tasks are used, unless --split
+    is given.
     """
     from posttrain.cli import tables
 
@@ -260,13 +265,14 @@ def best_of_n(model: str, args: tuple[str, ...], out: str, least: float | None, 
         if not Path(path).parent.is_dir():
             raise ConfigError(f"{path} cannot be written: the folder {Path(path).parent} does not exist.")
     named = {"data.tasks": given["tasks"], "eval.samples": given["count"], "reward.name": given["scorer"]}
-    recipe = read_evaluation(args, named, sections_of(model))
+    recipe = read_evaluation(args, named, sections_of(model), whole=given["split"] is None)
     console = tables.console(given["as_json"])
-    with console.status(f"sampling {recipe.eval.samples} completions per task of {recipe.data.tasks} from {model}"):
+    source = recipe.data.eval_tasks or recipe.data.tasks
+    with console.status(f"sampling {recipe.eval.samples} completions per task of {source} from {model}"):
         from posttrain import api
         from posttrain.search import best_of_n as search
 
-        tasks, groups = api.sample_many(model, recipe, given["split"])
+        tasks, groups = api.sample_many(model, recipe, given["split"] or "held-out")
         found = search.measure(groups)
     written = search.write(tasks, groups, out, least, pairs)
     if given["as_json"]:

@@ -97,6 +97,9 @@ def _checked(
     if judged:
         check_gold(sets.train + sets.test, recipe.reward.name)
     test = chosen(sets.test, recipe.eval.problems, sets.shuffled)
+    if sets.train and not sets.shuffled:
+        note = f"{len(sets.train)} tasks to train on, {len(sets.test)} held out."
+        sets = replace(sets, notes=[note, *sets.notes])
     if len(sets.test) < recipe.eval.problems:
         note = f"{len(sets.test)} held-out tasks exist; eval.problems={recipe.eval.problems} evaluates all of them."
         sets = replace(sets, notes=[*sets.notes, note])
