@@ -196,6 +196,12 @@ def test_the_best_checkpoint_is_kept_and_exported_and_the_run_ends_without_gain(
     assert all((read[name] == tensor).all() for name, tensor in kept.items()), "eval reads what was exported"
     with Run.read(done.folder) as run:
         assert done.summary["after"] == run.at(2)
+    scores.update(dict.fromkeys(range(6, 13), 0.5))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grpo.Evaluator, "__call__", scored)
+        more = pt.resume(done.folder, staged, on_step=watch, steps=12)
+    assert more.summary and more.summary["steps"] == 8, "an extended run has its patience anew"
+    assert more.summary["best"] == {"step": 2, "eval/reward": 0.9}
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {

@@ -120,8 +120,10 @@ class Loop:
         last.
         """
         self.total, self._every, self._evaluate = total, every, evaluate
-        if self._ended_at and self._ended_at["total"] >= total:  # else it was extended since
+        if self._ended_at and self._ended_at["total"] >= total:
             self.total, self.ended = self.step, self._ended_at["why"]
+        elif self._ended_at:
+            self.best.since = 0  # it was extended since, which asks for patience anew
         if self.step == 0:
             values, episodes = evaluate(0)
             self.best.check(values)
