@@ -1,4 +1,4 @@
-"""Runs tests with the lowest versions that pyproject.toml allows: `python -m tests.lower_bounds peft safetensors`.
+"""Runs tests with the lowest versions that pyproject.toml allows: `python -m tests.lower_bounds peft transformers tokenizers safetensors`.
 
 Each package is installed without its dependencies into a temporary folder that comes first on the path.
 """
