@@ -159,7 +159,7 @@ def greedy(policy: Policy, model: Any, outcome: Outcome) -> None:
     turn = policy.route.turn
     prompts = [row[:n] for row, n in zip(rows(512), (5, PROMPT, (turn or 40) + 2), strict=True)]
     generator = EmbeddedGenerator(policy, 32)
-    requests = [Request(p, (i,) * (i + 1)) for i, p in enumerate(prompts)]
+    requests = [Request(p, (i,) * (2 if i == 1 else 1)) for i, p in enumerate(prompts)]
     params = SamplingParams(temperature=0.0, max_tokens=NEW)
     groups = generator.generate(requests, params)
     for prompt, group in zip(prompts, groups, strict=True):

@@ -162,6 +162,6 @@ ZOO: dict[str, tuple[str, dict[str, Any]]] = {
 
 DOZEN = (
     "deepseek v3", "falcon", "gemma 2", "gemma 3", "gpt-2", "gpt-oss", "granite", "llama 4", "opt", "phi",
-    "phi 3 (longrope)", "phi-moe", "qwen 2 moe (window)", "qwen 3.5",
+    "phi 3 (longrope)", "phi-moe", "qwen 3.5",
 )  # fmt: skip
 """Architectures that tests/test_architectures.py tries: one for each thing that packed attention cannot express."""

@@ -1,6 +1,9 @@
-"""Runs tests with the lowest versions that pyproject.toml allows: `python -m tests.lower_bounds peft safetensors`.
+"""Runs tests with the lowest versions that pyproject.toml allows.
 
-Each package is installed without its dependencies into a temporary folder that comes first on the path.
+    python -m tests.lower_bounds peft transformers tokenizers safetensors
+
+installs each package without its dependencies into a temporary folder that comes first on the path. Packages that
+restrict each other's versions, as these do, must be tried together.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from posttrain.models.policy import Policy, states
 from posttrain.models.weights import base_of, check_loaded, chosen, content_files
 from posttrain.store.run import Run
 from posttrain.train.reference import frozen_reference
-from posttrain.types import ConfigError, ResumeError, Sample
+from posttrain.types import ConfigError, ResumeError, Sample, TemplateError
 from tests import tiny
 from tests.lower_bounds import ROOT, lower_bounds
 
@@ -124,6 +124,29 @@ def _nan(folder: Path) -> None:
     save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
 
 
+def _nan_in_a_row_of_no_text(folder: Path) -> None:
+    tensors = load_file(folder / TENSORS)
+    tensors["model.embed_tokens.weight"][-1] = float("nan")
+    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+
+
+def _integers(folder: Path) -> None:
+    tensors = load_file(folder / TENSORS)
+    tensors[NORM] = (100 * tensors[NORM]).to(torch.int8)
+    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+
+
+def _bad_generation_config(folder: Path) -> None:
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2,')
+
+
+def _no_end(folder: Path) -> None:
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**tokenizer, "eos_token": None}))
+    for file in (folder / "config.json", folder / "generation_config.json"):
+        file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": [-1, 9999]}))
+
+
 def _wrong_type(folder: Path) -> None:
     about = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**about, "num_hidden_layers": "two"}))
@@ -136,6 +159,13 @@ def _wrong_type(folder: Path) -> None:
         "no tokenizer": (_no_tokenizer, r"model folder '.*' has no tokenizer\. "),
         "bad tokenizer": (_bad_tokenizer, r"the tokenizer of model '.*' cannot be loaded: \w+: \w+"),
         "not finite": (_nan, r"is damaged: 1 of its parameters hold NaN or infinity \(.*'model.norm.weight'\)"),
+        "not finite where no row looks": (_nan_in_a_row_of_no_text, "hold NaN .*'model.embed_tokens.weight'"),
+        "integers": (
+            _integers,
+            rf"1 weights that are not floating-point .*'{NORM}', I8\).* quantization_config",
+        ),
+        "bad generation config": (_bad_generation_config, r"generation_config.json cannot be read: "),
+        "no end": (_no_end, r"has no end-of-sequence token, so no completion could end"),
         "wrong type": (_wrong_type, r"cannot be loaded: .*'num_hidden_layers': .*expected int"),
         "absent": (shutil.rmtree, r"model folder '.*' does not exist"),
     }.values(),
@@ -145,8 +175,31 @@ def test_a_damaged_folder_is_refused_in_a_sentence_that_names_what_is_wrong(
 ) -> None:
     shutil.copytree(folder, tmp_path / "model")
     damage(tmp_path / "model")
-    with pytest.raises(ConfigError, match=says):
+    with pytest.raises((ConfigError, TemplateError), match=says):
         load_policy(ModelConfig(path=str(tmp_path / "model")))
+
+
+def test_what_a_folder_says_and_is_not_used_is_noted(folder: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(folder, tmp_path / "model")
+    shutil.copy(model / TENSORS, model / "consolidated.safetensors")
+    about = json.loads((model / "generation_config.json").read_text())
+    (model / "generation_config.json").write_text(json.dumps({**about, "eos_token_id": [2, 5, 9999, -1]}))
+    policy = load_policy(ModelConfig(path=str(model)))
+    assert policy.stop_ids[:2] == (2, 5) and not {9999, -1} & {*policy.stop_ids}
+    assert policy.notes == [
+        f"1 safetensors files of {model} are not read; the first is consolidated.safetensors.",
+        f"eos_token_id 9999, -1 of {model} is not used: the model has no such token.",
+    ]
+
+
+def test_remote_code_is_refused_without_asking(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = shutil.copytree(folder, tmp_path / "model")
+    about = {**json.loads((model / "config.json").read_text()), "model_type": "theirs"}
+    about["auto_map"] = {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"}
+    (model / "config.json").write_text(json.dumps(about))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run remote code"))
+    with pytest.raises(ConfigError, match="cannot be loaded: .*custom code"):
+        load_policy(ModelConfig(path=str(model)))
 
 
 def test_a_missing_base_model_is_named_with_its_adapter(adapter: Path, tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ def check_forward(policy: Policy) -> float:
     Returns the largest difference of a logit; raises ConfigError if no pass agrees.
     """
     name = type(lora.unwrap(policy.model)).__name__
+    check_finite(policy)
     try:
         with torch.no_grad():
             route, difference, note = _route(policy)
@@ -147,7 +148,8 @@ def _rule(policy: Policy, own: str, rows: Rows, truth: Rows) -> tuple[LogitRule,
     tried = {rule: _difference(rule.apply(product), wanted) for rule in _rules(policy.config)}
     best = min(tried, key=lambda rule: tried[rule] if tried[rule] == tried[rule] else math.inf)
     if not wanted.isfinite().all():
-        raise ConfigError(_not_finite(policy))
+        dtype = policy.head.weight.dtype
+        raise ConfigError(f"model {policy.source!r} computes logits that are not finite in {dtype}.")
     if not tried[best] <= allowed(policy.head.weight.dtype, wanted):
         raise ConfigError(
             f"{type(lora.unwrap(policy.model)).__name__} is not supported: its logits differ by {tried[best]:.2g} from "
@@ -156,15 +158,14 @@ def _rule(policy: Policy, own: str, rows: Rows, truth: Rows) -> tuple[LogitRule,
     return best, tried[best]
 
 
-def _not_finite(policy: Policy) -> str:
-    """Why a model's own logits are not finite: its weights, or its arithmetic."""
-    bad = [name for name, weight in policy.model.named_parameters() if not weight.isfinite().all()]
+def check_finite(policy: Policy) -> None:
+    """Raises ConfigError if a weight is NaN or infinite, also where the check's rows would not show it."""
+    bad = [name for name, weight in policy.model.named_parameters() if not weight.detach().isfinite().all()]
     if bad:
-        return (
+        raise ConfigError(
             f"model {policy.source!r} is damaged: {len(bad)} of its parameters hold NaN or infinity (the first is "
             f"{bad[0]!r}). Use an earlier checkpoint, or download it again."
         )
-    return f"model {policy.source!r} computes logits that are not finite in {policy.head.weight.dtype}."
 
 
 def _rules(config: Any) -> list[LogitRule]:

@@ -33,6 +33,7 @@ from posttrain.types import ConfigError, Json, JsonView, ResumeError
 
 ABACUS = Path(__file__).parent / "abacus"
 ADAPTER = "adapter_config.json"
+SINGLE, SHARDED = "model.safetensors", "model.safetensors.index.json"
 OTHER_PARTS = re.compile(
     r"(^|\.)(vision\w*|visual|image\w*|audio\w*|speech\w*|video\w*|multi_modal\w*|mm_projector|mtp)\."
 )
@@ -121,6 +122,8 @@ def load_checkpoint(saved: Checkpoint) -> dict[str, torch.Tensor]:
 def _whole(cfg: ModelConfig, source: str) -> Weights:
     """Loads a model folder or hub id and checks that all of it was loaded."""
     _require_safetensors(source, cfg.path)
+    if (settings := Path(source) / "generation_config.json").is_file():
+        _read_json(settings)  # transformers would leave out one that is damaged, and with it the stop tokens
     transformers.utils.logging.disable_progress_bar()
     dtype = torch.float32 if cfg.dtype == "float32" else torch.bfloat16
     try:
@@ -131,16 +134,18 @@ def _whole(cfg: ModelConfig, source: str) -> Weights:
                 use_safetensors=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # reported below, with the other faults
+                trust_remote_code=False,  # left out, transformers asks on a terminal
             )
     except Exception as error:  # a damaged or foreign folder may raise anything
         raise _cannot_load(cfg.path, error) from None
-    return Weights(model, load_tokenizer(source, cfg.path), check_loaded(model, info, cfg.path))
+    notes = [*check_loaded(model, info, cfg.path), *check_files(model, Path(source))]
+    return Weights(model, load_tokenizer(source, cfg.path), notes)
 
 
 def load_tokenizer(source: str, name: str) -> Any:
     """The tokenizer of a folder or hub id, which the user calls `name`. Raises ConfigError."""
     try:
-        return transformers.AutoTokenizer.from_pretrained(source)
+        return transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # a damaged or foreign file may raise anything
         here = Path(source)
         if here.is_dir() and not any(here.glob("*token*")) and not any(here.glob("vocab*")):
@@ -179,6 +184,34 @@ def check_loaded(model: Any, info: JsonView, name: str) -> list[str]:
             "again with transformers' save_pretrained, or correct config.json."
         )
     return [f"{len(other)} tensors of {name} are not used; the first is {other[0]}."] if other else []
+
+
+def check_files(model: Any, folder: Path) -> list[str]:
+    """Notes the safetensors files of a model folder that transformers does not read; nothing for a hub id.
+
+    Raises ConfigError if weights are stored as integers or the like without a `quantization_config`: their scale is
+    unknown, and transformers would take the integers themselves.
+    """
+    if not folder.is_dir():
+        return []
+    index = folder / SHARDED
+    read = [folder / SINGLE]
+    if not read[0].is_file():
+        read = [folder / name for name in sorted(set(_read_json(index)["weight_map"].values()))]
+    names = {name for name, _ in model.named_parameters()}
+    for file in read if getattr(model.config, "quantization_config", None) is None else []:
+        with safe_open(file, "pt") as stored:
+            kinds = {key: stored.get_slice(key).get_dtype() for key in stored.keys()}  # noqa: SIM118 (no mapping)
+        odd = [key for key, kind in kinds.items() if not re.match("B?F", kind) and (key in names or "weight" in key)]
+        if odd:
+            raise ConfigError(
+                f"{file} holds {len(odd)} weights that are not floating-point numbers (the first is {odd[0]!r}, "
+                f"{kinds[odd[0]]}), and its config.json has no quantization_config. Save it in bfloat16 or float32."
+            )
+    unread = sorted(file.name for file in folder.glob("*.safetensors") if file not in read)
+    if not unread:
+        return []
+    return [f"{len(unread)} safetensors files of {folder} are not read; the first is {unread[0]}."]
 
 
 def _with_adapter(cfg: ModelConfig, folder: Path) -> Weights:
