@@ -29,7 +29,7 @@ def load_policy(cfg: ModelConfig, device: torch.device | str = "cpu") -> Policy:
     """Loads weights and tokenizer, checks that they match and are supported, and attaches LoRA if requested."""
     read = weights.read(cfg)
     model, tokenizer = cast(nn.Module, read.model), read.tokenizer
-    stop_ids = _stop_ids(lora.unwrap(model), tokenizer, cfg.path)
+    stop_ids = stop_ids_of(lora.unwrap(model), tokenizer, cfg.path)
     policy = Policy(model.to(device), tokenizer, cfg.path, stop_ids, notes=read.notes)
     check_tokenizer(tokenizer, policy.vocab)
     check_forward(policy)
@@ -104,7 +104,8 @@ def save_pretrained(policy: Policy, folder: Path) -> None:
     policy.tokenizer.save_pretrained(folder)
 
 
-def _stop_ids(model: Any, tokenizer: Any, name: str) -> tuple[int, ...]:
+def stop_ids_of(model: Any, tokenizer: Any, name: str) -> tuple[int, ...]:
+    """The end-of-sequence tokens of a model and its tokenizer. Raises TemplateError if there are none."""
     ids: list[int] = []
     text = model.config.get_text_config(decoder=True)
     generation = getattr(model.generation_config, "eos_token_id", None)
