@@ -400,6 +400,20 @@ MODELS: dict[str, Callable[[], Any]] = {
 }
 
 
+MATRICES = {"llama": (2 * 7, 0), "mixtral": (2 * 7, 2), "qwen2-moe": (2 * 11, 2), "qwen3-moe": (2 * 7, 2),
+            "granite-moe": (2 * 7, 2), "glm4-moe": (7 + 10, 1), "gpt-oss": (2 * 7, 2)}  # fmt: skip
+"""Weight matrices of the layers, counted by hand (four of attention, the MLP's or the experts', routers), and how many
+of them are left out: the routers. The biases of GPT-OSS's experts are two-dimensional, but no matrices."""
+
+
+def test_the_note_on_lora_counts_matrices_and_not_the_biases_of_experts(tmp_path: Path) -> None:
+    tiny.make(tmp_path)
+    transformers.AutoModelForCausalLM.from_config(MODELS["gpt-oss"]()).save_pretrained(tmp_path)
+    notes = load_policy(ModelConfig(path=str(tmp_path), lora_rank=2)).notes
+    first = "model.layers.0.mlp.router.weight"
+    assert f"LoRA leaves 2 of 14 weight matrices without an adapter; the first is {first}." in notes
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_lora_adapts_every_linear_layer_and_every_expert_and_merging_changes_no_logit(name: str) -> None:
     torch.manual_seed(0)
@@ -413,7 +427,8 @@ def test_lora_adapts_every_linear_layer_and_every_expert_and_merging_changes_no_
     learns = {lora._plain(n).split(".lora_")[0] for n, p in model.named_parameters() if p.requires_grad}
     assert all("lora_" in n for n, p in model.named_parameters() if p.requires_grad)
     left = lora.not_adapted(model)
-    assert all("gate.weight" in n or "router" in n or "bias" in n for n in left), left
+    assert all("gate.weight" in n or "router" in n for n in left), left
+    assert (len(lora.matrices(model)), len(left)) == MATRICES[name]
     missed = [n for n, m in whole_linears if f"{n}.weight" in left]
     assert not missed, missed
     assert len(learns) > 4

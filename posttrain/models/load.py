@@ -43,7 +43,8 @@ def load_policy(cfg: ModelConfig, device: torch.device | str = "cpu") -> Policy:
             ) from None
         if frozen := lora.not_adapted(policy.model):
             policy.notes.append(
-                f"LoRA leaves {len(frozen)} weight matrices without an adapter; the first is {frozen[0]}."
+                f"LoRA leaves {len(frozen)} of {len(lora.matrices(policy.model))} weight matrices without an adapter; "
+                f"the first is {frozen[0]}."
             )
     if cfg.gradient_checkpointing:
         checkpoint_layers(policy)
