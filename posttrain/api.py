@@ -82,9 +82,11 @@ def train(
         raise ConfigError(f"unknown algorithm {algorithm!r}{config.nearest(algorithm, list(config.RECIPES))}")
     given = None if isinstance(tasks, str) else list(tasks)
     overrides = {"model.path": model, "data.tasks": tasks if given is None else GIVEN}
-    overrides |= {"run.out": str(out), **_dotted(settings)}
     function, name = _named_reward(reward)
-    overrides |= {} if name is None else {"reward.name": name}
+    overrides |= {"run.out": str(out)} | ({} if name is None else {"reward.name": name})
+    if function is not None and "reward.name" in _dotted(settings):
+        raise ConfigError("reward is given as a Python object and as reward__name. Give one of them.")
+    overrides |= _dotted(settings)
     recipe = config.resolve(algorithm, {}, overrides)
     return start(algorithm, recipe, on_step, given, function)
 

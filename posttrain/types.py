@@ -85,8 +85,7 @@ class Message:
     def __post_init__(self) -> None:
         if self.role not in ("system", "user", "assistant", "tool"):
             raise DataError(f"role {self.role!r} is not one of system, user, assistant, tool.")
-        if not isinstance(self.content, str):
-            kind = "null" if self.content is None else type(self.content).__name__  # pyright: ignore[reportUnnecessaryComparison]
+        if not isinstance(self.content, str) and (kind := type(self.content).__name__.replace("NoneType", "null")):
             raise DataError(f"the content of the {self.role} message is {kind}, expected text.")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import posttrain as pt
+from posttrain import api, config
 from posttrain.objectives.laws import LAWS, TRAITS, broken
 from posttrain.objectives.policy import POLICY_LOSSES, clip
 from posttrain.store.run import Run
@@ -62,6 +64,22 @@ def crashing(*given: Any) -> Any:
     raise ZeroDivisionError("oh")
 
 
+def speechless(*given: Any) -> Any:
+    raise AssertionError
+
+
+def shaped(logp: torch.Tensor, *rest: Any) -> Any:
+    raise ValueError(f"rows of {logp.shape[1]} tokens\nand more")
+
+
+def two_ways(logp: torch.Tensor, *rest: Any) -> Any:
+    if logp.shape[1] > 7:
+        raise ValueError("too wide")
+    if logp.shape[0] == 1:
+        raise ValueError("too few")
+    return clip(logp, *rest)
+
+
 WRONG: dict[str, tuple[Callable[..., Any], str]] = {
     "reduced": (reduced, "returns a loss per token: .* a loss of shape \\(\\)"),
     "constant": (constant, "learns: no token has a gradient"),
@@ -70,16 +88,21 @@ WRONG: dict[str, tuple[Callable[..., Any], str]] = {
     "unmasked": (unmasked, "ignores tokens outside the mask: tokens outside the mask have a loss"),
     "by width": (by_width, "does not depend on padding: the loss changes"),
     "by batch": (by_batch, "does not depend on the other rows: the loss changes"),
-    "crashing": (crashing, "returns a loss per token: it raises ZeroDivisionError: oh"),
+    "crashing": (crashing, f"{', '.join(LAWS)}: it raises ZeroDivisionError: oh$"),
+    "crashing without a word": (speechless, f"{', '.join(LAWS)}: it raises AssertionError$"),
+    "crashing with the shape": (shaped, f"{', '.join(LAWS)}: it raises ValueError: rows of 7 tokens$"),
+    "crashing in two ways": (two_ways, "does not depend on padding: it raises ValueError: too wide"),
+    "of two arguments": (lambda logp, mask: (logp, mask), f"{', '.join(LAWS)}: it raises TypeError: .*takes 2 pos"),
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_a_loss_that_breaks_a_law_is_named_with_the_law(name: str) -> None:
-    import re
-
     loss, says = WRONG[name]
-    assert any(re.match(says, one) for one in broken(loss, LAWS)), broken(loss, LAWS)
+    found = broken(loss, LAWS)
+    assert any(re.match(says, str(fault)) for fault in found), found
+    names = [law for fault in found for law in fault.laws]
+    assert len(names) == len({*names}) and {*names} <= {*LAWS}  # every law once
 
 
 GOOD = """
@@ -125,3 +148,21 @@ def test_a_run_trains_with_a_loss_from_a_file_after_checking_it(tmp_path: Path) 
     assert "+" in header["data"]
     with pytest.raises(ResumeError, match="have changed since the run started"):
         pt.resume(same.folder, odd, steps=2)
+
+
+def test_from_python_a_loss_is_named_like_the_option_and_a_function_is_refused_with_the_way(tmp_path: Path) -> None:
+    for name in ("loss", "policy_loss", "algo__policy_loss"):
+        (tmp_path / f"{name}.py").write_text(GOOD)
+        spec = f"{tmp_path / name}.py:mine"
+        assert config.resolve("grpo", {}, {name.replace("__", "."): spec}).algo.policy_loss == spec
+        with pytest.raises(ConfigError, match="algo.policy_loss is the Python object 'crashing', .*'FILE.py:crashing'"):
+            pt.grpo("abacus", "sums", odd, tmp_path / "run", **{name: crashing})
+    with pytest.raises(ConfigError, match="reward.name is the Python object 'odd', .* Pass it as reward="):
+        pt.grpo("abacus", "sums", out=tmp_path / "run", reward__name=odd)
+    with pytest.raises(ConfigError, match="reward is given as a Python object and as reward__name"):
+        pt.grpo("abacus", "sums", odd, tmp_path / "run", reward__name="exact")
+    with pytest.raises(ConfigError, match="reward.name='sadly' .*is not|unknown reward 'sadly'"):  # not the default
+        pt.grpo("abacus", "sums", out=tmp_path / "run", reward__name="sadly")
+    with pytest.raises(ConfigError, match="algo.loss is the Python object 'crashing'"):
+        api.train("dpo", "abacus", "sums", out=tmp_path / "run", loss=crashing)
+    assert not (tmp_path / "run").exists()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner
 from hypothesis import given, settings
@@ -18,11 +20,13 @@ from transformers import LlamaForCausalLM
 from bench import memory
 from posttrain import config
 from posttrain.cli import main as cli
-from posttrain.models.load import llama_config
+from posttrain.cli.arguments import options_of, read_recipe
+from posttrain.models.load import llama_config, load_policy
+from posttrain.models.preflight import refusal
 from posttrain.models.shapes import SHAPES, ModelShape, shape_of
 from posttrain.planner import memory as planner
 from posttrain.planner.memory import Rows, Where
-from posttrain.types import ConfigError
+from posttrain.types import ConfigError, PosttrainError
 from tests import tiny
 
 SHAPE = ModelShape(layers=2, width=8, heads=2, kv_heads=1, head_dim=4, ffn=16, vocab=100, tied=True)
@@ -237,6 +241,69 @@ def test_the_command_says_whether_a_run_fits_and_what_to_change() -> None:
 def test_the_command_refuses_in_one_sentence(args: list[str], said: str) -> None:
     result = invoke(*args)
     assert result.exit_code == 2 and said in result.stderr
+
+
+@pytest.mark.parametrize("algorithm", config.RECIPES)
+def test_the_commands_that_show_a_recipe_take_the_options_of_its_training_command(
+    algorithm: str, tmp_path: Path
+) -> None:
+    command = cli.main.get_command(click.Context(cli.main), algorithm)
+    assert command
+    named = {name for p in command.params if isinstance(p, click.Option) for name in p.opts if name != "--json"}
+    assert named == {option for option, _, _ in options_of(algorithm)}
+    values = {"--preset": next(iter(config.PRESETS.get(algorithm, {})), ""), "--loss": "cispo"}
+    (tmp_path / "recipe.toml").write_text(f'algorithm = "{algorithm}"\n')
+    for option, setting, _ in options_of(algorithm):
+        value = values.get(option, "abacus")
+        expected = read_recipe(algorithm, [f"--{setting}", value])
+        assert (
+            expected == read_recipe(algorithm, [option, value]) == read_recipe(None, [algorithm, f"{option}={value}"])
+        )
+        assert expected == read_recipe(None, [str(tmp_path / "recipe.toml"), option, value])
+        with pytest.raises(ConfigError, match="contradict each other"):
+            read_recipe(algorithm, [option, value, f"--{setting}", "another"])
+
+
+def _no_tokenizer(folder: Path) -> None:
+    for file in [*folder.glob("*token*"), *folder.glob("vocab*")]:
+        file.unlink()
+
+
+def _unknown_type(folder: Path) -> None:
+    about = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**about, "model_type": "llamb", "architectures": ["Llamb"]}))
+
+
+def _cut(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:1000])
+
+
+def _no_end(folder: Path) -> None:
+    for file in folder.glob("*config.json"):
+        about = json.loads(file.read_text())
+        file.write_text(json.dumps({**about, "eos_token_id": None, "eos_token": None}))
+
+
+@pytest.mark.parametrize("damage", [_no_tokenizer, _unknown_type, _cut, _no_end])
+def test_a_plan_says_in_one_sentence_what_training_would_refuse_about_the_model(
+    damage: Callable[[Path], None], tmp_path: Path
+) -> None:
+    model = tiny.chatty(tmp_path / "model")
+    whole = json.loads(invoke("sft", "--model", str(model), "--data", "arithmetic").stdout)
+    assert refusal(config.ModelConfig(path=str(model))) == whole["refused"] == ""
+    damage(model)
+    with pytest.raises(PosttrainError) as training:
+        load_policy(config.ModelConfig(path=str(model)))
+    plan = json.loads(invoke("grpo", "--model", str(model)).stdout)
+    assert plan["refused"] == str(training.value)
+    shown = CliRunner().invoke(cli.main, ["plan", "grpo", "--model", str(model), "--no-probe"])
+    assert f"training would refuse this run: {training.value}" in shown.output
+
+
+def test_a_plan_says_what_training_would_refuse_about_the_data(tmp_path: Path) -> None:
+    for algorithm, option in {"grpo": "--tasks", "sft": "--data", "dpo": "--data"}.items():
+        plan = json.loads(invoke(algorithm, option, str(tmp_path / "gone.jsonl")).stdout)
+        assert "gone.jsonl does not exist" in plan["refused"] and plan["peak"]
 
 
 def test_a_run_that_cannot_fit_is_warned_of_with_the_settings_to_change(monkeypatch: pytest.MonkeyPatch) -> None:

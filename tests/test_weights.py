@@ -24,8 +24,10 @@ import posttrain as pt
 from posttrain import api
 from posttrain.config import ModelConfig
 from posttrain.models import lora
+from posttrain.models.adapters import adapter_rank
 from posttrain.models.load import load_policy, save_pretrained, trainable
 from posttrain.models.policy import Policy, states
+from posttrain.models.preflight import refusal
 from posttrain.models.weights import base_of, check_loaded, chosen, content_files
 from posttrain.store.run import Run
 from posttrain.train.reference import frozen_reference
@@ -228,6 +230,31 @@ def test_a_checkpoint_that_is_not_there_is_named_with_those_that_are(tmp_path: P
         chosen(tmp_path, tmp_path / "ckpt" / "step_0000009")
 
 
+@pytest.mark.parametrize("inside", ["ckpt", ""])
+def test_a_folder_of_checkpoints_or_models_is_refused_with_those_in_it(
+    folder: Path, tmp_path: Path, inside: str
+) -> None:
+    place = tmp_path / "run" / inside
+    for name in ("step_0000001", "step_0000002"):
+        shutil.copytree(folder, place / name)
+    with pytest.raises(ConfigError) as refused:
+        load_policy(ModelConfig(path=str(place)))
+    newest = "step_0000002 or" if inside else "step_0000001 or"
+    assert f"{place} is not a model, but holds".replace(str(place), f"'{place}'") in str(refused.value)
+    assert f"give {place}/{newest} {place}/step_" in str(refused.value)
+    assert refusal(ModelConfig(path=str(place))) == str(refused.value)
+
+
+def test_a_folder_beside_the_checkpoints_is_not_one(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "ckpt" / "old").mkdir(parents=True)
+    with pytest.raises(ResumeError, match="old is not a checkpoint; .* has checkpoints of the steps none"):
+        chosen(tmp_path, tmp_path / "ckpt" / "old")
+    for inside in ("ckpt", "ckpt/old"):
+        with pytest.raises(ResumeError, match=f"{inside} holds no run: .* belongs to the run {tmp_path}: give that"):
+            Run.read(tmp_path / inside)
+
+
 # --- the same model in every command ---------------------------------------------------------------------------------
 
 
@@ -341,6 +368,21 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "itself": ({"base_model_name_or_path": "HERE"}, "names itself"),
     "nowhere": ({"base_model_name_or_path": "./nowhere"}, "model folder './nowhere' does not exist"),
     "other layers": ({"target_modules": ["q_proj"]}, "adapter weights have no place in it"),
+    **{
+        f"r={r!r}": ({"r": r}, rf"has r={re.escape(repr(r))}, expected a whole number of at least 1")
+        for r in (0, -4, "8", 2.5, True, None, [4])
+    },
+    **{
+        f"alpha={a!r}": ({"lora_alpha": a}, r"has lora_alpha=.*, expected a number other than 0")
+        for a in (0, "16", None, float("nan"))
+    },
+    "bias": ({"bias": "some"}, "has bias='some', expected none, all or lora_only"),
+    "ranks": ({"rank_pattern": {"q_proj": 0}}, "has rank_pattern=.*, expected a table"),
+    "modules": ({"target_modules": [1]}, "has target_modules=.*, expected a name or a list of names"),
+    "lower case": ({"peft_type": "lora"}, "has peft_type='lora', which PEFT .* does not know"),
+    "no type": ({"peft_type": None}, "has peft_type=None, .* most adapters are of type LORA"),
+    "a list as type": ({"peft_type": ["LORA"]}, "has peft_type=.*, which PEFT .* does not know"),
+    "of other rank": ({"r": 8}, "adapter '.*' cannot be loaded: .*size mismatch"),
     "a prompt": ({"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4}, "cannot be|does not fit"),
 }
 
@@ -352,8 +394,31 @@ def test_an_adapter_that_cannot_be_merged_is_refused(adapter: Path, tmp_path: Pa
     file = tmp_path / "adapter" / "adapter_config.json"
     text = json.dumps(json.loads(file.read_text()) | change)
     file.write_text(text.replace("HERE", str(tmp_path / "adapter")))
-    with pytest.raises(ConfigError, match=says):
-        load_policy(ModelConfig(path=str(tmp_path / "adapter")))
+    for further in (False, True):
+        cfg = ModelConfig(path=str(tmp_path / "adapter"), continue_adapter=further)
+        with pytest.raises(ConfigError, match=f"{says}|cannot be trained further" if further else says) as refused:
+            load_policy(cfg)
+        if name not in ("other layers", "a prompt", "of other rank"):  # these take the weights to notice
+            assert refusal(cfg) == str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    {
+        "cut": ("{", "adapter_config.json cannot be read: "),
+        "empty": ("", "adapter_config.json cannot be read: "),
+        "a list": ("[]", "holds a list, expected an object"),
+        "nothing in it": ("{}", "has peft_type=None"),
+        "only its type": ('{"peft_type": "LORA"}', "has no r, expected a whole number"),
+        "no alpha": ('{"peft_type": "LORA", "r": 4}', "has no lora_alpha, expected a number"),
+    }.values(),
+)
+def test_a_damaged_configuration_of_an_adapter_is_refused(adapter: Path, tmp_path: Path, text: str, says: str) -> None:
+    shutil.copytree(adapter, tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_config.json").write_text(text)
+    for read in (lambda path: load_policy(ModelConfig(path=path)), content_files, base_of, adapter_rank):
+        with pytest.raises(ConfigError, match=says):
+            read(str(tmp_path / "adapter"))
 
 
 def test_settings_of_an_adapter_that_do_not_apply_are_refused(folder: Path, adapter: Path, tmp_path: Path) -> None:
@@ -388,6 +453,20 @@ MODELS: dict[str, Callable[[], Any]] = {
 }
 
 
+MATRICES = {"llama": (2 * 7, 0), "mixtral": (2 * 7, 2), "qwen2-moe": (2 * 11, 2), "qwen3-moe": (2 * 7, 2),
+            "granite-moe": (2 * 7, 2), "glm4-moe": (7 + 10, 1), "gpt-oss": (2 * 7, 2)}  # fmt: skip
+"""Weight matrices of the layers, counted by hand (four of attention, the MLP's or the experts', routers), and how many
+of them are left out: the routers. The biases of GPT-OSS's experts are two-dimensional, but no matrices."""
+
+
+def test_the_note_on_lora_counts_matrices_and_not_the_biases_of_experts(tmp_path: Path) -> None:
+    tiny.make(tmp_path)
+    transformers.AutoModelForCausalLM.from_config(MODELS["gpt-oss"]()).save_pretrained(tmp_path)
+    notes = load_policy(ModelConfig(path=str(tmp_path), lora_rank=2)).notes
+    first = "model.layers.0.mlp.router.weight"
+    assert f"LoRA leaves 2 of 14 weight matrices without an adapter; the first is {first}." in notes
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_lora_adapts_every_linear_layer_and_every_expert_and_merging_changes_no_logit(name: str) -> None:
     torch.manual_seed(0)
@@ -401,7 +480,8 @@ def test_lora_adapts_every_linear_layer_and_every_expert_and_merging_changes_no_
     learns = {lora._plain(n).split(".lora_")[0] for n, p in model.named_parameters() if p.requires_grad}
     assert all("lora_" in n for n, p in model.named_parameters() if p.requires_grad)
     left = lora.not_adapted(model)
-    assert all("gate.weight" in n or "router" in n or "bias" in n for n in left), left
+    assert all("gate.weight" in n or "router" in n for n in left), left
+    assert (len(lora.matrices(model)), len(left)) == MATRICES[name]
     missed = [n for n, m in whole_linears if f"{n}.weight" in left]
     assert not missed, missed
     assert len(learns) > 4

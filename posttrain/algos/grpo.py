@@ -111,7 +111,8 @@ def check_loss(name: str) -> tuple[str, list[str]]:
         return "", []
     loss = policy_loss(name)
     if wrong := laws.broken(loss, laws.LAWS):
-        raise ConfigError(f"the loss {name} breaks {len(wrong)} of {len(laws.LAWS)} laws: {'; '.join(wrong)}.")
+        count = sum(len(fault.laws) for fault in wrong)
+        raise ConfigError(f"the loss {name} breaks {count} of {len(laws.LAWS)} laws: {'; '.join(map(str, wrong))}.")
     notes = [f"The loss {name} differs from the built-in ones: {says}." for says in laws.broken(loss, laws.TRAITS)]
     return f"+{file_hash(name.rpartition(':')[0])}", notes
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,29 @@ def split_settings(args: Sequence[str]) -> tuple[list[str], dict[str, str]]:
             value = rest.pop(0)
         settings[key] = value
     return words, settings
+
+
+def options_of(algorithm: str) -> list[tuple[str, str, str]]:
+    """(option, setting, help) of the options that an algorithm's command has: short names of its most used settings."""
+    recipe = config.RECIPES[algorithm]
+    sections = {section.name for section in fields(recipe)}
+    judged = "reward" in sections
+    found = [("--model", "model.path", "Model folder, hub id, or `abacus`.")]
+    if judged and "pairs" not in sections:
+        found.append(("--tasks", "data.tasks", "Built-in task, JSONL/Parquet file, or dataset id."))
+    else:
+        found.append(("--data", "data.tasks", "JSONL/Parquet file, dataset id, or task."))
+    if judged:
+        found.append(
+            ("--reward", "reward.name", "`auto`, a verifier, FILE.py:FUNCTION, model:FOLDER, or judge:FILE.toml.")
+        )
+    if presets := config.PRESETS.get(algorithm):
+        found.append(
+            ("--preset", "algo.preset", f"Settings of a paper or another implementation: {', '.join(presets)}.")
+        )
+    if hasattr(recipe().algo, "policy_loss"):
+        found.append(("--loss", "algo.policy_loss", "Policy loss: a name, or your own as FILE.py:FUNCTION."))
+    return [*found, ("--out", "run.out", "Run folder.")]
 
 
 def find_recipe(name: str) -> Path:
@@ -83,23 +107,31 @@ def read_evaluation(
     return config.resolve_as(config.EvalRecipe, base, overrides)
 
 
-def read_recipe(
-    algorithm: str | None,
-    args: Sequence[str],
-    given: Mapping[str, str | None] | None = None,
-    base: JsonView | None = None,
-) -> tuple[str, Any]:
-    """Algorithm and resolved recipe from a command's arguments; options that were not given change nothing."""
+def read_recipe(algorithm: str | None, args: Sequence[str]) -> tuple[str, Any]:
+    """Algorithm and resolved recipe from a command's arguments, those of `posttrain ALGORITHM`.
+
+    Options such as `--model` stand for settings (`options_of`). Without `algorithm`, the first argument may also name
+    one.
+    """
     words, settings = split_settings(args)
     if len(words) > 1:
         raise ConfigError(f"expected one recipe, got {len(words)}: {' '.join(words)}.")
-    overrides = {**{k: v for k, v in (given or {}).items() if v is not None}, **settings}
-    if not words:
-        assert algorithm is not None
-        return algorithm, config.resolve(algorithm, base or {}, overrides)
-    if words[0] in config.RECIPES and algorithm is None:
-        return words[0], config.resolve(words[0], {}, overrides)
-    found, sections, _ = config.read_toml(find_recipe(words[0]))
-    if algorithm is not None and found != algorithm:
-        raise ConfigError(f"recipe {words[0]!r} is for `posttrain {found}`, not `posttrain {algorithm}`.")
-    return found, config.resolve(found, sections, overrides)
+    sections: JsonView = {}
+    found = algorithm
+    if words and not (words[0] in config.RECIPES and algorithm is None):
+        found, sections, _ = config.read_toml(find_recipe(words[0]))
+        if algorithm not in (None, found):
+            raise ConfigError(f"recipe {words[0]!r} is for `posttrain {found}`, not `posttrain {algorithm}`.")
+    found = found or words[0]
+    return found, config.resolve(found, sections, _full_names(found, settings))
+
+
+def _full_names(algorithm: str, settings: Mapping[str, str]) -> dict[str, str]:
+    """The settings by their full names. Raises ConfigError if an option and its setting have different values."""
+    names = {option.removeprefix("--"): setting for option, setting, _ in options_of(algorithm)}
+    for option, setting in names.items():
+        if {option, setting} <= settings.keys() and settings[option] != settings[setting]:
+            raise ConfigError(
+                f"--{option} {settings[option]} and --{setting} {settings[setting]} contradict each other. Give one."
+            )
+    return {names.get(name, name): value for name, value in settings.items()}

@@ -76,7 +76,8 @@ def show_config(args: tuple[str, ...], explain: bool) -> None:
 def plan(args: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Estimate a run's memory and time before it starts.
 
-    Shows the memory by part, whether the run fits, and which settings to change if not.
+    Takes the arguments of `posttrain ALGORITHM`. Shows the memory by part, whether the run fits, which settings to
+    change if not, and why training would refuse the model or the data.
     """
     from posttrain.cli import tables
 

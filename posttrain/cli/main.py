@@ -11,7 +11,7 @@ import inspect
 import json
 import sys
 import warnings
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from posttrain.cli.arguments import (
     FREE,
     RECIPE_HELP,
     find_recipe,
+    options_of,
     read_evaluation,
     read_recipe,
     sections_of,
@@ -124,29 +125,11 @@ def demo(out: str, steps: int | None, seed: int, as_json: bool) -> None:
 
 def training_command(algorithm: str) -> None:
     """Adds an algorithm's command: its help is the recipe's docstring, its options the most used settings."""
-    recipe = config.RECIPES[algorithm]
-    sections = {section.name for section in fields(recipe)}
-    shown = [("--model", "model.path", "Model folder, hub id, or `abacus`.")]
-    judged = "reward" in sections
-    if judged and "pairs" not in sections:
-        shown.append(("--tasks", "data.tasks", "Built-in task, JSONL/Parquet file, or dataset id."))
-    else:
-        shown.append(("--data", "data.tasks", "JSONL/Parquet file, dataset id, or task."))
-    if judged:
-        shown.append(
-            ("--reward", "reward.name", "`auto`, a verifier, FILE.py:FUNCTION, model:FOLDER, or judge:FILE.toml.")
-        )
-    if presets := config.PRESETS.get(algorithm):
-        shown.append(
-            ("--preset", "algo.preset", f"Settings of a paper or another implementation: {', '.join(presets)}.")
-        )
-    if hasattr(recipe().algo, "policy_loss"):
-        shown.append(("--loss", "algo.policy_loss", "Policy loss: a name, or your own as FILE.py:FUNCTION."))
-    shown.append(("--out", "run.out", "Run folder."))
+    recipe, shown = config.RECIPES[algorithm], options_of(algorithm)
 
     def command(args: tuple[str, ...], as_json: bool, **given: str | None) -> None:
-        named = {setting: given[option.removeprefix("--")] for option, setting, _ in shown}
-        found, resolved = read_recipe(algorithm, args, named)
+        named = [f"--{option}={value}" for option, value in given.items() if value is not None]
+        found, resolved = read_recipe(algorithm, [*named, *args])
         run_training(found, resolved, as_json)
 
     command = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")(command)

@@ -50,5 +50,7 @@ def show_plan(out: Console, found: Plan) -> None:
         if found.steps:
             times.add_row(f"{found.steps} steps", f"{step * found.steps:,.0f}")
         out.print(times)
+    if found.refused:
+        out.print(Text(f"training would refuse this run: {found.refused}", style="red"), soft_wrap=True)
     for text in found.unknown:
         out.print(Text(f"unknown: {text}", style="yellow"), soft_wrap=True)

@@ -46,6 +46,10 @@ def read_toml(path: str | Path) -> tuple[str, Json, Json]:
     return algorithm, raw, expect
 
 
+SHORT = {"loss": "algo.policy_loss"}
+"""Names of settings that are neither `section.key` nor the key, as the commands' options call them."""
+
+
 def resolve(algorithm: str, settings: JsonView, overrides: JsonView | None = None) -> Any:
     """Builds the recipe of `algorithm` from nested settings and then overrides named `section.key` or just `key`."""
     given = _given(RECIPES[algorithm], settings, overrides or {})
@@ -90,7 +94,7 @@ def locate(cls: type, name: str) -> tuple[str, str]:
     name = current_name(name.replace("-", "_"), known)
     if name in known:
         return known[name]
-    hits = [full for full, (_, key) in known.items() if key == name]
+    hits = [full for full, (_, key) in known.items() if key == name] or [f for f in known if f == SHORT.get(name)]
     if len(hits) == 1:
         return known[hits[0]]
     if hits:
@@ -147,6 +151,8 @@ def _build(default: Any, values: JsonView, where: str) -> Any:
 
 def coerce(value: Any, hint: Any, name: str) -> Any:
     """Converts a TOML value or command-line text to the field's type. Raises ConfigError saying what was expected."""
+    if callable(value):
+        raise _no_function(value, name)
     origin = typing.get_origin(hint)
     extras = getattr(hint, "__metadata__", ())
     if allowed := choices(hint):
@@ -179,6 +185,16 @@ def coerce(value: Any, hint: Any, name: str) -> Any:
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise ConfigError(f"{name}={value!r} is {type(value).__name__}, expected {hint.__name__}.")
     return value
+
+
+def _no_function(value: Any, name: str) -> ConfigError:
+    """The error for a Python object where a setting is text, with the way to give it."""
+    own = getattr(value, "__name__", type(value).__name__)
+    way = "Pass it as reward=…" if name == "reward.name" else f"Write it in a file and give its name, 'FILE.py:{own}'"
+    return ConfigError(
+        f"{name} is the Python object {own!r}, but settings are text and numbers, which a resumed run reads again. "
+        f"{way}."
+    )
 
 
 def _coerce_list(value: Any, hint: Any, name: str) -> tuple[Any, ...]:

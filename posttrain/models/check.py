@@ -290,4 +290,7 @@ def first_line(error: Exception) -> str:
     """The type and first line of an error, with the second if the first only introduces it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     line = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
-    return f"{type(error).__name__}: {line[:160]}" if line else type(error).__name__
+    if len(line) > 160:
+        sentence = line[:160].rpartition(". ")[0]
+        line = f"{sentence}." if sentence else f"{line[:160]}…"
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__

@@ -29,8 +29,8 @@ def load_policy(cfg: ModelConfig, device: torch.device | str = "cpu") -> Policy:
     """Loads weights and tokenizer, checks that they match and are supported, and attaches LoRA if requested."""
     read = weights.read(cfg)
     model, tokenizer = cast(nn.Module, read.model), read.tokenizer
-    policy = Policy(model.to(device), tokenizer, cfg.path, (), notes=read.notes)
-    policy.stop_ids = _stop_ids(policy)
+    stop_ids, strange = stop_ids_of(lora.unwrap(model), tokenizer, cfg.path)
+    policy = Policy(model.to(device), tokenizer, cfg.path, stop_ids, notes=[*read.notes, *strange])
     check_tokenizer(tokenizer, policy.vocab)
     check_forward(policy)
     if cfg.lora_rank:
@@ -43,7 +43,8 @@ def load_policy(cfg: ModelConfig, device: torch.device | str = "cpu") -> Policy:
             ) from None
         if frozen := lora.not_adapted(policy.model):
             policy.notes.append(
-                f"LoRA leaves {len(frozen)} weight matrices without an adapter; the first is {frozen[0]}."
+                f"LoRA leaves {len(frozen)} of {len(lora.matrices(policy.model))} weight matrices without an adapter; "
+                f"the first is {frozen[0]}."
             )
     if cfg.gradient_checkpointing:
         checkpoint_layers(policy)
@@ -104,25 +105,26 @@ def save_pretrained(policy: Policy, folder: Path) -> None:
     policy.tokenizer.save_pretrained(folder)
 
 
-def _stop_ids(policy: Policy) -> tuple[int, ...]:
-    """The end-of-sequence ids of the generation config, the config and the tokenizer; notes those no token has."""
-    model, tokenizer = lora.unwrap(policy.model), policy.tokenizer
+def stop_ids_of(model: Any, tokenizer: Any, name: str) -> tuple[tuple[int, ...], list[str]]:
+    """The end-of-sequence ids of the generation config, the config and the tokenizer; and notes on ids no token has.
+
+    Raises TemplateError if there are none.
+    """
     given: list[Any] = []
     text = model.config.get_text_config(decoder=True)
     generation = getattr(model.generation_config, "eos_token_id", None)
     for value in (generation, getattr(text, "eos_token_id", None), tokenizer.eos_token_id):
         given.extend(value if isinstance(value, list) else [value] if value is not None else [])
-    ids = [value for value in given if type(value) is int and 0 <= value < policy.vocab]
+    rows = model.get_input_embeddings().weight.shape[0]
+    ids = [value for value in given if type(value) is int and 0 <= value < rows]
     if not ids:
         raise TemplateError(
-            f"model {policy.source!r} has no end-of-sequence token, so no completion could end. Set eos_token in its "
-            "tokenizer."
+            f"model {name!r} has no end-of-sequence token, so no completion could end. Set eos_token in its tokenizer."
         )
-    if strange := [value for value in dict.fromkeys(given) if value not in ids]:
-        policy.notes.append(
-            f"eos_token_id {', '.join(map(repr, strange))} of {policy.source} is not used: the model has no such token."
-        )
-    return tuple(dict.fromkeys(ids))
+    strange = [value for value in dict.fromkeys(given) if value not in ids]
+    shown = ", ".join(map(repr, strange))
+    notes = [f"eos_token_id {shown} of {name} is not used: the model has no such token."] if strange else []
+    return tuple(dict.fromkeys(ids)), notes
 
 
 def check_tokenizer(tokenizer: Any, rows: int) -> None:

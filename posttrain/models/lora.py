@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ REFERENCE = "reference"
 RENAMED = {"gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj"}
 """Last names of layers that PEFT takes for an older transformers' experts in a mixture of experts. Beside experts, such
 a layer is adapted by the name of its weight instead, or it would get no adapter."""
+BIAS = re.compile(r"(^|[._])bias(es)?$")
+"""Names of biases."""
 NOT_CONTINUED = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "layer_replication")
 """Options of an adapter that change more than the low-rank products of its layers."""
 
@@ -63,16 +66,21 @@ def _linear_layers(model: Any) -> list[str]:
 
 
 def not_adapted(model: Any) -> list[str]:
-    """Names of the weights of two or more dimensions that have no adapter, other than embeddings and output layer."""
+    """Names of the weight matrices that have no adapter: those of `matrices` that LoRA could have adapted."""
+    adapted = _adapted(unwrap(model))
+    return [name for name in matrices(model) if name not in adapted]
+
+
+def matrices(model: Any) -> list[str]:
+    """Names, without adapters, of the weights of two or more dimensions but embeddings, output layer and biases.
+
+    The biases of experts that are stored as one parameter (GPT-OSS) are two-dimensional: one row per expert.
+    """
     inner = unwrap(model)
     embeddings = [m for m in inner.modules() if isinstance(m, nn.Embedding)]
     apart = {id(p) for module in [*embeddings, inner.get_output_embeddings()] for p in module.parameters()}
-    adapted = _adapted(inner)
-    return [
-        plain
-        for name, p in inner.named_parameters()
-        if p.dim() >= 2 and id(p) not in apart and not _of_adapter(name) and (plain := _plain(name)) not in adapted
-    ]
+    named = {_plain(name): p for name, p in inner.named_parameters() if not _of_adapter(name)}
+    return [name for name, p in named.items() if p.dim() >= 2 and id(p) not in apart and not BIAS.search(name)]
 
 
 def continued(model: PeftModel) -> PeftModel:

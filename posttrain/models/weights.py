@@ -24,20 +24,22 @@ from safetensors import safe_open
 from posttrain import config
 from posttrain.config import ModelConfig, Recipe
 from posttrain.models import lora
+from posttrain.models.adapters import ADAPTER, base_name, is_adapter, read_adapter, read_json
 from posttrain.models.check import first_line
 from posttrain.store import checkpoint
 from posttrain.store.checkpoint import Checkpoint
 from posttrain.store.listing import run_of
 from posttrain.store.run import Run
-from posttrain.types import ConfigError, Json, JsonView, ResumeError
+from posttrain.types import ConfigError, JsonView, ResumeError
 
 ABACUS = Path(__file__).parent / "abacus"
-ADAPTER = "adapter_config.json"
 SINGLE, SHARDED = "model.safetensors", "model.safetensors.index.json"
 OTHER_PARTS = re.compile(
     r"(^|\.)(vision\w*|visual|image\w*|audio\w*|speech\w*|video\w*|multi_modal\w*|mm_projector|mtp)\."
 )
 """Names of tensors that a language model in a larger checkpoint does not need: other modalities, extra heads."""
+SHOWN = 3
+"""Models that an error names."""
 _loading = threading.Lock()  # transformers changes process-wide settings while it builds a model
 
 
@@ -58,30 +60,37 @@ def resolve_path(path: str) -> str:
 def read(cfg: ModelConfig) -> Weights:
     """Loads the model of `cfg.path` in `cfg.dtype`, without new adapters. Raises ConfigError for anything else."""
     place = Path(resolve_path(cfg.path))
-    if (place / ADAPTER).is_file():
+    if is_adapter(place):
         return _with_adapter(cfg, place)
+    _require_no_continuing(cfg)
+    return _whole(cfg, str(place)) if (run := run_of(place)) is None else _of_run(cfg, run, place)
+
+
+def built_on(cfg: ModelConfig) -> ModelConfig | None:
+    """The model that `cfg.path` is built on: the base of an adapter, or the model of a run; None for a folder or hub
+    id. Raises ConfigError or ResumeError for what can be refused without loading weights."""
+    place = Path(resolve_path(cfg.path))
+    if is_adapter(place):
+        return _base_of_adapter(cfg, place)
+    _require_no_continuing(cfg)
+    return None if (run := run_of(place)) is None else _start_of_run(cfg, run, place)[1]
+
+
+def _require_no_continuing(cfg: ModelConfig) -> None:
     if cfg.continue_adapter:
         raise ConfigError(
             f"model.continue_adapter is set, but {cfg.path!r} is not a PEFT adapter: it has no {ADAPTER}."
         )
-    if (run := run_of(place)) is not None:
-        return _of_run(cfg, run, place)
-    return _whole(cfg, str(place))
 
 
 def base_of(path: str) -> str:
     """The folder or hub id that has the config.json of the model that `path` names; for a plain model, `path`."""
     place = Path(resolve_path(path))
-    if (place / ADAPTER).is_file():
-        return base_of(_base_name(place, _read_json(place / ADAPTER)))
+    if is_adapter(place):
+        return base_of(base_name(place, read_adapter(place)))
     if (run := run_of(place)) is not None:
         return str(run / "model") if (run / "model").is_dir() else base_of(recipe_of(run).model.path)
     return str(place) if path == "abacus" else path
-
-
-def adapter_rank(path: str) -> int:
-    """The rank of the PEFT adapter in a folder."""
-    return int(_read_json(Path(path) / ADAPTER).get("r") or 0)
 
 
 def content_files(path: str) -> list[Path]:
@@ -95,19 +104,21 @@ def content_files(path: str) -> list[Path]:
             return content_files(str(run / "model"))
         return [*content_files(recipe_of(run).model.path), saved.path / "MANIFEST.json"]
     own = sorted([*place.glob("*.safetensors"), *place.glob("tokenizer*.json")])
-    if (place / ADAPTER).is_file():
-        return [*content_files(_base_name(place, _read_json(place / ADAPTER))), place / ADAPTER, *own]
+    if is_adapter(place):
+        return [*content_files(base_name(place, read_adapter(place))), place / ADAPTER, *own]
     return own
 
 
 def chosen(run: Path, place: Path) -> Checkpoint | None:
     """The checkpoint that stands for a run: the folder `place` if it is one of the run's, else the best if the run kept
     one (`run.keep_best`) and has finished, else the newest; None if there is none."""
-    if place != run and not place.is_dir():
-        steps = ", ".join(str(step) for step, _ in checkpoint.folders(run)) or "none"
-        raise ResumeError(f"{place} does not exist; {run} has checkpoints of the steps {steps}.")
     if place != run:
-        return Checkpoint(int(place.name.removeprefix("step_").removesuffix(".old")), place)
+        found = [(step, path) for step, path in checkpoint.folders(run) if path.name == place.name]
+        if found:
+            return Checkpoint(found[0][0], place)
+        steps = ", ".join(str(step) for step, _ in checkpoint.folders(run)) or "none"
+        what = "is not a checkpoint" if place.is_dir() else "does not exist"
+        raise ResumeError(f"{place} {what}; {run} has checkpoints of the steps {steps}.")
     with Run.read(run) as store:
         best = (store.summary() or {}).get("best")
     found = [path for step, path in checkpoint.folders(run) if best and step == best["step"]]
@@ -121,9 +132,9 @@ def load_checkpoint(saved: Checkpoint) -> dict[str, torch.Tensor]:
 
 def _whole(cfg: ModelConfig, source: str) -> Weights:
     """Loads a model folder or hub id and checks that all of it was loaded."""
-    _require_safetensors(source, cfg.path)
+    require_safetensors(source, cfg.path)
     if (settings := Path(source) / "generation_config.json").is_file():
-        _read_json(settings)  # transformers would leave out one that is damaged, and with it the stop tokens
+        read_json(settings)  # transformers would leave out one that is damaged, and with it the stop tokens
     transformers.utils.logging.disable_progress_bar()
     dtype = torch.float32 if cfg.dtype == "float32" else torch.bfloat16
     try:
@@ -137,7 +148,7 @@ def _whole(cfg: ModelConfig, source: str) -> Weights:
                 trust_remote_code=False,  # left out, transformers asks on a terminal
             )
     except Exception as error:  # a damaged or foreign folder may raise anything
-        raise _cannot_load(cfg.path, error) from None
+        raise cannot_load(cfg.path, error) from None
     notes = [*check_loaded(model, info, cfg.path), *check_files(model, Path(source))]
     return Weights(model, load_tokenizer(source, cfg.path), notes)
 
@@ -197,7 +208,7 @@ def check_files(model: Any, folder: Path) -> list[str]:
     index = folder / SHARDED
     read = [folder / SINGLE]
     if not read[0].is_file():
-        read = [folder / name for name in sorted(set(_read_json(index)["weight_map"].values()))]
+        read = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
     names = {name for name, _ in model.named_parameters()}
     for file in read if getattr(model.config, "quantization_config", None) is None else []:
         with safe_open(file, "pt") as stored:
@@ -214,50 +225,68 @@ def check_files(model: Any, folder: Path) -> list[str]:
     return [f"{len(unread)} safetensors files of {folder} are not read; the first is {unread[0]}."]
 
 
-def _with_adapter(cfg: ModelConfig, folder: Path) -> Weights:
-    """Loads the base model of a PEFT adapter and the adapter, merged unless `continue_adapter`."""
-    about = _read_json(folder / ADAPTER)
-    base_name = _base_name(folder, about)
+def _base_of_adapter(cfg: ModelConfig, folder: Path) -> ModelConfig:
+    about = read_adapter(folder)
+    base = base_name(folder, about)
     if not (folder / "adapter_model.safetensors").is_file():
         raise ConfigError(f"adapter {cfg.path!r} has no adapter_model.safetensors. Save it again with a current PEFT.")
     if cfg.continue_adapter:
         lora.check_continuable(about, cfg.path)
+    return replace(cfg, path=base, continue_adapter=False)
+
+
+def no_base(cfg: ModelConfig, error: ConfigError) -> ConfigError:
+    """The error for a model whose base model is refused."""
+    return ConfigError(f"the base model of adapter {cfg.path!r} cannot be loaded: {error}")
+
+
+def _with_adapter(cfg: ModelConfig, folder: Path) -> Weights:
+    """Loads the base model of a PEFT adapter and the adapter, merged unless `continue_adapter`."""
+    on = _base_of_adapter(cfg, folder)
     try:
-        base = read(replace(cfg, path=base_name, continue_adapter=False))
+        base = read(on)
     except ConfigError as error:
-        raise ConfigError(f"the base model of adapter {cfg.path!r} cannot be loaded: {error}") from None
+        raise no_base(cfg, error) from None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of keys, which are checked below, and of PEFT's own deprecations
             model = PeftModel.from_pretrained(base.model, str(folder), is_trainable=cfg.continue_adapter)
             result = model.load_adapter(str(folder), "default", is_trainable=cfg.continue_adapter)
     except Exception as error:
-        raise _cannot_load(cfg.path, error) from None
+        raise cannot_load(cfg.path, error, "adapter") from None
     tokenizer = load_tokenizer(str(folder), cfg.path) if (folder / "tokenizer.json").is_file() else base.tokenizer
     for keys, what in ((result.missing_keys, "have no tensor in it"), (result.unexpected_keys, "have no place in it")):
         if keys:
             raise ConfigError(
-                f"adapter {cfg.path!r} does not fit its base model {base_name!r}: {len(keys)} adapter weights {what} "
+                f"adapter {cfg.path!r} does not fit its base model {on.path!r}: {len(keys)} adapter weights {what} "
                 f"(the first is {sorted(keys)[0]!r})."
             )
     if cfg.continue_adapter:
         return Weights(lora.continued(model), tokenizer, base.notes)
     if not hasattr(model.base_model, "merge_and_unload"):
         raise ConfigError(
-            f"adapter {cfg.path!r} is of type {about.get('peft_type')}, which cannot be merged. Use LoRA."
+            f"adapter {cfg.path!r} is of type {read_adapter(folder)['peft_type']}, which cannot be merged. Use LoRA."
         )
-    note = f"{cfg.path} is a PEFT adapter; it was merged into its base model {base_name}."
+    note = f"{cfg.path} is a PEFT adapter; it was merged into its base model {on.path}."
     return Weights(_merged(model), tokenizer, [*base.notes, note])
+
+
+def _start_of_run(cfg: ModelConfig, run: Path, place: Path) -> tuple[Checkpoint | None, ModelConfig]:
+    """The checkpoint that `place` names, and the model that it belongs to; without one, the run's export."""
+    saved, recipe = chosen(run, place), recipe_of(run)
+    if saved is not None:
+        return saved, replace(recipe.model, dtype=cfg.dtype)
+    if not (run / "model").is_dir():
+        raise ResumeError(f"{run} has no checkpoint yet; resume it, or use its base model {recipe.model.path!r}.")
+    return None, replace(cfg, path=str(run / "model"))
 
 
 def _of_run(cfg: ModelConfig, run: Path, place: Path) -> Weights:
     """Loads the model of a run's checkpoint, with its adapters merged."""
-    saved, recipe = chosen(run, place), recipe_of(run)
+    saved, on = _start_of_run(cfg, run, place)
+    recipe, base = recipe_of(run), read(on)
     if saved is None:
-        if not (run / "model").is_dir():
-            raise ResumeError(f"{run} has no checkpoint yet; resume it, or use its base model {recipe.model.path!r}.")
-        return read(replace(cfg, path=str(run / "model")))
-    base = read(replace(recipe.model, dtype=cfg.dtype))
+        return base
     model = base.model
     if recipe.model.lora_rank:
         model = lora.attach(model, recipe.model.lora_rank, recipe.model.lora_alpha)
@@ -288,51 +317,49 @@ def recipe_of(run: Path) -> Recipe:
         return config.stored(store.header["algorithm"], store.header["recipe"])
 
 
-def _base_name(folder: Path, about: Json) -> str:
-    """The base model of an adapter: a hub id or folder, also relative to the adapter's folder."""
-    name = about.get("base_model_name_or_path")
-    if not isinstance(name, str) or not name:
-        raise ConfigError(
-            f"{folder / ADAPTER} names no base model. Set base_model_name_or_path to its folder or hub id."
-        )
-    beside = folder / name
-    base = str(beside) if not Path(name).exists() and beside.is_dir() else name
-    if Path(base).resolve() == folder.resolve():
-        raise ConfigError(f"{folder / ADAPTER} names itself as its base model. Set base_model_name_or_path.")
-    return base
-
-
-def _read_json(file: Path) -> Json:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file} cannot be read: {error}") from None
-    if not isinstance(found, dict):
-        raise ConfigError(f"{file} holds a {type(found).__name__}, expected an object.")
-    return found
-
-
-def _cannot_load(name: str, error: Exception) -> ConfigError:
+def cannot_load(name: str, error: Exception, kind: str = "model") -> ConfigError:
+    """The error for a model or adapter that transformers or PEFT cannot load."""
     if isinstance(error, ConfigError):
         return error
     place = Path(name)
     for file in sorted(place.glob("*.safetensors")):
-        if damage := _damage(file):
-            return ConfigError(f"{file} is damaged or cut short ({damage}). Download or copy it again.")
+        require_whole(file)
+    kind_of, custom = _unknown_type(place)
+    if custom:
+        return ConfigError(
+            f"{kind} {name!r} cannot be loaded: its model_type={kind_of!r} is custom code (auto_map), which posttrain "
+            "does not run. Use a model whose type transformers knows."
+        )
+    if kind_of:
+        return ConfigError(
+            f"{kind} {name!r} cannot be loaded: its config.json has model_type={kind_of!r}, which transformers "
+            f"{transformers.__version__} does not know. Use a version of transformers that does, or another model."
+        )
     where = "" if place.exists() else "there is no such folder, and for the hub id "
-    return ConfigError(f"model {name!r} cannot be loaded: {where}{first_line(error)}")
+    return ConfigError(f"{kind} {name!r} cannot be loaded: {where}{first_line(error)}")
 
 
-def _damage(file: Path) -> str:
-    """What makes a safetensors file unreadable; empty if nothing does."""
+def _unknown_type(folder: Path) -> tuple[str, bool]:
+    """A folder's model type if transformers does not know it, else empty; and whether it is code in the folder."""
+    try:
+        about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        kind = str(about.get("model_type") or "")
+    except (OSError, ValueError, AttributeError):  # another fault, which the caller's error names
+        return "", False
+    return ("", False) if kind in transformers.CONFIG_MAPPING else (kind, bool(about.get("auto_map")))
+
+
+def require_whole(file: Path) -> None:
+    """Raises ConfigError if the header of a safetensors file does not fit its size."""
     try:
         with safe_open(file, "pt"):
-            return ""
+            return
     except Exception as error:  # of safetensors, or of the file system
-        return first_line(error)
+        raise ConfigError(f"{file} is damaged or cut short ({first_line(error)}). Download or copy it again.") from None
 
 
-def _require_safetensors(source: str, name: str) -> None:
+def require_safetensors(source: str, name: str) -> None:
+    """Raises ConfigError if a path is neither a folder with safetensors files nor a hub id."""
     folder = Path(source)
     if not folder.exists():
         if os.sep in name and (name.startswith((".", "/", "~")) or name.count("/") != 1):
@@ -340,7 +367,22 @@ def _require_safetensors(source: str, name: str) -> None:
         return  # a hub id: from_pretrained(use_safetensors=True) rejects other formats
     if not folder.is_dir():
         raise ConfigError(f"model {name!r} is a file. Give the folder that holds config.json and model.safetensors.")
-    if not list(folder.glob("*.safetensors")):
-        pickles = [p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern)]
-        found = f" (only {pickles[0]}, a pickle file that could run code)" if pickles else ""
-        raise ConfigError(f"model folder {name!r} has no *.safetensors file{found}. Convert the weights first.")
+    if list(folder.glob("*.safetensors")):
+        return
+    if inside := models_in(folder):
+        more = f" ({len(inside) - SHOWN} more)" if len(inside) > SHOWN else ""
+        kind = "the checkpoints of a run" if folder.name == "ckpt" else "models"
+        raise ConfigError(
+            f"model folder {name!r} is not a model, but holds {kind}: give {' or '.join(inside[:SHOWN])}{more}."
+        )
+    pickles = [p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern)]
+    found = f" (only {pickles[0]}, a pickle file that could run code)" if pickles else ""
+    raise ConfigError(f"model folder {name!r} has no *.safetensors file{found}. Convert the weights first.")
+
+
+def models_in(folder: Path) -> list[str]:
+    """The runs, checkpoints and model folders directly in a folder, checkpoints from the newest."""
+    if folder.name == "ckpt":
+        return [str(path) for _, path in checkpoint.folders(folder.parent)]
+    inside = sorted(path for path in folder.iterdir() if path.is_dir())
+    return [str(p) for p in inside if run_of(p) or is_adapter(p) or any(p.glob("*.safetensors"))]

@@ -130,16 +130,43 @@ LAWS: dict[str, Law] = {
 TRAITS: dict[str, Law] = {"is REINFORCE on-policy": _on_policy}
 
 
-def broken(loss: PolicyLoss, laws: dict[str, Law]) -> list[str]:
-    """`law: how it is broken` for each law that a loss does not obey on random rows."""
-    found: list[str] = []
+@dataclass
+class Fault:
+    """How a loss breaks laws: one result or exception, and the names of the laws that it breaks."""
+
+    laws: list[str]
+    how: str
+
+    def __str__(self) -> str:
+        return f"{', '.join(self.laws)}: {self.how}"
+
+
+def broken(loss: PolicyLoss, laws: dict[str, Law]) -> list[Fault]:
+    """The faults of a loss on random rows.
+
+    An exception is one fault, however many laws it breaks. Two are the same if they have one type and come from one
+    line, whatever values their texts name.
+    """
+    faults: dict[object, Fault] = {}
     for name, law in laws.items():
         for seed in SEEDS:
             try:
                 says = law(loss, ragged(seed))
+                key: object = name
             except (Exception, SystemExit) as error:  # a user's function may raise anything
-                says = f"it raises {type(error).__name__}: {error}"
+                text = " ".join(str(error).split("\n")[:1])
+                says = f"it raises {type(error).__name__}{f': {text}' if text else ''}"
+                key = (type(error), _where(error, text))
             if says:
-                found.append(f"{name}: {says}")
+                faults.setdefault(key, Fault([], says)).laws.append(name)
                 break
-    return found
+    return list(faults.values())
+
+
+def _where(error: BaseException, text: str) -> object:
+    """The place that raised an exception: the innermost file and line, or its text if that is in this module."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    file = trace.tb_frame.f_code.co_filename if trace is not None else __file__
+    return text if file == __file__ or trace is None else (file, trace.tb_lineno)

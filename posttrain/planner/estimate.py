@@ -15,7 +15,6 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
-from transformers import AutoTokenizer
 
 from posttrain import config
 from posttrain.config import PairRecipe, Recipe
@@ -24,10 +23,12 @@ from posttrain.data.conversation_rows import RowSettings, training_rows
 from posttrain.data.conversations import load_conversations
 from posttrain.data.pairs import pair_rows
 from posttrain.data.tasks.load import load_tasks
+from posttrain.models.adapters import adapter_rank
 from posttrain.models.kernels.build import library
 from posttrain.models.load import Policy
+from posttrain.models.preflight import refusal
 from posttrain.models.shapes import ModelShape, shape_of
-from posttrain.models.weights import adapter_rank, base_of
+from posttrain.models.weights import base_of, load_tokenizer
 from posttrain.planner.memory import BASELINE, TILE, Memory, Rows, Where, plan_memory, rollout_of, samples
 from posttrain.planner.speed import step_seconds
 from posttrain.rollout.sample_pairs import load_pairs
@@ -48,7 +49,11 @@ class Change:
 
 @dataclass(frozen=True)
 class Plan:
-    """Estimated memory and time of a run. `seconds` has the parts of one step; empty if speeds were not measured."""
+    """Estimated memory and time of a run.
+
+    `seconds` has the parts of one step; empty if speeds were not measured. `refused` says why training would refuse the
+    model or the data; empty if nothing speaks against them.
+    """
 
     algorithm: str
     shape: ModelShape
@@ -59,6 +64,7 @@ class Plan:
     seconds: dict[str, float]
     steps: int
     unknown: list[str]
+    refused: str = ""
 
     @property
     def fits(self) -> bool:
@@ -83,6 +89,7 @@ class Plan:
             "seconds_run": step * self.steps if step is not None and self.steps else None,
             "steps": self.steps,
             "unknown": self.unknown,
+            "refused": self.refused,
         }
 
 
@@ -109,13 +116,18 @@ def plan(
     if isinstance(recipe, str | Path):
         algorithm, sections, _ = config.read_toml(recipe)
         recipe = cast(Recipe, config.resolve(algorithm, sections))
-    recipe = _with_rank(recipe)
-    shape = shape_of(base_of(recipe.model.path))
+    refused = refusal(recipe.model)
+    try:
+        recipe = _with_rank(recipe)
+        shape = shape_of(base_of(recipe.model.path))
+    except PosttrainError as error:
+        raise (ConfigError(refused) if refused else error) from None
     cuda = device.startswith("cuda") or gpus > 1 or (device == "auto" and torch.cuda.is_available())
     unknown: list[str] = []
     if rows is None:
-        rows, note = measured_rows(recipe)
+        rows, note, fault = measured_rows(recipe)
         unknown += [note] if note else []
+        refused = refused or fault
     where = Where(gpus, cuda, library() is not None, resident() if not cuda else 1 << 30)
     found = plan_memory(recipe, shape, rows, where)
     limit = machine_memory(cuda) if memory is None else round(memory * 2**30)
@@ -126,7 +138,8 @@ def plan(
     elif probe:
         seconds = step_seconds(recipe, shape, rows, "cuda" if cuda else "cpu")
     unknown += not_known(recipe, where)
-    return Plan(config.algorithm_of(recipe), shape, rows, found, limit, changes, seconds, recipe.train.steps, unknown)
+    algorithm = config.algorithm_of(recipe)
+    return Plan(algorithm, shape, rows, found, limit, changes, seconds, recipe.train.steps, unknown, refused)
 
 
 def warning(recipe: Recipe) -> str:
@@ -194,34 +207,39 @@ def longest_rows(recipe: Recipe) -> Rows:
     return Rows(prompt, most - prompt)
 
 
-def measured_rows(recipe: Recipe) -> tuple[Rows, str]:
-    """Row lengths of the data if it and the tokenizer are local; else the maximum lengths and a note."""
+def measured_rows(recipe: Recipe) -> tuple[Rows, str, str]:
+    """Row lengths of the data if it and the tokenizer are local; else the maximum lengths and a note.
+
+    The last value says why training would refuse the data or the chat template; empty if it would not.
+    """
     worst = longest_rows(recipe)
+    assumed = f"Assumes rows of the maximum length, {worst.longest} tokens"
     try:
         if not Path(base_of(recipe.model.path)).is_dir():
-            raise OSError("the tokenizer is not on this machine")
-        tokenizer = AutoTokenizer.from_pretrained(base_of(recipe.model.path))
-        chat = ChatFormat(tokenizer, recipe.data.format, recipe.data.template_kwargs)
-        facts = recipe.facts()
-        if facts.samples == "every step":
-            sets = load_tasks(recipe.data, recipe.run.seed, None, needs_answer=False)
-            lengths = [len(chat.prompt_tokens(task.messages)) for task in sets.train]
-            lengths = [n for n in lengths if n <= recipe.data.max_prompt_tokens] or [worst.prompt]
-            rows = Rows(max(lengths), worst.answer, sum(lengths) / len(lengths), worst.answer)
-            text = f"Assumes completions of {worst.answer} tokens (rollout.max_tokens); shorter ones need less."
-            return rows, text
-        if facts.data == "conversations" and isinstance(recipe.algo, RowSettings):
-            found = load_conversations(recipe.data, recipe.run.seed)
-            made = [row for s in found.sources for row in training_rows(s, chat, recipe.algo, [])]
-        elif facts.data == "pairs" and facts.samples == "never" and isinstance(recipe, PairRecipe):
-            policy = cast(Policy, SimpleNamespace(tokenizer=tokenizer))
-            sets = load_pairs(Setup(recipe, policy, chat, Path("nowhere")))
-            made = pair_rows(sets.train, chat, recipe.pairs.max_tokens)[0]
-        else:
-            raise OSError("the run generates its own training data")
-    except (PosttrainError, OSError, ValueError) as error:
-        return worst, f"Assumes rows of the maximum length, {worst.longest} tokens ({str(error).rstrip('.')})."
-    return rows_of(made), ""
+            return worst, f"{assumed} (the tokenizer is not on this machine).", ""
+        tokenizer = load_tokenizer(base_of(recipe.model.path), recipe.model.path)
+        return *_rows_of_data(recipe, tokenizer, worst), ""
+    except PosttrainError as error:
+        return worst, f"{assumed}, as the data cannot be read.", str(error)
+
+
+def _rows_of_data(recipe: Recipe, tokenizer: Any, worst: Rows) -> tuple[Rows, str]:
+    """Row lengths of the data, and a note on what is assumed."""
+    chat, facts = ChatFormat(tokenizer, recipe.data.format, recipe.data.template_kwargs), recipe.facts()
+    if facts.samples == "every step":
+        sets = load_tasks(recipe.data, recipe.run.seed, None, needs_answer=False)
+        lengths = [len(chat.prompt_tokens(task.messages)) for task in sets.train]
+        lengths = [n for n in lengths if n <= recipe.data.max_prompt_tokens] or [worst.prompt]
+        rows = Rows(max(lengths), worst.answer, sum(lengths) / len(lengths), worst.answer)
+        return rows, f"Assumes completions of {worst.answer} tokens (rollout.max_tokens); shorter ones need less."
+    if facts.data == "conversations" and isinstance(recipe.algo, RowSettings):
+        found = load_conversations(recipe.data, recipe.run.seed)
+        return rows_of([row for s in found.sources for row in training_rows(s, chat, recipe.algo, [])]), ""
+    if facts.data == "pairs" and facts.samples == "never" and isinstance(recipe, PairRecipe):
+        policy = cast(Policy, SimpleNamespace(tokenizer=tokenizer))
+        sets = load_pairs(Setup(recipe, policy, chat, Path("nowhere")))
+        return rows_of(pair_rows(sets.train, chat, recipe.pairs.max_tokens)[0]), ""
+    return worst, f"Assumes rows of the maximum length, {worst.longest} tokens (the run generates its training data)."
 
 
 def rows_of(samples: Sequence[Sample]) -> Rows:

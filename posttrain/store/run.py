@@ -326,7 +326,9 @@ def _header(folder: Path) -> Json:
     try:
         header = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise ResumeError(f"{folder} holds no run: it has no run.json.") from None
+        run = next((above for above in folder.parents[:2] if (above / "run.json").is_file()), None)
+        hint = f" It belongs to the run {run}: give that." if run else ""
+        raise ResumeError(f"{folder} holds no run: it has no run.json.{hint}") from None
     except ValueError as error:
         raise ResumeError(f"run {folder} is damaged: run.json is not JSON ({error}). Restore it from a copy.") from None
     if not isinstance(header, dict):
