@@ -72,6 +72,7 @@ BAD: dict[str, tuple[Callable[..., Any], str]] = {
     "no number": (lambda completions: ["x"] * 4, r"returned 'x' \(str\) for task 't:1', expected one finite number"),
     "not finite": (lambda completions: [float("nan")] * 4, r"returned nan for task 't:1', expected one finite number"),
     "raises": (lambda completions: 1 / 0, r"raised ZeroDivisionError for task 't:1'"),
+    "unknown, and first": (lambda nothing, completions: 1, r"has the argument 'nothing', which task 't:1' does not"),
     "unknown": (lambda completions, nothing: 1, r"has the argument 'nothing', which task 't:1' does not provide"),
 }
 
@@ -85,6 +86,12 @@ def test_what_a_group_reward_cannot_score_leaves_its_own_group_unscored(name: st
     assert len(found) == 4
     for verdict, error in found:
         assert verdict is None and re.search(says, error or ""), error
+
+
+@pytest.mark.parametrize("reward", [lambda completion, completions: 1, lambda group, text: 1])
+def test_one_completion_and_those_of_its_group_cannot_both_be_asked_for(reward: Any) -> None:
+    with pytest.raises(ConfigError, match="one completion, and for all of a group. Keep one of the two"):
+        reward_from(reward)
 
 
 def test_a_column_of_the_tasks_that_has_the_groups_name_is_refused() -> None:

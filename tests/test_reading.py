@@ -25,7 +25,7 @@ from posttrain.data.mixing import Mixture, task_order
 from posttrain.data.pairs import read_compared, stored_rows
 from posttrain.data.preferences import row_to_preference
 from posttrain.data.reading import evaluation_settings, read_source, unread_columns
-from posttrain.data.sources import Row, row_to_conversation
+from posttrain.data.sources import Row, row_to_conversation, row_to_task
 from posttrain.data.tasks.load import TaskSets, chosen, load_evaluation, load_tasks
 from posttrain.models.weights import ABACUS
 from posttrain.rollout.tasks import judged_tasks
@@ -283,7 +283,7 @@ def test_columns_and_message_fields_that_nothing_reads_are_named(tmp_path: Path)
 
     rows: list[dict[str, Any]] = [{"id": i, "prompt": "p", "messages": messages(i)} for i in range(4)]
     found = unread_columns([Row("", row) for row in rows], row_to_conversation)
-    assert found == ["id", "prompt", "messages.mood"]
+    assert found == {"id": 4, "prompt": 4, "messages.mood": 4}
     bad = [Row("", {"id": 1, "text": [5], "odd": 1})] * 5
     assert unread_columns([*bad, *(Row("", row) for row in rows)], row_to_conversation) == found
     notes = load_conversations(DataConfig(tasks=write(tmp_path / "a.jsonl", rows), holdout=0), 0).notes
@@ -293,6 +293,46 @@ def test_columns_and_message_fields_that_nothing_reads_are_named(tmp_path: Path)
     )
     sets = load_tasks(DataConfig(tasks=write(tmp_path / "b.jsonl", sums(4, passage="Once."))), 0)
     assert any("the model does not see column 'passage' (4 rows); rewards can." in note for note in sets.notes)
+
+
+UNREAD: dict[str, tuple[list[dict[str, Any]], Any, dict[str, int]]] = {
+    "a column that other rows read": (
+        [{"question": f"q{i}", "answer": "a"} for i in range(5)] + [{"question": "q", "prompt": "p", "answer": "a"}],
+        lambda row: row_to_task(row, "e").messages,
+        {"question": 1},
+    ),
+    "values that are the default": (
+        [{"prompt": "p", "chosen": "a", "rejected": "b", "label": 1, "tie": False, "margin": 0, "rank": 1}] * 4,
+        row_to_preference,
+        {"rank": 4},
+    ),
+    "a score beside the margin that replaces it": (
+        [{"prompt": "p", "chosen": "a", "rejected": "b", "margin": 1, "score_chosen": 2, "score_rejected": 1}] * 4,
+        row_to_preference,
+        {"score_chosen": 4, "score_rejected": 4},
+    ),
+    "a weight of 1": (
+        [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 1}]}] * 4,
+        row_to_conversation,
+        {},
+    ),
+    "a system message that the messages have too": (
+        [{"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "q"}], "system": "S"}] * 2,
+        lambda row: row_to_task(row, "e", needs_answer=False).messages,
+        {},
+    ),
+    "a column whose name has a dot": (
+        [{"prompt": "p", "completion": "c", "meta": 1, "meta.id": 2}] * 2,
+        row_to_conversation,
+        {"meta": 2, "meta.id": 2},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_what_is_read_depends_on_the_row_and_not_on_a_value_that_is_the_default(name: str) -> None:
+    rows, parse, unread = UNREAD[name]
+    assert unread_columns([Row("", row) for row in rows], parse) == unread
 
 
 # --- long prompts -----------------------------------------------------------------------------------------------------

@@ -74,6 +74,7 @@ MALFORMED: list[tuple[str, bytes, str, str]] = [
     ("a.jsonl", GOOD + b'{"a": "\xed\xa0\x80"}', ":2", "not UTF-8"),
     ("a.jsonl", b"\xef\xbb\xbf" + b'{"a": "\xff"}', ":1", "byte 0xff at offset 10 of the file"),
     ("a.jsonl", '{"a": "x"}'.encode("utf-16"), ":1", "the file is UTF-16"),
+    ("a.jsonl", '{"a": "x"}'.encode("utf-32"), ":1", "the file is UTF-32"),
     ("a.jsonl", gzip.compress(GOOD, mtime=0), ":1", "the file is gzip data"),
     ("a.jsonl.gz", GOOD, ":1", "gzip data is damaged"),
     ("a.jsonl.gz", gzip.compress(GOOD * 99, mtime=0)[:-12], "", "gzip data is damaged"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
@@ -23,7 +24,7 @@ from posttrain.data.files import Row
 from posttrain.data.mixing import parts_of
 from posttrain.data.pairs import judgement_rows, kind_of, pair_rows, read_compared, stored_rows
 from posttrain.data.preferences import judgements_of, row_to_judgement, row_to_preference
-from posttrain.data.reading import read_source, unread_columns
+from posttrain.data.reading import EMPTY, read_source, unread_columns
 from posttrain.data.sources import row_to_conversation, row_to_task
 from posttrain.data.tasks.load import is_generated, seen_of
 from posttrain.models.weights import base_of, load_tokenizer
@@ -68,8 +69,8 @@ class Checked:
     median: float
     longest: int
     duplicates: int
-    columns: list[str]
-    unread: list[str]
+    columns: list[str]  # read in some row
+    unread: list[str]  # filled in some row and not read there
     notes: list[str]
     examples: list[list[Span]]
 
@@ -102,6 +103,8 @@ def check(file: str, model: str, algorithm: str, settings: Mapping[str, str], sh
     if not built.train:
         raise DataError(f"{file}: no row is left to train on.")
     lengths = [len(sample.tokens) for sample in built.train]
+    unread = unread_columns(rows, lambda row: parse(row, recipe.data))
+    filled = Counter(name for row in rows for name, value in row.values.items() if value not in EMPTY)
     return Checked(
         file=file,
         algorithm=algorithm,
@@ -113,8 +116,8 @@ def check(file: str, model: str, algorithm: str, settings: Mapping[str, str], sh
         median=median(lengths),
         longest=max(lengths),
         duplicates=len(lengths) - len({(s.tokens.tobytes(), s.loss_mask.tobytes()) for s in built.train}),
-        columns=list(dict.fromkeys(name for row in rows for name in row.values)),
-        unread=unread_columns(rows, lambda row: parse(row, recipe.data)),
+        columns=[name for name, count in filled.items() if unread.get(name, 0) < count],
+        unread=list(unread),
         notes=list(dict.fromkeys([*read, *built.notes])),
         examples=[_spans(built.train[i], tokenizer) for i in _spread(len(lengths), shown)],
     )
@@ -139,8 +142,7 @@ def show(out: Console, found: Checked, ids: bool) -> None:
     )
     if found.duplicates:
         out.print(f"{found.duplicates} rows repeat another row")
-    read = [name for name in found.columns if name not in found.unread]
-    out.print(Text(printable(f"columns that are read: {', '.join(read)}")), soft_wrap=True)
+    out.print(Text(printable(f"columns that are read: {', '.join(found.columns)}")), soft_wrap=True)
     if found.unread:
         out.print(Text(printable(f"not read by the model: {', '.join(found.unread)}"), style="yellow"), soft_wrap=True)
     for note in found.notes:

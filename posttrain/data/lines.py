@@ -116,6 +116,8 @@ def _raw_lines(file: io.BufferedIOBase, longest: int) -> Iterator[tuple[bytes, b
 
 
 def _wrong_encoding(raw: bytes) -> str | None:
+    if raw.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
+        return "the file is UTF-32. Save it as UTF-8."
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
         return "the file is UTF-16. Save it as UTF-8."
     if raw.startswith(b"\x1f\x8b"):

@@ -13,7 +13,9 @@ from posttrain.types import DataError, Json, JsonView, PosttrainError
 
 EMPTY = (None, "", [], {})
 EXAMPLES = 3
-"""Rows in which a column is tried before it counts as unread."""
+"""Rows with the same columns in which one of them is tried before it counts as unread."""
+ODD: tuple[object, ...] = ({"?": "?"}, "?")
+"""Values that readers refuse or that change the result: so a column that is at its default shows that it is read."""
 
 
 def read_source(source: str, cfg: DataConfig, notes: list[str]) -> list[Row]:
@@ -59,21 +61,28 @@ def evaluation_settings(overrides: JsonView, trained_on: str = "") -> Json:
     )
 
 
-def unread_columns(rows: Sequence[Row], parse: Callable[[Row], object]) -> list[str]:
-    """Names of columns, and of fields of messages as `messages.name`, that nothing reads: without one of them, `parse`
-    gives the same results.
+def unread_columns(rows: Sequence[Row], parse: Callable[[Row], object]) -> dict[str, int]:
+    """Columns, and fields of messages as `messages.name`, that nothing reads, with the number of such rows.
 
-    Each is removed from the first rows that have a value in it. Rows that cannot be parsed are skipped.
+    Without one of them, or with an odd value, `parse` gives the same results. That is tried in the first rows of each
+    set of columns that occurs together: what is read may depend on what else a row has. Rows that cannot be parsed are
+    skipped.
     """
-    found: dict[str, list[Row]] = {}
+    layouts: dict[frozenset[str], list[Row]] = {}
+    sizes: Counter[frozenset[str]] = Counter()
     for row in rows:
-        wanted = [name for name in _filled(row.values) if len(found.setdefault(name, [])) < EXAMPLES]
-        if wanted and not row.fault and _outcome(row, parse)[0]:
-            for name in wanted:
-                found[name].append(row)
-    tried = {name: examples for name, examples in found.items() if examples}
-    unread = [name for name, examples in tried.items() if not any(_reads(row, name, parse) for row in examples)]
-    return [name for name in unread if name.partition(".")[0] not in unread or "." not in name]
+        layout = frozenset(_filled(row.values))
+        sizes[layout] += 1
+        examples = layouts.setdefault(layout, [])
+        if len(examples) < EXAMPLES and not row.fault and _outcome(row, parse)[0]:
+            examples.append(row)
+    unread: Counter[str] = Counter()
+    for layout, examples in layouts.items():
+        names = dict.fromkeys(name for row in examples for name in _filled(row.values))
+        found = [name for name in names if not any(_reads(row, name, parse) for row in examples)]
+        whole = {name for name in found if name in MESSAGE_COLUMNS}
+        unread.update({name: sizes[layout] for name in found if name.partition(".")[0] not in whole or name in whole})
+    return dict(unread)
 
 
 def unread_note(source: str, rows: Sequence[Row], parse: Callable[[Row], object], others: str = "") -> list[str]:
@@ -81,15 +90,14 @@ def unread_note(source: str, rows: Sequence[Row], parse: Callable[[Row], object]
 
     `others` are the readers, such as rewards, that get the columns which are not in the model's prompt.
     """
-    counts = Counter(name for row in rows for name in _filled(row.values))
     columns: list[str] = []
     fields: list[str] = []
-    for name in unread_columns(rows, parse):
+    for name, count in unread_columns(rows, parse).items():
         column, _, field = name.partition(".")
         if field and column in MESSAGE_COLUMNS:
-            fields.append(f"message field {field!r} ({counts[name]} rows)")
+            fields.append(f"message field {field!r} ({count} rows)")
         else:
-            columns.append(f"column {name!r} ({counts[name]} rows)")
+            columns.append(f"column {name!r} ({count} rows)")
     notes = [f"{source}: the model does not see {', '.join(columns)}; {others} can."] if columns and others else []
     unread = fields if others else columns + fields
     return notes + ([f"{source}: nothing reads {', '.join(unread)}."] if unread else [])
@@ -105,21 +113,24 @@ def _filled(values: JsonView) -> Iterator[str]:
             yield from sorted(f"{name}.{field}" for field in fields)
 
 
-def _without(values: JsonView, name: str) -> Json:
-    """A row without a column, or without a field of the messages in a column."""
+def _changed(values: JsonView, name: str, *put: object) -> Json:
+    """A row without a column, or without a field of the messages in a column; or with a value in its place."""
     if name in values:
-        return {k: v for k, v in values.items() if k != name}
+        return {k: put[0] if k == name else v for k, v in values.items() if k != name or put}
     column, _, field = name.partition(".")
-    entries = [
-        {k: v for k, v in entry.items() if k != field} if isinstance(entry, Mapping) else entry
-        for entry in values[column]
-    ]
+    entries = [_changed(e, field, *put) if isinstance(e, Mapping) and field in e else e for e in values[column]]
     return {**values, column: entries}
 
 
 def _reads(row: Row, name: str, parse: Callable[[Row], object]) -> bool:
     """Whether the result for a row, or the error, depends on one of its columns."""
-    return _outcome(row, parse) != _outcome(Row(row.where, _without(row.values, name)), parse)
+    known = _outcome(row, parse)
+    if known != _outcome(Row(row.where, _changed(row.values, name)), parse):
+        return True
+    try:
+        return any(known != _outcome(Row(row.where, _changed(row.values, name, odd)), parse) for odd in ODD)
+    except Exception:
+        return True  # whatever fails on the odd value has read it
 
 
 def _outcome(row: Row, parse: Callable[[Row], object]) -> tuple[bool, object]:

@@ -234,6 +234,10 @@ def _adapt(function: RewardFn) -> Verifier:
 
     check = column_check(name, parameters)
     if any(p.name in GROUP_ARGUMENTS for p in parameters):
+        if single := [p.name for p in parameters if p.name in ("completion", "text")]:
+            raise ConfigError(
+                f"reward {name} asks for {single[0]!r}, one completion, and for all of a group. Keep one of the two."
+            )
         return with_check(GroupReward(name, partial(_score_group, function, parameters)), check)
 
     def call(task: Task, text: str) -> Any:
@@ -293,11 +297,13 @@ def _arguments(
 ) -> tuple[list[object], dict[str, object]]:
     """Arguments for a call of a reward function.
 
-    If its first parameter has an unknown name (`def f(reply, gold)`), arguments are matched by position instead.
+    If its first parameter has an unknown name (`def f(reply, gold)`), arguments are matched by position instead, unless
+    it is called for a group.
     """
     positional: list[object] = []
     named: dict[str, object] = {}
-    by_order = ["completion", "answer"] if parameters and parameters[0].name not in available else []
+    first = parameters[0].name if parameters else "completion"
+    by_order = ["completion", "answer"] if "completion" in available and first not in available else []
     for p in parameters:
         if p.kind is p.VAR_POSITIONAL:
             continue
