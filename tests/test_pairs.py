@@ -211,7 +211,7 @@ def test_pairs_whose_scores_contradict_their_labels_are_counted_before_the_first
     source = write(tmp_path / "p.jsonl", rows)
     for load in (load_pairs, load_judgements):
         notes = [
-            note for note in load(setup(policy, tmp_path, source, data={"holdout": 0.25})).notes if "scores" in note
+            note for note in load(setup(policy, tmp_path, source, data={"holdout": 0.25})).notes if "pairs have" in note
         ]
         assert len(notes) == bool(says)
         if says:

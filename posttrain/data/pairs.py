@@ -91,7 +91,10 @@ def read_compared(
         if dropped:
             notes.append(f"{dropped} training {name} with a prompt that is also in {cfg.eval_tasks} were dropped.")
     else:
-        train, test = split_holdout(train, cfg.holdout, seed)
+        try:
+            train, test = split_holdout(train, cfg.holdout, seed)
+        except DataError as error:
+            raise DataError(f"{cfg.tasks}: {error} Or set data.holdout = 0 to hold nothing out.") from None
     for part in (train, test):
         _note_unread(part, chat, cfg, notes)
     parts = (("training", train), ("evaluation", test))
