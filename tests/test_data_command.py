@@ -93,9 +93,19 @@ def test_the_text_report_marks_trained_tokens_and_names_what_nothing_reads(tmp_p
     ("algorithm", "rows", "code", "says"),
     [
         ("sft", [{"question": "q"}], 3, "no column holds text to train on"),
-        ("dpo", FILES["kto"], 3, "holds judgements, not pairs of chosen and rejected. Check it with --algo kto"),
-        ("kto", QUESTIONS, 3, "holds tasks, not answers with a label"),
-        ("grpo", [{"question": "q", "answer": "a"}], 3, "distinct prompt cannot be split"),
+        (
+            "dpo",
+            FILES["kto"],
+            3,
+            "has no pairs of chosen and rejected; its columns are prompt, completion, label, id. Check it with --algo kto",
+        ),
+        (
+            "kto",
+            QUESTIONS,
+            3,
+            "has no completions with a label; its columns are question, answer, id. Check it with --algo grpo",
+        ),
+        ("grpo", [{"question": "q", "answer": "a"}], 3, "a.jsonl: one row cannot be split"),
         ("grpo", [{"q": "q"}] * 3, 3, "no column holds a question"),
         ("kto", [{**FILES["kto"][0], "label": "good"}, *FILES["kto"]], 3, "a.jsonl:1: label='good'"),
     ],
@@ -105,6 +115,44 @@ def test_a_file_that_cannot_be_trained_on_is_refused_as_in_training(
 ) -> None:
     done = run("check", write(tmp_path / "a.jsonl", rows), "--algo", algorithm)
     assert done.exit_code == code and says in done.stderr, done.output
+
+
+UNUSABLE: dict[str, tuple[str, str]] = {
+    "empty.jsonl": ("", "is empty (0 bytes)"),
+    "empty.csv": ("", "is empty (0 bytes)"),
+    "blank.jsonl": ("\n\n", "has no rows"),
+    "header.csv": ("prompt,answer\n", "has no rows"),
+    "none.json": ("[]", "has no rows"),
+    "no-json.jsonl": ('{"a"\nb\n', "2 bad lines of 2"),
+    "no-objects.jsonl": ("[1]\n2\n", "2 bad lines of 2"),
+    "no-columns.jsonl": ("{}\n", "an object without columns"),
+    "nulls.jsonl": ('{"prompt": null, "chosen": null}\n', "no"),
+    "strange.jsonl": ('{"foo": 1}\n{"bar": [2]}\n', "no"),
+    "blanks.jsonl": ('{"prompt": " ", "completion": " ", "label": true}\n', "no"),
+    "question.jsonl": ('{"question": "q", "answer": "a"}\n', "no"),
+    "pair.jsonl": ('{"prompt": "q", "chosen": "a", "rejected": "b"}\n', "no"),
+    "half-a-pair.jsonl": ('{"prompt": "q", "chosen": "a"}\n', "no"),
+    "judgement.jsonl": ('{"prompt": "q", "completion": "a", "label": true}\n', "no"),
+}
+
+
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_a_file_without_a_usable_row_or_with_one_prompt_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    text, says = UNUSABLE[name]
+    (tmp_path / name).write_text(text)
+    for algorithm in ([], *(["--algo", name] for name in ("sft", "dpo", "kto", "grpo"))):
+        for more in ([], ["--data.bad_rows", "drop"]):
+            done = run("check", tmp_path / name, *algorithm, *more)
+            assert done.exit_code == 3 and isinstance(done.exception, SystemExit), done.output
+            assert done.stderr.startswith(f"error: {tmp_path / name}") and says in done.stderr, done.stderr
+
+
+def test_a_file_of_one_prompt_is_checked_with_nothing_held_out(tmp_path: Path) -> None:
+    for algorithm in ("sft", "dpo", "kto"):
+        file = write(tmp_path / f"{algorithm}.jsonl", FILES[algorithm][:1])
+        refused = run("check", file, "--algo", algorithm)
+        assert "one row cannot be split" in refused.stderr and "Or set data.holdout = 0" in refused.stderr
+        assert run("check", file, "--algo", algorithm, "--data.holdout", "0").exit_code == 0
 
 
 def test_unknown_words_and_models_are_refused(tmp_path: Path) -> None:

@@ -178,10 +178,45 @@ def test_prompts_over_the_limit_are_refused_or_dropped(policy: Policy, tmp_path:
     rows = [{"prompt": "q" * n, "chosen": "a", "rejected": "b"} for n in (3, 60)]
     data = {"holdout": 0, "max_prompt_tokens": 20}
     source = write(tmp_path / "p.jsonl", rows)
-    with pytest.raises(DataError, match=r"1 prompts are longer than data\.max_prompt_tokens=20"):
+    with pytest.raises(DataError, match=r"1 training prompts are longer than data\.max_prompt_tokens=20"):
         load_pairs(setup(policy, tmp_path, source, data=data))
     sets = load_pairs(setup(policy, tmp_path, source, data={**data, "overlong": "drop"}))
-    assert len(sets.train) == 1 and "1 rows with prompts over 20 tokens were dropped." in sets.notes
+    assert len(sets.train) == 1 and "1 training prompts over 20 tokens were dropped." in sets.notes
+
+
+LABELLED: dict[str, tuple[dict[str, Any], str]] = {
+    "agree": ({"score_chosen": 2, "score_rejected": 1}, ""),
+    "agree, swapped": ({"label": 0.1, "score_chosen": 1, "score_rejected": 2}, ""),
+    "no scores": ({}, ""),
+    "margin 0 is its default": ({"margin": 0}, ""),
+    "a tie with equal scores": ({"tie": True, "score_chosen": 1, "score_rejected": 1}, ""),
+    "contradict": ({"score_chosen": 1, "score_rejected": 5}, "score_chosen − score_rejected=-4 where chosen is better"),
+    "contradict, swapped": ({"label": 0, "score_chosen": 2, "score_rejected": 1}, "=1 where rejected is better"),
+    "of a tie": ({"tie": True, "score_chosen": 2, "score_rejected": 1}, "=1 where the two are a tie"),
+    "margin": ({"margin": -0.5}, "margin=-0.5 where chosen is better"),
+    "the margin agrees, the scores do not": (
+        {"margin": 2, "score_chosen": 1, "score_rejected": 2},
+        "margin=2 and score_chosen − score_rejected=-1 where chosen is better",
+    ),
+    "equal": ({"score_chosen": 3.5, "score_rejected": 3.5}, "equal scores although one answer is labelled better"),
+}
+
+
+@pytest.mark.parametrize("name", LABELLED)
+def test_pairs_whose_scores_contradict_their_labels_are_counted_before_the_first_step(
+    policy: Policy, tmp_path: Path, name: str
+) -> None:
+    more, says = LABELLED[name]
+    rows = [{"prompt": f"q{i}", "chosen": "a", "rejected": "b"} | (more if i in (1, 3) else {}) for i in range(4)]
+    source = write(tmp_path / "p.jsonl", rows)
+    for load in (load_pairs, load_judgements):
+        notes = [
+            note for note in load(setup(policy, tmp_path, source, data={"holdout": 0.25})).notes if "pairs have" in note
+        ]
+        assert len(notes) == bool(says)
+        if says:
+            assert notes[0].startswith("2 of 4 pairs have ") and f"(the first is {source}:2" in notes[0]
+            assert says in notes[0]
 
 
 # --- sampled --------------------------------------------------------------------------------------------------------

@@ -304,6 +304,10 @@ def test_a_plan_says_what_training_would_refuse_about_the_data(tmp_path: Path) -
     for algorithm, option in {"grpo": "--tasks", "sft": "--data", "dpo": "--data"}.items():
         plan = json.loads(invoke(algorithm, option, str(tmp_path / "gone.jsonl")).stdout)
         assert "gone.jsonl does not exist" in plan["refused"] and plan["peak"]
+    rows = [{"prompt": f"{i} {'long ' * 99}", "answer": "1"} for i in range(4)]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = ("grpo", "--tasks", str(tmp_path / "long.jsonl"), "--data.max_prompt_tokens", "50")
+    assert "training prompts are longer than data.max_prompt_tokens=50" in json.loads(invoke(*args).stdout)["refused"]
 
 
 def test_a_run_that_cannot_fit_is_warned_of_with_the_settings_to_change(monkeypatch: pytest.MonkeyPatch) -> None:

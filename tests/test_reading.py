@@ -346,7 +346,7 @@ def test_a_prompt_that_cannot_fit_is_refused_without_tokenizing_it(
     seen: list[int] = []
     encode = chat.prompt_tokens
     monkeypatch.setattr(chat, "prompt_tokens", lambda m: seen.append(len(m[-1].content)) or encode(m))
-    with pytest.raises(DataError, match="1 training prompts are longer than .* tokens or more, task f:1"):
+    with pytest.raises(DataError, match="1 training prompts are longer than .* tokens or more, f:1"):
         fit_prompts(TaskSets([long, *short], [], [], ""), chat, DataConfig())
     kept = fit_prompts(TaskSets([long, *short], [], [], ""), chat, DataConfig(overlong="drop"))
     assert kept.train == short and max(seen) < 10

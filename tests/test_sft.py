@@ -301,7 +301,9 @@ def test_bad_rows_are_all_counted_and_one_prompt_cannot_be_split(tmp_path: Path)
     with pytest.raises(DataError, match=r"(?s)bad.jsonl:2: .*bad.jsonl:3: .*2 of 3 rows cannot be used"):
         load_conversations(DataConfig(tasks=bad), 0)
     one = write(tmp_path / "one.jsonl", [{"prompt": "a", "completion": "b"}] * 3)
-    with pytest.raises(DataError, match=r"one.jsonl: 1 distinct prompt cannot be split .* data.holdout = 0"):
+    with pytest.raises(
+        DataError, match=r"one.jsonl: all 3 rows have the same prompt, so they cannot be split .* data.holdout = 0"
+    ):
         load_conversations(DataConfig(tasks=one), 0)
 
 

@@ -25,7 +25,7 @@ from posttrain.data.mixing import parts_of
 from posttrain.data.pairs import judgement_rows, kind_of, pair_rows, read_compared, stored_rows
 from posttrain.data.preferences import judgements_of, row_to_judgement, row_to_preference
 from posttrain.data.reading import EMPTY, read_source, unread_columns
-from posttrain.data.sources import row_to_conversation, row_to_task
+from posttrain.data.sources import parse_rows, row_to_conversation, row_to_task
 from posttrain.data.tasks.load import is_generated, seen_of
 from posttrain.models.weights import base_of, load_tokenizer
 from posttrain.rollout.tasks import env_tasks
@@ -170,10 +170,7 @@ def _dpo(recipe: DPORecipe, chat: ChatFormat) -> Built:
     rows = stored_rows(recipe.data, notes)
     kind = kind_of(rows) if rows else "tasks"
     if kind != "pairs":
-        raise DataError(
-            f"{recipe.data.tasks} holds {kind}, not pairs of chosen and rejected. Check it with --algo "
-            f"{'kto' if kind == 'judgements' else 'grpo'}."
-        )
+        raise _other_kind(recipe, rows, "pairs of chosen and rejected")
     train, test, more, _ = read_compared(rows, recipe.data, recipe.run.seed, chat, row_to_preference, "pairs")
     samples, cut = pair_rows(train, chat, recipe.pairs.max_tokens)
     return Built(samples, 2 * len(test), [*notes, *more, *cut])
@@ -188,9 +185,21 @@ def _kto(recipe: DPORecipe, chat: ChatFormat) -> Built:
     elif rows and kind_of(rows, judged=True) == "judgements":
         train, test, more, _ = read_compared(rows, recipe.data, recipe.run.seed, chat, row_to_judgement, "judgements")
     else:
-        raise DataError(f"{recipe.data.tasks} holds tasks, not answers with a label. Check it with --algo grpo.")
+        raise _other_kind(recipe, rows, "completions with a label")
     samples, cut = judgement_rows(train, chat, recipe.pairs.max_tokens)
     return Built(samples, len(test), [*notes, *more, *cut])
+
+
+def _other_kind(recipe: DPORecipe, rows: Sequence[Row], expected: str) -> DataError:
+    """The error for rows of another kind than an algorithm learns from, with the one that reads them, if any."""
+    found = _algorithm(rows)
+    try:
+        parse_rows(rows, lambda row: BUILDERS[found][0](row, recipe.data), "drop")
+        advice = f"Check it with --algo {found}."
+    except DataError:  # nothing reads them
+        advice = "Rename columns with posttrain data convert FILE --to FILE --rename OLD=NEW."
+    columns = ", ".join(dict.fromkeys(name for row in rows for name in row.values))
+    return DataError(f"{recipe.data.tasks} has no {expected}; its columns are {columns}. {advice}")
 
 
 def _grpo(recipe: GRPORecipe, chat: ChatFormat) -> Built:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from posttrain.config import DataConfig, nearest
 from posttrain.data.chat import ChatFormat
-from posttrain.data.lengths import prompt_lengths
+from posttrain.data.lengths import fitting
 from posttrain.data.messages import text_key
 from posttrain.data.mixing import parse_mixture
 from posttrain.data.reading import read_source, unread_note
@@ -66,7 +66,6 @@ def fit_prompts(
     opening: Callable[[Task], Sequence[Message]] = lambda task: task.messages,
 ) -> TaskSets:
     """Rejects, or drops and counts, tasks whose prompt (`opening`) is longer than `data.max_prompt_tokens`."""
-    kept: list[list[Task]] = []
     notes = list(sets.notes)
     if begun := sum(task.messages[-1].role == "assistant" for task in sets.train + sets.test):
         notes.append(f"{begun} tasks end with an assistant message, which the completion continues.")
@@ -74,21 +73,9 @@ def fit_prompts(
     for task in sets.train + sets.test:
         unread.update(unread_fields(task.messages, chat))
     notes += unread_notes(cfg.tasks, unread)
-    for name, tasks in (("training", sets.train), ("evaluation", sets.test)):
-        lengths = prompt_lengths([opening(task) for task in tasks], chat, cfg.max_prompt_tokens)
-        over = [(n, task) for n, task in zip(lengths, tasks, strict=True) if n > cfg.max_prompt_tokens]
-        if over and cfg.overlong == "refuse":
-            n, task = max(over, key=lambda pair: pair[0])
-            raise DataError(
-                f"{len(over)} {name} prompts are longer than data.max_prompt_tokens={cfg.max_prompt_tokens} (longest: "
-                f'{n} tokens or more, task {task.id}). Raise it, or set data.overlong = "drop".'
-            )
-        if over:
-            notes.append(f"{len(over)} {name} prompts over {cfg.max_prompt_tokens} tokens were dropped.")
-        kept.append([task for n, task in zip(lengths, tasks, strict=True) if n <= cfg.max_prompt_tokens])
-    if sets.train and not kept[0]:
-        raise DataError(f"no training prompt fits data.max_prompt_tokens={cfg.max_prompt_tokens}. Raise it.")
-    return replace(sets, train=kept[0], test=kept[1], notes=notes)
+    parts = (("training", sets.train), ("evaluation", sets.test))
+    train, test = ([task for task, _ in fitting(tasks, opening, kind, chat, cfg, notes)] for kind, tasks in parts)
+    return replace(sets, train=train, test=test, notes=notes)
 
 
 def load_conversations(cfg: DataConfig, seed: int) -> Conversations:

@@ -15,10 +15,10 @@ import numpy as np
 
 from posttrain.config import DataConfig
 from posttrain.data.chat import ChatFormat
-from posttrain.data.lengths import prompt_lengths
+from posttrain.data.lengths import fitting
 from posttrain.data.messages import answer_message, without_prefill
 from posttrain.data.mixing import parts_of
-from posttrain.data.preferences import COMPLETION_COLUMNS, PAIR_COLUMNS, VERDICTS
+from posttrain.data.preferences import COMPLETION_COLUMNS, PAIR_COLUMNS, SCORE_GAP, VERDICTS, pair_label, pair_scores
 from posttrain.data.reading import read_source, unread_note
 from posttrain.data.shown import require_tools_shown, unread_fields, unread_notes
 from posttrain.data.sources import (
@@ -75,9 +75,15 @@ def read_compared(
     """Parses `rows`, those of `data.tasks`, and reads `data.eval_tasks`; returns (train, held-out, notes, hash)."""
     notes: list[str] = []
     held = read_source(cfg.eval_tasks, cfg, notes) if cfg.eval_tasks else []
-    train, test = (
-        usable(part, lambda row: parse(row, cfg.system, cfg.instruction), cfg, notes) for part in (rows, held)
-    )
+    read: dict[str, Row] = {}
+
+    def used(row: Row) -> Compared:
+        item = parse(row, cfg.system, cfg.instruction)
+        read[row.where] = row
+        return item
+
+    train, test = (usable(part, used, cfg, notes) for part in (rows, held))
+    notes += score_notes(list(read.values()))
     for source, part in ((cfg.tasks, rows), (cfg.eval_tasks, held)):
         notes += unread_note(source, part, lambda row: replace(parse(row, cfg.system, cfg.instruction), id=""))
     if held:
@@ -85,15 +91,56 @@ def read_compared(
         if dropped:
             notes.append(f"{dropped} training {name} with a prompt that is also in {cfg.eval_tasks} were dropped.")
     else:
-        train, test = split_holdout(train, cfg.holdout, seed)
-    train, test = (_fitting(part, chat, cfg, notes) for part in (train, test))
+        try:
+            train, test = split_holdout(train, cfg.holdout, seed)
+        except DataError as error:
+            raise DataError(f"{cfg.tasks}: {error} Or set data.holdout = 0 to hold nothing out.") from None
+    for part in (train, test):
+        _note_unread(part, chat, cfg, notes)
+    parts = (("training", train), ("evaluation", test))
+    train, test = ([x for x, _ in fitting(part, lambda x: x.prompt, kind, chat, cfg, notes)] for kind, part in parts)
     if not train:
         raise DataError(f"{cfg.tasks}: no row is left to train on after holding out {len(test)}.")
     return train, test, [f"{len(train)} {name} to train on, {len(test)} held out.", *notes], data_hash([*rows, *held])
 
 
-def _fitting(items: list[Compared], chat: ChatFormat, cfg: DataConfig, notes: list[str]) -> list[Compared]:
-    """Rejects, or drops and counts, items whose prompt is longer than `data.max_prompt_tokens`."""
+def score_notes(rows: Sequence[Row]) -> list[str]:
+    """Notes that count the pairs whose scores or margin contradict their labels, and those with equal scores.
+
+    The labels are trained on, whatever the scores say: `chosen` is better unless the row has a `label` or `tie`.
+    """
+    against: list[str] = []
+    equal: list[str] = []
+    for row in rows:
+        if not _has_pair(row):
+            continue
+        side = pair_label(row) - 0.5  # above 0: chosen is the better one
+        gaps = pair_scores(row)
+        if any(gap * side < 0 or (side == 0 and gap != 0) for gap in gaps.values()):
+            shown = " and ".join(f"{name}={gap:g}" for name, gap in gaps.items())
+            against.append(f"{row.where}, with {shown} where {_better(side)}")
+        elif side and gaps.get(SCORE_GAP) == 0:
+            equal.append(row.where)
+    notes: list[str] = []
+    if against:
+        notes.append(
+            f"{len(against)} of {len(rows)} pairs have scores that contradict their labels, which are trained on (the "
+            f"first is {against[0]}). Swap or remove them if the scores are right."
+        )
+    if equal:
+        notes.append(
+            f"{len(equal)} of {len(rows)} pairs have equal scores although one answer is labelled better (the first is "
+            f"{equal[0]}). The labels are trained on; set tie = true in rows that are ties."
+        )
+    return notes
+
+
+def _better(side: float) -> str:
+    return "the two are a tie" if side == 0 else f"{PAIR_COLUMNS[0] if side > 0 else PAIR_COLUMNS[1]} is better"
+
+
+def _note_unread(items: Sequence[Compared], chat: ChatFormat, cfg: DataConfig, notes: list[str]) -> None:
+    """Notes what the chat template does not write of the prompts. Raises TemplateError if that is their tools."""
     unread: Counter[str] = Counter()
     for item in items:
         try:
@@ -102,16 +149,6 @@ def _fitting(items: list[Compared], chat: ChatFormat, cfg: DataConfig, notes: li
             raise TemplateError(f"{item.id}: {error}") from None
         unread.update(unread_fields(item.prompt, chat))
     notes += unread_notes(cfg.tasks, unread)
-    lengths = prompt_lengths([item.prompt for item in items], chat, cfg.max_prompt_tokens)
-    over = [(n, item.id) for n, item in zip(lengths, items, strict=True) if n > cfg.max_prompt_tokens]
-    if over and cfg.overlong == "refuse":
-        raise DataError(
-            f"{len(over)} prompts are longer than data.max_prompt_tokens={cfg.max_prompt_tokens} (longest: "
-            f'{max(over)[0]} tokens or more, row {max(over)[1]}). Raise it, or set data.overlong = "drop".'
-        )
-    if over:
-        notes.append(f"{len(over)} rows with prompts over {cfg.max_prompt_tokens} tokens were dropped.")
-    return [item for n, item in zip(lengths, items, strict=True) if n <= cfg.max_prompt_tokens]
 
 
 def pair_rows(preferences: Sequence[Preference], chat: ChatFormat, max_tokens: int) -> tuple[list[Sample], list[str]]:

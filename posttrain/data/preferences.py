@@ -41,6 +41,8 @@ STEP_LABEL_COLUMNS = ("labels", "mistake_index", "label")
 # `prompt` first: if a row also has `messages`, they usually repeat the prompt and one of the answers.
 _PROMPTS = ("prompt", *(name for name in PROMPT_COLUMNS if name != "prompt"))
 _TURN = re.compile(r"\n\n(Human|Assistant):")
+SCORE_GAP = "score_chosen − score_rejected"
+"""The margin of a pair without the column `margin`."""
 VERDICTS = {"desirable": True, "undesirable": False}
 """Texts that a judgement's label can be, in any case."""
 
@@ -74,8 +76,9 @@ def row_to_preference(row: Row, system: str = "", instruction: str = "") -> Pref
             f"message, first in message {_first_difference(chosen, rejected)}. Only the answers may differ."
         )
     prompt = _prompt(row, chosen[:-1], system, instruction)
+    margin = next(iter(pair_scores(row).values()), 0.0)
     try:
-        return Preference(_id(row), prompt, Answer.of(chosen[-1]), Answer.of(rejected[-1]), _label(row), _margin(row))
+        return Preference(_id(row), prompt, Answer.of(chosen[-1]), Answer.of(rejected[-1]), pair_label(row), margin)
     except DataError as error:
         raise _with_location(row, error) from None
 
@@ -276,7 +279,8 @@ def _first_difference(one: Sequence[Message], other: Sequence[Message]) -> int:
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False), 1) if a != b), min(len(one), len(other)))
 
 
-def _label(row: Row) -> float:
+def pair_label(row: Row) -> float:
+    """The probability that chosen is better: `label`, else 0.5 for a tie, else 1. Raises DataError."""
     tie, label = row.values.get("tie"), _number(row, "label")
     if tie is not None and not isinstance(tie, bool):
         raise DataError(f"{row.where}: tie={tie!r}, expected true or false.")
@@ -287,14 +291,13 @@ def _label(row: Row) -> float:
     return label
 
 
-def _margin(row: Row) -> float:
-    margin = _number(row, "margin")
-    if margin is not None:
-        return margin
-    chosen, rejected = _number(row, "score_chosen"), _number(row, "score_rejected")
+def pair_scores(row: Row) -> dict[str, float]:
+    """By how much chosen is better, as the row has it: `margin`, the difference of the scores, both, or neither."""
+    margin, chosen, rejected = (_number(row, name) for name in ("margin", "score_chosen", "score_rejected"))
     if (chosen is None) != (rejected is None):
         raise DataError(f"{row.where}: the row has only one of score_chosen and score_rejected. Give both or neither.")
-    return 0.0 if chosen is None or rejected is None else chosen - rejected
+    found = {} if margin is None else {"margin": margin}
+    return found if chosen is None or rejected is None else {**found, SCORE_GAP: chosen - rejected}
 
 
 def _number(row: Row, column: str) -> float | None:

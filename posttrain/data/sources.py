@@ -234,8 +234,10 @@ def split_by_key(items: Sequence[T], names: Sequence[str], share: float, seed: i
     ranked = sorted(set(names), key=lambda name: key("holdout", seed, name))
     if len(ranked) < 2:
         raise DataError(
-            f"{len(ranked)} distinct prompt cannot be split into training and evaluation. "
+            f"all {len(items)} rows have the same prompt, so they cannot be split into training and evaluation. "
             "Give more rows, or set data.eval_tasks."
+            if len(items) > 1
+            else "one row cannot be split into training and evaluation. Give more rows, or set data.eval_tasks."
         )
     held = set(ranked[: min(len(ranked) - 1, max(1, round(share * len(ranked))))])
     train = [item for item, name in zip(items, names, strict=True) if name not in held]

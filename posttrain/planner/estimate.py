@@ -17,10 +17,11 @@ from typing import Any, cast
 import torch
 
 from posttrain import config
-from posttrain.config import PairRecipe, Recipe
+from posttrain.config import EnvRecipe, PairRecipe, Recipe
 from posttrain.data.chat import ChatFormat
 from posttrain.data.conversation_rows import RowSettings, training_rows
 from posttrain.data.conversations import load_conversations
+from posttrain.data.lengths import fitting
 from posttrain.data.pairs import pair_rows
 from posttrain.data.tasks.load import load_tasks
 from posttrain.models.adapters import adapter_rank
@@ -228,8 +229,9 @@ def _rows_of_data(recipe: Recipe, tokenizer: Any, worst: Rows) -> tuple[Rows, st
     chat, facts = ChatFormat(tokenizer, recipe.data.format, recipe.data.template_kwargs), recipe.facts()
     if facts.samples == "every step":
         sets = load_tasks(recipe.data, recipe.run.seed, None, needs_answer=False)
-        lengths = [len(chat.prompt_tokens(task.messages)) for task in sets.train]
-        lengths = [n for n in lengths if n <= recipe.data.max_prompt_tokens] or [worst.prompt]
+        own = isinstance(recipe, EnvRecipe) and recipe.env.name  # environments may write other prompts
+        data = replace(recipe.data, overlong="drop") if own else recipe.data
+        lengths = [n for _, n in fitting(sets.train, lambda task: task.messages, "training", chat, data, [])]
         rows = Rows(max(lengths), worst.answer, sum(lengths) / len(lengths), worst.answer)
         return rows, f"Assumes completions of {worst.answer} tokens (rollout.max_tokens); shorter ones need less."
     if facts.data == "conversations" and isinstance(recipe.algo, RowSettings):
