@@ -97,7 +97,8 @@ def test_the_text_report_marks_trained_tokens_and_names_what_nothing_reads(tmp_p
             "dpo",
             FILES["kto"],
             3,
-            "has no pairs of chosen and rejected; its columns are prompt, completion, label, id. Check it with --algo kto",
+            "has no pairs of chosen and rejected; its columns are prompt, completion, label, id. "
+            "Check it with --algo kto",
         ),
         (
             "kto",
