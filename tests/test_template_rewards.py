@@ -92,6 +92,19 @@ def test_a_reply_is_paid_the_same_whoever_opens_its_thought_and_never_within_it(
             assert not verify(task, cut).passed, f"{name}: an answer within an unfinished thought is paid"
 
 
+TAGS = [("<thinking>", "</thinking>"), ("[THINK]", "[/THINK]"), ("<reasoning>", "</reasoning>")]
+
+
+@pytest.mark.usefixtures("fake_lean")
+@pytest.mark.parametrize("verifier", VERIFIERS)
+def test_a_thought_between_other_tags_is_paid_as_one_between_think_tags(verifier: str) -> None:
+    verify, task = VERIFIERS[verifier], task_for(verifier)
+    for begin, end in TAGS:
+        assert verify(task, f"{begin}\nI add the numbers.\n{end}\n\n{GOOD[verifier]}").passed, begin
+        if verifier not in READ_THOUGHTS:
+            assert not verify(task, f"{begin}\nI add the numbers.\n\n{GOOD[verifier]}").passed, begin
+
+
 def rows_of(name: str, folder: Path) -> Path:
     """A file with a conversation of several turns, with thoughts where the template shows them."""
     kind = next(kind for kind in ("thoughts", "thought", "two") if kind not in ZOO[name].refuses)

@@ -21,7 +21,7 @@ from posttrain.data.conversation_rows import trained_rows
 from posttrain.data.files import Row
 from posttrain.data.pairs import pair_rows
 from posttrain.data.sources import row_to_conversation, row_to_task
-from posttrain.data.templates import TAG
+from posttrain.data.thoughts import TAG
 from posttrain.models.load import load_policy
 from posttrain.store.listing import template_settings
 from posttrain.types import ConfigError, DataError, Message, Preference, TemplateError
@@ -120,6 +120,17 @@ def test_a_turn_that_begins_with_a_line_break_is_encoded_apart_from_its_prompt()
     whole = chat._encode(chat.rendered(CONVERSATIONS["break"]), False)[0]
     assert ids[: len(prompt)] == prompt and whole[: len(prompt)] != prompt
     assert chat._native.decode(ids, skip_special_tokens=False) == chat.rendered(CONVERSATIONS["break"])
+
+
+def test_line_breaks_that_are_added_tokens_are_ordinary_text() -> None:
+    """Gemma has added tokens for several line breaks."""
+    tokenizer = tokenizer_of(ZOO["chatml"], visible=("<think>", "</think>", "\n\n"))
+    chat = ChatFormat(tokenizer)
+    both = tokenizer.convert_tokens_to_ids("\n\n")
+    for text in ("a\n\nb", "a\n\nb<|im_end|>"):
+        assert both in chat.prompt_tokens(said(f"u:{text}")), text
+    whole = chat._encode(chat.rendered(said("u:a\n\nb")) + "<|im_start|>assistant\n", False)[0]
+    assert chat.prompt_tokens(said("u:a\n\nb")).tolist() == whole
 
 
 def test_only_the_last_turn_is_needed_with_train_on_completion() -> None:

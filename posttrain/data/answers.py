@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from posttrain.data.thoughts import tags_of
+
 _MARKED = re.compile(r"(?:^|\s)####[ \t]*([^\n]*)")
 _SAID = re.compile(r"\banswer\b(?:\s+is|\s*[:=])\s*[:=]?\s*([^\n]+)", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)")
@@ -11,9 +13,13 @@ _COMMA_NUMBER = re.compile(r"(?<=\d),(?=\d{3})")
 
 
 def final_part(text: str) -> str:
-    """The text after the last `</think>`; the whole text if there is no thinking, "" if the thinking never ends."""
-    head, closed, tail = text.rpartition("</think>")
-    if "<think>" in tail:
+    """The text after the last `</think>`; the whole text if there is no thinking, "" if the thinking never ends.
+
+    A text that begins with another tag of a thought, such as `<thinking>` or `[THINK]`, is split at that tag's end.
+    """
+    opening, closing = tags_of(text)
+    head, closed, tail = text.rpartition(closing)
+    if opening in tail:
         return ""
     return (tail if closed else head + tail).strip()
 

@@ -24,7 +24,8 @@ from tokenizers.models import BPE
 from posttrain.data.control_tokens import ControlTokens, Offsets, private_mark
 from posttrain.data.messages import is_trained, without_prefill
 from posttrain.data.stops import stop_ids
-from posttrain.data.templates import PROBE, TAG, Template
+from posttrain.data.templates import PROBE, Template
+from posttrain.data.thoughts import shown_text
 from posttrain.data.turns import Prompt, Turn, Turns
 from posttrain.types import DataError, JsonView, Message, Role, TemplateError
 
@@ -94,10 +95,7 @@ class ChatFormat:
         if self.format == "plain":
             return "".join(m.content for m in messages[len(without_prefill(messages)) :])
         prompt = self._prompt(messages)
-        opened = prompt.opened
-        closing = TAG.match(opened)  # a closing tag that decoding leaves out cannot be matched by a verifier
-        hidden = closing is not None and "</" + closing.group()[1:] in self._control.special
-        return ("" if hidden else opened) + prompt.begun
+        return prompt.opened + prompt.begun
 
     def continuation_tokens(self, messages: Sequence[Message]) -> np.ndarray:
         """Ids [n] int32 to append after an assistant turn that ended with a stop token: what the template writes after
@@ -221,7 +219,7 @@ class ChatFormat:
 
     def decode(self, tokens: np.ndarray | Sequence[int]) -> str:
         """Decodes generated ids; special tokens are left out, visible added tokens (`<think>`) are kept."""
-        return self._native.decode([int(t) for t in tokens], skip_special_tokens=True)
+        return shown_text(self._native, tokens)
 
     def _prompt(self, messages: Sequence[Message], aliased: bool | None = None, continues: bool = True) -> Prompt:
         """The encoded prompt; prompts are remembered, so that two answers share one.

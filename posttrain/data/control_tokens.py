@@ -17,6 +17,7 @@ from typing import Any, cast
 from tokenizers import Tokenizer
 
 from posttrain.data.messages import thought_of, without_thought
+from posttrain.data.thoughts import TAG
 from posttrain.types import Json, Message, TemplateError
 
 Offsets = list[tuple[int, int]]
@@ -24,7 +25,11 @@ Offsets = list[tuple[int, int]]
 
 
 class ControlTokens:
-    """The added tokens of a tokenizer: `added` maps their texts to ids, `special` are those that nobody may write."""
+    """The added tokens of a tokenizer: `added` maps their texts to ids, `special` are those that nobody may write.
+
+    Added tokens of white space only, as Gemma has for several line breaks, are ordinary text. The tags of a thought
+    are not special here, even where the tokenizer marks them so: an assistant writes them.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -37,10 +42,11 @@ class ControlTokens:
         self.native.no_truncation()
         self.native.no_padding()
         decoder = self.native.get_added_tokens_decoder()
-        self.special = {t.content for t in decoder.values() if t.special} | {
+        self.special = {t.content for t in decoder.values() if t.special and not TAG.fullmatch(t.content)} | {
             t for t in (tokenizer.bos_token, tokenizer.eos_token) if t
         }
-        self.added: dict[str, int] = {t.content: i for i, t in decoder.items()}
+        blank = {t.content for t in decoder.values() if not (t.content.replace("▁", " ").strip() or t.special)}
+        self.added: dict[str, int] = {t.content: i for i, t in decoder.items() if t.content not in blank}
         self.ids = frozenset(self.added.values())
         self._unknown = cast("str | None", tokenizer.unk_token)
         self._aliases = {text: f"\ue000{secrets.token_hex(8)}{i}\ue001" for text, i in self.added.items()}
@@ -144,7 +150,8 @@ def _aliased_tokenizer(native: Tokenizer, aliases: dict[str, str], ids: dict[str
     state: Json = json.loads(native.to_str())
     for token in state["added_tokens"]:
         # Aliases are matched in the raw text, before any normalizer could change them.
-        token.update(content=aliases[token["content"]], normalized=False, single_word=False)
+        if token["content"] in aliases:
+            token.update(content=aliases[token["content"]], normalized=False, single_word=False)
     model = state["model"]
     vocab = model["vocab"]
     if isinstance(vocab, dict):

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 from posttrain.data.control_tokens import ControlTokens, private_mark, substitute
 from posttrain.data.messages import THOUGHT_NAMES, TOOLS, template_arguments, template_fields, thought_of
+from posttrain.data.thoughts import OPENED, TAG
 from posttrain.types import Json, JsonView, Message, TemplateError
 
 PROBE = (Message("user", "a"), Message("assistant", "b"))
@@ -29,9 +30,6 @@ _FIXED_DATE = (  # transformers' own strftime_now reads the clock; the line brea
     + _DAY
     + ".items() -%}{%- set out.text = out.text.replace(code, value) -%}{%- endfor -%}{{- out.text -}}{%- endmacro %}\n"
 )
-_TAGS = r"think|thinking|thought|thoughts|reasoning|reason|seed:think"
-_OPENED = re.compile(rf"(<(?P<tag>{_TAGS})>|\[THINK\])(?:(?!</(?:{_TAGS})>|\[/THINK\]).)*\Z", re.DOTALL | re.IGNORECASE)
-TAG = re.compile(rf"</?(?:{_TAGS})>|\[/?THINK\]", re.IGNORECASE)
 
 
 class Template:
@@ -87,9 +85,9 @@ class Template:
     def opened_in(self, prompt: str, messages: Sequence[Message]) -> str:
         """The thought that the generation prompt of `messages` opens and does not close, such as `<think>` and a line
         break; `prompt` is its rendered text."""
-        if not _OPENED.search(prompt):
+        if not OPENED.search(prompt):
             return ""
-        found = _OPENED.search(prompt, common_prefix(self.render(messages, False, False), prompt))
+        found = OPENED.search(prompt, common_prefix(self.render(messages, False, False), prompt))
         return found.group() if found else ""
 
     def reads(self, role: str) -> bool:

@@ -14,6 +14,7 @@ import torch
 from posttrain import rng
 from posttrain.config import EvalConfig
 from posttrain.data.answers import final_answer
+from posttrain.data.thoughts import has_thought
 from posttrain.evaluation.intervals import Estimate, wilson
 from posttrain.rollout.collector import Collector, by_source, episode_rows, part_stats
 from posttrain.store.run import EpisodeRow
@@ -139,7 +140,7 @@ def summarise(groups: Sequence[Sequence[Episode]], samples: int, vote: Callable[
         if samples == 1
         else bootstrap([float(np.mean([e.passed for e in g])) for g in whole]),
         reward=float(np.mean(rewards)) if rewards else math.nan,
-        think_share=float(np.mean(["<think>" in e.text for e in episodes])),
+        think_share=float(np.mean([has_thought(e.text) for e in episodes])),
         length=float(np.mean([e.length for e in episodes])),
         truncated=float(np.mean([e.stop == "length" for e in episodes])),
         unscored=len(episodes) - len(scored),

@@ -12,6 +12,7 @@ import re
 import threading
 
 from posttrain.data.answers import final_part
+from posttrain.data.thoughts import tags_of
 from posttrain.rewards.sandbox.pool import Choice, Sandbox
 from posttrain.rewards.sandbox.tasks import grade
 from posttrain.types import Json, JsonView, Task, Verdict
@@ -56,7 +57,7 @@ def program_of(task: Task, text: str) -> str:
 
 def extract_code(text: str) -> str:
     """The last fenced block after the thinking; else the rest of an unclosed one; else the whole text."""
-    final = text if "</think>" not in text and "<think>" not in text else final_part(text)
+    final = text if not any(tag in text for tag in tags_of(text)) else final_part(text)
     blocks = list(_FENCE.finditer(final))
     if blocks:
         return blocks[-1]["code"]

@@ -7,6 +7,7 @@ import unicodedata
 from collections import Counter
 from functools import cache, lru_cache
 
+from posttrain.data.thoughts import TAG
 from posttrain.rewards.judging import column, number
 from posttrain.types import RolloutError, Task, Verdict
 
@@ -81,7 +82,11 @@ LANGUAGES = {*SCRIPTS.values(), *(code for languages in WORDS.values() for code 
 """ISO 639-1 codes that `detect` knows."""
 
 _EDGES = "\"'“”‘’«»()[]{}<>.,;:!?…–—-*_#`~|/\\।॥،؛؟"
-_NOT_PROSE = re.compile(r"```.*?```|`[^`\n]*`|\$\$.*?\$\$|\$[^$\n]*\$|\\[A-Za-z]+|https?://\S+|</?think>", re.DOTALL)
+_NOT_PROSE = re.compile(
+    r"```.*?```|`[^`\n]*`|\$\$.*?\$\$|\$[^$\n]*\$|\\[A-Za-z]+|https?://\S+"
+    rf"|(?i:{TAG.pattern})",
+    re.DOTALL,
+)
 _SENTENCE = re.compile(r"[^.!?\n。！？।؟]+")
 
 

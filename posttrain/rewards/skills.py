@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from posttrain.data.answers import final_part
 from posttrain.data.tasks.abacus import evaluate
+from posttrain.data.thoughts import tags_of
 from posttrain.types import JsonView, Verdict
 
 OPEN, CLOSE = "<think>", "</think>"
@@ -24,9 +25,10 @@ _DISMISSES = re.compile(
 
 
 def thinks(text: str) -> bool:
-    """Whether a reply starts with a closed, non-empty ``<think>`` block."""
-    head, close, _ = text.strip().partition(CLOSE)
-    return bool(close) and head.startswith(OPEN) and bool(head.removeprefix(OPEN).strip())
+    """Whether a reply starts with a closed, non-empty ``<think>`` block, or one with other tags of a thought."""
+    opening, closing = tags_of(text)
+    head, close, _ = text.strip().partition(closing)
+    return bool(close) and head.startswith(opening) and bool(head.removeprefix(opening).strip())
 
 
 def final_answer(text: str) -> str:

@@ -16,6 +16,7 @@ from functools import cache
 import math_verify
 
 from posttrain.data.answers import final_part, marked_answer
+from posttrain.data.thoughts import tags_of
 from posttrain.rewards import formal, instructions, language, patterns, schema, shaping, units
 from posttrain.rewards.code import code
 from posttrain.rewards.judging import Verifier, gold_text, number, verdict
@@ -23,7 +24,6 @@ from posttrain.rewards.numbers import NUMBER, equal, last_number, plain, toleran
 from posttrain.types import RolloutError, Task, Verdict
 
 _INLINE_MATH = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
-_THINKING = re.compile(r"\s*<think>(?P<think>.*?)</think>(?P<answer>.*)", re.DOTALL)
 _BUDGET = 4_000_000  # Python calls and returns, two to three seconds; ordinary comparisons use 1 to 5 % of it
 
 
@@ -75,13 +75,18 @@ def math(task: Task, text: str) -> Verdict:
 
 
 def format(task: Task, text: str) -> Verdict:
-    """Passes if the reply is one non-empty `<think>…</think>` followed by an answer, whatever the answer."""
-    match = _THINKING.fullmatch(text)
-    once = text.count("<think>") == 1 and text.count("</think>") == 1
+    """Passes if the reply is one non-empty `<think>…</think>` followed by an answer, whatever the answer.
+
+    Other tags of a thought, such as `<thinking>` or `[THINK]`, are as good.
+    """
+    opening, closing = tags_of(text)
+    body, closed, answer = text.lstrip().removeprefix(opening).partition(closing)
+    well = text.lstrip().startswith(opening) and bool(closed)
+    once = text.count(opening) == 1 and text.count(closing) == 1
     parts = {
-        "tags": float(match is not None and once),
-        "thoughts": float(match is not None and bool(match["think"].strip())),
-        "answer": float(match is not None and bool(match["answer"].strip())),
+        "tags": float(well and once),
+        "thoughts": float(well and bool(body.strip())),
+        "answer": float(well and bool(answer.strip())),
     }
     passed = all(parts.values())
     missing = ", ".join(name for name, value in parts.items() if not value)

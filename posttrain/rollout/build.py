@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from itertools import groupby
 from typing import cast
@@ -14,6 +15,7 @@ import numpy as np
 from posttrain.config import EnvConfig, EnvRecipe, RolloutConfig, Sampling
 from posttrain.data.chat import ChatFormat
 from posttrain.data.messages import continued
+from posttrain.data.thoughts import hidden_tokens, shown_text
 from posttrain.envs.env import EnvFactory
 from posttrain.models.load import Policy, add_stop_ids
 from posttrain.rewards.verifiers import Verifier
@@ -46,15 +48,12 @@ def make_collector(
     def encode(task: Task) -> np.ndarray:
         return chat.prompt_tokens(task.messages)
 
-    def decode(tokens: np.ndarray) -> str:
-        return policy.tokenizer.decode(tokens, skip_special_tokens=True)
-
+    decode = partial(shown_text, policy.tokenizer)
     odd = [token for token in rollout.stop_token_ids if not 0 <= token < policy.vocab]
     if odd:
         raise ConfigError(f"rollout.stop_token_ids has {odd[0]}, but the model's ids are below {policy.vocab}.")
     add_stop_ids(policy, rollout.stop_token_ids)
-    added = policy.tokenizer.added_tokens_decoder
-    check_strings(rollout.stop, {str(t): number for number, t in added.items() if t.special}, policy.stop_ids)
+    check_strings(rollout.stop, hidden_tokens(policy.tokenizer), policy.stop_ids)
     context = getattr(policy.config, "max_position_embeddings", None) or sys.maxsize
     return Collector(
         generator=make_generator(policy, rollout),

@@ -17,6 +17,7 @@ import torch
 
 from posttrain.config import SamplingRecipe
 from posttrain.data.mixing import task_order
+from posttrain.data.thoughts import has_thought
 from posttrain.rewards.judging import BatchVerifier, Verifier
 from posttrain.rewards.scoring import score_groups, score_safely
 from posttrain.rewards.workers import WorkerPool
@@ -221,7 +222,7 @@ def episode_stats(groups: Sequence[Sequence[Episode]], flat: int, tasks: Sequenc
     stats = {
         "reward": Stat(sum(e.reward for e in scored if e.reward is not None), count),
         "accuracy": Stat(sum(e.passed for e in scored), count),
-        "think_share": Stat(sum("<think>" in e.text for e in episodes), len(episodes)),
+        "think_share": Stat(sum(has_thought(e.text) for e in episodes), len(episodes)),
         "length": Stat(sum(e.length for e in episodes), len(episodes)),
         "truncated": Stat(sum(e.stop == "length" for e in episodes), len(episodes)),
         "flat_groups": Stat(flat, len(groups)),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
-import numpy as np
-
+from posttrain.data.thoughts import shown_text
 from posttrain.models.load import Policy
 from posttrain.rollout.stopping import completion_text
 from posttrain.types import Completion
@@ -13,7 +13,7 @@ from posttrain.types import Completion
 
 def text_of(policy: Policy, completion: Completion) -> str:
     """A completion's text without its stop token or stop string."""
-    return completion_text(lambda tokens: policy.tokenizer.decode(tokens, skip_special_tokens=True), completion)
+    return completion_text(partial(shown_text, policy.tokenizer), completion)
 
 
 class Stream:
@@ -31,7 +31,7 @@ class Stream:
         if token in self.policy.stop_ids:
             return
         self.tokens.append(token)
-        text = self.policy.tokenizer.decode(np.array(self.tokens), skip_special_tokens=True)
+        text = shown_text(self.policy.tokenizer, self.tokens)
         if not text.endswith("\ufffd"):
             self.finish(text[: len(text) - self._held_back(text)])
 

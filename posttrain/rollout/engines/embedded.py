@@ -20,6 +20,7 @@ from torch import nn
 
 from posttrain import rng
 from posttrain.config import RolloutConfig
+from posttrain.data.thoughts import hidden_tokens, shown_text
 from posttrain.models import decoder, kernels
 from posttrain.models.check import allowed, first_line
 from posttrain.models.invariance import TILE
@@ -209,8 +210,7 @@ class EmbeddedGenerator:
         if not params.stop:
             return None
         tokenizer = self.policy.tokenizer
-        decode = partial(tokenizer.decode, skip_special_tokens=True)
-        return StopStrings(params.stop, decode, tokenizer.all_special_ids)
+        return StopStrings(params.stop, partial(shown_text, tokenizer), [*hidden_tokens(tokenizer).values()])
 
     def _check(self, requests: Sequence[Request], params: SamplingParams) -> None:
         context = getattr(self.policy.config, "max_position_embeddings", None)
