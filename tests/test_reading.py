@@ -306,10 +306,10 @@ UNREAD: dict[str, tuple[list[dict[str, Any]], Any, dict[str, int]]] = {
         row_to_preference,
         {"rank": 4},
     ),
-    "a score beside the margin that replaces it": (
+    "scores beside the margin, which they may contradict": (
         [{"prompt": "p", "chosen": "a", "rejected": "b", "margin": 1, "score_chosen": 2, "score_rejected": 1}] * 4,
         row_to_preference,
-        {"score_chosen": 4, "score_rejected": 4},
+        {},
     ),
     "a weight of 1": (
         [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 1}]}] * 4,

@@ -120,7 +120,7 @@ def read_recipe(algorithm: str | None, args: Sequence[str]) -> tuple[str, Any]:
     found = algorithm
     if words and not (words[0] in config.RECIPES and algorithm is None):
         found, sections, _ = config.read_toml(find_recipe(words[0]))
-        if algorithm not in (None, found):
+        if algorithm is not None and algorithm != found:
             raise ConfigError(f"recipe {words[0]!r} is for `posttrain {found}`, not `posttrain {algorithm}`.")
     found = found or words[0]
     return found, config.resolve(found, sections, _full_names(found, settings))
