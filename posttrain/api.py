@@ -26,7 +26,14 @@ from posttrain.evaluation.accuracy import Report
 from posttrain.evaluation.accuracy import evaluate as evaluate_tasks
 from posttrain.evaluation.bias_probes import Finding
 from posttrain.models import heads, weights
-from posttrain.models.load import Policy, load_policy, load_weights, save_pretrained, with_chat_format
+from posttrain.models.load import (
+    Policy,
+    chat_format_of,
+    load_policy,
+    load_weights,
+    save_pretrained,
+    with_chat_format,
+)
 from posttrain.planner import estimate
 from posttrain.rewards import combine
 from posttrain.rewards.models import load_reward_model
@@ -34,7 +41,7 @@ from posttrain.rollout.build import engine_versions, make_collector
 from posttrain.rollout.collector import Collector, check_failures
 from posttrain.rollout.tasks import env_tasks
 from posttrain.store import checkpoint
-from posttrain.store.listing import next_folder, run_date, run_of, template_settings
+from posttrain.store.listing import next_folder, run_date, run_of
 from posttrain.store.run import Event, Run
 from posttrain.store.tracker import open_trackers
 from posttrain.train import device
@@ -313,9 +320,7 @@ def _held_out(model: str, recipe: EvalRecipe, reward: Any, train: bool) -> tuple
     """The tasks of a recipe, and a collector that samples the model at `eval.temperature`."""
     device.set_threads(recipe.train.threads)
     policy = open_policy(model, recipe.model, device.resolve(recipe.train.device))
-    arguments, day = template_settings(model)
-    arguments = recipe.data.template_kwargs or (arguments if recipe.data.format == "chat" else {})
-    chat = with_chat_format(policy, recipe.data.format, arguments, day)
+    chat = chat_format_of(policy, model, recipe.data.format, recipe.data.template_kwargs)
     sets, verify, env = env_tasks(recipe, chat, None, reward, train)
     collector = make_collector(policy, chat, verify, recipe, env)
     return sets, replace(collector, params=replace(collector.params, temperature=recipe.eval.temperature))

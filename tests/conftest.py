@@ -13,6 +13,7 @@ from hypothesis import settings
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from posttrain.models.kernels.build import library
+from tests import tiny
 from tests.lab_server import CHROMIUM, FLAGS, PATIENCE
 
 settings.register_profile("posttrain", deadline=None)  # a busy machine must not fail a test
@@ -33,6 +34,13 @@ def shared(*parts: str) -> Path:
     if not path.exists():
         pytest.skip(f"needs shared/{'/'.join(parts)}, which is not here")
     return path
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """torch computes with one thread in this file."""
+    with tiny.threads(1):
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

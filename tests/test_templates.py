@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 import posttrain as pt
-from posttrain.cli.chat import chat_format
 from posttrain.config import ModelConfig
 from posttrain.config.resolve import as_toml, read_toml, resolve
 from posttrain.data.chat import ChatFormat
@@ -22,7 +21,7 @@ from posttrain.data.files import Row
 from posttrain.data.pairs import pair_rows
 from posttrain.data.sources import row_to_conversation, row_to_task
 from posttrain.data.thoughts import TAG
-from posttrain.models.load import load_policy
+from posttrain.models.load import chat_format_of, load_policy
 from posttrain.store.listing import template_settings
 from posttrain.types import ConfigError, DataError, Message, Preference, TemplateError
 from tests.zoo import SPACES, ZOO, Animal, save, tokenizer_of
@@ -309,6 +308,6 @@ def test_the_template_s_arguments_are_kept_in_the_run_and_used_for_its_model(tmp
     for model in (run, run / "model", saved):
         arguments, day = template_settings(model)
         assert arguments == off and day is not None
-        chat = chat_format(str(model), load_policy(ModelConfig(path=str(run / "model"))), "chat")
+        chat = chat_format_of(load_policy(ModelConfig(path=str(run / "model"))), model, "chat")
         assert chat.decode(chat.prompt_tokens(said("u:a"))).endswith("</think>\n\n")
     assert template_settings(folder) == ({}, None)

@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import sys
-from typing import Literal, TypedDict
+from typing import TypedDict
 
 from posttrain import api
 from posttrain.cli.tables import printable
-from posttrain.data.chat import ChatFormat
-from posttrain.models.load import Policy, add_stop_ids, with_chat_format
+from posttrain.models.load import chat_format_of, stops_of
 from posttrain.rollout.engines.embedded import EmbeddedGenerator
 from posttrain.rollout.generator import Request, completion_seed
 from posttrain.rollout.text import Stream, text_of
-from posttrain.store.listing import recipe_behind, run_behind, stop_settings, template_settings
+from posttrain.store.listing import recipe_behind, run_behind
 from posttrain.train.device import resolve
 from posttrain.types import Message, SamplingParams
-
-
-def chat_format(model: str, policy: Policy, form: Literal["chat", "plain"]) -> ChatFormat:
-    """The chat format with the template's arguments and date of the run that the model belongs to, if any."""
-    arguments, day = template_settings(model)
-    return with_chat_format(policy, form, arguments if form == "chat" else {}, day)
 
 
 def warn_about_environment(model: str) -> None:
@@ -32,13 +25,6 @@ def warn_about_environment(model: str) -> None:
             f"prompt. `posttrain eval {run}` runs and scores whole episodes.",
             file=sys.stderr,
         )
-
-
-def stops_of(model: str, policy: Policy) -> tuple[str, ...]:
-    """The stop strings of the run that a model belongs to; adds the run's stop tokens to the policy's."""
-    strings, ids = stop_settings(model)
-    add_stop_ids(policy, ids)
-    return strings
 
 
 class SampleRow(TypedDict):
@@ -64,8 +50,8 @@ def sample(
     """Samples `count` completions."""
     warn_about_environment(model)
     policy = api.open_policy(model, on=resolve("auto"))
-    params = SamplingParams(temperature, top_p, top_k, max_tokens, stops_of(model, policy))
-    form = chat_format(model, policy, "plain" if plain else "chat")
+    params = SamplingParams(temperature, top_p, top_k, max_tokens, stops_of(policy, model))
+    form = chat_format_of(policy, model, "plain" if plain else "chat")
     asked = (Message("user", prompt),)
     tokens, opening = form.prompt_tokens(asked), form.opening(asked)
     request = Request(tokens, tuple(completion_seed(seed, "sample", 0, prompt, i) for i in range(count)))
@@ -85,10 +71,10 @@ def chat(model: str, temperature: float, max_tokens: int, system: str) -> None:
     """Reads lines and streams replies until an empty line or end of input."""
     warn_about_environment(model)
     policy = api.open_policy(model, on=resolve("auto"))
-    form = chat_format(model, policy, "chat")
+    form = chat_format_of(policy, model, "chat")
     engine = EmbeddedGenerator(policy, slots=1)
     history = [Message("system", system)] if system else []
-    params = SamplingParams(temperature, max_tokens=max_tokens, stop=stops_of(model, policy))
+    params = SamplingParams(temperature, max_tokens=max_tokens, stop=stops_of(policy, model))
     print(f"Chatting with {model}. An empty line or Ctrl-D quits.")
     while line := _ask():
         history.append(Message("user", line))

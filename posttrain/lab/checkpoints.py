@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from posttrain.lab.folders import SEPARATOR, Place
-from posttrain.store.listing import stop_settings, template_settings
 from posttrain.store.pipeline import read_record
 from posttrain.store.run import Run
 from posttrain.types import ConfigError, Json, Message, PosttrainError, ResumeError, SamplingParams
@@ -215,16 +214,12 @@ def describe_model(place: Place, name: str) -> Json:
 
 def _open(folder: Path, name: str) -> Opened:
     from posttrain.config import ModelConfig
-    from posttrain.models.load import add_stop_ids, load_policy, with_chat_format
+    from posttrain.models.load import chat_format_of, load_policy, stops_of
     from posttrain.train.device import resolve
 
     policy = load_policy(ModelConfig(path=str(folder)), resolve("auto"))
-    stop, ids = stop_settings(folder)
-    add_stop_ids(policy, ids)
-    if not policy.tokenizer.chat_template:
-        return Opened(name, policy, with_chat_format(policy, "plain"), stop)
-    arguments, day = template_settings(folder)
-    return Opened(name, policy, with_chat_format(policy, "chat", arguments, day), stop)
+    form = "chat" if policy.tokenizer.chat_template else "plain"
+    return Opened(name, policy, chat_format_of(policy, folder, form), stops_of(policy, folder))
 
 
 def _can_answer(folder: Path) -> bool:

@@ -22,6 +22,7 @@ from posttrain.models import lora, weights
 from posttrain.models.check import check_forward, check_runs, first_line
 from posttrain.models.policy import Policy, checkpoint_layers
 from posttrain.models.shapes import ModelShape
+from posttrain.store.listing import stop_settings, template_settings
 from posttrain.types import ConfigError, JsonView, TemplateError
 
 
@@ -147,6 +148,24 @@ def with_chat_format(
     chat = ChatFormat(policy.tokenizer, form, arguments, day)
     add_stop_ids(policy, chat.stop_ids)
     return chat
+
+
+def chat_format_of(
+    policy: Policy, model: str | Path, form: Literal["chat", "plain"], arguments: JsonView | None = None
+) -> ChatFormat:
+    """`with_chat_format` with the template's arguments and date of the run that `model` belongs to, if any.
+
+    `arguments` are used instead of the run's if there are any.
+    """
+    found, day = template_settings(model)
+    return with_chat_format(policy, form, arguments or (found if form == "chat" else {}), day)
+
+
+def stops_of(policy: Policy, model: str | Path) -> tuple[str, ...]:
+    """The stop strings of the run that `model` belongs to; adds the run's stop tokens to the policy's."""
+    strings, ids = stop_settings(model)
+    add_stop_ids(policy, ids)
+    return strings
 
 
 def add_stop_ids(policy: Policy, ids: Sequence[int]) -> None:

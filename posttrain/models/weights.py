@@ -7,7 +7,6 @@ serves as the reference is the same model; with `model.continue_adapter` it is t
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import threading
@@ -342,10 +341,10 @@ def cannot_load(name: str, error: Exception, kind: str = "model") -> ConfigError
 def _unknown_type(folder: Path) -> tuple[str, bool]:
     """A folder's model type if transformers does not know it, else empty; and whether it is code in the folder."""
     try:
-        about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        kind = str(about.get("model_type") or "")
-    except (OSError, ValueError, AttributeError):  # another fault, which the caller's error names
+        about = read_json(folder / "config.json")
+    except ConfigError:  # another fault, which the caller's error names
         return "", False
+    kind = str(about.get("model_type") or "")
     return ("", False) if kind in transformers.CONFIG_MAPPING else (kind, bool(about.get("auto_map")))
 
 

@@ -21,14 +21,13 @@ from posttrain.config import DataConfig, EvalConfig, GRPORecipe, RewardConfig, R
 from posttrain.config.sections import require_positive
 from posttrain.evaluation.accuracy import Estimate, bootstrap
 from posttrain.evaluation.labels import LABELS
-from posttrain.models.load import Policy, with_chat_format
+from posttrain.models.load import Policy, chat_format_of, stops_of
 from posttrain.rewards import language, shaping, skills, verifiers
 from posttrain.rewards.scoring import score_safely
 from posttrain.rollout.build import make_collector
 from posttrain.rollout.collector import Verifier, check_failures, to_sample
 from posttrain.rollout.tasks import env_tasks
 from posttrain.store import durable
-from posttrain.store.listing import stop_settings, template_settings
 from posttrain.train.device import resolve, set_threads
 from posttrain.train.forward import sample_logprobs
 from posttrain.types import ConfigError, Episode, Json, JsonView, Task
@@ -146,16 +145,14 @@ def sample_answers(policy: Policy, cfg: CardConfig, model: str) -> tuple[list[An
 
     A built-in set gives its held-out tasks, a file all of its tasks; at most `problems` of each set are used.
     """
-    (arguments, day), (stop, stop_ids) = template_settings(model), stop_settings(model)
-    chat = with_chat_format(policy, cfg.format, arguments if cfg.format == "chat" else {}, day)
+    chat = chat_format_of(policy, model, cfg.format)
     recipe = GRPORecipe(
         data=DataConfig(tasks="addition", count=cfg.problems, format=cfg.format),  # never trained on
         rollout=RolloutConfig(
             slots=cfg.slots,
             max_tokens=cfg.max_tokens,
             temperature=cfg.temperature,
-            stop=stop,
-            stop_token_ids=stop_ids,
+            stop=stops_of(policy, model),
         ),
         eval=EvalConfig(problems=cfg.problems),
         run=RunConfig(seed=cfg.seed),

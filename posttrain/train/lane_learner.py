@@ -13,8 +13,8 @@ from posttrain.models.load import Policy, trainable
 from posttrain.train import lanes
 from posttrain.train.forward import Forward, sample_logprobs
 from posttrain.train.learner import Loss
-from posttrain.train.update import backward, check_norm, learning_rate
-from posttrain.types import Batch, Json, JsonView, ResumeError, Sample, Stat
+from posttrain.train.update import backward, check_names, check_norm, learning_rate
+from posttrain.types import Batch, Json, JsonView, Sample, Stat
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state per element
 
@@ -115,9 +115,7 @@ class LaneLearner:
 
     def load(self, tensors: Mapping[str, Mapping[str, torch.Tensor]], state: JsonView) -> None:
         """Restores the state that `state` returned, bit-exact."""
-        if tensors["model"].keys() != self.parameters.keys():
-            odd = sorted(tensors["model"].keys() ^ self.parameters.keys())
-            raise ResumeError(f"the checkpoint does not fit the model: {len(odd)} names differ, first {odd[0]!r}.")
+        check_names(tensors["model"], self.parameters)
         for name, view in self.layout.views(self.master).items():
             view.copy_(tensors["model"][name])
         for kind, flat in self.moments.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 import torch
 
@@ -10,7 +11,7 @@ from posttrain.config import TrainConfig
 from posttrain.models.policy import Policy, learner_mode
 from posttrain.train.forward import Forward
 from posttrain.train.learner import Loss
-from posttrain.types import Batch, Stat, TrainingDiverged
+from posttrain.types import Batch, ResumeError, Stat, TrainingDiverged
 
 
 def backward(
@@ -40,6 +41,12 @@ def check_norm(norm: torch.Tensor, update: int) -> None:
             f"the gradient norm of update {update} is {norm.item()}. The update was not applied; "
             "lower train.lr or set train.max_grad_norm."
         )
+
+
+def check_names(saved: Collection[str], own: Collection[str]) -> None:
+    """Raises ResumeError if a checkpoint's tensors have other names than the learner's."""
+    if odd := sorted({*saved} ^ {*own}):
+        raise ResumeError(f"the checkpoint does not fit the model: {len(odd)} names differ, first {odd[0]!r}.")
 
 
 def learning_rate(cfg: TrainConfig, total_steps: int, step: int) -> float:

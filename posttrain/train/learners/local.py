@@ -12,8 +12,8 @@ from posttrain.models.load import Policy, trainable
 from posttrain.train.forward import Forward, sample_logprobs, token_stats
 from posttrain.train.lane_learner import LaneLearner
 from posttrain.train.learner import Learner, Loss
-from posttrain.train.update import backward, check_norm, learning_rate
-from posttrain.types import Batch, Json, JsonView, ResumeError, Sample, Stat
+from posttrain.train.update import backward, check_names, check_norm, learning_rate
+from posttrain.types import Batch, Json, JsonView, Sample, Stat
 
 
 class LocalLearner:
@@ -105,9 +105,7 @@ class LocalLearner:
 
     def load(self, tensors: Mapping[str, Mapping[str, torch.Tensor]], state: JsonView) -> None:
         """Restores the state that `state` returned, bit-exact."""
-        if tensors["model"].keys() != self.master.keys():
-            odd = sorted(tensors["model"].keys() ^ self.master.keys())
-            raise ResumeError(f"the checkpoint does not fit the model: {len(odd)} names differ, first {odd[0]!r}.")
+        check_names(tensors["model"], self.master)
         with torch.no_grad():
             for name, master in self.master.items():
                 master.copy_(tensors["model"][name])
