@@ -96,7 +96,9 @@ def page(browser: Browser) -> Iterator[Page]:
     page.on("request", lambda request: asked.append(request.url))
     page.on("websocket", lambda socket: asked.append(socket.url.replace("ws://", "http://")))
     page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on("console", lambda said: wrong.append(said.text) if said.type == "error" else None)
+    page.on(
+        "console", lambda said: wrong.append(f"{said.text} {said.location['url']}") if said.type == "error" else None
+    )
     yield page
     context.close()
     assert asked and not [url for url in asked if not url.startswith(("http://127.0.0.1:", "data:"))]

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+import posttrain as pt
 from bench import architectures, zoo
 from posttrain.config import ModelConfig
 from posttrain.models import check
@@ -24,11 +25,13 @@ from posttrain.models.check import check_forward, thresholds
 from posttrain.models.load import load_policy
 from posttrain.models.packing import Packed
 from posttrain.models.policy import LogitRule, Policy, Route, by_rows, hidden_states, learner_mode
+from posttrain.rollout.engines import embedded
 from posttrain.rollout.engines.embedded import EmbeddedGenerator
 from posttrain.rollout.fused import FusedDecoder
 from posttrain.rollout.general import GeneralDecoder
 from posttrain.rollout.generator import Request
 from posttrain.rollout.plain import PlainDecoder
+from posttrain.store.run import Run
 from posttrain.train import forward
 from posttrain.train.forward import project
 from posttrain.types import ConfigError, RolloutError, SamplingParams
@@ -272,6 +275,27 @@ def test_a_decoder_whose_steps_differ_is_replaced_with_a_note(tmp_path: Path, mo
     assert "LlamaModel is sampled by transformers' own attention" in policy.notes[-1]
     found = engine.generate([Request(np.arange(5, 12), (1,))], SamplingParams(max_tokens=6))
     assert found[0][0].tokens.tolist() == truth[0][0].tokens.tolist()
+
+
+@pytest.mark.parametrize("more", [{}, {"max_lag": 1}, {"overlap": True}])
+def test_the_note_on_how_a_model_is_sampled_is_in_the_run_once_before_its_first_step(
+    tmp_path: Path, monkeypatch: Any, more: dict[str, Any]
+) -> None:
+    """Also if only the lagging copy, which has a decoder of its own, is sampled that way."""
+    model, calls = str(tiny.chatty(tmp_path / "model")), [0]
+    difference = embedded._difference
+
+    def differs(made: Any, policy: Any, dtype: Any) -> str:
+        calls[0] += 1
+        return "its steps differ" if calls[0] == (2 if more else 1) else difference(made, policy, dtype)
+
+    monkeypatch.setattr(embedded, "_difference", differs)
+    settings: dict[str, Any] = {"steps": 1, "prompts": 2, "group_size": 2, "problems": 2, "count": 8, "threads": 1}
+    settings |= {"rollout__max_tokens": 4, "rollout__slots": 32, **more}
+    done = pt.grpo(model, "sums", lambda completion, **task: len(completion) % 2, tmp_path / "run", **settings)
+    with Run.read(done.folder) as run:
+        found = [event for event in run.events() if "is sampled by transformers' own attention" in event.message]
+    assert [(event.step, event.kind) for event in found] == [(0, "model")]
 
 
 def _shifted(step: Any) -> Any:

@@ -17,6 +17,7 @@ import torch
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
+from markdown_it.ruler import Ruler
 from playwright.sync_api import Page, expect
 
 from posttrain.cli.arguments import read_recipe
@@ -99,6 +100,14 @@ TEX = st.text(st.characters(min_codepoint=32, max_codepoint=126, exclude_charact
 def test_a_formula_reaches_the_page_as_it_was_written(tex: str) -> None:
     (paragraph,) = only(f"where ${tex}$ holds")
     assert [node["tex"] for node in walk(paragraph) if node["tag"] == "formula"] == [tex]
+
+
+def test_reading_threads_share_rules_that_are_already_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        Ruler, "__compile__", lambda ruler: pytest.fail("the rules are compiled while chapters are read")
+    )
+    for chapter in pages.CHAPTERS:
+        assert pages.read_chapter.__wrapped__(chapter) == pages.read_chapter(chapter)
 
 
 def test_a_displayed_formula_may_hold_what_elsewhere_is_markdown() -> None:

@@ -355,7 +355,9 @@ def start(page: Page, lab: Opened, source: str, queue: str, who: str) -> None:
 
 def press_longer(page: Page) -> str:
     """Takes the longer answer of the pair that is shown, by keyboard; returns which key that was."""
-    left, right = page.locator(".answers .said").all_inner_texts()
+    answers = page.locator(".answers .said")
+    expect(answers).to_have_count(2, timeout=PATIENCE)  # a page that has run out of pairs asks the lab for more
+    left, right = answers.all_inner_texts()
     key = "1" if len(left) > len(right) else "2"
     page.keyboard.press(key)
     return key

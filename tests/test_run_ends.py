@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -257,12 +258,78 @@ def test_a_run_extended_by_resume_has_the_weights_of_one_planned_longer(
     assert pt.resume(short.folder).summary == more.summary
 
 
-def test_a_solved_run_can_be_extended(model: Path, tmp_path: Path) -> None:
-    settings = {**SMALL, "max_flat_steps": 2, "steps": 5}
-    first = pt.grpo(str(model), "sums", right, tmp_path / "run", **settings)
-    assert first.summary and first.summary["steps"] == 2
-    more = pt.resume(first.folder, right, steps=8)
-    assert more.summary and more.summary["steps"] == 3 and "last 3 steps" in more.summary["ended"]
+def test_a_solved_run_is_extended_by_as_many_solved_steps_as_ended_it(model: Path, tmp_path: Path) -> None:
+    for algorithm in FLAT:
+        settings = {**SMALL, **FLAT[algorithm], "max_flat_steps": 2, "steps": 5}
+        first = api.train(algorithm, str(model), "sums", right, tmp_path / algorithm, **settings)
+        assert first.summary and first.summary["steps"] == 2
+        more = pt.resume(first.folder, right, steps=8)
+        assert more.summary and more.summary["steps"] == 4 and "last 2 steps" in more.summary["ended"]
+        with Run.read(first.folder) as run:
+            (note,) = [event.message for event in run.events() if event.kind == "extended"]
+        assert note.startswith("train.steps was 5, is 8. The run had ended after step 2, and what ended it is counted")
+        assert "Every completion of the last 2 steps passed" in note
+
+
+@pytest.fixture
+def falling() -> Iterator[None]:
+    """Held-out rewards that fall after step 2."""
+    original = grpo.Evaluator.__call__
+
+    def scored(self: Any, step: int, weights: Any) -> Any:
+        values, rows = original(self, step, weights)
+        return values | {"eval/reward": 0.9 if step == 2 else 0.1}, rows
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grpo.Evaluator, "__call__", scored)
+        yield
+
+
+EXTENDED: dict[int, tuple[int, str]] = {
+    7: (7, ""),  # fewer than planned, more than trained
+    9: (8, "6 evaluations have not improved"),  # as planned
+    20: (8, "6 evaluations have not improved"),
+}
+"""train.steps of a run that planned 9 and ended after step 5 without gain → steps it then has, and why it ended."""
+
+
+@pytest.mark.parametrize("steps", EXTENDED)
+@pytest.mark.parametrize("killed", [0, 6, 7])
+def test_a_run_that_ended_without_gain_is_extended_by_its_patience(
+    model: Path, tmp_path: Path, falling: None, steps: int, killed: int
+) -> None:
+    settings = {**SMALL, "steps": 9, "lr": 1e-2, "eval__every": 1, "keep_best": "reward", "patience": 3}
+    first = pt.grpo(str(model), "sums", length, tmp_path / "run", **settings)
+    assert first.summary and first.summary["steps"] == 5 and "3 evaluations" in first.summary["ended"]
+    for few in (1, 5):
+        with pytest.raises(ConfigError, match=f"train.steps={few} does not extend .* ended after 5 steps.* Give more"):
+            pt.resume(first.folder, length, steps=few)
+    assert pt.resume(first.folder, length).summary == first.summary
+    if killed:
+
+        def kill(step: int, values: dict[str, float]) -> None:
+            if step == killed:
+                raise Killed
+
+        with pytest.raises(Killed):
+            pt.resume(first.folder, length, on_step=kill, steps=steps)
+    more = pt.resume(first.folder, length, steps=None if killed else steps)
+    expected, ended = EXTENDED[steps]
+    assert more.summary and more.summary["steps"] == expected and more.summary["best"]["step"] == 2
+    assert ended in more.summary.get("ended", "") and bool(ended) == ("ended" in more.summary)
+    with Run.read(first.folder) as run:
+        notes = [event.message for event in run.events() if event.kind == "extended"]
+        assert run.last_step() == expected
+    assert len(notes) == 1 and notes[0].startswith(f"train.steps was 9, is {steps}. The run had ended after step 5")
+
+
+def test_a_run_of_whole_passes_that_ended_without_gain_is_extended(model: Path, texts: str, tmp_path: Path) -> None:
+    settings = {**SFT, "epochs": 9, "lr": 0.3, "data__holdout": 0.3, "eval__every": 1, "keep_best": "nll"}
+    first = pt.sft(str(model), texts, tmp_path / "run", patience=2, **settings)
+    assert first.summary and "ended" in first.summary and first.summary["steps"] < 18
+    trained = first.summary["steps"]
+    more = pt.resume(first.folder, steps=trained + 1)
+    assert more.summary and more.summary["steps"] == trained + 1 and "ended" not in more.summary
 
 
 def test_epochs_are_passes_over_all_rows_in_new_orders(model: Path, texts: str, tmp_path: Path) -> None:

@@ -466,3 +466,48 @@ def test_real_data_sets_become_tasks() -> None:
     assert set(hh[0].values) == {"chosen", "rejected"}
     assert len(read_rows(str(shared("data", "svamp", "SVAMP.json")))) == 1000
     assert len(read_rows(str(shared("data", "bfcl", "BFCL_v4_multiple.json")), 3)) == 3
+
+
+# --- nulls and types of Parquet --------------------------------------------------------------------------------------
+
+ASKED = {"role": "user", "content": "q"}
+NULLS: dict[str, tuple[str, Any, str]] = {
+    "content": (
+        "messages",
+        [ASKED, {"role": "assistant", "content": None}],
+        "content of the assistant message is null",
+    ),
+    "role": ("messages", [ASKED, {"role": None, "content": "a"}], "role None is not one of"),
+    "message": ("messages", [ASKED, None], "message 2 of 'messages' has no role and content"),
+    "messages": ("messages", None, r"no column holds text to train on .* the row has messages \(null\)"),
+    "text": ("text", None, r"the row has text \(null\)"),
+}
+
+
+@pytest.mark.parametrize("name", NULLS)
+def test_a_null_in_parquet_is_refused_by_row_and_never_read_as_text(name: str, tmp_path: Path) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    column, value, says = NULLS[name]
+    good = "a text" if column == "text" else [ASKED, {"role": "assistant", "content": "a"}]
+    file = str(tmp_path / "rows.parquet")
+    parquet.write_table(arrow.table({column: [good, value, good]}), file)
+    rows = list(read_rows(file))
+    assert row_to_conversation(rows[0]) == row_to_conversation(rows[2])
+    with pytest.raises(DataError, match=f"rows.parquet:2: .*{says}"):
+        row_to_conversation(rows[1])
+
+
+def test_texts_are_read_alike_however_parquet_stores_them_and_bytes_are_refused(tmp_path: Path) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    plain = arrow.array(["one", None, "two"])
+    kinds = {"plain": plain, "large": plain.cast(arrow.large_string()), "dictionary": plain.dictionary_encode()}
+    for kind, texts in kinds.items():
+        file = str(tmp_path / f"{kind}.parquet")
+        parquet.write_table(arrow.table({"prompt": texts, "answer": arrow.array([1, 2, 3])}), file)
+        one, null, two = read_rows(file)
+        assert [row_to_task(row, "e").prompt for row in (one, two)] == ["one", "two"]
+        with pytest.raises(DataError, match=r"no column holds a question .* the row has prompt \(null\), answer"):
+            row_to_task(null, "e")
+    parquet.write_table(arrow.table({"prompt": [b"one"], "answer": ["1"]}), tmp_path / "bytes.parquet")
+    with pytest.raises(DataError, match="column 'prompt' holds bytes, expected text"):
+        row_to_task(next(iter(read_rows(str(tmp_path / "bytes.parquet")))), "e")

@@ -302,6 +302,24 @@ def test_what_was_loaded_is_noted_once_in_the_run(folders: dict[str, str]) -> No
     assert sum("is a PEFT adapter; it was merged" in note for note in notes) == 1 and len(notes) == len({*notes})
 
 
+def test_notes_on_the_other_models_of_a_run_are_in_it_with_their_role(
+    folder: Path, adapter: Path, tmp_path: Path
+) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"q{i}", "chosen": "a", "rejected": "b"} for i in range(4)]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    small = {key: value for key, value in SMALL.items() if key != "group_size"}
+    runs: dict[str, tuple[str, str, dict[str, Any]]] = {
+        "teacher": ("distill", "sums", {**small, "teacher": str(adapter)}),
+        "reference": ("dpo", str(pairs), {"reference": str(adapter), "threads": 1}),
+    }
+    for role, (algorithm, tasks, settings) in runs.items():
+        done = api.train(algorithm, str(folder), tasks, out=tmp_path / role, steps=1, **settings)
+        with Run.read(done.folder) as run:
+            notes = [event.message for event in run.events() if event.step == 0]
+        assert sum(note.startswith(f"{role}: {adapter} is a PEFT adapter") for note in notes) == 1, notes
+
+
 def test_runs_and_adapters_are_other_models_than_their_base(folders: dict[str, str]) -> None:
     found = {kind: logits(api.open_policy(path)) for kind, path in folders.items()}
     same = ("LoRA run", "export of a LoRA run")

@@ -56,7 +56,7 @@ def prepare(setup: Setup[DistillRecipe]) -> Job:
     sets, verify = judged_tasks(recipe, setup.chat, setup.given, setup.reward)
     collector = make_collector(policy, setup.chat, verify, recipe)
     parts = (recipe, (policy, teacher), collector, sets.train, Evaluator(collector, sets.test, recipe.eval))
-    return Job(policy, sets.hash, sets.notes, lambda loop: run(*parts, loop))
+    return Job(policy, sets.hash, [*sets.notes, *teacher.notes_as("teacher")], lambda loop: run(*parts, loop))
 
 
 def load_teacher(recipe: DistillRecipe, student: Policy) -> Policy:

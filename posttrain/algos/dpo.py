@@ -258,6 +258,7 @@ def with_reference(
     model = load_reference(recipe, policy) if recipe.algo.reference else policy
     parts = (train.rows, train.mismatched, test.rows, test.mismatched)
     values, notes = reference_logprobs(model, [row for part in parts for row in part], recipe.train.micro_batch_tokens)
+    notes += model.notes_as("reference") if model is not policy else []
     remaining = iter(values)
     filled = [with_logp(part, "ref_logp", lambda rows: [next(remaining) for _ in rows]) for part in parts]
     return Feedback(filled[0], train.together, filled[1]), Feedback(filled[2], test.together, filled[3]), notes

@@ -86,7 +86,9 @@ def prepare(setup: Setup[GRPORecipe]) -> Job:
     collector = make_collector(policy, setup.chat, verify, recipe, env)
     evaluate = Evaluator(collector, sets.test, recipe.eval)
     if recipe.algo.max_lag or recipe.algo.overlap:  # a lagging sampler needs its own copy of the weights
-        collector = make_collector(copy.deepcopy(policy), setup.chat, verify, recipe, env)
+        sampler = copy.deepcopy(policy)
+        sampler.notes = policy.notes  # what its decoder notes is about the run
+        collector = make_collector(sampler, setup.chat, verify, recipe, env)
 
     def start(loop: Loop) -> Summary | None:
         with Prefetcher[SampledGroups]() if recipe.algo.overlap else nullcontext() as prefetch:
@@ -167,7 +169,8 @@ def run(
     order = task_order(tasks, recipe.data, seed)
     curriculum, progress = Curriculum(tasks, cfg.curriculum, seed, order), Progress()
     if saved := loop.restore(learner):
-        progress = Progress(saved["flat_steps"], saved["cursor"], saved["ema"], saved.get("solved_steps", 0))
+        solved = 0 if loop.extended else saved.get("solved_steps", 0)
+        progress = Progress(saved["flat_steps"], saved["cursor"], saved["ema"], solved)
         curriculum.load(saved.get("curriculum", {}))
         if "sampler" in saved["tensors"]:
             sampler.load(saved["tensors"]["sampler"], saved["sampler"])

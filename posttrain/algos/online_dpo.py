@@ -115,7 +115,7 @@ def run(
     learner = make_learner(policy, train, train.steps, temperature)
     reference = frozen_reference(recipe.model, policy, train.micro_batch_tokens, temperature)
     loss, saved = make_loss(cfg), loop.restore(learner)
-    flat_steps, solved_steps = saved.get("flat_steps", 0), saved.get("solved_steps", 0)
+    flat_steps, solved_steps = saved.get("flat_steps", 0), 0 if loop.extended else saved.get("solved_steps", 0)
 
     for step in loop.steps(train.steps, lambda n: evaluator(n, learner.weights()), recipe.eval.every):
         batch_tasks, groups = sample_step(collector, tasks, recipe, learner.weights(), step)

@@ -81,6 +81,7 @@ def prepare(setup: Setup[PPORecipe]) -> Job:
         demonstrations, cut = demonstration_rows(loaded.train, setup.chat, cfg.ptx_max_tokens)
         data_hash += f"+{loaded.hash}"
         notes += [f"{cut} rows of algo.ptx_data were cut at algo.ptx_max_tokens={cfg.ptx_max_tokens}."] * bool(cut)
+    notes += critic.notes_as("critic") if cfg.critic_init and critic is not policy else []
     evaluator = Evaluator(collector, sets.test, recipe.eval)
     parts = (recipe, policy, critic, collector, sets.train, demonstrations, evaluator)
     return Job(policy, data_hash, notes, lambda loop: run(*parts, loop))
@@ -171,6 +172,7 @@ def run(
     reference = frozen_reference(recipe.model, policy, token_budget, temperature) if cfg.kl_coef else None
     if saved := loop.restore(learner):
         progress = Progress(**{**saved["progress"], "scale": ReturnScale(**saved["progress"]["scale"])})
+        progress.solved_steps = 0 if loop.extended else progress.solved_steps
         if critic:
             critic_tensors = saved["tensors"]
             critic.load({"model": critic_tensors["critic"], "optim": critic_tensors["critic_optim"]}, saved["critic"])

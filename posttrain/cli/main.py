@@ -32,12 +32,18 @@ from posttrain.cli.arguments import (
 from posttrain.cli.inspect import COMMANDS
 from posttrain.types import ConfigError, PosttrainError
 
+HELP = {"help_option_names": ["-h", "--help"]}
+
 
 class Cli(click.Group):
     """Lists commands in definition order and turns our errors into one line and an exit code.
 
     Every algorithm of `config.RECIPES` has a command, made from its recipe class.
     """
+
+    def add_command(self, cmd: click.Command, name: str | None = None) -> None:
+        cmd.context_settings = {**HELP, **cmd.context_settings}  # click keeps the help option of the first context
+        super().add_command(cmd, name)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         for algorithm in config.RECIPES:
@@ -68,7 +74,7 @@ def _one_line(message: Warning | str, category: type[Warning], *place: Any) -> N
     click.echo(f"warning: {message}", err=True)
 
 
-@click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Cli, context_settings=HELP)
 @click.version_option(__version__, prog_name="posttrain")
 def main() -> None:
     """Post-train language models with reinforcement learning on one machine, from a laptop's CPU to a GPU.
@@ -179,8 +185,12 @@ def resume(run: str, steps: int | None, as_json: bool) -> None:
     with Run.read(Path(run)) as store:
         algorithm = store.header["algorithm"]
         recipe = config.stored(algorithm, store.header["recipe"])
-        if store.summary() and steps in (None, recipe.train.steps):
-            click.echo(f"{run} is finished; there is nothing to resume.", err=True)
+        summary = store.summary()
+        if summary and (steps is None or (steps == recipe.train.steps and "ended" not in summary)):
+            early = f" It ended early after step {summary['steps']}." if "ended" in summary else ""
+            click.echo(
+                f"{run} is finished; there is nothing to resume.{early} To train it further, give --steps N.", err=True
+            )
     if steps is not None:
         recipe = replace(recipe, train=replace(recipe.train, steps=steps))
     run_training(algorithm, recipe, as_json, resume=run, steps=steps)

@@ -179,7 +179,9 @@ def finished(out: Console, folder: Path) -> None:
         curves = {name: store.curve(name) for name in ("accuracy", "think_share", "length", "nll")}
         mismatch = store.curve("mismatch")[1]
         warnings = [e.message for e in store.events() if e.level != "info"]
-        notes = [(e.kind, e.message) for e in store.events() if e.level == "info" and e.kind in ("model", "data")]
+        notes = [
+            (e.kind, e.message) for e in store.events() if e.level == "info" and e.kind in ("model", "data", "extended")
+        ]
     out.print()
     if first and last:
         out.print(answers_table(side_by_side(first, last), "The same held-out questions, before and after"))

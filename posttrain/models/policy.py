@@ -87,6 +87,10 @@ class Policy:
     def device(self) -> torch.device:
         return self.head.weight.device
 
+    def notes_as(self, role: str) -> list[str]:
+        """The notes on a model that a run loads beside the one it trains, each with its role."""
+        return [f"{role}: {note}" for note in self.notes]
+
     @property
     def vocab(self) -> int:
         return self.head.weight.shape[0]

@@ -45,20 +45,26 @@ def judged_tasks(
 
     Without `train`, only the tasks of `data.eval_tasks` are loaded, if it is set.
     """
-    verify = _verifier(recipe, reward)
+    verify, notes = _verifier(recipe, reward)
     sets = _loaded(recipe, given, reward is None, train)
+    sets = replace(sets, notes=[*sets.notes, *notes])
     sets = _checked(sets, recipe, chat, verify, reward is None)
     content = sets.hash if reward is not None else sets.hash + reward_hash(recipe.reward.name)
     return replace(sets, hash=content), verify
 
 
-def _verifier(recipe: Sampling, reward: Callable[..., Any] | None) -> Verifier:
+def _verifier(recipe: Sampling, reward: Callable[..., Any] | None) -> tuple[Verifier, list[str]]:
+    """The verifier of a recipe, and notes on its reward models."""
+    notes: list[str] = []
+
     def load(name: str) -> Verifier | None:
         if not name.startswith(PREFIX):
             return None
-        return load_reward_model(name, recipe.reward, device.resolve(recipe.train.device), verifier_for)
+        model = load_reward_model(name, recipe.reward, device.resolve(recipe.train.device), verifier_for)
+        notes.extend(note for member in model.members for note in member.policy.notes_as(f"reward {name}"))
+        return model
 
-    return reward_from(reward or recipe.reward.name, verifier_for, load, recipe.reward.weights)
+    return reward_from(reward or recipe.reward.name, verifier_for, load, recipe.reward.weights), notes
 
 
 def _loaded(recipe: Sampling, given: list[Task] | None, judged: bool, train: bool) -> TaskSets:
@@ -137,7 +143,7 @@ def env_tasks(
     """`judged_tasks` and the recipe's environment, which may provide the tasks."""
     if not recipe.env.name:
         return *judged_tasks(recipe, chat, given, reward, train), None
-    verify = _verifier(recipe, reward)
+    verify, notes = _verifier(recipe, reward)
     sandbox = partial(code.use, recipe.reward.sandbox, recipe.reward.accept_arbitrary_code)
     env = load_env(recipe.env.name, ENVS, verify, recipe.env, sandbox)
     judged, seed = takes(env, "verify"), recipe.run.seed
@@ -153,6 +159,7 @@ def env_tasks(
         sets = held_out(own(recipe.data.generated, seed), recipe.data, seed, shuffled=":" not in recipe.env.name)
     else:
         sets = _loaded(recipe, given, judged and reward is None, train)
+    sets = replace(sets, notes=[*sets.notes, *notes])
     sets = _checked(sets, recipe, chat, verify, judged and reward is None, env)
     content = sets.hash + (reward_hash(recipe.reward.name) if judged and reward is None else "")
     content += tools_hash(recipe.env.tools) if takes(env, "tools") else ""

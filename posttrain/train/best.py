@@ -23,6 +23,7 @@ class Best:
         self.step = 0
         self.value = math.nan
         self.since = 0
+        self._allowed = 0
 
     def check(self, values: Mapping[str, float]) -> None:
         """Raises ConfigError if an evaluation of this run does not have the metric."""
@@ -37,16 +38,27 @@ class Best:
             math.isnan(self.value) or (value < self.value if self._lower else value > self.value)
         )
         if gained:
-            self.step, self.value, self.since = step, value, 0
+            self.step, self.value, self.since, self._allowed = step, value, 0, 0
         else:
             self.since += 1
         return gained
 
+    def exhausted(self, patience: int) -> bool:
+        """Whether `patience` evaluations in a row, or since `allow_more`, have not improved on the best; 0 never is."""
+        return patience > 0 and self.since - self._allowed >= patience
+
+    def allow_more(self) -> None:
+        """Starts a new count for `exhausted`, in a run that ended by it and is extended."""
+        self._allowed = self.since
+
     def state(self) -> Json:
         """The state for `load`, as JSON; empty before the first evaluation."""
-        return {"step": self.step, "value": self.value, "since": self.since} if self.step else {}
+        if not self.step:
+            return {}
+        return {"step": self.step, "value": self.value, "since": self.since, "allowed": self._allowed}
 
     def load(self, state: Mapping[str, float]) -> None:
         """Restores the state."""
         if state:
             self.step, self.value, self.since = int(state["step"]), float(state["value"]), int(state["since"])
+            self._allowed = int(state.get("allowed", 0))

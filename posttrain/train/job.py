@@ -84,6 +84,7 @@ class Loop:
     step: int = 0  # completed steps
     total: int = 0
     ended: str = ""  # why the run ended before its last planned step, as a success
+    extended: bool = False  # continues where it had ended early, so what ended it is counted anew
     best: Best = field(init=False)
     _every: int = 0
     _evaluate: Evaluate | None = None
@@ -111,6 +112,9 @@ class Loop:
         self.step = state["step"]
         self.best.load(state.get("best", {}))
         self._ended_at = state.get("ended", {})
+        if self._ended_at and self.store.header.get("extended_at") == self.step:
+            self._ended_at, self.extended = {}, True
+            self.best.allow_more()
         return {**state, "tensors": {name: group for name, group in tensors.items() if name not in ("model", "optim")}}
 
     def steps(self, total: int, evaluate: Evaluate, every: int = 0) -> Iterator[int]:
@@ -122,8 +126,6 @@ class Loop:
         self.total, self._every, self._evaluate = total, every, evaluate
         if self._ended_at and self._ended_at["total"] >= total:
             self.total, self.ended = self.step, self._ended_at["why"]
-        elif self._ended_at:
-            self.best.since = 0  # it was extended since, which asks for patience anew
         if self.step == 0:
             values, episodes = evaluate(0)
             self.best.check(values)
@@ -172,7 +174,7 @@ class Loop:
             measured, more = self._evaluate(self.step)
             values, rows = values | measured, [*rows, *more]
             gained = self.best.update(self.step, values)
-            if self.cfg.patience and self.best.since >= self.cfg.patience and self.step < self.total:
+            if self.best.exhausted(self.cfg.patience) and self.step < self.total:
                 best = f"the best {self.best.metric}, {self.best.value:.4g}, is that of step {self.best.step}"
                 since = self.best.since
                 later = "1 evaluation has" if since == 1 else f"{since} evaluations have"

@@ -303,6 +303,8 @@ def _markdown() -> MarkdownIt:
     reader.inline.ruler.before("escape", "math", _math)
     reader.inline.ruler.before("link", "note", _note)
     reader.block.ruler.before("fence", "math_block", _math_block, {"alt": ["paragraph", "blockquote", "list"]})
+    for ruler in (reader.core.ruler, reader.block.ruler, reader.inline.ruler, reader.inline.ruler2):
+        ruler.getRules()  # compiled here: the library compiles on first use, where two threads would see half the rules
     return reader
 
 
