@@ -245,7 +245,7 @@ def cli_page() -> str:
 
 def command_lines(name: str, command: click.Command) -> list[str]:
     """Usage, what it does and its options."""
-    context = click.Context(command, info_name=f"posttrain {name}")
+    context = click.Context(command, info_name=f"posttrain {name}", **command.context_settings)
     usage = " ".join([f"posttrain {name}", *command.collect_usage_pieces(context)])
     lines = ["```text", usage, "```", "", one_line(command.help or "")]
     options = [p for p in command.params if isinstance(p, click.Option)]

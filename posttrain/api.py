@@ -9,15 +9,18 @@ Settings are the fields of `posttrain.config`, as `section__key`, or just the ke
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from datetime import date, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from posttrain import __version__, algos, config, rng
+from posttrain.cluster.launch import Cluster
+from posttrain.cluster.supervise import supervised
 from posttrain.config import EvalRecipe, Recipe
 from posttrain.data.reading import evaluation_settings
 from posttrain.data.tasks.load import TaskSets, chosen, is_generated, read_tasks, write_tasks
@@ -46,7 +49,7 @@ from posttrain.store.run import Event, Run
 from posttrain.store.tracker import open_trackers
 from posttrain.train import device
 from posttrain.train.interrupt import Interrupt
-from posttrain.train.job import Job, Loop, OnStep, Setup
+from posttrain.train.job import Job, Loop, OnStep, Setup, Workers
 from posttrain.types import ConfigError, Episode, Json, JsonView, ResumeError, Task
 
 GIVEN = "given from Python"
@@ -138,8 +141,25 @@ def start(
         on_warning(warning)
     folder = Path(recipe.run.out) if recipe.run.out else next_folder(Path("runs"), algorithm)
     created = datetime.now().astimezone()
+    with Cluster(recipe, reward) as cluster:
+        return _start(algorithm, recipe, folder, created, cluster, on_step, given, reward, warning)
+
+
+def _start(
+    algorithm: str,
+    recipe: Recipe,
+    folder: Path,
+    created: datetime,
+    cluster: Cluster,
+    on_step: OnStep | None,
+    given: list[Task] | None,
+    reward: Any,
+    warning: str,
+) -> Result:
+    """Prepares a run, creates its folder, stores the notes and runs it."""
+    prepared = partial(prepare, algorithm, recipe, folder, given, reward, created.date(), cluster)
     try:
-        job, fingerprint = prepare(algorithm, recipe, folder, given, reward, created.date())
+        job, fingerprint = prepared()
     except BaseException:
         with suppress(OSError):  # removes the folder of a rejected run, unless it has files
             folder.rmdir()
@@ -162,7 +182,11 @@ def start(
             store.note(0, Event("info", "data", note))
         if warning:
             store.note(0, Event("warning", "memory", warning))
-        return _drive(store, recipe, job, on_step)
+        return supervised(
+            store,
+            cluster,
+            lambda again: _drive(store, recipe, prepared()[0] if again else job, on_step, cluster),
+        )
 
 
 def resume(
@@ -170,19 +194,22 @@ def resume(
     reward: Any = None,
     on_step: OnStep | None = None,
     steps: int | None = None,
+    cluster: JsonView | None = None,
 ) -> Result:
     """Continues a run from its newest checkpoint; on the same machine the result is bit-exact.
 
     `steps` is a new, larger `train.steps`, also for a run that has finished. A reward that was passed as a Python
-    function must be passed again. Raises ResumeError if the data has changed or another process has the run open.
+    function must be passed again. `cluster` has settings of `[cluster]` that replace the run's. Raises ResumeError if
+    the data has changed or another process has the run open.
     """
     folder = Path(folder)
-    with Run.open(folder) as store:
+    with Run.open(folder) as store, ExitStack() as stack:
         if steps is not None:
             extend(store, steps)
         header = store.header
         algorithm = header["algorithm"]
-        recipe: Recipe = config.stored(algorithm, header["recipe"])
+        asked = {**header["recipe"], "cluster": {**header["recipe"].get("cluster", {}), **(cluster or {})}}
+        recipe: Recipe = config.stored(algorithm, asked)
         if done := store.summary():
             return Result(folder, done)
         if "reward" in header["given"] and reward is None:
@@ -192,7 +219,9 @@ def resume(
             )
         device.set_threads(header["fingerprint"]["threads"])
         given = read_tasks(folder / "tasks.jsonl") if "tasks" in header["given"] else None
-        job, fingerprint = prepare(algorithm, recipe, folder, given, reward, run_date(header))
+        workers = stack.enter_context(Cluster(recipe, reward))
+        prepared = partial(prepare, algorithm, recipe, folder, given, reward, run_date(header), workers)
+        job, fingerprint = prepared()
         if job.data_hash != header["data"]:
             raise ResumeError(
                 f"the tasks or the reward of {folder} have changed since the run started (tasks: "
@@ -206,7 +235,11 @@ def resume(
             text = f"Resumed on a different setup ({'; '.join(changed)}): the result may differ by rounding."
             store.rewind(step + 1 if saved else 0)
             store.note(step, Event("warning", "fingerprint", text))
-        return _drive(store, recipe, job, on_step)
+        return supervised(
+            store,
+            workers,
+            lambda again: _drive(store, recipe, prepared()[0] if again else job, on_step, workers),
+        )
 
 
 def extend(store: Run, steps: int) -> None:
@@ -235,7 +268,13 @@ def extend(store: Run, steps: int) -> None:
 
 
 def prepare(
-    algorithm: str, recipe: Recipe, folder: Path, given: list[Task] | None, reward: Any, day: date | None = None
+    algorithm: str,
+    recipe: Recipe,
+    folder: Path,
+    given: list[Task] | None,
+    reward: Any,
+    day: date | None = None,
+    workers: Workers | None = None,
 ) -> tuple[Job, Json]:
     """Loads and checks the model and the data; invalid settings and data are rejected here, before step 0.
 
@@ -247,16 +286,18 @@ def prepare(
     rng.seed_global(recipe.run.seed, "init")  # LoRA's initial weights
     policy = load_policy(recipe.model, on)
     chat = with_chat_format(policy, recipe.data.format, recipe.data.template_kwargs, day)
-    job = algos.load(algorithm).prepare(Setup(recipe, policy, chat, folder, given, reward))
+    job = algos.load(algorithm).prepare(Setup(recipe, policy, chat, folder, given, reward, workers))
     if chat.dated:
         job.notes.append(f"The chat template reads the date; in this run it is {chat.day}, also when it is resumed.")
     versions = engine_versions(recipe.rollout.engine) if isinstance(recipe, config.Sampling) else {}
     return job, device.fingerprint(policy, on) | versions
 
 
-def _drive(store: Run, recipe: Recipe, job: Job, on_step: OnStep | None) -> Result:
+def _drive(store: Run, recipe: Recipe, job: Job, on_step: OnStep | None, cluster: Cluster) -> Result:
     with Interrupt() as interrupt, open_trackers(recipe.run.track, store):
-        summary = job.run(Loop(store, recipe.run, on_step or (lambda step, values: None), interrupt))
+        loop = Loop(store, recipe.run, on_step or (lambda step, values: None), interrupt, make_learner=cluster.learner)
+        cluster.note = loop.notes.append
+        summary = job.run(loop)
         if summary is not None:
             save_pretrained(job.policy, store.folder / "model")
             if job.policy.scalar is not None:

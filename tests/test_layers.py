@@ -22,6 +22,7 @@ LAYERS = (
     ("envs",),
     ("rollout",),
     ("evaluation",),
+    ("cluster",),
     ("search",),
     ("algos",),
     ("planner",),

@@ -13,7 +13,7 @@ import torch
 
 from posttrain import api, config
 from posttrain.algos import ppo, sft
-from posttrain.config import ModelConfig
+from posttrain.config import ModelConfig, TrainConfig
 from posttrain.config.ppo import PPOConfig, PPORecipe
 from posttrain.data import batching
 from posttrain.models import heads
@@ -21,11 +21,17 @@ from posttrain.models.load import Policy, save_pretrained
 from posttrain.store.run import Run
 from posttrain.train import critic as critics
 from posttrain.train import forward
+from posttrain.train.learner import Learner, make_learner
 from posttrain.train.learners.local import LocalLearner
 from posttrain.types import ConfigError, Episode, PosttrainError, Sample, Span, add_stats
 from tests import tiny
 
 VOWELS = str(Path(__file__).parent / "vowels.py") + ":vowels"
+
+
+def critic_learner(policy: Policy, lanes: int = 1) -> Learner:
+    """The learner of a critic."""
+    return make_learner(policy, TrainConfig(lanes=lanes), 1, forward=forward.token_values)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +90,9 @@ SCORES = torch.tensor([1.0, -1.0, torch.nan])
 
 def test_a_buffer_of_two_scored_answers_is_what_it_is_by_hand(tmp_path: Path) -> None:
     cfg = PPOConfig(gamma=1.0, lam=0.5, kl_coef=0.5, whiten_advantages=False)
-    frozen, stats = ppo.freeze(THREE, SCORES, cfg, ppo.Progress(kl_coef=0.5), tiny.load(tiny.make(tmp_path)))
+    frozen, stats = ppo.freeze(
+        THREE, SCORES, cfg, ppo.Progress(kl_coef=0.5), critic_learner(tiny.load(tiny.make(tmp_path)))
+    )
     # Token rewards: −½·½, +½·¼, 1 − ½·¼ and −1. TD errors of the first answer: −½, ⅜, ⅜.
     assert frozen[0].advantages.tolist() == [0, -0.21875, 0.5625, 0.375]
     assert frozen[0].returns is not None and frozen[0].returns.tolist() == [0, 0.28125, 0.8125, 0.875]
@@ -102,16 +110,20 @@ def test_a_buffer_of_two_scored_answers_is_what_it_is_by_hand(tmp_path: Path) ->
 
 def test_whitening_is_over_all_trained_tokens_of_the_step_and_leaves_returns_alone(tmp_path: Path) -> None:
     cfg = PPOConfig(gamma=1.0, lam=0.5)
-    frozen, _ = ppo.freeze(THREE, SCORES, cfg, ppo.Progress(kl_coef=0.5), tiny.load(tiny.make(tmp_path)))
+    frozen, _ = ppo.freeze(
+        THREE, SCORES, cfg, ppo.Progress(kl_coef=0.5), critic_learner(tiny.load(tiny.make(tmp_path)))
+    )
     plain = np.array([-0.21875, 0.5625, 0.375, -1.25])
     white = np.concatenate([s.advantages[s.loss_mask] for s in frozen])
     np.testing.assert_allclose(white, (plain - plain.mean()) / plain.std(ddof=1), rtol=1e-6)
     assert frozen[0].returns is not None and frozen[0].returns.tolist() == [0, 0.28125, 0.8125, 0.875]
 
 
-def test_whitened_rewards_have_unit_deviation_and_their_mean() -> None:
+def test_whitened_rewards_have_unit_deviation_and_their_mean(tmp_path: Path) -> None:
     cfg = PPOConfig(gamma=1.0, lam=1.0, whiten_rewards=True, whiten_advantages=False)
-    frozen, _ = ppo.freeze(THREE, SCORES, cfg, ppo.Progress(kl_coef=0.5), Policy(None, None, "", ()))
+    frozen, _ = ppo.freeze(
+        THREE, SCORES, cfg, ppo.Progress(kl_coef=0.5), critic_learner(tiny.load(tiny.make(tmp_path)))
+    )
     rewards = np.array([-0.25, 0.125, 0.875, -1])
     scaled = (rewards - rewards.mean()) / rewards.std(ddof=1) + rewards.mean()
     assert frozen[0].returns is not None and frozen[1].returns is not None
@@ -119,21 +131,27 @@ def test_whitened_rewards_have_unit_deviation_and_their_mean() -> None:
     np.testing.assert_allclose(frozen[1].returns[2], scaled[3], rtol=1e-6)
 
 
-def test_whitened_returns_have_running_units_and_the_critics_values_keep_their_meaning(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lanes", [1, 4])
+def test_whitened_returns_have_running_units_and_the_critics_values_keep_their_meaning(
+    lanes: int, tmp_path: Path
+) -> None:
     critic = heads.attach_scalar(tiny.load(tiny.make(tmp_path)), 1, "a")
+    owner = critic_learner(critic, lanes)
     scale = critics.ReturnScale()
     rows = [replace(THREE[0], tokens=np.arange(4) + 10)]
     before = forward.sample_values(critic, rows, 64)[0]
     seen = [torch.tensor([1.0, 2.0, 6.0]), torch.tensor([-4.0, 10.0])]
     for returns in seen:
-        scale.update(critic, returns)
+        scale.update(owner, returns)
     everything = torch.cat(seen).double()
     assert scale.count == 5 and scale.mean == pytest.approx(everything.mean().item())
     assert scale.std == pytest.approx(everything.std(correction=0).item())
     after = scale.restore(torch.from_numpy(forward.sample_values(critic, rows, 64)[0][1:]))
+    kept = owner.state()[0]["model"]["scalar.bias"]
+    assert critic.scalar is not None and torch.equal(kept, critic.scalar.bias)  # the next update starts from it
     np.testing.assert_allclose(after, before[1:], rtol=1e-5)
     cfg = PPOConfig(lam=0.5, whiten_returns=True)
-    frozen, _ = ppo.freeze(THREE, SCORES, cfg, at := ppo.Progress(kl_coef=0.5), critic)
+    frozen, _ = ppo.freeze(THREE, SCORES, cfg, at := ppo.Progress(kl_coef=0.5), owner)
     targets = np.concatenate([s.returns[s.loss_mask] for s in frozen if s.returns is not None])
     assert at.scale.count == 4
     np.testing.assert_allclose([targets.mean(), targets.std()], [0, 1], atol=1e-6)

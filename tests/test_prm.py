@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from posttrain import api, config
 from posttrain.algos.prm import auc, held_out, labelled_rows, loss, resampled
-from posttrain.config import ModelConfig, RewardConfig
+from posttrain.config import ModelConfig, RewardConfig, TrainConfig
 from posttrain.config.prm import PRMConfig
 from posttrain.data import batching
 from posttrain.data.chat import ChatFormat
@@ -34,6 +34,8 @@ from posttrain.rollout.collector import Collector
 from posttrain.rollout.generator import OnDone, OnToken, Request
 from posttrain.rollout.sample_solutions import sample_solutions, step_values
 from posttrain.store.run import Run
+from posttrain.train.forward import step_scores
+from posttrain.train.learner import make_learner
 from posttrain.types import Completion, ConfigError, DataError, Message, SamplingParams, Task
 from tests import tiny
 from tests.conftest import shared
@@ -306,7 +308,7 @@ def test_solutions_are_sampled_once_and_read_back_when_the_run_goes_on(root: Pat
 
 def test_no_held_out_solutions_means_no_metrics(root: Path) -> None:
     policy = load_policy(ModelConfig(path=str(root / "base")))
-    assert held_out(policy, [], PRMConfig(), 100) == ({}, [])
+    assert held_out(make_learner(policy, TrainConfig(), 1, forward=step_scores), [], PRMConfig()) == ({}, [])
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

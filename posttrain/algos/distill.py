@@ -42,7 +42,6 @@ from posttrain.rollout.tasks import judged_tasks
 from posttrain.store.checkpoint import weights_digest
 from posttrain.train import forward, health
 from posttrain.train.job import Job, Loop, Setup, Summary
-from posttrain.train.learner import make_learner
 from posttrain.types import Batch, ConfigError, JsonView, ResumeError, Stat, Task, stat_values
 
 Models = tuple[Policy, Policy]
@@ -54,7 +53,7 @@ def prepare(setup: Setup[DistillRecipe]) -> Job:
     recipe, policy = setup.recipe, setup.policy
     teacher = load_teacher(recipe, policy)
     sets, verify = judged_tasks(recipe, setup.chat, setup.given, setup.reward)
-    collector = make_collector(policy, setup.chat, verify, recipe)
+    collector = make_collector(policy, setup.chat, verify, recipe, workers=setup.workers)
     parts = (recipe, (policy, teacher), collector, sets.train, Evaluator(collector, sets.test, recipe.eval))
     return Job(policy, sets.hash, [*sets.notes, *teacher.notes_as("teacher")], lambda loop: run(*parts, loop))
 
@@ -163,7 +162,7 @@ def run(
     Raises ResumeError if the teacher's weights are not those the run was saved with.
     """
     cfg, train, (policy, teacher) = recipe.algo, recipe.train, models
-    learner = make_learner(policy, train, train.steps, recipe.rollout.temperature, make_forward(teacher, cfg))
+    learner = loop.learner(policy, train, train.steps, recipe.rollout.temperature, make_forward(teacher, cfg))
     digest = weights_digest(dict(teacher.model.named_parameters()))
 
     def check(state: JsonView) -> None:

@@ -38,7 +38,7 @@ from posttrain.rollout.sample_pairs import ComparedSets, load_judgements, load_p
 from posttrain.store.run import EpisodeRow
 from posttrain.train.device import model_hash
 from posttrain.train.job import Job, Loop, Metrics, Setup, Summary
-from posttrain.train.learner import Learner, Loss, make_learner
+from posttrain.train.learner import Learner, Loss
 from posttrain.train.reference_cache import reference_logprobs
 from posttrain.types import Batch, ConfigError, DataError, Judgement, Preference, Sample, Stat, stat_values
 
@@ -148,7 +148,7 @@ def run(
     """Trains for `train.steps` steps (0: `train.epochs` passes over the feedback)."""
     cfg, token_budget, seed = recipe.algo, recipe.train.micro_batch_tokens, recipe.run.seed
     epochs = Epochs(len(train), cfg.batch_pairs, recipe.train, seed, recipe.data.shuffle)
-    learner = make_learner(policy, recipe.train, epochs.steps)
+    learner = loop.learner(policy, recipe.train, epochs.steps)
     loop.restore(learner)
 
     def evaluate(step: int) -> tuple[Metrics, list[EpisodeRow]]:
@@ -301,7 +301,7 @@ def make_evaluator(
     """Evaluates sampled completions on held-out tasks, if the feedback was sampled on tasks with a reward."""
     if sets.tasks is None or sets.verify is None:
         return None
-    collector = make_collector(setup.policy, setup.chat, sets.verify, setup.recipe)
+    collector = make_collector(setup.policy, setup.chat, sets.verify, setup.recipe, workers=setup.workers)
     return Evaluator(collector, sets.tasks.test, setup.recipe.eval)
 
 

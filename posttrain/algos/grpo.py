@@ -64,7 +64,7 @@ from posttrain.train import health
 from posttrain.train.device import file_hash
 from posttrain.train.forward import token_stats, token_stats_with_entropy
 from posttrain.train.job import Job, Loop, Metrics, Setup, Summary
-from posttrain.train.learner import Learner, Loss, make_learner
+from posttrain.train.learner import Learner, Loss
 from posttrain.train.reference import frozen_reference
 from posttrain.types import Batch, ConfigError, Episode, Sample, Stat, Task, stat_values
 
@@ -83,12 +83,12 @@ def prepare(setup: Setup[GRPORecipe]) -> Job:
     """Loads tasks, verifier or environment; makes the collector (on a copy of the policy if it lags) and evaluator."""
     recipe, policy = setup.recipe, setup.policy
     sets, verify, env = env_tasks(recipe, setup.chat, setup.given, setup.reward)
-    collector = make_collector(policy, setup.chat, verify, recipe, env)
+    collector = make_collector(policy, setup.chat, verify, recipe, env, workers=setup.workers)
     evaluate = Evaluator(collector, sets.test, recipe.eval)
     if recipe.algo.max_lag or recipe.algo.overlap:  # a lagging sampler needs its own copy of the weights
         sampler = copy.deepcopy(policy)
         sampler.notes = policy.notes  # what its decoder notes is about the run
-        collector = make_collector(sampler, setup.chat, verify, recipe, env)
+        collector = make_collector(sampler, setup.chat, verify, recipe, env, workers=setup.workers)
 
     def start(loop: Loop) -> Summary | None:
         with Prefetcher[SampledGroups]() if recipe.algo.overlap else nullcontext() as prefetch:
@@ -161,7 +161,7 @@ def run(
     updates, lags = cfg.minibatches * cfg.epochs, cfg.overlap or cfg.max_lag > 0
     forward = token_stats_with_entropy if cfg.entropy_coef else token_stats
     temperature = recipe.rollout.temperature
-    learner = make_learner(policy, train, train.steps * updates, temperature, forward)
+    learner = loop.learner(policy, train, train.steps * updates, temperature, forward)
     reference = None
     if cfg.kl_coef:
         reference = frozen_reference(recipe.model, policy, train.micro_batch_tokens, temperature)

@@ -37,7 +37,7 @@ from posttrain.rollout.collector import (
 from posttrain.rollout.tasks import judged_tasks
 from posttrain.train import health
 from posttrain.train.job import Job, Loop, Metrics, Setup, Summary
-from posttrain.train.learner import Loss, make_learner
+from posttrain.train.learner import Loss
 from posttrain.train.reference import frozen_reference
 from posttrain.types import Batch, Episode, Sample, Stat, Task, stat_values
 
@@ -48,7 +48,7 @@ def prepare(setup: Setup[OnlineDPORecipe]) -> Job:
     """Loads the tasks and their verifier; makes a collector on the policy being trained and a held-out evaluator."""
     recipe, policy = setup.recipe, setup.policy
     sets, verify = judged_tasks(recipe, setup.chat, setup.given, setup.reward)
-    collector = make_collector(policy, setup.chat, verify, recipe)
+    collector = make_collector(policy, setup.chat, verify, recipe, workers=setup.workers)
     evaluator = Evaluator(collector, sets.test, recipe.eval)
     return Job(policy, sets.hash, sets.notes, lambda loop: run(recipe, policy, collector, sets.train, evaluator, loop))
 
@@ -112,7 +112,7 @@ def run(
 ) -> Summary | None:
     """Trains until `train.steps`. Everything random is a function of (run.seed, step, task, completion)."""
     cfg, train, temperature = recipe.algo, recipe.train, recipe.rollout.temperature
-    learner = make_learner(policy, train, train.steps, temperature)
+    learner = loop.learner(policy, train, train.steps, temperature)
     reference = frozen_reference(recipe.model, policy, train.micro_batch_tokens, temperature)
     loss, saved = make_loss(cfg), loop.restore(learner)
     flat_steps, solved_steps = saved.get("flat_steps", 0), 0 if loop.extended else saved.get("solved_steps", 0)

@@ -48,7 +48,7 @@ from posttrain.train import health
 from posttrain.train.critic import ReturnScale, make_critic
 from posttrain.train.forward import Forward
 from posttrain.train.job import Job, Loop, Metrics, Setup, Summary
-from posttrain.train.learner import Learner, Loss, make_learner
+from posttrain.train.learner import Learner, Loss
 from posttrain.train.reference import PerRow, frozen_reference
 from posttrain.types import Batch, Episode, Sample, Stat, Task, add_stats, stat_values
 
@@ -73,7 +73,7 @@ def prepare(setup: Setup[PPORecipe]) -> Job:
     recipe, policy, cfg = setup.recipe, setup.policy, setup.recipe.algo
     sets, verify = judged_tasks(recipe, setup.chat, setup.given, setup.reward)
     critic = make_critic(recipe.model, policy, cfg.critic == "shared", cfg.critic_init, recipe.run.seed)
-    collector = make_collector(policy, setup.chat, verify, recipe)
+    collector = make_collector(policy, setup.chat, verify, recipe, workers=setup.workers)
     data_hash, notes, demonstrations = sets.hash, list(sets.notes), list[Sample]()
     if cfg.ptx_coef:
         data = replace(recipe.data, tasks=cfg.ptx_data, eval_tasks="", holdout=0.0)
@@ -167,7 +167,8 @@ def run(
 ) -> Summary | None:
     """Trains until `train.steps`. Everything random is a function of (run.seed, step, task, completion)."""
     cfg, train, temperature = recipe.algo, recipe.train, recipe.rollout.temperature
-    learner, critic = make_learners(recipe, policy, critic_policy)
+    learner, critic = make_learners(recipe, policy, critic_policy, loop)
+    valuer = critic or learner
     token_budget, progress = train.micro_batch_tokens, Progress(kl_coef=cfg.kl_coef)
     reference = frozen_reference(recipe.model, policy, token_budget, temperature) if cfg.kl_coef else None
     if saved := loop.restore(learner):
@@ -188,9 +189,12 @@ def run(
         if reference is not None:
             samples = fill(samples, first, "ref_logp", reference)
         samples = fill(
-            samples, first, "old_values", lambda part: passes.sample_values(critic_policy, part, token_budget)
+            samples,
+            first,
+            "old_values",
+            lambda part: passes.per_token(part, lambda rows: valuer.outputs(rows, passes.token_values)),
         )
-        samples, frozen = freeze(samples, scores, cfg, progress, critic_policy)
+        samples, frozen = freeze(samples, scores, cfg, progress, valuer)
 
         rng.seed_global(recipe.run.seed, "update", step)  # whatever the model draws
         stats = [collect.episode_stats(groups, 0, batch_tasks), frozen]
@@ -262,7 +266,7 @@ def improve(
 
 
 def freeze(
-    samples: Rows, scores: torch.Tensor, cfg: PPOConfig, at: Progress, critic: Policy
+    samples: Rows, scores: torch.Tensor, cfg: PPOConfig, at: Progress, critic: Learner
 ) -> tuple[list[Sample], dict[str, Stat]]:
     """Completes the rollout buffer: adds advantages and returns to samples with `old_logp`, `old_values`, `ref_logp`.
 
@@ -336,17 +340,17 @@ def fill(samples: Rows, parts: Sequence[np.ndarray], name: str, of: PerRow) -> l
     return out
 
 
-def make_learners(recipe: PPORecipe, policy: Policy, critic: Policy) -> tuple[Learner, Learner | None]:
+def make_learners(recipe: PPORecipe, policy: Policy, critic: Policy, loop: Loop) -> tuple[Learner, Learner | None]:
     """The policy's learner, and the critic's if it is separate."""
     cfg, train = recipe.algo, recipe.train
     per_step = cfg.epochs * cfg.minibatches
     waits = _waits(cfg, None if critic is policy else critic)
     total, temperature = (train.steps - waits) * per_step, recipe.rollout.temperature
-    learner = make_learner(policy, train, total, temperature, make_forward(cfg))
+    learner = loop.learner(policy, train, total, temperature, make_forward(cfg))
     if critic is policy:
         return learner, None
     critic_cfg = replace(train, lr=cfg.critic_lr)
-    return learner, make_learner(critic, critic_cfg, train.steps * per_step, forward=passes.token_values)
+    return learner, loop.learner(critic, critic_cfg, train.steps * per_step, forward=passes.token_values)
 
 
 def _waits(cfg: PPOConfig, critic: object) -> int:

@@ -33,9 +33,9 @@ from posttrain.objectives.reward import binary
 from posttrain.rewards.models import joined_steps
 from posttrain.rollout.sample_solutions import load_solutions
 from posttrain.store.run import EpisodeRow
-from posttrain.train.forward import sample_step_scores, step_scores
+from posttrain.train.forward import per_token, step_scores
 from posttrain.train.job import Job, Loop, Metrics, Setup, Summary
-from posttrain.train.learner import make_learner
+from posttrain.train.learner import Learner
 from posttrain.types import Batch, DataError, Message, Sample, Stat, stat_values
 
 BINS = 10  # over predicted probabilities
@@ -97,11 +97,11 @@ def run(
     """
     cfg, seed, micro_batch_tokens = recipe.algo, recipe.run.seed, recipe.train.micro_batch_tokens
     epochs = Epochs(len(train), cfg.batch_rows, recipe.train, seed, recipe.data.shuffle)
-    learner = make_learner(policy, recipe.train, epochs.steps, forward=step_scores)
+    learner = loop.learner(policy, recipe.train, epochs.steps, forward=step_scores)
     loop.restore(learner)
 
     def evaluate(step: int) -> tuple[Metrics, list[EpisodeRow]]:
-        return held_out(policy, test, cfg, micro_batch_tokens)[0], []
+        return held_out(learner, test, cfg)[0], []
 
     for step in loop.steps(epochs.steps, evaluate, recipe.eval.every):
         rows = [train[i] for i in epochs.rows(step)]
@@ -110,11 +110,11 @@ def run(
         values = stat_values([*learner.forward_backward(batches, loss), learner.step()])
         loop.end(learner, values, tokens=sum(len(row.tokens) for row in rows))
     summary = loop.summary(learner)
-    return summary and summary | {"calibration": held_out(policy, test, cfg, micro_batch_tokens)[1]}
+    return summary and summary | {"calibration": held_out(learner, test, cfg)[1]}
 
 
 def held_out(
-    policy: Policy, solutions: Sequence[tuple[Graded, Sample]], cfg: PRMConfig, micro_batch_tokens: int
+    learner: Learner, solutions: Sequence[tuple[Graded, Sample]], cfg: PRMConfig
 ) -> tuple[dict[str, float], list[Bin]]:
     """Metrics `eval/…` on held-out solutions, and the calibration table; both empty without held-out solutions.
 
@@ -124,7 +124,7 @@ def held_out(
     if not solutions:
         return {}, []
     rows = [row for _, row in solutions]
-    scores = sample_step_scores(policy, rows, micro_batch_tokens)
+    scores = per_token(rows, lambda part: learner.outputs(part, step_scores))
     logits = [score[row.loss_mask].astype(np.float64) for score, row in zip(scores, rows, strict=True)]
     known = [part[: one.known] for part, (one, _) in zip(logits, solutions, strict=True)]
     labels = [np.array(one.solution.labels[: one.known]) for one, _ in solutions]

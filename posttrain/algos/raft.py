@@ -43,7 +43,6 @@ from posttrain.search.best_of_n import bon_kl
 from posttrain.store.run import EpisodeRow
 from posttrain.train import health
 from posttrain.train.job import Job, Loop, Metrics, Setup, Summary
-from posttrain.train.learner import make_learner
 from posttrain.types import Batch, Episode, Sample, Stat, Task, stat_values
 
 
@@ -51,7 +50,7 @@ def prepare(setup: Setup[RaftRecipe]) -> Job:
     """Loads the tasks and their verifier; makes a collector on the policy being trained and a held-out evaluator."""
     recipe, policy = setup.recipe, setup.policy
     sets, verify = judged_tasks(recipe, setup.chat, setup.given, setup.reward)
-    collector = make_collector(policy, setup.chat, verify, recipe)
+    collector = make_collector(policy, setup.chat, verify, recipe, workers=setup.workers)
     evaluator = Evaluator(collector, sets.test, recipe.eval)
     return Job(policy, sets.hash, sets.notes, lambda loop: run(recipe, policy, collector, sets.train, evaluator, loop))
 
@@ -125,7 +124,7 @@ def run(
     (run.seed, round, task, completion)."""
     cfg, train, seed = recipe.algo, recipe.train, recipe.run.seed
     starting = {n: w.detach().clone() for n, w in trainable(policy).items()} if cfg.restart else {}
-    learner = make_learner(policy, train, 0)  # without restart the learning rate is constant
+    learner = loop.learner(policy, train, 0)  # without restart the learning rate is constant
     saved = loop.restore(learner)
     empty_rounds, pool = saved.get("empty_rounds", 0), list[Sample]()
     if "pool" in saved.get("tensors", {}):
@@ -145,7 +144,7 @@ def run(
         if fresh:  # with nothing selected the optimizer takes no step, not even from momentum
             if cfg.restart:
                 load_weights(policy, starting)
-                learner = make_learner(policy, train, cfg.epochs * math.ceil(len(pool) / cfg.batch_rows))
+                learner = loop.learner(policy, train, cfg.epochs * math.ceil(len(pool) / cfg.batch_rows))
             rng.seed_global(seed, "update", step)  # whatever the model draws
             for epoch in range(cfg.epochs):
                 order = rng.permutation(len(pool), seed, "epoch", step, epoch)

@@ -34,9 +34,9 @@ from posttrain.models.load import Policy
 from posttrain.objectives.reward import bradley_terry, centring
 from posttrain.rollout.sample_pairs import load_pairs
 from posttrain.store.run import EpisodeRow
-from posttrain.train.forward import row_scores, sample_scores
+from posttrain.train.forward import row_scores
 from posttrain.train.job import Job, Loop, Metrics, Setup, Summary
-from posttrain.train.learner import Loss, make_learner
+from posttrain.train.learner import Learner, Loss
 from posttrain.types import Batch, DataError, Preference, Sample, Stat, stat_values
 
 BINS = 20  # over predicted probabilities in [0, 1]; confidences fall into the upper half
@@ -103,11 +103,11 @@ def run(
     cfg, seed, micro_batch_tokens = recipe.algo, recipe.run.seed, recipe.train.micro_batch_tokens
     counts = bootstrap_counts(len(train), cfg.heads, seed)
     epochs = Epochs(len(train), cfg.batch_pairs, recipe.train, seed, recipe.data.shuffle)
-    learner = make_learner(policy, recipe.train, epochs.steps, forward=row_scores)
+    learner = loop.learner(policy, recipe.train, epochs.steps, forward=row_scores)
     loop.restore(learner)
 
     def evaluate(step: int) -> tuple[Metrics, list[EpisodeRow]]:
-        return held_out(policy, test, micro_batch_tokens)[0], []
+        return held_out(learner, test)[0], []
 
     for step in loop.steps(epochs.steps, evaluate, recipe.eval.every):
         order = epochs.rows(step)
@@ -118,10 +118,10 @@ def run(
         )
         values = stat_values([*stats, learner.step()])
         if cfg.normalise and loop.is_exported(step + 1):
-            shift_to_zero(policy, train, micro_batch_tokens)
+            shift_to_zero(learner, train)
         loop.end(learner, values, tokens=sum(len(row.tokens) for pair in pairs for row in pair))
     summary = loop.summary(learner)
-    return summary and summary | {"calibration": held_out(policy, test, micro_batch_tokens)[1]}
+    return summary and summary | {"calibration": held_out(learner, test)[1]}
 
 
 def bootstrap_counts(pairs: int, heads: int, seed: int) -> torch.Tensor:
@@ -144,15 +144,14 @@ def pair_batches(pairs: Sequence[Pair], micro_batch_tokens: int, device: torch.d
     return batches
 
 
-def shift_to_zero(policy: Policy, train: Sequence[Pair], micro_batch_tokens: int) -> None:
+def shift_to_zero(learner: Learner, train: Sequence[Pair]) -> None:
     """Shifts each head's bias so that its mean score over the training completions is 0; differences do not change."""
-    assert policy.scalar is not None
-    scores = sample_scores(policy, [row for pair in train for row in pair], micro_batch_tokens)
-    with torch.no_grad():
-        policy.scalar.bias.sub_(torch.from_numpy(scores.mean(0, dtype=np.float64)).to(policy.scalar.bias))
+    scores = np.stack(learner.outputs([row for pair in train for row in pair], row_scores))
+    bias = learner.weights()["scalar.bias"]
+    learner.assign({"scalar.bias": bias - torch.from_numpy(scores.mean(0, dtype=np.float64)).to(bias)})
 
 
-def held_out(policy: Policy, pairs: Sequence[Pair], micro_batch_tokens: int) -> tuple[dict[str, float], list[Bin]]:
+def held_out(learner: Learner, pairs: Sequence[Pair]) -> tuple[dict[str, float], list[Bin]]:
     """Metrics `eval/…` on held-out pairs, and the calibration table; both empty without held-out pairs.
 
     Several heads are evaluated by their mean score. Ties (label 0.5) do not count towards accuracy and score gap. The
@@ -160,7 +159,7 @@ def held_out(policy: Policy, pairs: Sequence[Pair], micro_batch_tokens: int) -> 
     """
     if not pairs:
         return {}, []
-    heads = sample_scores(policy, [row for pair in pairs for row in pair], micro_batch_tokens).astype(np.float64)
+    heads = np.stack(learner.outputs([row for pair in pairs for row in pair], row_scores)).astype(np.float64)
     scores = heads.mean(1)
     label = np.array([chosen.label for chosen, _ in pairs])
     gap = scores[0::2] - scores[1::2]

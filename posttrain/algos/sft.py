@@ -13,6 +13,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ from posttrain.models.load import Policy
 from posttrain.store.run import EpisodeRow
 from posttrain.train.forward import Forward, token_stats
 from posttrain.train.job import Job, Loop, Metrics, Setup, Summary
-from posttrain.train.learner import Learner, make_learner
+from posttrain.train.learner import Learner
 from posttrain.types import Batch, DataError, Sample, Stat, stat_values
 
 Rows = Mapping[str, Sequence[Sample]]
@@ -105,15 +106,22 @@ def noisy_embeddings(policy: Policy, batch: Batch, keys: Sequence[int], alpha: f
         hook.remove()
 
 
-def noisy_forward(alpha: float, seed: int, loop: Loop) -> Forward:
-    """The learner's forward pass with NEFTune noise on the input embeddings; alpha = 0 adds none."""
+def noisy_forward(alpha: float) -> Forward:
+    """The learner's forward pass with NEFTune noise on the input embeddings; alpha = 0 adds none.
+
+    `rows` of its batches are the seeds of the rows' noise (`seeded`).
+    """
 
     def forward(policy: Policy, batch: Batch, temperature: float) -> tuple[torch.Tensor, ...]:
-        keys = [rng.key("neftune", seed, loop.step, row) for row in batch.rows]
-        with noisy_embeddings(policy, batch, keys, alpha):
+        with noisy_embeddings(policy, batch, batch.rows, alpha):
             return token_stats(policy, batch, temperature)
 
     return forward if alpha else token_stats
+
+
+def seeded(batch: Batch, seed: int, step: int) -> Batch:
+    """The batch with the seeds of its rows' noise in a step as its `rows`."""
+    return replace(batch, rows=tuple(rng.key("neftune", seed, step, row) for row in batch.rows))
 
 
 def run(recipe: SFTRecipe, policy: Policy, mixture: Mixture, train: Rows, test: Rows, loop: Loop) -> Summary | None:
@@ -124,7 +132,7 @@ def run(recipe: SFTRecipe, policy: Policy, mixture: Mixture, train: Rows, test: 
     cfg, seed = recipe.algo, recipe.run.seed
     sources = list(train.values())
     epochs = Epochs(one_pass(mixture), cfg.batch_rows, recipe.train, seed, recipe.data.shuffle)
-    learner = make_learner(policy, recipe.train, epochs.steps, forward=noisy_forward(cfg.neftune_alpha, seed, loop))
+    learner = loop.learner(policy, recipe.train, epochs.steps, forward=noisy_forward(cfg.neftune_alpha))
     loop.restore(learner)
 
     def evaluate(step: int) -> tuple[Metrics, list[EpisodeRow]]:
@@ -136,6 +144,7 @@ def run(recipe: SFTRecipe, policy: Policy, mixture: Mixture, train: Rows, test: 
         rng.seed_global(seed, "update", step)  # whatever the model draws
         share = not cfg.neftune_alpha  # noise differs per row, so rows have no prefix to share
         batches = batching.micro(rows, recipe.train.micro_batch_tokens, "token-mean", device=policy.device, share=share)
+        batches = batches if share else [seeded(batch, seed, step) for batch in batches]
         values = stat_values([*learner.forward_backward(batches, loss), learner.step()])
         if len(train) > 1:
             counts = mixture.drawn(start + size)

@@ -28,6 +28,7 @@ from posttrain.config.resolve import (
     stored,
 )
 from posttrain.config.sections import (
+    ClusterConfig,
     DataConfig,
     EnvConfig,
     EvalConfig,
@@ -42,6 +43,7 @@ from posttrain.config.sft import SFTConfig, SFTRecipe
 __all__ = [
     "PRESETS",
     "RECIPES",
+    "ClusterConfig",
     "DataConfig",
     "EnvConfig",
     "EnvRecipe",

@@ -10,6 +10,7 @@ from posttrain.config.choices import KeysOf
 from posttrain.config.facts import Facts, names_tasks
 from posttrain.config.pairs import PairsConfig, check_pairs
 from posttrain.config.sections import (
+    ClusterConfig,
     DataConfig,
     EpochTrainConfig,
     EvalConfig,
@@ -96,6 +97,7 @@ class DPORecipe:
     train: EpochTrainConfig = field(default_factory=EpochTrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     def facts(self) -> Facts:
         """The models a run with these settings holds, what it samples and its forward passes."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from posttrain.config.sections import (
+    ClusterConfig,
     DataConfig,
     EnvConfig,
     EvalConfig,
@@ -30,6 +31,7 @@ class EvalRecipe:
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     def __post_init__(self) -> None:
         if self.eval.temperature < 0:

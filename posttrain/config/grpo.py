@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from posttrain.config.choices import KeysOf
 from posttrain.config.facts import Facts, Saving
 from posttrain.config.sections import (
+    ClusterConfig,
     DataConfig,
     EnvConfig,
     EvalConfig,
@@ -116,6 +117,7 @@ class GRPORecipe:
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     def facts(self) -> Facts:
         """The models a run with these settings holds, what it samples and its forward passes."""

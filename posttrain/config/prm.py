@@ -7,6 +7,7 @@ from typing import Literal
 
 from posttrain.config.facts import Facts, names_tasks
 from posttrain.config.sections import (
+    ClusterConfig,
     DataConfig,
     EpochTrainConfig,
     EvalConfig,
@@ -60,6 +61,7 @@ class PRMRecipe:
     train: EpochTrainConfig = field(default_factory=EpochTrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     def facts(self) -> Facts:
         """The models a run with these settings holds, what it samples and its forward passes."""

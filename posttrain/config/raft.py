@@ -8,6 +8,7 @@ from typing import Literal
 
 from posttrain.config.facts import Facts
 from posttrain.config.sections import (
+    ClusterConfig,
     DataConfig,
     EvalConfig,
     ModelConfig,
@@ -63,6 +64,7 @@ class RaftRecipe:
     train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=10))
     eval: EvalConfig = field(default_factory=EvalConfig)
     run: RunConfig = field(default_factory=lambda: RunConfig(checkpoint_every=1))
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     def facts(self) -> Facts:
         """The models a run with these settings holds, what it samples and its forward passes."""

@@ -36,6 +36,8 @@ ADDED = {
 """Settings that were added later → their default, which keeps the previous behaviour."""
 ADDED_SECTIONS = {"eval": {"every": 0}}
 """Sections that some algorithms got later → the same."""
+WITHOUT_EFFECT = ("cluster",)
+"""Sections that do not change a result, and so are not part of a recipe's identity."""
 CHANGED = {("data.count", "0"): 4096}
 """(setting, default as text) → its former default, which draws the same number of problems."""
 
@@ -71,7 +73,7 @@ def identity(sections: Mapping[str, JsonView]) -> dict[str, Json]:
     out: dict[str, Json] = {}
     for section, values in sections.items():
         full = {f"{section}.{key}": value for key, value in values.items()}
-        if values == ADDED_SECTIONS.get(section):
+        if section in WITHOUT_EFFECT or values == ADDED_SECTIONS.get(section):
             continue
         kept = {name: value for name, value in full.items() if name not in ADDED or value != ADDED[name]}
         out[section] = {

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from posttrain.config.facts import Facts, names_tasks
 from posttrain.config.pairs import PairsConfig, check_pairs
 from posttrain.config.sections import (
+    ClusterConfig,
     DataConfig,
     EpochTrainConfig,
     EvalConfig,
@@ -51,6 +52,7 @@ class RewardModelRecipe:
     train: EpochTrainConfig = field(default_factory=EpochTrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     def facts(self) -> Facts:
         """The models a run with these settings holds, what it samples and its forward passes."""

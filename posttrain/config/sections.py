@@ -151,6 +151,26 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class ClusterConfig:
+    """Who computes a run. These settings change its time, never its result."""
+
+    learners: int = 1
+    """Processes that compute gradients together, a power of two; with more than 1, `train.lanes` is a multiple."""
+    samplers: int = 0
+    """Processes that sample completions; 0 samples in the run's own process."""
+    judges: int = 0
+    """Processes that score completions; 0 scores them in the run's own process."""
+    backend: Literal["processes", "ray"] = "processes"
+    """`processes` on this machine, or `ray`, on one machine or several (docs/cluster.md)."""
+    address: str = ""
+    """Address of the Ray cluster; empty uses RAY_ADDRESS, or starts Ray on this machine."""
+    timeout: float = 600.0
+    """Seconds without an answer after which a process counts as lost."""
+    max_restarts: int = 3
+    """Deaths at the same step, or in a row, after which the run stops."""
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     every: int = 0
     """Steps between evaluations on held-out tasks; 0 evaluates only before and after training."""
@@ -207,6 +227,8 @@ class SharedSections(Protocol):
     def train(self) -> TrainConfig: ...
     @property
     def run(self) -> RunConfig: ...
+    @property
+    def cluster(self) -> ClusterConfig: ...
 
 
 def require_positive(section: object, *names: str) -> None:
@@ -256,6 +278,7 @@ def check_shared(recipe: SharedSections) -> None:
     require_positive(train, "micro_batch_tokens")
     if train.lanes < 1 or train.lanes & (train.lanes - 1):
         raise ConfigError(f"train.lanes={train.lanes} is not a power of two. Use 1, 2, 4, 8 …")
+    check_cluster(recipe.cluster, train)
     require_positive(run, "checkpoint_every", "keep")
     check_length(recipe)
     if env and not env.timeout > 0:
@@ -264,6 +287,21 @@ def check_shared(recipe: SharedSections) -> None:
     for section, names in counts.items():
         if hasattr(recipe, section) and not isinstance(getattr(recipe, section), HeldOutConfig):
             require_positive(getattr(recipe, section), *names)
+
+
+def check_cluster(cluster: ClusterConfig, train: TrainConfig) -> None:
+    """Checks who computes a run."""
+    require_positive(cluster, "learners", "timeout")
+    if min(cluster.samplers, cluster.judges, cluster.max_restarts) < 0:
+        raise ConfigError("cluster.samplers, judges and max_restarts cannot be negative.")
+    if cluster.learners > 1 and train.lanes % cluster.learners:
+        raise ConfigError(
+            f"cluster.learners={cluster.learners} does not divide train.lanes={train.lanes}, the partial sums in which "
+            "a gradient is added. Set train.lanes to a power of two that it divides, such as 8; it is part of the "
+            "result, whoever computes it."
+        )
+    if cluster.learners > 1 and train.learner != "local":
+        raise ConfigError(f"cluster.learners={cluster.learners} needs train.learner=local, not {train.learner!r}.")
 
 
 def check_length(recipe: SharedSections) -> None:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from posttrain.config.facts import Facts
 from posttrain.config.sections import (
+    ClusterConfig,
     DataConfig,
     EpochTrainConfig,
     HeldOutConfig,
@@ -47,6 +48,7 @@ class SFTRecipe:
     train: EpochTrainConfig = field(default_factory=EpochTrainConfig)
     eval: HeldOutConfig = field(default_factory=HeldOutConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     def facts(self) -> Facts:
         """The models a run with these settings holds, what it samples and its forward passes."""

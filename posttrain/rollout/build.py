@@ -23,6 +23,7 @@ from posttrain.rollout.collector import Collector
 from posttrain.rollout.generator import Generator
 from posttrain.rollout.multi_turn import MultiTurn
 from posttrain.rollout.stopping import check_strings
+from posttrain.train.job import Workers
 from posttrain.types import ConfigError, Message, SamplingParams, Task
 
 
@@ -40,9 +41,15 @@ def engine_versions(engine: str) -> dict[str, str]:
 
 
 def make_collector(
-    policy: Policy, chat: ChatFormat, verify: Verifier, recipe: Sampling, env: EnvFactory | None = None
+    policy: Policy,
+    chat: ChatFormat,
+    verify: Verifier,
+    recipe: Sampling,
+    env: EnvFactory | None = None,
+    workers: Workers | None = None,
 ) -> Collector:
-    """Makes the collector of a recipe: engine, chat format, and verifier or environment."""
+    """Makes the collector of a recipe: engine, chat format, and verifier or environment; `workers` make the first and
+    the last in processes of their own."""
     rollout = recipe.rollout
 
     def encode(task: Task) -> np.ndarray:
@@ -56,13 +63,13 @@ def make_collector(
     check_strings(rollout.stop, hidden_tokens(policy.tokenizer), policy.stop_ids)
     context = getattr(policy.config, "max_position_embeddings", None) or sys.maxsize
     return Collector(
-        generator=make_generator(policy, rollout),
+        generator=workers.generator(policy, rollout) if workers else make_generator(policy, rollout),
         encode=encode,
         decode=decode,
-        verify=verify,
+        verify=verify if workers is None or env else workers.verifier(verify),
         params=SamplingParams(rollout.temperature, max_tokens=rollout.max_tokens, stop=rollout.stop),
         seed=recipe.run.seed,
-        workers=rollout.reward_workers,
+        workers=max(rollout.reward_workers, 0 if env else recipe.cluster.judges),
         multi_turn=env and _multi_turn(env, chat, decode, cast(EnvRecipe, recipe).env, context),
         opening=lambda task: chat.opening(task.messages),
     )

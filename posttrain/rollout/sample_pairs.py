@@ -119,9 +119,8 @@ def _sampled(setup: Setup[PairRecipe]) -> ComparedSets[Preference]:
     if kept := sampled.read(folder, (TRAIN_FILE, TEST_FILE), read_preferences):
         train, test = kept
     else:
-        collector = with_opening(
-            make_collector(setup.policy, setup.chat, verify, recipe), setup.chat, recipe.pairs.opening
-        )
+        plain = make_collector(setup.policy, setup.chat, verify, recipe, workers=setup.workers)
+        collector = with_opening(plain, setup.chat, recipe.pairs.opening)
         parts: list[list[Preference]] = []
         most = recipe.pairs.held_out
         held_out = chosen(sets.test, most, sets.shuffled) if most else []

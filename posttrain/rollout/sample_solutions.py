@@ -60,7 +60,7 @@ def _sampled(setup: Setup[PRMRecipe]) -> SolutionSets:
     if kept := sampled.read(folder, (TRAIN_FILE, TEST_FILE), read_solutions):
         train, test = kept
     else:
-        collector = make_collector(setup.policy, setup.chat, verify, recipe)
+        collector = make_collector(setup.policy, setup.chat, verify, recipe, workers=setup.workers)
         parts: list[list[Solution]] = []
         for name, tasks in (("training", sets.train), ("held-out", sets.test)):
             solutions, answers = sample_solutions(collector, setup.chat, tasks, recipe.algo)

@@ -45,7 +45,7 @@ def judged_tasks(
 
     Without `train`, only the tasks of `data.eval_tasks` are loaded, if it is set.
     """
-    verify, notes = _verifier(recipe, reward)
+    verify, notes = make_verifier(recipe, reward)
     sets = _loaded(recipe, given, reward is None, train)
     sets = replace(sets, notes=[*sets.notes, *notes])
     sets = _checked(sets, recipe, chat, verify, reward is None)
@@ -53,7 +53,7 @@ def judged_tasks(
     return replace(sets, hash=content), verify
 
 
-def _verifier(recipe: Sampling, reward: Callable[..., Any] | None) -> tuple[Verifier, list[str]]:
+def make_verifier(recipe: Sampling, reward: Callable[..., Any] | None) -> tuple[Verifier, list[str]]:
     """The verifier of a recipe, and notes on its reward models."""
     notes: list[str] = []
 
@@ -143,7 +143,7 @@ def env_tasks(
     """`judged_tasks` and the recipe's environment, which may provide the tasks."""
     if not recipe.env.name:
         return *judged_tasks(recipe, chat, given, reward, train), None
-    verify, notes = _verifier(recipe, reward)
+    verify, notes = make_verifier(recipe, reward)
     sandbox = partial(code.use, recipe.reward.sandbox, recipe.reward.accept_arbitrary_code)
     env = load_env(recipe.env.name, ENVS, verify, recipe.env, sandbox)
     judged, seed = takes(env, "verify"), recipe.run.seed

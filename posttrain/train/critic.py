@@ -12,6 +12,7 @@ from posttrain import rng
 from posttrain.config import ModelConfig
 from posttrain.models import heads
 from posttrain.models.load import Policy, load_policy
+from posttrain.train.learner import Learner
 from posttrain.types import ConfigError
 
 
@@ -23,22 +24,25 @@ class ReturnScale:
     mean: float = 0.0
     std: float = 1.0
 
-    def update(self, critic: Policy, returns: torch.Tensor) -> None:
+    def update(self, critic: Learner, returns: torch.Tensor) -> None:
         """Adds returns (K,) and rescales the critic's head so that its denormalised values do not change.
 
         PopArt (van Hasselt et al., arXiv 1602.07714, proposition 1): w ← w σ / σ', b ← (σ b + μ − μ') / σ'.
         """
-        head, wide = critic.scalar, returns.double()
-        assert head is not None
+        wide = returns.double()
         mean, std, count = self.mean, self.std, self.count
         self.count = count + len(wide)
         gap = wide.mean().item() - mean
         self.mean = mean + gap * len(wide) / self.count
         squares = std**2 * count + wide.var(correction=0).item() * len(wide) + gap**2 * count * len(wide) / self.count
         self.std = math.sqrt(squares / self.count) if squares > 1e-8 * self.count else 1.0
-        with torch.no_grad():
-            head.weight.mul_(std / self.std)
-            head.bias.mul_(std).add_(mean - self.mean).div_(self.std)
+        weight, bias = (critic.weights()[f"scalar.{name}"] for name in ("weight", "bias"))
+        critic.assign(
+            {
+                "scalar.weight": weight * (std / self.std),
+                "scalar.bias": (bias * std).add_(mean - self.mean).div_(self.std),
+            }
+        )
 
     def normalise(self, values: torch.Tensor) -> torch.Tensor:
         """Normalises values in reward units to the critic's units."""

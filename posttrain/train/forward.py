@@ -130,45 +130,57 @@ def sample_logprobs(
     policy: Policy, samples: Sequence[Sample], micro_batch_tokens: int, temperature: float = 1.0
 ) -> list[np.ndarray]:
     """Log-probabilities [L] float32 of each sample's trained tokens, in input order; 0 elsewhere."""
-    return _per_token(policy, samples, micro_batch_tokens, lambda b: logprobs(policy, b, temperature))
+    return per_token(samples, lambda rows: outputs(policy, rows, micro_batch_tokens, token_stats, temperature))
 
 
 def sample_values(policy: Policy, samples: Sequence[Sample], micro_batch_tokens: int) -> list[np.ndarray]:
     """Values [L] float32 of the states before each trained token, in input order."""
-    return _per_token(policy, samples, micro_batch_tokens, lambda b: token_values(policy, b)[0])
+    return per_token(samples, lambda rows: outputs(policy, rows, micro_batch_tokens, token_values))
 
 
 def sample_step_scores(policy: Policy, samples: Sequence[Sample], micro_batch_tokens: int) -> list[np.ndarray]:
     """Scores [L] float32 at each masked token, 0 elsewhere, in input order."""
-    return _per_token(policy, samples, micro_batch_tokens, lambda b: step_scores(policy, b)[0])
+    return per_token(samples, lambda rows: outputs(policy, rows, micro_batch_tokens, step_scores))
 
 
 def sample_scores(policy: Policy, samples: Sequence[Sample], micro_batch_tokens: int) -> np.ndarray:
     """Scores (N, heads) float32 of whole rows at their last token, in input order."""
-    return np.stack(_in_passes(policy, samples, micro_batch_tokens, lambda b: row_scores(policy, b)[0]))
+    return np.stack(outputs(policy, samples, micro_batch_tokens, row_scores))
 
 
-@torch.no_grad()
-def _in_passes(
-    policy: Policy, samples: Sequence[Sample], micro_batch_tokens: int, of: Callable[[Batch], torch.Tensor]
+Outputs = Callable[[Sequence[Sample]], list[np.ndarray]]
+"""A pass without gradient: rows → one array per row, in input order."""
+
+
+def outputs(
+    policy: Policy, samples: Sequence[Sample], micro_batch_tokens: int, forward: Forward, temperature: float = 1.0
 ) -> list[np.ndarray]:
-    policy.model.eval()
+    """The first output of `forward` for each row, float32, without gradient, in input order."""
     out: list[np.ndarray] = [np.zeros(0, np.float32)] * len(samples)
-    for part in batching.plan(samples, [[i] for i in range(len(samples))], micro_batch_tokens):
-        rows = [samples[i] for i in part]
-        batch = batching.pad(rows, batching.loss_masks(rows).float(), policy.device)
-        for i, row in zip(part, of(batch).float().cpu().numpy(), strict=True):
+    for part in planned(samples, micro_batch_tokens):
+        rows = outputs_of_pass(policy, [samples[i] for i in part], forward, temperature)
+        for i, row in zip(part, rows, strict=True):
             out[i] = row
     return out
 
 
-def _per_token(
-    policy: Policy, samples: Sequence[Sample], micro_batch_tokens: int, of: Callable[[Batch], torch.Tensor]
-) -> list[np.ndarray]:
-    """Rows [L] of `of`'s (B, T) output, with the same micro-batches as an update; 0 for rows without trained tokens."""
+def planned(samples: Sequence[Sample], micro_batch_tokens: int) -> list[list[int]]:
+    """The rows of each pass without gradient: as many as an update's micro-batch would hold."""
+    return batching.plan(samples, [[i] for i in range(len(samples))], micro_batch_tokens)
+
+
+@torch.no_grad()
+def outputs_of_pass(policy: Policy, rows: Sequence[Sample], forward: Forward, temperature: float) -> np.ndarray:
+    """The first output (B, …) float32 of `forward` for the rows of one pass."""
+    policy.model.eval()
+    batch = batching.pad(rows, batching.loss_masks(rows).float(), policy.device)
+    return forward(policy, batch, temperature)[0].float().cpu().numpy()
+
+
+def per_token(samples: Sequence[Sample], of: Outputs) -> list[np.ndarray]:
+    """The rows [L] of a (B, T) output; zeros for rows without trained tokens, which are not computed."""
     out = [np.zeros(len(s.tokens), np.float32) for s in samples]
     trained = [i for i, s in enumerate(samples) if s.loss_mask.any()]
-    rows = _in_passes(policy, [samples[i] for i in trained], micro_batch_tokens, of)
-    for i, row in zip(trained, rows, strict=True):
+    for i, row in zip(trained, of([samples[i] for i in trained]), strict=True):
         out[i] = row[: len(out[i])]
     return out

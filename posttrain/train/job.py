@@ -20,19 +20,20 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
-from posttrain.config import Recipe, RunConfig
+from posttrain.config import Recipe, RolloutConfig, RunConfig, TrainConfig
 from posttrain.data.chat import ChatFormat
 from posttrain.models.load import Policy
 from posttrain.store import checkpoint
 from posttrain.store.failpoints import failpoint
 from posttrain.store.run import EpisodeRow, Event, Run
 from posttrain.train.best import Best
+from posttrain.train.forward import Forward, token_stats
 from posttrain.train.interrupt import Interrupt
-from posttrain.train.learner import Learner
+from posttrain.train.learner import Learner, MakeLearner, make_learner
 from posttrain.types import Json, JsonView, Task, TrainingDiverged
 
 R = TypeVar("R", bound=Recipe, covariant=True)
@@ -47,6 +48,16 @@ Evaluate = Callable[[int], tuple[Metrics, Sequence[EpisodeRow]]]
 Reward = Callable[..., Any]
 
 
+class Workers(Protocol):
+    """Makes what a run computes with: in this process, or in processes of their own (posttrain/cluster)."""
+
+    def learner(
+        self, policy: Policy, cfg: TrainConfig, total_steps: int, temperature: float, forward: Forward
+    ) -> Learner: ...
+    def generator(self, policy: Policy, rollout: RolloutConfig) -> Any: ...
+    def verifier(self, verify: Any) -> Any: ...
+
+
 @dataclass(frozen=True)
 class Setup(Generic[R]):
     """Inputs of every algorithm: the resolved recipe, its model, and tasks and reward passed from Python."""
@@ -57,6 +68,7 @@ class Setup(Generic[R]):
     folder: Path  # of the run; does not exist yet for a new run
     given: list[Task] | None = None
     reward: Reward | None = None
+    workers: Workers | None = None  # None: all in this process
 
 
 @dataclass(frozen=True)
@@ -84,6 +96,8 @@ class Loop:
     step: int = 0  # completed steps
     total: int = 0
     ended: str = ""  # why the run ended before its last planned step, as a success
+    make_learner: MakeLearner = make_learner  # in this process, or on the ranks of a cluster
+    notes: list[str] = field(default_factory=list[str])  # of the cluster, stored with the next step
     extended: bool = False  # continues where it had ended early, so what ended it is counted anew
     best: Best = field(init=False)
     _every: int = 0
@@ -95,6 +109,17 @@ class Loop:
 
     def __post_init__(self) -> None:
         self.best = Best(self.cfg.keep_best)
+
+    def learner(
+        self,
+        policy: Policy,
+        cfg: TrainConfig,
+        total_steps: int,
+        temperature: float = 1.0,
+        forward: Forward = token_stats,
+    ) -> Learner:
+        """A learner of the policy; see `make_learner` (train/learner.py)."""
+        return self.make_learner(policy, cfg, total_steps, temperature, forward)
 
     def restore(self, learner: Learner, check: Callable[[JsonView], None] | None = None) -> Json:
         """Loads the newest checkpoint into the learner and returns the `state` and "tensors" passed to `end`.
@@ -179,6 +204,8 @@ class Loop:
                 since = self.best.since
                 later = "1 evaluation has" if since == 1 else f"{since} evaluations have"
                 self._end_here(f"{best}, and {later} not improved on it")
+        while self.notes:
+            events = [*events, Event("warning", "cluster", self.notes.pop(0))]
         if self.ended:
             events = [*events, Event("info", "ended", f"Ended after step {self.step} of {planned}: {self.ended}.")]
         failpoint("step:before-store")

@@ -12,7 +12,7 @@ into 2L equal chunks of a multiple of 64 elements each: the units of the norm an
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -64,18 +64,15 @@ class Layout:
         """The named tensors in a flat vector; they share its memory."""
         return {name: place.view(flat) for name, place in self.places.items()}
 
-    def parts(self, flat: torch.Tensor) -> Iterator[tuple[torch.Tensor, bool]]:
-        """The 2L chunks of the matrices, then those of the other tensors, each with whether it decays."""
-        for part, decays in ((flat[: self.matrices], True), (flat[self.matrices :], False)):
-            if len(part):
-                yield from ((chunk, decays) for chunk in part.chunk(self.chunks))
+    @property
+    def regions(self) -> list[tuple[int, int]]:
+        """(start, end) of the matrices, which decay, and of the other tensors; either may be empty."""
+        return [(0, self.matrices), (self.matrices, self.size)]
 
-    def norm(self, flat: torch.Tensor) -> torch.Tensor:
-        """The L2 norm of a flat vector: the sum of its chunks' squares, in order, in float64."""
-        total = torch.zeros((), dtype=torch.float64, device=flat.device)
-        for chunk, _ in self.parts(flat):
-            total += chunk.double().square().sum()
-        return total.sqrt()
+    def chunk_of(self, region: int) -> int:
+        """Elements of a chunk of a region."""
+        start, end = self.regions[region]
+        return (end - start) // self.chunks
 
 
 def order(count: int, lanes: int) -> list[list[int]]:

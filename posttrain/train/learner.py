@@ -31,6 +31,10 @@ class Learner(Protocol):
         """Per-token log-probabilities [L] float32 under the current weights, without gradient, in input order."""
         ...
 
+    def outputs(self, samples: Sequence[Sample], forward: Forward) -> list[np.ndarray]:
+        """The first output of `forward` for each row under the current weights, without gradient, in input order."""
+        ...
+
     def forward_backward(self, batches: Sequence[Batch], loss: Loss) -> list[dict[str, Stat]]:
         """Accumulates the gradients of an update's micro-batches, in order; returns the stats of each.
 
@@ -47,7 +51,11 @@ class Learner(Protocol):
         ...
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The trainable tensors by name (views, not copies)."""
+        """The trainable tensors by name: those of `policy` (views, not copies)."""
+        ...
+
+    def assign(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Sets trainable tensors to other values, as when a head is rescaled; the optimizer's state stays."""
         ...
 
     def state(self) -> tuple[dict[str, dict[str, torch.Tensor]], Json]:
@@ -57,6 +65,10 @@ class Learner(Protocol):
     def load(self, tensors: Mapping[str, Mapping[str, torch.Tensor]], state: JsonView) -> None:
         """Restores the state that `state` returned, bit-exact."""
         ...
+
+
+MakeLearner = Callable[[Policy, TrainConfig, int, float, Forward], Learner]
+"""Makes a learner as `make_learner` does, from the same arguments."""
 
 
 def make_learner(

@@ -9,7 +9,7 @@ import torch
 
 from posttrain.config import TrainConfig
 from posttrain.models.load import Policy, trainable
-from posttrain.train.forward import Forward, sample_logprobs, token_stats
+from posttrain.train.forward import Forward, outputs, sample_logprobs, token_stats
 from posttrain.train.lane_learner import LaneLearner
 from posttrain.train.learner import Learner, Loss
 from posttrain.train.update import backward, check_names, check_norm, learning_rate
@@ -45,6 +45,10 @@ class LocalLearner:
     def logprobs(self, samples: Sequence[Sample]) -> list[np.ndarray]:
         """See `Learner.logprobs`; micro-batches hold at most `train.micro_batch_tokens` tokens."""
         return sample_logprobs(self.policy, samples, self.cfg.micro_batch_tokens, self.temperature)
+
+    def outputs(self, samples: Sequence[Sample], forward: Forward) -> list[np.ndarray]:
+        """See `Learner.outputs`."""
+        return outputs(self.policy, samples, self.cfg.micro_batch_tokens, forward, self.temperature)
 
     def forward_backward(self, batches: Sequence[Batch], loss: Loss) -> list[dict[str, Stat]]:
         """See `Learner.forward_backward`."""
@@ -93,6 +97,13 @@ class LocalLearner:
     def weights(self) -> dict[str, torch.Tensor]:
         """The trainable tensors by name (views, not copies)."""
         return {name: parameter.detach() for name, parameter in self.parameters.items()}
+
+    def assign(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """See `Learner.assign`."""
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                self.master[name].copy_(tensor)
+        self._publish()
 
     def state(self) -> tuple[dict[str, dict[str, torch.Tensor]], Json]:
         """The state for `load`: tensors by file, and small JSON values."""

@@ -1,0 +1,129 @@
+"""Starts what `[cluster]` asks for, and gives the run its learners, samplers and judges.
+
+Workers begin to load when the cluster is opened, while the driver loads the model and the data. Nothing here changes a
+result: `[cluster]` settings are not part of what a run is a function of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
+from importlib import import_module
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from posttrain.cluster.actors import Actor, Start, call, results
+from posttrain.cluster.judges import Judges
+from posttrain.cluster.learner import RemoteLearner
+from posttrain.cluster.pool import Crew, Pool
+from posttrain.config import ClusterConfig, RolloutConfig, Sampling, TrainConfig
+from posttrain.config.sections import SharedSections
+from posttrain.models.load import Policy, trainable
+from posttrain.rewards.judging import BatchVerifier, Verifier
+from posttrain.rewards.scoring import scores_groups
+from posttrain.rollout.build import make_generator
+from posttrain.rollout.generator import Generator
+from posttrain.train.device import resolve
+from posttrain.train.forward import Forward
+from posttrain.train.learner import Learner, make_learner
+
+BACKENDS = {"processes": "posttrain.cluster.processes", "ray": "posttrain.cluster.on_ray"}
+RANK, SAMPLER, JUDGE = (
+    "posttrain.cluster.rank:Rank",
+    "posttrain.cluster.sampler:Sampler",
+    "posttrain.cluster.judges:Judge",
+)
+
+
+@dataclass
+class Cluster:
+    """The workers of one run. `note` gets a sentence on what a user should know: deaths and replacements."""
+
+    recipe: SharedSections
+    reward: Any = None  # a reward passed from Python
+    note: Callable[[str], None] = lambda text: None
+    ranks: list[Actor] = field(default_factory=list[Actor])
+    crew: Crew | None = None
+    judges: list[Judges] = field(default_factory=list[Judges])
+    _joined: list[Future[Any]] = field(default_factory=list[Future[Any]])
+    _numbers: dict[str, int] = field(default_factory=dict[str, int])
+
+    def __enter__(self) -> Self:
+        cfg = self.cfg
+        if cfg.learners > 1:
+            on = resolve(self.recipe.train.device)
+            count, threads = cfg.learners, self.threads
+            self.ranks = [
+                self._start("learner", RANK, (number, count, threads, on.type, cfg.timeout)) for number in range(count)
+            ]
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def cfg(self) -> ClusterConfig:
+        return self.recipe.cluster
+
+    @property
+    def threads(self) -> int:
+        """CPU threads of the driver, and so of every worker: sums can depend on their number."""
+        return self.recipe.train.threads or torch.get_num_threads()
+
+    def _start(self, role: str, kind: str, arguments: tuple[Any, ...]) -> Actor:
+        number = self._numbers.get(role, 0)
+        self._numbers[role] = number + 1
+        start: Start = import_module(BACKENDS[self.cfg.backend]).start
+        return start(f"{role}-{number}", kind, arguments)
+
+    def learner(
+        self, policy: Policy, cfg: TrainConfig, total_steps: int, temperature: float, forward: Forward
+    ) -> Learner:
+        """Makes a learner of a policy: on the ranks if there are several, else in this process."""
+        if not self.ranks:
+            return make_learner(policy, cfg, total_steps, temperature, forward)
+        if not self._joined:
+            host = "127.0.0.1" if self.cfg.backend == "processes" else import_module(BACKENDS["ray"]).address()
+            port = call(self.ranks[0], "listen", host).result()
+            self._joined = [call(rank, "join", host, port) for rank in self.ranks]
+            results(self._joined)
+        return RemoteLearner(self.ranks, str(id(policy)), policy, cfg, total_steps, temperature, forward)
+
+    def generator(self, policy: Policy, rollout: RolloutConfig) -> Generator:
+        """Makes the sampler of a policy: a pool if there are samplers, else the engine in this process."""
+        if not self.cfg.samplers:
+            return make_generator(policy, rollout)
+        if self.crew is None:
+            start = partial(self._start, "sampler", SAMPLER, (policy, rollout, self.threads))
+            limits = (rollout.slots, self.cfg.timeout, self.cfg.max_restarts)
+            self.crew = Crew(start, self.cfg.samplers, *limits, self.note)
+        return Pool(self.crew, {name: parameter.detach() for name, parameter in trainable(policy).items()})
+
+    def verifier(self, verify: Verifier) -> Verifier:
+        """The run's verifier on judges, if there are any; one that scores completions together stays here."""
+        if not self.cfg.judges or isinstance(verify, BatchVerifier):
+            return verify
+        if scores_groups(verify):
+            self.note("cluster.judges is not used: the reward compares completions of a group, in the run's process.")
+            return verify
+        assert isinstance(self.recipe, Sampling)
+        start = partial(self._start, "judge", JUDGE, (self.recipe, self.reward))
+        self.judges.append(made := Judges(start, self.cfg.judges, verify, self.cfg.timeout, self.note))
+        return made
+
+    def restart(self) -> None:
+        """Ends all workers and starts the ranks anew, after one of them has died."""
+        self.close()
+        self.__enter__()
+
+    def close(self) -> None:
+        """Ends all workers."""
+        for rank in self.ranks:
+            rank.kill("the run has ended")
+        for group in (*filter(None, [self.crew]), *self.judges):
+            group.close()
+        self.ranks, self.crew, self.judges, self._joined = [], None, [], []

@@ -1,0 +1,137 @@
+"""The learner as the driver sees it: plans the passes and deals them to ranks.
+
+Passes are planned over all rows first and dealt afterwards, so what a pass computes does not depend on the number of
+ranks. No collective is begun before every rank has computed its part, so a failed pass leaves no rank waiting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from posttrain import rng
+from posttrain.cluster.actors import Actor, call, call_all, message, results
+from posttrain.cluster.messages import encode
+from posttrain.config import TrainConfig
+from posttrain.models.load import Policy, trainable
+from posttrain.train import lanes
+from posttrain.train.forward import Forward, per_token, planned, token_stats
+from posttrain.train.lane_learner import MOMENTS, named_state
+from posttrain.train.learner import Loss
+from posttrain.train.ranks import shares
+from posttrain.train.update import check_names
+from posttrain.types import Batch, ConfigError, Json, JsonView, Sample, Stat
+
+LARGEST_LOSS = 1 << 20  # bytes; a loss is sent with every call, so it must not hold a model
+
+
+class RemoteLearner:
+    """`Learner` on ranks. `policy` is the driver's copy, whose weights are those of the latest `weights` call."""
+
+    def __init__(
+        self,
+        ranks: Sequence[Actor],
+        key: str,
+        policy: Policy,
+        cfg: TrainConfig,
+        total_steps: int,
+        temperature: float,
+        forward: Forward,
+    ) -> None:
+        self.ranks, self.key, self.policy, self.cfg = ranks, key, policy, cfg
+        self.steps = 0
+        self.layout = lanes.Layout({name: p.shape for name, p in trainable(policy).items()}, cfg.lanes)
+        self._fresh = True  # whether the driver's policy has the ranks' weights
+        call_all(ranks, "open", key, policy, cfg, total_steps, temperature, forward)
+
+    def logprobs(self, samples: Sequence[Sample]) -> list[np.ndarray]:
+        """See `Learner.logprobs`."""
+        return per_token(samples, lambda rows: self.outputs(rows, token_stats))
+
+    def outputs(self, samples: Sequence[Sample], forward: Forward) -> list[np.ndarray]:
+        """See `Learner.outputs`."""
+        plan, count = planned(samples, self.cfg.micro_batch_tokens), len(self.ranks)
+        dealt = [[[samples[i] for i in part] for part in plan[rank::count]] for rank in range(count)]
+        futures = [
+            call(rank, "outputs", self.key, passes, forward)
+            for rank, passes in zip(self.ranks, dealt, strict=True)
+            if passes
+        ]
+        out: list[np.ndarray] = [np.zeros(0, np.float32)] * len(samples)
+        for first, computed in enumerate(results(futures)):
+            for part, rows in zip(plan[first::count], computed, strict=True):
+                for i, row in zip(part, rows, strict=True):
+                    out[i] = row
+        return out
+
+    def forward_backward(self, batches: Sequence[Batch], loss: Loss) -> list[dict[str, Stat]]:
+        """See `Learner.forward_backward`."""
+        if not batches:
+            return []
+        self._check(loss)
+        drawn, own = int(torch.randint(1 << 62, ())), self.cfg.lanes // len(self.ranks)
+        order = lanes.order(len(batches), self.cfg.lanes)
+        futures = [
+            call(
+                rank,
+                "accumulate",
+                self.key,
+                {number: batches[number] for lane in order[r * own : (r + 1) * own] for number in lane},
+                len(batches),
+                loss,
+                drawn,
+            )
+            for r, rank in enumerate(self.ranks)
+        ]
+        stats = {number: row for part in results(futures) for number, row in part.items()}
+        call_all(self.ranks, "reduce", self.key)
+        rng.seed_global("after", drawn)
+        return [stats[number] for number in range(len(batches))]
+
+    def _check(self, loss: Loss) -> None:
+        size = sum(memoryview(part).nbytes for part in encode(loss))
+        if size > LARGEST_LOSS:
+            raise ConfigError(
+                f"the loss holds {size / 1e6:.1f} MB, which would be sent to every learner at every update (at most "
+                f"{LARGEST_LOSS / 1e6:.0f} MB). Let it hold numbers, not a model or a large tensor."
+            )
+
+    def step(self, only: str = "", update: int | None = None) -> dict[str, Stat]:
+        """See `Learner.step`."""
+        stats = call_all(self.ranks, "step", self.key, only, update)[0]
+        self.steps, self._fresh = self.steps + 1, False
+        return stats
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """See `Learner.weights`; fetches them from a rank if they have changed."""
+        own = trainable(self.policy)
+        if not self._fresh:
+            with torch.no_grad():
+                for name, tensor in call(self.ranks[0], "weights", self.key).result().items():
+                    own[name].copy_(tensor)
+            self._fresh = True
+        return {name: parameter.detach() for name, parameter in own.items()}
+
+    def assign(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """See `Learner.assign`."""
+        call_all(self.ranks, "assign", self.key, dict(tensors))
+        self._fresh = False
+
+    def state(self) -> tuple[dict[str, dict[str, torch.Tensor]], Json]:
+        """See `Learner.state`: the same tensors and names for any number of ranks."""
+        vectors = {name: torch.zeros(self.layout.size) for name in ("model", *MOMENTS)}
+        asked = message("kept", self.key)
+        for number, rank in enumerate(self.ranks):  # one after the other: the driver holds one share at a time
+            for name, parts in rank.send(asked).result().items():
+                for (start, end), part in zip(shares(self.layout, number, len(self.ranks)), parts, strict=True):
+                    vectors[name][start:end] = part
+        return named_state(self.layout, vectors, self.steps)
+
+    def load(self, tensors: Mapping[str, Mapping[str, torch.Tensor]], state: JsonView) -> None:
+        """See `Learner.load`."""
+        check_names(tensors["model"], self.layout.places)
+        kept = {group: dict(tensors[group]) for group in ("model", "optim")}
+        call_all(self.ranks, "load", self.key, kept, dict(state))
+        self.steps, self._fresh = int(state["steps"]), False

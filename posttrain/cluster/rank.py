@@ -1,0 +1,107 @@
+"""A rank: a worker with its own copy of the models and its share of their optimizers."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from posttrain.config import TrainConfig
+from posttrain.models.load import Policy
+from posttrain.train.device import set_threads
+from posttrain.train.forward import Forward, outputs_of_pass
+from posttrain.train.lane_learner import LaneLearner
+from posttrain.train.learner import Loss
+from posttrain.train.ranks import Ranks
+from posttrain.types import Batch, JsonView, Sample, Stat
+
+
+class Rank:
+    """One of `ranks` processes that compute gradients together. The driver calls every rank for every collective."""
+
+    def __init__(self, number: int, ranks: int, threads: int, device: str, timeout: float) -> None:
+        self.number, self.ranks, self.timeout = number, ranks, timedelta(seconds=timeout)
+        set_threads(threads)
+        cuda = device.startswith("cuda")
+        self.device = torch.device(f"cuda:{number % torch.cuda.device_count()}" if cuda else device)
+        self.learners: dict[str, LaneLearner] = {}
+        self._store: dist.TCPStore | None = None
+
+    def listen(self, host: str) -> int:
+        """Opens the store where ranks find each other, on rank 0; returns its port."""
+        self._store = dist.TCPStore(host, 0, None, True, self.timeout, wait_for_workers=False)
+        return self._store.port
+
+    def join(self, host: str, port: int) -> None:
+        """Joins the process group; returns when all ranks have."""
+        store = self._store or dist.TCPStore(host, port, None, False, self.timeout)
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=self.number, world_size=self.ranks, timeout=self.timeout)
+
+    def open(
+        self, key: str, policy: Policy, cfg: TrainConfig, total_steps: int, temperature: float, forward: Forward
+    ) -> None:
+        """Makes a learner of a policy; `key` names it from then on and replaces an earlier one of that name."""
+        self.learners.pop(key, None)
+        policy.model.to(self.device)
+        if policy.scalar is not None:
+            policy.scalar.to(self.device)
+        group = Ranks(self.number, self.ranks)
+        self.learners[key] = LaneLearner(policy, cfg, total_steps, temperature, forward, group)
+
+    def accumulate(
+        self, key: str, batches: Mapping[int, Batch], count: int, loss: Loss, drawn: int
+    ) -> dict[int, dict[str, Stat]]:
+        """See `LaneLearner.accumulate`; no collective."""
+        moved = {number: _on(batch, self.device) for number, batch in batches.items()}
+        return self.learners[key].accumulate(moved, count, loss, drawn)
+
+    def reduce(self, key: str) -> None:
+        """See `LaneLearner.reduce`; a collective."""
+        self.learners[key].reduce()
+
+    def step(self, key: str, only: str, update: int | None) -> dict[str, Stat]:
+        """See `Learner.step`; a collective."""
+        return self.learners[key].step(only, update)
+
+    def outputs(self, key: str, passes: Sequence[Sequence[Sample]], forward: Forward) -> list[np.ndarray]:
+        """The first output of `forward` for the rows of each pass; no collective."""
+        learner = self.learners[key]
+        return [outputs_of_pass(learner.policy, rows, forward, learner.temperature) for rows in passes]
+
+    def weights(self, key: str) -> dict[str, torch.Tensor]:
+        """The trainable tensors, which every rank has; no collective."""
+        return self.learners[key].weights()
+
+    def kept(self, key: str) -> dict[str, list[torch.Tensor]]:
+        """This rank's share of the master weights and moments; no collective."""
+        return self.learners[key].kept
+
+    def assign(self, key: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """See `Learner.assign`; a collective."""
+        self.learners[key].assign(tensors)
+
+    def load(self, key: str, tensors: Mapping[str, Mapping[str, torch.Tensor]], state: JsonView) -> None:
+        """See `Learner.load`; a collective."""
+        self.learners[key].load(tensors, state)
+
+
+def _on(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on a device."""
+    moved: dict[str, Any] = {
+        field.name: value.to(device)
+        for field in fields(batch)
+        if isinstance(value := getattr(batch, field.name), torch.Tensor)
+    }
+    return replace(batch, **moved)
+
+
+def free_host(host: str) -> str:
+    """The address at which ranks of several machines reach this one; loopback stays loopback."""
+    return host or socket.gethostbyname(socket.gethostname())
