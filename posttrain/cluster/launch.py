@@ -1,13 +1,12 @@
 """Starts what `[cluster]` asks for, and gives the run its learners, samplers and judges.
 
-Workers begin to load when the cluster is opened, while the driver loads the model and the data. Nothing here changes a
-result: `[cluster]` settings are not part of what a run is a function of.
+The backend begins to load when the cluster is opened, while the driver loads the model and the data. Nothing here
+changes a result: `[cluster]` settings are not part of what a run is a function of.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
@@ -49,17 +48,12 @@ class Cluster:
     ranks: list[Actor] = field(default_factory=list[Actor])
     crew: Crew | None = None
     judges: list[Judges] = field(default_factory=list[Judges])
-    _joined: list[Future[Any]] = field(default_factory=list[Future[Any]])
     _numbers: dict[str, int] = field(default_factory=dict[str, int])
 
     def __enter__(self) -> Self:
         cfg = self.cfg
-        if cfg.learners > 1:
-            on = resolve(self.recipe.train.device)
-            count, threads = cfg.learners, self.threads
-            self.ranks = [
-                self._start("learner", RANK, (number, count, threads, on.type, cfg.timeout)) for number in range(count)
-            ]
+        if cfg.learners > 1 or cfg.samplers or cfg.judges:
+            import_module(BACKENDS[cfg.backend]).open(cfg)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
@@ -84,14 +78,21 @@ class Cluster:
         self, policy: Policy, cfg: TrainConfig, total_steps: int, temperature: float, forward: Forward
     ) -> Learner:
         """Makes a learner of a policy: on the ranks if there are several, else in this process."""
-        if not self.ranks:
+        if self.cfg.learners == 1:
             return make_learner(policy, cfg, total_steps, temperature, forward)
-        if not self._joined:
-            host = "127.0.0.1" if self.cfg.backend == "processes" else import_module(BACKENDS["ray"]).address()
-            port = call(self.ranks[0], "listen", host).result()
-            self._joined = [call(rank, "join", host, port) for rank in self.ranks]
-            results(self._joined)
+        if not self.ranks:
+            self._start_ranks()
         return RemoteLearner(self.ranks, str(id(policy)), policy, cfg, total_steps, temperature, forward)
+
+    def _start_ranks(self) -> None:
+        """Starts the ranks and waits until they have found each other."""
+        count, kind = self.cfg.learners, resolve(self.recipe.train.device).type
+        self.ranks = [
+            self._start("learner", RANK, (number, count, self.threads, kind, self.cfg.timeout))
+            for number in range(count)
+        ]
+        host, port = call(self.ranks[0], "listen", self.cfg.backend == "processes").result()
+        results([call(rank, "join", host, port) for rank in self.ranks])
 
     def generator(self, policy: Policy, rollout: RolloutConfig) -> Generator:
         """Makes the sampler of a policy: a pool if there are samplers, else the engine in this process."""
@@ -116,9 +117,8 @@ class Cluster:
         return made
 
     def restart(self) -> None:
-        """Ends all workers and starts the ranks anew, after one of them has died."""
+        """Ends all workers, after a learner has died; they start anew as they are asked for."""
         self.close()
-        self.__enter__()
 
     def close(self) -> None:
         """Ends all workers."""
@@ -126,4 +126,4 @@ class Cluster:
             rank.kill("the run has ended")
         for group in (*filter(None, [self.crew]), *self.judges):
             group.close()
-        self.ranks, self.crew, self.judges, self._joined = [], None, [], []
+        self.ranks, self.crew, self.judges = [], None, []

@@ -33,10 +33,12 @@ class Rank:
         self.learners: dict[str, LaneLearner] = {}
         self._store: dist.TCPStore | None = None
 
-    def listen(self, host: str) -> int:
-        """Opens the store where ranks find each other, on rank 0; returns its port."""
+    def listen(self, alone: bool) -> tuple[str, int]:
+        """Opens the store where ranks find each other, on rank 0; returns its address and port. `alone`: all ranks are
+        on this machine, and the store cannot be reached from another."""
+        host = "127.0.0.1" if alone else socket.gethostbyname(socket.gethostname())
         self._store = dist.TCPStore(host, 0, None, True, self.timeout, wait_for_workers=False)
-        return self._store.port
+        return host, self._store.port
 
     def join(self, host: str, port: int) -> None:
         """Joins the process group; returns when all ranks have."""
@@ -100,8 +102,3 @@ def _on(batch: Batch, device: torch.device) -> Batch:
         if isinstance(value := getattr(batch, field.name), torch.Tensor)
     }
     return replace(batch, **moved)
-
-
-def free_host(host: str) -> str:
-    """The address at which ranks of several machines reach this one; loopback stays loopback."""
-    return host or socket.gethostbyname(socket.gethostname())

@@ -1,15 +1,18 @@
 """The process of one worker: makes an object and runs its methods for the driver, one call at a time, in order.
 
-`python -m posttrain.cluster.worker FD` is what cluster/processes.py starts; FD is a connected socket. The worker ends
-when the driver closes the connection or dies, whatever it is computing.
+`python -m posttrain.cluster.worker FD` is started once by cluster/processes.py. It loads the package and forks a worker
+for each request, so that a worker starts in a moment. A worker ends when the driver closes its connection or dies,
+whatever it is computing.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import queue
 import signal
 import socket
+import struct
 import sys
 import threading
 from collections.abc import Callable, Generator
@@ -19,6 +22,8 @@ from typing import Any
 from posttrain.cluster.messages import Buffer, decode, encode, read, write
 
 Reply = Callable[[str, list[Buffer]], None]
+LOADED = ("posttrain.cluster.rank", "posttrain.cluster.sampler", "posttrain.cluster.judges")
+FORK, WAIT = b"f", b"w"  # requests: fork a worker for the two descriptors sent along; wait for a worker's end
 
 
 class Host:
@@ -57,10 +62,8 @@ def _encoded(error: Exception) -> list[Buffer]:
         return encode(RuntimeError(f"{type(error).__name__}: {error}"))
 
 
-def main(descriptor: int) -> None:
+def serve(sock: socket.socket) -> None:
     """Serves the driver until it closes the connection."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
-    sock = socket.socket(fileno=descriptor)
     calls: queue.SimpleQueue[list[Buffer]] = queue.SimpleQueue()
 
     def listen() -> None:
@@ -76,6 +79,44 @@ def main(descriptor: int) -> None:
 
     while True:
         host.answer(calls.get(), reply)
+
+
+def main(descriptor: int) -> None:
+    """Loads the package, then forks workers until the driver closes the connection."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
+    sock = socket.socket(fileno=descriptor)
+    for module in LOADED:
+        import_module(module)
+    while True:
+        request, descriptors, _, _ = socket.recv_fds(sock, 1, 2)
+        if not request:
+            os._exit(0)
+        size = struct.unpack("<Q", sock.recv(8, socket.MSG_WAITALL))[0]
+        body = json.loads(sock.recv(size, socket.MSG_WAITALL))
+        if request == WAIT:
+            sock.sendall(struct.pack("<q", os.waitpid(body, 0)[1]))
+            continue
+        pid = os.fork()
+        if pid == 0:
+            sock.close()
+            _begin(*descriptors, body)
+        for one in descriptors:
+            os.close(one)
+        sock.sendall(struct.pack("<q", pid))
+
+
+def _begin(connection: int, output: int, environment: dict[str, str]) -> None:
+    """The life of a forked worker; never returns."""
+    try:
+        os.setsid()  # so that it is ended together with what it starts
+        for standard in (1, 2):
+            os.dup2(output, standard)
+        os.close(output)
+        os.environ.clear()
+        os.environ.update(environment)
+        serve(socket.socket(fileno=connection))
+    finally:
+        os._exit(1)
 
 
 if __name__ == "__main__":
