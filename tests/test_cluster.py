@@ -59,10 +59,12 @@ def settings(place: Path, algorithm: str) -> dict[str, Any]:
     return given | ({"algo.group_size": 4} if algorithm in ("grpo", "raft") else {})
 
 
-def trained(out: Path, algorithm: str, given: dict[str, Any], on_step: Any = None, reward: Any = None) -> dict[str, str]:
+def trained(
+    out: Path, algorithm: str, given: dict[str, Any], on_step: Any = None, reward: Any = None
+) -> dict[str, str]:
     """Runs, and returns what must not depend on who computed it: weights, checkpoint files, metrics and episodes."""
     recipe = config.resolve(algorithm, {}, given | {"run.out": str(out)})
-    result = api.start(algorithm, recipe, on_step, reward=reward)
+    result = api.start(algorithm, recipe, on_step)
     assert result.summary is not None
     return kept(out) | {"weights": result.summary["weights"]}
 

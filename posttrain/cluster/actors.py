@@ -6,12 +6,15 @@ answers from old weights.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
+from functools import partial
 from typing import Any, Protocol
 
 from posttrain.cluster.messages import Buffer, encode
 
+POLL = 0.2  # seconds between two looks at the deadlines
 OnPart = Callable[[Any], None]
 """Gets the values that a worker's generator yields, in another thread than the caller's."""
 
@@ -60,16 +63,34 @@ def call(actor: Actor, method: str, *arguments: Any) -> Future[Any]:
     return actor.send(message(method, *arguments))
 
 
-def call_all(actors: Sequence[Actor], method: str, *arguments: Any) -> list[Any]:
-    """Calls a method of several workers with the same arguments and waits for all results, in order."""
-    sent = message(method, *arguments)
-    return results([actor.send(sent) for actor in actors])
+def ask(actors: Sequence[Actor], messages: Sequence[Sequence[Buffer]], timeout: float) -> list[Any]:
+    """Sends each worker its call and waits for all; returns the results in order, lists for generators.
 
+    Raises a death first, else the first exception. A worker that has neither answered nor yielded anything for
+    `timeout` seconds is ended.
+    """
+    heard, parts = [time.monotonic()] * len(actors), [list[Any]() for _ in actors]
 
-def results(futures: Sequence[Future[Any]]) -> list[Any]:
-    """The results of calls. Waits for all of them, then raises a death, else the first exception, if any."""
+    def on_part(number: int, value: Any) -> None:
+        heard[number] = time.monotonic()
+        parts[number].append(value)
+
+    futures = [
+        actor.send(message, partial(on_part, number))
+        for number, (actor, message) in enumerate(zip(actors, messages, strict=True))
+    ]
+    while pending := wait(futures, timeout=POLL).not_done:
+        for number, actor in enumerate(actors):
+            if not actor.made.done():
+                heard[number] = time.monotonic()  # still loading
+            if futures[number] in pending and time.monotonic() - heard[number] > timeout:
+                actor.kill(f"it has not answered for {timeout:g} s")
     errors = [error for future in futures if (error := future.exception()) is not None]
-    deaths = [error for error in errors if isinstance(error, WorkerDied)]
-    for error in (*deaths, *errors):
+    for error in (*(error for error in errors if isinstance(error, WorkerDied)), *errors):
         raise error
-    return [future.result() for future in futures]
+    return [part or future.result() for part, future in zip(parts, futures, strict=True)]
+
+
+def ask_all(actors: Sequence[Actor], timeout: float, method: str, *arguments: Any) -> list[Any]:
+    """`ask` with the same call for all."""
+    return ask(actors, [message(method, *arguments)] * len(actors), timeout)

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import torch
 
-from posttrain.cluster.actors import Actor, Start, call, results
+from posttrain.cluster.actors import Actor, Start, ask_all
 from posttrain.cluster.judges import Judges
 from posttrain.cluster.learner import RemoteLearner
 from posttrain.cluster.pool import Crew, Pool
@@ -68,6 +68,9 @@ class Cluster:
         """CPU threads of the driver, and so of every worker: sums can depend on their number."""
         return self.recipe.train.threads or torch.get_num_threads()
 
+    def _say(self, text: str) -> None:
+        self.note(text)  # which is set once the run has a folder
+
     def _start(self, role: str, kind: str, arguments: tuple[Any, ...]) -> Actor:
         number = self._numbers.get(role, 0)
         self._numbers[role] = number + 1
@@ -82,7 +85,9 @@ class Cluster:
             return make_learner(policy, cfg, total_steps, temperature, forward)
         if not self.ranks:
             self._start_ranks()
-        return RemoteLearner(self.ranks, str(id(policy)), policy, cfg, total_steps, temperature, forward)
+        return RemoteLearner(
+            self.ranks, self.cfg.timeout, str(id(policy)), policy, cfg, total_steps, temperature, forward
+        )
 
     def _start_ranks(self) -> None:
         """Starts the ranks and waits until they have found each other."""
@@ -91,8 +96,8 @@ class Cluster:
             self._start("learner", RANK, (number, count, self.threads, kind, self.cfg.timeout))
             for number in range(count)
         ]
-        host, port = call(self.ranks[0], "listen", self.cfg.backend == "processes").result()
-        results([call(rank, "join", host, port) for rank in self.ranks])
+        ((host, port),) = ask_all(self.ranks[:1], self.cfg.timeout, "listen")
+        ask_all(self.ranks, self.cfg.timeout, "join", host, port)
 
     def generator(self, policy: Policy, rollout: RolloutConfig) -> Generator:
         """Makes the sampler of a policy: a pool if there are samplers, else the engine in this process."""
@@ -101,7 +106,7 @@ class Cluster:
         if self.crew is None:
             start = partial(self._start, "sampler", SAMPLER, (policy, rollout, self.threads))
             limits = (rollout.slots, self.cfg.timeout, self.cfg.max_restarts)
-            self.crew = Crew(start, self.cfg.samplers, *limits, self.note)
+            self.crew = Crew(start, self.cfg.samplers, *limits, self._say)
         return Pool(self.crew, {name: parameter.detach() for name, parameter in trainable(policy).items()})
 
     def verifier(self, verify: Verifier) -> Verifier:
@@ -113,7 +118,7 @@ class Cluster:
             return verify
         assert isinstance(self.recipe, Sampling)
         start = partial(self._start, "judge", JUDGE, (self.recipe, self.reward))
-        self.judges.append(made := Judges(start, self.cfg.judges, verify, self.cfg.timeout, self.note))
+        self.judges.append(made := Judges(start, self.cfg.judges, verify, self.cfg.timeout, self._say))
         return made
 
     def restart(self) -> None:

@@ -7,12 +7,13 @@ ranks. No collective is begun before every rank has computed its part, so a fail
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from posttrain import rng
-from posttrain.cluster.actors import Actor, call, call_all, message, results
+from posttrain.cluster.actors import Actor, ask, ask_all, message
 from posttrain.cluster.messages import encode
 from posttrain.config import TrainConfig
 from posttrain.models.load import Policy, trainable
@@ -33,6 +34,7 @@ class RemoteLearner:
     def __init__(
         self,
         ranks: Sequence[Actor],
+        timeout: float,
         key: str,
         policy: Policy,
         cfg: TrainConfig,
@@ -40,11 +42,11 @@ class RemoteLearner:
         temperature: float,
         forward: Forward,
     ) -> None:
-        self.ranks, self.key, self.policy, self.cfg = ranks, key, policy, cfg
+        self.ranks, self.timeout, self.key, self.policy, self.cfg = ranks, timeout, key, policy, cfg
         self.steps = 0
         self.layout = lanes.Layout({name: p.shape for name, p in trainable(policy).items()}, cfg.lanes)
         self._fresh = True  # whether the driver's policy has the ranks' weights
-        call_all(ranks, "open", key, policy, cfg, total_steps, temperature, forward)
+        ask_all(ranks, timeout, "open", key, policy, cfg, total_steps, temperature, forward)
 
     def logprobs(self, samples: Sequence[Sample]) -> list[np.ndarray]:
         """See `Learner.logprobs`."""
@@ -54,13 +56,10 @@ class RemoteLearner:
         """See `Learner.outputs`."""
         plan, count = planned(samples, self.cfg.micro_batch_tokens), len(self.ranks)
         dealt = [[[samples[i] for i in part] for part in plan[rank::count]] for rank in range(count)]
-        futures = [
-            call(rank, "outputs", self.key, passes, forward)
-            for rank, passes in zip(self.ranks, dealt, strict=True)
-            if passes
-        ]
+        busy = [rank for rank, passes in zip(self.ranks, dealt, strict=True) if passes]
+        asked = [message("outputs", self.key, passes, forward) for passes in dealt if passes]
         out: list[np.ndarray] = [np.zeros(0, np.float32)] * len(samples)
-        for first, computed in enumerate(results(futures)):
+        for first, computed in enumerate(ask(busy, asked, self.timeout)):
             for part, rows in zip(plan[first::count], computed, strict=True):
                 for i, row in zip(part, rows, strict=True):
                     out[i] = row
@@ -73,9 +72,8 @@ class RemoteLearner:
         self._check(loss)
         drawn, own = int(torch.randint(1 << 62, ())), self.cfg.lanes // len(self.ranks)
         order = lanes.order(len(batches), self.cfg.lanes)
-        futures = [
-            call(
-                rank,
+        asked = [
+            message(
                 "accumulate",
                 self.key,
                 {number: batches[number] for lane in order[r * own : (r + 1) * own] for number in lane},
@@ -83,10 +81,10 @@ class RemoteLearner:
                 loss,
                 drawn,
             )
-            for r, rank in enumerate(self.ranks)
+            for r in range(len(self.ranks))
         ]
-        stats = {number: row for part in results(futures) for number, row in part.items()}
-        call_all(self.ranks, "reduce", self.key)
+        stats = dict(one for part in ask(self.ranks, asked, self.timeout) for one in part or ())
+        self._all("reduce")
         rng.seed_global("after", drawn)
         return [stats[number] for number in range(len(batches))]
 
@@ -98,9 +96,13 @@ class RemoteLearner:
                 f"{LARGEST_LOSS / 1e6:.0f} MB). Let it hold numbers, not a model or a large tensor."
             )
 
+    def _all(self, method: str, *arguments: Any) -> list[Any]:
+        """Calls a method of every rank."""
+        return ask_all(self.ranks, self.timeout, method, self.key, *arguments)
+
     def step(self, only: str = "", update: int | None = None) -> dict[str, Stat]:
         """See `Learner.step`."""
-        stats = call_all(self.ranks, "step", self.key, only, update)[0]
+        stats = self._all("step", only, update)[0]
         self.steps, self._fresh = self.steps + 1, False
         return stats
 
@@ -108,23 +110,23 @@ class RemoteLearner:
         """See `Learner.weights`; fetches them from a rank if they have changed."""
         own = trainable(self.policy)
         if not self._fresh:
+            (tensors,) = ask_all(self.ranks[:1], self.timeout, "weights", self.key)
             with torch.no_grad():
-                for name, tensor in call(self.ranks[0], "weights", self.key).result().items():
+                for name, tensor in tensors.items():
                     own[name].copy_(tensor)
             self._fresh = True
         return {name: parameter.detach() for name, parameter in own.items()}
 
     def assign(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """See `Learner.assign`."""
-        call_all(self.ranks, "assign", self.key, dict(tensors))
+        self._all("assign", dict(tensors))
         self._fresh = False
 
     def state(self) -> tuple[dict[str, dict[str, torch.Tensor]], Json]:
         """See `Learner.state`: the same tensors and names for any number of ranks."""
         vectors = {name: torch.zeros(self.layout.size) for name in ("model", *MOMENTS)}
-        asked = message("kept", self.key)
         for number, rank in enumerate(self.ranks):  # one after the other: the driver holds one share at a time
-            for name, parts in rank.send(asked).result().items():
+            for name, parts in ask_all([rank], self.timeout, "kept", self.key)[0].items():
                 for (start, end), part in zip(shares(self.layout, number, len(self.ranks)), parts, strict=True):
                     vectors[name][start:end] = part
         return named_state(self.layout, vectors, self.steps)
@@ -133,5 +135,5 @@ class RemoteLearner:
         """See `Learner.load`."""
         check_names(tensors["model"], self.layout.places)
         kept = {group: dict(tensors[group]) for group in ("model", "optim")}
-        call_all(self.ranks, "load", self.key, kept, dict(state))
+        self._all("load", kept, dict(state))
         self.steps, self._fresh = int(state["steps"]), False

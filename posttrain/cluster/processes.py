@@ -20,7 +20,7 @@ from typing import Any
 
 from posttrain.cluster.actors import OnPart, WorkerDied, message
 from posttrain.cluster.messages import Buffer, decode, read, write
-from posttrain.cluster.worker import FORK, WAIT
+from posttrain.cluster.worker import ADDRESS, FORK, WAIT, versions
 from posttrain.config import ClusterConfig
 
 LAST_CHARACTERS = 400  # of a worker's output, in the message on its death
@@ -41,7 +41,7 @@ class _Forker:
 
     def fork(self, connection: int, output: int) -> int:
         """Forks a worker that serves `connection` and writes its output to `output`; returns its process id."""
-        environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+        environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", ADDRESS: "127.0.0.1"}
         return self._ask(FORK, environment, [connection, output])
 
     def wait(self, pid: int) -> int:
@@ -103,7 +103,7 @@ class ProcessActor:
         self._waiting: deque[tuple[Future[Any], OnPart | None]] = deque()
         self._reason = ""
         threading.Thread(target=self._listen, daemon=True).start()
-        self.made = self.send(message("make", kind, *arguments))
+        self.made = self.send(message("make", kind, versions(), *arguments))
 
     @property
     def alive(self) -> bool:

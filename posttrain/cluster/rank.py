@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import socket
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from datetime import timedelta
 from typing import Any
@@ -12,6 +13,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from posttrain.cluster.actors import WorkerDied
+from posttrain.cluster.worker import ADDRESS
 from posttrain.config import TrainConfig
 from posttrain.models.load import Policy
 from posttrain.train.device import set_threads
@@ -19,7 +22,7 @@ from posttrain.train.forward import Forward, outputs_of_pass
 from posttrain.train.lane_learner import LaneLearner
 from posttrain.train.learner import Loss
 from posttrain.train.ranks import Ranks
-from posttrain.types import Batch, JsonView, Sample, Stat
+from posttrain.types import Batch, JsonView, PosttrainError, Sample, Stat
 
 
 class Rank:
@@ -33,10 +36,9 @@ class Rank:
         self.learners: dict[str, LaneLearner] = {}
         self._store: dist.TCPStore | None = None
 
-    def listen(self, alone: bool) -> tuple[str, int]:
-        """Opens the store where ranks find each other, on rank 0; returns its address and port. `alone`: all ranks are
-        on this machine, and the store cannot be reached from another."""
-        host = "127.0.0.1" if alone else socket.gethostbyname(socket.gethostname())
+    def listen(self) -> tuple[str, int]:
+        """Opens the store where ranks find each other, on rank 0; returns its address and port."""
+        host = os.environ[ADDRESS]
         self._store = dist.TCPStore(host, 0, None, True, self.timeout, wait_for_workers=False)
         return host, self._store.port
 
@@ -59,23 +61,26 @@ class Rank:
 
     def accumulate(
         self, key: str, batches: Mapping[int, Batch], count: int, loss: Loss, drawn: int
-    ) -> dict[int, dict[str, Stat]]:
+    ) -> Iterator[tuple[int, dict[str, Stat]]]:
         """See `LaneLearner.accumulate`; no collective."""
         moved = {number: _on(batch, self.device) for number, batch in batches.items()}
-        return self.learners[key].accumulate(moved, count, loss, drawn)
+        yield from self.learners[key].accumulate(moved, count, loss, drawn)
 
     def reduce(self, key: str) -> None:
         """See `LaneLearner.reduce`; a collective."""
-        self.learners[key].reduce()
+        with self._collective():
+            self.learners[key].reduce()
 
     def step(self, key: str, only: str, update: int | None) -> dict[str, Stat]:
         """See `Learner.step`; a collective."""
-        return self.learners[key].step(only, update)
+        with self._collective():
+            return self.learners[key].step(only, update)
 
-    def outputs(self, key: str, passes: Sequence[Sequence[Sample]], forward: Forward) -> list[np.ndarray]:
-        """The first output of `forward` for the rows of each pass; no collective."""
+    def outputs(self, key: str, passes: Sequence[Sequence[Sample]], forward: Forward) -> Iterator[np.ndarray]:
+        """Yields the first output of `forward` for the rows of each pass; no collective."""
         learner = self.learners[key]
-        return [outputs_of_pass(learner.policy, rows, forward, learner.temperature) for rows in passes]
+        for rows in passes:
+            yield outputs_of_pass(learner.policy, rows, forward, learner.temperature)
 
     def weights(self, key: str) -> dict[str, torch.Tensor]:
         """The trainable tensors, which every rank has; no collective."""
@@ -87,11 +92,24 @@ class Rank:
 
     def assign(self, key: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """See `Learner.assign`; a collective."""
-        self.learners[key].assign(tensors)
+        with self._collective():
+            self.learners[key].assign(tensors)
 
     def load(self, key: str, tensors: Mapping[str, Mapping[str, torch.Tensor]], state: JsonView) -> None:
         """See `Learner.load`; a collective."""
-        self.learners[key].load(tensors, state)
+        with self._collective():
+            self.learners[key].load(tensors, state)
+
+    @contextmanager
+    def _collective(self) -> Iterator[None]:
+        """A lost connection to other ranks counts as a death, after which all ranks start anew."""
+        try:
+            yield
+        except PosttrainError:
+            raise
+        except RuntimeError as error:
+            lines = str(error).splitlines() or [type(error).__name__]
+            raise WorkerDied(f"learner-{self.number}", f"it has lost the others ({lines[0]})") from None
 
 
 def _on(batch: Batch, device: torch.device) -> Batch:

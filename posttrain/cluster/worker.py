@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import queue
 import signal
 import socket
 import struct
 import sys
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
+from posttrain import __version__
 from posttrain.cluster.messages import Buffer, decode, encode, read, write
+from posttrain.types import ConfigError
 
-Reply = Callable[[str, list[Buffer]], None]
+Reply = tuple[str, list[Buffer]]
+ADDRESS = "POSTTRAIN_NODE_ADDRESS"  # where other workers reach this one; set by the backend
 LOADED = ("posttrain.cluster.rank", "posttrain.cluster.sampler", "posttrain.cluster.judges")
 FORK, WAIT = b"f", b"w"  # requests: fork a worker for the two descriptors sent along; wait for a worker's end
 
@@ -32,24 +36,47 @@ class Host:
     def __init__(self) -> None:
         self._object: Any = None
 
-    def answer(self, parts: list[Buffer], reply: Reply) -> None:
-        """Runs one call, (method, arguments). Replies "part" for each value of a generator, then "done" or "raised"."""
+    def answer(self, parts: Sequence[Buffer]) -> Iterator[Reply]:
+        """Runs a call, (method, arguments). Yields a "part" for each value of a generator, then "done" or "raised"."""
         try:
             method, arguments = decode(parts)
             if method == "make":
                 kind, arguments = arguments[0], arguments[1:]
                 module, _, name = kind.partition(":")
-                self._object = getattr(import_module(module), name)(*arguments)
+                check_versions(arguments[0])
+                self._object = getattr(import_module(module), name)(*arguments[1:])
                 result = None
             else:
                 result = getattr(self._object, method)(*arguments)
             if isinstance(result, Generator):
                 for value in result:
-                    reply("part", encode(value))
+                    yield "part", encode(value)
                 result = None
-            reply("done", encode(result))
+            yield "done", encode(result)
         except Exception as error:
-            reply("raised", _encoded(error))
+            yield "raised", _encoded(error)
+
+
+def versions() -> dict[str, str]:
+    """What must be equal on all machines of a cluster, so that they compute the same."""
+    torch, transformers = import_module("torch"), import_module("transformers")
+    return {
+        "posttrain": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "CPU": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def check_versions(expected: Mapping[str, str]) -> None:
+    """Raises ConfigError if this machine has other versions than the driver's."""
+    for name, own in versions().items():
+        if own != expected[name]:
+            raise ConfigError(
+                f"a worker on {platform.node()} has {name} {own}, but the run's process has {expected[name]}. All "
+                "machines of a cluster must be alike."
+            )
 
 
 def _encoded(error: Exception) -> list[Buffer]:
@@ -74,11 +101,9 @@ def serve(sock: socket.socket) -> None:
     threading.Thread(target=listen, daemon=True).start()
     host = Host()
 
-    def reply(kind: str, parts: list[Buffer]) -> None:
-        write(sock, [kind.encode(), *parts])
-
     while True:
-        host.answer(calls.get(), reply)
+        for kind, parts in host.answer(calls.get()):
+            write(sock, [kind.encode(), *parts])
 
 
 def main(descriptor: int) -> None:

@@ -70,36 +70,32 @@ class LaneLearner:
         if not batches:
             return []
         drawn = int(torch.randint(1 << 62, ()))
-        stats = self.accumulate(dict(enumerate(batches)), len(batches), loss, drawn)
+        stats = dict(self.accumulate(dict(enumerate(batches)), len(batches), loss, drawn))
         self.reduce()
         rng.seed_global("after", drawn)
         return [stats[number] for number in range(len(batches))]
 
     def accumulate(
         self, batches: Mapping[int, Batch], count: int, loss: Loss, drawn: int
-    ) -> dict[int, dict[str, Stat]]:
-        """Adds the gradients of this rank's lanes of a call of `count` micro-batches; returns stats by number.
+    ) -> Iterator[tuple[int, dict[str, Stat]]]:
+        """Adds the gradients of this rank's lanes of a call of `count` micro-batches; yields their numbers and stats.
 
         `batches` has those of this rank's lanes, `drawn` is the seed of the call.
         """
-        stats: dict[int, dict[str, Stat]] = {}
         own = self.cfg.lanes // self.group.ranks
         order = lanes.order(count, self.cfg.lanes)[self.group.rank * own : (self.group.rank + 1) * own]
-
-        def sums() -> Iterator[torch.Tensor]:
-            for numbers in order:
-                if not numbers:
-                    continue  # zeros, which change no sum
-                total = torch.zeros(self.layout.size, device=self.policy.device)
-                for number in numbers:
-                    rng.seed_global("pass", drawn, number)
-                    batch = batches[number]
-                    stats[number] = backward(self.policy, batch, loss, self.forward, self.temperature, self.steps + 1)
-                    self._add_gradients(total)
-                yield total
-
-        self._sum = lanes.tree(sums()) if any(order) else None
-        return stats
+        total = lanes.Tree()
+        for numbers in order:
+            if not numbers:
+                continue  # zeros, which change no sum
+            lane = torch.zeros(self.layout.size, device=self.policy.device)
+            for number in numbers:
+                rng.seed_global("pass", drawn, number)
+                args = (batches[number], loss, self.forward, self.temperature, self.steps + 1)
+                yield number, backward(self.policy, *args)
+                self._add_gradients(lane)
+            total.add(lane)
+        self._sum = total.sum()
 
     def reduce(self) -> None:
         """Adds the ranks' sums of the latest `accumulate`; every rank must call it."""

@@ -80,18 +80,35 @@ def order(count: int, lanes: int) -> list[list[int]]:
     return [list(range(lane, count, lanes)) for lane in range(lanes)]
 
 
-def tree(parts: Iterable[torch.Tensor]) -> torch.Tensor:
-    """The sum of at least one equal-shaped tensor as a balanced binary tree over their numbers; changes the tensors.
+class Tree:
+    """Adds equal-shaped tensors as a balanced binary tree over their numbers, one at a time; changes the tensors.
 
-    Takes them one at a time and holds at most 1 + log₂ of their number.
+    It holds at most 1 + log₂ of their number.
     """
-    waiting: list[tuple[int, torch.Tensor]] = []  # (leaves, sum), as the digits of a binary counter
-    for part in parts:
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[int, torch.Tensor]] = []  # (leaves, sum), as the digits of a binary counter
+
+    def add(self, part: torch.Tensor) -> None:
+        """Adds the next leaf."""
         leaves, total = 1, part
-        while waiting and waiting[-1][0] == leaves:
-            leaves, total = 2 * leaves, waiting.pop()[1].add_(total)
-        waiting.append((leaves, total))
-    total = waiting.pop()[1]
-    while waiting:
-        total = waiting.pop()[1].add_(total)
+        while self._waiting and self._waiting[-1][0] == leaves:
+            leaves, total = 2 * leaves, self._waiting.pop()[1].add_(total)
+        self._waiting.append((leaves, total))
+
+    def sum(self) -> torch.Tensor | None:
+        """The sum of all leaves; None without any. Nothing can be added afterwards."""
+        total = self._waiting.pop()[1] if self._waiting else None
+        while self._waiting and total is not None:
+            total = self._waiting.pop()[1].add_(total)
+        return total
+
+
+def tree(parts: Iterable[torch.Tensor]) -> torch.Tensor:
+    """The sum of at least one tensor by `Tree`."""
+    adding = Tree()
+    for part in parts:
+        adding.add(part)
+    total = adding.sum()
+    assert total is not None, "a sum needs a tensor"
     return total

@@ -1,0 +1,182 @@
+"""Workers as Ray actors, on one machine or several. Ray places them and says when one has died; nothing else is used.
+
+Actors are not restarted by Ray: the reborn one would have the constructor's state, not the newest weights. A cluster is
+never started or joined without a token, because whoever reaches Ray's ports can run code. On one machine it binds to
+loopback; no dashboard is started and no usage report is sent.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from posttrain.cluster.actors import OnPart, WorkerDied, message
+from posttrain.cluster.messages import Buffer, decode
+from posttrain.cluster.worker import ADDRESS, Host, versions
+from posttrain.config import ClusterConfig
+from posttrain.types import ConfigError
+
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token"}
+_gpus = 0.0  # of each learner and sampler
+
+
+class _Worker:
+    """The actor's class: a worker's object behind one method."""
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        os.environ.update(environment)
+        os.environ[ADDRESS] = import_module("ray").util.get_node_ip_address()
+        self._host = Host()
+
+    def answer(self, *parts: Any) -> Iterator[list[np.ndarray]]:
+        """Yields the replies to a call, each as its kind and buffers."""
+        for kind, reply in self._host.answer([memoryview(np.ascontiguousarray(part)).cast("B") for part in parts]):
+            yield [np.frombuffer(kind.encode(), np.uint8), *(np.frombuffer(part, np.uint8) for part in reply)]
+
+    def process(self) -> str:
+        """The process and the machine."""
+        return f"pid {os.getpid()} on {os.environ[ADDRESS]}"
+
+
+def open(cfg: ClusterConfig) -> None:
+    """Joins the Ray cluster at `cluster.address` or RAY_ADDRESS, or starts one on this machine.
+
+    Raises ConfigError if Ray is not installed, a token or a resource is missing, or the cluster cannot be reached.
+    """
+    address = cfg.address or os.environ.get("RAY_ADDRESS", "")
+    os.environ.update(QUIET)
+    workers = cfg.learners * (cfg.learners > 1) + cfg.samplers + cfg.judges
+    if not address:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    elif not _has_token():
+        raise ConfigError(
+            f"the Ray cluster at {address} needs its token, and none was found. Set RAY_AUTH_TOKEN, or "
+            "RAY_AUTH_TOKEN_PATH to a file that has it."
+        )
+    try:
+        ray = import_module("ray")
+    except ImportError:
+        raise ConfigError(
+            'cluster.backend = "ray" needs Ray, which is not installed. Install posttrain[ray], or use '
+            'cluster.backend = "processes" on this machine.'
+        ) from None
+    if not ray.is_initialized():
+        quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
+        try:
+            if address:
+                ray.init(address=address, log_to_driver=False, logging_level="error")
+            else:
+                ray.init(num_cpus=workers + 1, _node_ip_address="127.0.0.1", **quiet)
+        except Exception as error:
+            where = f"the Ray cluster at {address}" if address else "Ray on this machine"
+            raise ConfigError(f"{where} cannot be used: {_first_line(error)}") from None
+    _check_resources(ray, cfg, workers)
+
+
+def _has_token() -> bool:
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token"
+    return bool(os.environ.get("RAY_AUTH_TOKEN")) or Path(path).is_file()
+
+
+def _check_resources(ray: Any, cfg: ClusterConfig, workers: int) -> None:
+    """Raises ConfigError if the cluster does not have what the workers need; otherwise Ray would wait for ever."""
+    global _gpus
+    there = ray.cluster_resources()
+    on_gpus = cfg.learners * (cfg.learners > 1) + cfg.samplers
+    _gpus = 1.0 if there.get("GPU", 0) else 0.0
+    for name, needed in (("CPU", workers), ("GPU", on_gpus * _gpus)):
+        if there.get(name, 0) < needed:
+            raise ConfigError(
+                f"the Ray cluster has {there.get(name, 0):g} {name}s, but cluster.learners={cfg.learners}, "
+                f"samplers={cfg.samplers} and judges={cfg.judges} need {needed:g}. Ask for fewer, or add machines."
+            )
+
+
+class RayActor:
+    """A worker in a Ray actor."""
+
+    def __init__(self, name: str, kind: str, arguments: tuple[Any, ...]) -> None:
+        self._ray = import_module("ray")
+        self.name, self._reason, self._lock = name, "", threading.Lock()
+        self._open: set[Future[Any]] = set()
+        needs = {"num_cpus": 1, "num_gpus": 0 if name.startswith("judge") else _gpus, "max_restarts": 0}
+        environment = {key: value for key, value in os.environ.items() if key.startswith("POSTTRAIN_")}
+        self._actor: Any = self._ray.remote(**needs)(_Worker).remote(environment)
+        self.made = self.send(message("make", kind, versions(), *arguments))
+
+    @property
+    def where(self) -> str:
+        """The worker's process and machine."""
+        return self._ray.get(self._actor.process.remote())
+
+    @property
+    def alive(self) -> bool:
+        return not self._reason
+
+    def send(self, message: Sequence[Buffer], on_part: OnPart | None = None) -> Future[Any]:
+        """See `Actor.send`."""
+        future: Future[Any] = Future()
+        with self._lock:
+            if self._reason:
+                future.set_exception(WorkerDied(self.name, self._reason))
+                return future
+            self._open.add(future)
+            arrays = [np.frombuffer(part, np.uint8) for part in message]
+            replies = self._actor.answer.options(num_returns="streaming").remote(*arrays)
+        threading.Thread(target=self._follow, args=(replies, future, on_part), daemon=True).start()
+        return future
+
+    def _follow(self, replies: Any, future: Future[Any], on_part: OnPart | None) -> None:
+        """Resolves a call's future from its replies."""
+        try:
+            for reference in replies:
+                kind, *payload = self._ray.get(reference)
+                value = decode([part.data for part in payload])
+                if kind.tobytes() == b"part":
+                    if on_part:
+                        on_part(value)
+                else:
+                    self._end(future, value if kind.tobytes() == b"raised" else None, value)
+        except Exception as error:  # Ray's: the actor is gone
+            with self._lock:
+                self._reason = self._reason or _first_line(error)
+            self._end(future, WorkerDied(self.name, self._reason), None)
+
+    def _end(self, future: Future[Any], error: BaseException | None, value: Any) -> None:
+        with self._lock:
+            if future not in self._open:
+                return  # the worker was ended meanwhile
+            self._open.discard(future)
+        future.set_result(value) if error is None else future.set_exception(error)
+
+    def kill(self, reason: str) -> None:
+        """See `Actor.kill`."""
+        with self._lock:
+            if self._reason:
+                return
+            self._reason, waiting = reason, list(self._open)
+            self._open.clear()
+        with suppress(Exception):
+            self._ray.kill(self._actor, no_restart=True)
+        for future in waiting:
+            future.set_exception(WorkerDied(self.name, reason))
+
+
+def _first_line(error: Exception) -> str:
+    """The first line of a message that has text."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def start(name: str, kind: str, arguments: tuple[Any, ...]) -> RayActor:
+    """Starts a worker on the Ray cluster; see `actors.Start`."""
+    return RayActor(name, kind, arguments)
