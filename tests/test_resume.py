@@ -131,7 +131,7 @@ def test_killed_at_random_moments_runs_resume_to_the_same_bits(server: Server) -
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "number"), [("grpo", signal.SIGINT), ("grpo", signal.SIGTERM), ("grpo+overlap", signal.SIGTERM)]
+    ("algorithm", "number"), [("grpo", signal.SIGINT), ("grpo", signal.SIGTERM), ("grpo+ahead", signal.SIGTERM)]
 )
 def test_a_polite_signal_finishes_the_step_and_saves_it(server: Server, algorithm: str, number: signal.Signals) -> None:
     folder = f"{algorithm}-{number.name}"
