@@ -341,7 +341,7 @@ def test_every_step_but_the_first_learns_from_answers_one_update_old(model: Path
 
 
 def test_what_is_learned_comes_from_the_weights_before_the_last_update(model: Path, tmp_path: Path) -> None:
-    """With a learning rate of 0 all weights are the same, so a lag is all that being ahead may change: the `lag` metric."""
+    """With a learning rate of 0 all weights are the same, so being ahead changes the `lag` metric alone."""
     settings: dict[str, Any] = {"train__lr": 0.0, "threads": 1}
     one, other = (train(model, tmp_path / str(k), ahead=k, **settings) for k in (1, 0))
     assert one[0] == other[0]

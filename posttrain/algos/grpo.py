@@ -58,6 +58,7 @@ from posttrain.rollout.collector import (
 )
 from posttrain.rollout.curriculum import Curriculum
 from posttrain.rollout.dynamic_sampling import SampledGroups, sample_groups, shaped_rewards
+from posttrain.rollout.journal import journaled
 from posttrain.rollout.prefetch import Prefetcher
 from posttrain.rollout.tasks import env_tasks
 from posttrain.store.run import EpisodeRow, Event
@@ -85,11 +86,13 @@ def prepare(setup: Setup[GRPORecipe]) -> Job:
     recipe, policy = setup.recipe, setup.policy
     sets, verify, env = env_tasks(recipe, setup.chat, setup.given, setup.reward)
     collector = make_collector(policy, setup.chat, verify, recipe, env)
+    lag = recipe.algo.ahead or recipe.algo.max_lag
+    collector = collector if lag else journaled(collector, setup)
     evaluate = Evaluator(collector, sets.test, recipe.eval)
-    if recipe.algo.max_lag or recipe.algo.ahead:  # a lagging sampler needs its own copy of the weights
+    if lag:  # a lagging sampler needs its own copy of the weights
         sampler = copy.deepcopy(policy)
         sampler.notes = policy.notes  # what its decoder notes is about the run
-        collector = make_collector(sampler, setup.chat, verify, recipe, env)
+        collector = journaled(make_collector(sampler, setup.chat, verify, recipe, env), setup, lag)
 
     def start(loop: Loop) -> Summary | None:
         with Prefetcher[SampledGroups]() if recipe.algo.ahead else nullcontext() as prefetch:

@@ -57,6 +57,7 @@ class Setup(Generic[R]):
     folder: Path  # of the run; does not exist yet for a new run
     given: list[Task] | None = None
     reward: Reward | None = None
+    fingerprint: JsonView = field(default_factory=dict[str, Any])  # of machine, model and versions
 
 
 @dataclass(frozen=True)
