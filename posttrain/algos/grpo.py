@@ -43,7 +43,7 @@ from posttrain.objectives.advantages import (
 from posttrain.objectives.policy import POLICY_LOSSES, PolicyLoss, is_correction
 from posttrain.objectives.tokens import KL_ESTIMATORS, whiten
 from posttrain.rewards.functions import load_function
-from posttrain.rollout.ahead import Ahead
+from posttrain.rollout.ahead import Ahead, Weights
 from posttrain.rollout.build import make_collector
 from posttrain.rollout.collector import (
     Collector,
@@ -58,6 +58,7 @@ from posttrain.rollout.collector import (
 )
 from posttrain.rollout.curriculum import Curriculum
 from posttrain.rollout.dynamic_sampling import SampledGroups, sample_groups, shaped_rewards
+from posttrain.rollout.generator import Generator
 from posttrain.rollout.journal import journaled
 from posttrain.rollout.prefetch import Prefetcher
 from posttrain.rollout.tasks import env_tasks
@@ -68,7 +69,7 @@ from posttrain.train.forward import token_stats, token_stats_with_entropy
 from posttrain.train.job import Job, Loop, Metrics, Setup, Summary
 from posttrain.train.learner import Learner, Loss, make_learner
 from posttrain.train.reference import frozen_reference
-from posttrain.types import Batch, ConfigError, Episode, Sample, Stat, Task, stat_values
+from posttrain.types import Batch, ConfigError, Episode, Json, Sample, Stat, Task, stat_values
 
 
 @dataclass
@@ -178,10 +179,10 @@ def run(
         solved = 0 if loop.extended else saved.get("solved_steps", 0)
         progress = Progress(saved["flat_steps"], saved["cursor"], saved["ema"], solved)
         curriculum.load(saved.get("curriculum", {}))
-        if ahead:
-            ahead.load(saved, loop.step, curriculum, progress.cursor)
-        elif "sampler" in saved["tensors"]:
+        if "sampler" in saved["tensors"] and not ahead:
             sampler.load(saved["tensors"]["sampler"], saved["sampler"])
+        elif ahead:
+            ahead.load(saved, loop.step, curriculum, progress.cursor)
 
     def evaluate(step: int) -> tuple[Metrics, list[EpisodeRow]]:
         with prefetch.paused() if prefetch else nullcontext():  # the reward must not be called from two threads at once
@@ -238,12 +239,8 @@ def run(
         progress.flat_steps = progress.flat_steps + 1 if bool(flat.all()) else 0
         values = stat_values(stats) | difficulty
         progress.solved_steps = health.solved_steps(progress.solved_steps, bool(flat.all()), values)
-        tensors, state = {}, asdict(progress) | {"curriculum": curriculum.state()}
-        if ahead:
-            tensors, pending = ahead.state()
-            state |= pending
-        elif (step + 1) % (cfg.max_lag + 1):  # the next steps still sample from older weights
-            tensors["sampler"], state["sampler"] = sampler.weights(), sampler.version
+        tensors, older = ahead.state() if ahead else older_weights(sampler, (step + 1) % (cfg.max_lag + 1) != 0)
+        state = asdict(progress) | {"curriculum": curriculum.state()} | older
         loop.end(
             learner,
             values,
@@ -255,6 +252,11 @@ def run(
             tensors=tensors,
         )
     return loop.summary(learner)
+
+
+def older_weights(sampler: Generator, kept: bool) -> tuple[dict[str, Weights], Json]:
+    """The sampler's weights for a checkpoint (tensors, JSON) if the next steps still sample from them, else nothing."""
+    return ({"sampler": sampler.weights()}, {"sampler": sampler.version}) if kept else ({}, {})
 
 
 def training_rows(groups: Sequence[Sequence[Episode]]) -> tuple[list[Sample], torch.Tensor]:

@@ -75,7 +75,7 @@ class Journal:
     ) -> list[list[Completion]]:
         """See `Generator.generate`. Completions of the journal end first."""
         self._open()
-        keys = [[self._key(request, i, params) for i in range(len(request.seeds))] for request in requests]
+        keys = [self._keys(request, params) for request in requests]
         done: list[list[Completion | None]] = [[self._known(key) for key in row] for row in keys]
         for g, row in enumerate(done):
             for i, completion in enumerate(row):
@@ -117,12 +117,17 @@ class Journal:
             forget(self.run_folder, self.lag)
             self._file = _File(path)
 
-    def _key(self, request: Request, index: int, params: SamplingParams) -> bytes:
-        limit = request.limit(index, params.max_tokens)
-        said = json.dumps([self.about, self._weights, astuple(params), request.seeds[index], limit])
-        parts = (said.encode(), _bytes(request.prompt), _bytes(request.prefix))
-        lengths = json.dumps([len(part) for part in parts])
-        return hashlib.sha256(lengths.encode() + b"".join(parts)).digest()
+    def _keys(self, request: Request, params: SamplingParams) -> list[bytes]:
+        """For each completion a hash of everything that it depends on."""
+        prompt, prefix = (np.asarray(tokens, np.int64).tobytes() for tokens in (request.prompt, request.prefix))
+        said = json.dumps([self.about, self._weights, vars(params), len(prompt), len(prefix)])
+        shared = hashlib.sha256(said.encode() + prompt + prefix)
+        keys: list[bytes] = []
+        for index, seed in enumerate(request.seeds):
+            own = shared.copy()
+            own.update(f"{seed} {request.limit(index, params.max_tokens)}".encode())
+            keys.append(own.digest())
+        return keys
 
     def _known(self, key: bytes) -> Completion | None:
         found = self._file.known.get(key)
@@ -222,10 +227,6 @@ def _part(request: Request, indices: Sequence[int]) -> Request:
         return request
     limits = tuple(request.limits[i] for i in indices) if request.limits else ()
     return replace(request, seeds=tuple(request.seeds[i] for i in indices), limits=limits)
-
-
-def _bytes(tokens: np.ndarray) -> bytes:
-    return np.asarray(tokens, np.int64).tobytes()
 
 
 def _record(key: bytes, completion: Completion) -> bytes:
