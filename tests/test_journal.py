@@ -194,7 +194,12 @@ def test_other_sampling_parameters_are_another_request(folder: Path, params: Sam
 
 
 def test_completions_of_other_weights_or_of_another_machine_are_not_taken(folder: Path) -> None:
-    for case in ({"about": "there"}, {"weights": {"w": torch.tensor([1, 1, 1 + 2**-23])}}, {"version": 5}):
+    cases: list[dict[str, Any]] = [
+        {"about": "there"},
+        {"weights": {"w": torch.tensor([1, 1, 1 + 2**-23])}},
+        {"version": 5},
+    ]
+    for case in cases:
         made, inner = opened(folder, **case)
         made.generate(REQUESTS, PARAMS)
         assert inner.asked == 9, case
