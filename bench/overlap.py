@@ -116,7 +116,7 @@ def main() -> None:
             variants += [(f"{n} workers" if n > 1 else "1 worker", {"rollout.reward_workers": n}) for n in (1, 8)]
             row(name, reward, variants, args.steps, args.rounds)
         if args.part != "rewards":
-            variants = [("sequential", {}), ("one step ahead", {"algo.overlap": True})]
+            variants = [("sequential", {}), ("one step ahead", {"algo.ahead": 1})]
             row(name, reward, variants, args.steps, args.rounds)
 
 

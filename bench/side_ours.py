@@ -148,7 +148,7 @@ def run_grpo(job: Job, turns: Turns, folder: str) -> None:
     collector, generator, tasks = forced(job, recipe, policy)
     tell = on_step(turns, lambda values: {"tokens": generator.written, "loss": values["loss"]})
     evaluate = cast(Any, lambda step, weights: ({}, []))
-    with Prefetcher[SampledGroups]() if recipe.algo.overlap else nullcontext() as prefetch:
+    with Prefetcher[SampledGroups]() if recipe.algo.ahead else nullcontext() as prefetch:
         grpo.run(recipe, policy, collector, tasks, evaluate, prefetch, loop(recipe, folder, tell))
 
 

@@ -40,6 +40,7 @@ from posttrain.models.load import (
 from posttrain.planner import estimate
 from posttrain.rewards import combine
 from posttrain.rewards.models import load_reward_model
+from posttrain.rollout import journal
 from posttrain.rollout.build import engine_versions, make_collector
 from posttrain.rollout.collector import Collector, check_failures
 from posttrain.rollout.tasks import env_tasks
@@ -286,11 +287,12 @@ def prepare(
     rng.seed_global(recipe.run.seed, "init")  # LoRA's initial weights
     policy = load_policy(recipe.model, on)
     chat = with_chat_format(policy, recipe.data.format, recipe.data.template_kwargs, day)
-    job = algos.load(algorithm).prepare(Setup(recipe, policy, chat, folder, given, reward, workers))
+    versions = engine_versions(recipe.rollout.engine) if isinstance(recipe, config.Sampling) else {}
+    fingerprint = device.fingerprint(policy, on) | versions
+    job = algos.load(algorithm).prepare(Setup(recipe, policy, chat, folder, given, reward, workers, fingerprint))
     if chat.dated:
         job.notes.append(f"The chat template reads the date; in this run it is {chat.day}, also when it is resumed.")
-    versions = engine_versions(recipe.rollout.engine) if isinstance(recipe, config.Sampling) else {}
-    return job, device.fingerprint(policy, on) | versions
+    return job, fingerprint
 
 
 def _drive(store: Run, recipe: Recipe, job: Job, on_step: OnStep | None, cluster: Cluster) -> Result:
@@ -303,6 +305,7 @@ def _drive(store: Run, recipe: Recipe, job: Job, on_step: OnStep | None, cluster
             if job.policy.scalar is not None:
                 heads.save_head(job.policy, store.folder / "model")
             store.finish(summary)
+            journal.remove(store.folder)
     return Result(store.folder, summary, interrupt.requested)
 
 

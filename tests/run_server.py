@@ -76,7 +76,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "eval.problems": 4,
         "train.lr": 1e-2,
     },
-    "grpo+overlap": {  # answers written a step ahead, greedy ones beside them
+    "grpo+ahead": {  # answers written two steps ahead, greedy ones beside them, of tasks chosen by what was known then
         "data.tasks": "sums",
         "data.count": 64,
         "reward.name": str(Path(__file__).parent / "vowels.py") + ":vowels",
@@ -86,7 +86,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "algo.prompts": 3,
         "algo.group_size": 2,
         "algo.baseline": "greedy",
-        "algo.overlap": True,
+        "algo.ahead": 2,
+        "algo.curriculum": "pass-rate",
         "algo.max_resamples": 1,
         "eval.problems": 4,
         "eval.every": 3,

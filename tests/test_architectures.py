@@ -277,7 +277,7 @@ def test_a_decoder_whose_steps_differ_is_replaced_with_a_note(tmp_path: Path, mo
     assert found[0][0].tokens.tolist() == truth[0][0].tokens.tolist()
 
 
-@pytest.mark.parametrize("more", [{}, {"max_lag": 1}, {"overlap": True}])
+@pytest.mark.parametrize("more", [{}, {"max_lag": 1}, {"ahead": 1}])
 def test_the_note_on_how_a_model_is_sampled_is_in_the_run_once_before_its_first_step(
     tmp_path: Path, monkeypatch: Any, more: dict[str, Any]
 ) -> None:

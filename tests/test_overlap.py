@@ -317,7 +317,7 @@ def train(model: Path, out: Path, reward: Any = spread, **settings: Any) -> tupl
 def test_a_run_with_a_sampler_ahead_is_the_plain_loop_bit_for_bit(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
-    settings: dict[str, Any] = {"overlap": True, "threads": count, "minibatches": 2, "kl_coef": 0.01}
+    settings: dict[str, Any] = {"ahead": 1, "threads": count, "minibatches": 2, "kl_coef": 0.01}
     with tiny.threads(count):
         first, again = (train(model, tmp_path / name, **settings)[:2] for name in ("first", "again"))
         start = Prefetcher.start
@@ -332,18 +332,18 @@ def test_rewards_in_threads_leave_a_run_as_it_is_without(model: Path, tmp_path: 
 
 
 def test_every_step_but_the_first_learns_from_answers_one_update_old(model: Path, tmp_path: Path) -> None:
-    _, _, found = train(model, tmp_path / "run", overlap=True, threads=1)
+    _, _, found = train(model, tmp_path / "run", ahead=1, threads=1)
     assert found["lag"] == [0, 1, 1, 1]
     assert found["mismatch"] == [found["mismatch"][0], 0, 0, 0], "the ratio is to the sampler"
     assert found["hidden"][0] == 0 and len(found["hidden"]) == 4 and max(found["hidden"]) > 0
-    _, _, corrected = train(model, tmp_path / "corrected", overlap=True, is_cap=2.0, threads=1)
+    _, _, corrected = train(model, tmp_path / "corrected", ahead=1, is_cap=2.0, threads=1)
     assert corrected["mismatch"][0] < 1e-4 < corrected["mismatch"][1] and corrected["is_weight"][1] != 1.0
 
 
 def test_what_is_learned_comes_from_the_weights_before_the_last_update(model: Path, tmp_path: Path) -> None:
-    """With a learning rate of 0 all weights are the same, so a lag is all that overlap may change: the `lag` metric."""
+    """With a learning rate of 0 all weights are the same, so being ahead changes the `lag` metric alone."""
     settings: dict[str, Any] = {"train__lr": 0.0, "threads": 1}
-    one, other = (train(model, tmp_path / str(on), overlap=on, **settings) for on in (True, False))
+    one, other = (train(model, tmp_path / str(k), ahead=k, **settings) for k in (1, 0))
     assert one[0] == other[0]
     assert one[2]["reward"] == other[2]["reward"] and one[2]["length"] == other[2]["length"]
 
@@ -359,7 +359,7 @@ def test_the_reward_is_not_called_by_an_examination_and_a_sampler_at_once(model:
         inside -= 1
         return spread(completion)
 
-    train(model, tmp_path / "run", reward, overlap=True, threads=1, eval__every=1)
+    train(model, tmp_path / "run", reward, ahead=1, threads=1, eval__every=1)
     assert most == 1
 
 
@@ -374,13 +374,13 @@ def test_an_error_of_the_sampler_ahead_ends_the_run_and_its_thread(model: Path, 
         return spread(completion)
 
     with pytest.raises(RolloutError, match="could not be scored"):
-        train(model, tmp_path / "run", reward, overlap=True, threads=1)
+        train(model, tmp_path / "run", reward, ahead=1, threads=1)
     assert threading.active_count() == before
 
 
-def test_overlap_and_a_lag_of_ones_own_choice_exclude_each_other() -> None:
-    with pytest.raises(ConfigError, match=r"algo\.max_lag=2 must be 0"):
-        config.resolve("grpo", {"algo": {"overlap": True, "max_lag": 2}})
+def test_being_ahead_and_a_lag_of_ones_own_choice_exclude_each_other() -> None:
+    with pytest.raises(ConfigError, match=r"algo\.ahead=3 already has a lag of 3, so algo\.max_lag=2 must be 0"):
+        config.resolve("grpo", {"algo": {"ahead": 3, "max_lag": 2}})
     with pytest.raises(ConfigError, match="reward_workers=-1 is negative"):
         config.resolve("grpo", {"rollout": {"reward_workers": -1}})
 

@@ -191,7 +191,10 @@ def test_a_reference_a_critic_and_a_lagging_sampler_are_models_of_their_own() ->
     assert "reference model" not in states("grpo")
     assert states("grpo", kl_coef=0.1)["reference model"] == size
     assert "reference model" not in states("grpo", kl_coef=0.1, model__lora_rank=4)  # adapters off
-    assert states("grpo", max_lag=1)["sampler's copy"] == states("grpo", overlap="true")["sampler's copy"] == size
+    assert states("grpo", max_lag=1)["sampler's copy"] == states("grpo", ahead=1)["sampler's copy"] == size
+    assert states("grpo", ahead=3)["sampler's copy"] == 4 * size, (
+        "the sampler's own, and one of each of the last three updates"
+    )
     assert states("ppo")["critic"] == 3 * size and "critic" not in states("ppo", critic="shared")
     assert states("sft", model__dtype="bfloat16")["float32 masters"] == size
 

@@ -38,6 +38,7 @@ from posttrain.rollout.collector import (
     sampled_tokens,
     to_sample,
 )
+from posttrain.rollout.journal import journaled
 from posttrain.rollout.tasks import judged_tasks
 from posttrain.store.checkpoint import weights_digest
 from posttrain.train import forward, health
@@ -53,7 +54,7 @@ def prepare(setup: Setup[DistillRecipe]) -> Job:
     recipe, policy = setup.recipe, setup.policy
     teacher = load_teacher(recipe, policy)
     sets, verify = judged_tasks(recipe, setup.chat, setup.given, setup.reward)
-    collector = make_collector(policy, setup.chat, verify, recipe, workers=setup.workers)
+    collector = journaled(make_collector(policy, setup.chat, verify, recipe, workers=setup.workers), setup)
     parts = (recipe, (policy, teacher), collector, sets.train, Evaluator(collector, sets.test, recipe.eval))
     return Job(policy, sets.hash, [*sets.notes, *teacher.notes_as("teacher")], lambda loop: run(*parts, loop))
 

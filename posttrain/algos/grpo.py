@@ -43,6 +43,7 @@ from posttrain.objectives.advantages import (
 from posttrain.objectives.policy import POLICY_LOSSES, PolicyLoss, is_correction
 from posttrain.objectives.tokens import KL_ESTIMATORS, whiten
 from posttrain.rewards.functions import load_function
+from posttrain.rollout.ahead import Ahead, Weights
 from posttrain.rollout.build import make_collector
 from posttrain.rollout.collector import (
     Collector,
@@ -57,6 +58,8 @@ from posttrain.rollout.collector import (
 )
 from posttrain.rollout.curriculum import Curriculum
 from posttrain.rollout.dynamic_sampling import SampledGroups, sample_groups, shaped_rewards
+from posttrain.rollout.generator import Generator
+from posttrain.rollout.journal import journaled
 from posttrain.rollout.prefetch import Prefetcher
 from posttrain.rollout.tasks import env_tasks
 from posttrain.store.run import EpisodeRow, Event
@@ -66,7 +69,7 @@ from posttrain.train.forward import token_stats, token_stats_with_entropy
 from posttrain.train.job import Job, Loop, Metrics, Setup, Summary
 from posttrain.train.learner import Learner, Loss
 from posttrain.train.reference import frozen_reference
-from posttrain.types import Batch, ConfigError, Episode, Sample, Stat, Task, stat_values
+from posttrain.types import Batch, ConfigError, Episode, Json, Sample, Stat, Task, stat_values
 
 
 @dataclass
@@ -84,14 +87,18 @@ def prepare(setup: Setup[GRPORecipe]) -> Job:
     recipe, policy = setup.recipe, setup.policy
     sets, verify, env = env_tasks(recipe, setup.chat, setup.given, setup.reward)
     collector = make_collector(policy, setup.chat, verify, recipe, env, workers=setup.workers)
+    lag = recipe.algo.ahead or recipe.algo.max_lag
+    collector = collector if lag else journaled(collector, setup)
     evaluate = Evaluator(collector, sets.test, recipe.eval)
-    if recipe.algo.max_lag or recipe.algo.overlap:  # a lagging sampler needs its own copy of the weights
+    if lag:  # a lagging sampler needs its own copy of the weights
         sampler = copy.deepcopy(policy)
         sampler.notes = policy.notes  # what its decoder notes is about the run
-        collector = make_collector(sampler, setup.chat, verify, recipe, env, workers=setup.workers)
+        collector = journaled(
+            make_collector(sampler, setup.chat, verify, recipe, env, workers=setup.workers), setup, lag
+        )
 
     def start(loop: Loop) -> Summary | None:
-        with Prefetcher[SampledGroups]() if recipe.algo.overlap else nullcontext() as prefetch:
+        with Prefetcher[SampledGroups]() if recipe.algo.ahead else nullcontext() as prefetch:
             sampler = replace(collector, check=prefetch.check) if prefetch else collector
             return run(recipe, policy, sampler, sets.train, evaluate, prefetch, loop)
 
@@ -158,7 +165,7 @@ def run(
 ) -> Summary | None:
     """Trains until `train.steps`. Everything random is a function of (run.seed, step, task, completion)."""
     cfg, train, seed, sampler = recipe.algo, recipe.train, recipe.run.seed, collector.generator
-    updates, lags = cfg.minibatches * cfg.epochs, cfg.overlap or cfg.max_lag > 0
+    updates, lags = cfg.minibatches * cfg.epochs, cfg.ahead > 0 or cfg.max_lag > 0
     forward = token_stats_with_entropy if cfg.entropy_coef else token_stats
     temperature = recipe.rollout.temperature
     learner = loop.learner(policy, train, train.steps * updates, temperature, forward)
@@ -168,32 +175,33 @@ def run(
     loss = make_loss(recipe)
     order = task_order(tasks, recipe.data, seed)
     curriculum, progress = Curriculum(tasks, cfg.curriculum, seed, order), Progress()
+    sample = partial(sample_groups, recipe, collector, tasks)
+    ahead = Ahead(cfg.ahead, prefetch, sampler, sample, train.steps) if prefetch else None
     if saved := loop.restore(learner):
         solved = 0 if loop.extended else saved.get("solved_steps", 0)
         progress = Progress(saved["flat_steps"], saved["cursor"], saved["ema"], solved)
         curriculum.load(saved.get("curriculum", {}))
-        if "sampler" in saved["tensors"]:
+        if "sampler" in saved["tensors"] and not ahead:
             sampler.load(saved["tensors"]["sampler"], saved["sampler"])
-    sample = partial(sample_groups, recipe, collector, tasks, curriculum)
+        elif ahead:
+            ahead.load(saved, loop.step, curriculum, progress.cursor)
 
     def evaluate(step: int) -> tuple[Metrics, list[EpisodeRow]]:
-        if prefetch:
-            prefetch.wait()  # the reward must not be called from two threads at once
-        return evaluator(step, learner.weights())
+        with prefetch.paused() if prefetch else nullcontext():  # the reward must not be called from two threads at once
+            return evaluator(step, learner.weights())
 
     for step in loop.steps(train.steps, evaluate, recipe.eval.every):
-        if step == 0 or not (cfg.overlap or step % (cfg.max_lag + 1)):
+        if step == 0 or not (cfg.ahead or step % (cfg.max_lag + 1)):
             sampler.load(learner.weights(), version=step)
-        sampled, hidden = prefetch.take() if prefetch and prefetch.started else (sample(progress.cursor, step), 0.0)
+        taken = ahead.take() if ahead and ahead.started else None
+        sampled, hidden = taken or (sample(curriculum, progress.cursor, step), 0.0)
         groups = sampled.groups  # P groups of G episodes; dynamic sampling trains on some of them
         progress.cursor += len(groups)
         difficulty = curriculum.learn(groups)
         check_failures(groups, recipe.reward.max_failure_rate)
         loop.sampled(sampled_tokens(groups), hidden)
-        if cfg.overlap:  # sample the next step with the current weights while training on this one
-            sampler.load(learner.weights(), version=step)
-            if prefetch and step + 1 < train.steps:
-                prefetch.start(partial(sample, progress.cursor, step + 1))
+        if ahead:  # sample later steps with the current weights while training on this one
+            ahead.begin(step, learner.weights(), curriculum, progress.cursor)
 
         rewards = shaped_rewards(recipe, groups)  # (P, G)
         samples, owner = training_rows(groups)
@@ -233,9 +241,8 @@ def run(
         progress.flat_steps = progress.flat_steps + 1 if bool(flat.all()) else 0
         values = stat_values(stats) | difficulty
         progress.solved_steps = health.solved_steps(progress.solved_steps, bool(flat.all()), values)
-        tensors, state = {}, asdict(progress) | {"curriculum": curriculum.state()}
-        if cfg.overlap or (step + 1) % (cfg.max_lag + 1):  # the next steps still sample from older weights
-            tensors["sampler"], state["sampler"] = sampler.weights(), sampler.version
+        tensors, older = ahead.state() if ahead else older_weights(sampler, (step + 1) % (cfg.max_lag + 1) != 0)
+        state = asdict(progress) | {"curriculum": curriculum.state()} | older
         loop.end(
             learner,
             values,
@@ -247,6 +254,11 @@ def run(
             tensors=tensors,
         )
     return loop.summary(learner)
+
+
+def older_weights(sampler: Generator, kept: bool) -> tuple[dict[str, Weights], Json]:
+    """The sampler's weights for a checkpoint (tensors, JSON) if the next steps still sample from them, else nothing."""
+    return ({"sampler": sampler.weights()}, {"sampler": sampler.version}) if kept else ({}, {})
 
 
 def training_rows(groups: Sequence[Sequence[Episode]]) -> tuple[list[Sample], torch.Tensor]:

@@ -42,6 +42,7 @@ from posttrain.objectives.values import adaptive_kl, gae, token_rewards, value_l
 from posttrain.rollout import collector as collect
 from posttrain.rollout.build import make_collector
 from posttrain.rollout.collector import Collector
+from posttrain.rollout.journal import journaled
 from posttrain.rollout.tasks import judged_tasks
 from posttrain.train import forward as passes
 from posttrain.train import health
@@ -73,7 +74,7 @@ def prepare(setup: Setup[PPORecipe]) -> Job:
     recipe, policy, cfg = setup.recipe, setup.policy, setup.recipe.algo
     sets, verify = judged_tasks(recipe, setup.chat, setup.given, setup.reward)
     critic = make_critic(recipe.model, policy, cfg.critic == "shared", cfg.critic_init, recipe.run.seed)
-    collector = make_collector(policy, setup.chat, verify, recipe, workers=setup.workers)
+    collector = journaled(make_collector(policy, setup.chat, verify, recipe, workers=setup.workers), setup)
     data_hash, notes, demonstrations = sets.hash, list(sets.notes), list[Sample]()
     if cfg.ptx_coef:
         data = replace(recipe.data, tasks=cfg.ptx_data, eval_tasks="", holdout=0.0)

@@ -38,6 +38,7 @@ from posttrain.rollout.collector import (
     sampled_tokens,
     to_sample,
 )
+from posttrain.rollout.journal import journaled
 from posttrain.rollout.tasks import judged_tasks
 from posttrain.search.best_of_n import bon_kl
 from posttrain.store.run import EpisodeRow
@@ -50,7 +51,7 @@ def prepare(setup: Setup[RaftRecipe]) -> Job:
     """Loads the tasks and their verifier; makes a collector on the policy being trained and a held-out evaluator."""
     recipe, policy = setup.recipe, setup.policy
     sets, verify = judged_tasks(recipe, setup.chat, setup.given, setup.reward)
-    collector = make_collector(policy, setup.chat, verify, recipe, workers=setup.workers)
+    collector = journaled(make_collector(policy, setup.chat, verify, recipe, workers=setup.workers), setup)
     evaluator = Evaluator(collector, sets.test, recipe.eval)
     return Job(policy, sets.hash, sets.notes, lambda loop: run(recipe, policy, collector, sets.train, evaluator, loop))
 

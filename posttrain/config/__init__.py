@@ -13,7 +13,7 @@ from posttrain.config.files import read_settings, settings_from
 from posttrain.config.grpo import GRPOConfig, GRPORecipe
 from posttrain.config.presets import PRESETS
 from posttrain.config.recipe import EnvRecipe, PairRecipe, Recipe, Sampling, SamplingRecipe
-from posttrain.config.renamed import SettingRenamed, current_name, identity
+from posttrain.config.renamed import SettingRenamed, current_name, current_value, identity
 from posttrain.config.resolve import (
     as_dict,
     as_toml,
@@ -71,6 +71,7 @@ __all__ = [
     "choices",
     "coerce",
     "current_name",
+    "current_value",
     "field_docs",
     "identity",
     "locate",

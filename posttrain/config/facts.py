@@ -35,8 +35,8 @@ class Facts:
     """A separate value model, or a value head on the policy."""
     teacher: bool = False
     """A frozen model that the policy imitates."""
-    sampler_copy: bool = False
-    """The sampler has its own weights, older than the learner's."""
+    sampler_copies: int = 0
+    """Copies of the weights that are older than the learner's: the sampler's own, and those that wait for it."""
     starting_weights: bool = False
     """The starting weights are kept, so that training can restart from them."""
 

@@ -83,8 +83,8 @@ class GRPOConfig:
     """Lower limit of the importance weight, handled like is_cap."""
     max_lag: int = 0
     """Maximum number of steps by which the sampler's weights lag the learner's; 0 always samples with the newest."""
-    overlap: bool = False
-    """Sample the next step's completions during the update, with the weights before it (a lag of 1)."""
+    ahead: int = 0
+    """Number of steps that sampling is ahead of training, and so the lag of every completion; 0 samples in turn."""
     max_resamples: int = 0
     """Rounds per step that replace groups of equal rewards by new tasks (DAPO's dynamic sampling); 0: none."""
     curriculum: Literal["none", "pass-rate"] = "none"
@@ -123,10 +123,10 @@ class GRPORecipe:
         """The models a run with these settings holds, what it samples and its forward passes."""
         algo = self.algo
         updates = algo.minibatches * algo.epochs
-        old_logp = algo.old_logp == "learner" and (updates > 1 or bool(algo.is_cap and (algo.overlap or algo.max_lag)))
+        old_logp = algo.old_logp == "learner" and (updates > 1 or bool(algo.is_cap and (algo.ahead or algo.max_lag)))
         return Facts(
             reference="frozen" if algo.kl_coef else "none",
-            sampler_copy=bool(algo.max_lag or algo.overlap),
+            sampler_copies=algo.ahead + 1 if algo.ahead > 1 else int(bool(algo.max_lag or algo.ahead)),
             prompts=algo.prompts,
             group_size=algo.group_size,
             batch_rows=algo.prompts * algo.group_size // algo.minibatches,
@@ -134,7 +134,7 @@ class GRPORecipe:
             epochs=algo.epochs,
             shared_prompt=algo.group_size,
             scoring_passes=int(algo.kl_coef > 0) + int(old_logp),
-            savings=(Saving("algo.overlap", False, "sampling no longer overlaps with training"),) * algo.overlap,
+            savings=(Saving("algo.ahead", 0, "sampling no longer overlaps with training"),) * bool(algo.ahead),
         )
 
     def __post_init__(self) -> None:
@@ -149,7 +149,7 @@ class GRPORecipe:
         for name in ("clip_low", "clip_high", "kl_coef", "is_cap", "is_floor", "max_mismatch", "std_eps"):
             if getattr(algo, name) < 0:
                 raise ConfigError(f"algo.{name}={getattr(algo, name)} cannot be negative.")
-        for name in ("max_lag", "max_resamples"):
+        for name in ("max_lag", "ahead", "max_resamples"):
             if getattr(algo, name) < 0:
                 raise ConfigError(f"algo.{name}={getattr(algo, name)} cannot be negative. Use 0 to turn it off.")
         if algo.prompts * algo.group_size % algo.minibatches:
@@ -183,8 +183,10 @@ def check_credit(algo: GRPOConfig) -> None:
             'algo.credit = "turn" compares the rewards of turns, but algo.overlong_share and algo.kl_place = "reward" '
             'only change those of whole episodes. Leave them off, or use algo.credit = "episode".'
         )
-    if algo.overlap and algo.max_lag:
-        raise ConfigError(f"algo.overlap already has a lag of 1, so algo.max_lag={algo.max_lag} must be 0.")
+    if algo.ahead and algo.max_lag:
+        raise ConfigError(
+            f"algo.ahead={algo.ahead} already has a lag of {algo.ahead}, so algo.max_lag={algo.max_lag} must be 0."
+        )
     if algo.max_resamples and algo.group_size < 2:
         raise ConfigError(
             "algo.max_resamples replaces groups of equal rewards, but a group of 1 is always one. Set it to 0."

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Mapping
+from typing import Any
 
 from posttrain.types import Json, JsonView
 
@@ -17,8 +18,11 @@ RENAMED = {
     "algo.drop_truncated": "algo.mask_truncated",
     "algo.unfinished": "algo.truncated",
     "algo.unfinished_value": "algo.truncated_value",
+    "algo.overlap": "algo.ahead",
 }
 """Old name → current name."""
+WAS = {"algo.overlap": {False: 0, True: 1}}
+"""Old name → its values that are written differently today → what they are."""
 ADDED = {
     "model.continue_adapter": False,
     "data.shuffle": True,
@@ -32,6 +36,7 @@ ADDED = {
     "run.track": "",
     "run.keep_best": "",
     "run.patience": 0,
+    "run.journal": True,
 }
 """Settings that were added later → their default, which keeps the previous behaviour."""
 ADDED_SECTIONS = {"eval": {"every": 0}}
@@ -55,6 +60,15 @@ def current_name(name: str, known: Collection[str]) -> str:
     return name
 
 
+def current_value(name: str, current: str, value: Any) -> Any:
+    """The value of the setting `current` that was given as `name`, which may be an old name of it."""
+    for old, values in WAS.items():
+        if current == RENAMED[old] and name in (old, old.partition(".")[2]):
+            meant = str(value).lower() == "true" if str(value).lower() in ("true", "false") else None
+            return value if meant is None else values[meant]
+    return value
+
+
 def current_settings(settings: JsonView, known: Collection[str], warn: bool = True) -> Json:
     """Nested settings with old names replaced; anything that is not a section is kept for the caller to reject."""
     out: Json = {s: dict(v) if isinstance(v, Mapping) else v for s, v in settings.items()}
@@ -63,7 +77,10 @@ def current_settings(settings: JsonView, known: Collection[str], warn: bool = Tr
             with warnings.catch_warnings():
                 if not warn:
                     warnings.simplefilter("ignore", SettingRenamed)
-                out[section] = {current_name(f"{section}.{k}", known).partition(".")[2]: v for k, v in values.items()}
+                now = {k: current_name(f"{section}.{k}", known) for k in values}
+            out[section] = {
+                now[k].partition(".")[2]: current_value(f"{section}.{k}", now[k], v) for k, v in values.items()
+            }
     return out
 
 
@@ -77,7 +94,15 @@ def identity(sections: Mapping[str, JsonView]) -> dict[str, Json]:
             continue
         kept = {name: value for name, value in full.items() if name not in ADDED or value != ADDED[name]}
         out[section] = {
-            first.get(name, name).partition(".")[2]: CHANGED.get((name, str(value)), value)
+            first.get(name, name).partition(".")[2]: _first_value(name, CHANGED.get((name, str(value)), value))
             for name, value in kept.items()
         }
     return out
+
+
+def _first_value(name: str, value: Any) -> Any:
+    """A value as it was written under the setting's original name; what could not be written then is kept."""
+    for old, values in WAS.items():
+        if RENAMED[old] == name:
+            return next((was for was, now in values.items() if now == value), value)
+    return value

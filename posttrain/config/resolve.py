@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeVar
 from posttrain.config.algorithms import RECIPES
 from posttrain.config.choices import FilesIn, KeysOf
 from posttrain.config.presets import PRESETS
-from posttrain.config.renamed import current_name, current_settings
+from posttrain.config.renamed import current_name, current_settings, current_value
 from posttrain.types import ConfigError, Json, JsonView
 
 T = TypeVar("T")
@@ -68,7 +68,7 @@ def _given(cls: type, settings: JsonView, overrides: JsonView) -> Json:
         section, key = locate(cls, name)
         values = given.setdefault(section, {})
         if isinstance(values, dict):  # _build raises an error for anything else
-            values[key] = value
+            values[key] = current_value(name, f"{section}.{key}", value)
     return given
 
 

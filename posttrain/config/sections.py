@@ -196,6 +196,8 @@ class RunConfig:
     """Evaluation metric, such as `accuracy` or `nll`, whose best checkpoint is kept and exported; empty: the last."""
     patience: int = 0
     """End the run after this many evaluations in a row without a new best value of keep_best; 0 never does."""
+    journal: bool = True
+    """Keep the completions sampled since the last checkpoint, so that a killed run need not sample them again."""
     track: Annotated[str, FilesIn("store/trackers", several=True)] = ""
     """Experiment trackers that receive what the run stores, comma-separated (docs/guides/runs.md); empty for none."""
 

@@ -217,7 +217,7 @@ def _defaults(written: JsonView, overrides: JsonView) -> dict[str, Json]:
         if name not in known:
             raise ConfigError(f"unknown setting {'defaults.' + name!r}{config.nearest(name, known)}")
         section, _, key = name.partition(".")
-        found.setdefault(section, {})[key] = value
+        found.setdefault(section, {})[key] = config.current_value(written_name, name, value)
     return found
 
 

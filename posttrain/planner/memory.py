@@ -143,7 +143,8 @@ def states(recipe: Recipe, shape: ModelShape, where: Where) -> dict[str, int]:
     if facts.critic == "separate":
         found["critic"] = model + adapters + masters + learns * 8
     if lags(recipe):
-        found["sampler's copy"] = model + adapters
+        waiting = learns * (4 if recipe.model.lora_rank else size)  # only what is trained
+        found["sampler's copy"] = model + adapters + (facts.sampler_copies - 1) * waiting
     if facts.starting_weights:
         found["starting weights"] = learns * (4 if recipe.model.lora_rank else size)
     if facts.teacher:
@@ -179,8 +180,8 @@ def reward_folders(recipe: Recipe) -> list[Path]:
 
 
 def lags(recipe: Recipe) -> bool:
-    """Whether completions are sampled from a copy of the policy (lag or overlap)."""
-    return recipe.facts().sampler_copy
+    """Whether completions are sampled from a copy of the policy (`algo.max_lag` or `algo.ahead`)."""
+    return recipe.facts().sampler_copies > 0
 
 
 def by_kernels(recipe: Recipe, where: Where) -> bool:

@@ -39,7 +39,7 @@ def score_safely(verify: Verifier, task: Task, text: str) -> tuple[Verdict | Non
     if _thread_state.set_handler:
         return None, (
             f"reward {name_of(verify)} sets a signal handler (for a time limit?), which works in the main thread only. "
-            "Set rollout.reward_workers = 0 and leave algo.overlap off, or limit its time in another way."
+            "Set rollout.reward_workers = 0 and leave algo.ahead at 0, or limit its time in another way."
         )
     return result
 

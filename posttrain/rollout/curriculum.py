@@ -6,6 +6,7 @@ checkpoint, so a resumed run selects the same tasks.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import partial
 
@@ -69,10 +70,26 @@ class Curriculum:
             level = self._level_of[group[0].task_id]
             scored = [e.passed for e in group if e.reward is not None]
             self._seen[level] = FORGET * self._seen[level] + (len(scored), sum(scored))
-            self._drawn[level] += 1
             levels.append(level)
+        self.count(groups)
         p = (1 + self._seen[:, 1]) / (2 + self._seen[:, 0])
         return {"curriculum_pass_rate": float(p[levels].mean()), "curriculum_levels": float(len({*levels}))}
+
+    def count(self, groups: Sequence[Sequence[Episode]]) -> None:
+        """Counts the tasks of a step as drawn, so that the next draws of their levels give the tasks after them."""
+        for group in groups:
+            self._drawn[self._level_of[group[0].task_id]] += 1
+
+    def copy(self) -> Curriculum:
+        """A copy with a state of its own."""
+        other = copy.copy(self)
+        other._seen, other._drawn = self._seen.copy(), self._drawn.copy()
+        return other
+
+    def take_rates(self, state: JsonView) -> None:
+        """Takes the pass rates of a `state`, and keeps its own count of what was drawn."""
+        if state:
+            self._seen = np.array(state["seen"])
 
     def state(self) -> Json:
         """The state for `load`, as exact JSON."""

@@ -18,6 +18,7 @@ VARIABLE = "POSTTRAIN_FAILPOINT"
 
 FAILPOINTS: tuple[str, ...] = (
     "step:start",
+    "journal:recorded",
     "step:rollouts-done",
     "step:updated",
     "step:before-store",

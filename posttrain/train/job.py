@@ -69,6 +69,7 @@ class Setup(Generic[R]):
     given: list[Task] | None = None
     reward: Reward | None = None
     workers: Workers | None = None  # None: all in this process
+    fingerprint: JsonView = field(default_factory=dict[str, Any])  # of machine, model and versions
 
 
 @dataclass(frozen=True)
