@@ -250,7 +250,7 @@ def prepare(
     job = algos.load(algorithm).prepare(Setup(recipe, policy, chat, folder, given, reward))
     if chat.dated:
         job.notes.append(f"The chat template reads the date; in this run it is {chat.day}, also when it is resumed.")
-    versions = engine_versions(recipe.rollout.engine) if isinstance(recipe, config.Sampling) else {}
+    versions = engine_versions(recipe.rollout) if isinstance(recipe, config.Sampling) else {}
     return job, device.fingerprint(policy, on) | versions
 
 
