@@ -70,8 +70,7 @@ class VLLMServerGenerator:
         """
         with self._host.lock:
             take_weights(self.policy, weights)
-            old, self._weights = self._weights, self._host.publish(self.policy, version)
-            self._host.forget(old)
+            self._weights = self._host.publish(self.policy, version)
             self._surviving(self._hold)
             self.version = version
 

@@ -60,7 +60,7 @@ class Host:
         self._servers: list[Server] = []
         self._transfer: Transfer | None = None
         self.holds: Published | None = None
-        self._start_folder: Path | None = None
+        self._first: Published | None = None  # with which a server starts if later ones are sent by NCCL
         self._comparable: frozenset[str] | None = None
         self.starts = self._published = 0
         self._end = finalize(self, _end, self._servers, self.folder)
@@ -75,22 +75,24 @@ class Host:
         return len(self._comparable or ())
 
     def publish(self, policy: Policy, version: int) -> Published:
-        """Writes the policy's weights for `hold`. Raises DiskError if they cannot be written."""
+        """Writes the policy's weights for `hold`, to a folder that lasts as long as the object that is returned.
+
+        Raises DiskError if they cannot be written.
+        """
         self._published += 1
         folder = self.folder / f"weights-{self._published}"
-        files = self._cfg.vllm_sync == "files" or self._start_folder is None
+        files = self._cfg.vllm_sync == "files" or self._first is None
         try:
-            return publish(policy, version, folder, files)
+            published = publish(policy, version, folder, files)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(folder, ignore_errors=True)
             raise DiskError(
                 f"cannot write the weights for vLLM's server to {folder}: {error}. Free space there."
             ) from None
-
-    def forget(self, weights: Published) -> None:
-        """Removes published weights that are no longer needed."""
-        if weights.folder != self._start_folder or self._cfg.vllm_sync == "files":
-            weights.remove()
+        finalize(published, shutil.rmtree, folder, True)
+        if self._cfg.vllm_sync == "nccl":
+            self._first = self._first or published
+        return published
 
     def hold(self, weights: Published, policy: Policy) -> None:
         """Makes the server hold `weights`, starting it if needed, and checks that it does.
@@ -115,8 +117,8 @@ class Host:
         self.holds = weights
 
     def _start(self, weights: Published) -> None:
-        folder = self._start_folder = weights.folder if weights.files else self._start_folder
-        command = [self._python, "-m", MODULE, "--model", str(folder), *self._arguments]
+        start = weights if weights.files or self._first is None else self._first
+        command = [self._python, "-m", MODULE, "--model", str(start.folder), *self._arguments]
         environment = os.environ | ENVIRONMENT
         environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)  # of the engine in this process
         if self._cfg.vllm_gpus:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,10 +54,6 @@ class Published:
     logprobs: np.ndarray
     tolerance: float
     files: bool = True
-
-    def remove(self) -> None:
-        """Removes the folder."""
-        shutil.rmtree(self.folder, ignore_errors=True)
 
     def check_folder(self) -> None:
         """Raises RolloutError if a tensor in the folder is no longer the one that was written."""
@@ -180,8 +175,8 @@ def _plain(name: str) -> str:
     return name.rpartition(":")[2]
 
 
-def _bytes(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.reshape(-1).view(torch.uint8).numpy()
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _digest(tensor: torch.Tensor) -> str:
