@@ -422,6 +422,8 @@ def test_a_server_that_cannot_start_is_a_sentence_with_its_cause(policy: Policy,
     stand.fault("cannot-start")
     with pytest.raises(ConfigError, match=r"cannot run .* here: .*exit status 1: ValueError: there is no such model"):
         VLLMServerGenerator(policy, stand.settings())
+    stand.fault("")
+    VLLMServerGenerator(policy, stand.settings())._host.close()  # the same settings, now that it can
     stand.fault("never-answers")
     with pytest.raises(ConfigError, match=r"cannot run .* here: it did not answer within 0\.5 s"):
         VLLMServerGenerator(policy, stand.settings(timeout=0.5))
@@ -554,7 +556,7 @@ def served(abacus: Policy) -> Iterator[VLLMServerGenerator]:
 
 @real
 def test_vllm_samples_the_same_twice_and_agrees_with_the_learner(abacus: Policy, served: VLLMServerGenerator) -> None:
-    requests, params = requests_for(abacus, count=8), SamplingParams(max_tokens=24)
+    requests, params = requests_for(abacus, count=8), SamplingParams(max_tokens=16)
     groups = served.generate(requests, params)
     assert {c.stop for group in groups for c in group} == {"stop", "length"}, "both kinds occur"
     assert flat(served.generate(requests, params)) == flat(groups), "to the bit"

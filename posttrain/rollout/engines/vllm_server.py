@@ -50,14 +50,14 @@ class VLLMServerGenerator:
         self._context: int = getattr(policy.config, "max_position_embeddings", None) or sys.maxsize
         self._host = _shared_host(policy, cfg)
         with self._host.lock:
-            new = self._host.server is None
+            first = self._host.starts == 0
             self._weights = self._host.publish(policy, self.version)
             try:
-                if new:
-                    self._host.hold(self._weights, policy)
+                if first:
+                    self._hold()
                 else:
                     self._surviving(self._hold)
-            except (StartError, ServerLost) as error:
+            except (StartError, ServerLost) as error:  # of the first server, which nobody else uses
                 self._host.close()
                 raise ConfigError(f"vLLM's server cannot run {policy.source!r} here: {error}.") from None
             except RolloutError as error:
@@ -212,7 +212,7 @@ def _shared_host(policy: Policy, cfg: RolloutConfig) -> Host:
     """The server for a model and settings; started on first use and kept while a generator uses it."""
     key = (policy.source, policy.head.weight.dtype, policy.device, cfg)
     host = _HOSTS.get(key)
-    if host is None:
+    if host is None or host.closed:
         host = _HOSTS[key] = Host(policy, cfg)
     return host
 

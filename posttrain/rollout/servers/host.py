@@ -74,6 +74,10 @@ class Host:
     def compared(self) -> int:
         return len(self._comparable or ())
 
+    @property
+    def closed(self) -> bool:
+        return not self._end.alive
+
     def publish(self, policy: Policy, version: int) -> Published:
         """Writes the policy's weights for `hold`, to a folder that lasts as long as the object that is returned.
 
