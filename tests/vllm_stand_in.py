@@ -148,6 +148,12 @@ def _spoil(reply: dict[str, Any]) -> None:
         del reply["token_ids"]
 
 
+def _die_at(route: str) -> None:
+    if fault("dies-at") == route:
+        (HERE / "fault").unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 class Routes(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     generated = 0
@@ -156,6 +162,7 @@ class Routes(BaseHTTPRequestHandler):
         """Logs no requests."""
 
     def do_GET(self) -> None:
+        _die_at(self.path)
         self._answer({"/health": None, "/weight_info": {"weight_version": MODEL.label}}[self.path])
 
     def do_POST(self) -> None:
@@ -163,6 +170,7 @@ class Routes(BaseHTTPRequestHandler):
         with LOCK, (HERE / "calls").open("a") as calls:
             calls.write(f"{self.path}\n")
         route = self.path.partition("?")[0]
+        _die_at(route)
         if route == "/inference/v1/generate":
             with LOCK:
                 Routes.generated += "stop_token_ids" in body["sampling_params"]
