@@ -287,7 +287,7 @@ def prepare(
     rng.seed_global(recipe.run.seed, "init")  # LoRA's initial weights
     policy = load_policy(recipe.model, on)
     chat = with_chat_format(policy, recipe.data.format, recipe.data.template_kwargs, day)
-    versions = engine_versions(recipe.rollout.engine) if isinstance(recipe, config.Sampling) else {}
+    versions = engine_versions(recipe.rollout) if isinstance(recipe, config.Sampling) else {}
     fingerprint = device.fingerprint(policy, on) | versions
     job = algos.load(algorithm).prepare(Setup(recipe, policy, chat, folder, given, reward, workers, fingerprint))
     if chat.dated:

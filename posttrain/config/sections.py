@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Protocol
 
@@ -101,7 +102,7 @@ class EnvConfig:
 @dataclass(frozen=True)
 class RolloutConfig:
     engine: Annotated[str, FilesIn("rollout/engines")] = "embedded"
-    """Sampling engine: `embedded`, this package's generator, or `vllm` in the same process (docs/guides/vllm.md)."""
+    """Sampling engine: `embedded`, this package's generator; `vllm` in this process; `vllm_server`, in its own."""
     slots: int = 128
     """Number of sequences decoded at once; a slot is refilled as soon as its sequence ends."""
     max_tokens: int = 256
@@ -115,7 +116,15 @@ class RolloutConfig:
     stop_token_ids: tuple[int, ...] = ()
     """Stop tokens besides the model's own."""
     vllm_memory: float = 0.3
-    """With `vllm`, maximum share of the device's memory for the KV cache."""
+    """With `vllm` and `vllm_server`, maximum share of the device's memory for the KV cache."""
+    vllm_python: str = ""
+    """With `vllm_server`, Python interpreter of an environment that has vLLM; empty uses the current one."""
+    vllm_gpus: str = ""
+    """With `vllm_server`, GPU of the server (its CUDA_VISIBLE_DEVICES), such as `1`; empty uses the learner's."""
+    vllm_sync: Literal["files", "nccl"] = "files"
+    """With `vllm_server`, how weights reach it: a folder on this machine's disk, or NCCL (not tested on a GPU)."""
+    vllm_timeout: float = 600.0
+    """With `vllm_server`, seconds for its start or one request after which it counts as hung and is replaced."""
     reward_workers: int = 1
     """Threads that compute rewards while other completions are still being sampled; 0 computes them afterwards."""
 
@@ -270,6 +279,8 @@ def check_shared(recipe: SharedSections) -> None:
         raise ConfigError(f"rollout.reward_workers={rollout.reward_workers} is negative. Use 0 for none.")
     if rollout and not 0 < rollout.vllm_memory < 1:
         raise ConfigError(f"rollout.vllm_memory={rollout.vllm_memory} is not between 0 and 1.")
+    if rollout and not 0 < rollout.vllm_timeout < math.inf:
+        raise ConfigError(f"rollout.vllm_timeout={rollout.vllm_timeout} is not a positive number of seconds.")
     if recipe.model.lora_rank < 0:
         raise ConfigError(f"model.lora_rank={recipe.model.lora_rank} is negative. Use 0 to train all weights.")
     if recipe.model.continue_adapter and recipe.model.lora_rank:

@@ -35,9 +35,9 @@ def make_generator(policy: Policy, rollout: RolloutConfig) -> Generator:
     return import_module(f"posttrain.rollout.engines.{rollout.engine}").make(policy, rollout)
 
 
-def engine_versions(engine: str) -> dict[str, str]:
-    """Package versions that an engine's completions depend on, for the fingerprint; empty for built-in engines."""
-    return import_module(f"posttrain.rollout.engines.{engine}").versions()
+def engine_versions(rollout: RolloutConfig) -> dict[str, str]:
+    """Package versions that the engine's completions depend on, for the fingerprint; empty for built-in engines."""
+    return import_module(f"posttrain.rollout.engines.{rollout.engine}").versions(rollout)
 
 
 def make_collector(

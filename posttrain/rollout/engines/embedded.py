@@ -312,6 +312,6 @@ def make(policy: Policy, cfg: RolloutConfig) -> EmbeddedGenerator:
     return EmbeddedGenerator(policy, cfg.slots, torch.bfloat16 if cfg.dtype == "bfloat16" else None)
 
 
-def versions() -> dict[str, str]:
+def versions(_: RolloutConfig) -> dict[str, str]:
     """Empty: every run header already has this package's version."""
     return {}

@@ -83,7 +83,7 @@ class VLLMGenerator:
         """
         if not requests:
             return []
-        self._check(requests, params)
+        check_requests(requests, params, self._engine.context)
         if self._engine.holder is not self:
             self._engine.hold(self, self.policy)
         engine = self._engine.llm.llm_engine
@@ -133,28 +133,6 @@ class VLLMGenerator:
             self.version,
         )
 
-    def _check(self, requests: Sequence[Request], params: SamplingParams) -> None:
-        if params.stop:
-            raise ConfigError(f'rollout.engine = "vllm" does not end at strings such as {params.stop[0]!r}.')
-        if params.top_k or params.top_p < 1:
-            raise ConfigError(
-                f'rollout.engine = "vllm" does not report the probability removed by top_k={params.top_k}, '
-                f"top_p={params.top_p}. Sample the full distribution, or use the embedded engine."
-            )
-        if 0 < params.temperature < COLDEST:
-            raise ConfigError(
-                f"temperature={params.temperature}, but vLLM would sample at {COLDEST}. Use 0 (greedy) or a higher one."
-            )
-        longest = max(
-            len(r.context) + max(r.limit(i, params.max_tokens) for i in range(len(r.seeds))) for r in requests
-        )
-        if longest > self._engine.context:
-            raise RolloutError(
-                f"a prompt and its completion need {longest} tokens, which exceeds the model's context of "
-                f"{self._engine.context}. Lower rollout.max_tokens or data.max_prompt_tokens.",
-                boundary="generator",
-            )
-
     @torch.no_grad()
     def _hold_against_the_policy(self) -> None:
         """Checks the log-probability of one greedy token after a few prompts against the policy. The engine starts with
@@ -177,6 +155,29 @@ class VLLMGenerator:
             )
 
 
+def check_requests(requests: Sequence[Request], params: SamplingParams, context: int, engine: str = "vllm") -> None:
+    """Raises ConfigError for sampling settings that vLLM cannot honour or report, and RolloutError for a prompt and
+    completion longer than the `context` of the model."""
+    if params.stop:
+        raise ConfigError(f'rollout.engine = "{engine}" does not end at strings such as {params.stop[0]!r}.')
+    if params.top_k or params.top_p < 1:
+        raise ConfigError(
+            f'rollout.engine = "{engine}" does not report the probability removed by top_k={params.top_k}, '
+            f"top_p={params.top_p}. Sample the full distribution, or use the embedded engine."
+        )
+    if 0 < params.temperature < COLDEST:
+        raise ConfigError(
+            f"temperature={params.temperature}, but vLLM would sample at {COLDEST}. Use 0 (greedy) or a higher one."
+        )
+    longest = max(len(r.context) + max(r.limit(i, params.max_tokens) for i in range(len(r.seeds))) for r in requests)
+    if longest > context:
+        raise RolloutError(
+            f"a prompt and its completion need {longest} tokens, which exceeds the model's context of {context}. "
+            "Lower rollout.max_tokens or data.max_prompt_tokens.",
+            boundary="generator",
+        )
+
+
 class _Engine:
     """A vLLM engine and the generator whose weights it holds."""
 
@@ -193,7 +194,7 @@ class _Engine:
                 skip_tokenizer_init=True,
                 max_model_len=context,
                 max_num_seqs=slots,
-                kv_cache_memory_bytes=_cache_bytes(config, like.element_size(), device, slots, memory),
+                kv_cache_memory_bytes=cache_bytes(config, like.element_size(), device, slots, memory),
                 enable_prefix_caching=True,
                 logprobs_mode="processed_logprobs",
                 enforce_eager=device.type == "cpu",
@@ -230,7 +231,7 @@ def make(policy: Policy, cfg: RolloutConfig) -> VLLMGenerator:
     return VLLMGenerator(policy, cfg.slots, cfg.vllm_memory)
 
 
-def versions() -> dict[str, str]:
+def versions(_: RolloutConfig) -> dict[str, str]:
     """The version of vLLM. Raises ConfigError if it is not installed."""
     return {"vllm": str(_vllm().__version__)}
 
@@ -263,7 +264,7 @@ def _check_device(device: torch.device) -> None:
         raise ConfigError(f"vLLM uses the first GPU, but the policy is on {device}. Set CUDA_VISIBLE_DEVICES to it.")
 
 
-def _cache_bytes(config: Any, item: int, device: torch.device, slots: int, memory: float) -> int:
+def cache_bytes(config: Any, item: int, device: torch.device, slots: int, memory: float) -> int:
     """KV cache size in bytes: `slots` sequences of full context length, at most the share `memory`."""
     if device.type == "cpu":
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
