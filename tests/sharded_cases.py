@@ -1,0 +1,318 @@
+"""Runs a sharded learner in 1, 2 and 4 processes and writes what it found: `python -m tests.sharded_cases FOLDER MODEL…`.
+
+The processes are forked from one that has imported everything, because imports take longer than all the cases.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import transformers
+from safetensors.torch import load_file, save_file
+
+from bench import architectures, zoo
+from posttrain import config
+from posttrain.algos import distill, dpo, grpo, online_dpo, ppo, prm, raft, reward, sft
+from posttrain.cluster.sharded import ShardedLearner, gradient_difference
+from posttrain.config import ModelConfig, TrainConfig
+from posttrain.data import batching
+from posttrain.models.heads import attach_scalar
+from posttrain.models.load import load_policy
+from posttrain.models.lora import disabled
+from posttrain.models.policy import Policy
+from posttrain.objectives.distill import DIVERGENCES
+from posttrain.objectives.policy import POLICY_LOSSES
+from posttrain.objectives.preference import PAIR_LOSSES
+from posttrain.train import forward as passes
+from posttrain.train.forward import Forward, sample_logprobs, token_stats
+from posttrain.train.learner import Loss
+from posttrain.train.learners.local import LocalLearner
+from posttrain.types import Batch, Sample, Stat, TrainingDiverged
+
+RANKS = (1, 2, 4)
+CFG = TrainConfig(lr=1e-3, weight_decay=0.1, micro_batch_tokens=96, max_grad_norm=0.5)
+HEADS = 3
+Case = tuple[str, Forward, Loss, list[Batch]]
+SETTINGS: dict[str, dict[str, Any]] = {
+    "lora": {"lora_rank": 4},
+    "bfloat16": {"dtype": "bfloat16"},
+    "bfloat16 lora": {"dtype": "bfloat16", "lora_rank": 4},
+    "checkpointing": {"gradient_checkpointing": True},
+}
+"""Variants of a model, `NAME, VARIANT`."""
+
+
+def made(name: str, folder: Path) -> Policy:
+    """A model with three scalar heads: `abacus` or one of bench/zoo.py, both with settings of SETTINGS."""
+    name, _, variant = name.partition(", ")
+    path = "abacus"
+    if name != "abacus":
+        of, settings = zoo.ZOO[name]
+        path = str(folder / name.replace(" ", "-"))
+        if not Path(path).exists():
+            architectures.save(getattr(transformers, of)(**settings), Path(path))
+    policy = load_policy(ModelConfig(path=path, **SETTINGS.get(variant, {})))
+    return attach_scalar(policy, HEADS, 0)
+
+
+def samples(policy: Policy, count: int, seed: int = 0) -> list[Sample]:
+    """Random rows of 4 … 30 tokens with every optional field; rows 2i and 2i + 1 have a common prompt."""
+    draw, out = np.random.default_rng(seed), list[Sample]()
+    for i in range(count):
+        length = int(draw.integers(4, 31))
+        mask = draw.random(length) < 0.7
+        mask[:3], mask[-1] = False, True
+        tokens = draw.integers(3, policy.vocab, length)
+        if i % 2:
+            tokens[:3] = out[-1].tokens[:3]
+        noise = draw.normal(0, 1, (6, length)).astype(np.float32)
+        near = -abs(noise[0]) - 1
+        out.append(
+            Sample(tokens, mask, near, np.where(mask, noise[1], 0), near + 0.1 * noise[2], near + 0.1 * noise[3],
+                   noise[4], (noise[5] > 0).astype(np.float32), float(1 - i % 2), float(abs(noise[1, 0])))
+        )  # fmt: skip
+    return out
+
+
+def micro(policy: Policy, rows: Sequence[Sample], together: int = 1, share: bool = True) -> list[Batch]:
+    return batching.micro(rows, CFG.micro_batch_tokens, "token-mean", together=together, share=share)
+
+
+def grpo_cases(policy: Policy) -> list[Case]:
+    out: list[Case] = []
+    for name in POLICY_LOSSES:
+        more = {"algo.kl_coef": 0.1, "algo.entropy_coef": 0.01}
+        recipe: Any = config.resolve("grpo", {}, {"algo.policy_loss": name, **more})
+        batches = micro(policy, samples(policy, 14))
+        out.append((name, passes.token_stats_with_entropy, grpo.make_loss(recipe), batches))
+    return out
+
+
+def ppo_cases(policy: Policy) -> list[Case]:
+    recipe: Any = config.resolve("ppo", {}, {"algo.entropy_coef": 0.01})
+    one: Any = config.resolve("ppo", {}, {"algo.critic": "shared"})
+    rows = samples(policy, 14)
+    shown = [replace(row, returns=None) for row in rows]
+    return [
+        ("policy", ppo.make_forward(recipe.algo), ppo.policy_loss(recipe.algo), micro(policy, rows)),
+        ("critic", passes.token_values, ppo.critic_loss(recipe.algo), micro(policy, rows)),
+        ("shared", ppo.make_forward(one.algo), ppo.shared_loss(one.algo, False), micro(policy, rows)),
+        ("ptx", ppo.make_forward(one.algo), ppo.ptx_loss(0.5), micro(policy, shown)),
+    ]
+
+
+def dpo_cases(policy: Policy) -> list[Case]:
+    out: list[Case] = []
+    for name in (*PAIR_LOSSES, "kto"):
+        recipe: Any = config.resolve("dpo", {}, {"algo.loss": name})
+        loss = dpo.make_loss(recipe.algo, 0.1, torch.tensor(0.2) if name == "kto" else None)
+        out.append((name, token_stats, loss, micro(policy, samples(policy, 14), 1 if name == "kto" else 2)))
+    return out
+
+
+def online_dpo_cases(policy: Policy) -> list[Case]:
+    recipe: Any = config.resolve("online-dpo", {}, {})
+    return [("", token_stats, online_dpo.make_loss(recipe.algo), micro(policy, samples(policy, 14), 2))]
+
+
+def reward_cases(policy: Policy) -> list[Case]:
+    recipe: Any = config.resolve("reward", {}, {"algo.heads": HEADS, "algo.centre_coef": 0.1})
+    rows = samples(policy, 14)
+    pairs = list(zip(rows[::2], rows[1::2], strict=True))
+    batches = reward.pair_batches(pairs, CFG.micro_batch_tokens, policy.device)
+    return [("", passes.row_scores, reward.make_loss(recipe.algo, torch.rand(len(pairs), HEADS)), batches)]
+
+
+def sft_cases(policy: Policy) -> list[Case]:
+    loop: Any = SimpleNamespace(step=1)
+    rows = samples(policy, 14)
+    return [
+        ("", token_stats, sft.loss, micro(policy, rows)),
+        ("noisy", sft.noisy_forward(5.0, 0, loop), sft.loss, micro(policy, rows, share=False)),
+    ]
+
+
+def distill_cases(policy: Policy) -> list[Case]:
+    teacher = load_policy(ModelConfig(path=policy.source))
+    settings = [{"algo.divergence": name} for name in DIVERGENCES] + [{"algo.estimator": "sampled"}]
+    out: list[Case] = []
+    for given in settings:
+        recipe: Any = config.resolve("distill", {}, {"algo.teacher": policy.source, **given})
+        batches = micro(policy, samples(policy, 14))
+        out.append((str(*given.values()), distill.make_forward(teacher, recipe.algo), distill.loss, batches))
+    return out
+
+
+CASES: dict[str, Callable[[Policy], list[Case]]] = {
+    "grpo": grpo_cases,
+    "sft": sft_cases,
+    "dpo": dpo_cases,
+    "online-dpo": online_dpo_cases,
+    "reward": reward_cases,
+    "prm": lambda policy: [("", passes.step_scores, prm.loss, micro(policy, samples(policy, 14)))],
+    "ppo": ppo_cases,
+    "raft": lambda policy: [("", token_stats, raft.loss, micro(policy, samples(policy, 14)))],
+    "distill": distill_cases,
+}
+"""Algorithm → its losses, each with its forward pass and an optimizer batch."""
+
+
+def plain(logp: torch.Tensor, entropy: torch.Tensor, b: Batch) -> tuple[torch.Tensor, dict[str, Stat]]:
+    """The plain policy gradient; with the rows of the micro-batch, so that its place is seen."""
+    return -(b.weights * b.advantages * logp).sum(), {"first_row": Stat(b.rows[0])}
+
+
+def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
+
+
+def gradients(learner: ShardedLearner, whole: Policy) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for algorithm, cases in CASES.items():
+        for name, forward, loss, batches in cases(whole):
+            assert len(batches) % 4, "the last round must be incomplete"
+            learner.forward = forward
+            found[f"{algorithm} {name}".strip()] = gradient_difference(learner, whole, batches, loss)
+    learner.forward = token_stats
+    return found
+
+
+def updates(learner: ShardedLearner, one: LocalLearner) -> dict[str, Any]:
+    """Three updates beside one process's; then log-probabilities, weights and what a step returns."""
+    rows = samples(one.policy, 10, 5)
+    before = learner.logprobs(rows)
+    found: dict[str, Any] = {"stats": True, "order": True, "norms": []}
+    for step in range(3):
+        batches = micro(one.policy, samples(one.policy, 14, step))
+        ours, theirs = learner.forward_backward(batches, plain), one.forward_backward(batches, plain)
+        found["order"] &= [s["first_row"] for s in ours] == [s["first_row"] for s in theirs]
+        found["stats"] &= np.allclose([s["loss"].total for s in ours], [s["loss"].total for s in theirs], atol=1e-3)
+        only = "" if step else next(iter(learner.parameters))
+        made, wanted = learner.step(only, update=step), one.step(only, update=step)
+        found["norms"].append([made["grad_norm"].total, wanted["grad_norm"].total])
+        assert made["lr"] == wanted["lr"]
+    expected = sample_logprobs(one.policy, rows, CFG.micro_batch_tokens)
+    after = learner.logprobs(rows)
+    weights = learner.weights()
+    assert {n: (w.shape, w.dtype) for n, w in weights.items()} == {
+        n: (w.shape, w.dtype) for n, w in one.weights().items()
+    }
+    found["moved"] = max(float(abs(a - b).max()) for a, b in zip(after, before, strict=True))
+    found["logp"] = max(float(abs(a - b).max()) for a, b in zip(after, expected, strict=True))
+    found["weights"] = max(float((weights[n] - w).abs().max()) for n, w in one.weights().items())
+    scores = np.stack(learner.rows(rows, passes.row_scores))
+    found["scores"] = float(abs(scores - passes.sample_scores(one.policy, rows, CFG.micro_batch_tokens)).max())
+    return found
+
+
+def failures(learner: ShardedLearner, policy: Policy) -> list[str]:
+    """What this rank raises if the loss of one micro-batch is not finite, or fails."""
+    batches = micro(policy, samples(policy, 14))
+    bad = batches[min(1, len(batches) - 1)].rows[0]
+
+    def infinite(logp: torch.Tensor, entropy: torch.Tensor, b: Batch) -> Any:
+        value, stats = plain(logp, entropy, b)
+        return value * (float("nan") if b.rows[0] == bad else 1.0), stats
+
+    def failing(logp: torch.Tensor, entropy: torch.Tensor, b: Batch) -> Any:
+        if b.rows[0] == bad:
+            raise KeyError("a loss of the user's")
+        return plain(logp, entropy, b)
+
+    said: list[str] = []
+    for loss in (infinite, failing):
+        try:
+            learner.forward_backward(batches, loss)
+        except (TrainingDiverged, KeyError) as error:
+            said.append(f"{type(error).__name__}: {error}")
+    for parameter in learner.parameters.values():
+        parameter.grad = None
+    said.append(str(np.isfinite(learner.forward_backward(batches, plain)[0]["loss"].total)))
+    for parameter in learner.parameters.values():
+        parameter.grad = None
+    return said
+
+
+def base_difference(learner: ShardedLearner, whole: Policy) -> float:
+    """How far log-probabilities with adapters disabled are from one process's."""
+    rows = samples(whole, 6, 7)
+
+    def base(policy: Policy, batch: Batch, temperature: float) -> tuple[torch.Tensor, ...]:
+        with disabled(policy.model):
+            return token_stats(policy, batch, temperature)
+
+    ours = learner.rows(rows, base)
+    with disabled(whole.model):
+        theirs = sample_logprobs(whole, rows, CFG.micro_batch_tokens)
+    return max(float(abs(a[: len(b)] - b).max()) for a, b in zip(ours, theirs, strict=True))
+
+
+def of_model(name: str, folder: Path, ranks: int) -> dict[str, Any]:
+    """Everything about one model, on this rank; the state is written to and read from the folder."""
+    start = time.perf_counter()
+    torch.manual_seed(0)
+    policy, whole = made(name, folder), made(name, folder)
+    learner = ShardedLearner(policy, CFG, 10)
+    found: dict[str, Any] = {"route": whole.route.reach}
+    if "bfloat16" not in name:
+        found["gradients"] = gradients(learner, whole)
+    if "lora" in name:
+        found["base"] = base_difference(learner, whole)
+    found["updates"] = updates(learner, LocalLearner(whole, CFG, 10))
+    found["failures"] = failures(learner, whole)
+    here, before = folder / f"{name}-{ranks}", folder / f"{name}-{ranks // 2}"
+    if before.exists():  # the checkpoint of half as many ranks
+        stored = {kind: load_file(before / kind) for kind in ("model", "optim")}
+        learner.load(stored, json.loads((before / "small.json").read_text()))
+    tensors, small = learner.state()
+    if learner.rank == 0:
+        here.mkdir()
+        for kind, of in tensors.items():
+            save_file(of, here / kind)
+        (here / "small.json").write_text(json.dumps(small))
+    else:
+        assert tensors == {"model": {}, "optim": {}}
+    back = ShardedLearner(made(name, folder), CFG, 10)
+    dist.barrier()
+    back.load({kind: load_file(here / kind) for kind in ("model", "optim")}, small)
+    batches = micro(whole, samples(whole, 14, 9))
+    for one in (learner, back):
+        one.forward_backward(batches, plain)
+        one.step()
+    same = [torch.equal(a.to_local(), b.to_local()) for a, b in
+            zip(learner.parameters.values(), back.parameters.values(), strict=True)]  # fmt: skip
+    return found | {"resumed": all(same), "seconds": time.perf_counter() - start}
+
+
+def rank(number: int, ranks: int, folder: Path, models: Sequence[str]) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / f"store-{ranks}"), ranks)
+    dist.init_process_group("gloo", store=store, rank=number, world_size=ranks, timeout=timedelta(seconds=60))
+    found = {name: of_model(name, folder, ranks) for name in models}
+    (folder / f"found-{ranks}-{number}.json").write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def main(folder: Path, models: Sequence[str]) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    for name in models:
+        made(name, folder)  # writes it; no process has computed a gradient before the fork
+    for ranks in RANKS:
+        torch.multiprocessing.start_processes(rank, (ranks, folder, models), nprocs=ranks, start_method="fork")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
