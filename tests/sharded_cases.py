@@ -1,4 +1,5 @@
-"""Runs a sharded learner in 1, 2 and 4 processes and writes what it found: `python -m tests.sharded_cases FOLDER MODEL…`.
+"""Runs a sharded learner in 1, 2 and 4 processes and writes what it found: `python -m tests.sharded_cases FOLDER MODELS`,
+where MODELS is a JSON object: model → whether all losses are tried, or one for each algorithm.
 
 The processes are forked from one that has imported everything, because imports take longer than all the cases.
 """
@@ -9,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -42,7 +43,7 @@ from posttrain.train.learners.local import LocalLearner
 from posttrain.types import Batch, Sample, Stat, TrainingDiverged
 
 RANKS = (1, 2, 4)
-CFG = TrainConfig(lr=1e-3, weight_decay=0.1, micro_batch_tokens=96, max_grad_norm=0.5)
+CFG = TrainConfig(lr=1e-3, weight_decay=0.1, micro_batch_tokens=24, max_grad_norm=0.5)
 HEADS = 3
 Case = tuple[str, Forward, Loss, list[Batch]]
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -68,10 +69,10 @@ def made(name: str, folder: Path) -> Policy:
 
 
 def samples(policy: Policy, count: int, seed: int = 0) -> list[Sample]:
-    """Random rows of 4 … 30 tokens with every optional field; rows 2i and 2i + 1 have a common prompt."""
+    """Random rows of 4 … 20 tokens with every optional field; rows 2i and 2i + 1 have a common prompt."""
     draw, out = np.random.default_rng(seed), list[Sample]()
     for i in range(count):
-        length = int(draw.integers(4, 31))
+        length = int(draw.integers(4, 21))
         mask = draw.random(length) < 0.7
         mask[:3], mask[-1] = False, True
         tokens = draw.integers(3, policy.vocab, length)
@@ -95,7 +96,7 @@ def grpo_cases(policy: Policy) -> list[Case]:
     for name in POLICY_LOSSES:
         more = {"algo.kl_coef": 0.1, "algo.entropy_coef": 0.01}
         recipe: Any = config.resolve("grpo", {}, {"algo.policy_loss": name, **more})
-        batches = micro(policy, samples(policy, 14))
+        batches = micro(policy, samples(policy, 10))
         out.append((name, passes.token_stats_with_entropy, grpo.make_loss(recipe), batches))
     return out
 
@@ -103,7 +104,7 @@ def grpo_cases(policy: Policy) -> list[Case]:
 def ppo_cases(policy: Policy) -> list[Case]:
     recipe: Any = config.resolve("ppo", {}, {"algo.entropy_coef": 0.01})
     one: Any = config.resolve("ppo", {}, {"algo.critic": "shared"})
-    rows = samples(policy, 14)
+    rows = samples(policy, 10)
     shown = [replace(row, returns=None) for row in rows]
     return [
         ("policy", ppo.make_forward(recipe.algo), ppo.policy_loss(recipe.algo), micro(policy, rows)),
@@ -118,18 +119,18 @@ def dpo_cases(policy: Policy) -> list[Case]:
     for name in (*PAIR_LOSSES, "kto"):
         recipe: Any = config.resolve("dpo", {}, {"algo.loss": name})
         loss = dpo.make_loss(recipe.algo, 0.1, torch.tensor(0.2) if name == "kto" else None)
-        out.append((name, token_stats, loss, micro(policy, samples(policy, 14), 1 if name == "kto" else 2)))
+        out.append((name, token_stats, loss, micro(policy, samples(policy, 10), 1 if name == "kto" else 2)))
     return out
 
 
 def online_dpo_cases(policy: Policy) -> list[Case]:
     recipe: Any = config.resolve("online-dpo", {}, {})
-    return [("", token_stats, online_dpo.make_loss(recipe.algo), micro(policy, samples(policy, 14), 2))]
+    return [("", token_stats, online_dpo.make_loss(recipe.algo), micro(policy, samples(policy, 10), 2))]
 
 
 def reward_cases(policy: Policy) -> list[Case]:
     recipe: Any = config.resolve("reward", {}, {"algo.heads": HEADS, "algo.centre_coef": 0.1})
-    rows = samples(policy, 14)
+    rows = samples(policy, 10)
     pairs = list(zip(rows[::2], rows[1::2], strict=True))
     batches = reward.pair_batches(pairs, CFG.micro_batch_tokens, policy.device)
     return [("", passes.row_scores, reward.make_loss(recipe.algo, torch.rand(len(pairs), HEADS)), batches)]
@@ -137,7 +138,7 @@ def reward_cases(policy: Policy) -> list[Case]:
 
 def sft_cases(policy: Policy) -> list[Case]:
     loop: Any = SimpleNamespace(step=1)
-    rows = samples(policy, 14)
+    rows = samples(policy, 10)
     return [
         ("", token_stats, sft.loss, micro(policy, rows)),
         ("noisy", sft.noisy_forward(5.0, 0, loop), sft.loss, micro(policy, rows, share=False)),
@@ -146,11 +147,14 @@ def sft_cases(policy: Policy) -> list[Case]:
 
 def distill_cases(policy: Policy) -> list[Case]:
     teacher = load_policy(ModelConfig(path=policy.source))
+    with torch.no_grad():
+        for parameter in teacher.model.parameters():
+            parameter.mul_(0.5)
     settings = [{"algo.divergence": name} for name in DIVERGENCES] + [{"algo.estimator": "sampled"}]
     out: list[Case] = []
     for given in settings:
         recipe: Any = config.resolve("distill", {}, {"algo.teacher": policy.source, **given})
-        batches = micro(policy, samples(policy, 14))
+        batches = micro(policy, samples(policy, 10))
         out.append((str(*given.values()), distill.make_forward(teacher, recipe.algo), distill.loss, batches))
     return out
 
@@ -161,9 +165,9 @@ CASES: dict[str, Callable[[Policy], list[Case]]] = {
     "dpo": dpo_cases,
     "online-dpo": online_dpo_cases,
     "reward": reward_cases,
-    "prm": lambda policy: [("", passes.step_scores, prm.loss, micro(policy, samples(policy, 14)))],
+    "prm": lambda policy: [("", passes.step_scores, prm.loss, micro(policy, samples(policy, 10)))],
     "ppo": ppo_cases,
-    "raft": lambda policy: [("", token_stats, raft.loss, micro(policy, samples(policy, 14)))],
+    "raft": lambda policy: [("", token_stats, raft.loss, micro(policy, samples(policy, 10)))],
     "distill": distill_cases,
 }
 """Algorithm → its losses, each with its forward pass and an optimizer batch."""
@@ -178,11 +182,11 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
 
 
-def gradients(learner: ShardedLearner, whole: Policy) -> dict[str, float]:
+def gradients(learner: ShardedLearner, whole: Policy, every: bool) -> dict[str, float]:
     found: dict[str, float] = {}
     for algorithm, cases in CASES.items():
-        for name, forward, loss, batches in cases(whole):
-            assert len(batches) % 4, "the last round must be incomplete"
+        for name, forward, loss, batches in cases(whole)[: None if every else 1]:
+            assert len(batches) > 4 and len(batches) % 4, "there are several rounds, and the last is incomplete"
             learner.forward = forward
             found[f"{algorithm} {name}".strip()] = gradient_difference(learner, whole, batches, loss)
     learner.forward = token_stats
@@ -195,7 +199,7 @@ def updates(learner: ShardedLearner, one: LocalLearner) -> dict[str, Any]:
     before = learner.logprobs(rows)
     found: dict[str, Any] = {"stats": True, "order": True, "norms": []}
     for step in range(3):
-        batches = micro(one.policy, samples(one.policy, 14, step))
+        batches = micro(one.policy, samples(one.policy, 10, step))
         ours, theirs = learner.forward_backward(batches, plain), one.forward_backward(batches, plain)
         found["order"] &= [s["first_row"] for s in ours] == [s["first_row"] for s in theirs]
         found["stats"] &= np.allclose([s["loss"].total for s in ours], [s["loss"].total for s in theirs], atol=1e-3)
@@ -219,7 +223,7 @@ def updates(learner: ShardedLearner, one: LocalLearner) -> dict[str, Any]:
 
 def failures(learner: ShardedLearner, policy: Policy) -> list[str]:
     """What this rank raises if the loss of one micro-batch is not finite, or fails."""
-    batches = micro(policy, samples(policy, 14))
+    batches = micro(policy, samples(policy, 10))
     bad = batches[min(1, len(batches) - 1)].rows[0]
 
     def infinite(logp: torch.Tensor, entropy: torch.Tensor, b: Batch) -> Any:
@@ -259,7 +263,7 @@ def base_difference(learner: ShardedLearner, whole: Policy) -> float:
     return max(float(abs(a[: len(b)] - b).max()) for a, b in zip(ours, theirs, strict=True))
 
 
-def of_model(name: str, folder: Path, ranks: int) -> dict[str, Any]:
+def of_model(name: str, every: bool, folder: Path, ranks: int) -> dict[str, Any]:
     """Everything about one model, on this rank; the state is written to and read from the folder."""
     start = time.perf_counter()
     torch.manual_seed(0)
@@ -267,7 +271,7 @@ def of_model(name: str, folder: Path, ranks: int) -> dict[str, Any]:
     learner = ShardedLearner(policy, CFG, 10)
     found: dict[str, Any] = {"route": whole.route.reach}
     if "bfloat16" not in name:
-        found["gradients"] = gradients(learner, whole)
+        found["gradients"] = gradients(learner, whole, every)
     if "lora" in name:
         found["base"] = base_difference(learner, whole)
     found["updates"] = updates(learner, LocalLearner(whole, CFG, 10))
@@ -287,7 +291,7 @@ def of_model(name: str, folder: Path, ranks: int) -> dict[str, Any]:
     back = ShardedLearner(made(name, folder), CFG, 10)
     dist.barrier()
     back.load({kind: load_file(here / kind) for kind in ("model", "optim")}, small)
-    batches = micro(whole, samples(whole, 14, 9))
+    batches = micro(whole, samples(whole, 10, 9))
     for one in (learner, back):
         one.forward_backward(batches, plain)
         one.step()
@@ -296,17 +300,17 @@ def of_model(name: str, folder: Path, ranks: int) -> dict[str, Any]:
     return found | {"resumed": all(same), "seconds": time.perf_counter() - start}
 
 
-def rank(number: int, ranks: int, folder: Path, models: Sequence[str]) -> None:
+def rank(number: int, ranks: int, folder: Path, models: Mapping[str, bool]) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / f"store-{ranks}"), ranks)
     dist.init_process_group("gloo", store=store, rank=number, world_size=ranks, timeout=timedelta(seconds=60))
-    found = {name: of_model(name, folder, ranks) for name in models}
+    found = {name: of_model(name, every, folder, ranks) for name, every in models.items()}
     (folder / f"found-{ranks}-{number}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def main(folder: Path, models: Sequence[str]) -> None:
+def main(folder: Path, models: Mapping[str, bool]) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     for name in models:
         made(name, folder)  # writes it; no process has computed a gradient before the fork
@@ -315,4 +319,4 @@ def main(folder: Path, models: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))

@@ -309,23 +309,30 @@ def layers_of(policy: Policy) -> list[nn.Module]:
     return [layer for layer in found if id(layer) not in nested]
 
 
-def gradient_difference(learner: ShardedLearner, whole: Policy, batches: Sequence[Batch], loss: Loss) -> float:
+def gradient_difference(
+    learner: ShardedLearner, whole: Policy | None, batches: Sequence[Batch], loss: Loss
+) -> float:
     """‖g − g₁‖ / ‖g₁‖: how far the sharded gradient g of an optimizer batch is from that of one process, g₁.
 
-    `whole` is the same policy, not sharded; every rank computes all micro-batches with it, so the model must fit. The
-    learner's gradient must be clear, and is cleared again.
+    `whole` is the same policy, not sharded. Rank 0 computes g₁ with it, so it must fit there; other ranks need none.
+    The learner's gradient must be clear, and is cleared again.
     """
-    one = LocalLearner(whole, learner.cfg, 1, learner.temperature, learner.forward)
-    one.forward_backward(batches, loss)
+    single: dict[str, torch.Tensor | None] = {}
+    if learner.rank == 0:
+        assert whole is not None, "rank 0 needs the whole policy"
+        one = LocalLearner(whole, learner.cfg, 1, learner.temperature, learner.forward)
+        one.forward_backward(batches, loss)
+        for name, master in one.master.items():
+            single[name], master.grad = master.grad, None
     learner.forward_backward(batches, loss)
     sums = torch.zeros(2, dtype=torch.float64, device=learner.policy.device)
     for name, parameter in learner.parameters.items():
-        expected = torch.zeros_like(one.master[name]) if one.master[name].grad is None else one.master[name].grad
-        wanted = _part(expected, parameter).to_local().double()
+        expected = single.get(name)
+        if expected is None:  # not used by any micro-batch, or sent by rank 0
+            expected = torch.zeros(parameter.shape, device=parameter.device)
+        wanted = distribute_tensor(expected, parameter.device_mesh, parameter.placements).to_local().double()
         made = torch.zeros_like(wanted) if parameter.grad is None else parameter.grad.to_local().double()
         sums += torch.stack([(made - wanted).square().sum(), wanted.square().sum()])
-        parameter.grad = None
-    for parameter in [*one.parameters.values(), *one.master.values()]:
         parameter.grad = None
     dist.all_reduce(sums, group=learner.group)
     return float((sums[0] / sums[1]).sqrt())
