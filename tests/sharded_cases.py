@@ -1,11 +1,14 @@
-"""Runs a sharded learner in 1, 2 and 4 processes and writes what it found: `python -m tests.sharded_cases FOLDER MODELS`,
-where MODELS is a JSON object: model → whether all losses are tried, or one for each algorithm.
+"""Runs a sharded learner in 1, 2 and 4 processes and writes what it found.
+
+`python -m tests.sharded_cases FOLDER MODELS`; MODELS is a JSON object: model → whether all losses are tried, or one for
+each algorithm.
 
 The processes are forked from one that has imported everything, because imports take longer than all the cases.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import sys
@@ -43,8 +46,10 @@ from posttrain.train.learners.local import LocalLearner
 from posttrain.types import Batch, Sample, Stat, TrainingDiverged
 
 RANKS = (1, 2, 4)
-CFG = TrainConfig(lr=1e-3, weight_decay=0.1, micro_batch_tokens=24, max_grad_norm=0.5)
+CFG = TrainConfig(lr=1e-3, weight_decay=0.1, micro_batch_tokens=100, max_grad_norm=0.5)
 HEADS = 3
+Models = Mapping[str, tuple[Policy, bool]]
+Rows = Sequence[Sample]
 Case = tuple[str, Forward, Loss, list[Batch]]
 SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"lora_rank": 4},
@@ -68,22 +73,32 @@ def made(name: str, folder: Path) -> Policy:
     return attach_scalar(policy, HEADS, 0)
 
 
-def samples(policy: Policy, count: int, seed: int = 0) -> list[Sample]:
-    """Random rows of 4 … 20 tokens with every optional field; rows 2i and 2i + 1 have a common prompt."""
+@torch.no_grad()
+def samples(policy: Policy, seed: int = 0) -> list[Sample]:
+    """Ten sums with right and wrong answers and every optional field; rows 2i and 2i + 1 have the same prompt."""
     draw, out = np.random.default_rng(seed), list[Sample]()
-    for i in range(count):
-        length = int(draw.integers(4, 21))
-        mask = draw.random(length) < 0.7
-        mask[:3], mask[-1] = False, True
-        tokens = draw.integers(3, policy.vocab, length)
-        if i % 2:
-            tokens[:3] = out[-1].tokens[:3]
-        noise = draw.normal(0, 1, (6, length)).astype(np.float32)
-        near = -abs(noise[0]) - 1
+
+    def tokens(*turns: tuple[str, str], begin: bool = False) -> list[int]:
+        messages = [{"role": role, "content": text} for role, text in turns]
+        text = policy.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=begin)
+        return policy.tokenizer(text, add_special_tokens=False).input_ids
+
+    for i in range(10):
+        if i % 2 == 0:
+            a, b = (int(n) for n in draw.integers(2, 100, 2))
+        question = ("user", f"What is {a} + {b}?")
+        row = np.array(tokens(question, ("assistant", f"{a} + {b} = {a + b + i % 2}")))
+        mask = (np.arange(len(row)) >= len(tokens(question, begin=True))) & (draw.random(len(row)) < 0.8)
+        mask[-1] = True
+        noise = draw.normal(0, 1, (2, len(row))).astype(np.float32)
+        returns = (noise[1] > 0).astype(np.float32)
         out.append(
-            Sample(tokens, mask, near, np.where(mask, noise[1], 0), near + 0.1 * noise[2], near + 0.1 * noise[3],
-                   noise[4], (noise[5] > 0).astype(np.float32), float(1 - i % 2), float(abs(noise[1, 0])))
+            Sample(row, mask, noise[0], np.where(mask, noise[1], 0), old_values=noise[0], returns=returns,
+                   label=float(1 - i % 2), margin=float(abs(noise[1, 0])))
         )  # fmt: skip
+    for i, logp in enumerate(sample_logprobs(policy, out, CFG.micro_batch_tokens)):
+        near = [logp + draw.normal(0, 0.1, len(logp)).astype(np.float32) for _ in range(3)]
+        out[i] = replace(out[i], behaviour_logp=near[0], old_logp=near[1], ref_logp=near[2])
     return out
 
 
@@ -91,20 +106,18 @@ def micro(policy: Policy, rows: Sequence[Sample], together: int = 1, share: bool
     return batching.micro(rows, CFG.micro_batch_tokens, "token-mean", together=together, share=share)
 
 
-def grpo_cases(policy: Policy) -> list[Case]:
+def grpo_cases(policy: Policy, rows: Rows) -> list[Case]:
     out: list[Case] = []
     for name in POLICY_LOSSES:
         more = {"algo.kl_coef": 0.1, "algo.entropy_coef": 0.01}
         recipe: Any = config.resolve("grpo", {}, {"algo.policy_loss": name, **more})
-        batches = micro(policy, samples(policy, 10))
-        out.append((name, passes.token_stats_with_entropy, grpo.make_loss(recipe), batches))
+        out.append((name, passes.token_stats_with_entropy, grpo.make_loss(recipe), micro(policy, rows)))
     return out
 
 
-def ppo_cases(policy: Policy) -> list[Case]:
+def ppo_cases(policy: Policy, rows: Rows) -> list[Case]:
     recipe: Any = config.resolve("ppo", {}, {"algo.entropy_coef": 0.01})
     one: Any = config.resolve("ppo", {}, {"algo.critic": "shared"})
-    rows = samples(policy, 10)
     shown = [replace(row, returns=None) for row in rows]
     return [
         ("policy", ppo.make_forward(recipe.algo), ppo.policy_loss(recipe.algo), micro(policy, rows)),
@@ -114,39 +127,37 @@ def ppo_cases(policy: Policy) -> list[Case]:
     ]
 
 
-def dpo_cases(policy: Policy) -> list[Case]:
+def dpo_cases(policy: Policy, rows: Rows) -> list[Case]:
     out: list[Case] = []
     for name in (*PAIR_LOSSES, "kto"):
         recipe: Any = config.resolve("dpo", {}, {"algo.loss": name})
         loss = dpo.make_loss(recipe.algo, 0.1, torch.tensor(0.2) if name == "kto" else None)
-        out.append((name, token_stats, loss, micro(policy, samples(policy, 10), 1 if name == "kto" else 2)))
+        out.append((name, token_stats, loss, micro(policy, rows, 1 if name == "kto" else 2)))
     return out
 
 
-def online_dpo_cases(policy: Policy) -> list[Case]:
+def online_dpo_cases(policy: Policy, rows: Rows) -> list[Case]:
     recipe: Any = config.resolve("online-dpo", {}, {})
-    return [("", token_stats, online_dpo.make_loss(recipe.algo), micro(policy, samples(policy, 10), 2))]
+    return [("", token_stats, online_dpo.make_loss(recipe.algo), micro(policy, rows, 2))]
 
 
-def reward_cases(policy: Policy) -> list[Case]:
+def reward_cases(policy: Policy, rows: Rows) -> list[Case]:
     recipe: Any = config.resolve("reward", {}, {"algo.heads": HEADS, "algo.centre_coef": 0.1})
-    rows = samples(policy, 10)
     pairs = list(zip(rows[::2], rows[1::2], strict=True))
     batches = reward.pair_batches(pairs, CFG.micro_batch_tokens, policy.device)
     return [("", passes.row_scores, reward.make_loss(recipe.algo, torch.rand(len(pairs), HEADS)), batches)]
 
 
-def sft_cases(policy: Policy) -> list[Case]:
+def sft_cases(policy: Policy, rows: Rows) -> list[Case]:
     loop: Any = SimpleNamespace(step=1)
-    rows = samples(policy, 10)
     return [
         ("", token_stats, sft.loss, micro(policy, rows)),
         ("noisy", sft.noisy_forward(5.0, 0, loop), sft.loss, micro(policy, rows, share=False)),
     ]
 
 
-def distill_cases(policy: Policy) -> list[Case]:
-    teacher = load_policy(ModelConfig(path=policy.source))
+def distill_cases(policy: Policy, rows: Rows) -> list[Case]:
+    teacher = copy.deepcopy(policy)
     with torch.no_grad():
         for parameter in teacher.model.parameters():
             parameter.mul_(0.5)
@@ -154,20 +165,21 @@ def distill_cases(policy: Policy) -> list[Case]:
     out: list[Case] = []
     for given in settings:
         recipe: Any = config.resolve("distill", {}, {"algo.teacher": policy.source, **given})
-        batches = micro(policy, samples(policy, 10))
-        out.append((str(*given.values()), distill.make_forward(teacher, recipe.algo), distill.loss, batches))
+        out.append(
+            (str(*given.values()), distill.make_forward(teacher, recipe.algo), distill.loss, micro(policy, rows))
+        )
     return out
 
 
-CASES: dict[str, Callable[[Policy], list[Case]]] = {
+CASES: dict[str, Callable[[Policy, Rows], list[Case]]] = {
     "grpo": grpo_cases,
     "sft": sft_cases,
     "dpo": dpo_cases,
     "online-dpo": online_dpo_cases,
     "reward": reward_cases,
-    "prm": lambda policy: [("", passes.step_scores, prm.loss, micro(policy, samples(policy, 10)))],
+    "prm": lambda policy, rows: [("", passes.step_scores, prm.loss, micro(policy, rows))],
     "ppo": ppo_cases,
-    "raft": lambda policy: [("", token_stats, raft.loss, micro(policy, samples(policy, 10)))],
+    "raft": lambda policy, rows: [("", token_stats, raft.loss, micro(policy, rows))],
     "distill": distill_cases,
 }
 """Algorithm → its losses, each with its forward pass and an optimizer batch."""
@@ -183,10 +195,10 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def gradients(learner: ShardedLearner, whole: Policy, every: bool) -> dict[str, float]:
-    found: dict[str, float] = {}
+    found, rows = dict[str, float](), samples(whole)
     for algorithm, cases in CASES.items():
-        for name, forward, loss, batches in cases(whole)[: None if every else 1]:
-            assert len(batches) > 4 and len(batches) % 4, "there are several rounds, and the last is incomplete"
+        for name, forward, loss, batches in cases(whole, rows)[: None if every else 1]:
+            assert len(batches) > 2 and len(batches) % 4, "there are several rounds, and the last is incomplete"
             learner.forward = forward
             found[f"{algorithm} {name}".strip()] = gradient_difference(learner, whole, batches, loss)
     learner.forward = token_stats
@@ -195,11 +207,11 @@ def gradients(learner: ShardedLearner, whole: Policy, every: bool) -> dict[str, 
 
 def updates(learner: ShardedLearner, one: LocalLearner) -> dict[str, Any]:
     """Three updates beside one process's; then log-probabilities, weights and what a step returns."""
-    rows = samples(one.policy, 10, 5)
+    rows = samples(one.policy, 5)
     before = learner.logprobs(rows)
     found: dict[str, Any] = {"stats": True, "order": True, "norms": []}
     for step in range(3):
-        batches = micro(one.policy, samples(one.policy, 10, step))
+        batches = micro(one.policy, samples(one.policy, step))
         ours, theirs = learner.forward_backward(batches, plain), one.forward_backward(batches, plain)
         found["order"] &= [s["first_row"] for s in ours] == [s["first_row"] for s in theirs]
         found["stats"] &= np.allclose([s["loss"].total for s in ours], [s["loss"].total for s in theirs], atol=1e-3)
@@ -223,7 +235,7 @@ def updates(learner: ShardedLearner, one: LocalLearner) -> dict[str, Any]:
 
 def failures(learner: ShardedLearner, policy: Policy) -> list[str]:
     """What this rank raises if the loss of one micro-batch is not finite, or fails."""
-    batches = micro(policy, samples(policy, 10))
+    batches = micro(policy, samples(policy))
     bad = batches[min(1, len(batches) - 1)].rows[0]
 
     def infinite(logp: torch.Tensor, entropy: torch.Tensor, b: Batch) -> Any:
@@ -251,7 +263,7 @@ def failures(learner: ShardedLearner, policy: Policy) -> list[str]:
 
 def base_difference(learner: ShardedLearner, whole: Policy) -> float:
     """How far log-probabilities with adapters disabled are from one process's."""
-    rows = samples(whole, 6, 7)
+    rows = samples(whole, 7)
 
     def base(policy: Policy, batch: Batch, temperature: float) -> tuple[torch.Tensor, ...]:
         with disabled(policy.model):
@@ -263,11 +275,11 @@ def base_difference(learner: ShardedLearner, whole: Policy) -> float:
     return max(float(abs(a[: len(b)] - b).max()) for a, b in zip(ours, theirs, strict=True))
 
 
-def of_model(name: str, every: bool, folder: Path, ranks: int) -> dict[str, Any]:
+def of_model(name: str, policy: Policy, every: bool, folder: Path, ranks: int) -> dict[str, Any]:
     """Everything about one model, on this rank; the state is written to and read from the folder."""
     start = time.perf_counter()
     torch.manual_seed(0)
-    policy, whole = made(name, folder), made(name, folder)
+    whole = copy.deepcopy(policy)
     learner = ShardedLearner(policy, CFG, 10)
     found: dict[str, Any] = {"route": whole.route.reach}
     if "bfloat16" not in name:
@@ -288,23 +300,22 @@ def of_model(name: str, every: bool, folder: Path, ranks: int) -> dict[str, Any]
         (here / "small.json").write_text(json.dumps(small))
     else:
         assert tensors == {"model": {}, "optim": {}}
-    back = ShardedLearner(made(name, folder), CFG, 10)
     dist.barrier()
-    back.load({kind: load_file(here / kind) for kind in ("model", "optim")}, small)
-    batches = micro(whole, samples(whole, 10, 9))
-    for one in (learner, back):
-        one.forward_backward(batches, plain)
-        one.step()
-    same = [torch.equal(a.to_local(), b.to_local()) for a, b in
-            zip(learner.parameters.values(), back.parameters.values(), strict=True)]  # fmt: skip
+    batches, ended = micro(whole, samples(whole, 9)), list[list[torch.Tensor]]()
+    for _ in range(2):
+        learner.load({kind: load_file(here / kind) for kind in ("model", "optim")}, small)
+        learner.forward_backward(batches, plain)
+        learner.step()
+        ended.append([parameter.to_local().clone() for parameter in learner.parameters.values()])
+    same = [torch.equal(a, b) for a, b in zip(*ended, strict=True)]
     return found | {"resumed": all(same), "seconds": time.perf_counter() - start}
 
 
-def rank(number: int, ranks: int, folder: Path, models: Mapping[str, bool]) -> None:
+def rank(number: int, ranks: int, folder: Path, models: Models) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / f"store-{ranks}"), ranks)
     dist.init_process_group("gloo", store=store, rank=number, world_size=ranks, timeout=timedelta(seconds=60))
-    found = {name: of_model(name, every, folder, ranks) for name, every in models.items()}
+    found = {name: of_model(name, policy, every, folder, ranks) for name, (policy, every) in models.items()}
     (folder / f"found-{ranks}-{number}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
@@ -312,10 +323,9 @@ def rank(number: int, ranks: int, folder: Path, models: Mapping[str, bool]) -> N
 
 def main(folder: Path, models: Mapping[str, bool]) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    for name in models:
-        made(name, folder)  # writes it; no process has computed a gradient before the fork
+    loaded = {name: (made(name, folder), every) for name, every in models.items()}
     for ranks in RANKS:
-        torch.multiprocessing.start_processes(rank, (ranks, folder, models), nprocs=ranks, start_method="fork")
+        torch.multiprocessing.start_processes(rank, (ranks, folder, loaded), nprocs=ranks, start_method="fork")
 
 
 if __name__ == "__main__":

@@ -247,7 +247,9 @@ class ShardedLearner:
         for key, value in tensors["optim"].items():
             name, _, kind = key.rpartition("/")
             like = self.parameters[name]
-            part = _part(value, like) if value.shape == like.shape and kind != "step" else value.to(like.device, copy=True)
+            part = (
+                _part(value, like) if value.shape == like.shape and kind != "step" else value.to(like.device, copy=True)
+            )
             kept.setdefault(name, {})[kind] = part
         for name, parameter in self.parameters.items():
             parameter.copy_(_part(tensors["model"][name], parameter))
@@ -309,9 +311,7 @@ def layers_of(policy: Policy) -> list[nn.Module]:
     return [layer for layer in found if id(layer) not in nested]
 
 
-def gradient_difference(
-    learner: ShardedLearner, whole: Policy | None, batches: Sequence[Batch], loss: Loss
-) -> float:
+def gradient_difference(learner: ShardedLearner, whole: Policy | None, batches: Sequence[Batch], loss: Loss) -> float:
     """‖g − g₁‖ / ‖g₁‖: how far the sharded gradient g of an optimizer batch is from that of one process, g₁.
 
     `whole` is the same policy, not sharded. Rank 0 computes g₁ with it, so it must fit there; other ranks need none.
@@ -345,7 +345,9 @@ def _precision(policy: Policy, parameters: Sequence[nn.Parameter]) -> MixedPreci
     low = kinds - {torch.float32}
     if len(kinds) > 1 or (low and {p.dtype for p in parameters} != low):
         names = ", ".join(sorted(str(p).removeprefix("torch.") for p in {p.dtype for p in parameters}))
-        raise ConfigError(f"model {policy.source!r} cannot be sharded: a layer has weights in {names}. Do not shard it.")
+        raise ConfigError(
+            f"model {policy.source!r} cannot be sharded: a layer has weights in {names}. Do not shard it."
+        )
     for parameter in trained:
         parameter.grad = None
         parameter.data = parameter.data.float()
