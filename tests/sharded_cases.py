@@ -1,7 +1,7 @@
 """Runs a sharded learner in 1, 2 and 4 processes and writes what it found.
 
 `python -m tests.sharded_cases FOLDER MODELS`; MODELS is a JSON object: model → the numbers of processes with which all
-losses are tried; with others it is one for each algorithm.
+losses are tried; with others it is one for each algorithm. Failures and checkpoints are left out if there are none.
 
 The processes are forked from one that has imported everything, because imports take longer than all the cases.
 """
@@ -47,7 +47,8 @@ from posttrain.train.learners.local import LocalLearner
 from posttrain.types import Batch, Sample, Stat, TrainingDiverged
 
 RANKS = (1, 2, 4)
-CFG = TrainConfig(lr=1e-3, weight_decay=0.1, micro_batch_tokens=75, max_grad_norm=0.5)
+FEW, MANY = 120, 75  # micro_batch_tokens: mostly 3 micro-batches and 5, so that the last round is incomplete
+CFG = TrainConfig(lr=1e-3, weight_decay=0.1, micro_batch_tokens=MANY, max_grad_norm=0.5)
 HEADS = 3
 Models = Mapping[str, tuple[Policy, Sequence[int]]]
 Rows = Sequence[Sample]
@@ -103,8 +104,8 @@ def samples(policy: Policy, seed: int = 0) -> list[Sample]:
     return out
 
 
-def micro(policy: Policy, rows: Sequence[Sample], together: int = 1, share: bool = True) -> list[Batch]:
-    return batching.micro(rows, CFG.micro_batch_tokens, "token-mean", together=together, share=share)
+def micro(rows: Rows, tokens: int, together: int = 1, share: bool = True) -> list[Batch]:
+    return batching.micro(rows, tokens, "token-mean", together=together, share=share)
 
 
 def grpo_cases(policy: Policy, rows: Rows) -> list[Case]:
@@ -112,7 +113,7 @@ def grpo_cases(policy: Policy, rows: Rows) -> list[Case]:
     for name in POLICY_LOSSES:
         more = {"algo.kl_coef": 0.1, "algo.entropy_coef": 0.01}
         recipe: Any = config.resolve("grpo", {}, {"algo.policy_loss": name, **more})
-        out.append((name, passes.token_stats_with_entropy, grpo.make_loss(recipe), micro(policy, rows)))
+        out.append((name, passes.token_stats_with_entropy, grpo.make_loss(recipe), micro(rows, FEW)))
     return out
 
 
@@ -121,10 +122,10 @@ def ppo_cases(policy: Policy, rows: Rows) -> list[Case]:
     one: Any = config.resolve("ppo", {}, {"algo.critic": "shared"})
     shown = [replace(row, returns=None) for row in rows]
     return [
-        ("policy", ppo.make_forward(recipe.algo), ppo.policy_loss(recipe.algo), micro(policy, rows)),
-        ("critic", passes.token_values, ppo.critic_loss(recipe.algo), micro(policy, rows)),
-        ("shared", ppo.make_forward(one.algo), ppo.shared_loss(one.algo, False), micro(policy, rows)),
-        ("ptx", ppo.make_forward(one.algo), ppo.ptx_loss(0.5), micro(policy, shown)),
+        ("policy", ppo.make_forward(recipe.algo), ppo.policy_loss(recipe.algo), micro(rows, FEW)),
+        ("critic", passes.token_values, ppo.critic_loss(recipe.algo), micro(rows, FEW)),
+        ("shared", ppo.make_forward(one.algo), ppo.shared_loss(one.algo, False), micro(rows, FEW)),
+        ("ptx", ppo.make_forward(one.algo), ppo.ptx_loss(0.5), micro(shown, FEW)),
     ]
 
 
@@ -133,27 +134,27 @@ def dpo_cases(policy: Policy, rows: Rows) -> list[Case]:
     for name in (*PAIR_LOSSES, "kto"):
         recipe: Any = config.resolve("dpo", {}, {"algo.loss": name})
         loss = dpo.make_loss(recipe.algo, 0.1, torch.tensor(0.2) if name == "kto" else None)
-        out.append((name, token_stats, loss, micro(policy, rows, 1 if name == "kto" else 2)))
+        out.append((name, token_stats, loss, micro(rows, FEW, 1 if name == "kto" else 2)))
     return out
 
 
 def online_dpo_cases(policy: Policy, rows: Rows) -> list[Case]:
     recipe: Any = config.resolve("online-dpo", {}, {})
-    return [("", token_stats, online_dpo.make_loss(recipe.algo), micro(policy, rows, 2))]
+    return [("", token_stats, online_dpo.make_loss(recipe.algo), micro(rows, FEW, 2))]
 
 
 def reward_cases(policy: Policy, rows: Rows) -> list[Case]:
     recipe: Any = config.resolve("reward", {}, {"algo.heads": HEADS, "algo.centre_coef": 0.1})
     pairs = list(zip(rows[::2], rows[1::2], strict=True))
-    batches = reward.pair_batches(pairs, CFG.micro_batch_tokens, policy.device)
+    batches = reward.pair_batches(pairs, FEW, policy.device)
     return [("", passes.row_scores, reward.make_loss(recipe.algo, torch.rand(len(pairs), HEADS)), batches)]
 
 
 def sft_cases(policy: Policy, rows: Rows) -> list[Case]:
     loop: Any = SimpleNamespace(step=1)
     return [
-        ("", token_stats, sft.loss, micro(policy, rows)),
-        ("noisy", sft.noisy_forward(5.0, 0, loop), sft.loss, micro(policy, rows, share=False)),
+        ("", token_stats, sft.loss, micro(rows, FEW)),
+        ("noisy", sft.noisy_forward(5.0, 0, loop), sft.loss, micro(rows, FEW, share=False)),
     ]
 
 
@@ -166,9 +167,7 @@ def distill_cases(policy: Policy, rows: Rows) -> list[Case]:
     out: list[Case] = []
     for given in settings:
         recipe: Any = config.resolve("distill", {}, {"algo.teacher": policy.source, **given})
-        out.append(
-            (str(*given.values()), distill.make_forward(teacher, recipe.algo), distill.loss, micro(policy, rows))
-        )
+        out.append((str(*given.values()), distill.make_forward(teacher, recipe.algo), distill.loss, micro(rows, FEW)))
     return out
 
 
@@ -178,9 +177,9 @@ CASES: dict[str, Callable[[Policy, Rows], list[Case]]] = {
     "dpo": dpo_cases,
     "online-dpo": online_dpo_cases,
     "reward": reward_cases,
-    "prm": lambda policy, rows: [("", passes.step_scores, prm.loss, micro(policy, rows))],
+    "prm": lambda policy, rows: [("", passes.step_scores, prm.loss, micro(rows, FEW))],
     "ppo": ppo_cases,
-    "raft": lambda policy, rows: [("", token_stats, raft.loss, micro(policy, rows))],
+    "raft": lambda policy, rows: [("", token_stats, raft.loss, micro(rows, FEW))],
     "distill": distill_cases,
 }
 """Algorithm → its losses, each with its forward pass and an optimizer batch."""
@@ -203,7 +202,7 @@ def gradients(learner: ShardedLearner, whole: Policy, every: bool) -> dict[str, 
     found, rows, fits = dict[str, float](), samples(whole), decoder.fits
     for algorithm, cases in CASES.items():
         for name, forward, loss, batches in cases(whole, rows)[: None if every else 1]:
-            assert len(batches) > 2 and len(batches) % 4, "the last round is incomplete for two or four ranks"
+            assert len(batches) > 2
             learner.forward = forward
             decoder.fits = lambda body: False
             found[f"{algorithm} {name}".strip()] = gradient_difference(learner, whole, batches, loss)
@@ -220,7 +219,7 @@ def updates(learner: ShardedLearner, one: LocalLearner) -> dict[str, Any]:
     before = learner.logprobs(rows)
     found: dict[str, Any] = {"stats": True, "order": True, "norms": []}
     for step in range(3):
-        batches = micro(one.policy, samples(one.policy, step))
+        batches = micro(samples(one.policy, step), MANY)
         ours, theirs = learner.forward_backward(batches, plain), one.forward_backward(batches, plain)
         found["order"] &= [s["first_row"] for s in ours] == [s["first_row"] for s in theirs]
         found["stats"] &= np.allclose([s["loss"].total for s in ours], [s["loss"].total for s in theirs], atol=1e-3)
@@ -244,7 +243,7 @@ def updates(learner: ShardedLearner, one: LocalLearner) -> dict[str, Any]:
 
 def failures(learner: ShardedLearner, policy: Policy) -> list[str]:
     """What this rank raises if the loss of one micro-batch is not finite, or fails."""
-    batches = micro(policy, samples(policy))
+    batches = micro(samples(policy), MANY)
     bad = batches[min(1, len(batches) - 1)].rows[0]
 
     def infinite(logp: torch.Tensor, entropy: torch.Tensor, b: Batch) -> Any:
@@ -284,22 +283,10 @@ def base_difference(learner: ShardedLearner, whole: Policy) -> float:
     return max(float(abs(a[: len(b)] - b).max()) for a, b in zip(ours, theirs, strict=True))
 
 
-def of_model(name: str, policy: Policy, every: bool, folder: Path, ranks: int) -> dict[str, Any]:
-    """Everything about one model, on this rank; the state is written to and read from the folder."""
-    start = time.perf_counter()
-    torch.manual_seed(0)
-    whole = copy.deepcopy(policy)
-    learner = ShardedLearner(policy, CFG, 10)
-    found: dict[str, Any] = {"route": whole.route.reach}
-    if "bfloat16" not in name:
-        found["gradients"] = gradients(learner, whole, every)
-    if "lora" in name:
-        found["base"] = base_difference(learner, whole)
-    found["t1"] = time.perf_counter() - start
-    found["updates"] = updates(learner, LocalLearner(whole, CFG, 10))
-    found["failures"] = failures(learner, whole)
-    found["t2"] = time.perf_counter() - start
-    here, before = folder / f"{name}-{ranks}", folder / f"{name}-{ranks // 2}"
+def checkpoints(name: str, learner: ShardedLearner, whole: Policy, folder: Path) -> bool:
+    """Continues with the checkpoint of half as many ranks and writes one; whether a learner restored from it repeats
+    its next update."""
+    here, before = folder / f"{name}-{learner.ranks}", folder / f"{name}-{learner.ranks // 2}"
     if before.exists():  # the checkpoint of half as many ranks
         stored = {kind: load_file(before / kind) for kind in ("model", "optim")}
         learner.load(stored, json.loads((before / "small.json").read_text()))
@@ -312,21 +299,39 @@ def of_model(name: str, policy: Policy, every: bool, folder: Path, ranks: int) -
     else:
         assert tensors == {"model": {}, "optim": {}}
     dist.barrier()
-    batches, ended = micro(whole, samples(whole, 9)), list[list[torch.Tensor]]()
+    batches, ended = micro(samples(whole, 9), MANY), list[list[torch.Tensor]]()
     for _ in range(2):
         learner.load({kind: load_file(here / kind) for kind in ("model", "optim")}, small)
         learner.forward_backward(batches, plain)
         learner.step()
         ended.append([parameter.to_local().clone() for parameter in learner.parameters.values()])
     same = [torch.equal(a, b) for a, b in zip(*ended, strict=True)]
-    return found | {"resumed": all(same), "seconds": time.perf_counter() - start}
+    return all(same)
+
+
+def of_model(name: str, policy: Policy, every: Sequence[int], folder: Path, ranks: int) -> dict[str, Any]:
+    """Everything about one model, on this rank; the state is written to and read from the folder."""
+    start = time.perf_counter()
+    torch.manual_seed(0)
+    whole = copy.deepcopy(policy)
+    learner = ShardedLearner(policy, CFG, 10)
+    found: dict[str, Any] = {"route": whole.route.reach}
+    if "bfloat16" not in name:
+        found["gradients"] = gradients(learner, whole, ranks in every)
+    if "lora" in name:
+        found["base"] = base_difference(learner, whole)
+    found["updates"] = updates(learner, LocalLearner(whole, CFG, 10))
+    if every:
+        found["failures"] = failures(learner, whole)
+        found["resumed"] = checkpoints(name, learner, whole, folder)
+    return found | {"seconds": time.perf_counter() - start}
 
 
 def rank(number: int, ranks: int, folder: Path, models: Models) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / f"store-{ranks}"), ranks)
     dist.init_process_group("gloo", store=store, rank=number, world_size=ranks, timeout=timedelta(seconds=60))
-    found = {name: of_model(name, policy, ranks in every, folder, ranks) for name, (policy, every) in models.items()}
+    found = {name: of_model(name, policy, every, folder, ranks) for name, (policy, every) in models.items()}
     (folder / f"found-{ranks}-{number}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
