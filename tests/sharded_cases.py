@@ -1,7 +1,7 @@
 """Runs a sharded learner in 1, 2 and 4 processes and writes what it found.
 
 `python -m tests.sharded_cases FOLDER MODELS`; MODELS is a JSON object: model → the numbers of processes with which all
-losses are tried; with others it is one for each algorithm. Failures and checkpoints are left out if there are none.
+losses are tried; with others it is one for each algorithm. Without numbers only gradients are compared.
 
 The processes are forked from one that has imported everything, because imports take longer than all the cases.
 """
@@ -283,30 +283,41 @@ def base_difference(learner: ShardedLearner, whole: Policy) -> float:
     return max(float(abs(a[: len(b)] - b).max()) for a, b in zip(ours, theirs, strict=True))
 
 
-def checkpoints(name: str, learner: ShardedLearner, whole: Policy, folder: Path) -> bool:
-    """Continues with the checkpoint of half as many ranks and writes one; whether a learner restored from it repeats
-    its next update."""
+def save(folder: Path, tensors: Mapping[str, Mapping[str, torch.Tensor]], small: Any) -> None:
+    folder.mkdir()
+    for kind, of in tensors.items():
+        save_file(dict(of), folder / kind)
+    (folder / "small.json").write_text(json.dumps(small))
+
+
+def load(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], Any]:
+    return {kind: load_file(folder / kind) for kind in ("model", "optim")}, json.loads(
+        (folder / "small.json").read_text()
+    )
+
+
+def checkpoints(name: str, learner: ShardedLearner, one: LocalLearner, folder: Path) -> bool:
+    """Loads the checkpoint of half as many ranks, the first that of one process, and writes it again.
+
+    Returns whether a learner restored from it repeats its next update.
+    """
     here, before = folder / f"{name}-{learner.ranks}", folder / f"{name}-{learner.ranks // 2}"
-    if before.exists():  # the checkpoint of half as many ranks
-        stored = {kind: load_file(before / kind) for kind in ("model", "optim")}
-        learner.load(stored, json.loads((before / "small.json").read_text()))
+    if learner.ranks == 1:
+        save(before, *one.state())
+    learner.load(*load(before))
     tensors, small = learner.state()
     if learner.rank == 0:
-        here.mkdir()
-        for kind, of in tensors.items():
-            save_file(of, here / kind)
-        (here / "small.json").write_text(json.dumps(small))
+        save(here, tensors, small)
     else:
         assert tensors == {"model": {}, "optim": {}}
     dist.barrier()
-    batches, ended = micro(samples(whole, 9), MANY), list[list[torch.Tensor]]()
+    batches, ended = micro(samples(one.policy, 9), MANY), list[list[torch.Tensor]]()
     for _ in range(2):
-        learner.load({kind: load_file(here / kind) for kind in ("model", "optim")}, small)
+        learner.load(*load(here))
         learner.forward_backward(batches, plain)
         learner.step()
         ended.append([parameter.to_local().clone() for parameter in learner.parameters.values()])
-    same = [torch.equal(a, b) for a, b in zip(*ended, strict=True)]
-    return all(same)
+    return all(torch.equal(a, b) for a, b in zip(*ended, strict=True))
 
 
 def of_model(name: str, policy: Policy, every: Sequence[int], folder: Path, ranks: int) -> dict[str, Any]:
@@ -320,10 +331,11 @@ def of_model(name: str, policy: Policy, every: Sequence[int], folder: Path, rank
         found["gradients"] = gradients(learner, whole, ranks in every)
     if "lora" in name:
         found["base"] = base_difference(learner, whole)
-    found["updates"] = updates(learner, LocalLearner(whole, CFG, 10))
     if every:
+        one = LocalLearner(whole, CFG, 10)
+        found["updates"] = updates(learner, one)
         found["failures"] = failures(learner, whole)
-        found["resumed"] = checkpoints(name, learner, whole, folder)
+        found["resumed"] = checkpoints(name, learner, one, folder)
     return found | {"seconds": time.perf_counter() - start}
 
 
