@@ -55,13 +55,16 @@ class Pass(nn.Module):
         self.policy, self.model, self.scalar = policy, policy.model, policy.scalar
 
     def forward(self, forward: Forward, batch: Batch, temperature: float, more: int = 0) -> tuple[torch.Tensor, ...]:
-        """The outputs of `forward`; `more` is the number of additional calls of the decoder, which change nothing."""
-        outputs = forward(self.policy, batch, temperature)
+        """The outputs of `forward`; `more` is the number of additional calls of the decoder, which change nothing.
+
+        They come first: ranks then agree in what they gather after the decoder, and before it in the backward pass.
+        """
         if not more:
-            return outputs
+            return forward(self.policy, batch, temperature)
         tokens = batch.tokens[0, :2]
         hidden = by_rows(self.policy, tokens.repeat(more), torch.full((more,), len(tokens)))
         nothing = (hidden * torch.zeros_like(hidden)).sum().float()
+        outputs = forward(self.policy, batch, temperature)
         return tuple(part + nothing if part.requires_grad else part for part in outputs)
 
 
