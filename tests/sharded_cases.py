@@ -25,6 +25,8 @@ import torch
 import torch.distributed as dist
 import transformers
 from safetensors.torch import load_file, save_file
+from torch._C._distributed_c10d import FileStore
+from torch.multiprocessing.spawn import start_processes
 
 from bench import architectures, zoo
 from posttrain import config
@@ -85,9 +87,9 @@ def samples(policy: Policy, seed: int = 0) -> list[Sample]:
         text = policy.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=begin)
         return policy.tokenizer(text, add_special_tokens=False).input_ids
 
+    numbers = draw.integers(2, 100, (5, 2)).tolist()
     for i in range(10):
-        if i % 2 == 0:
-            a, b = (int(n) for n in draw.integers(2, 100, 2))
+        a, b = numbers[i // 2]
         question = ("user", f"What is {a} + {b}?")
         row = np.array(tokens(question, ("assistant", f"{a} + {b} = {a + b + i % 2}")))
         mask = (np.arange(len(row)) >= len(tokens(question, begin=True))) & (draw.random(len(row)) < 0.8)
@@ -342,7 +344,7 @@ def of_model(name: str, policy: Policy, every: Sequence[int], folder: Path) -> d
 
 def rank(number: int, ranks: int, folder: Path, models: Models) -> None:
     torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / f"store-{ranks}"), ranks)
+    store = FileStore(str(folder / f"store-{ranks}"), ranks)
     dist.init_process_group("gloo", store=store, rank=number, world_size=ranks, timeout=timedelta(seconds=60))
     found = {name: of_model(name, policy, every, folder) for name, (policy, every) in models.items()}
     (folder / f"found-{ranks}-{number}.json").write_text(json.dumps(found))
@@ -354,7 +356,7 @@ def main(folder: Path, models: Mapping[str, Sequence[int]]) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     loaded = {name: (made(name, folder), every) for name, every in models.items()}
     for ranks in RANKS:
-        torch.multiprocessing.start_processes(rank, (ranks, folder, loaded), nprocs=ranks, start_method="fork")
+        start_processes(rank, (ranks, folder, loaded), nprocs=ranks, start_method="fork")
 
 
 if __name__ == "__main__":

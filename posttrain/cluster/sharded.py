@@ -193,7 +193,8 @@ class ShardedLearner:
         for name, parameter in self.parameters.items():
             if parameter.grad is None:  # no micro-batch used it; momentum and decay still apply
                 parameter.grad = torch.zeros_like(parameter)
-            gradient: torch.Tensor = parameter.grad.to_local()
+            assert isinstance(parameter.grad, DTensor)
+            gradient = parameter.grad.to_local()
             if not name.startswith(only):
                 gradient.zero_()
             total += gradient.double().square().sum()
@@ -382,7 +383,7 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor().detach().clone() if isinstance(tensor, DTensor) else tensor.detach().clone()
 
 
-def _part(whole: torch.Tensor, like: DTensor) -> DTensor:
+def _part(whole: torch.Tensor, like: DTensor) -> Any:
     """A copy of this rank's shard of a whole tensor, cut as `like`; no rank sends anything."""
     return distribute_tensor(
         whole.detach().to(like.dtype), like.device_mesh, like.placements, src_data_rank=None
