@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -265,7 +265,7 @@ def test_workers_that_always_die_end_the_run_with_one_sentence(
         thread.join()
 
 
-# --- wrong weights, wrong settings -------------------------------------------------------------------------------
+# --- wrong settings ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -275,6 +275,7 @@ def test_workers_that_always_die_end_the_run_with_one_sentence(
         ({"cluster.learners": 2, "train.lanes": 1}, "does not divide train.lanes=1"),
         ({"cluster.learners": 0}, "must be 1 or more"),
         ({"cluster.samplers": -1}, "cannot be negative"),
+        ({"cluster.shard": "full"}, "needs cluster.learners of 2 or more and train.lanes=1, not 1 and 4"),
     ],
 )
 def test_wrong_settings_are_refused(given: dict[str, Any], said: str) -> None:
@@ -282,4 +283,20 @@ def test_wrong_settings_are_refused(given: dict[str, Any], said: str) -> None:
         config.resolve("grpo", {}, {"train.lanes": 4} | given)
 
 
-Spoil = Callable[[Any], None]
+# --- models that do not fit --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("algorithm", ["sft", "grpo"])
+def test_a_sharded_model_trains_as_one_process_to_rounding(algorithm: str, place: Path, tmp_path: Path) -> None:
+    given = settings(place, algorithm) | {"train.lanes": 1}
+    for out, more in (("alone", {}), ("shards", {"cluster.learners": 2, "cluster.shard": "full"})):
+        recipe = config.resolve(algorithm, {}, given | more | {"run.out": str(tmp_path / out)})
+        assert api.start(algorithm, recipe).summary
+    with Run.read(tmp_path / "alone") as one, Run.read(tmp_path / "shards") as several:
+        for step in (1, 2):
+            alone, shards = one.at(step), several.at(step)
+            assert shards["loss"] == pytest.approx(alone["loss"], rel=1e-4, abs=1e-6)
+            assert shards["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-4)
+        assert several.at(1)["shard_difference"] <= 1e-6 and "shard_difference" not in several.at(2)
+    assert kept(tmp_path / "shards").keys() == kept(tmp_path / "alone").keys()
+    assert pt.resume(tmp_path / "shards", steps=3, cluster={"learners": 1, "shard": "optimizer"}).summary

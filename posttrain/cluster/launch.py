@@ -19,6 +19,7 @@ from posttrain.cluster.actors import Actor, Start, ask_all
 from posttrain.cluster.judges import Judges
 from posttrain.cluster.learner import RemoteLearner
 from posttrain.cluster.pool import Crew, Pool
+from posttrain.cluster.sharded_learner import RemoteShards
 from posttrain.config import ClusterConfig, RolloutConfig, Sampling, TrainConfig
 from posttrain.config.sections import SharedSections
 from posttrain.models.load import Policy, trainable
@@ -85,9 +86,8 @@ class Cluster:
             return make_learner(policy, cfg, total_steps, temperature, forward)
         if not self.ranks:
             self._start_ranks()
-        return RemoteLearner(
-            self.ranks, self.cfg.timeout, str(id(policy)), policy, cfg, total_steps, temperature, forward
-        )
+        remote = RemoteShards if self.cfg.shard == "full" else RemoteLearner
+        return remote(self.ranks, self.cfg.timeout, str(id(policy)), policy, cfg, total_steps, temperature, forward)
 
     def _start_ranks(self) -> None:
         """Starts the ranks and waits until they have found each other."""

@@ -28,6 +28,16 @@ from posttrain.types import Batch, ConfigError, Json, JsonView, Sample, Stat
 LARGEST_LOSS = 1 << 20  # bytes; a loss is sent with every call, so it must not hold a model
 
 
+def check_size(loss: Loss) -> None:
+    """Raises ConfigError if a loss is too large to be sent with every call."""
+    size = sum(memoryview(part).nbytes for part in encode(loss))
+    if size > LARGEST_LOSS:
+        raise ConfigError(
+            f"the loss holds {size / 1e6:.1f} MB, which would be sent to every learner at every update (at most "
+            f"{LARGEST_LOSS / 1e6:.0f} MB). Let it hold numbers, not a model or a large tensor."
+        )
+
+
 class RemoteLearner:
     """`Learner` on ranks. `policy` is the driver's copy, whose weights are those of the latest `weights` call."""
 
@@ -69,7 +79,7 @@ class RemoteLearner:
         """See `Learner.forward_backward`."""
         if not batches:
             return []
-        self._check(loss)
+        check_size(loss)
         drawn, own = int(torch.randint(1 << 62, ())), self.cfg.lanes // len(self.ranks)
         order = lanes.order(len(batches), self.cfg.lanes)
         asked = [
@@ -87,14 +97,6 @@ class RemoteLearner:
         self._all("reduce")
         rng.seed_global("after", drawn)
         return [stats[number] for number in range(len(batches))]
-
-    def _check(self, loss: Loss) -> None:
-        size = sum(memoryview(part).nbytes for part in encode(loss))
-        if size > LARGEST_LOSS:
-            raise ConfigError(
-                f"the loss holds {size / 1e6:.1f} MB, which would be sent to every learner at every update (at most "
-                f"{LARGEST_LOSS / 1e6:.0f} MB). Let it hold numbers, not a model or a large tensor."
-            )
 
     def _all(self, method: str, *arguments: Any) -> list[Any]:
         """Calls a method of every rank."""
