@@ -24,6 +24,7 @@ from posttrain.cli.arguments import options_of, read_recipe
 from posttrain.models.load import llama_config, load_policy
 from posttrain.models.preflight import refusal
 from posttrain.models.shapes import SHAPES, ModelShape, shape_of
+from posttrain.planner import estimate
 from posttrain.planner import memory as planner
 from posttrain.planner.memory import Rows, Where
 from posttrain.types import ConfigError, PosttrainError
@@ -332,9 +333,9 @@ def test_the_memory_of_each_process_is_planned(shard: str) -> None:
     lanes = 8 if shard == "optimizer" else 1
 
     def found(learners: int, samplers: int = 0, judges: int = 0) -> estimate.Plan:
-        given = {"cluster.learners": learners, "cluster.samplers": samplers, "cluster.judges": judges}
-        given |= {"train.lanes": lanes} | ({"cluster.shard": shard} if learners > 1 else {})
-        return estimate.plan(config.resolve("grpo", {}, given), memory=64, device="cpu", probe=False)
+        asked: dict[str, Any] = {"cluster.learners": learners, "cluster.samplers": samplers, "cluster.judges": judges}
+        asked |= {"train.lanes": lanes} | ({"cluster.shard": shard} if learners > 1 else {})
+        return estimate.plan(config.resolve("grpo", {}, asked), memory=64, device="cpu", probe=False)
 
     alone = found(1)
     assert alone.workers == {} and alone.peak == alone.memory.peak

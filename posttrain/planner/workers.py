@@ -19,11 +19,9 @@ def worker_memory(recipe: Recipe, shape: ModelShape, rows: Rows, where: Where) -
     if cfg.learners > 1:
         found["learner"] = cfg.learners, _learner(recipe, shape, rows, where)
     if cfg.samplers:
-        own = memory.states(recipe, shape, where)["weights"] + sum(
-            memory.generator(recipe, shape, rows, where).values()
-        )
-        sampling = sum(memory.sampling_phase(recipe, shape, rows, where).values())
-        found["sampler"] = cfg.samplers, where.baseline + own + sampling
+        own = {**memory.generator(recipe, shape, rows, where), **memory.sampling_phase(recipe, shape, rows, where)}
+        weights = memory.states(recipe, shape, where)["weights"]
+        found["sampler"] = cfg.samplers, where.baseline + weights + sum(own.values())
     if cfg.judges:
         found["judge"] = cfg.judges, where.baseline
     return found
