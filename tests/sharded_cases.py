@@ -9,6 +9,7 @@ The processes are forked from one that has imported everything, because imports 
 from __future__ import annotations
 
 import copy
+import faulthandler
 import json
 import os
 import sys
@@ -27,6 +28,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch._C._distributed_c10d import FileStore
 from torch.multiprocessing.spawn import start_processes
+from tqdm import tqdm
 
 from bench import architectures, zoo
 from posttrain import config
@@ -49,6 +51,7 @@ from posttrain.train.learners.local import LocalLearner
 from posttrain.types import Batch, Sample, Stat, TrainingDiverged
 
 RANKS = (1, 2, 4)
+PATIENCE = 900  # seconds for all models with one number of processes
 FEW, MANY = 120, 75  # micro_batch_tokens: mostly 3 micro-batches and 5, so that the last round is incomplete
 CFG = TrainConfig(lr=1e-3, weight_decay=0.1, micro_batch_tokens=MANY, max_grad_norm=0.5)
 HEADS = 3
@@ -344,6 +347,7 @@ def of_model(name: str, policy: Policy, every: Sequence[int], folder: Path) -> d
 
 def rank(number: int, ranks: int, folder: Path, models: Models) -> None:
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(PATIENCE, exit=True)  # where it hangs, if it does
     store = FileStore(str(folder / f"store-{ranks}"), ranks)
     dist.init_process_group("gloo", store=store, rank=number, world_size=ranks, timeout=timedelta(seconds=60))
     found = {name: of_model(name, policy, every, folder) for name, (policy, every) in models.items()}
@@ -354,6 +358,7 @@ def rank(number: int, ranks: int, folder: Path, models: Models) -> None:
 
 def main(folder: Path, models: Mapping[str, Sequence[int]]) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    tqdm.monitor_interval = 0  # no thread but this one may be running when processes are forked
     loaded = {name: (made(name, folder), every) for name, every in models.items()}
     for ranks in RANKS:
         start_processes(rank, (ranks, folder, loaded), nprocs=ranks, start_method="fork")
