@@ -33,12 +33,12 @@ def _learner(recipe: Recipe, shape: ModelShape, rows: Rows, where: Where) -> int
     held = memory.states(recipe, shape, where)
     model, critic = held["weights"], held.get("critic", 0) and held["weights"]
     divided = sum(held.get(name, 0) for name in ("float32 masters", "optimizer", "critic")) - critic
-    own = replace(recipe, train=replace(recipe.train, lanes=max(1, recipe.train.lanes // ranks)))
-    update = memory.largest_pass(recipe, rows)
-    one = memory.training_pass(own, shape, update, replace(where, gpus=ranks) if full else where)
-    whole = 0 if full else memory.trainable(recipe, shape) * 4  # the ranks' shares, gathered after an update
+    update, learns, lanes = memory.largest_pass(recipe, rows), memory.trainable(recipe, shape), recipe.train.lanes
+    one = memory.training_pass(recipe, shape, update, replace(where, gpus=ranks) if full else where)
+    fewer = 0 if full else learns * 4 * (lanes.bit_length() - (lanes // ranks).bit_length())  # lanes of other ranks
+    whole = 0 if full else learns * 4  # the ranks' shares, gathered after an update
     share = (model + critic + divided) // ranks if full else model + critic + divided // ranks
-    return where.baseline + share + max(sum(one.values()), whole)
+    return where.baseline + share + max(sum(one.values()) - fewer, whole)
 
 
 def _driver(recipe: Recipe, shape: ModelShape, rows: Rows, where: Where) -> int:
