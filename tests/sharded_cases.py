@@ -52,7 +52,7 @@ from posttrain.types import Batch, Sample, Stat, TrainingDiverged
 
 RANKS = (1, 2, 4)
 PATIENCE = 900  # seconds for all models with one number of processes
-FEW, MANY = 120, 75  # micro_batch_tokens: mostly 3 micro-batches and 5, so that the last round is incomplete
+FEW, MANY = 110, 70  # micro_batch_tokens: mostly 3 micro-batches and 5, so that the last round is incomplete
 CFG = TrainConfig(lr=1e-3, weight_decay=0.1, micro_batch_tokens=MANY, max_grad_norm=0.5)
 HEADS = 3
 Models = Mapping[str, tuple[Policy, Sequence[int]]]
