@@ -102,21 +102,33 @@ def _check_resources(ray: Any, cfg: ClusterConfig, workers: int) -> None:
 
 
 class RayActor:
-    """A worker in a Ray actor."""
+    """A worker in a Ray actor, on any node or on the one with the id `node`."""
 
-    def __init__(self, name: str, kind: str, arguments: tuple[Any, ...]) -> None:
+    def __init__(self, name: str, kind: str, arguments: tuple[Any, ...], node: str = "") -> None:
         self._ray = import_module("ray")
         self.name, self._reason, self._lock = name, "", threading.Lock()
+        self.calls, self.parts = -1, 0  # the first call makes the object
         self._open: set[Future[Any]] = set()
         needs = {"num_cpus": 1, "num_gpus": 0 if name.startswith("judge") else _gpus, "max_restarts": 0}
         environment = {key: value for key, value in os.environ.items() if key.startswith("POSTTRAIN_")}
+        if node:
+            strategies = import_module("ray.util.scheduling_strategies")
+            needs["scheduling_strategy"] = strategies.NodeAffinitySchedulingStrategy(node, soft=False)
         self._actor: Any = self._ray.remote(**needs)(_Worker).remote(environment)
+        self._where, self._process = "", self._actor.process.remote()
         self.made = self.send(message("make", kind, versions(), *arguments))
 
     @property
     def where(self) -> str:
-        """The worker's process and machine."""
-        return self._ray.get(self._actor.process.remote())
+        """See `Actor.where`; does not wait for the worker's process."""
+        if not self._where:
+            with suppress(Exception):  # Ray's: the actor has died before it answered
+                self._where = self._ray.get(self._process, timeout=0)
+        return self._where
+
+    @property
+    def reason(self) -> str:
+        return self._reason
 
     @property
     def alive(self) -> bool:
@@ -142,9 +154,11 @@ class RayActor:
                 kind, *payload = self._ray.get(reference)
                 value = decode([part.data for part in payload])
                 if kind.tobytes() == b"part":
+                    self.parts += 1
                     if on_part:
                         on_part(value)
                 else:
+                    self.calls += 1
                     self._end(future, value if kind.tobytes() == b"raised" else None, value)
         except Exception as error:  # Ray's: the actor is gone
             with self._lock:

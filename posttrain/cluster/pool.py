@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from posttrain.cluster.actors import Actor, WorkerDied, message
+from posttrain.cluster.actors import RUN_ENDED, Actor, WorkerDied, message
 from posttrain.cluster.messages import Buffer
 from posttrain.cluster.sampler import Done
 from posttrain.rollout.generator import OnDone, OnToken, Request
@@ -92,10 +92,10 @@ class Crew:
         self.members[self.members.index(member)] = Member(self._start())
         return [part for unit in member.units for part in _rest(unit, member.missing)]
 
-    def close(self) -> None:
+    def close(self, reason: str = RUN_ENDED) -> None:
         """Ends all samplers."""
         for member in self.members:
-            member.actor.kill("the run has ended")
+            member.actor.kill(reason)
 
 
 class Pool:

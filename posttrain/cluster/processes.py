@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import platform
 import signal
 import socket
 import struct
@@ -98,12 +99,17 @@ class ProcessActor:
         with theirs:
             self.pid = _forker.fork(theirs.fileno(), self._output.fileno())
         self._socket = ours
-        self.where = f"pid {self.pid}"
+        self.where = f"pid {self.pid} on {platform.node()}"
+        self.calls, self.parts = -1, 0  # the first call makes the object
         self._sending, self._lock = threading.Lock(), threading.Lock()
         self._waiting: deque[tuple[Future[Any], OnPart | None]] = deque()
         self._reason = ""
         threading.Thread(target=self._listen, daemon=True).start()
         self.made = self.send(message("make", kind, versions(), *arguments))
+
+    @property
+    def reason(self) -> str:
+        return self._reason
 
     @property
     def alive(self) -> bool:
@@ -138,9 +144,11 @@ class ProcessActor:
             future, on_part = self._waiting[0]
             value = decode(payload)
             if bytes(kind) == b"part":
+                self.parts += 1
                 if on_part:
                     on_part(value)
                 continue
+            self.calls += 1
             self._waiting.popleft()
             future.set_exception(value) if bytes(kind) == b"raised" else future.set_result(value)
         with suppress(ProcessLookupError):

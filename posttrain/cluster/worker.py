@@ -37,7 +37,10 @@ class Host:
         self._object: Any = None
 
     def answer(self, parts: Sequence[Buffer]) -> Iterator[Reply]:
-        """Runs a call, (method, arguments). Yields a "part" for each value of a generator, then "done" or "raised"."""
+        """Runs a call, (method, arguments). Yields a "part" for each value of a generator, then "done" or "raised".
+
+        "make" makes the object; "about" is answered for every object, and without one.
+        """
         try:
             method, arguments = decode(parts)
             if method == "make":
@@ -46,6 +49,8 @@ class Host:
                 check_versions(arguments[0])
                 self._object = getattr(import_module(module), name)(*arguments[1:])
                 result = None
+            elif method == "about":
+                result = about()
             else:
                 result = getattr(self._object, method)(*arguments)
             if isinstance(result, Generator):
@@ -67,6 +72,12 @@ def versions() -> dict[str, str]:
         "transformers": transformers.__version__,
         "CPU": torch.backends.cpu.get_cpu_capability(),
     }
+
+
+def about() -> tuple[dict[str, str], int, dict[str, bool]]:
+    """This process's versions and CPU threads, and which sandbox tiers work on its machine."""
+    tiers = import_module("posttrain.rewards.sandbox.pool").probe() if platform.system() == "Linux" else []
+    return versions(), import_module("torch").get_num_threads(), {name: works for name, works, _ in tiers}
 
 
 def check_versions(expected: Mapping[str, str]) -> None:
