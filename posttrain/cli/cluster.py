@@ -16,8 +16,9 @@ def cluster() -> None:
 @cluster.command()
 @click.option("--host", default="127.0.0.1", show_default=True, help="This machine's address to listen at.")
 @click.option("--port", type=click.IntRange(1, 65535), default=6379, show_default=True, help="Port of the head.")
+@click.option("--cpus", type=click.IntRange(min=1), help="Workers that it takes.  [default: one for each CPU]")
 @click.option("--json", "as_json", is_flag=True, help="Print the address and the token's file as JSON on stdout.")
-def up(host: str, port: int, as_json: bool) -> None:
+def up(host: str, port: int, cpus: int | None, as_json: bool) -> None:
     """Start the head of a Ray cluster on this machine.
 
     Prints how other machines join and how a run uses it. Everybody who has its token can run programs on its machines;
@@ -29,7 +30,7 @@ def up(host: str, port: int, as_json: bool) -> None:
     with out.status("starting Ray"):
         from posttrain.cluster import node
 
-        head = node.start(host, port)
+        head = node.start(host, port, cpus)
     if as_json:
         click.echo(json.dumps({"address": head.address, "pid": head.pid, "token": head.token}))
         return
@@ -64,7 +65,7 @@ def status(run: str, as_json: bool) -> None:
 
     Every worker with its role, process, machine and state, what it has done, and the deaths and restarts so far.
     """
-    from posttrain.cli import tables
+    from posttrain.cli import tables, workers
     from posttrain.cluster import record
     from posttrain.store.run import Run
 
@@ -75,8 +76,8 @@ def status(run: str, as_json: bool) -> None:
         click.echo("{}" if as_json else f"{run} has no workers: everything is computed in its own process.")
         return
     if not running:
-        record.end(found)
+        record.ended(found)
     if as_json:
         click.echo(json.dumps({**found, "running": running, "notes": [{"step": s, "text": t} for s, t in notes]}))
     else:
-        tables.cluster(tables.console(), run, found, running, notes)
+        workers.show(tables.console(), run, found, running, notes)

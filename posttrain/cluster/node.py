@@ -21,6 +21,8 @@ from posttrain.types import ConfigError
 
 TOKEN_PATH = "RAY_AUTH_TOKEN_PATH"
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token"}
+LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+"""Makes Ray listen on 127.0.0.1 alone, as it does on macOS; otherwise it replaces that by the machine's own address."""
 STARTED = "Ray runtime started"  # what `ray start` prints when the node is ready
 PATIENCE = 120.0  # seconds for Ray to start, and to stop
 
@@ -37,6 +39,11 @@ class Head:
     @property
     def address(self) -> str:
         return f"{self.host}:{self.port}"
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an address, with or without a port, is of this machine alone."""
+    return address.partition(":")[0] in ("127.0.0.1", "localhost")
 
 
 def token_file() -> Path:
@@ -57,8 +64,10 @@ def running() -> Head | None:
     return head if _alive(head.pid) else None
 
 
-def start(host: str, port: int) -> Head:
+def start(host: str, port: int, cpus: int | None = None) -> Head:
     """Starts a head node that listens at `host`:`port`, and returns when it is ready.
+
+    `cpus` is how many workers it takes; None is one for each CPU of the machine.
 
     Raises ConfigError if Ray is not installed, the port is in use, one already runs, or other users can read the token.
     """
@@ -68,9 +77,10 @@ def start(host: str, port: int) -> Head:
         raise ConfigError(f"a cluster already runs at {head.address}. Stop it with `posttrain cluster down`.")
     _check_port(host, port)
     token = _token()
-    environment = {**os.environ, **QUIET, TOKEN_PATH: str(token)}
+    environment = {**os.environ, **QUIET, TOKEN_PATH: str(token)} | (LOOPBACK if is_loopback(host) else {})
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--node-ip-address={host}",
                f"--port={port}", "--include-dashboard=false", "--disable-usage-stats"]  # fmt: skip
+    command += [f"--num-cpus={cpus}"] if cpus else []
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
             command,

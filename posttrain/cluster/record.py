@@ -31,6 +31,7 @@ class Record:
 
     backend: str
     workers: list[tuple[str, Actor, float]] = field(default_factory=list[tuple[str, Actor, float]])
+    _ready: dict[str, float] = field(default_factory=dict[str, float])  # name → when its object existed
     _ended: dict[str, float] = field(default_factory=dict[str, float])  # name → when its end was seen
     _folder: Path | None = None
     _stop: threading.Event = field(default_factory=threading.Event)
@@ -39,6 +40,7 @@ class Record:
     def add(self, role: str, actor: Actor) -> None:
         """Adds a worker that has just been started."""
         self.workers.append((role, actor, time.time()))
+        actor.made.add_done_callback(lambda made: made.exception() or self._ready.setdefault(actor.name, time.time()))
         self._begin()
 
     def write_to(self, folder: Path) -> None:
@@ -92,8 +94,9 @@ class Record:
                 "state": _state(actor),
                 "reason": actor.reason,
                 "done": actor.calls if role == "judge" else actor.parts,
-                "started": round(started, 3),
-                "ended": round(self._ended[actor.name], 3) if actor.name in self._ended else None,
+                "started": started,
+                "ready": self._ready.get(actor.name),
+                "ended": self._ended.get(actor.name),
             }
             for role, actor, started in list(self.workers)
         ]
@@ -114,3 +117,22 @@ def read(folder: Path) -> Json | None:
         return json.loads((folder / FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+
+
+def ended(found: Json) -> None:
+    """Corrects the record of a process that is gone, which ends its workers, too."""
+    for row in found["workers"]:
+        if row["state"] in ("starting", "alive"):
+            row.update(state="ended", reason="the run's process has ended")
+
+
+def counts(found: Json) -> dict[str, tuple[int, int]]:
+    """(deaths, workers started after a death) by role; learners start anew together."""
+    roles = dict.fromkeys(row["role"] for row in found["workers"])
+    out: dict[str, tuple[int, int]] = {}
+    for role in roles:
+        rows = [row for row in found["workers"] if row["role"] == role]
+        gone = [row for row in rows if row["state"] == "dead" or row["reason"] == STARTED_ANEW]
+        first = min((row["ended"] for row in gone if row["ended"] is not None), default=float("inf"))
+        out[role] = sum(row["state"] == "dead" for row in rows), sum(row["started"] >= first for row in rows)
+    return out
