@@ -35,7 +35,7 @@ def check(recipe: GRPORecipe) -> list[Finding]:
     set_threads(recipe.train.threads)
     began = time.monotonic()
     with Cluster(recipe) as cluster:
-        findings = [("the run's process", f"{_text(versions())}, {torch.get_num_threads()} threads", None)]
+        findings = [("the run's process", f"{_text(versions())}, threads {torch.get_num_threads()}", None)]
         if asked.backend == "ray":
             findings += _nodes(asked.timeout)
         cluster.generator(load_policy(recipe.model, resolve(recipe.train.device)), recipe.rollout)
@@ -79,7 +79,7 @@ def _said(answer: Future[Any], timeout: float) -> tuple[str, bool]:
     except TooLate:
         return f"no answer within {timeout:g} s", False
     works = [name for name, ok in tiers.items() if ok]
-    text = f"{_text(found)}, {threads} threads, sandbox: {', '.join(works) or 'none works'}"
+    text = f"{_text(found)}, threads {threads}, sandbox: {', '.join(works) or 'none works'}"
     other = [name for name, own in versions().items() if found[name] != own]
     return text + (f"; differs from the run's process: {', '.join(other)}" if other else ""), not other
 

@@ -82,7 +82,7 @@ def open(cfg: ClusterConfig) -> None:
             if address:
                 ray.init(address=address, log_to_driver=False, logging_level="error")
             else:
-                ray.init(num_cpus=workers + 1, _node_ip_address="127.0.0.1", **quiet)
+                ray.init("local", num_cpus=workers + 1, _node_ip_address="127.0.0.1", **quiet)
         except Exception as error:
             where = f"the Ray cluster at {address}" if address else "Ray on this machine"
             raise ConfigError(f"{where} cannot be used: {_first_line(error)}") from None

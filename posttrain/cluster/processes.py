@@ -34,6 +34,7 @@ class _Forker:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
+        self._closed = False
 
     def start(self) -> None:
         """Starts to load the package."""
@@ -46,11 +47,14 @@ class _Forker:
         return self._ask(FORK, environment, [connection, output])
 
     def wait(self, pid: int) -> int:
-        """The exit status of a worker that has ended."""
-        return self._ask(WAIT, pid, [])
+        """The exit status of a worker that has ended; that of a killed one when it cannot be known any more."""
+        with suppress(WorkerDied):
+            return self._ask(WAIT, pid, [])
+        return signal.SIGKILL
 
     def close(self) -> None:
         """Ends the process; its workers end by themselves when the driver does."""
+        self._closed = True
         if self._socket is not None and self._process is not None:
             self._socket.close()
             self._process.wait()
@@ -59,6 +63,8 @@ class _Forker:
         text = json.dumps(body).encode()
         with self._lock:
             for _ in range(2):  # a second time if the process has died meanwhile
+                if self._closed:
+                    raise WorkerDied("the process that starts workers", "this process is ending")
                 sock = self._started()
                 with suppress(OSError):
                     socket.send_fds(sock, [request], descriptors) if descriptors else sock.sendall(request)

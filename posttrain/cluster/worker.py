@@ -17,6 +17,7 @@ import struct
 import sys
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
@@ -130,7 +131,10 @@ def main(descriptor: int) -> None:
         size = struct.unpack("<Q", sock.recv(8, socket.MSG_WAITALL))[0]
         body = json.loads(sock.recv(size, socket.MSG_WAITALL))
         if request == WAIT:
-            sock.sendall(struct.pack("<q", os.waitpid(body, 0)[1]))
+            status = int(signal.SIGKILL)  # unknown for a worker that an earlier process has forked
+            with suppress(ChildProcessError):
+                status = os.waitpid(body, 0)[1]
+            sock.sendall(struct.pack("<q", status))
             continue
         pid = os.fork()
         if pid == 0:
