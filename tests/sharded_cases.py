@@ -18,7 +18,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -156,10 +155,10 @@ def reward_cases(policy: Policy, rows: Rows) -> list[Case]:
 
 
 def sft_cases(policy: Policy, rows: Rows) -> list[Case]:
-    loop: Any = SimpleNamespace(step=1)
+    noisy = [sft.seeded(batch, 0, 1) for batch in micro(rows, FEW, share=False)]
     return [
         ("", token_stats, sft.loss, micro(rows, FEW)),
-        ("noisy", sft.noisy_forward(5.0, 0, loop), sft.loss, micro(rows, FEW, share=False)),
+        ("noisy", sft.noisy_forward(5.0), sft.loss, noisy),
     ]
 
 

@@ -179,12 +179,15 @@ def test_who_computes_a_run_does_not_change_it(algorithm: str, place: Path, tmp_
     assert trained(tmp_path / "spread", algorithm, given | shape) == alone
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+LAGS = [{"algo.max_lag": 1}, {"algo.ahead": 1}, {"algo.ahead": 2}, {}, {"algo.ahead": 2}]
+
+
+@pytest.mark.parametrize(("shape", "lag"), list(zip(SHAPES, LAGS, strict=True)))
 def test_any_number_of_learners_samplers_and_judges_gives_the_same_bits(
-    shape: tuple[int, int, int], place: Path, tmp_path: Path
+    shape: tuple[int, int, int], lag: dict[str, int], place: Path, tmp_path: Path
 ) -> None:
     given = settings(place, "grpo") | {
-        "algo.kl_coef": 0.1, "algo.minibatches": 2, "algo.epochs": 2, "model.lora_rank": 2, "algo.max_lag": 1,
+        "algo.kl_coef": 0.1, "algo.minibatches": 2, "algo.epochs": 2, "model.lora_rank": 2, "train.steps": 3, **lag,
     }  # fmt: skip
     alone = trained(tmp_path / "alone", "grpo", given)
     assert trained(tmp_path / "spread", "grpo", given | of(*shape)) == alone

@@ -135,3 +135,18 @@ def _full_names(algorithm: str, settings: Mapping[str, str]) -> dict[str, str]:
                 f"--{option} {settings[option]} and --{setting} {settings[setting]} contradict each other. Give one."
             )
     return {names.get(name, name): value for name, value in settings.items()}
+
+
+def resumed(args: Sequence[str]) -> tuple[str, dict[str, object]]:
+    """The run and the changed cluster settings of `posttrain resume`. Raises ConfigError for settings of others."""
+    words, settings = split_settings(args)
+    if len(words) != 1:
+        raise ConfigError(f"name one run, got {len(words)}: {' '.join(words) or 'none'}.")
+    if other := [name for name in settings if not name.startswith("cluster.")]:
+        raise ConfigError(
+            f"--{other[0]} cannot be changed when a run is resumed, because the result would. Only --steps and "
+            "--cluster settings can; for others start a new run."
+        )
+    section = config.resolve("grpo", {}, {"train.lanes": 1 << 20, **settings}).cluster
+    names = [name.partition(".")[2].replace("-", "_") for name in settings]
+    return words[0], {name: getattr(section, name) for name in names}

@@ -1,4 +1,4 @@
-"""Machine check of `posttrain doctor`: device, matrix-product speed by dtype, sandbox tiers, hub access."""
+"""Checks of `posttrain doctor`: device, matrix-product speed by dtype, sandbox tiers, hub access; a cluster."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import os
 import platform
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypedDict
 from urllib.parse import urlparse
 
 import torch
 import torch.nn.functional as F
 
-from posttrain import __version__
+from posttrain import __version__, config
 from posttrain.models.kernels.build import library, why_not
 from posttrain.rewards.sandbox.pool import probe
 from posttrain.rollout.products import product_of
@@ -33,6 +33,15 @@ class Fact(TypedDict):
 def measure_machine() -> list[Fact]:
     """All findings, in display order. Takes a few seconds."""
     return [*_software(), *_speed(), *_sandbox(), _hub()]
+
+
+def measure_cluster(settings: Mapping[str, str]) -> list[Fact]:
+    """What the workers of a cluster with these settings of a GRPO recipe say, in display order."""
+    from posttrain.cluster import checkup
+
+    learners = max(2, int(settings.get("cluster.learners", "2")))
+    recipe = config.resolve("grpo", {}, {"train.lanes": learners, **settings})
+    return [_fact(name, value, ok) for name, value, ok in checkup.check(recipe)]
 
 
 def _fact(name: str, value: object, ok: bool | None = None) -> Fact:

@@ -11,6 +11,7 @@ import click
 
 from posttrain import config
 from posttrain.cli.arguments import FREE, RECIPE_HELP, read_recipe, shipped_recipes, split_settings
+from posttrain.cli.cluster import cluster
 from posttrain.cli.data import data
 from posttrain.types import ConfigError
 
@@ -96,22 +97,25 @@ def plan(args: tuple[str, ...], as_json: bool, **options: Any) -> None:
         show_plan(out, found)
 
 
-@click.command()
-@click.argument("run", required=False)
+@click.command(context_settings=FREE, epilog="With --cluster, give settings as a run's: --cluster.backend ray ...")
+@click.argument("args", nargs=-1, type=click.UNPROCESSED, metavar="[RUN] [--section.key value]...")
+@click.option("--cluster", is_flag=True, help="Check the workers of a cluster instead.")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON on stdout.")
 @click.option(
     "--fail-on",
     type=click.Choice(["warn", "alarm"]),
     help="With RUN: exit with code 9 on a verdict this severe or worse.",
 )
-def doctor(run: str | None, as_json: bool, fail_on: str | None) -> None:
-    """Check this machine or, with RUN, diagnose a training run.
+def doctor(args: tuple[str, ...], cluster: bool, as_json: bool, fail_on: str | None) -> None:
+    """Check this machine, a cluster or, with RUN, diagnose a training run.
 
     For the machine: device, speed per dtype, sandbox tiers, access to the model hub. For a run: is the reward being
     hacked, and is the model still learning? Each verdict has evidence, the step where the problem began, and advice.
+    With --cluster: workers of each kind are started, and say their versions, threads, sandbox tiers and time to start.
     """
     from posttrain.cli import tables
 
+    run, settings = _run_of(args, cluster)
     out = tables.console(as_json)
     if run is not None:
         from posttrain.cli.diagnosis import show_diagnosis
@@ -128,13 +132,23 @@ def doctor(run: str | None, as_json: bool, fail_on: str | None) -> None:
     if fail_on:
         raise ConfigError(f"--fail-on needs a run: posttrain doctor RUN --fail-on {fail_on}.")
     with out.status("measuring"):
-        from posttrain.cli.doctor import measure_machine
+        from posttrain.cli.doctor import measure_cluster, measure_machine
 
-        findings = measure_machine()
+        findings = measure_cluster(settings) if cluster else measure_machine()
     if as_json:
         click.echo(json.dumps(findings))
     else:
         tables.doctor(out, findings)
+
+
+def _run_of(args: tuple[str, ...], cluster: bool) -> tuple[str | None, dict[str, str]]:
+    """The run that `doctor` was given, or the cluster's settings."""
+    words, settings = split_settings(args)
+    if len(words) > 1 or (words and cluster):
+        raise ConfigError(f"unexpected argument {words[-1]!r}; give one run, or --cluster with settings.")
+    if settings and not cluster:
+        raise ConfigError(f"--{next(iter(settings))} is no option of doctor; settings need --cluster.")
+    return (words[0] if words else None), settings
 
 
 @click.command()
@@ -170,5 +184,5 @@ def lab(folder: str, port: int, host: str, expose: bool) -> None:
     serve(Path(folder), host, port, expose, click.echo)
 
 
-COMMANDS = (data, runs, lab, report, presets, show_config, plan, doctor)
+COMMANDS = (data, runs, lab, report, presets, show_config, plan, doctor, cluster)
 """In the order of the help."""

@@ -25,12 +25,13 @@ from posttrain.cli.arguments import (
     options_of,
     read_evaluation,
     read_recipe,
+    resumed,
     sections_of,
     shipped_recipes,
     split_settings,
 )
 from posttrain.cli.inspect import COMMANDS
-from posttrain.types import ConfigError, PosttrainError
+from posttrain.types import ConfigError, JsonView, PosttrainError
 
 HELP = {"help_option_names": ["-h", "--help"]}
 
@@ -77,7 +78,7 @@ def _one_line(message: Warning | str, category: type[Warning], *place: Any) -> N
 @click.group(cls=Cli, context_settings=HELP)
 @click.version_option(__version__, prog_name="posttrain")
 def main() -> None:
-    """Post-train language models with reinforcement learning on one machine, from a laptop's CPU to a GPU.
+    """Post-train language models with reinforcement learning from a laptop's CPU to a cluster.
 
     Start with `posttrain demo`: it trains the small built-in model to think, in minutes.
     """
@@ -89,7 +90,12 @@ def settings_command(name: str, **extra: Any) -> Any:
 
 
 def run_training(
-    algorithm: str, recipe: config.Recipe, as_json: bool, resume: str | None = None, steps: int | None = None
+    algorithm: str,
+    recipe: config.Recipe,
+    as_json: bool,
+    resume: str | None = None,
+    steps: int | None = None,
+    cluster: JsonView | None = None,
 ) -> None:
     """Runs or resumes training with the live progress line, then prints the results."""
     from posttrain.cli import tables
@@ -103,7 +109,7 @@ def run_training(
 
     with tables.StepLine(out, recipe) as line:
         if resume:
-            result = api.resume(resume, on_step=line, steps=steps)
+            result = api.resume(resume, on_step=line, steps=steps, cluster=cluster)
         else:
             result = api.start(algorithm, recipe, line, on_warning=warn)
     if result.summary is None:
@@ -174,14 +180,18 @@ def pipeline(args: tuple[str, ...], out: str, mini: bool, again: str, as_json: b
     run_command(screen, find_recipe(words[0]), settings, out, mini, again, as_json)
 
 
-@main.command()
-@click.argument("run")
+@settings_command("resume", epilog="Override cluster settings with --cluster.key value; they do not change a result.")
+@click.argument("args", nargs=-1, type=click.UNPROCESSED, metavar="RUN [--cluster.key value]...")
 @click.option("--steps", "--train.steps", type=int, help="Train for more steps than the run planned.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
-def resume(run: str, steps: int | None, as_json: bool) -> None:
-    """Resume a stopped or killed run, bit-exactly, or extend one with --steps."""
+def resume(args: tuple[str, ...], steps: int | None, as_json: bool) -> None:
+    """Resume a stopped or killed run, bit-exactly, or extend one with --steps.
+
+    With --cluster.learners and other cluster settings, other processes and machines compute the rest of the run.
+    """
     from posttrain.store.run import Run
 
+    run, cluster = resumed(args)
     with Run.read(Path(run)) as store:
         algorithm = store.header["algorithm"]
         recipe = config.stored(algorithm, store.header["recipe"])
@@ -193,7 +203,7 @@ def resume(run: str, steps: int | None, as_json: bool) -> None:
             )
     if steps is not None:
         recipe = replace(recipe, train=replace(recipe.train, steps=steps))
-    run_training(algorithm, recipe, as_json, resume=run, steps=steps)
+    run_training(algorithm, recipe, as_json, resume=run, steps=steps, cluster=cluster)
 
 
 @settings_command("eval", epilog="Override data, rollout, eval and run settings with --section.key value.")

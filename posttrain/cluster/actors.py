@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from posttrain.cluster.messages import Buffer, encode
 
 POLL = 0.2  # seconds between two looks at the deadlines
+RUN_ENDED, STARTED_ANEW = "the run has ended", "all workers start anew after a learner died"  # reasons for `kill`
 OnPart = Callable[[Any], None]
 """Gets the values that a worker's generator yields, in another thread than the caller's."""
 
@@ -34,8 +35,19 @@ class Actor(Protocol):
     """A worker process with one object. Calls are run in order."""
 
     name: str
-    where: str  # process id and machine
     made: Future[Any]  # done when its object exists
+    calls: int  # answered, without the one that made its object
+    parts: int  # values that its generators have yielded
+
+    @property
+    def where(self) -> str:
+        """Process id and machine; empty until they are known."""
+        ...
+
+    @property
+    def reason(self) -> str:
+        """Why it has ended; empty while it is alive."""
+        ...
 
     def send(self, message: Sequence[Buffer], on_part: OnPart | None = None) -> Future[Any]:
         """Sends an encoded call. The future raises what the method raised, or WorkerDied."""
@@ -46,7 +58,9 @@ class Actor(Protocol):
         ...
 
     @property
-    def alive(self) -> bool: ...
+    def alive(self) -> bool:
+        """Whether `reason` is empty."""
+        ...
 
 
 Start = Callable[[str, str, tuple[Any, ...]], Actor]

@@ -8,7 +8,7 @@ from concurrent.futures import TimeoutError as TooLate
 from contextlib import suppress
 from typing import Any
 
-from posttrain.cluster.actors import Actor, WorkerDied, call
+from posttrain.cluster.actors import RUN_ENDED, Actor, WorkerDied, call
 from posttrain.config import Sampling
 from posttrain.rewards import code
 from posttrain.rewards.judging import Verifier
@@ -82,8 +82,8 @@ class Judges:
         self.actors[self.actors.index(actor)] = new
         return new
 
-    def close(self) -> None:
+    def close(self, reason: str = RUN_ENDED) -> None:
         """Ends all judges; none is started afterwards."""
         self.closed = True
         for actor in self.actors:
-            actor.kill("the run has ended")
+            actor.kill(reason)

@@ -10,15 +10,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 
-from posttrain.cluster.actors import Actor, Start, ask_all
+from posttrain.cluster.actors import RUN_ENDED, STARTED_ANEW, Actor, Start, ask_all
 from posttrain.cluster.judges import Judges
 from posttrain.cluster.learner import RemoteLearner
 from posttrain.cluster.pool import Crew, Pool
+from posttrain.cluster.record import Record
 from posttrain.cluster.sharded_learner import RemoteShards
 from posttrain.config import ClusterConfig, RolloutConfig, Sampling, TrainConfig
 from posttrain.config.sections import SharedSections
@@ -49,7 +51,11 @@ class Cluster:
     ranks: list[Actor] = field(default_factory=list[Actor])
     crew: Crew | None = None
     judges: list[Judges] = field(default_factory=list[Judges])
+    record: Record = field(init=False)
     _numbers: dict[str, int] = field(default_factory=dict[str, int])
+
+    def __post_init__(self) -> None:
+        self.record = Record(self.cfg.backend)
 
     def __enter__(self) -> Self:
         cfg = self.cfg
@@ -59,6 +65,12 @@ class Cluster:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+        self.record.close()
+
+    def attach(self, folder: Path, note: Callable[[str], None]) -> None:
+        """Tells the cluster of the run: its folder, for the record, and who gets the notes."""
+        self.note = note
+        self.record.write_to(folder)
 
     @property
     def cfg(self) -> ClusterConfig:
@@ -76,7 +88,9 @@ class Cluster:
         number = self._numbers.get(role, 0)
         self._numbers[role] = number + 1
         start: Start = import_module(BACKENDS[self.cfg.backend]).start
-        return start(f"{role}-{number}", kind, arguments)
+        actor = start(f"{role}-{number}", kind, arguments)
+        self.record.add(role, actor)
+        return actor
 
     def learner(
         self, policy: Policy, cfg: TrainConfig, total_steps: int, temperature: float, forward: Forward
@@ -85,11 +99,11 @@ class Cluster:
         if self.cfg.learners == 1:
             return make_learner(policy, cfg, total_steps, temperature, forward)
         if not self.ranks:
-            self._start_ranks()
+            self.start_ranks()
         remote = RemoteShards if self.cfg.shard == "full" else RemoteLearner
         return remote(self.ranks, self.cfg.timeout, str(id(policy)), policy, cfg, total_steps, temperature, forward)
 
-    def _start_ranks(self) -> None:
+    def start_ranks(self) -> None:
         """Starts the ranks and waits until they have found each other."""
         count, kind = self.cfg.learners, resolve(self.recipe.train.device).type
         self.ranks = [
@@ -123,12 +137,12 @@ class Cluster:
 
     def restart(self) -> None:
         """Ends all workers, after a learner has died; they start anew as they are asked for."""
-        self.close()
+        self.close(STARTED_ANEW)
 
-    def close(self) -> None:
+    def close(self, reason: str = RUN_ENDED) -> None:
         """Ends all workers."""
         for rank in self.ranks:
-            rank.kill("the run has ended")
+            rank.kill(reason)
         for group in (*filter(None, [self.crew]), *self.judges):
-            group.close()
+            group.close(reason)
         self.ranks, self.crew, self.judges = [], None, []

@@ -7,25 +7,28 @@ loopback; no dashboard is started and no usage report is sent.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
+import socket
+import struct
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from posttrain.cluster.actors import OnPart, WorkerDied, message
 from posttrain.cluster.messages import Buffer, decode
+from posttrain.cluster.node import LOOPBACK, QUIET, TOKEN_PATH, is_loopback, token_file
 from posttrain.cluster.worker import ADDRESS, Host, versions
 from posttrain.config import ClusterConfig
 from posttrain.types import ConfigError
 
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token"}
+GET_ADDRESS = 0x8915  # SIOCGIFADDR of Linux, netdevice(7)
 _gpus = 0.0  # of each learner and sampler
 
 
@@ -34,7 +37,9 @@ class _Worker:
 
     def __init__(self, environment: dict[str, str]) -> None:
         os.environ.update(environment)
-        os.environ[ADDRESS] = import_module("ray").util.get_node_ip_address()
+        os.environ[ADDRESS] = address = import_module("ray").util.get_node_ip_address()
+        if interface := _interface(address):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)  # gloo would take that of the machine's name
         self._host = Host()
 
     def answer(self, *parts: Any) -> Iterator[list[np.ndarray]]:
@@ -54,13 +59,15 @@ def open(cfg: ClusterConfig) -> None:
     """
     address = cfg.address or os.environ.get("RAY_ADDRESS", "")
     os.environ.update(QUIET)
+    if is_loopback(address or "127.0.0.1"):
+        os.environ.update(LOOPBACK)  # before Ray is imported, which reads it
     workers = cfg.learners * (cfg.learners > 1) + cfg.samplers + cfg.judges
     if not address:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     elif not _has_token():
         raise ConfigError(
-            f"the Ray cluster at {address} needs its token, and none was found. Set RAY_AUTH_TOKEN, or "
-            "RAY_AUTH_TOKEN_PATH to a file that has it."
+            f"the Ray cluster at {address} needs its token, and there is none at {token_file()}. Copy it there from the "
+            f"cluster's head, or set RAY_AUTH_TOKEN, or {TOKEN_PATH} to a file that has it."
         )
     try:
         ray = import_module("ray")
@@ -75,7 +82,7 @@ def open(cfg: ClusterConfig) -> None:
             if address:
                 ray.init(address=address, log_to_driver=False, logging_level="error")
             else:
-                ray.init(num_cpus=workers + 1, _node_ip_address="127.0.0.1", **quiet)
+                ray.init("local", num_cpus=workers + 1, _node_ip_address="127.0.0.1", **quiet)
         except Exception as error:
             where = f"the Ray cluster at {address}" if address else "Ray on this machine"
             raise ConfigError(f"{where} cannot be used: {_first_line(error)}") from None
@@ -83,8 +90,17 @@ def open(cfg: ClusterConfig) -> None:
 
 
 def _has_token() -> bool:
-    path = os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token"
-    return bool(os.environ.get("RAY_AUTH_TOKEN")) or Path(path).is_file()
+    return bool(os.environ.get("RAY_AUTH_TOKEN")) or token_file().is_file()
+
+
+def _interface(address: str) -> str:
+    """The network interface that has an IPv4 address; empty where the system cannot be asked."""
+    for _, name in socket.if_nameindex():
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock, suppress(OSError):
+            found = fcntl.ioctl(sock.fileno(), GET_ADDRESS, struct.pack("256s", name.encode()[:15]))
+            if socket.inet_ntoa(found[20:24]) == address:
+                return name
+    return ""
 
 
 def _check_resources(ray: Any, cfg: ClusterConfig, workers: int) -> None:
@@ -102,21 +118,33 @@ def _check_resources(ray: Any, cfg: ClusterConfig, workers: int) -> None:
 
 
 class RayActor:
-    """A worker in a Ray actor."""
+    """A worker in a Ray actor, on any node or on the one with the id `node`."""
 
-    def __init__(self, name: str, kind: str, arguments: tuple[Any, ...]) -> None:
+    def __init__(self, name: str, kind: str, arguments: tuple[Any, ...], node: str = "") -> None:
         self._ray = import_module("ray")
         self.name, self._reason, self._lock = name, "", threading.Lock()
+        self.calls, self.parts = -1, 0  # the first call makes the object
         self._open: set[Future[Any]] = set()
         needs = {"num_cpus": 1, "num_gpus": 0 if name.startswith("judge") else _gpus, "max_restarts": 0}
         environment = {key: value for key, value in os.environ.items() if key.startswith("POSTTRAIN_")}
+        if node:
+            strategies = import_module("ray.util.scheduling_strategies")
+            needs["scheduling_strategy"] = strategies.NodeAffinitySchedulingStrategy(node, soft=False)
         self._actor: Any = self._ray.remote(**needs)(_Worker).remote(environment)
+        self._where, self._process = "", self._actor.process.remote()
         self.made = self.send(message("make", kind, versions(), *arguments))
 
     @property
     def where(self) -> str:
-        """The worker's process and machine."""
-        return self._ray.get(self._actor.process.remote())
+        """See `Actor.where`; does not wait for the worker's process."""
+        if not self._where:
+            with suppress(Exception):  # Ray's: the actor has died before it answered
+                self._where = self._ray.get(self._process, timeout=0)
+        return self._where
+
+    @property
+    def reason(self) -> str:
+        return self._reason
 
     @property
     def alive(self) -> bool:
@@ -142,9 +170,11 @@ class RayActor:
                 kind, *payload = self._ray.get(reference)
                 value = decode([part.data for part in payload])
                 if kind.tobytes() == b"part":
+                    self.parts += 1
                     if on_part:
                         on_part(value)
                 else:
+                    self.calls += 1
                     self._end(future, value if kind.tobytes() == b"raised" else None, value)
         except Exception as error:  # Ray's: the actor is gone
             with self._lock:
@@ -175,6 +205,11 @@ def _first_line(error: Exception) -> str:
     """The first line of a message that has text."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+def nodes() -> list[dict[str, Any]]:
+    """The cluster's nodes, as Ray describes them."""
+    return import_module("ray").nodes()
 
 
 def start(name: str, kind: str, arguments: tuple[Any, ...]) -> RayActor:

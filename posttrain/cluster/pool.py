@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from posttrain.cluster.actors import Actor, WorkerDied, message
+from posttrain.cluster.actors import RUN_ENDED, Actor, WorkerDied, message
 from posttrain.cluster.messages import Buffer
 from posttrain.cluster.sampler import Done, OtherWeights
 from posttrain.rollout.generator import OnDone, OnToken, Request
@@ -102,11 +102,11 @@ class Crew:
         self._note(f"{died}. {missing} completions are sampled again by another sampler.")
         self.members[self.members.index(member)] = Member(self._start())
 
-    def close(self) -> None:
+    def close(self, reason: str = RUN_ENDED) -> None:
         """Ends all samplers; none is started afterwards."""
         self.closed = True
         for member in self.members:
-            member.actor.kill("the run has ended")
+            member.actor.kill(reason)
 
 
 class Pool:

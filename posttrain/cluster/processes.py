@@ -6,6 +6,7 @@ import atexit
 import fcntl
 import json
 import os
+import platform
 import queue
 import signal
 import socket
@@ -132,14 +133,19 @@ class ProcessActor:
         with theirs:
             self.pid = _forker.fork(theirs.fileno(), self._output.fileno())
         self._socket = ours
-        self.where = f"pid {self.pid}"
+        self.where = f"pid {self.pid} on {platform.node()}"
         self._lock = threading.Lock()  # a call is queued and expected in one go
         self._unsent: queue.SimpleQueue[Sequence[Buffer] | None] = queue.SimpleQueue()
+        self.calls, self.parts = -1, 0  # the first call makes the object
         self._waiting: deque[tuple[Future[Any], OnPart | None]] = deque()
         self._reason, self._over = "", False  # over: its process may be gone, and its id another's
         for work in (self._listen, self._write):
             threading.Thread(target=work, daemon=True).start()
         self.made = self.send(first)
+
+    @property
+    def reason(self) -> str:
+        return self._reason
 
     @property
     def alive(self) -> bool:
@@ -198,9 +204,11 @@ class ProcessActor:
         future, on_part = self._waiting[0]
         value = decode(payload)
         if bytes(kind) == b"part":
+            self.parts += 1
             if on_part:
                 on_part(value)
             return
+        self.calls += 1
         self._waiting.popleft()
         future.set_exception(value) if bytes(kind) == b"raised" else future.set_result(value)
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from posttrain.cluster.actors import WorkerDied
 from posttrain.cluster.sharded import ShardedLearner, gradient_difference
@@ -36,17 +37,17 @@ class Rank:
         self.device = torch.device(f"cuda:{number % torch.cuda.device_count()}" if cuda else device)
         self.learners: dict[str, LaneLearner] = {}
         self.shards: dict[str, ShardedLearner] = {}
-        self._store: dist.TCPStore | None = None
+        self._store: TCPStore | None = None
 
     def listen(self) -> tuple[str, int]:
         """Opens the store where ranks find each other, on rank 0; returns its address and port."""
         host = os.environ[ADDRESS]
-        self._store = dist.TCPStore(host, 0, None, True, self.timeout, wait_for_workers=False)
+        self._store = TCPStore(host, 0, None, True, self.timeout, wait_for_workers=False)
         return host, self._store.port
 
     def join(self, host: str, port: int) -> None:
         """Joins the process group; returns when all ranks have."""
-        store = self._store or dist.TCPStore(host, port, None, False, self.timeout)
+        store = self._store or TCPStore(host, port, None, False, self.timeout)
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=self.number, world_size=self.ranks, timeout=self.timeout)
 

@@ -43,7 +43,10 @@ class Host:
         self._unmade: Exception | None = None  # why there is no object
 
     def answer(self, parts: Sequence[Buffer]) -> Iterator[Reply]:
-        """Runs a call, (method, arguments). Yields a "part" for each value of a generator, then "done" or "raised"."""
+        """Runs a call, (method, arguments). Yields a "part" for each value of a generator, then "done" or "raised".
+
+        "make" makes the object; "about" is answered for every object, and without one.
+        """
         try:
             method, arguments = decode(parts)
             if self._unmade is not None:
@@ -54,6 +57,8 @@ class Host:
                 check_versions(arguments[0])
                 self._object = getattr(import_module(module), name)(*arguments[1:])
                 result = None
+            elif method == "about":
+                result = about()
             else:
                 result = getattr(self._object, method)(*arguments)
             if isinstance(result, Generator):
@@ -77,6 +82,12 @@ def versions() -> dict[str, str]:
         "transformers": transformers.__version__,
         "CPU": torch.backends.cpu.get_cpu_capability(),
     }
+
+
+def about() -> tuple[dict[str, str], int, dict[str, bool]]:
+    """This process's versions and CPU threads, and which sandbox tiers work on its machine."""
+    tiers = import_module("posttrain.rewards.sandbox.pool").probe() if platform.system() == "Linux" else []
+    return versions(), import_module("torch").get_num_threads(), {name: works for name, works, _ in tiers}
 
 
 def check_versions(expected: Mapping[str, str]) -> None:
