@@ -286,6 +286,20 @@ def test_wrong_settings_are_refused(given: dict[str, Any], said: str) -> None:
         config.resolve("grpo", {}, {"train.lanes": 4} | given)
 
 
+def test_samplers_and_judges_evaluate_a_model_to_the_same_bits(place: Path) -> None:
+    given = {"data.tasks": "sums", "data.count": 16, "reward.name": "exact", "rollout.max_tokens": 8,
+             "eval.problems": 6, "eval.samples": 4, "train.threads": 1}  # fmt: skip
+
+    def found(more: dict[str, Any]) -> Any:
+        recipe = config.resolve_as(config.EvalRecipe, {}, {**given, **more})
+        report, groups = api.evaluate_recipe(str(place / "model"), recipe)
+        return report.as_dict(), [[(e.text, e.reward, e.tokens.tolist()) for e in group] for group in groups]
+
+    assert found({"cluster.samplers": 2, "cluster.judges": 1}) == found({})
+    with pytest.raises(ConfigError, match="an evaluation computes no gradients"):
+        found({"cluster.learners": 2, "train.lanes": 2})
+
+
 # --- models that do not fit --------------------------------------------------------------------------------------
 
 

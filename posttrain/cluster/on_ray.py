@@ -66,8 +66,8 @@ def open(cfg: ClusterConfig) -> None:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     elif not _has_token():
         raise ConfigError(
-            f"the Ray cluster at {address} needs its token, and there is none at {token_file()}. Copy it there from the "
-            f"cluster's head, or set RAY_AUTH_TOKEN, or {TOKEN_PATH} to a file that has it."
+            f"the Ray cluster at {address} needs its token, and there is none at {token_file()}. Copy it there from "
+            f"the cluster's head, or set RAY_AUTH_TOKEN, or {TOKEN_PATH} to a file that has it."
         )
     try:
         ray = import_module("ray")
