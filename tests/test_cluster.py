@@ -18,10 +18,12 @@ import torch
 
 import posttrain as pt
 from posttrain import api, config
+from posttrain.cli import report
 from posttrain.cluster import processes
 from posttrain.cluster.actors import Actor, WorkerDied, call, message
 from posttrain.cluster.launch import Cluster
 from posttrain.cluster.messages import decode, encode
+from posttrain.lab import app as lab_app
 from posttrain.store.run import Run
 from posttrain.types import ConfigError
 from tests import tiny
@@ -317,3 +319,17 @@ def test_a_sharded_model_trains_as_one_process_to_rounding(algorithm: str, place
         assert several.at(1)["shard_difference"] <= 5e-6 and "shard_difference" not in several.at(2)
     assert kept(tmp_path / "shards").keys() == kept(tmp_path / "alone").keys()
     assert pt.resume(tmp_path / "shards", steps=3, cluster={"learners": 1, "shard": "optimizer"}).summary
+
+
+# --- who did what ------------------------------------------------------------------------------------------------
+
+
+def test_the_report_and_the_lab_show_who_worked_for_a_run(place: Path, tmp_path: Path) -> None:
+    trained(tmp_path / "shown", "grpo", settings(place, "grpo") | of(1, 2))
+    text = report.run_page(tmp_path / "shown")
+    rows = lab_app.processes(tmp_path / "shown")
+    assert [row["name"] for row in rows] == ["sampler-0", "sampler-1"] and sum(row["done"] for row in rows) >= 32
+    for row in rows:
+        assert row["unit"] == "completions" and f"{row['done']:,} completions" in text and row["where"] in text
+    trained(tmp_path / "alone", "grpo", settings(place, "grpo"))
+    assert lab_app.processes(tmp_path / "alone") == [] and "sampler-0" not in report.run_page(tmp_path / "alone")
