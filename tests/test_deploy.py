@@ -42,7 +42,9 @@ Break = Callable[[dict[str, Any]], Any]
 WRONG: dict[str, Break] = {
     "a misspelt field": lambda spec: spec.update(backofLimit=3),
     "no entrypoint": lambda spec: spec.pop("entrypoint"),
-    "a number for a text": lambda spec: spec["rayClusterSpec"]["headGroupSpec"]["rayStartParams"].update({"num-cpus": 1}),
+    "a number for a text": lambda spec: spec["rayClusterSpec"]["headGroupSpec"]["rayStartParams"].update(
+        {"num-cpus": 1}
+    ),
     "a worker group without a name": lambda spec: spec["rayClusterSpec"]["workerGroupSpecs"][0].pop("groupName"),
     "an unknown authentication": lambda spec: spec["rayClusterSpec"]["authOptions"].update(mode="tokens"),
     "no image": lambda spec: spec["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0].pop("image"),
@@ -83,7 +85,9 @@ def test_the_dockerfile_copies_what_exists_and_says_that_it_was_not_built() -> N
     assert len(run_lines()) == 4
 
 
-@pytest.mark.skipif("POSTTRAIN_TEST_DEPLOY" not in os.environ, reason="downloads torch and Ray; POSTTRAIN_TEST_DEPLOY=1 runs it")
+@pytest.mark.skipif(
+    "POSTTRAIN_TEST_DEPLOY" not in os.environ, reason="downloads torch and Ray; POSTTRAIN_TEST_DEPLOY=1 runs it"
+)
 def test_the_commands_of_the_dockerfile_work_in_a_fresh_environment(tmp_path: Path) -> None:
     """All but the first, which installs system packages."""
     place, environment = tmp_path / "image", tmp_path / "venv"
@@ -99,7 +103,12 @@ def test_the_commands_of_the_dockerfile_work_in_a_fresh_environment(tmp_path: Pa
         subprocess.run(["bash", "-ec", line], cwd=place, env=settings, check=True)
     code = "import posttrain, sys; print(posttrain.__file__)"
     found = subprocess.run(
-        [environment / "bin" / "python", "-c", code], cwd=tmp_path, env=settings, check=True, capture_output=True, text=True
+        [environment / "bin" / "python", "-c", code],
+        cwd=tmp_path,
+        env=settings,
+        check=True,
+        capture_output=True,
+        text=True,
     )
     assert str(environment) in found.stdout
 
