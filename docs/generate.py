@@ -21,6 +21,8 @@ import click
 
 from posttrain import config
 from posttrain.cli import main as cli
+from posttrain.cluster.node import TOKEN_PATH
+from posttrain.cluster.worker import ADDRESS
 from posttrain.config.renamed import RENAMED
 from posttrain.models.kernels.build import SWITCH
 from posttrain.pipelines.card import CardConfig
@@ -53,6 +55,15 @@ ENVIRONMENT = (
         "posttrain",
         "`0` uses torch's own operations instead of the fused kernels, as on a machine without a C compiler.",
     ),
+    (
+        ADDRESS,
+        "posttrain",
+        "Set by posttrain in the worker processes of a cluster: the address at which other workers reach this one.",
+    ),
+    ("RAY_ADDRESS", "Ray", "Address of the Ray cluster, when `cluster.address` is empty."),
+    ("RAY_AUTH_TOKEN", "Ray", "The token of a Ray cluster."),
+    (TOKEN_PATH, "Ray", "The file with the token; `~/.ray/auth_token` unless set."),
+    ("GLOO_SOCKET_IFNAME", "torch", "Network interface between learners; that of the node's address unless set."),
     ("CC", "posttrain", "The C compiler for the kernels; `cc`, `gcc` or `clang` unless set."),
     ("HF_HOME", "huggingface_hub", "Where models and data sets from the hub are kept."),
     ("HF_TOKEN", "huggingface_hub", "Access to gated or private models and data sets."),

@@ -1,4 +1,4 @@
-"""posttrain: post-train language models with reinforcement learning on one machine, from a laptop's CPU to a GPU.
+"""posttrain: post-train language models with reinforcement learning, from a laptop's CPU to a cluster.
 
 >>> import posttrain as pt
 >>> result = pt.grpo(model="abacus", tasks="arithmetic", out="runs/first")   # doctest: +SKIP

@@ -44,7 +44,8 @@ done
 
 run() {
   posttrain grpo --model abacus --tasks arithmetic --train.steps "${STEPS:-4}" --train.lanes 2 --train.threads 1 \
-    --algo.prompts 8 --algo.group_size 8 --rollout.max_tokens 48 --eval.problems 32 --json "$@"
+    --algo.prompts 8 --algo.group_size 8 --train.micro_batch_tokens 512 --rollout.max_tokens 48 --eval.problems 32 \
+    --json "$@"
 }
 weights() { grep -o '"weights": "[0-9a-f]*"' "$1"; }
 export -f run

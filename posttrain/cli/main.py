@@ -78,7 +78,7 @@ def _one_line(message: Warning | str, category: type[Warning], *place: Any) -> N
 @click.group(cls=Cli, context_settings=HELP)
 @click.version_option(__version__, prog_name="posttrain")
 def main() -> None:
-    """Post-train language models with reinforcement learning from a laptop's CPU to a cluster.
+    """Post-train language models with reinforcement learning, from a laptop's CPU to a cluster.
 
     Start with `posttrain demo`: it trains the small built-in model to think, in minutes.
     """

@@ -97,6 +97,7 @@ def start(host: str, port: int, cpus: int | None = None) -> Head:
                 lines = [line.strip() for line in said.splitlines() if line.strip()]
                 raise ConfigError(f"Ray did not start at {host}:{port}: {lines[-1] if lines else 'it said nothing'}")
             time.sleep(0.1)
+    process.returncode = 0  # it outlives this process, which Popen would warn about
     head = Head(host, port, process.pid, str(token))
     _record().parent.mkdir(mode=0o700, exist_ok=True)
     _record().write_text(json.dumps(asdict(head)) + "\n", encoding="utf-8")

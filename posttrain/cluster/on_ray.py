@@ -61,7 +61,6 @@ def open(cfg: ClusterConfig) -> None:
     os.environ.update(QUIET)
     if is_loopback(address or "127.0.0.1"):
         os.environ.update(LOOPBACK)  # before Ray is imported, which reads it
-    workers = cfg.learners * (cfg.learners > 1) + cfg.samplers + cfg.judges
     if not address:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     elif not _has_token():
@@ -82,11 +81,15 @@ def open(cfg: ClusterConfig) -> None:
             if address:
                 ray.init(address=address, log_to_driver=False, logging_level="error")
             else:
-                ray.init("local", num_cpus=workers + 1, _node_ip_address="127.0.0.1", **quiet)
+                ray.init("local", num_cpus=_workers(cfg) + 1, _node_ip_address="127.0.0.1", **quiet)
         except Exception as error:
             where = f"the Ray cluster at {address}" if address else "Ray on this machine"
             raise ConfigError(f"{where} cannot be used: {_first_line(error)}") from None
-    _check_resources(ray, cfg, workers)
+    check_resources(ray, cfg)
+
+
+def _workers(cfg: ClusterConfig) -> int:
+    return cfg.learners * (cfg.learners > 1) + cfg.samplers + cfg.judges
 
 
 def _has_token() -> bool:
@@ -103,10 +106,10 @@ def _interface(address: str) -> str:
     return ""
 
 
-def _check_resources(ray: Any, cfg: ClusterConfig, workers: int) -> None:
+def check_resources(ray: Any, cfg: ClusterConfig) -> None:
     """Raises ConfigError if the cluster does not have what the workers need; otherwise Ray would wait for ever."""
     global _gpus
-    there = ray.cluster_resources()
+    there, workers = ray.cluster_resources(), _workers(cfg)
     on_gpus = cfg.learners * (cfg.learners > 1) + cfg.samplers
     _gpus = 1.0 if there.get("GPU", 0) else 0.0
     for name, needed in (("CPU", workers), ("GPU", on_gpus * _gpus)):
