@@ -1,11 +1,13 @@
 """Drivers of clusters that are killed, forked from a process that has loaded everything, and so are their workers.
 
-It reads one JSON request per line, `{"folder", "algorithm", "settings", "failpoint", "kill_after", "signal"}`, runs or
-resumes the run, and answers with the exit code of its process.
+It reads one JSON request per line, `{"folder", "algorithm", "settings", "failpoint", "kill_after", "kill_at_step", "signal"}`, runs or
+resumes the run, and answers with the exit code of its process and the seconds that any other process of the run has
+lived longer; LONGEST if one is still there.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -23,6 +25,10 @@ from posttrain import api, config
 from posttrain.cluster import processes, worker
 from posttrain.models.kernels.build import library
 from posttrain.store import failpoints
+from tests.run_server import steps_of
+
+SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER: processes whose parents have died become children of this one
+LONGEST = 10.0  # seconds
 
 
 class Forked:
@@ -59,7 +65,7 @@ def spawn(end: socket.socket) -> Any:
 def live(request: dict[str, Any]) -> None:
     """One life: starts the run, or resumes it where the folder has one."""
     folder = Path(request["folder"])
-    os.environ |= {failpoints.VARIABLE: request.get("failpoint") or "", "RUN_OF_TEST": str(folder)}
+    os.environ |= {failpoints.VARIABLE: request.get("failpoint") or ""}
     processes.spawn = spawn
     processes.open(config.ClusterConfig())
     if (folder / "run.json").exists():
@@ -75,21 +81,41 @@ def live(request: dict[str, Any]) -> None:
 def serve() -> None:
     """Answers requests until the input closes."""
     torch.set_num_threads(1)
+    ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)
     library()
     for module in worker.LOADED:
         import_module(module)
     for line in sys.stdin:
         request = json.loads(line)
         if (child := os.fork()) == 0:
+            os.setpgid(0, 0)
             try:
                 live(request)
             except BaseException:
                 traceback.print_exc()
                 os._exit(1)
-        if request.get("kill_after") is not None:
+        number = request.get("signal", signal.SIGKILL)
+        if request.get("kill_at_step") is not None:
+            while steps_of(Path(request["folder"])) < request["kill_at_step"]:
+                time.sleep(0.01)
+            os.killpg(child, number)  # as Ctrl-C in a terminal
+        elif request.get("kill_after") is not None:
             time.sleep(request["kill_after"])
-            os.kill(child, request.get("signal", signal.SIGKILL))
-        print(json.dumps(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])), flush=True)
+            os.kill(child, number)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        print(json.dumps([code, outlived()]), flush=True)
+
+
+def outlived() -> float:
+    """Waits for the processes that a driver has left, which are now children of this one; returns the seconds."""
+    began = time.monotonic()
+    while time.monotonic() - began < LONGEST:
+        try:
+            os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:  # none
+            return time.monotonic() - began
+        time.sleep(0.01)
+    return LONGEST
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ from posttrain.cluster.launch import Cluster
 from posttrain.store.failpoints import FAILPOINTS
 from posttrain.store.run import Run
 from tests import run_server, tiny
+from tests.cluster_lives import LONGEST
 from tests.test_cluster import kept
 
 PARTS = ("matrix", "variants", "resume", "failpoints", "kills")
@@ -58,6 +59,7 @@ class Bench:
     baselines: dict[str, Kept] = field(default_factory=dict[str, Kept])
     equal: dict[str, list[bool]] = field(default_factory=dict[str, list[bool]])
     kills: dict[str, int] = field(default_factory=dict[str, int])
+    outlived: float = 0.0  # see `Lives`
     _number: int = 0
 
     def __post_init__(self) -> None:
@@ -162,6 +164,7 @@ class Lives:
     """Drivers in processes of their own, forked from a loaded one (tests/cluster_lives.py)."""
 
     def __init__(self) -> None:
+        self.outlived = 0.0  # the most seconds that any process has lived longer than its driver
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.cluster_lives"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -170,20 +173,13 @@ class Lives:
         """One life of a run; its exit code, negative for the signal that ended it."""
         assert self.process.stdin and self.process.stdout
         print(json.dumps(request), file=self.process.stdin, flush=True)
-        return int(self.process.stdout.readline())
+        code, seconds = json.loads(self.process.stdout.readline())
+        assert seconds < LONGEST, f"{seconds} s after the driver has ended with {code}, other processes are left"
+        self.outlived = max(self.outlived, seconds)
+        return code
 
     def close(self) -> None:
         self.process.communicate()
-
-
-def survivors(folder: Path) -> list[int]:
-    """Processes that have the run's folder in their environment."""
-    found: list[int] = []
-    for entry in Path("/proc").iterdir():
-        with suppress(OSError):
-            if entry.name.isdigit() and f"RUN_OF_TEST={folder}\0".encode() in (entry / "environ").read_bytes():
-                found.append(int(entry.name))
-    return found
 
 
 def life(bench: Bench, lives: Lives, name: str, more: dict[str, Any], folder: Path, **request: Any) -> int:
@@ -215,6 +211,7 @@ def failpoints(bench: Bench) -> None:
                 return finished(bench, lives, "grpo", more, folder)
 
             bench.compare("failpoints", f"{name}:{hit}", expected, killed)
+    bench.outlived = max(bench.outlived, lives.outlived)
     lives.close()
 
 
@@ -273,17 +270,13 @@ def kills(bench: Bench, count: int, seed: int, seconds: float) -> None:
             code = life(bench, lives, name, more, folder, kill_after=chance.uniform(0.1, moments[name]))
             assert code in (0, -signal.SIGKILL), f"exit code {code}"
             bench.kills["driver"] = bench.kills.get("driver", 0) + (code != 0)
-            found = finished(bench, lives, name, more, folder)
-            patience = time.monotonic() + 10
-            while left := survivors(folder):
-                assert time.monotonic() < patience, f"processes {left} have survived their driver"
-                time.sleep(0.1)
-            return found
+            return finished(bench, lives, name, more, folder)
 
         if chance.random() < 0.3:
             bench.compare("kills", f"{name}, the driver", expected, driver)
         else:
             bench.compare("kills", f"{name}, workers", expected, workers)
+    bench.outlived = max(bench.outlived, lives.outlived)
     lives.close()
 
 
@@ -308,7 +301,8 @@ def main() -> None:
     shot = ", ".join(f"{count} of {role}s" for role, count in sorted(bench.kills.items()))
     right = all(all(found) for found in bench.equal.values())
     print(
-        f"{'PASSED' if right else 'FAILED'}: runs with equal bits: {counts}; kills: {shot or 'none'}; "
+        f"{'PASSED' if right else 'FAILED'}: runs with equal bits: {counts}; kills: {shot or 'none'}; no process "
+        f"left {bench.outlived:.1f} s after its driver; "
         f"{(time.monotonic() - began) / 60:.1f} minutes, load {os.getloadavg()[0]:.1f}"
     )
     sys.exit(0 if right else 1)
