@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from posttrain import rng
 from posttrain.cluster.actors import Actor, ask, ask_all, message
@@ -29,11 +30,13 @@ LARGEST_LOSS = 1 << 20  # bytes; a loss is sent with every call, so it must not 
 
 
 def check_size(loss: Loss) -> None:
-    """Raises ConfigError if a loss is too large to be sent with every call."""
-    size = sum(memoryview(part).nbytes for part in encode(loss))
-    if size > LARGEST_LOSS:
+    """Raises ConfigError if a loss holds a model, or is too large to be sent with every call."""
+    modules: list[nn.Module] = []
+    size = sum(memoryview(part).nbytes for part in encode(loss, modules.append))
+    if modules or size > LARGEST_LOSS:
+        what = f"a model ({type(modules[0]).__name__})" if modules else f"{size / 1e6:.1f} MB"
         raise ConfigError(
-            f"the loss holds {size / 1e6:.1f} MB, which would be sent to every learner at every update (at most "
+            f"the loss holds {what}, which would be sent to every learner at every update (at most "
             f"{LARGEST_LOSS / 1e6:.0f} MB). Let it hold numbers, not a model or a large tensor."
         )
 

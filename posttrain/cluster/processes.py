@@ -96,17 +96,22 @@ class _Forker:
             return self._socket
         self.close()
         ours, theirs = _pair()
-        paths = os.pathsep.join(path for path in sys.path if path)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "posttrain.cluster.worker", str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": paths},
-            start_new_session=True,  # Ctrl-C in the terminal is for the driver alone
-        )
+        self._process = spawn(theirs)
         theirs.close()
         self._socket = ours
         return ours
+
+
+def spawn(end: socket.socket) -> subprocess.Popen[bytes]:
+    """Starts the process that forks workers, connected by `end`."""
+    paths = os.pathsep.join(path for path in sys.path if path)
+    return subprocess.Popen(
+        [sys.executable, "-m", "posttrain.cluster.worker", str(end.fileno())],
+        pass_fds=[end.fileno()],
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": paths},
+        start_new_session=True,  # Ctrl-C in the terminal is for the driver alone
+    )
 
 
 def _pair() -> tuple[socket.socket, socket.socket]:
