@@ -65,7 +65,7 @@ class Counted:
         self._count(patch, LocalLearner, "step", "updates", lambda args: 1)
         rows = lambda args: sum(len(batch.tokens) for batch in args[1])
         self._count(patch, LocalLearner, "forward_backward", "rows", rows)
-        self._count(patch, forward, "_per_token", "scored", lambda args: len(args[1]))
+        self._count(patch, forward, "per_token", "scored", lambda args: len(args[0]))
 
     def _loading(self, load: Callable[..., Any]) -> Callable[..., Any]:
         def loaded(*args: Any, **more: Any) -> Any:

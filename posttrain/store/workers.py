@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from posttrain.types import Json
+from posttrain.types import Json, JsonView
 
 FILE = "cluster.json"
 RUN_ENDED, STARTED_ANEW = "the run has ended", "all workers start anew after a learner died"  # why a worker was ended
@@ -28,7 +28,7 @@ def ended(found: Json) -> None:
             row.update(state="ended", reason="the run's process has ended")
 
 
-def counts(found: Json) -> dict[str, tuple[int, int]]:
+def counts(found: JsonView) -> dict[str, tuple[int, int]]:
     """(deaths, workers started after a death) by role; learners start anew together."""
     roles = dict.fromkeys(row["role"] for row in found["workers"])
     out: dict[str, tuple[int, int]] = {}
