@@ -44,7 +44,7 @@ class _Worker:
 
     def answer(self, *parts: Any) -> Iterator[list[np.ndarray]]:
         """Yields the replies to a call, each as its kind and buffers."""
-        for kind, reply in self._host.answer([memoryview(np.ascontiguousarray(part)).cast("B") for part in parts]):
+        for kind, reply in self._host.answer([np.ascontiguousarray(part).data.cast("B") for part in parts]):
             yield [np.frombuffer(kind.encode(), np.uint8), *(np.frombuffer(part, np.uint8) for part in reply)]
 
     def process(self) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 from posttrain.cluster.actors import RUN_ENDED, STARTED_ANEW, Actor
 from posttrain.store.durable import publish_file
-from posttrain.types import Json
+from posttrain.types import Json, JsonView
 
 FILE = "cluster.json"
 LOOK, WRITE = 0.2, 5.0  # seconds between two looks at the workers, and between two writes of what they have done
@@ -39,6 +39,7 @@ class Record:
 
     def add(self, role: str, actor: Actor) -> None:
         """Adds a worker that has just been started."""
+        self._states()  # the one that it replaces has ended before
         self.workers.append((role, actor, time.time()))
         actor.made.add_done_callback(lambda made: made.exception() or self._ready.setdefault(actor.name, time.time()))
         self._begin()
@@ -126,7 +127,7 @@ def ended(found: Json) -> None:
             row.update(state="ended", reason="the run's process has ended")
 
 
-def counts(found: Json) -> dict[str, tuple[int, int]]:
+def counts(found: JsonView) -> dict[str, tuple[int, int]]:
     """(deaths, workers started after a death) by role; learners start anew together."""
     roles = dict.fromkeys(row["role"] for row in found["workers"])
     out: dict[str, tuple[int, int]] = {}
