@@ -1,4 +1,4 @@
-# Five verbs. Each does its own set-up in .venv; nothing outside this folder is touched.
+# Six verbs. Each does its own set-up in .venv; nothing outside this folder is touched.
 PYTHON ?= python3
 # Any torch will do. On Linux without a GPU, a CPU build saves gigabytes: see "Installing" in docs/guides/install.md.
 TORCH ?= torch==2.13.0
@@ -6,14 +6,18 @@ BIN := .venv/bin
 
 # Tests wait about a third of their time, for processes and pages; four at once keep two cores busy.
 WORKERS ?= 4
+KILLS ?= 200
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test test-cluster lint docs clean
 
 demo: .venv/installed  ## train the shipped model to think, and show what changed
 	$(BIN)/posttrain demo
 
 test: .venv/browser  ## the whole suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+test-cluster: .venv/installed  ## kills at random moments and at every failpoint, and every shape of a cluster: about an hour
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.cluster_nightly --kills $(KILLS)
 
 lint: .venv/installed  ## style and types
 	$(BIN)/ruff check --no-cache .

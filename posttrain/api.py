@@ -45,6 +45,7 @@ from posttrain.rollout.build import engine_versions, make_collector
 from posttrain.rollout.collector import Collector, check_failures
 from posttrain.rollout.tasks import env_tasks
 from posttrain.store import checkpoint
+from posttrain.store.extending import extend
 from posttrain.store.listing import next_folder, run_date, run_of
 from posttrain.store.run import Event, Run
 from posttrain.store.tracker import open_trackers
@@ -243,31 +244,6 @@ def resume(
         )
 
 
-def extend(store: Run, steps: int) -> None:
-    """Raises `train.steps` of a run to `steps`, and notes it; a run that ended early may also get fewer than planned.
-
-    Raises ConfigError if `steps` is no more than it has trained, or planned unless it ended early.
-    """
-    header, summary = store.header, store.summary() or {}
-    train = config.as_dict(config.stored(header["algorithm"], header["recipe"]))["train"]
-    planned, trained, ended = train["steps"], store.last_step() or 0, summary.get("ended", "")
-    if steps == planned and not ended:
-        return
-    if steps <= (trained if ended else max(planned, trained)):
-        why = f"ended after {trained} steps" if ended else f"has trained {trained} steps"
-        raise ConfigError(
-            f"train.steps={steps} does not extend {store.folder}, which plans {planned or 'whole passes'} and {why}. "
-            f"{ended} Give more.".replace("  ", " ")
-        )
-    train |= {"steps": steps} | ({"epochs": 1} if "epochs" in train else {})
-    recipe = {**header["recipe"], "train": train}
-    store.extend({**header, "recipe": recipe, "extended_at": trained})
-    note = f"train.steps was {planned or 'not set'}, is {steps}."
-    if ended:
-        note += f" The run had ended after step {trained}, and what ended it is counted anew. {ended}"
-    store.note(trained, Event("info", "extended", note))
-
-
 def prepare(
     algorithm: str,
     recipe: Recipe,
@@ -348,8 +324,9 @@ def evaluate_recipe(model: str, recipe: EvalRecipe, reward: Any = None) -> tuple
 
     With `data.eval_tasks`, only these are loaded; otherwise the held-out side of `data.tasks` is evaluated.
     """
-    sets, collector = _held_out(model, recipe, reward, train=False)
-    report, groups = evaluate_tasks(collector, sets.test, recipe.eval.samples, 0)
+    with Cluster(recipe, reward) as workers:
+        sets, collector = _held_out(model, recipe, reward, False, workers)
+        report, groups = evaluate_tasks(collector, sets.test, recipe.eval.samples, 0)
     return replace(report, notes=sets.notes), groups
 
 
@@ -360,21 +337,22 @@ def sample_many(
 
     Raises RolloutError if more than `reward.max_failure_rate` of them could not be scored.
     """
-    sets, collector = _held_out(model, recipe, None, train=split == "train")
-    shuffled = is_generated(recipe.data.tasks)
-    tasks = sets.test if split == "held-out" else chosen(sets.train, recipe.eval.problems, shuffled)
-    groups = collector.groups(tasks, recipe.eval.samples, 0, "best-of-n")
+    with Cluster(recipe) as workers:
+        sets, collector = _held_out(model, recipe, None, split == "train", workers)
+        shuffled = is_generated(recipe.data.tasks)
+        tasks = sets.test if split == "held-out" else chosen(sets.train, recipe.eval.problems, shuffled)
+        groups = collector.groups(tasks, recipe.eval.samples, 0, "best-of-n")
     check_failures(groups, recipe.reward.max_failure_rate)
     return tasks, groups
 
 
-def _held_out(model: str, recipe: EvalRecipe, reward: Any, train: bool) -> tuple[TaskSets, Collector]:
+def _held_out(model: str, recipe: EvalRecipe, reward: Any, train: bool, workers: Workers) -> tuple[TaskSets, Collector]:
     """The tasks of a recipe, and a collector that samples the model at `eval.temperature`."""
     device.set_threads(recipe.train.threads)
     policy = open_policy(model, recipe.model, device.resolve(recipe.train.device))
     chat = chat_format_of(policy, model, recipe.data.format, recipe.data.template_kwargs)
     sets, verify, env = env_tasks(recipe, chat, None, reward, train)
-    collector = make_collector(policy, chat, verify, recipe, env)
+    collector = make_collector(policy, chat, verify, recipe, env, workers)
     return sets, replace(collector, params=replace(collector.params, temperature=recipe.eval.temperature))
 
 

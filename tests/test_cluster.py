@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,12 @@ import torch
 
 import posttrain as pt
 from posttrain import api, config
+from posttrain.cli import report
 from posttrain.cluster import processes
 from posttrain.cluster.actors import Actor, WorkerDied, call, message
 from posttrain.cluster.launch import Cluster
 from posttrain.cluster.messages import decode, encode
+from posttrain.lab import app as lab_app
 from posttrain.store.run import Run
 from posttrain.types import ConfigError
 from tests import tiny
@@ -179,12 +181,15 @@ def test_who_computes_a_run_does_not_change_it(algorithm: str, place: Path, tmp_
     assert trained(tmp_path / "spread", algorithm, given | shape) == alone
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+LAGS = [{"algo.max_lag": 1}, {"algo.ahead": 1}, {"algo.ahead": 2}, {}, {"algo.ahead": 2}]
+
+
+@pytest.mark.parametrize(("shape", "lag"), list(zip(SHAPES, LAGS, strict=True)))
 def test_any_number_of_learners_samplers_and_judges_gives_the_same_bits(
-    shape: tuple[int, int, int], place: Path, tmp_path: Path
+    shape: tuple[int, int, int], lag: dict[str, int], place: Path, tmp_path: Path
 ) -> None:
     given = settings(place, "grpo") | {
-        "algo.kl_coef": 0.1, "algo.minibatches": 2, "algo.epochs": 2, "model.lora_rank": 2, "algo.max_lag": 1,
+        "algo.kl_coef": 0.1, "algo.minibatches": 2, "algo.epochs": 2, "model.lora_rank": 2, "train.steps": 3, **lag,
     }  # fmt: skip
     alone = trained(tmp_path / "alone", "grpo", given)
     assert trained(tmp_path / "spread", "grpo", given | of(*shape)) == alone
@@ -265,7 +270,7 @@ def test_workers_that_always_die_end_the_run_with_one_sentence(
         thread.join()
 
 
-# --- wrong weights, wrong settings -------------------------------------------------------------------------------
+# --- wrong settings ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -275,6 +280,7 @@ def test_workers_that_always_die_end_the_run_with_one_sentence(
         ({"cluster.learners": 2, "train.lanes": 1}, "does not divide train.lanes=1"),
         ({"cluster.learners": 0}, "must be 1 or more"),
         ({"cluster.samplers": -1}, "cannot be negative"),
+        ({"cluster.shard": "full"}, "needs cluster.learners of 2 or more and train.lanes=1, not 1 and 4"),
     ],
 )
 def test_wrong_settings_are_refused(given: dict[str, Any], said: str) -> None:
@@ -282,4 +288,48 @@ def test_wrong_settings_are_refused(given: dict[str, Any], said: str) -> None:
         config.resolve("grpo", {}, {"train.lanes": 4} | given)
 
 
-Spoil = Callable[[Any], None]
+def test_samplers_and_judges_evaluate_a_model_to_the_same_bits(place: Path) -> None:
+    given = {"data.tasks": "sums", "data.count": 16, "reward.name": "exact", "rollout.max_tokens": 8,
+             "eval.problems": 6, "eval.samples": 4, "train.threads": 1}  # fmt: skip
+
+    def found(more: dict[str, Any]) -> Any:
+        recipe = config.resolve_as(config.EvalRecipe, {}, {**given, **more})
+        report, groups = api.evaluate_recipe(str(place / "model"), recipe)
+        return report.as_dict(), [[(e.text, e.reward, e.tokens.tolist()) for e in group] for group in groups]
+
+    assert found({"cluster.samplers": 2, "cluster.judges": 1}) == found({})
+    with pytest.raises(ConfigError, match="an evaluation computes no gradients"):
+        found({"cluster.learners": 2, "train.lanes": 2})
+
+
+# --- models that do not fit --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("algorithm", ["sft", "grpo"])
+def test_a_sharded_model_trains_as_one_process_to_rounding(algorithm: str, place: Path, tmp_path: Path) -> None:
+    given = settings(place, algorithm) | {"train.lanes": 1}
+    for out, more in (("alone", {}), ("shards", {"cluster.learners": 2, "cluster.shard": "full"})):
+        recipe = config.resolve(algorithm, {}, given | more | {"run.out": str(tmp_path / out)})
+        assert api.start(algorithm, recipe).summary
+    with Run.read(tmp_path / "alone") as one, Run.read(tmp_path / "shards") as several:
+        for step in (1, 2):
+            alone, shards = one.at(step), several.at(step)
+            assert shards["loss"] == pytest.approx(alone["loss"], rel=1e-4, abs=1e-6)
+            assert shards["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-4)
+        assert several.at(1)["shard_difference"] <= 5e-6 and "shard_difference" not in several.at(2)
+    assert kept(tmp_path / "shards").keys() == kept(tmp_path / "alone").keys()
+    assert pt.resume(tmp_path / "shards", steps=3, cluster={"learners": 1, "shard": "optimizer"}).summary
+
+
+# --- who did what ------------------------------------------------------------------------------------------------
+
+
+def test_the_report_and_the_lab_show_who_worked_for_a_run(place: Path, tmp_path: Path) -> None:
+    trained(tmp_path / "shown", "grpo", settings(place, "grpo") | of(1, 2))
+    text = report.run_page(tmp_path / "shown")
+    rows = lab_app.processes(tmp_path / "shown")
+    assert [row["name"] for row in rows] == ["sampler-0", "sampler-1"] and sum(row["done"] for row in rows) >= 32
+    for row in rows:
+        assert row["unit"] == "completions" and f"{row['done']:,} completions" in text and row["where"] in text
+    trained(tmp_path / "alone", "grpo", settings(place, "grpo"))
+    assert lab_app.processes(tmp_path / "alone") == [] and "sampler-0" not in report.run_page(tmp_path / "alone")

@@ -21,6 +21,7 @@ LAYERS = (
     ("rewards",),
     ("envs",),
     ("rollout",),
+    ("cluster",),
     ("evaluation",),
     ("cluster",),
     ("search",),

@@ -24,6 +24,7 @@ from posttrain.cli.arguments import options_of, read_recipe
 from posttrain.models.load import llama_config, load_policy
 from posttrain.models.preflight import refusal
 from posttrain.models.shapes import SHAPES, ModelShape, shape_of
+from posttrain.planner import estimate
 from posttrain.planner import memory as planner
 from posttrain.planner.memory import Rows, Where
 from posttrain.types import ConfigError, PosttrainError
@@ -325,3 +326,24 @@ def test_a_run_that_cannot_fit_is_warned_of_with_the_settings_to_change(monkeypa
 def test_a_small_real_run_is_predicted_to_within_a_third() -> None:
     row = memory.compare("tiny", threads=1)
     assert row["measured"] > row["baseline"] and abs(row["predicted"] / row["measured"] - 1) < 0.33
+
+
+@pytest.mark.parametrize("shard", ["optimizer", "full"])
+def test_the_memory_of_each_process_is_planned(shard: str) -> None:
+    lanes = 8 if shard == "optimizer" else 1
+
+    def found(learners: int, samplers: int = 0, judges: int = 0) -> estimate.Plan:
+        asked: dict[str, Any] = {"cluster.learners": learners, "cluster.samplers": samplers, "cluster.judges": judges}
+        asked |= {"train.lanes": lanes} | ({"cluster.shard": shard} if learners > 1 else {})
+        return estimate.plan(config.resolve("grpo", {}, asked), memory=64, device="cpu", probe=False)
+
+    alone = found(1)
+    assert alone.workers == {} and alone.peak == alone.memory.peak
+    two, four = found(2, 2, 2), found(4, 2, 2)
+    assert {name: count for name, (count, _) in two.workers.items()} == {
+        "the run's process": 1, "learner": 2, "sampler": 2, "judge": 2,
+    }  # fmt: skip
+    assert four.workers["learner"][1] < two.workers["learner"][1] < alone.peak  # each has a smaller share
+    assert two.workers["the run's process"][1] < alone.peak
+    assert two.peak == sum(count * size for count, size in two.workers.values())
+    assert two.as_dict()["processes"]["sampler"]["count"] == 2

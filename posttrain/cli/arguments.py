@@ -86,6 +86,7 @@ def sections_of(model: str) -> dict[str, dict[str, object]]:
     with Run.read(run) as store:
         recipe = config.as_dict(config.stored(store.header["algorithm"], store.header["recipe"]))
     known = config.as_dict(config.EvalRecipe())
+    recipe.pop("cluster")  # who computed the run says nothing about who evaluates it
     return {name: {k: v for k, v in recipe[name].items() if k in known[name]} for name in known if name in recipe}
 
 

@@ -66,7 +66,7 @@ def status(run: str, as_json: bool) -> None:
     Every worker with its role, process, machine and state, what it has done, and the deaths and restarts so far.
     """
     from posttrain.cli import tables, workers
-    from posttrain.cluster import record
+    from posttrain.store import workers as record
     from posttrain.store.run import Run
 
     with Run.read(Path(run)) as store:

@@ -25,6 +25,13 @@ def show_plan(out: Console, found: Plan) -> None:
     for name in found.memory.phases:
         if name != found.memory.peak_phase:
             table.add_row(f"peak while {name}", gib(found.memory.of(name)), f"{found.memory.of(name) / most:.0%}")
+    if found.workers:
+        table.add_section()
+        for name, (count, size) in found.workers.items():
+            table.add_row(f"{count} × {name}", gib(count * size), "")
+        where = "all processes together" if found.one_machine else "the largest process"
+        table.add_row(where, gib(found.peak), "")
+        table.title = f"{title}; memory by part is that of a single process"
     out.print(table)
     verdict = "fits" if found.fits else "does NOT fit"
     style = "green" if found.fits else "red"

@@ -20,7 +20,7 @@ from posttrain.evaluation.diagnose import SEVERITY, diagnose_run
 from posttrain.pipelines.card import LABELS
 from posttrain.pipelines.figure import Figure, Finished, label
 from posttrain.pipelines.figures import draw, read_figure
-from posttrain.store import durable
+from posttrain.store import durable, workers
 from posttrain.store.pipeline import is_pipeline, read_record
 from posttrain.store.run import EpisodeRow, Run
 from posttrain.types import ConfigError, Json, JsonView
@@ -70,6 +70,7 @@ def run_page(folder: Path) -> str:
             ("Samples", samples(run)),
             ("Held-out answers", held_out(run)),
             ("Settings", settings(run)),
+            ("Processes", processes(folder)),
             ("Events", events(run)),
         ]
     return page(f"Run {folder.resolve().name}", tag("p", about), sections)
@@ -195,6 +196,22 @@ def settings(run: Run) -> Html:
     rest = tag("details", tag("summary", f"{len(same)} settings at their defaults"),
                table("Settings at their defaults", ["setting", "value"], same))  # fmt: skip
     return join(table("Settings that differ from their defaults", ["setting", "value", "default"], changed), rest)
+
+
+def processes(folder: Path) -> Html:
+    """Who worked for the run, where it had learners, samplers or judges of their own: what each did, and deaths."""
+    found = workers.read(folder)
+    if found is None:
+        return Html()
+    rows = [
+        [row["name"], row["where"], row["state"], f"{row['done']:,} {workers.DONE[row['role']]}", row["reason"]]
+        for row in found["workers"]
+    ]
+    lost = ", ".join(
+        f"{role}: {dead} died, {anew} started anew" for role, (dead, anew) in workers.counts(found).items()
+    )
+    about = f"Backend {found['backend']}. {lost}."
+    return join(tag("p", about), table("By start", ["process", "where", "state", "did", "ended because"], rows))
 
 
 def events(run: Run) -> Html:

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from posttrain.cli.tables import printable
-from posttrain.cluster.record import DONE, counts
+from posttrain.store.workers import DONE, counts
 from posttrain.types import JsonView
 
 

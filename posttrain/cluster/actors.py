@@ -13,9 +13,10 @@ from functools import partial
 from typing import Any, Protocol
 
 from posttrain.cluster.messages import Buffer, encode
+from posttrain.store.workers import RUN_ENDED as RUN_ENDED
+from posttrain.store.workers import STARTED_ANEW as STARTED_ANEW
 
 POLL = 0.2  # seconds between two looks at the deadlines
-RUN_ENDED, STARTED_ANEW = "the run has ended", "all workers start anew after a learner died"  # reasons for `kill`
 OnPart = Callable[[Any], None]
 """Gets the values that a worker's generator yields, in another thread than the caller's."""
 

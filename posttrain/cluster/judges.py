@@ -46,6 +46,7 @@ class Judges:
         self.__name__ = name_of(verify)
         self.count, self._start, self._timeout, self._note = count, start, timeout, note
         self._free: queue.SimpleQueue[Actor] = queue.SimpleQueue()
+        self.closed = False
         self.actors = [start() for _ in range(count)]
         for actor in self.actors:
             self._free.put(actor)
@@ -59,7 +60,11 @@ class Judges:
             except (WorkerDied, TooLate) as died:
                 actor.kill(f"it did not score a completion of task {task.id!r} within {self._timeout:g} s")
                 reason = str(died) or f"{actor.name} did not score a completion within {self._timeout:g} s"
-                self._note(f"{reason}. Task {task.id!r} is scored again (try {attempt} of {TRIES}).")
+                if self.closed:
+                    raise
+                last = attempt == TRIES
+                then = "is unscored" if last else f"is scored again (try {attempt + 1} of {TRIES})"
+                self._note(f"{reason}. Task {task.id!r} {then}.")
                 actor = self._replaced(actor)
                 continue
             finally:
@@ -78,6 +83,7 @@ class Judges:
         return new
 
     def close(self, reason: str = RUN_ENDED) -> None:
-        """Ends all judges."""
+        """Ends all judges; none is started afterwards."""
+        self.closed = True
         for actor in self.actors:
             actor.kill(reason)

@@ -21,6 +21,7 @@ from posttrain.cluster.judges import Judges
 from posttrain.cluster.learner import RemoteLearner
 from posttrain.cluster.pool import Crew, Pool
 from posttrain.cluster.record import Record
+from posttrain.cluster.sharded_learner import RemoteShards
 from posttrain.config import ClusterConfig, RolloutConfig, Sampling, TrainConfig
 from posttrain.config.sections import SharedSections
 from posttrain.models.load import Policy, trainable
@@ -99,9 +100,8 @@ class Cluster:
             return make_learner(policy, cfg, total_steps, temperature, forward)
         if not self.ranks:
             self.start_ranks()
-        return RemoteLearner(
-            self.ranks, self.cfg.timeout, str(id(policy)), policy, cfg, total_steps, temperature, forward
-        )
+        remote = RemoteShards if self.cfg.shard == "full" else RemoteLearner
+        return remote(self.ranks, self.cfg.timeout, str(id(policy)), policy, cfg, total_steps, temperature, forward)
 
     def start_ranks(self) -> None:
         """Starts the ranks and waits until they have found each other."""

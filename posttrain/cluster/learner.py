@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from posttrain import rng
 from posttrain.cluster.actors import Actor, ask, ask_all, message
@@ -26,6 +27,18 @@ from posttrain.train.update import check_names
 from posttrain.types import Batch, ConfigError, Json, JsonView, Sample, Stat
 
 LARGEST_LOSS = 1 << 20  # bytes; a loss is sent with every call, so it must not hold a model
+
+
+def check_size(loss: Loss) -> None:
+    """Raises ConfigError if a loss holds a model, or is too large to be sent with every call."""
+    modules: list[nn.Module] = []
+    size = sum(memoryview(part).nbytes for part in encode(loss, modules.append))
+    if modules or size > LARGEST_LOSS:
+        what = f"a model ({type(modules[0]).__name__})" if modules else f"{size / 1e6:.1f} MB"
+        raise ConfigError(
+            f"the loss holds {what}, which would be sent to every learner at every update (at most "
+            f"{LARGEST_LOSS / 1e6:.0f} MB). Let it hold numbers, not a model or a large tensor."
+        )
 
 
 class RemoteLearner:
@@ -69,7 +82,7 @@ class RemoteLearner:
         """See `Learner.forward_backward`."""
         if not batches:
             return []
-        self._check(loss)
+        check_size(loss)
         drawn, own = int(torch.randint(1 << 62, ())), self.cfg.lanes // len(self.ranks)
         order = lanes.order(len(batches), self.cfg.lanes)
         asked = [
@@ -87,14 +100,6 @@ class RemoteLearner:
         self._all("reduce")
         rng.seed_global("after", drawn)
         return [stats[number] for number in range(len(batches))]
-
-    def _check(self, loss: Loss) -> None:
-        size = sum(memoryview(part).nbytes for part in encode(loss))
-        if size > LARGEST_LOSS:
-            raise ConfigError(
-                f"the loss holds {size / 1e6:.1f} MB, which would be sent to every learner at every update (at most "
-                f"{LARGEST_LOSS / 1e6:.0f} MB). Let it hold numbers, not a model or a large tensor."
-            )
 
     def _all(self, method: str, *arguments: Any) -> list[Any]:
         """Calls a method of every rank."""

@@ -10,7 +10,7 @@ import io
 import pickle
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import cloudpickle
@@ -25,7 +25,11 @@ _BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16}  # dtypes that
 class _Pickler(cloudpickle.Pickler):
     """Tensors are pickled through arrays, whose memory is not copied; they arrive on the CPU."""
 
+    on_module: Callable[[nn.Module], None] | None = None
+
     def reducer_override(self, obj: Any) -> Any:
+        if self.on_module and isinstance(obj, nn.Module):
+            self.on_module(obj)
         if type(obj) in (torch.Tensor, nn.Parameter) and obj.layout == torch.strided and not obj.is_quantized:
             flat = obj.detach().cpu().contiguous()
             bits = _BITS.get(flat.dtype)
@@ -48,11 +52,16 @@ def _tensor(array: np.ndarray, dtype: str, needs_grad: bool, parameter: bool) ->
     return nn.Parameter(tensor, needs_grad) if parameter else tensor.requires_grad_(needs_grad)
 
 
-def encode(value: Any) -> list[Buffer]:
-    """A value as a pickle and its buffers; tensors and arrays are not copied, so they must not change until sent."""
+def encode(value: Any, on_module: Callable[[nn.Module], None] | None = None) -> list[Buffer]:
+    """A value as a pickle and its buffers; tensors and arrays are not copied, so they must not change until sent.
+
+    `on_module` is called with every module in it.
+    """
     buffers: list[pickle.PickleBuffer] = []
     file = io.BytesIO()
-    _Pickler(file, protocol=5, buffer_callback=buffers.append).dump(value)
+    pickler = _Pickler(file, protocol=5, buffer_callback=buffers.append)
+    pickler.on_module = on_module
+    pickler.dump(value)
     return [file.getvalue(), *(cast(Buffer, buffer.raw()) for buffer in buffers)]
 
 

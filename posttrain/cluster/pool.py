@@ -20,7 +20,7 @@ import torch
 
 from posttrain.cluster.actors import RUN_ENDED, Actor, WorkerDied, message
 from posttrain.cluster.messages import Buffer
-from posttrain.cluster.sampler import Done
+from posttrain.cluster.sampler import Done, OtherWeights
 from posttrain.rollout.generator import OnDone, OnToken, Request
 from posttrain.store.checkpoint import weights_digest
 from posttrain.types import Completion, RolloutError, SamplingParams
@@ -38,19 +38,26 @@ class Unit:
     request: Request
 
 
-@dataclass
+@dataclass(eq=False)
 class Member:
     """A sampler and what it is doing."""
 
     actor: Actor
     holds: tuple[str, int] = ("", -1)  # digest and version of the weights it was sent
     units: list[Unit] = field(default_factory=list[Unit])
-    missing: set[tuple[int, int]] = field(default_factory=set[tuple[int, int]])  # (request, index) not answered yet
     heard: float = 0.0  # when it last answered
     answered: int = 0
+    refused: str = ""  # why its answers were
 
 
-Event = tuple[Member, str, Any]
+@dataclass(frozen=True)
+class Event:
+    """A completion of a sampler (`done`), or the end of its call (`done` is None)."""
+
+    member: Member
+    units: list[Unit]  # of the call
+    done: Done | None = None
+    error: BaseException | None = None
 
 
 class Crew:
@@ -68,6 +75,7 @@ class Crew:
         self.slots, self.timeout, self.max_restarts = slots, timeout, max_restarts
         self.lock = threading.Lock()  # one `generate` at a time
         self.deaths = 0  # in a row, without an answer
+        self.closed = False
         self._start, self._note = start, note
         self.members = [Member(start()) for _ in range(count)]
 
@@ -79,8 +87,11 @@ class Crew:
             if member.units and time.monotonic() - member.heard > self.timeout:
                 member.actor.kill(f"it has not answered for {self.timeout:g} s")
 
-    def replace(self, member: Member, died: WorkerDied) -> list[Unit]:
-        """Starts another sampler in place of one that died; returns units of what it had not answered."""
+    def replace(self, member: Member, died: WorkerDied, missing: int) -> None:
+        """Starts another sampler in place of one that died; `missing` completions are asked again. Raises `died` once
+        the crew is closed, and RolloutError after too many deaths."""
+        if self.closed:
+            raise died
         self.deaths += 1
         if self.deaths > self.max_restarts:
             raise RolloutError(
@@ -88,12 +99,12 @@ class Crew:
                 f"{self.max_restarts}). Check their memory, then resume.",
                 boundary="generator",
             )
-        self._note(f"{died}. {len(member.missing)} completions are sampled again by another sampler.")
+        self._note(f"{died}. {missing} completions are sampled again by another sampler.")
         self.members[self.members.index(member)] = Member(self._start())
-        return [part for unit in member.units for part in _rest(unit, member.missing)]
 
     def close(self, reason: str = RUN_ENDED) -> None:
-        """Ends all samplers."""
+        """Ends all samplers; none is started afterwards."""
+        self.closed = True
         for member in self.members:
             member.actor.kill(reason)
 
@@ -139,16 +150,18 @@ class Pool:
         out: list[list[Completion | None]] = [[None] * len(request.seeds) for request in requests]
         missing = sum(len(request.seeds) for request in requests)
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        asked = 0  # calls that have not ended
+        asked: set[Member] = set()  # whose call has not ended
         while missing or asked:
-            asked += self._deal(waiting, params, events)
+            self._deal(waiting, params, events, asked)
+            self.crew.check_deadlines()
             try:
-                member, kind, value = events.get(timeout=POLL)
+                event = events.get(timeout=POLL)
             except queue.Empty:
-                self.crew.check_deadlines()
                 continue
-            if kind == "part":
-                number, index, completion = self._accepted(member, value)
+            if event.done is not None:
+                if not self._accepted(event.member, event.done):
+                    continue
+                number, index, completion = event.done
                 if out[number][index] is None:
                     out[number][index], missing = completion, missing - 1
                     if on_token:
@@ -157,19 +170,30 @@ class Pool:
                     if on_done:
                         on_done(number, index, completion)
                 continue
-            asked -= 1
-            if isinstance(value, WorkerDied):
-                waiting.extendleft(reversed(self.crew.replace(member, value)))
-            elif value is not None:
-                raise value
+            asked.discard(event.member)
+            rest = [one for unit in event.units for one in _rest(unit, out[unit.number])]
+            error = event.error
+            if error is None and rest:  # its answers were refused, or it has left some out
+                reason = event.member.refused or "it has not answered all that it was asked"
+                event.member.actor.kill(reason)
+                error = WorkerDied(event.member.actor.name, reason)
+            if isinstance(error, WorkerDied):
+                self.crew.replace(event.member, error, len(rest))
+                waiting.extendleft(reversed(rest))
+            elif error is not None:
+                raise error
         return [[completion for completion in row if completion is not None] for row in out]
 
-    def _deal(self, waiting: deque[Unit], params: SamplingParams, events: queue.SimpleQueue[Event]) -> int:
-        """Gives idle samplers their share of the waiting units, at most what they can sample at once; returns how many
-        were asked."""
-        asked = 0
+    def _deal(
+        self,
+        waiting: deque[Unit],
+        params: SamplingParams,
+        events: queue.SimpleQueue[Event],
+        asked: set[Member],
+    ) -> None:
+        """Gives idle samplers their share of the waiting units, at most what they can sample at once."""
         for member in self.crew.members:
-            if member.units or not waiting:
+            if member in asked or member.units or not waiting:  # a member may have units of a call that was abandoned
                 continue
             rest = sum(len(unit.request.seeds) for unit in waiting)
             share = min(self.crew.slots, -(-rest // len(self.crew.members)))
@@ -177,9 +201,8 @@ class Pool:
             while waiting and taken < share:
                 member.units.append(unit := waiting.popleft())
                 taken += len(unit.request.seeds)
+            asked.add(member)
             self._ask(member, params, events)
-            asked += 1
-        return asked
 
     def _ask(self, member: Member, params: SamplingParams, events: queue.SimpleQueue[Event]) -> None:
         """Sends a sampler its units, and before them the weights if it has others."""
@@ -190,19 +213,20 @@ class Pool:
                 load = message("load", None, self.version, self._digest)
             member.holds = wanted
             member.actor.send(load).add_done_callback(lambda done: self._loaded(member, wanted[0], done))
-        member.missing = {(u.number, u.first + i) for u in units for i in range(len(u.request.seeds))}
         member.heard = time.monotonic()
 
         def on_part(done: Done) -> None:
             member.heard = time.monotonic()
             at, index, completion = done
-            events.put((member, "part", (units[at].number, units[at].first + index, completion)))
+            events.put(Event(member, units, (units[at].number, units[at].first + index, completion)))
 
         def ended(done: Future[Any]) -> None:
+            member.units = []  # also where nobody waits for it any more, after an exception in `on_done`
             error = done.exception()
-            if not isinstance(error, WorkerDied):
-                member.units = []  # also where nobody waits for it any more, after an exception in `on_done`
-            events.put((member, "ended", error))
+            if isinstance(error, OtherWeights):
+                member.actor.kill(str(error))
+                error = WorkerDied(member.actor.name, str(error))
+            events.put(Event(member, units, error=error))
 
         asked = message("generate", [unit.request for unit in units], params, self.version, self._digest)
         member.actor.send(asked, on_part).add_done_callback(ended)
@@ -212,18 +236,15 @@ class Pool:
         if done.exception() is None and done.result() != digest:
             member.actor.kill("the weights that it loaded are not those that it was sent")
 
-    def _accepted(self, member: Member, done: Done) -> Done:
-        """A completion, if it is of the version that was asked for."""
-        number, index, completion = done
-        if completion.version != self.version:
-            raise RolloutError(
-                f"{member.actor.name} answered with version {completion.version} of the weights, expected "
-                f"{self.version}. Its answer was refused.",
-                boundary="generator",
-            )
-        member.missing.discard((number, index))
+    def _accepted(self, member: Member, done: Done) -> bool:
+        """Whether a completion is of the version that was asked for; ends a sampler that answers for another."""
+        found = done[2].version
+        if found != self.version:
+            member.refused = f"it answered with version {found} of the weights, expected {self.version}"
+            member.actor.kill(member.refused)
+            return False
         member.answered, self.crew.deaths = member.answered + 1, 0
-        return done
+        return True
 
 
 def _units(number: int, request: Request) -> list[Unit]:
@@ -233,13 +254,13 @@ def _units(number: int, request: Request) -> list[Unit]:
     return [Unit(number, part.start, _part(request, part)) for part in parts]
 
 
-def _rest(unit: Unit, missing: set[tuple[int, int]]) -> list[Unit]:
-    """The completions of a unit that are missing, as units of adjacent ones."""
-    out: list[Unit] = []
-    for index in range(len(unit.request.seeds)):
-        if (unit.number, unit.first + index) in missing:
-            out.append(Unit(unit.number, unit.first + index, _part(unit.request, range(index, index + 1))))
-    return out
+def _rest(unit: Unit, answers: Sequence[Completion | None]) -> list[Unit]:
+    """The completions of a unit that its request lacks, as units of one each."""
+    return [
+        Unit(unit.number, unit.first + index, _part(unit.request, range(index, index + 1)))
+        for index in range(len(unit.request.seeds))
+        if answers[unit.first + index] is None
+    ]
 
 
 def _part(request: Request, indices: range) -> Request:

@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from posttrain.cluster.actors import WorkerDied
+from posttrain.cluster.sharded import ShardedLearner, gradient_difference
 from posttrain.cluster.worker import ADDRESS
 from posttrain.config import TrainConfig
 from posttrain.models.load import Policy
@@ -34,17 +36,18 @@ class Rank:
         cuda = device.startswith("cuda")
         self.device = torch.device(f"cuda:{number % torch.cuda.device_count()}" if cuda else device)
         self.learners: dict[str, LaneLearner] = {}
-        self._store: dist.TCPStore | None = None
+        self.shards: dict[str, ShardedLearner] = {}
+        self._store: TCPStore | None = None
 
     def listen(self) -> tuple[str, int]:
         """Opens the store where ranks find each other, on rank 0; returns its address and port."""
         host = os.environ[ADDRESS]
-        self._store = dist.TCPStore(host, 0, None, True, self.timeout, wait_for_workers=False)
+        self._store = TCPStore(host, 0, None, True, self.timeout, wait_for_workers=False)
         return host, self._store.port
 
     def join(self, host: str, port: int) -> None:
         """Joins the process group; returns when all ranks have."""
-        store = self._store or dist.TCPStore(host, port, None, False, self.timeout)
+        store = self._store or TCPStore(host, port, None, False, self.timeout)
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=self.number, world_size=self.ranks, timeout=self.timeout)
 
@@ -99,6 +102,37 @@ class Rank:
         """See `Learner.load`; a collective."""
         with self._collective():
             self.learners[key].load(tensors, state)
+
+    def shard(
+        self, key: str, policy: Policy, cfg: TrainConfig, total_steps: int, temperature: float, forward: Forward
+    ) -> None:
+        """Makes a learner whose model is sharded over the ranks; a collective."""
+        self.shards.pop(key, None)
+        with self._collective():
+            self.shards[key] = ShardedLearner(policy, cfg, total_steps, temperature, forward)
+
+    def sharded(self, key: str, method: str, *arguments: Any) -> Any:
+        """Calls a method of a sharded learner; a collective."""
+        with self._collective():
+            return getattr(self.shards[key], method)(*arguments)
+
+    def seeded(self, key: str, drawn: int, batches: Sequence[Batch], loss: Loss) -> list[dict[str, Stat]]:
+        """See `ShardedLearner.forward_backward`, with the driver's random numbers; a collective."""
+        torch.manual_seed(drawn)
+        with self._collective():
+            return self.shards[key].forward_backward(batches, loss)
+
+    def difference(self, key: str, drawn: int, whole: Policy | None, batches: Sequence[Batch], loss: Loss) -> float:
+        """See `gradient_difference`; a collective."""
+        torch.manual_seed(drawn)
+        with self._collective():
+            return gradient_difference(self.shards[key], whole, batches, loss)
+
+    def gathered(self, key: str) -> dict[str, torch.Tensor] | None:
+        """The trainable tensors, from rank 0; a collective."""
+        with self._collective():
+            weights = self.shards[key].weights()
+        return weights if self.number == 0 else None
 
     @contextmanager
     def _collective(self) -> Iterator[None]:

@@ -15,14 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from posttrain.cluster.actors import RUN_ENDED, STARTED_ANEW, Actor
+from posttrain.cluster.actors import Actor
 from posttrain.store.durable import publish_file
-from posttrain.types import Json, JsonView
+from posttrain.store.workers import FILE, RUN_ENDED, STARTED_ANEW
+from posttrain.types import Json
 
-FILE = "cluster.json"
 LOOK, WRITE = 0.2, 5.0  # seconds between two looks at the workers, and between two writes of what they have done
-DONE = {"learner": "micro-batches", "sampler": "completions", "judge": "completions scored"}
-"""Role → what its workers' counts are of."""
 
 
 @dataclass
@@ -110,30 +108,3 @@ def _state(actor: Actor) -> str:
     if actor.alive:
         return "alive" if actor.made.done() else "starting"
     return "ended" if actor.reason in (RUN_ENDED, STARTED_ANEW) else "dead"
-
-
-def read(folder: Path) -> Json | None:
-    """The record of a run's latest process; None if it had no workers."""
-    try:
-        return json.loads((folder / FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-
-
-def ended(found: Json) -> None:
-    """Corrects the record of a process that is gone, which ends its workers, too."""
-    for row in found["workers"]:
-        if row["state"] in ("starting", "alive"):
-            row.update(state="ended", reason="the run's process has ended")
-
-
-def counts(found: JsonView) -> dict[str, tuple[int, int]]:
-    """(deaths, workers started after a death) by role; learners start anew together."""
-    roles = dict.fromkeys(row["role"] for row in found["workers"])
-    out: dict[str, tuple[int, int]] = {}
-    for role in roles:
-        rows = [row for row in found["workers"] if row["role"] == role]
-        gone = [row for row in rows if row["state"] == "dead" or row["reason"] == STARTED_ANEW]
-        first = min((row["ended"] for row in gone if row["ended"] is not None), default=float("inf"))
-        out[role] = sum(row["state"] == "dead" for row in rows), sum(row["started"] >= first for row in rows)
-    return out

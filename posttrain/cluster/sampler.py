@@ -19,6 +19,10 @@ from posttrain.types import Completion, RolloutError, SamplingParams
 Done = tuple[int, int, Completion]  # request, index, completion
 
 
+class OtherWeights(RolloutError):
+    """A sampler was asked for completions of weights that it does not hold. It is replaced."""
+
+
 class Sampler:
     """Answers requests for the weights it was given, and for no others."""
 
@@ -30,6 +34,7 @@ class Sampler:
     def load(self, weights: Mapping[str, torch.Tensor] | None, version: int, digest: str) -> str:
         """Loads weights (None: those it has, as another version); returns the digest of what the generator holds."""
         if weights is not None:
+            self._loaded = ""  # half-loaded weights are nobody's
             self.generator.load(weights, version)
             held = self.generator.weights()
             self._loaded = weights_digest({name: held[name] for name in weights})
@@ -39,11 +44,11 @@ class Sampler:
     def generate(
         self, requests: Sequence[Request], params: SamplingParams, version: int, digest: str
     ) -> Iterator[Done]:
-        """Yields completions as they end. Raises RolloutError if the weights are not those that were asked for."""
+        """Yields completions as they end. Raises OtherWeights if the weights are not those that were asked for."""
         if (self.generator.version, self._loaded) != (version, digest):
-            raise RolloutError(
-                f"a sampler holds version {self.generator.version} of the weights, but version {version} was asked "
-                "for. Its answers were refused.",
+            raise OtherWeights(
+                f"it holds other weights (version {self.generator.version}) than those that were asked for (version "
+                f"{version})",
                 boundary="generator",
             )
         ended: queue.SimpleQueue[Done | None] = queue.SimpleQueue()

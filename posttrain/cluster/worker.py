@@ -11,15 +11,17 @@ import json
 import os
 import platform
 import queue
+import select
 import signal
 import socket
 import struct
 import sys
 import threading
+import traceback
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
-from typing import Any
+from typing import Any, NoReturn
 
 from posttrain import __version__
 from posttrain.cluster.messages import Buffer, decode, encode, read, write
@@ -28,6 +30,8 @@ from posttrain.types import ConfigError
 Reply = tuple[str, list[Buffer]]
 ADDRESS = "POSTTRAIN_NODE_ADDRESS"  # where other workers reach this one; set by the backend
 LOADED = ("posttrain.cluster.rank", "posttrain.cluster.sampler", "posttrain.cluster.judges")
+UNKNOWN = -1  # the exit status of a process that another has forked
+LOOK = 1.0  # seconds between two looks whether the driver is alive
 FORK, WAIT = b"f", b"w"  # requests: fork a worker for the two descriptors sent along; wait for a worker's end
 
 
@@ -36,6 +40,7 @@ class Host:
 
     def __init__(self) -> None:
         self._object: Any = None
+        self._unmade: Exception | None = None  # why there is no object
 
     def answer(self, parts: Sequence[Buffer]) -> Iterator[Reply]:
         """Runs a call, (method, arguments). Yields a "part" for each value of a generator, then "done" or "raised".
@@ -44,6 +49,8 @@ class Host:
         """
         try:
             method, arguments = decode(parts)
+            if self._unmade is not None:
+                raise self._unmade
             if method == "make":
                 kind, arguments = arguments[0], arguments[1:]
                 module, _, name = kind.partition(":")
@@ -60,6 +67,8 @@ class Host:
                 result = None
             yield "done", encode(result)
         except Exception as error:
+            if self._object is None:
+                self._unmade = error
             yield "raised", _encoded(error)
 
 
@@ -119,45 +128,88 @@ def serve(sock: socket.socket) -> None:
 
 
 def main(descriptor: int) -> None:
-    """Loads the package, then forks workers until the driver closes the connection."""
+    """Loads the package, then forks workers until the driver closes the connection or dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
+    driver = os.getppid()
     sock = socket.socket(fileno=descriptor)
-    for module in LOADED:
-        import_module(module)
+    _load(driver)
+    workers: set[int] = set()  # that have not been waited for
     while True:
+        while not select.select([sock], [], [], LOOK)[0]:
+            if os.getppid() != driver:  # another process may hold the connection, if the driver has forked
+                _end(workers)
         request, descriptors, _, _ = socket.recv_fds(sock, 1, 2)
-        if not request:
-            os._exit(0)
-        size = struct.unpack("<Q", sock.recv(8, socket.MSG_WAITALL))[0]
-        body = json.loads(sock.recv(size, socket.MSG_WAITALL))
+        size = sock.recv(8, socket.MSG_WAITALL) if request else b""
+        if len(size) < 8:
+            _end(workers)
+        body = json.loads(sock.recv(struct.unpack("<Q", size)[0], socket.MSG_WAITALL))
         if request == WAIT:
-            status = int(signal.SIGKILL)  # unknown for a worker that an earlier process has forked
-            with suppress(ChildProcessError):
-                status = os.waitpid(body, 0)[1]
-            sock.sendall(struct.pack("<q", status))
+            known = body in workers  # not if it was forked by a process before this one, which has died
+            sock.sendall(struct.pack("<q", os.waitpid(body, 0)[1] if known else UNKNOWN))
+            workers.discard(body)
             continue
         pid = os.fork()
         if pid == 0:
             sock.close()
-            _begin(*descriptors, body)
+            connection, output = descriptors
+            _begin(connection, output, body)
+        with suppress(OSError):  # it may have ended
+            os.setpgid(pid, pid)  # here too, so that it can be ended as a group from now on
+        workers.add(pid)
         for one in descriptors:
             os.close(one)
         sock.sendall(struct.pack("<q", pid))
 
 
+def _load(driver: int) -> None:
+    """Imports what workers need; ends if the driver dies meanwhile."""
+    loaded = threading.Event()
+
+    def watch() -> None:
+        while not loaded.wait(LOOK):
+            if os.getppid() != driver:
+                os._exit(0)
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    for module in LOADED:
+        import_module(module)
+    loaded.set()
+    watching.join()  # a process with threads must not fork
+
+
+def _end(workers: set[int]) -> NoReturn:
+    """Ends with all workers: also those that are stopped, and what they have started."""
+    for pid in workers:
+        with suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+    os._exit(0)
+
+
 def _begin(connection: int, output: int, environment: dict[str, str]) -> None:
     """The life of a forked worker; never returns."""
     try:
-        os.setsid()  # so that it is ended together with what it starts
+        with suppress(PermissionError):  # the parent has done it
+            os.setpgid(0, 0)  # so that it is ended together with what it starts
         for standard in (1, 2):
             os.dup2(output, standard)
         os.close(output)
         os.environ.clear()
         os.environ.update(environment)
         serve(socket.socket(fileno=connection))
+    except BaseException:  # SystemExit, too: the driver repeats what it said
+        traceback.print_exc()
     finally:
         os._exit(1)
 
 
+def _fill_standard() -> None:
+    """Opens what is closed of the descriptors 0, 1 and 2, so that no connection gets their numbers."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
+
+
 if __name__ == "__main__":
+    _fill_standard()
     main(int(sys.argv[1]))

@@ -21,7 +21,7 @@ from posttrain.types import ConfigError
 
 @dataclass(frozen=True)
 class EvalRecipe:
-    """Samples a model on held-out tasks; of `train`, only `threads` and `device` apply."""
+    """Samples a model on held-out tasks; of `train`, only `threads` and `device` apply, of `cluster` not `learners`."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -36,4 +36,9 @@ class EvalRecipe:
     def __post_init__(self) -> None:
         if self.eval.temperature < 0:
             raise ConfigError(f"eval.temperature={self.eval.temperature} is negative; 0 is greedy.")
+        if self.cluster.learners > 1:
+            raise ConfigError(
+                f"cluster.learners={self.cluster.learners}, but an evaluation computes no gradients. Give "
+                "cluster.samplers instead."
+            )
         check_shared(self)

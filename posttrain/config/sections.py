@@ -169,6 +169,8 @@ class ClusterConfig:
     """Processes that sample completions; 0 samples in the run's own process."""
     judges: int = 0
     """Processes that score completions; 0 scores them in the run's own process."""
+    shard: Literal["optimizer", "full"] = "optimizer"
+    """What learners divide: the optimizer, each with the whole model; or `full`, the model too, equal to rounding."""
     backend: Literal["processes", "ray"] = "processes"
     """`processes` on this machine, or `ray`, on one machine or several (docs/cluster.md)."""
     address: str = ""
@@ -307,7 +309,12 @@ def check_cluster(cluster: ClusterConfig, train: TrainConfig) -> None:
     require_positive(cluster, "learners", "timeout")
     if min(cluster.samplers, cluster.judges, cluster.max_restarts) < 0:
         raise ConfigError("cluster.samplers, judges and max_restarts cannot be negative.")
-    if cluster.learners > 1 and train.lanes % cluster.learners:
+    if cluster.shard == "full" and (cluster.learners == 1 or train.lanes > 1):
+        raise ConfigError(
+            f'cluster.shard = "full" needs cluster.learners of 2 or more and train.lanes=1, not {cluster.learners} and '
+            f"{train.lanes}: a sharded model cannot keep the order in which lanes are added."
+        )
+    if cluster.shard != "full" and cluster.learners > 1 and train.lanes % cluster.learners:
         raise ConfigError(
             f"cluster.learners={cluster.learners} does not divide train.lanes={train.lanes}, the partial sums in which "
             "a gradient is added. Set train.lanes to a power of two that it divides, such as 8; it is part of the "

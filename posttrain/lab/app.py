@@ -32,6 +32,7 @@ from posttrain.lab.inspector import EPISODE
 from posttrain.lab.label import routes as label
 from posttrain.lab.routing import NO_STORE, Routes, get, named
 from posttrain.lab.safety import Guard
+from posttrain.store import workers
 from posttrain.store.run import Run
 from posttrain.types import Json, PosttrainError
 
@@ -126,6 +127,7 @@ class Lab:
             recipe = run.header.get("recipe", {})
         kinds = episodes.kinds(folder)
         about["parts"] = episodes.part_names(folder)
+        about["processes"] = processes(folder)
         name = named(request, "run")
         return {"name": name, "folder": str(folder), **about, "events": noted, "episodes": kinds, "recipe": recipe}
 
@@ -176,6 +178,12 @@ class Lab:
         except (PosttrainError, OSError) as error:
             await socket.send_text(json.dumps({"error": str(error)}))
             await socket.close(1011)
+
+
+def processes(folder: Path) -> list[Json]:
+    """Who worked for a run, where it had learners, samplers or judges of their own."""
+    found = workers.read(folder) or {"workers": []}
+    return [{**row, "unit": workers.DONE[row["role"]]} for row in found["workers"]]
 
 
 @lru_cache(maxsize=32)

@@ -34,9 +34,11 @@ class Linears:
 
 def fits(body: nn.Module) -> bool:
     """Whether `forward` supports this decoder: a model of FAMILY with full attention in float32 on a CPU, and compiled
-    kernels."""
+    kernels.
+
+    A weight of every layer is looked at: in a sharded pass the embedding is whole and the layers are not.
+    """
     config: Any = body.config
-    weight: torch.Tensor = body.embed_tokens.weight if hasattr(body, "embed_tokens") else torch.empty(0)  # type: ignore[union-attr]
     return (
         config.model_type in FAMILY
         and config.hidden_act == "silu"
@@ -45,7 +47,8 @@ def fits(body: nn.Module) -> bool:
         and not changes_with_length(config)
         and head_width(config) <= WIDEST_HEAD
         and head_width(config) % 2 == 0
-        and kernels.takes(weight)
+        and kernels.takes(body.embed_tokens.weight)  # type: ignore[union-attr]
+        and all(kernels.takes(layer.input_layernorm.weight) for layer in body.layers)  # type: ignore[union-attr]
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -32,6 +32,7 @@ from posttrain.models.shapes import ModelShape, shape_of
 from posttrain.models.weights import base_of, load_tokenizer
 from posttrain.planner.memory import BASELINE, TILE, Memory, Rows, Where, plan_memory, rollout_of, samples
 from posttrain.planner.speed import step_seconds
+from posttrain.planner.workers import worker_memory
 from posttrain.rollout.sample_pairs import load_pairs
 from posttrain.train.device import resolve
 from posttrain.train.job import Setup
@@ -66,10 +67,19 @@ class Plan:
     steps: int
     unknown: list[str]
     refused: str = ""
+    workers: dict[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
+    """(number, peak bytes of each) by kind of process, if there are several."""
+    one_machine: bool = True
+
+    @property
+    def peak(self) -> int:
+        """Peak bytes on a machine: of all processes, or of the largest where they are on several machines."""
+        sizes = [count * size if self.one_machine else size for count, size in self.workers.values()]
+        return (sum(sizes) if self.one_machine else max(sizes)) if sizes else self.memory.peak
 
     @property
     def fits(self) -> bool:
-        return self.memory.peak <= self.limit
+        return self.peak <= self.limit
 
     def as_dict(self) -> Json:
         """The plan as JSON values, in bytes and seconds."""
@@ -80,7 +90,8 @@ class Plan:
             "rows": vars(self.rows),
             "held": dict(self.memory.held),
             "phases": {name: dict(parts) for name, parts in self.memory.phases.items()},
-            "peak": self.memory.peak,
+            "peak": self.peak,
+            "processes": {name: {"count": n, "bytes": size} for name, (n, size) in self.workers.items()},
             "peak_phase": self.memory.peak_phase,
             "memory": self.limit,
             "fits": self.fits,
@@ -140,7 +151,8 @@ def plan(
         seconds = step_seconds(recipe, shape, rows, "cuda" if cuda else "cpu")
     unknown += not_known(recipe, where)
     algorithm = config.algorithm_of(recipe)
-    return Plan(algorithm, shape, rows, found, limit, changes, seconds, recipe.train.steps, unknown, refused)
+    spread = worker_memory(recipe, shape, rows, where), recipe.cluster.backend == "processes"
+    return Plan(algorithm, shape, rows, found, limit, changes, seconds, recipe.train.steps, unknown, refused, *spread)
 
 
 def warning(recipe: Recipe) -> str:

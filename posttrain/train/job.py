@@ -205,12 +205,12 @@ class Loop:
                 since = self.best.since
                 later = "1 evaluation has" if since == 1 else f"{since} evaluations have"
                 self._end_here(f"{best}, and {later} not improved on it")
-        while self.notes:
-            events = [*events, Event("warning", "cluster", self.notes.pop(0))]
         if self.ended:
             events = [*events, Event("info", "ended", f"Ended after step {self.step} of {planned}: {self.ended}.")]
         failpoint("step:before-store")
         self.store.write(self.step, values, times, rows, events)
+        while self.notes:  # not among the step's events, which are part of its digest
+            self.store.note(self.step, Event("warning", "cluster", self.notes.pop(0)))
         failpoint("step:after-store")
         self.on_step(self.step, values | times)
         if hopeless:

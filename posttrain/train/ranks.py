@@ -21,8 +21,10 @@ from posttrain.train.lanes import Layout
 class Group(Protocol):
     """The processes that compute a learner's gradient together. Every process calls every method."""
 
-    rank: int
-    ranks: int
+    @property
+    def rank(self) -> int: ...
+    @property
+    def ranks(self) -> int: ...
 
     def reduce(self, layout: Layout, total: torch.Tensor) -> list[torch.Tensor]:
         """The rank's share of each region of the vector, added over all ranks; may change `total`."""

@@ -22,7 +22,18 @@ def backward(
     Raises TrainingDiverged on a non-finite loss; `update` is its number (from 1) for the message.
     """
     learner_mode(policy)
-    outputs = forward(policy, batch, temperature)
+    value, stats = checked_loss(forward(policy, batch, temperature), batch, loss, update)
+    value.backward()
+    return stats
+
+
+def checked_loss(
+    outputs: tuple[torch.Tensor, ...], batch: Batch, loss: Loss, update: int
+) -> tuple[torch.Tensor, dict[str, Stat]]:
+    """The loss of one micro-batch from its forward pass's outputs, and its stats, among them the loss itself.
+
+    Raises TrainingDiverged if it is not finite; `update` is its number (from 1) for the message.
+    """
     value, stats = loss(*outputs, batch)
     if not torch.isfinite(value):
         rows = (~torch.isfinite(outputs[0])).any(1).nonzero().flatten().tolist()
@@ -30,8 +41,7 @@ def backward(
             f"the loss of update {update} is {value.item()} (rows with non-finite model outputs: "
             f"{rows or 'none'}). The update was not applied; lower train.lr or inspect the step's data."
         )
-    value.backward()
-    return {"loss": Stat(value.item(), 1, "sum"), **stats}
+    return value, {"loss": Stat(value.item(), 1, "sum"), **stats}
 
 
 def check_norm(norm: torch.Tensor, update: int) -> None:

@@ -44,6 +44,7 @@ function Watched({ run, others, metrics, about }) {
     </section>
     <section id="changes"><h2>Before and after</h2><${Changes} changes=${own.changes} /></section>
     <section id="verdicts"><h2>Verdicts</h2>${own.state === "loading" ? html`<${Waiting} of="the curves" />` : html`<${Verdicts} run=${run} />`}</section>
+    ${about.processes.length > 0 && html`<section id="processes"><h2>Processes</h2><${Processes} rows=${about.processes} /></section>`}
     <section id="notes"><h2>Events</h2><${Notes} events=${about.events} /></section>
     <section id="settings"><h2>Settings</h2><${Settings} recipe=${about.recipe} folder=${about.folder} /></section>`;
 }
@@ -109,6 +110,13 @@ function Notes({ events }) {
   return html`<${Table} caption=${shown.length < events.length ? `The last 200 of ${grouped(events.length)} events` : "Events in order of step"} head=${["step", "level", "what", "message"]}>
     ${shown.map((one) => html`<tr><td class="number">${one.step}</td><td><${Mark} of=${one.level} /></td><th scope="row">${printable(one.kind)}</th>
       <td class="text">${printable(one.message)}</td></tr>`)}</${Table}>`;
+}
+
+// Who worked for the run, if learners, samplers or judges had processes of their own.
+function Processes({ rows }) {
+  return html`<${Table} caption="Processes in the order in which they were started" head=${["process", "where", "state", "did", "ended because"]}>
+    ${rows.map((one) => html`<tr><th scope="row">${printable(one.name)}</th><td>${printable(one.where)}</td><td>${printable(one.state)}</td>
+      <td class="number">${grouped(one.done)} ${printable(one.unit)}</td><td class="text">${printable(one.reason)}</td></tr>`)}</${Table}>`;
 }
 
 function Settings({ recipe, folder }) {
