@@ -22,6 +22,7 @@ from posttrain.cluster import node, on_ray, processes, record
 from posttrain.cluster.actors import RUN_ENDED, STARTED_ANEW, WorkerDied, call
 from posttrain.cluster.messages import encode
 from posttrain.config import ClusterConfig
+from posttrain.store import workers as stored
 from posttrain.types import ConfigError
 from tests.test_cluster import kept, of, place, settings, trained, workers  # noqa: F401 - `place` is a fixture
 
@@ -46,18 +47,18 @@ def refused(done: Result, *said: str) -> None:
 def test_the_record_says_who_is_alive_dead_or_ended_and_what_they_did(tmp_path: Path) -> None:
     found = record.Record("processes")
     found.write_to(tmp_path)
-    assert record.read(tmp_path) is None  # no workers, no file
+    assert stored.read(tmp_path) is None  # no workers, no file
     actors = [processes.start(f"sampler-{n}", "tests.test_cluster:Echo", ("echo",)) for n in range(3)]
     for actor in actors:
         found.add("sampler", actor)
-    assert len(record.read(tmp_path)["workers"]) >= 1  # pyright: ignore[reportOptionalSubscript]
+    assert len(stored.read(tmp_path)["workers"]) >= 1  # pyright: ignore[reportOptionalSubscript]
     assert actors[0].send(encode(("count", (3,)))).result(60) is None
     os.kill(actors[1].pid, signal.SIGKILL)
     with pytest.raises(WorkerDied):
         call(actors[1], "wait").result(60)
     actors[2].kill(RUN_ENDED)
     found.close()
-    rows = (record.read(tmp_path) or {})["workers"]
+    rows = (stored.read(tmp_path) or {})["workers"]
     assert [row["state"] for row in rows] == ["alive", "dead", "ended"]
     assert "SIGKILL" in rows[1]["reason"] and rows[1]["ended"] >= rows[1]["started"]
     assert rows[0]["done"] == 3 and rows[0]["where"].startswith(f"pid {actors[0].pid} on ")
@@ -73,7 +74,7 @@ def test_deaths_and_restarts_are_counted_by_role() -> None:
         row("learner", "alive", 6), row("sampler", "ended", 0, 5, STARTED_ANEW), row("sampler", "alive", 6),
         row("judge", "alive", 0), row("judge", "dead", 0, 3), row("judge", "alive", 3),
     ]  # fmt: skip
-    assert record.counts({"workers": rows}) == {"learner": (1, 2), "sampler": (0, 1), "judge": (1, 1)}
+    assert stored.counts({"workers": rows}) == {"learner": (1, 2), "sampler": (0, 1), "judge": (1, 1)}
 
 
 def test_status_shows_the_workers_of_a_run_and_their_deaths(
@@ -103,7 +104,7 @@ def test_status_shows_the_workers_of_a_run_and_their_deaths(
 def test_status_of_a_run_whose_process_is_gone_shows_no_worker_as_alive(tmp_path: Path) -> None:
     row = {"name": "judge-0", "role": "judge", "state": "alive", "reason": ""}
     found: dict[str, Any] = {"workers": [row, {**row, "state": "dead", "reason": "killed"}]}
-    record.ended(found)
+    stored.ended(found)
     assert [row["state"] for row in found["workers"]] == ["ended", "dead"]
 
 

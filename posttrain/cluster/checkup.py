@@ -35,7 +35,9 @@ def check(recipe: GRPORecipe) -> list[Finding]:
     set_threads(recipe.train.threads)
     began = time.monotonic()
     with Cluster(recipe) as cluster:
-        findings: list[Finding] = [("the run's process", f"{_text(versions())}, threads {torch.get_num_threads()}", None)]
+        findings: list[Finding] = [
+            ("the run's process", f"{_text(versions())}, threads {torch.get_num_threads()}", None)
+        ]
         if asked.backend == "ray":
             findings += _nodes(asked.timeout)
         cluster.generator(load_policy(recipe.model, resolve(recipe.train.device)), recipe.rollout)

@@ -37,6 +37,7 @@ class Record:
 
     def add(self, role: str, actor: Actor) -> None:
         """Adds a worker that has just been started."""
+        self._states()  # the one that it replaces has ended before
         self.workers.append((role, actor, time.time()))
         actor.made.add_done_callback(lambda made: made.exception() or self._ready.setdefault(actor.name, time.time()))
         self._begin()
