@@ -1,8 +1,8 @@
 """Drivers of clusters that are killed, forked from a process that has loaded everything, and so are their workers.
 
-It reads one JSON request per line, `{"folder", "algorithm", "settings", "failpoint", "kill_after", "kill_at_step", "signal"}`, runs or
-resumes the run, and answers with the exit code of its process and the seconds that any other process of the run has
-lived longer; LONGEST if one is still there.
+It reads one JSON request per line, with "folder", "algorithm" and "settings" of a run, and when it is to be killed:
+"failpoint", "kill_after" or "kill_at_step", with "signal". It starts or resumes the run, and answers with the exit code
+of its process and the seconds that any other process of the run has lived longer; LONGEST if one is still there.
 """
 
 from __future__ import annotations

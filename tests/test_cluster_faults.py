@@ -1,4 +1,4 @@
-"""What may go wrong in a cluster: wrong weights, losses that cannot be sent, Ctrl-C, full disks, broken pipes, deaths."""
+"""What may go wrong in a cluster: wrong weights, losses that cannot be sent, Ctrl-C, full disks, deaths."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ class _Forker:
 
 def spawn(end: socket.socket) -> subprocess.Popen[bytes]:
     """Starts the process that forks workers, connected by `end`."""
-    paths = os.pathsep.join(path for path in sys.path if path)
+    paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
     return subprocess.Popen(
         [sys.executable, "-m", "posttrain.cluster.worker", str(end.fileno())],
         pass_fds=[end.fileno()],
