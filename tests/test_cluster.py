@@ -31,19 +31,21 @@ from tests import tiny
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def longer(completion: str, **task: Any) -> float:
-    """A reward that differs between completions."""
-    return (len(completion) % 5) / 4
+ROWS = {"sft": "answers", "dpo": "pairs", "reward": "pairs", "prm": "solutions"}
+"""Algorithms that learn from a file, and which."""
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("cluster")
     tiny.chatty(root / "model")
+    tiny.chatty(root / "teacher")
     pairs = [{"prompt": f"{i}?", "chosen": f"{i * i}", "rejected": f"{i + 3}"} for i in range(24)]
     (root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     answers = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs]
     (root / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
+    steps = [{"question": f"Go {i}.", "steps": ["oo", "xx"], "mistake_index": 1, "answer": "o"} for i in range(24)]
+    (root / "solutions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps))
     (root / "reward.py").write_text("def longer(completion, **task):\n    return (len(completion) % 5) / 4\n")
     return root
 
@@ -53,12 +55,12 @@ def settings(place: Path, algorithm: str) -> dict[str, Any]:
         "model.path": str(place / "model"), "train.threads": 1, "train.lanes": 4, "train.steps": 2,
         "train.micro_batch_tokens": 48, "run.checkpoint_every": 1, "cluster.timeout": 60,
     }  # fmt: skip
-    if algorithm in ("sft", "dpo", "reward"):
-        rows = "answers" if algorithm == "sft" else "pairs"
-        return given | {"data.tasks": str(place / f"{rows}.jsonl"), "data.holdout": 0.2}
+    if algorithm in ROWS:
+        return given | {"data.tasks": str(place / f"{ROWS[algorithm]}.jsonl"), "data.holdout": 0.2}
     given |= {"rollout.max_tokens": 8, "rollout.slots": 32, "algo.prompts": 4, "eval.problems": 4,
               "data.tasks": "sums", "data.count": 16, "reward.name": f"{place / 'reward.py'}:longer"}  # fmt: skip
-    return given | ({"algo.group_size": 4} if algorithm in ("grpo", "raft") else {})
+    given |= {"algo.teacher": str(place / "teacher")} if algorithm == "distill" else {}
+    return given | ({"algo.group_size": 4} if algorithm in ("grpo", "raft", "distill") else {})
 
 
 def trained(
@@ -173,11 +175,9 @@ def of(learners: int, samplers: int = 0, judges: int = 0) -> dict[str, Any]:
 
 @pytest.mark.parametrize("algorithm", config.RECIPES)
 def test_who_computes_a_run_does_not_change_it(algorithm: str, place: Path, tmp_path: Path) -> None:
-    if algorithm not in ("grpo", "ppo", "sft", "dpo", "reward", "raft", "online-dpo"):
-        pytest.skip("needs data of its own; `make test-cluster` runs it")
     given = settings(place, algorithm)
     alone = trained(tmp_path / "alone", algorithm, given)
-    shape = of(2, 2, 2) if algorithm not in ("sft", "dpo", "reward") else of(4)
+    shape = of(4) if algorithm in ROWS else of(2, 2, 2)
     assert trained(tmp_path / "spread", algorithm, given | shape) == alone
 
 
