@@ -274,7 +274,7 @@ def prepare(
 def _drive(store: Run, recipe: Recipe, job: Job, on_step: OnStep | None, cluster: Cluster) -> Result:
     with Interrupt() as interrupt, open_trackers(recipe.run.track, store):
         loop = Loop(store, recipe.run, on_step or (lambda step, values: None), interrupt, make_learner=cluster.learner)
-        cluster.attach(store.folder, loop.notes.append)
+        cluster.attach(store.folder, loop.notes)
         summary = job.run(loop)
         if summary is not None:
             save_pretrained(job.policy, store.folder / "model")

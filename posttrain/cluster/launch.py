@@ -52,6 +52,7 @@ class Cluster:
     crew: Crew | None = None
     judges: list[Judges] = field(default_factory=list[Judges])
     record: Record = field(init=False)
+    _notes: list[str] = field(default_factory=list[str])
     _numbers: dict[str, int] = field(default_factory=dict[str, int])
 
     def __post_init__(self) -> None:
@@ -67,9 +68,10 @@ class Cluster:
         self.close()
         self.record.close()
 
-    def attach(self, folder: Path, note: Callable[[str], None]) -> None:
-        """Tells the cluster of the run: its folder, for the record, and who gets the notes."""
-        self.note = note
+    def attach(self, folder: Path, notes: list[str]) -> None:
+        """Tells the cluster of the run: its folder, for the record, and where notes go, with those not stored yet."""
+        notes[:0] = self._notes  # of a step that a dead learner has kept from ending
+        self._notes, self.note = notes, notes.append
         self.record.write_to(folder)
 
     @property

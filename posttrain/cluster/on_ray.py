@@ -76,6 +76,7 @@ def open(cfg: ClusterConfig) -> None:
             'cluster.backend = "processes" on this machine.'
         ) from None
     if not ray.is_initialized():
+        _messages_to_stderr()
         quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
         try:
             if address:
@@ -86,6 +87,13 @@ def open(cfg: ClusterConfig) -> None:
             where = f"the Ray cluster at {address}" if address else "Ray on this machine"
             raise ConfigError(f"{where} cannot be used: {_first_line(error)}") from None
     check_resources(ray, cfg)
+
+
+def _messages_to_stderr() -> None:
+    """Ray prints what its nodes report on stdout, where `--json` has one document, and has no setting for that."""
+    module = import_module("ray._private.worker")
+    if show := getattr(module, "print_to_stdstream", None):
+        module.print_to_stdstream = lambda data, ignore_prefix: show({**data, "is_err": True}, ignore_prefix)
 
 
 def _workers(cfg: ClusterConfig) -> int:
@@ -207,7 +215,7 @@ class RayActor:
 def _first_line(error: Exception) -> str:
     """The first line of a message that has text."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 def nodes() -> list[dict[str, Any]]:
