@@ -242,7 +242,7 @@ def test_nobody_is_started_for_a_cluster_that_is_closed(
     started = workers("sampler", monkeypatch) + workers("judge", monkeypatch)
     made = cluster(samplers=1, judges=1)
     pool = made.generator(tiny.load(place / "model"), made.recipe.rollout)
-    judges = made.verifier(lambda task, text: Verdict(0.0))
+    judges = made.verifier(lambda task, text: Verdict(0.0, False))
     before = len(started)
     made.close()
     with pytest.raises(WorkerDied, match="the run has ended"):
@@ -305,6 +305,12 @@ def deadly(completion: str, **task: Any) -> float:
     return len(completion) / 10
 
 
+def scored(verify: Any, text: str) -> float:
+    verdict, _ = score_safely(verify, TASK, text)
+    assert verdict is not None
+    return verdict.score
+
+
 def test_a_completion_that_kills_three_judges_is_unscored_and_the_others_are_not(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -313,10 +319,10 @@ def test_a_completion_that_kills_three_judges_is_unscored_and_the_others_are_not
     with Cluster(recipe, deadly) as made:
         notes = told(made)
         verify = made.verifier(deadly)  # pyright: ignore[reportArgumentType]
-        assert score_safely(verify, TASK, "good")[0] == Verdict(0.4)
+        assert scored(verify, "good") == 0.4
         verdict, error = score_safely(verify, TASK, "die")
         assert verdict is None and error is not None and "3 judges died" in error
-        assert score_safely(verify, TASK, "better")[0] == Verdict(0.6)
+        assert scored(verify, "better") == 0.6
         assert len(started) == 2 + 3 and len(notes) == 3 and all("SIGKILL" in note for note in notes)
         assert "is unscored" in notes[-1]
 
