@@ -133,7 +133,7 @@ class Spoiled(Sampler):
     def load(self, weights: Any, version: int, digest: str) -> str:
         take = self.generator.load
         if version == 1 and faulty():
-            self.generator.load = lambda given, number: take(self.spoil(dict(given)), number)
+            self.generator.load = lambda weights, version: take(self.spoil(dict(weights)), version)
         try:
             return super().load(weights, version, digest)
         finally:

@@ -140,7 +140,7 @@ def main(descriptor: int) -> None:
         pid = os.fork()
         if pid == 0:
             sock.close()
-            _begin(*descriptors, body)
+            _begin(descriptors[0], descriptors[1], body)
         with suppress(OSError):  # it may have ended
             os.setpgid(pid, pid)  # here too, so that it can be ended as a group from now on
         workers.add(pid)
