@@ -57,9 +57,9 @@ def spawn(end: socket.socket) -> Any:
     if pid := os.fork():
         return Forked(pid)
     os.setsid()
-    number = os.dup(end.fileno())
-    os.closerange(3, number)  # the driver's end too
-    worker.main(number)
+    os.dup2(end.fileno(), 3)
+    os.closerange(4, os.sysconf("SC_OPEN_MAX"))  # the driver's end too
+    worker.main(3)
 
 
 def live(request: dict[str, Any]) -> None:
@@ -96,7 +96,8 @@ def serve() -> None:
                 os._exit(1)
         number = request.get("signal", signal.SIGKILL)
         if request.get("kill_at_step") is not None:
-            while steps_of(Path(request["folder"])) < request["kill_at_step"]:
+            ended = os.WEXITED | os.WNOHANG | os.WNOWAIT
+            while steps_of(Path(request["folder"])) < request["kill_at_step"] and not os.waitid(os.P_PID, child, ended):
                 time.sleep(0.01)
             os.killpg(child, number)  # as Ctrl-C in a terminal
         elif request.get("kill_after") is not None:

@@ -28,7 +28,7 @@ class _Pickler(cloudpickle.Pickler):
     on_module: Callable[[nn.Module], None] | None = None
 
     def reducer_override(self, obj: Any) -> Any:
-        if self.on_module and isinstance(obj, nn.Module):
+        if self.on_module and issubclass(type(obj), nn.Module):
             self.on_module(obj)
         if type(obj) in (torch.Tensor, nn.Parameter) and obj.layout == torch.strided and not obj.is_quantized:
             flat = obj.detach().cpu().contiguous()
