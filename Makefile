@@ -16,7 +16,7 @@ demo: .venv/installed  ## train the shipped model to think, and show what change
 test: .venv/browser  ## the whole suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-test-cluster: .venv/installed  ## kills at random moments and at every failpoint, and every shape of a cluster: about an hour
+test-cluster: .venv/installed  ## clusters of every shape, killed at random moments and at every failpoint; takes long
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.cluster_nightly --kills $(KILLS)
 
 lint: .venv/installed  ## style and types
