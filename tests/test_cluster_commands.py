@@ -17,9 +17,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from posttrain import config
 from posttrain.cli.main import main
 from posttrain.cluster import node, on_ray, processes, record
 from posttrain.cluster.actors import RUN_ENDED, STARTED_ANEW, WorkerDied, call
+from posttrain.cluster.launch import Cluster
 from posttrain.cluster.messages import encode
 from posttrain.config import ClusterConfig
 from posttrain.store import workers as stored
@@ -99,6 +101,16 @@ def test_status_shows_the_workers_of_a_run_and_their_deaths(
     shown = run("cluster", "status", tmp_path / "run").output
     for part in ("samplers: 1 died, 1 started again", "judges: 0 died, 0 started again", "sampler-0 died: killed by"):
         assert part in shown
+
+
+def test_notes_that_a_dead_learner_kept_from_being_stored_are_stored_by_the_next_attempt(tmp_path: Path) -> None:
+    cluster = Cluster(config.resolve("grpo", {}, {}))
+    first, second = list[str](), list[str]()
+    cluster.attach(tmp_path, first)
+    cluster.note("a sampler died")
+    cluster.attach(tmp_path, second)
+    cluster.note("another one died")
+    assert second == ["a sampler died", "another one died"]
 
 
 def test_status_of_a_run_whose_process_is_gone_shows_no_worker_as_alive(tmp_path: Path) -> None:
@@ -204,6 +216,32 @@ def test_a_run_on_a_ray_cluster_has_the_bits_of_a_run_in_one_process(
     rows = json.loads(run("cluster", "status", tmp_path / "spread", "--json").stdout)["workers"]
     assert {row["role"] for row in rows} == {"learner", "sampler"} and all(row["ready"] for row in rows)
     assert all(row["where"].endswith(" on 127.0.0.1") and row["state"] == "ended" for row in rows)
+
+
+KILLED = """
+import os, signal
+from posttrain.cluster import on_ray
+from posttrain.cluster.actors import WorkerDied, call
+from posttrain.config import ClusterConfig
+on_ray.open(ClusterConfig(judges=1, backend="ray"))
+actor = on_ray.start("judge-0", "builtins:object", ())
+assert len(call(actor, "about").result(100)) == 3
+os.kill(int(actor.where.split()[1]), signal.SIGKILL)
+try:
+    call(actor, "about").result(60)
+except WorkerDied as died:
+    assert not actor.alive and actor.reason in str(died)
+    print(died)
+"""
+
+
+def test_a_death_on_ray_is_noticed_and_only_the_program_writes_to_stdout(head: dict[str, Any]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED],
+        env={**os.environ, "RAY_ADDRESS": head["address"]}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("judge-0 died: ") and done.stdout.count("\n") == 1
 
 
 def test_a_cluster_with_too_little_names_the_resource() -> None:
