@@ -91,7 +91,7 @@ def open(cfg: ClusterConfig) -> None:
 
 def _messages_to_stderr() -> None:
     """Ray prints what its nodes report on stdout, where `--json` has one document, and has no setting for that."""
-    module = import_module("ray._private.worker")
+    module: Any = import_module("ray._private.worker")
     if show := getattr(module, "print_to_stdstream", None):
         module.print_to_stdstream = lambda data, ignore_prefix: show({**data, "is_err": True}, ignore_prefix)
 
