@@ -256,6 +256,9 @@ def written(model: Path, tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     }
     recipe = config.resolve("grpo", {}, {**own, **world, "algo.curriculum": "pass-rate"})
     folders.append(api.start("grpo", recipe).folder)
+    shards = {"model.path": str(model), "data.tasks": "addition", "train.steps": 1, "algo.batch_rows": 4}
+    shards |= {"cluster.learners": 2, "cluster.shard": "full", "train.threads": 1, "run.out": str(root / "shards")}
+    folders.append(api.start("sft", config.resolve("sft", {}, shards)).folder)
     names: set[str] = set()
     for folder in folders:
         with Run.read(folder) as run:
