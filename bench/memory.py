@@ -176,7 +176,7 @@ def worker(name: str, root: Path, threads: int) -> None:
     phases = Phases()
     phases.within(api, "load_policy", "loading")
     phases.within(EmbeddedGenerator, "generate", "sampling")
-    phases.within(forward, "_in_passes", "scoring")
+    phases.within(forward, "outputs", "scoring")
     phases.within(LocalLearner, "forward_backward", "training pass")
     phases.within(LocalLearner, "step", "update")
     phases.within(checkpoint, "save", "saving")

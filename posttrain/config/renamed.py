@@ -37,6 +37,10 @@ ADDED = {
     "run.keep_best": "",
     "run.patience": 0,
     "run.journal": True,
+    "rollout.vllm_python": "",
+    "rollout.vllm_gpus": "",
+    "rollout.vllm_sync": "files",
+    "rollout.vllm_timeout": 600.0,
 }
 """Settings that were added later → their default, which keeps the previous behaviour."""
 ADDED_SECTIONS = {"eval": {"every": 0}}

@@ -69,7 +69,7 @@ def make_collector(
         verify=verify if workers is None or env else workers.verifier(verify),
         params=SamplingParams(rollout.temperature, max_tokens=rollout.max_tokens, stop=rollout.stop),
         seed=recipe.run.seed,
-        workers=max(rollout.reward_workers, 0 if env else recipe.cluster.judges),
+        workers=max(rollout.reward_workers, recipe.cluster.judges if workers and not env else 0),
         multi_turn=env and _multi_turn(env, chat, decode, cast(EnvRecipe, recipe).env, context),
         opening=lambda task: chat.opening(task.messages),
     )
