@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from posttrain import api, config
 from posttrain.cli.main import main
-from posttrain.config.renamed import ADDED, ADDED_SECTIONS, WITHOUT_EFFECT, CHANGED, RENAMED, SettingRenamed
+from posttrain.config.renamed import ADDED, ADDED_SECTIONS, CHANGED, RENAMED, WITHOUT_EFFECT, SettingRenamed
 from posttrain.store.run import Run
 from tests import tiny
 
