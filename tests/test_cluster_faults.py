@@ -94,7 +94,7 @@ def cluster(place: Path) -> Iterator[Callable[..., Cluster]]:
 def told(cluster: Cluster) -> list[str]:
     """What the cluster notes from now on."""
     notes: list[str] = []
-    cluster.note = notes.append
+    cluster.notes = notes
     return notes
 
 

@@ -6,7 +6,6 @@ changes a result: `[cluster]` settings are not part of what a run is a function 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
@@ -43,16 +42,15 @@ RANK, SAMPLER, JUDGE = (
 
 @dataclass
 class Cluster:
-    """The workers of one run. `note` gets a sentence on what a user should know: deaths and replacements."""
+    """The workers of one run."""
 
     recipe: SharedSections
     reward: Any = None  # a reward passed from Python
-    note: Callable[[str], None] = lambda text: None
     ranks: list[Actor] = field(default_factory=list[Actor])
     crew: Crew | None = None
     judges: list[Judges] = field(default_factory=list[Judges])
     record: Record = field(init=False)
-    _notes: list[str] = field(default_factory=list[str])
+    notes: list[str] = field(default_factory=list[str])  # what a user should know: deaths and replacements
     _numbers: dict[str, int] = field(default_factory=dict[str, int])
 
     def __post_init__(self) -> None:
@@ -70,8 +68,8 @@ class Cluster:
 
     def attach(self, folder: Path, notes: list[str]) -> None:
         """Tells the cluster of the run: its folder, for the record, and where notes go, with those not stored yet."""
-        notes[:0] = self._notes  # of a step that a dead learner has kept from ending
-        self._notes, self.note = notes, notes.append
+        notes[:0] = self.notes  # from before the run, or of a step that a dead learner has kept from ending
+        self.notes = notes
         self.record.write_to(folder)
 
     @property
@@ -83,8 +81,9 @@ class Cluster:
         """CPU threads of the driver, and so of every worker: sums can depend on their number."""
         return self.recipe.train.threads or torch.get_num_threads()
 
-    def _say(self, text: str) -> None:
-        self.note(text)  # which is set once the run has a folder
+    def note(self, text: str) -> None:
+        """Keeps a sentence for the run's events."""
+        self.notes.append(text)
 
     def _start(self, role: str, kind: str, arguments: tuple[Any, ...]) -> Actor:
         number = self._numbers.get(role, 0)
@@ -122,7 +121,7 @@ class Cluster:
         if self.crew is None:
             start = partial(self._start, "sampler", SAMPLER, (policy, rollout, self.threads))
             limits = (rollout.slots, self.cfg.timeout, self.cfg.max_restarts)
-            self.crew = Crew(start, self.cfg.samplers, *limits, self._say)
+            self.crew = Crew(start, self.cfg.samplers, *limits, self.note)
         return Pool(self.crew, {name: parameter.detach() for name, parameter in trainable(policy).items()})
 
     def verifier(self, verify: Verifier) -> Verifier:
@@ -134,7 +133,7 @@ class Cluster:
             return verify
         assert isinstance(self.recipe, Sampling)
         start = partial(self._start, "judge", JUDGE, (self.recipe, self.reward))
-        self.judges.append(made := Judges(start, self.cfg.judges, verify, self.cfg.timeout, self._say))
+        self.judges.append(made := Judges(start, self.cfg.judges, verify, self.cfg.timeout, self.note))
         return made
 
     def restart(self) -> None:

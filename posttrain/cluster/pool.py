@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -46,7 +46,6 @@ class Member:
     holds: tuple[str, int] = ("", -1)  # digest and version of the weights it was sent
     units: list[Unit] = field(default_factory=list[Unit])
     heard: float = 0.0  # when it last answered
-    answered: int = 0
     refused: str = ""  # why its answers were
 
 
@@ -243,7 +242,7 @@ class Pool:
             member.refused = f"it answered with version {found} of the weights, expected {self.version}"
             member.actor.kill(member.refused)
             return False
-        member.answered, self.crew.deaths = member.answered + 1, 0
+        self.crew.deaths = 0
         return True
 
 
@@ -251,19 +250,13 @@ def _units(number: int, request: Request) -> list[Unit]:
     """A request in units of at most UNIT completions."""
     starts = range(0, len(request.seeds), UNIT)
     parts = [range(first, min(first + UNIT, len(request.seeds))) for first in starts]
-    return [Unit(number, part.start, _part(request, part)) for part in parts]
+    return [Unit(number, part.start, request.part(part)) for part in parts]
 
 
 def _rest(unit: Unit, answers: Sequence[Completion | None]) -> list[Unit]:
     """The completions of a unit that its request lacks, as units of one each."""
     return [
-        Unit(unit.number, unit.first + index, _part(unit.request, range(index, index + 1)))
+        Unit(unit.number, unit.first + index, unit.request.part([index]))
         for index in range(len(unit.request.seeds))
         if answers[unit.first + index] is None
     ]
-
-
-def _part(request: Request, indices: range) -> Request:
-    """The request of some of its completions."""
-    limits = tuple(request.limits[i] for i in indices) if request.limits else ()
-    return replace(request, seeds=tuple(request.seeds[i] for i in indices), limits=limits)

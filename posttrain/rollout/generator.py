@@ -6,7 +6,7 @@ A completion is a function of weights, prompt, seed and sampling parameters. Eng
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -47,6 +47,11 @@ class Request:
     def context(self) -> np.ndarray:
         """Token ids [n + k] before the first new token: prompt and prefix."""
         return np.concatenate([self.prompt, self.prefix.astype(self.prompt.dtype)]) if len(self.prefix) else self.prompt
+
+    def part(self, indices: Sequence[int]) -> Request:
+        """The request for some of its completions."""
+        limits = tuple(self.limits[i] for i in indices) if self.limits else ()
+        return replace(self, seeds=tuple(self.seeds[i] for i in indices), limits=limits)
 
     def limit(self, index: int, max_tokens: int) -> int:
         """The maximum length of completion `index`, given the overall `max_tokens`."""

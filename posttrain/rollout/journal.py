@@ -100,7 +100,7 @@ class Journal:
             assert on_token is not None
             on_token(places[g], missing[places[g]][i], token)
 
-        asked = [_part(requests[g], row) for g, row in missing.items()]
+        asked = [requests[g].part(row) for g, row in missing.items()]
         answered = self.inner.generate(asked, params, drawn if on_token else None, recorded) if asked else []
         for (group, row), completions in zip(missing.items(), answered, strict=True):
             for index, completion in zip(row, completions, strict=True):
@@ -219,14 +219,6 @@ def digest(weights: Mapping[str, torch.Tensor]) -> str:
 def _odd(device: str) -> torch.Tensor:
     numbers = torch.randint(-(2**62), 2**62, (WORDS,), generator=torch.Generator().manual_seed(0))
     return (2 * numbers + 1).to(device)
-
-
-def _part(request: Request, indices: Sequence[int]) -> Request:
-    """The request for some of its completions."""
-    if len(indices) == len(request.seeds):
-        return request
-    limits = tuple(request.limits[i] for i in indices) if request.limits else ()
-    return replace(request, seeds=tuple(request.seeds[i] for i in indices), limits=limits)
 
 
 def _record(key: bytes, completion: Completion) -> bytes:
