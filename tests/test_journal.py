@@ -110,7 +110,7 @@ def test_whatever_is_known_the_answers_are_those_of_the_generator(
 ) -> None:
     place = tmp_path_factory.mktemp("run")
     for at in data.draw(st.permutations(sorted(known))):  # an earlier process, in any order
-        part = journal._part(REQUESTS[at // 3], [at % 3])
+        part = REQUESTS[at // 3].part([at % 3])
         opened(place)[0].generate([part], PARAMS)
     made, inner = opened(place)
     ended: dict[tuple[int, int], Completion] = {}
