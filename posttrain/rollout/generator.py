@@ -24,12 +24,18 @@ class Request:
     the beginning of the completion: only tokens after it are returned and counted, and token t is drawn with the seed's
     random number for position len(prefix) + t. Continuing the first tokens of a completion with its own seed therefore
     reproduces the rest, up to rounding differences between prefill and decode (docs/concepts/exactness.md).
+
+    `pieces` are the lengths of the parts in which the prefix was sampled: the prompt is prefilled and the prefix is
+    decoded piece by piece, so an engine that kept its keys and values need not compute them again. `keep` tells it that
+    completions of this request may be continued later. Without pieces, prompt and prefix are prefilled together.
     """
 
     prompt: np.ndarray  # [n] token ids
     seeds: tuple[int, ...]
     limits: tuple[int, ...] = ()
     prefix: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))  # [k] token ids
+    pieces: tuple[int, ...] = ()  # add up to k
+    keep: bool = False
 
     def __post_init__(self) -> None:
         if len(self.prompt) < 1 or not self.seeds:
@@ -40,6 +46,12 @@ class Request:
         if self.limits and (len(self.limits) != len(self.seeds) or min(self.limits) < 1):
             raise RolloutError(
                 f"request has limits {self.limits} for {len(self.seeds)} seeds; give one limit of at least 1 per seed.",
+                boundary="generator",
+            )
+        if (self.pieces or self.keep) and (sum(self.pieces) != len(self.prefix) or min(self.pieces, default=1) < 1):
+            raise RolloutError(
+                f"request has pieces {self.pieces} for a prefix of {len(self.prefix)} tokens; give the length of each part "
+                "in which it was sampled, at least 1 and adding up to the prefix.",
                 boundary="generator",
             )
 
