@@ -210,6 +210,10 @@ class ChatFormat:
         mask[0] = False
         return tokens, mask
 
+    def written_tokens(self, text: str) -> list[int]:
+        """Ids of a piece of the assistant's text, with the tags of thoughts as the tokens that the model writes."""
+        return self._encode_text(text, self._control.special)
+
     @property
     def longest_token(self) -> int:
         """Characters that one token can stand for, at most; 0 if an unknown token can stand for any text."""

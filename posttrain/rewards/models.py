@@ -55,6 +55,23 @@ class Member:
         at_ends = [torch.from_numpy(all_[row.loss_mask]) for all_, row in zip(steps, rows, strict=True)]
         return np.array([[joined_steps(logits, head["aggregate"])] for logits in at_ends])
 
+    def tokens(self, pairs: Sequence[tuple[Task, str]]) -> int:
+        """Number of tokens of these texts' rows."""
+        return sum(len(self._row(task, text, about(self.policy)).tokens) for task, text in pairs)
+
+    def step_probabilities(self, pairs: Sequence[tuple[Task, str]]) -> list[tuple[np.ndarray, int]]:
+        """For each text the probability [S] that each of its steps is correct, and the number of tokens read.
+
+        Texts may be unfinished. Only for a step model.
+        """
+        head = about(self.policy)
+        rows = [self._row(task, text, head) for task, text in pairs]
+        scores = sample_step_scores(self.policy, rows, self.micro_batch_tokens)
+        found = (
+            1 / (1 + np.exp(-all_[row.loss_mask].astype(np.float64))) for all_, row in zip(scores, rows, strict=True)
+        )
+        return [(probabilities, len(row.tokens)) for probabilities, row in zip(found, rows, strict=True)]
+
     def _row(self, task: Task, text: str, head: dict[str, str]) -> Sample:
         ends: list[int] = []
         if self.kind == "step":
@@ -129,6 +146,18 @@ class RewardModel:
                 parts["gold"] = float(passed)
             out.append(Verdict(score, passed, "", parts))
         return out
+
+    def tokens(self, pairs: Sequence[tuple[Task, str]]) -> int:
+        """Number of tokens that all members read to score these texts, prompts included."""
+        return sum(member.tokens(pairs) for member in self.members)
+
+    def step_scores(self, pairs: Sequence[tuple[Task, str]]) -> list[tuple[np.ndarray, int]]:
+        """For each text its steps' mean probabilities [S] over the members, and the tokens that all of them read."""
+        found = [member.step_probabilities(pairs) for member in self.members]
+        return [
+            (np.mean([probabilities for probabilities, _ in one], axis=0), sum(tokens for _, tokens in one))
+            for one in zip(*found, strict=True)
+        ]
 
     def _heads(self, pairs: Sequence[tuple[Task, str]]) -> np.ndarray:
         return np.concatenate([member.scores(pairs) for member in self.members], axis=1)

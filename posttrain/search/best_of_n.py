@@ -1,6 +1,7 @@
 """Best-of-n sampling: the best of several completions, its expected value for every n, and its KL cost.
 
-P tasks, N completions each. Scores come from a verifier or a reward model; NaN marks an unscored completion.
+`run` is the strategy of a search; the rest measures best-of-n on P tasks with N completions each. Scores come from a
+verifier or a reward model; NaN marks an unscored completion.
 """
 
 from __future__ import annotations
@@ -13,10 +14,22 @@ from typing import TypedDict
 
 import numpy as np
 
+from posttrain.config.search import SearchConfig
 from posttrain.data.files import json_lines, writable
 from posttrain.data.preferences import write_preferences
 from posttrain.evaluation.accuracy import Estimate, bootstrap
+from posttrain.search.beam import best
+from posttrain.search.tree import Asks, Tree
 from posttrain.types import Episode, Json, Preference, Task
+
+
+def run(tree: Tree, cfg: SearchConfig) -> Asks[None]:
+    """Samples the whole budget and scores it. With `reject`, it goes step by step, and after each step that share of
+    the unfinished completions with the lowest scores is dropped (early rejection, after arXiv 2410.20290)."""
+    live = yield from tree.grow([tree.root] * cfg.budget, whole=not cfg.reject)
+    while live := [node for node in live if not node.ended]:
+        yield from tree.score(live)
+        live = yield from tree.grow(best(live, max(1, round(len(live) * (1 - cfg.reject)))))
 
 
 def best_of_n(scores: np.ndarray) -> np.ndarray:
@@ -136,12 +149,12 @@ def chosen_rows(
     """Each task's best completion as a conversation for `posttrain sft`, if it scored at least `least`."""
     rows: list[ChosenRow] = []
     scores = scores_of(groups)
-    for task, group, row, best in zip(tasks, groups, scores, best_of_n(scores), strict=True):
-        if best < 0 or (least is not None and row[best] < least) or not writable(group[best].text):
+    for task, group, row, top in zip(tasks, groups, scores, best_of_n(scores), strict=True):
+        if top < 0 or (least is not None and row[top] < least) or not writable(group[top].text):
             continue
         messages: list[dict[str, str]] = [{"role": m.role, "content": m.content} for m in task.messages]
-        messages.append({"role": "assistant", "content": group[best].text})
-        rows.append({"id": task.id, "messages": messages, "score": float(row[best])})
+        messages.append({"role": "assistant", "content": group[top].text})
+        rows.append({"id": task.id, "messages": messages, "score": float(row[top])})
     return rows
 
 
@@ -149,12 +162,12 @@ def pairs_of(tasks: Sequence[Task], groups: Sequence[Sequence[Episode]]) -> list
     """Each task's best and worst completion as a pair, with their score difference as margin; none if all are equal."""
     found: list[Preference] = []
     scores = scores_of(groups)
-    for task, group, row, best, worst in zip(tasks, groups, scores, best_of_n(scores), best_of_n(-scores), strict=True):
-        if best < 0 or row[best] == row[worst]:
+    for task, group, row, top, worst in zip(tasks, groups, scores, best_of_n(scores), best_of_n(-scores), strict=True):
+        if top < 0 or row[top] == row[worst]:
             continue
-        good, bad = group[best].text, group[worst].text
+        good, bad = group[top].text, group[worst].text
         if writable(good) and writable(bad) and good != bad:
-            found.append(Preference(task.id, task.messages, good, bad, margin=float(row[best] - row[worst])))
+            found.append(Preference(task.id, task.messages, good, bad, margin=float(row[top] - row[worst])))
     return found
 
 

@@ -1,0 +1,81 @@
+"""Builds the engine and the scorer of a search from a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+
+from posttrain.config import RewardConfig
+from posttrain.config.search import SearchConfig
+from posttrain.data.chat import ChatFormat
+from posttrain.models.heads import about
+from posttrain.models.policy import Policy
+from posttrain.rewards import judge
+from posttrain.rewards.auto import verifier_for
+from posttrain.rewards.functions import reward_from
+from posttrain.rewards.models import PREFIX, load_reward_model
+from posttrain.rollout.collector import Collector
+from posttrain.search.engine import Engine
+from posttrain.search.scorers import Confidence, Program, Reward, Scorer, SelfCertainty, Steps
+from posttrain.train.forward import LOGITS_PER_CHUNK, before_trained, outputs, per_token, scatter
+from posttrain.types import Batch, ConfigError, Sample, Task
+
+PROGRAM = "steps:"
+PROGRAMS: dict[str, Callable[[Task, str], float]] = {}
+"""Programs that check the steps of an unfinished completion, for `search.scorer = "steps:NAME"`."""
+
+
+def make_engine(collector: Collector, chat: ChatFormat, cfg: SearchConfig, scorer: Scorer | None) -> Engine:
+    """The engine that samples with a collector's generator, in steps as the scorer reads them."""
+    return Engine(collector, chat.written_tokens, cfg.separator or (scorer.separator if scorer else "") or "\n")
+
+
+def make_scorer(
+    cfg: SearchConfig, policy: Policy, collector: Collector, micro_batch_tokens: int, reward: RewardConfig | None = None
+) -> Scorer | None:
+    """The scorer that `search.scorer` names; None if it is empty and the strategy needs none.
+
+    Raises ConfigError for a name that is none of `confidence`, `self-certainty`, `steps:NAME`, or a reward.
+    """
+    name = cfg.scorer
+    if not name:
+        return None
+    if name == "confidence":
+        return Confidence()
+    if name == "self-certainty":
+        rows = partial(certainties, policy, micro_batch_tokens)
+        return SelfCertainty(rows, collector.encode)
+    if name.startswith(PROGRAM):
+        return _program(name.removeprefix(PROGRAM))
+    if name.startswith(PREFIX):
+        model = load_reward_model(name, reward or RewardConfig(), policy.device, None, micro_batch_tokens)
+        if model.kind != "step":
+            return Reward(model)
+        return Steps(model, about(model.members[0].policy)["separator"])
+    words = name.startswith(judge.PREFIX) or ".py:" in name
+    return Reward(reward_from(name, verifier_for, lambda _: None, ()), words)
+
+
+def _program(name: str) -> Program:
+    if name not in PROGRAMS:
+        raise ConfigError(f"search.scorer='steps:{name}' is none of {', '.join(PROGRAM + n for n in PROGRAMS)}.")
+    return Program(PROGRAMS[name])
+
+
+def certainties(policy: Policy, micro_batch_tokens: int, samples: list[Sample]) -> list[np.ndarray]:
+    """KL(uniform ‖ policy) in nats at each masked token [L] of each sample, by a pass without gradient."""
+    return per_token(samples, lambda rows: outputs(policy, rows, micro_batch_tokens, token_certainty))
+
+
+def token_certainty(policy: Policy, batch: Batch, temperature: float = 1.0) -> tuple[torch.Tensor]:
+    """KL(uniform ‖ policy) (B, T) at the trained tokens: −log V − mean over the vocabulary of log p."""
+    hidden = before_trained(policy, batch)
+    size = max(1, LOGITS_PER_CHUNK // policy.vocab)
+    parts = [
+        -torch.log_softmax(policy.logits(part).float() / temperature, -1).mean(-1) - float(np.log(policy.vocab))
+        for part in hidden.split(size)
+    ]
+    return (scatter(torch.cat(parts), batch.mask),)
