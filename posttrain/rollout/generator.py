@@ -50,8 +50,8 @@ class Request:
             )
         if (self.pieces or self.keep) and (sum(self.pieces) != len(self.prefix) or min(self.pieces, default=1) < 1):
             raise RolloutError(
-                f"request has pieces {self.pieces} for a prefix of {len(self.prefix)} tokens; give the length of each "
-                "part in which it was sampled, at least 1 and adding up to the prefix.",
+                f"request has pieces {self.pieces} for a prefix of {len(self.prefix)} tokens; give the length of "
+                "each part in which it was sampled, at least 1 and adding up to the prefix.",
                 boundary="generator",
             )
 

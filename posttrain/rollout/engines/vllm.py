@@ -87,7 +87,8 @@ class VLLMGenerator:
         if self._engine.holder is not self:
             self._engine.hold(self, self.policy)
         engine = self._engine.llm.llm_engine
-        engine.reset_prefix_cache()  # earlier requests must not affect how these prompts are computed
+        if not all(request.pieces for request in requests):  # which only those that they continue may do
+            engine.reset_prefix_cache()  # earlier requests must not affect how these prompts are computed
         done: list[list[Completion | None]] = [[None] * len(r.seeds) for r in requests]
         running: dict[str, tuple[int, int]] = {}
         try:
