@@ -24,7 +24,7 @@ from posttrain.train.forward import Forward, outputs_of_pass
 from posttrain.train.lane_learner import LaneLearner
 from posttrain.train.learner import Loss
 from posttrain.train.ranks import Ranks
-from posttrain.types import Batch, JsonView, PosttrainError, Sample, Stat
+from posttrain.types import Batch, PosttrainError, Sample, Stat
 
 
 class Rank:
@@ -69,16 +69,6 @@ class Rank:
         moved = {number: _on(batch, self.device) for number, batch in batches.items()}
         yield from self.learners[key].accumulate(moved, count, loss, drawn)
 
-    def reduce(self, key: str) -> None:
-        """See `LaneLearner.reduce`; a collective."""
-        with self._collective():
-            self.learners[key].reduce()
-
-    def step(self, key: str, only: str, update: int | None) -> dict[str, Stat]:
-        """See `Learner.step`; a collective."""
-        with self._collective():
-            return self.learners[key].step(only, update)
-
     def outputs(self, key: str, passes: Sequence[Sequence[Sample]], forward: Forward) -> Iterator[np.ndarray]:
         """Yields the first output of `forward` for the rows of each pass; no collective."""
         learner = self.learners[key]
@@ -93,16 +83,6 @@ class Rank:
         """This rank's share of the master weights and moments; no collective."""
         return self.learners[key].kept
 
-    def assign(self, key: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """See `Learner.assign`; a collective."""
-        with self._collective():
-            self.learners[key].assign(tensors)
-
-    def load(self, key: str, tensors: Mapping[str, Mapping[str, torch.Tensor]], state: JsonView) -> None:
-        """See `Learner.load`; a collective."""
-        with self._collective():
-            self.learners[key].load(tensors, state)
-
     def shard(
         self, key: str, policy: Policy, cfg: TrainConfig, total_steps: int, temperature: float, forward: Forward
     ) -> None:
@@ -111,10 +91,10 @@ class Rank:
         with self._collective():
             self.shards[key] = ShardedLearner(policy, cfg, total_steps, temperature, forward)
 
-    def sharded(self, key: str, method: str, *arguments: Any) -> Any:
-        """Calls a method of a sharded learner; a collective."""
+    def together(self, key: str, method: str, *arguments: Any) -> Any:
+        """Calls a method of a learner in which all ranks take part; a collective."""
         with self._collective():
-            return getattr(self.shards[key], method)(*arguments)
+            return getattr(self.shards.get(key) or self.learners[key], method)(*arguments)
 
     def seeded(self, key: str, drawn: int, batches: Sequence[Batch], loss: Loss) -> list[dict[str, Stat]]:
         """See `ShardedLearner.forward_backward`, with the driver's random numbers; a collective."""
