@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
 from datetime import timedelta
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from posttrain.cluster.actors import WorkerDied
-from posttrain.cluster.sharded import ShardedLearner, gradient_difference
+from posttrain.cluster.sharded import ShardedLearner, gradient_difference, moved
 from posttrain.cluster.worker import ADDRESS
 from posttrain.config import TrainConfig
 from posttrain.models.load import Policy
@@ -66,8 +65,8 @@ class Rank:
         self, key: str, batches: Mapping[int, Batch], count: int, loss: Loss, drawn: int
     ) -> Iterator[tuple[int, dict[str, Stat]]]:
         """See `LaneLearner.accumulate`; no collective."""
-        moved = {number: _on(batch, self.device) for number, batch in batches.items()}
-        yield from self.learners[key].accumulate(moved, count, loss, drawn)
+        here = {number: moved(batch, self.device) for number, batch in batches.items()}
+        yield from self.learners[key].accumulate(here, count, loss, drawn)
 
     def outputs(self, key: str, passes: Sequence[Sequence[Sample]], forward: Forward) -> Iterator[np.ndarray]:
         """Yields the first output of `forward` for the rows of each pass; no collective."""
@@ -124,13 +123,3 @@ class Rank:
         except RuntimeError as error:
             lines = str(error).splitlines() or [type(error).__name__]
             raise WorkerDied(f"learner-{self.number}", f"it has lost the others ({lines[0]})") from None
-
-
-def _on(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on a device."""
-    moved: dict[str, Any] = {
-        field.name: value.to(device)
-        for field in fields(batch)
-        if isinstance(value := getattr(batch, field.name), torch.Tensor)
-    }
-    return replace(batch, **moved)

@@ -124,7 +124,6 @@ class EmbeddedGenerator:
         """The current weights by name (views, not copies)."""
         return weight_views(self.policy)
 
-    @torch.no_grad()
     def generate(
         self,
         requests: Sequence[Request],
@@ -138,18 +137,19 @@ class EmbeddedGenerator:
         self._check(requests, params)
         self.policy.model.eval()
         beyond = [_longest(r, params) > self.policy.route.reach for r in requests]
-        if not any(beyond) or isinstance(self.decoder, GeneralDecoder):
-            return self._generate(self.decoder, requests, params, on_token, on_done)
-        done: list[list[Completion]] = [[] for _ in requests]
-        for general in (False, True):  # a request's decoder depends on the request alone, so that batch-mates do not
-            own = [i for i, far in enumerate(beyond) if far == general]
-            if own:
-                calls = _renumbered(own, on_token), _renumbered(own, on_done)
-                chosen = GeneralDecoder(self.policy, self.slots) if general else self.decoder
-                made = self._generate(chosen, [requests[i] for i in own], params, *calls)
-                for i, completions in zip(own, made, strict=True):
-                    done[i] = completions
-        return done
+        with torch.no_grad():
+            if not any(beyond) or isinstance(self.decoder, GeneralDecoder):
+                return self._generate(self.decoder, requests, params, on_token, on_done)
+            done: list[list[Completion]] = [[] for _ in requests]
+            for general in (False, True):  # a request's decoder depends on the request alone, not on its batch-mates
+                own = [i for i, far in enumerate(beyond) if far == general]
+                if own:
+                    calls = _renumbered(own, on_token), _renumbered(own, on_done)
+                    chosen = GeneralDecoder(self.policy, self.slots) if general else self.decoder
+                    made = self._generate(chosen, [requests[i] for i in own], params, *calls)
+                    for i, completions in zip(own, made, strict=True):
+                        done[i] = completions
+            return done
 
     def _generate(
         self,
