@@ -77,6 +77,15 @@ OnDone = Callable[[int, int, Completion], None]
 """Called with (request, index, completion) as each completion ends, in any order."""
 
 
+def ended(group: int, index: int, completion: Completion, on_token: OnToken | None, on_done: OnDone | None) -> None:
+    """Reports a whole completion: its tokens to `on_token`, then itself to `on_done`."""
+    if on_token:
+        for token in completion.tokens.tolist():
+            on_token(group, index, token)
+    if on_done:
+        on_done(group, index, completion)
+
+
 class Generator(Protocol):
     """Samples completions. `version` identifies the current weights and is recorded in each completion."""
 

@@ -120,7 +120,6 @@ class EmbeddedGenerator:
         """The current weights by name (views, not copies)."""
         return weight_views(self.policy)
 
-    @torch.no_grad()
     def generate(
         self,
         requests: Sequence[Request],
@@ -134,11 +133,12 @@ class EmbeddedGenerator:
         self._check(requests, params)
         self.policy.model.eval()
         done: list[list[Completion]] = [[] for _ in requests]
-        for steps, own in self._parts(requests, params):
-            calls = _renumbered(own, on_token), _renumbered(own, on_done)
-            made = self._generate(steps, [requests[i] for i in own], params, *calls)
-            for i, completions in zip(own, made, strict=True):
-                done[i] = completions
+        with torch.no_grad():
+            for steps, own in self._parts(requests, params):
+                calls = _renumbered(own, on_token), _renumbered(own, on_done)
+                made = self._generate(steps, [requests[i] for i in own], params, *calls)
+                for i, completions in zip(own, made, strict=True):
+                    done[i] = completions
         return done
 
     def _parts(self, requests: Sequence[Request], params: SamplingParams) -> Iterator[tuple[Decoder, list[int]]]:
