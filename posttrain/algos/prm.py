@@ -118,7 +118,8 @@ def held_out(
 ) -> tuple[dict[str, float], list[Bin]]:
     """Metrics `eval/…` on held-out solutions, and the calibration table; both empty without held-out solutions.
 
-    A label or prediction of 0.5 or more counts as correct. Intervals resample whole solutions. The outcome is predicted
+    A label or prediction of 0.5 or more counts as correct. AUCs of first steps, and of those that are neither first nor
+    last, tell how well unfinished solutions are judged. Intervals resample whole solutions. The outcome is predicted
     from all steps of a solution, combined by `cfg.aggregate`.
     """
     if not solutions:
@@ -145,6 +146,9 @@ def held_out(
     }
     if cfg.level == "step":
         values |= _spread("step_auc", resampled(owner, lambda i: auc(predicted[i], targets[i] >= 0.5)))
+        spots = np.concatenate([_spots(len(part), len(whole)) for part, whole in zip(known, logits, strict=True)])
+        for spot in ("first", "middle"):
+            values |= _spread(f"{spot}_step_auc", _auc_at(spots == spot, owner, predicted, targets >= 0.5))
         first = [_first_wrong(p, 0.0) == _first_wrong(w, 0.5) for p, w in zip(known, labels, strict=True)]
         values |= _spread("first_mistake", wilson(sum(first), len(first)))
     return values, table
@@ -177,6 +181,19 @@ def resampled(owner: np.ndarray, statistic: Callable[[np.ndarray], float]) -> Es
 
 def _spread(name: str, estimate: Estimate) -> dict[str, float]:
     return {f"eval/{name}": estimate.value, f"eval/{name}_low": estimate.low, f"eval/{name}_high": estimate.high}
+
+
+def _spots(known: int, steps: int) -> np.ndarray:
+    """`first`, `middle` or `last` for each of the first `known` steps of a solution."""
+    return np.array(["first", *["middle"] * (steps - 2), *["last"] * (steps > 1)][:known])
+
+
+def _auc_at(chosen: np.ndarray, owner: np.ndarray, scores: np.ndarray, right: np.ndarray) -> Estimate:
+    """AUC of the chosen steps only, resampled by the solutions that have one."""
+    if not chosen.any():
+        return Estimate(math.nan, math.nan, math.nan, 0)
+    members, scores, right = np.unique(owner[chosen], return_inverse=True)[1], scores[chosen], right[chosen]
+    return resampled(members, lambda i: auc(scores[i], right[i]))
 
 
 def _first_wrong(values: np.ndarray, limit: float) -> int:

@@ -20,6 +20,9 @@ from posttrain.config.sections import (
 )
 from posttrain.types import ConfigError
 
+Labels = Literal["soft", "hard", "first-mistake", "program"]
+"""How sampled steps are labelled."""
+
 
 @dataclass(frozen=True)
 class PRMConfig:
@@ -39,8 +42,12 @@ class PRMConfig:
     """Solutions to sample from the starting model per task, if data.tasks has tasks instead of labelled solutions."""
     completions: int = 8
     """Completions to sample after each step of a sampled solution; the share of correct ones labels the step."""
-    labels: Literal["soft", "hard"] = "soft"
-    """Labels of sampled steps: `soft` is the share of correct completions, `hard` is 1 if any is correct."""
+    labels: Labels = "soft"
+    """Labels of sampled steps: `soft` is the share of correct completions, `hard` is 1 if any is correct,
+    `first-mistake` finds the first step without a correct completion by binary search (OmegaPRM), and `program` checks
+    the steps of built-in arithmetic and countdown tasks exactly, without completions."""
+    held_out_labels: Labels | Literal[""] = ""
+    """Labels of the held-out solutions that are sampled, to measure against better labels; empty uses `labels`."""
     opening: str = ""
     """Prefix of every sampled solution, e.g. `<think>`."""
 

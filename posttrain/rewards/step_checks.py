@@ -64,7 +64,8 @@ def first_mistake(task: Task, text: str) -> int | None:
     opening, closing = tags_of(text)
     start = text.find(opening) + len(opening) if text.lstrip().startswith(opening) else 0
     thought, closed, final = text[start:].partition(closing) if start else ("", "", text)
-    wrong = _wrong_equation(task, thought, bool(closed))
+    begun = max(n for n in range(len(closing)) if thought.endswith(closing[:n]))  # characters of a half-written tag
+    wrong = _wrong_equation(task, thought[: len(thought) - begun], bool(closed or begun))
     if wrong is not None:
         return start + wrong
     answered = closed or not (start or opening.startswith(text.strip()))
