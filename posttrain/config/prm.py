@@ -46,7 +46,7 @@ class PRMConfig:
     """Labels of sampled steps: `soft` is the share of correct completions, `hard` is 1 if any is correct,
     `first-mistake` finds the first step without a correct completion by binary search (OmegaPRM), and `program` checks
     the steps of built-in arithmetic and countdown tasks exactly, without completions."""
-    held_out_labels: Labels | Literal[""] = ""
+    held_out_labels: Literal["", "soft", "hard", "first-mistake", "program"] = ""
     """Labels of the held-out solutions that are sampled, to measure against better labels; empty uses `labels`."""
     opening: str = ""
     """Prefix of every sampled solution, e.g. `<think>`."""

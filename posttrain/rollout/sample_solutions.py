@@ -92,12 +92,12 @@ def _sampled(setup: Setup[PRMRecipe]) -> SolutionSets:
         sampled.keep(folder, (TRAIN_FILE, TEST_FILE), train, test, write_solutions)
     content = data_hash(Row(one.id, asdict(one)) for one in (*train, *test))
     whole = data_hash([Row("", {"tasks": sets.hash, "solutions": content})])
-    learn = [_graded(one, recipe.algo, recipe.algo.labels) for one in train]
-    hold = [_graded(one, recipe.algo, recipe.algo.held_out_labels or recipe.algo.labels) for one in test]
+    learn = [graded_sample(one, recipe.algo, recipe.algo.labels) for one in train]
+    hold = [graded_sample(one, recipe.algo, recipe.algo.held_out_labels or recipe.algo.labels) for one in test]
     return SolutionSets(learn, hold, notes, whole)
 
 
-def _graded(one: Solution, cfg: PRMConfig, labels: Labels) -> Graded:
+def graded_sample(one: Solution, cfg: PRMConfig, labels: Labels) -> Graded:
     """A sampled solution; labels that mark a first mistake say nothing about the steps after it."""
     known = len(one.steps)
     if labels in ("first-mistake", "program") and cfg.after_mistake == "drop" and 0.0 in one.labels:
