@@ -2,12 +2,12 @@
 
 A linear head reads the hidden state at the last token of each step (PRM, arXiv 2305.20050 and 2312.08935) or at the
 token that ends the solution (ORM, arXiv 2110.14168); the sigmoid of its logit is the probability of being correct. The
-loss is the cross-entropy with the label, which may be soft; every labelled step has the same weight.
+loss is the cross-entropy with the label, which may be soft; every labelled step has the same weight. With `lm_coef`, a
+language modelling loss is added, as Cobbe et al. do (arXiv 2110.14168, section 4.2).
 
 Choices made here, where implementations differ: the head has one output, where Math-Shepherd's code trains two tokens
-of the vocabulary; there is no language modelling loss, which Cobbe et al. add; a step is read at the last token of its
-text, not at a special token after it, so scoring never changes the text; an ORM is read at the end of the solution, not
-at every token.
+of the vocabulary; a step is read at the last token of its text, not at a special token after it, so scoring never
+changes the text; an ORM is read at the end of the solution, not at every token.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from posttrain.objectives.reward import binary
 from posttrain.rewards.models import joined_steps
 from posttrain.rollout.sample_solutions import load_solutions
 from posttrain.store.run import EpisodeRow
-from posttrain.train.forward import per_token, step_scores
+from posttrain.train.forward import per_token, step_scores, step_scores_and_likelihood
 from posttrain.train.job import Job, Loop, Metrics, Setup, Summary
-from posttrain.train.learner import Learner
+from posttrain.train.learner import Learner, Loss
 from posttrain.types import Batch, DataError, Message, Sample, Stat, stat_values
 
 BINS = 10  # over predicted probabilities
@@ -88,6 +88,17 @@ def loss(logits: torch.Tensor, b: Batch) -> tuple[torch.Tensor, dict[str, Stat]]
     return (b.weights * per_token).sum(), {"step_accuracy": Stat(float((hit & mask).sum()), int(mask.sum()))}
 
 
+def joint_loss(coef: float) -> Loss:
+    """`loss` plus `coef` times the negative log-likelihood per token; a row counts as often as it has steps."""
+
+    def joint(logits: torch.Tensor, logp: torch.Tensor, b: Batch) -> tuple[torch.Tensor, dict[str, Stat]]:
+        value, stats = loss(logits, b)
+        likelihood = (b.weights.sum(1) * logp).sum()
+        return value - coef * likelihood, stats | {"lm_loss": Stat.over(-logp.detach())}
+
+    return joint
+
+
 def run(
     recipe: PRMRecipe, policy: Policy, train: Sequence[Sample], test: Sequence[tuple[Graded, Sample]], loop: Loop
 ) -> Summary | None:
@@ -97,7 +108,8 @@ def run(
     """
     cfg, seed, micro_batch_tokens = recipe.algo, recipe.run.seed, recipe.train.micro_batch_tokens
     epochs = Epochs(len(train), cfg.batch_rows, recipe.train, seed, recipe.data.shuffle)
-    learner = loop.learner(policy, recipe.train, epochs.steps, forward=step_scores)
+    forward, objective = (step_scores_and_likelihood, joint_loss(cfg.lm_coef)) if cfg.lm_coef else (step_scores, loss)
+    learner = loop.learner(policy, recipe.train, epochs.steps, forward=forward)
     loop.restore(learner)
 
     def evaluate(step: int) -> tuple[Metrics, list[EpisodeRow]]:
@@ -107,7 +119,7 @@ def run(
         rows = [train[i] for i in epochs.rows(step)]
         rng.seed_global(seed, "update", step)  # whatever the model draws
         batches = batching.micro(rows, micro_batch_tokens, "token-mean", device=policy.device)
-        values = stat_values([*learner.forward_backward(batches, loss), learner.step()])
+        values = stat_values([*learner.forward_backward(batches, objective), learner.step()])
         loop.end(learner, values, tokens=sum(len(row.tokens) for row in rows))
     summary = loop.summary(learner)
     return summary and summary | {"calibration": held_out(learner, test, cfg)[1]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -36,6 +37,8 @@ class PRMConfig:
     """What to do with the unlabelled steps after the first mistake: leave them out, or label them wrong."""
     batch_rows: int = 32
     """Solutions per optimizer step."""
+    lm_coef: float = 0.0
+    """Weight of a language modelling loss on prompts and solutions, which keeps what the model needs to check steps."""
     max_tokens: int = 1024
     """Maximum row length, prompt included; longer rows are dropped and counted."""
     solutions: int = 4
@@ -83,6 +86,8 @@ class PRMRecipe:
 
     def __post_init__(self) -> None:
         require_positive(self.algo, "batch_rows", "max_tokens", "solutions", "completions")
+        if not 0 <= self.algo.lm_coef < math.inf:
+            raise ConfigError(f"algo.lm_coef={self.algo.lm_coef} is not a weight; set 0 or more.")
         if not self.algo.separator:
             raise ConfigError(
                 "algo.separator is empty, so every solution would be one step. Set it to the text between steps."
