@@ -91,8 +91,7 @@ class Prefixes:
         return reached
 
     def keep(self, decoder: Decoder, slot: int, path: bytes, tokens: np.ndarray) -> None:
-        """Keeps what a slot holds of a completion [n] after `path` that has ended: all its tokens but the last have been
-        decoded."""
+        """Keeps what a slot holds of a completion [n] that has ended after `path`: all its tokens but the last."""
         if len(tokens) > 1 and self.budget:
             count = len(tokens) - 1
             key = path, _ids(tokens)

@@ -17,6 +17,7 @@ from posttrain.rewards import judge
 from posttrain.rewards.auto import verifier_for
 from posttrain.rewards.functions import reward_from
 from posttrain.rewards.models import PREFIX, load_reward_model
+from posttrain.rewards.step_checks import step_check
 from posttrain.rollout.collector import Collector
 from posttrain.search.engine import Engine
 from posttrain.search.scorers import Confidence, Program, Reward, Scorer, SelfCertainty, Steps
@@ -24,7 +25,7 @@ from posttrain.train.forward import LOGITS_PER_CHUNK, before_trained, outputs, p
 from posttrain.types import Batch, ConfigError, Sample, Task
 
 PROGRAM = "steps:"
-PROGRAMS: dict[str, Callable[[Task, str], float]] = {}
+PROGRAMS: dict[str, Callable[[Task, str], float]] = {"arithmetic": step_check}
 """Programs that check the steps of an unfinished completion, for `search.scorer = "steps:NAME"`."""
 
 
