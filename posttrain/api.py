@@ -28,6 +28,7 @@ from posttrain.evaluation.accuracy import evaluate as evaluate_tasks
 from posttrain.evaluation.bias_probes import Finding
 from posttrain.models import heads
 from posttrain.models.load import load_policy, save_pretrained, with_chat_format
+from posttrain.models.opening import open_policy as open_policy
 from posttrain.planner import estimate
 from posttrain.rewards import combine
 from posttrain.rewards.models import load_reward_model

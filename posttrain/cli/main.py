@@ -354,16 +354,25 @@ def sample(model: str, prompt: str, plain: bool, as_json: bool, **options: Any) 
 @click.option("--temperature", default=1.0, show_default=True, help="Sampling temperature; 0 is greedy.")
 @click.option("--max-tokens", default=256, show_default=True, help="Maximum tokens per reply.")
 @click.option("--system", default="", help="System message.")
-def chat(model: str, temperature: float, max_tokens: int, system: str) -> None:
+@click.option("--search", help="A search chooses each reply: STRATEGY:BUDGET, such as best-of-n:16.")
+@click.option("--scorer", default="", help="With --search: what steers it; it must not need a gold answer.")
+def chat(model: str, temperature: float, max_tokens: int, system: str, search: str | None, scorer: str) -> None:
     """Chat with a model or run in the terminal.
 
     An empty line or Ctrl-D quits.
     """
     from posttrain.cli import tables
 
+    if search is None and scorer:
+        raise ConfigError(f"--scorer {scorer} has no effect without --search.")
+    given = {"eval.temperature": temperature, "rollout.max_tokens": max_tokens, "search.scorer": scorer}
+    recipe = config.resolve_as(config.EvalRecipe, {}, {**given, **parsed(search)}) if search is not None else None
     with tables.console().status(f"loading {model}"):
         from posttrain.cli import chat as session
-    session.chat(model, temperature, max_tokens, system)
+    if recipe:
+        session.search_chat(model, recipe, system)
+    else:
+        session.chat(model, temperature, max_tokens, system)
 
 
 for _command in COMMANDS:

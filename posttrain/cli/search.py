@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,9 @@ from posttrain.cli.arguments import FREE, read_evaluation, sections_of
 from posttrain.types import ConfigError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from posttrain.config import EvalRecipe
     from posttrain.search.solve import Searched
 
 FILES = ("tree", "prm", "pairs", "demonstrations")
@@ -40,6 +44,12 @@ FILES = ("tree", "prm", "pairs", "demonstrations")
 )
 @click.option("--out", help="Folder for results, trees and the journal.  [default: runs/search-NUMBER]")
 @click.option("--tree", metavar="FILE", help="Write the search trees as JSON.")
+@click.option("--prm", metavar="FILE", help="Write completions with the value of each step, for `posttrain prm`.")
+@click.option("--pairs", metavar="FILE", help="Write pairs that share a prefix, for `posttrain dpo`.")
+@click.option("--demonstrations", metavar="FILE", help="Write right completions, for `posttrain sft`.")
+@click.option("--compare", is_flag=True, help="Compare strategies over budgets: accuracy against tokens.")
+@click.option("--strategies", help="With --compare: strategies, comma-separated.  [default: the usual ones]")
+@click.option("--budgets", help="With --compare: budgets, comma-separated.  [default: 1,4,16,64]")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on stdout.")
 def search(model: str, args: tuple[str, ...], out: str | None, as_json: bool, **given: Any) -> None:
     """Search for answers: spend more tokens on a task than one completion.
@@ -48,27 +58,73 @@ def search(model: str, args: tuple[str, ...], out: str | None, as_json: bool, **
     tokens this took. After an interruption, run the same command with the same --out to continue.
     """
     from posttrain.cli import tables
-    from posttrain.cli.search_tables import SearchLine, searched
 
     _check_files(given)
+    run = _comparison(given) if given["compare"] else None
     named = {"search.strategy": given["strategy"] or "best-of-n", "search.budget": given["budget"]}
     named |= {"search.scorer": given["scorer"], "data.tasks": given["tasks"], "reward.name": given["reward"]}
     recipe = read_evaluation(args, {"eval.samples": "1", **named}, sections_of(model), whole=given["split"] is None)
     screen = tables.console(as_json)
     folder = _folder(out)
+    side = given["split"] or "held-out"
     try:
-        with SearchLine(screen) as line:
-            from posttrain import api
-
-            found = api.search_recipe(model, recipe, folder, progress=line, split=given["split"] or "held-out")
+        if run:
+            _compare(screen, model, recipe, folder, side, run, as_json)
+        else:
+            _search(screen, model, recipe, folder, side, given, as_json)
     except BaseException as error:
         _ended(folder, out, error)
         raise
+
+
+def _search(
+    screen: Console, model: str, recipe: EvalRecipe, folder: Path, side: Any, given: Mapping[str, Any], as_json: bool
+) -> None:
+    """Runs one search, writes the files that were asked for and prints the report."""
+    from posttrain.cli.search_tables import SearchLine, searched
+
+    with SearchLine(screen) as line:
+        from posttrain import api
+
+        found = api.search_recipe(model, recipe, folder, progress=line, split=side)
     written = _write(found, given)
     if as_json:
         click.echo(json.dumps({**found.report.as_dict(), "folder": str(folder), "written": written}))
     else:
         searched(screen, model, found, written)
+
+
+def _compare(
+    screen: Console, model: str, recipe: EvalRecipe, folder: Path, side: Any, run: Mapping[str, Any], as_json: bool
+) -> None:
+    """Runs a comparison, writes its files and prints it."""
+    from posttrain.cli.search_report import show, write
+    from posttrain.cli.search_tables import SearchLine
+
+    with SearchLine(screen) as line:
+        from posttrain import api
+        from posttrain.search.compare import compare
+
+        found = api.search_recipe(model, recipe, folder, progress=line, split=side, run=partial(compare, **run))
+    files = write(found)
+    if as_json:
+        click.echo(json.dumps({**found.as_dict(), "folder": str(folder)}))
+    else:
+        show(screen, found, files)
+
+
+def _comparison(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The strategies and budgets of --compare. Raises ConfigError for options that it does not use."""
+    unused = [name for name in ("strategy", "budget", *FILES) if given[name]]
+    if unused:
+        raise ConfigError(
+            f"--{unused[0]} {given[unused[0]]} has no effect with --compare, which takes --strategies and --budgets."
+        )
+    words = [word.strip() for word in (given["budgets"] or "1,4,16,64").split(",")]
+    if not all(word.isdecimal() for word in words):
+        raise ConfigError(f"--budgets {given['budgets']} is not a list of whole numbers; write 1,4,16.")
+    names = [word.strip() for word in (given["strategies"] or "").split(",") if word.strip()]
+    return {"strategies": names, "budgets": [int(word) for word in words]}
 
 
 def _folder(out: str | None) -> Path:
@@ -91,7 +147,10 @@ def _ended(folder: Path, out: str | None, error: BaseException) -> None:
 
 
 def _check_files(given: Mapping[str, Any]) -> None:
-    """Raises ConfigError for a file that could not be written at the end."""
+    """Raises ConfigError for a file that could not be written at the end, and for lists without --compare."""
+    lists = [name for name in ("strategies", "budgets") if given[name] and not given["compare"]]
+    if lists:
+        raise ConfigError(f"--{lists[0]} {given[lists[0]]} has no effect without --compare.")
     for path in (given.get(name) for name in FILES):
         if path and not Path(path).parent.is_dir():
             raise ConfigError(f"{path} cannot be written: the folder {Path(path).parent} does not exist.")
@@ -99,6 +158,8 @@ def _check_files(given: Mapping[str, Any]) -> None:
 
 def _write(found: Searched, given: Mapping[str, Any]) -> dict[str, int]:
     """Writes the files that were asked for; file → rows."""
+    from posttrain.search import export
+
     written: dict[str, int] = {}
     if given["tree"]:
         rows = [
@@ -114,4 +175,4 @@ def _write(found: Searched, given: Mapping[str, Any]) -> dict[str, int]:
         kept = {"strategy": report.strategy, "budget": report.budget, "scorer": report.scorer, "trees": rows}
         Path(given["tree"]).write_text(json.dumps(kept) + "\n", encoding="utf-8")
         written[given["tree"]] = len(rows)
-    return written
+    return {**written, **export.write(found, given["prm"], given["pairs"], given["demonstrations"])}

@@ -88,10 +88,12 @@ class Searched:
     folder: Path | None = None
 
 
-def solve(problems: Problems, folder: Path | None = None, progress: Progress | None = None) -> Searched:
+def solve(
+    problems: Problems, folder: Path | None = None, progress: Progress | None = None, journal: bool = True
+) -> Searched:
     """Searches for an answer to every problem, and verifies it and all other completions.
 
-    With a folder, the problems that are done in it are not searched again. Raises ConfigError before anything is
+    `journal` keeps completions in the folder, unless the problems have a journal already. With a folder, the problems that are done in it are not searched again. Raises ConfigError before anything is
     sampled if strategy, scorer and settings do not go together, and RolloutError if the scorer or the verifier fails
     on more completions than `reward.max_failure_rate`, or no completion has the scorer's steps.
     """
@@ -102,7 +104,7 @@ def solve(problems: Problems, folder: Path | None = None, progress: Progress | N
     notes = [*problems.notes, *_notes(cfg)]
     kept = SearchFolder(folder, problems.settings()) if folder else nullcontext(_Memory())
     with kept as store:
-        inside = problems.journaled(folder) if folder else problems
+        inside = problems.journaled(folder) if folder and journal else problems
         engine = make_engine(inside.collector, problems.chat, cfg, scorer)
         check_separator(engine, scorer)
         stepwise = needed(cfg) == "steps" or cfg.strategy == "mcts"
