@@ -52,8 +52,8 @@ def findings(found: Comparison) -> list[str]:
         fit = f"; coverage of k completions ≈ exp({found.law.a:.3g} · k^{found.law.b:.3g})" if found.law else ""
         out.append(f"Coverage of {k} completions: {share}{fit}.")
     out += [
-        f"The scorer is over-optimised: with {one.strategy}, from budget {one.peak} to {one.budget}, accuracy changes by "
-        f"{one.accuracy.value:.1%} [{one.accuracy.low:.1%}, {one.accuracy.high:.1%}] while the score of the chosen "
+        f"The scorer is over-optimised: with {one.strategy}, from budget {one.peak} to {one.budget}, accuracy changes "
+        f"by {one.accuracy.value:.1%} [{one.accuracy.low:.1%}, {one.accuracy.high:.1%}] while the score of the chosen "
         f"completion rises by {one.score.value:.3g}."
         for one in found.over_optimised
     ]  # fmt: skip
@@ -92,8 +92,8 @@ def write(found: Comparison) -> list[Path]:
     rest = [html.tag("p", text) for text in findings(found)[1:]]
     sections = [
         ("Frontier", html.join(*(html.tag("figure", one) for one in pictures), html.table(
-            f"Accuracy and tokens (policy and scorer {found.scorer or 'none'}), {len(found.tasks)} tasks; intervals are "
-            "bootstraps over tasks.", POINTS, point_rows(found)))),
+            f"Accuracy and tokens (policy and scorer {found.scorer or 'none'}), {len(found.tasks)} tasks; intervals "
+            "are bootstraps over tasks.", POINTS, point_rows(found)))),
         ("Compute-optimal strategies", html.table(
             "The strategy with the highest accuracy at a number of tokens, for all tasks and for thirds by the pass "
             "rate of one completion. Differences are paired over tasks.", OPTIMAL, best_rows(found))),

@@ -19,7 +19,7 @@ from posttrain.config.search import COMMON, SearchConfig
 from posttrain.evaluation.intervals import Estimate
 from posttrain.search import frontier, stored
 from posttrain.search.best_of_n import expected_pick
-from posttrain.search.build import check_name, make_scorer, reads_gold, scorer_name
+from posttrain.search.build import check_name, make_scorer, scorer_name
 from posttrain.search.choose import classes, expected_vote
 from posttrain.search.frontier import Point
 from posttrain.search.report import Outcome
@@ -94,12 +94,16 @@ def compare(
     steered = replace(cfg, strategy="best-of-n")
     sampled = run(settings(steered if "best-of-n" in names else replace(steered, strategy="majority"), budgets[-1]))
     points: list[Point] = []
+    notes = [*sampled.report.notes]
     for name in names:
         if name in SAMPLED and cfg.choose == "auto":
             points += [estimated(name, sampled, n) for n in budgets]
-        else:
-            points += [point(run(settings(replace(cfg, strategy=name), n))) for n in budgets]
-    found = summarised(problems, sampled, points, budgets)
+            continue
+        for n in budgets:
+            found = run(settings(replace(cfg, strategy=name), n))
+            points.append(point(found))
+            notes += [note for note in found.report.notes if n == budgets[-1]]
+    found = summarised(problems, sampled, points, budgets, list(dict.fromkeys(notes)))
     if folder:
         durable.publish_file(folder / FILE, json.dumps(found.as_dict()) + "\n")
     return replace(found, folder=folder)
@@ -185,14 +189,16 @@ def estimated(strategy: str, found: Searched, n: int) -> Point:
 
 
 def _ranks(one: Outcome, cut: Sequence[bool]) -> tuple[np.ndarray, np.ndarray]:
-    """Scores [N] by which the best completion is chosen, and their worth; those that are missing count as the lowest."""
+    """Scores [N] by which the best completion is chosen, and their worth; a missing one is the lowest."""
     least = min((score for score in one.scores if score is not None), default=0.0)
     worth = np.array([least if score is None else score for score in one.scores])
     lowered = [c or score is None for c, score in zip(cut, one.scores, strict=True)]
     return np.where(lowered, worth - (np.ptp(worth) + 1), worth), worth
 
 
-def summarised(problems: Problems, sampled: Searched, points: list[Point], budgets: Sequence[int]) -> Comparison:
+def summarised(
+    problems: Problems, sampled: Searched, points: list[Point], budgets: Sequence[int], notes: Sequence[str]
+) -> Comparison:
     """The comparison of points on the problems that were sampled."""
     right = [[bool(verdict) for verdict in one.right] for one in sampled.outcomes]
     rates = tuple(float(np.mean(row)) for row in right)
@@ -203,9 +209,6 @@ def summarised(problems: Problems, sampled: Searched, points: list[Point], budge
     for tokens in levels:
         if (top := frontier.best_at(points, tokens)) is not None:
             best[tokens] = {"all": top, **frontier.by_difficulty(points, rates, tokens)}
-    notes = [*problems.notes]
-    if reads_gold(scorer):
-        notes.append(f"The scorer {scorer!r} reads the gold answer, so steered strategies show what it could cover.")
     return Comparison(
         problems.model, scorer, tuple(points), tuple(task.id for task in problems.tasks), rates, covered,
         frontier.power_law({k: one.value for k, one in covered.items()}), best,

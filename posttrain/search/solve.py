@@ -93,9 +93,10 @@ def solve(
 ) -> Searched:
     """Searches for an answer to every problem, and verifies it and all other completions.
 
-    `journal` keeps completions in the folder, unless the problems have a journal already. With a folder, the problems that are done in it are not searched again. Raises ConfigError before anything is
-    sampled if strategy, scorer and settings do not go together, and RolloutError if the scorer or the verifier fails
-    on more completions than `reward.max_failure_rate`, or no completion has the scorer's steps.
+    `journal` keeps completions in the folder, unless the problems have a journal already. With a folder, problems that
+    are done in it are not searched again. Raises ConfigError before anything is sampled if strategy, scorer and
+    settings do not go together, and RolloutError if the scorer or the verifier fails on more completions than
+    `reward.max_failure_rate`, or no completion has the scorer's steps.
     """
     recipe, cfg = problems.recipe, problems.recipe.search
     check_name(cfg)
