@@ -117,7 +117,8 @@ class Journal:
     def _keys(self, request: Request, params: SamplingParams) -> list[bytes]:
         """For each completion a hash of everything that it depends on."""
         prompt, prefix = (np.asarray(tokens, np.int64).tobytes() for tokens in (request.prompt, request.prefix))
-        said = json.dumps([self.about, self._weights, vars(params), len(prompt), len(prefix), *request.pieces])
+        drawn = vars(replace(params, max_tokens=1))  # every completion has a limit of its own
+        said = json.dumps([self.about, self._weights, drawn, len(prompt), len(prefix), *request.pieces])
         shared = hashlib.sha256(said.encode() + prompt + prefix)
         keys: list[bytes] = []
         for index, seed in enumerate(request.seeds):
