@@ -23,6 +23,8 @@ FRONTIER = Path(__file__).parent / "search-frontier.json"
 BUDGETS = (1, 2, 4, 8, 16, 32)
 STRATEGIES = ("majority", "best-of-n", "beam", "mcts", "adaptive", "dvts", "rebase", "particles")
 SCORERS = ("confidence", "self-certainty", "checker")
+UNSCORED = ("majority", "adaptive")
+"""Strategies that need no scores."""
 LIMITED = ("beam", "dvts", "rebase", "particles")
 """Strategies that score unfinished completions, which the checker cannot read."""
 FIRST = "36*9"

@@ -14,7 +14,7 @@ from posttrain.data.answers import final_answer
 from posttrain.data.chat import ChatFormat
 from posttrain.lab import checkpoints
 from posttrain.lab.explore.problems import task_of
-from posttrain.lab.explore.search import settings
+from posttrain.lab.explore.search import UNSCORED, settings
 from posttrain.lab.folders import Place
 from posttrain.models.load import Policy
 from posttrain.rewards.auto import verifier_for
@@ -104,8 +104,9 @@ class Searcher:
     def found(self, problem: str, seed: int, strategy: str, scorer: str, budget: int) -> Found:
         """Searches for the answer to a problem; equal arguments always give the same result."""
         cfg = settings(strategy, scorer, budget)
+        judge = None if strategy in UNSCORED else self.scorer(scorer)
         with self.lock:
-            return describe(search(task_of(problem), self.engine(), self.scorer(scorer), cfg, seed), strategy)
+            return describe(search(task_of(problem), self.engine(), judge, cfg, seed), strategy)
 
 
 @lru_cache(maxsize=1)

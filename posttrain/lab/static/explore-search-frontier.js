@@ -4,7 +4,7 @@ import { Loaded, Table, grouped, html, percent, useData } from "./ui.js";
 
 const WIDE = matchMedia("(max-width: 600px)").matches ? 380 : 720; // so that its text is as large as the page’s
 const HIGH = 340;
-const EDGE = { left: 44, right: 16, top: 16, bottom: 48 };
+const EDGE = { left: 56, right: 16, top: 16, bottom: 48 };
 const DRAWN = ["majority", "best-of-n", "beam", "mcts"];
 const COLOURS = { "": 3, confidence: 0, "self-certainty": 1, checker: 2 }; // of a scorer
 const DASHES = { majority: "", "best-of-n": "", beam: "8 4", mcts: "2 4" };
@@ -36,7 +36,8 @@ function Read({ series }) {
       worked out and unsure of a guess.</li>
     <li><strong>Until the scorer is the limit.</strong> Choosing by self-certainty from the same completions ends at ${last(certain)}. It prefers answers without a thought,
       and the more there are to choose from, the surer it finds one.</li>
-    <li><strong>A vote needs a majority.</strong> It ends at ${last(vote)}: most completions skip the thought and guess, and a common wrong guess outvotes a rare right thought.</li></ul>`;
+    <li><strong>A vote needs no scorer, but more tokens.</strong> With few completions it is hardly better than one, because most completions skip the thought and guess. With
+      ${most} it reaches ${last(vote)}: wrong guesses scatter, right thoughts agree.</li></ul>`;
 }
 
 function Plot({ series, budget, titled }) {
@@ -49,10 +50,9 @@ function Plot({ series, budget, titled }) {
   const best = series.map((one) => `${titled(one)} ${percent(one.points.at(-1).accuracy)} at ${Math.round(spent(one.points.at(-1)))} tokens`);
   return html`<figure class="frontier search-frontier"><svg viewBox=${`0 0 ${WIDE} ${HIGH}`} role="img"
       aria-label=${`Accuracy against tokens per problem. At the largest budget: ${best.join("; ")}. The table below has all numbers.`}>
-    ${[0, 0.25, 0.5, 0.75, 1].map((value) => html`<line class="rule" x1=${EDGE.left} x2=${WIDE - EDGE.right} y1=${y(value)} y2=${y(value)} /><text x=${EDGE.left - 8} y=${y(value) + 4} text-anchor="end">${100 * value}</text>`)}
+    ${[0, 0.25, 0.5, 0.75, 1].map((value) => html`<line class="rule" x1=${EDGE.left} x2=${WIDE - EDGE.right} y1=${y(value)} y2=${y(value)} /><text x=${EDGE.left - 8} y=${y(value) + 4} text-anchor="end">${100 * value} %</text>`)}
     ${ticks.map((tokens) => html`<text x=${x({ generated: tokens, scored: 0 })} y=${HIGH - 28} text-anchor="middle">${tokens}</text>`)}
     <text x=${WIDE / 2} y=${HIGH - 6} text-anchor="middle">tokens per problem, generated and scored (logarithmic)</text>
-    <text x=${EDGE.left - 36} y="12">%</text>
     ${series.map((one) => html`<g key=${one.strategy + one.scorer} class=${`line-${COLOURS[one.scorer]}`}>
       <polyline stroke-dasharray=${DASHES[one.strategy]} points=${one.points.map((point) => `${x(point)},${y(point.accuracy)}`).join(" ")} />
       ${one.points.map((point) => html`<line class="interval" x1=${x(point)} x2=${x(point)} y1=${y(point.low)} y2=${y(point.high)} />

@@ -52,7 +52,7 @@ export function Tree({ found, title, shown = found.nodes.length - 1, large = fal
   return html`<svg class=${`search-tree ${large ? "large" : ""}`} viewBox=${`0 0 ${WIDE} ${height(leaves)}`} role="img" aria-label=${spoken(found, title, shown)}>
     ${alive.filter(({ node }) => node.parent !== null).map(({ node, i }) => html`<path key=${`e${i}`} class=${done && path.has(i) ? "chosen" : node.rollout ? "rollout" : ""}
       d=${`M${x[node.parent]} ${y[node.parent]}C${(x[node.parent] + x[i]) / 2} ${y[node.parent]} ${(x[node.parent] + x[i]) / 2} ${y[i]} ${x[i]} ${y[i]}`} />`)}
-    ${alive.map(({ node, i }) => html`<circle key=${`n${i}`} cx=${x[i]} cy=${y[i]} r=${node.parent === null ? 5 : radius} class=${node.parent === null ? "root" : ""} fill-opacity=${node.parent === null ? 1 : share[i] ?? 0}>
+    ${alive.map(({ node, i }) => html`<circle key=${`n${i}`} cx=${x[i]} cy=${y[i]} r=${node.parent === null ? 5 : radius} class=${node.parent === null ? "root" : ""} style=${node.parent === null ? null : { fill: `color-mix(in srgb, var(--series-0) ${100 * (share[i] ?? 0)}%, var(--page))` }}>
       <title>${told(node, found)}</title></circle>`)}
     ${alive.filter(({ node }) => node.passed !== null).map(({ node, i }) => html`<text key=${`m${i}`} class=${node.passed ? "good" : "bad"} x=${x[i] + radius + 3} y=${y[i] + 0.35 * mark} font-size=${mark} font-weight=${node.passed ? 700 : 400}>${node.passed ? "✓" : "✗"}</text>`)}
   </svg>`;

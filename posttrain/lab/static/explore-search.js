@@ -68,7 +68,7 @@ function Asking({ problems, budgets, strategies, scorers, state, set }) {
       <${Slider} label="Budget" name="budget" min="0" max=${budgets.length - 1} step="1" value=${at} text=${counted(budgets[at], "completion")} onChange=${(i) => set({ budget: budgets[i] })} />
       <${Choice} legend="Scores come from" name="scorer" value=${state.scorer} options=${scorers.map((name) => [name, SCORERS[name][0]])} onChange=${(scorer) => set({ scorer })} />
     </div>
-    <p class="note">${(SCORERS[state.scorer] || SCORERS.confidence)[1]}</p>
+    <p class="note">${(SCORERS[state.scorer] || SCORERS.confidence)[1]} A vote needs no scores. Tree search counts visits against the budget, not completions; the tokens say what a search cost.</p>
     <details><summary>Strategies: ${on.map((name) => STRATEGIES[name][0].toLowerCase()).join(", ") || "none"}</summary>
       <div class="search-toggles">${strategies.map((name) => html`<${Toggle} label=${STRATEGIES[name][0]} name=${name} value=${on.includes(name)} onChange=${flip(name)} />`)}</div></details>
   </section>`;
@@ -101,12 +101,13 @@ function Verdict({ found, all }) {
   if (found.length < all || !all) return html`<p class="search-verdict" role="status">Searching …</p>`;
   const named = (list) => list.map((one) => STRATEGIES[one.strategy][0]).join(", ");
   const [right, wrong] = [found.filter((one) => one.passed), found.filter((one) => !one.passed)];
-  const missed = wrong.filter((one) => one.right > 0);
+  const [outvoted, misled] = [true, false].map((votes) => wrong.filter((one) => one.right > 0 && UNSCORED.includes(one.strategy) === votes));
   return html`<p class="search-verdict" role="status">
     ${right.length > 0 && html`<strong>✓ Right:</strong> ${named(right)}. `}${wrong.length > 0 && html`<strong>✗ Wrong:</strong> ${named(wrong)}. `}
     ${wrong.length > 0 && wrong.every((one) => one.right === 0) && "No completion is right, so there is nothing to find yet: only more tokens, or a better model, can help."}
-    ${missed.length > 0 && `${named(missed)} had a right completion and chose another: here the way of choosing is the limit, not the budget.`}
-    ${wrong.length === 0 && "Whether that is worth the tokens is a matter of the budget: try a smaller one."}</p>`;
+    ${outvoted.length > 0 && `${named(outvoted)} had a right completion, but it was outvoted. `}
+    ${misled.length > 0 && `${named(misled)} had a right completion, but the scorer prefers another: here the scorer is the limit.`}
+    ${wrong.length === 0 && "Would fewer tokens have been enough? Try a smaller budget."}</p>`;
 }
 
 function Card({ name, state, watched, limited, set, tell }) {
@@ -135,7 +136,7 @@ function Result({ name, state, tell }) {
   return html`<p class="search-answer"><strong>${printable(data.answer || "(empty)")}</strong> <span class=${data.passed ? "good" : "bad"}>${data.passed ? "✓ right" : "✗ wrong"}</span></p>
     <p class="note">${data.passed ? `${data.right} of ${counted(data.completions, "completion")} ${data.right === 1 ? "is" : "are"} right` : none}</p>
     <dl class="search-cost"><div><dt>tokens generated</dt><dd class="number">${grouped(data.generated)}</dd></div>
-      <div><dt>tokens scored</dt><dd class="number">${UNSCORED.includes(name) && data.scorer !== "self-certainty" ? "0" : grouped(data.scored)}</dd></div></dl>
+      <div><dt>tokens scored</dt><dd class="number">${grouped(data.scored)}</dd></div></dl>
     <${Tree} found=${data} title=${STRATEGIES[name][0]} />`;
 }
 
