@@ -130,6 +130,29 @@ def simulate(start, proxy, truth, beta, lr, steps):
 def best_step(curve):
     return max(range(len(curve)), key=lambda i: curve[i][1])
 """,
+    "search": """
+import math
+
+def vote(answers, weights):
+    sums = {}
+    for answer, weight in zip(answers, weights):
+        if answer >= 0:
+            sums[answer] = sums.get(answer, 0.0) + weight
+    return answers.index(max(sums, key=lambda a: sums[a])) if sums else -1
+
+def shares(scores, width, temperature):
+    powers = [math.exp((s - max(scores)) / temperature) for s in scores]
+    exact = [width * p / sum(powers) for p in powers]
+    counts = [math.floor(e + 1e-9) for e in exact]
+    order = sorted(range(len(scores)), key=lambda i: (counts[i] - exact[i], i))
+    for i in order[: width - sum(counts)]:
+        counts[i] += 1
+    return counts
+
+def puct(values, priors, visits, c):
+    root = math.sqrt(max(1, sum(visits)))
+    return [q + c * p * root / (1 + n) for q, p, n in zip(values, priors, visits)]
+""",
 }
 
 MISTAKES = [
@@ -158,6 +181,12 @@ MISTAKES = [
     ("reward-hacking", "r - beta * math", "r + beta * math", "a step with the penalty", "should be subtracted"),
     ("reward-hacking", "r - beta * math.log(p / q)", "r", "a step with the penalty", "is missing"),
     ("reward-hacking", "p * math.log(p / q) for", "q * math.log(q / p) for", "the divergence after", "wrong way round"),
+    ("search", "+ weight", "+ 1", "a vote with weights", "without the weights"),
+    ("search", "if answer >= 0", "if True", "a vote with weights", "does not vote"),
+    ("search", ") / temperature", ")", "eight next steps", "temperature is missing"),
+    ("search", "counts[i] += 1", "pass", "eight next steps", "rounded down"),
+    ("search", "math.sqrt(max(1, sum(visits)))", "max(1, sum(visits))", "PUCT at", "where its root"),
+    ("search", " + c * p * root / (1 + n)", "", "PUCT at", "bonus is missing"),
     ("reward-hacking", "curve[i][1]", "curve[i][0]", "the best step to stop at", "the last step"),
 ]
 

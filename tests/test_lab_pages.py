@@ -27,6 +27,7 @@ EXAMPLES: dict[str, str] = {
     "/explore/hacking": "/explore/hacking",
     "/explore/grpo": "/explore/grpo",
     "/explore/preferences": "/explore/preferences",
+    "/explore/search": "/explore/search",
     "/runs": "/runs",
     "/runs/{run}": "/runs/one?with=two",
     "/runs/{run}/episodes": "/runs/one/episodes",

@@ -58,6 +58,7 @@ LAZY = {
     "lab.explore.grpo": "the same",
     "lab.explore.preferences": "the same",
     "lab.explore.hacking": "the same",
+    "lab.explore.search": "the same",
     "lab.course.routes": "the same",
     "lab.course.exercises": "the same",
 }

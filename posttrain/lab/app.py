@@ -25,7 +25,7 @@ from posttrain.lab import asking, cards, chat, episodes, folders, inspector
 from posttrain.lab.course import exercises
 from posttrain.lab.course import routes as course
 from posttrain.lab.curves import Feed
-from posttrain.lab.explore import algorithms, grpo, hacking, preferences, stages
+from posttrain.lab.explore import algorithms, grpo, hacking, preferences, search, stages
 from posttrain.lab.files import static
 from posttrain.lab.folders import Place
 from posttrain.lab.inspector import EPISODE
@@ -48,6 +48,7 @@ PAGES = (
     "/explore/hacking",
     "/explore/grpo",
     "/explore/preferences",
+    "/explore/search",
     "/runs",
     "/runs/{run}",
     "/runs/{run}/episodes",
@@ -69,6 +70,7 @@ PARTS: tuple[Routes, ...] = (
     stages.routes,
     label.routes,
     preferences.routes,
+    search.routes,
 )
 """One function per part of the lab; each adds its routes under /api."""
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from posttrain.lab.course.case import Case
@@ -17,6 +18,10 @@ from posttrain.objectives.advantages import group_relative
 from posttrain.objectives.policy import clip as clipped_loss
 from posttrain.objectives.reward import bradley_terry
 from posttrain.objectives.tokens import kl_k1
+from posttrain.search.choose import vote
+from posttrain.search.mcts import puct
+from posttrain.search.rebase import shares
+from posttrain.search.tree import Node
 
 STD_EPS = 1e-4
 CLIP = 0.2
@@ -295,8 +300,70 @@ def hacking_cases() -> list[Case]:
     ]
 
 
+# --- search ----------------------------------------------------------------------------------------------------------
+
+ANSWERS, WEIGHTS = [2, 0, -1, 2, 0, 1], [0.26, 0.25, 3.0, 0.25, 0.3, 0.5]
+SCORES = [0.9, 0.8, 0.5, 0.2]
+
+
+def puct_scores(values: Floats, priors: Floats, visits: Sequence[int], c: float) -> list[float]:
+    """The library's PUCT scores of children with these values, priors and visits."""
+    root = Node(0, None, visits=sum(visits))
+    children = [
+        Node(i + 1, root, i, logprobs=np.log(np.array([prior])), visits=n, value=value)
+        for i, (value, prior, n) in enumerate(zip(values, priors, visits, strict=True))
+    ]
+    return puct(root, children, c)
+
+
+def search_cases() -> list[Case]:
+    """The rules by which a vote, rebase and tree search spend tokens."""
+    children = [[0.2, 0.6, 0.0], [0.5, 0.3, 0.2], [3, 2, 0]]
+    return [
+        Case("a majority", "vote", [[4, 7, 7], [1.0, 1.0, 1.0]], vote([4, 7, 7], [1.0] * 3)),
+        Case(
+            "a vote with weights",
+            "vote",
+            [ANSWERS, WEIGHTS],
+            vote(ANSWERS, WEIGHTS),
+            (
+                (0, "that is the majority without the weights."),
+                (2, "a completion without an answer (-1) does not vote."),
+                (4, "that is another completion of the winning answer; the first is expected."),
+            ),
+        ),
+        Case("a tie goes to the answer that came first", "vote", [[5, 3, 3, 5], [1.0] * 4], 0),
+        Case("nobody has an answer", "vote", [[-1, -1], [1.0, 1.0]], -1),
+        Case(
+            "eight next steps",
+            "shares",
+            [SCORES, 8, 0.2],
+            shares(SCORES, 8, 0.2),
+            (
+                (shares(SCORES, 8, 1.0), "the temperature is missing."),
+                ([4, 2, 0, 0], "every share is rounded down; two places are left for the largest remainders."),
+            ),
+        ),
+        Case("equal scores, and one place more than an equal share", "shares", [[0.3] * 3, 4, 0.2],
+             shares([0.3] * 3, 4, 0.2)),
+        Case(
+            "PUCT at a node with five visits",
+            "puct",
+            [*children, 1.0],
+            puct_scores(*children, 1.0),
+            (
+                (children[0], "that is the mean value alone; the bonus is missing."),
+                (puct_scores(children[0], [0.5, 0.3, 0.2], [3, 2, 0], 5**0.5), "that is N where its root is expected."),
+            ),
+        ),
+        Case("before any visit the policy decides", "puct", [[0.0] * 3, [0.5, 0.3, 0.2], [0] * 3, 1.5],
+             puct_scores([0.0] * 3, [0.5, 0.3, 0.2], [0] * 3, 1.5)),
+    ]  # fmt: skip
+
+
 CASES: dict[str, Callable[[], list[Case]]] = {
     "bradley-terry": bradley_terry_cases,
     "simple-grpo": grpo_cases,
     "reward-hacking": hacking_cases,
+    "search": search_cases,
 }

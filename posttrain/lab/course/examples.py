@@ -10,6 +10,7 @@ from posttrain.lab.course import (
     worked_pairs,
     worked_reasoning,
     worked_rewards,
+    worked_search,
 )
 from posttrain.lab.course.working import Example
 
@@ -20,6 +21,7 @@ EXAMPLES: dict[str, Example] = {
     **worked_pairs.EXAMPLES,
     **worked_measured.EXAMPLES,
     **worked_reasoning.EXAMPLES,
+    **worked_search.EXAMPLES,
     **worked_challenges.EXAMPLES,
 }
 """Worked examples by the name that chapters use."""

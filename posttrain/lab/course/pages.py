@@ -27,7 +27,7 @@ FOLDER = Path(__file__).parent
 CHAPTERS = ("why", "rewards", "algorithms", "reasoning", "hands-on", "challenges")
 LAYERS = ("intuition", "mathematics", "implementation")
 FENCES = ("source", "worked", "explore", "exercise", "command")
-EXPLORERS = ("stages", "preferences", "algorithms", "grpo", "hacking")
+EXPLORERS = ("stages", "preferences", "algorithms", "grpo", "hacking", "search")
 TAGS = {
     "paragraph": "p", "em": "em", "strong": "strong", "bullet_list": "ul", "ordered_list": "ol", "list_item": "li",
     "blockquote": "blockquote", "table": "table", "thead": "thead", "tbody": "tbody", "tr": "tr", "th": "th",

@@ -1,1 +1,1 @@
-"""The five interactive explorers, each backed by real computation."""
+"""The six interactive explorers, each backed by real computation."""

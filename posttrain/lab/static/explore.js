@@ -1,4 +1,4 @@
-// The five explorers and the question each one answers.
+// The six explorers and the question each one answers.
 
 import { html, useTitle } from "./ui.js";
 
@@ -8,6 +8,7 @@ export const EXPLORERS = [
   ["algorithms", "Algorithms", "How much memory do PPO, DPO and GRPO need, and what data do they learn from?"],
   ["grpo", "GRPO", "Why can the same answer be good in one group and bad in another?"],
   ["hacking", "Reward hacking", "What happens to quality when a proxy is optimised too hard?"],
+  ["search", "Think longer", "What do more tokens buy if a model may try several times and choose?"],
 ];
 
 export function Explorers({ heading = "h3" }) {

@@ -8,7 +8,7 @@ export function Page() {
   useTitle("Home");
   const home = useData("/api/home", 5000);
   return html`<h1>See what post-training does to a model</h1>
-    <p class="lead">Watch your runs as they train, take <a href="/learn">a course in six chapters</a>, or try the five explorers. All of it runs on the library's own training functions.</p>
+    <p class="lead">Watch your runs as they train, take <a href="/learn">a course in six chapters</a>, or try the six explorers. All of it runs on the library's own training functions.</p>
     <section><h2>Explore</h2><${Explorers} /></section>
     <${Loaded} from=${home} of="the folder">${(found) => (found.count || found.pipelines.length
       ? html`<${Here} ...${found} />` : html`<${Empty} folder=${found.folder} />`)}</${Loaded}>`;

@@ -26,6 +26,6 @@ function Contents({ chapters }) {
     </section>
     <section><h2>What you need</h2>
       <p>For the intuition: nothing but curiosity. For the mathematics: probabilities, logarithms, expectations and derivatives of functions of several variables. For the implementation: Python, and tensors as in NumPy or PyTorch. All you need to know about transformers is that a language model takes text and returns a probability for every possible next token.</p>
-      <p>Chapters build on each other, but each says what it uses from the earlier ones. You can open <a href="/explore">the five explorers</a> at any time.</p>
+      <p>Chapters build on each other, but each says what it uses from the earlier ones. You can open <a href="/explore">the six explorers</a> at any time.</p>
     </section>`;
 }

@@ -14,6 +14,7 @@ const PAGES = [
   [/^\/explore\/hacking$/, () => import("./explore-hacking.js"), []],
   [/^\/explore\/preferences$/, () => import("./explore-preferences.js"), []],
   [/^\/explore\/grpo$/, () => import("./explore-grpo.js"), []],
+  [/^\/explore\/search$/, () => import("./explore-search.js"), []],
   [/^\/runs$/, () => import("./runs.js"), []],
   [/^\/runs\/([^/]+)$/, () => import("./run.js"), ["run"]],
   [/^\/runs\/([^/]+)\/episodes$/, () => import("./episodes.js"), ["run"]],
