@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -18,7 +18,7 @@ from posttrain.rewards import combine, judge
 from posttrain.rewards.auto import verifier_for
 from posttrain.rewards.functions import reward_from
 from posttrain.rewards.models import PREFIX, load_reward_model
-from posttrain.rewards.step_checks import step_check
+from posttrain.rewards.step_checks import has_check, step_check
 from posttrain.rewards.verifiers import VERIFIERS
 from posttrain.rollout.collector import Collector
 from posttrain.rollout.tasks import GOLD_DECIDES, GOLD_MAY_BE_GIVEN
@@ -29,7 +29,7 @@ from posttrain.train.forward import LOGITS_PER_CHUNK, before_trained, outputs, p
 from posttrain.types import Batch, ConfigError, Sample, Task
 
 PROGRAM = "steps:"
-PROGRAMS: dict[str, Callable[[Task, str], float]] = {"arithmetic": step_check}
+PROGRAMS = {"arithmetic": Program(step_check, has_check, reads_gold=True, separator=", ")}
 """Programs that check the steps of an unfinished completion, for `search.scorer = "steps:NAME"`."""
 
 
@@ -82,15 +82,26 @@ def check_name(cfg: SearchConfig) -> None:
 
 def reads_gold(name: str) -> bool:
     """Whether a scorer compares with the gold answer, which a user does not have."""
-    if not name or name in ("confidence", "self-certainty") or name.startswith((PROGRAM, PREFIX, judge.PREFIX)):
+    if name.startswith(PROGRAM):
+        return _program(name.removeprefix(PROGRAM)).reads_gold
+    if not name or name in ("confidence", "self-certainty") or name.startswith((PREFIX, judge.PREFIX)):
         return False
     return any(leaf.name in (*GOLD_DECIDES, *GOLD_MAY_BE_GIVEN) for leaf in combine.leaves_of(name))
+
+
+def check_tasks(scorer: Scorer | None, tasks: Sequence[Task]) -> None:
+    """Raises ConfigError if the scorer is a program that cannot check the steps of a task."""
+    if isinstance(scorer, Program) and (unfit := [task.id for task in tasks if not scorer.fits(task)]):
+        raise ConfigError(
+            f"search.scorer checks steps of arithmetic and countdown, but {len(unfit)} of {len(tasks)} tasks are not "
+            f"of that kind (such as {unfit[0]!r}). Use other tasks, a process reward model or `confidence`."
+        )
 
 
 def _program(name: str) -> Program:
     if name not in PROGRAMS:
         raise ConfigError(f"search.scorer='steps:{name}' is none of {', '.join(PROGRAM + n for n in PROGRAMS)}.")
-    return Program(PROGRAMS[name])
+    return PROGRAMS[name]
 
 
 def certainties(policy: Policy, micro_batch_tokens: int, samples: Sequence[Sample]) -> list[np.ndarray]:

@@ -89,9 +89,14 @@ class Steps:
 
 @dataclass(frozen=True)
 class Program:
-    """A program that checks the steps of a text, `(task, text) -> float`, at any point of a completion."""
+    """A program that checks the steps of a text, `(task, text) -> float`, at any point of a completion.
+
+    `fits` says which tasks it can check, `reads_gold` whether it compares with the gold answer.
+    """
 
     check: Callable[[Task, str], float]
+    fits: Callable[[Task], bool]
+    reads_gold: bool
     partial: bool = True
     separator: str = ""
 

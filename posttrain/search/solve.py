@@ -21,7 +21,7 @@ from posttrain.rewards.scoring import score_all, score_groups, scores_groups
 from posttrain.rollout.collector import Collector, by_source
 from posttrain.rollout.journal import Journal, digest
 from posttrain.search import stored
-from posttrain.search.build import check_name, make_engine, make_scorer, reads_gold, scorer_name
+from posttrain.search.build import check_name, check_tasks, make_engine, make_scorer, reads_gold, scorer_name
 from posttrain.search.engine import Engine
 from posttrain.search.folder import SearchFolder, flat
 from posttrain.search.report import Outcome, SearchReport, summarise
@@ -102,6 +102,7 @@ def solve(
     check_name(cfg)
     scorer = make_scorer(cfg, problems.policy, problems.collector, recipe.train.micro_batch_tokens, recipe.reward)
     check(cfg, scorer)
+    check_tasks(scorer, problems.tasks)
     notes = [*problems.notes, *_notes(cfg)]
     kept = SearchFolder(folder, problems.settings()) if folder else nullcontext(_Memory())
     with kept as store:

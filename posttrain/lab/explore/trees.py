@@ -12,6 +12,7 @@ from typing import TypedDict
 
 from posttrain.data.answers import final_answer
 from posttrain.data.chat import ChatFormat
+from posttrain.data.thoughts import shown_text
 from posttrain.lab import checkpoints
 from posttrain.lab.explore.problems import task_of
 from posttrain.lab.explore.search import UNSCORED, settings
@@ -20,7 +21,6 @@ from posttrain.models.load import Policy
 from posttrain.rewards.auto import verifier_for
 from posttrain.rollout.collector import Collector
 from posttrain.rollout.engines.embedded import EmbeddedGenerator
-from posttrain.data.thoughts import shown_text
 from posttrain.search.build import certainties
 from posttrain.search.engine import Engine
 from posttrain.search.mcts import ROLLOUT
