@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,21 @@ from posttrain import api, config
 from posttrain.cli import tables as show
 from posttrain.config import DataConfig
 from posttrain.data.tasks.load import load_tasks
+from posttrain.data.tasks.one_liners import one_liners
 from posttrain.rewards import code as code_reward
-from posttrain.rewards.code import code, extract_code, humaneval_task, mbpp_task, program_of
+from posttrain.rewards.code import (
+    SHOWN_CASES,
+    code,
+    extract_code,
+    humaneval_task,
+    mbpp_task,
+    program_of,
+    shown_tests,
+)
 from posttrain.rewards.verifiers import VERIFIERS
 from posttrain.rollout.tasks import check_gold
 from posttrain.store.run import Run
-from posttrain.types import Message, Task
+from posttrain.types import Message, RolloutError, Task
 from tests import tiny
 from tests.conftest import shared
 
@@ -155,3 +165,19 @@ def test_a_run_is_graded_by_code_and_says_for_ever_that_it_had_no_isolation(tmp_
     screen = Console(file=StringIO(), width=200)
     show.finished(screen, result.folder)
     assert "WITHOUT ISOLATION, as reward.sandbox" in screen.file.getvalue(), "it is shown with the result"  # type: ignore[attr-defined]
+
+
+def test_shown_tests_are_those_of_the_prompt_and_score_their_share() -> None:
+    task = one_liners(1, 0, "test")[0]
+    assert shown_tests(task, str(task.answer)).passed and code(task, str(task.answer)).passed
+    known = {tuple(case["args"]): case["expected"] for case in task.meta["cases"][:SHOWN_CASES]}
+    table = f"def f(a, b, c):\n    return {known}.get((a, b, c), 0)"  # knows what is shown, and nothing else
+    assert shown_tests(task, table).score == 1.0 and not code(task, table).passed
+    first = dict([next(iter(known.items()))])
+    assert shown_tests(task, f"def f(a, b, c):\n    return {first}.get((a, b, c), 10**9)").score == 1 / SHOWN_CASES
+    row = {"kind": "check", "names": ["f"], "tests": "assert f(1) == 1\nassert f(2) == 2"}
+    check = Task("t", "code", (Message("user", "Write f. It must pass assert f(1) == 1"),), "def f(n): return n", row)
+    one = "def f(n): return 1"
+    assert shown_tests(check, one).passed and not code(check, one).passed
+    with pytest.raises(RolloutError, match="shows none of its tests"):
+        shown_tests(replace(check, messages=(Message("user", "Write f."),)), one)

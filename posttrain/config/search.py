@@ -21,8 +21,8 @@ class SearchConfig:
     budget: int = 16
     """Completions per problem that the search may sample, or as many unfinished ones; the report counts the tokens."""
     scorer: str = ""
-    """What scores completions: a reward as in `reward.name`, a PRM (`model:FOLDER`), `confidence`, `self-certainty`, or
-    `steps:NAME`; empty: none, or `confidence` where the strategy needs scores."""
+    """What scores completions: a reward as in `reward.name`, a PRM (`model:FOLDER`), `confidence`, `self-certainty`,
+    `shown-tests` (of code), or `steps:arithmetic`; empty: none, or `confidence` where the strategy needs scores."""
     separator: str = ""
     """Text that ends a step; empty: that of the process reward model that scores, else a line break."""
     aggregate: Literal["min", "product", "last", "mean"] = "min"

@@ -15,7 +15,7 @@ from posttrain.data.answers import final_part
 from posttrain.data.thoughts import tags_of
 from posttrain.rewards.sandbox.pool import Choice, Sandbox
 from posttrain.rewards.sandbox.tasks import grade
-from posttrain.types import Json, JsonView, Task, Verdict
+from posttrain.types import Json, JsonView, RolloutError, Task, Verdict
 
 _FENCE = re.compile(
     r"^[ \t]*(?P<mark>```+|~~~+)[^\n`]*\n(?P<code>.*?)^[ \t]*(?P=mark)[ \t]*$", re.DOTALL | re.MULTILINE
@@ -45,6 +45,30 @@ def code(task: Task, text: str) -> Verdict:
     passed = graded.how == "passed"
     detail = f"{graded.how}: {graded.detail}" if graded.detail else graded.how
     return Verdict(float(passed), passed, detail, {"cases": graded.share})
+
+
+SHOWN_CASES = 4
+"""Cases of a task that count as shown if its prompt has no tests."""
+
+
+def shown_tests(task: Task, text: str) -> Verdict:
+    """`code` with the tests that the prompt shows, as a user has them; the score is the share of them that pass.
+
+    These are the lines of `tests` that stand in the prompt; for tasks with cases, the first SHOWN_CASES of them. The
+    others stay hidden, so passing them is the truth. Raises RolloutError as `code` does, or if no test is shown.
+    """
+    graded = grade(use(*_chosen[0]), shown_part(task), program_of(task, text))
+    return Verdict(graded.share, graded.how == "passed", graded.how)
+
+
+def shown_part(task: Task) -> Json:
+    """The task's test columns with the shown tests only."""
+    if cases := task.meta.get("cases"):
+        return {**task.meta, "cases": list(cases)[:SHOWN_CASES]}
+    shown = [line for line in str(task.meta.get("tests", "")).splitlines() if line.strip() and line in task.prompt]
+    if not shown:
+        raise RolloutError(f"task {task.id!r} shows none of its tests in its prompt.", boundary="reward")
+    return {**task.meta, "tests": "\n".join(shown)}
 
 
 def program_of(task: Task, text: str) -> str:

@@ -16,6 +16,7 @@ from posttrain.models.heads import about
 from posttrain.models.policy import Policy
 from posttrain.rewards import combine, judge
 from posttrain.rewards.auto import verifier_for
+from posttrain.rewards.code import shown_tests
 from posttrain.rewards.functions import reward_from
 from posttrain.rewards.models import PREFIX, load_reward_model
 from posttrain.rewards.step_checks import has_check, step_check
@@ -29,6 +30,9 @@ from posttrain.train.forward import LOGITS_PER_CHUNK, before_trained, outputs, p
 from posttrain.types import Batch, ConfigError, Sample, Task
 
 PROGRAM = "steps:"
+SHOWN_TESTS = "shown-tests"
+OWN = ("confidence", "self-certainty", SHOWN_TESTS)
+"""Scorers that need neither a model nor a gold answer."""
 PROGRAMS = {"arithmetic": Program(step_check, has_check, reads_gold=True, separator=", ")}
 """Programs that check the steps of an unfinished completion, for `search.scorer = "steps:NAME"`."""
 
@@ -43,7 +47,7 @@ def make_scorer(
 ) -> Scorer | None:
     """The scorer that `search.scorer` names; None if it is empty and the strategy needs none.
 
-    Raises ConfigError for a name that is none of `confidence`, `self-certainty`, `steps:NAME`, or a reward.
+    Raises ConfigError for a name that is none of OWN, `steps:NAME`, or a reward.
     """
     name = scorer_name(cfg)
     if not name:
@@ -60,6 +64,8 @@ def make_scorer(
         if model.kind != "step":
             return Reward(model)
         return Steps(model, about(model.members[0].policy)["separator"])
+    if name == SHOWN_TESTS:
+        return Reward(shown_tests, words=True)
     words = name.startswith(judge.PREFIX) or ".py:" in name
     return Reward(reward_from(name, verifier_for, lambda _: None, ()), words)
 
@@ -71,7 +77,7 @@ def scorer_name(cfg: SearchConfig) -> str:
 
 def check_name(cfg: SearchConfig) -> None:
     """Raises ConfigError if `search.scorer` is a name that nothing has."""
-    known = ["confidence", "self-certainty", *(PROGRAM + name for name in PROGRAMS), "auto", *VERIFIERS]
+    known = [*OWN, *(PROGRAM + name for name in PROGRAMS), "auto", *VERIFIERS]
     plain = re.fullmatch(r"[\w-]+", cfg.scorer) or cfg.scorer.startswith(PROGRAM)
     if plain and cfg.scorer not in known:
         raise ConfigError(
@@ -84,7 +90,7 @@ def reads_gold(name: str) -> bool:
     """Whether a scorer compares with the gold answer, which a user does not have."""
     if name.startswith(PROGRAM):
         return _program(name.removeprefix(PROGRAM)).reads_gold
-    if not name or name in ("confidence", "self-certainty") or name.startswith((PREFIX, judge.PREFIX)):
+    if not name or name in OWN or name.startswith((PREFIX, judge.PREFIX)):
         return False
     return any(leaf.name in (*GOLD_DECIDES, *GOLD_MAY_BE_GIVEN) for leaf in combine.leaves_of(name))
 
