@@ -2,10 +2,10 @@
 
     python -m bench.prefixes [--only abacus|SmolLM2-135M] [--rounds 5] [--threads 1]
 
-`steps`: 16 sequences of 16 pieces of 16 tokens, each piece continuing the last, against 16 sequences of 256 tokens in one
-go; the target is a ratio of at most 1.25. `prefixes`: 16 different prefixes of 256 tokens continued by 16 tokens, with
-kept keys and values against prefilling prompt and prefix, as a request without pieces does; the target is at least 3
-times the speed. Variants alternate, and figures are medians. SmolLM2-135M is its shape with random weights. It exits
+`steps`: 16 sequences of 16 pieces of 16 tokens, each piece continuing the last, against 16 sequences of 256 tokens in
+one go; the target is a ratio of at most 1.25. `prefixes`: 16 different prefixes of 256 tokens continued by 16 tokens,
+with kept keys and values against prefilling prompt and prefix, as a request without pieces does; the target is at least
+3 times the speed. Variants alternate, and figures are medians. SmolLM2-135M is its shape with random weights. It exits
 with code 1 if a target is missed.
 """
 

@@ -91,7 +91,7 @@ class Prefixes:
         return reached
 
     def keep(self, decoder: Decoder, slot: int, path: bytes, tokens: np.ndarray) -> None:
-        """Keeps what a slot holds of a completion [n] that has ended after `path`: all its tokens but the last."""
+        """Keeps what a slot holds of a completion [n] after `path` that has ended: its last token was not decoded."""
         if len(tokens) > 1 and self.budget:
             count = len(tokens) - 1
             key = path, _ids(tokens)
@@ -187,12 +187,16 @@ def _decoded(decoder: Decoder, short: Mapping[Key, Kept], parents: Mapping[Key, 
 
 
 def _bytes(value: Any, counted: set[int]) -> int:
-    """Bytes of all tensors in a value; each is counted once."""
+    """Bytes that the tensors in a value keep in memory; each is counted once."""
+    if isinstance(value, torch.Tensor):
+        value = value.untyped_storage()  # of a view, all that it is a view of
+        place, size = value.data_ptr(), value.nbytes()
+        new = place not in counted
+        counted.add(place)
+        return size if new else 0
     if id(value) in counted or isinstance(value, (str, bytes, int, float, type, type(None))):
         return 0
     counted.add(id(value))
-    if isinstance(value, torch.Tensor):
-        return value.nbytes
     if isinstance(value, Mapping):
         parts: Any = value.values()
     elif isinstance(value, (list, tuple, set)):

@@ -32,31 +32,59 @@ INLINE v16 key_scores(const float *q, const float *keys, int64_t count, int64_t 
     return most;
 }
 
-INLINE void add_values(const float *weights, const float *values, int64_t count, int64_t room, v16 *out, const int n) {
+/* Part of a sequence that was computed before: the number of its tokens and where their keys and values of all layers
+   lie, each layer laid out as a slot with just the blocks it needs. */
+typedef struct {
+    int64_t count;
+    const float *keys, *values;
+} Part;
+
+INLINE int64_t whole_blocks(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
+
+/* Adds the weighted values of parts and then of `count` more tokens to `out`, in one sum. */
+INLINE void add_values(const float *weights, const Part *part, const Part *end, int64_t head, const float *own,
+                       int64_t count, int64_t room, int64_t column, v16 *out, const int n) {
     v16 a[8], b[8];
     for (int j = 0; j < n; j++) a[j] = out[j], b[j] = splat(0.0f);
-    int64_t t = 0;
-    for (; t + 2 <= count; t += 2)
-        for (int j = 0; j < n; j++) {
-            a[j] += splat(weights[t]) * load(values + t * room + j * LANES);
-            b[j] += splat(weights[t + 1]) * load(values + (t + 1) * room + j * LANES);
-        }
-    if (t < count)
-        for (int j = 0; j < n; j++) a[j] += splat(weights[t]) * load(values + t * room + j * LANES);
+    for (; part <= end; part++) {
+        const int64_t padded = part < end ? whole_blocks(part->count) : 0, tokens = part < end ? part->count : count;
+        const float *values = (part < end ? part->values + head * padded * room : own) + column;
+        int64_t t = 0;
+        for (; t + 2 <= tokens; t += 2)
+            for (int j = 0; j < n; j++) {
+                a[j] += splat(weights[t]) * load(values + t * room + j * LANES);
+                b[j] += splat(weights[t + 1]) * load(values + (t + 1) * room + j * LANES);
+            }
+        if (t < tokens)
+            for (int j = 0; j < n; j++) a[j] += splat(weights[t]) * load(values + t * room + j * LANES);
+        weights += padded;
+    }
     for (int j = 0; j < n; j++) out[j] = a[j] + b[j];
 }
 
-static void weigh(const float *weights, const float *values, int64_t count, int64_t room, v16 *out) {
+static void weigh(const float *weights, const Part *part, const Part *end, int64_t head, const float *own,
+                  int64_t count, int64_t room, v16 *out) {
     switch (room / LANES) {
-    case 1: add_values(weights, values, count, room, out, 1); break;
-    case 2: add_values(weights, values, count, room, out, 2); break;
-    case 3: add_values(weights, values, count, room, out, 3); break;
-    case 4: add_values(weights, values, count, room, out, 4); break;
-    case 6: add_values(weights, values, count, room, out, 6); break;
-    case 8: add_values(weights, values, count, room, out, 8); break;
+    case 1: add_values(weights, part, end, head, own, count, room, 0, out, 1); break;
+    case 2: add_values(weights, part, end, head, own, count, room, 0, out, 2); break;
+    case 3: add_values(weights, part, end, head, own, count, room, 0, out, 3); break;
+    case 4: add_values(weights, part, end, head, own, count, room, 0, out, 4); break;
+    case 6: add_values(weights, part, end, head, own, count, room, 0, out, 6); break;
+    case 8: add_values(weights, part, end, head, own, count, room, 0, out, 8); break;
     default:
-        for (int64_t j = 0; j < room / LANES; j++) add_values(weights, values + j * LANES, count, room, out + j, 1);
+        for (int64_t j = 0; j < room / LANES; j++)
+            add_values(weights, part, end, head, own, count, room, j * LANES, out + j, 1);
     }
+}
+
+/* Starts to read a part's keys and values of one head. */
+INLINE void fetch(const Part *part, int64_t head, int64_t width, int64_t room) {
+    const int64_t padded = whole_blocks(part->count);
+    const char *keys = (const char *)(part->keys + head * padded * width);
+    const char *values = (const char *)(part->values + head * padded * room);
+    const int64_t bytes = (padded < 2 * LANES ? padded : 2 * LANES) * sizeof(float);
+    for (int64_t i = 0; i < bytes * width; i += 64) __builtin_prefetch(keys + i);
+    for (int64_t i = 0; i < bytes * room; i += 64) __builtin_prefetch(values + i);
 }
 
 INLINE void head_norm(float *x, const float *w, int64_t width, float eps) {
@@ -76,13 +104,6 @@ typedef struct {
     int64_t threads, scratch;                     /* scratch: floats of each thread */
     float scale, eps;
 } Shape;
-
-/* Part of a sequence that was computed before: the number of its tokens and where their keys and values of all layers
-   lie, each layer laid out as a slot with just the blocks it needs. */
-typedef struct {
-    int64_t count;
-    const float *keys, *values;
-} Part;
 
 /* One decode step of one layer. qkv (rows, (heads + 2 kv_heads) width) as the product gave it; q_norm and k_norm
    (width) or null; cosine and sine (positions, width / 2). Row r is sequence `slot[r]` at `position[r]`; its first
@@ -125,7 +146,8 @@ void decode_attention(const float *qkv, const float *q_norm, const float *k_norm
                 float *own_scores = scores;
                 v16 most = splat(-INFINITY);
                 for (const Part *p = part; p < end; p++) {
-                    const int64_t padded = (p->count + LANES - 1) / LANES * LANES;
+                    const int64_t padded = whole_blocks(p->count);
+                    if (!g && p + 1 < end) fetch(p + 1, head, z.width, z.room);
                     most = key_scores(turned, p->keys + head * padded * z.width, p->count, z.width, own_scores, most);
                     own_scores += padded;
                 }
@@ -139,13 +161,9 @@ void decode_attention(const float *qkv, const float *q_norm, const float *k_norm
                     mass += e;
                 }
                 for (int64_t j = 0; j < z.room / LANES; j++) sums[j] = splat(0.0f);
-                const float *weights = scores;
-                for (const Part *p = part; p < end; p++) {
-                    const int64_t padded = (p->count + LANES - 1) / LANES * LANES;
-                    weigh(weights, p->values + head * padded * z.room, p->count, z.room, sums);
-                    weights += padded;
-                }
-                weigh(own_scores, own_values, at + 1, z.room, sums);
+                const float *later = scores + whole_blocks(part->count); /* the prompt is a sum of its own */
+                weigh(scores, part, part + 1, head, NULL, 0, z.room, sums);
+                weigh(later, part + 1, end, head, own_values, at + 1, z.room, sums);
                 const float inverse = 1.0f / total(mass);
                 float *o = out + (r * z.heads + h * groups + g) * z.width, *flat = (float *)sums;
                 for (int64_t d = 0; d < z.width; d++) o[d] = flat[d] * inverse;
