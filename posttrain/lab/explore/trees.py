@@ -1,7 +1,7 @@
 """Searches of the built-in model for the page "Think longer": one problem, one strategy, and the tree that it grew.
 
-The searches are posttrain.search's own, on abacus as it ships; a step of its thoughts ends with a comma. A result depends
-only on the problem, the seed, the strategy, the scorer and the budget.
+The searches are posttrain.search's own, on abacus as it ships; a step of its thoughts ends with a comma. A result
+depends only on the problem, the seed, the strategy, the scorer and the budget.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TypedDict
 
 from posttrain.data.answers import final_answer
 from posttrain.data.chat import ChatFormat
+from posttrain.data.thoughts import shown_text
 from posttrain.lab import checkpoints
 from posttrain.lab.explore.problems import task_of
 from posttrain.lab.explore.search import UNSCORED, settings
@@ -20,7 +21,6 @@ from posttrain.models.load import Policy
 from posttrain.rewards.auto import verifier_for
 from posttrain.rollout.collector import Collector
 from posttrain.rollout.engines.embedded import EmbeddedGenerator
-from posttrain.data.thoughts import shown_text
 from posttrain.search.build import certainties
 from posttrain.search.engine import Engine
 from posttrain.search.mcts import ROLLOUT
