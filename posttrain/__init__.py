@@ -11,12 +11,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from posttrain.api import Result, evaluate, grpo, resume, sft, train
+    from posttrain.api import Result, evaluate, grpo, resume, search, sft, train
     from posttrain.planner.estimate import plan
     from posttrain.types import Message, Task, Verdict
 
 __version__ = "0.1.0"
-__all__ = ["Message", "Result", "Task", "Verdict", "__version__", "evaluate", "grpo", "plan", "resume", "sft", "train"]
+__all__ = ["Message", "Result", "Task", "Verdict", "__version__", "evaluate", "grpo", "plan", "resume", "search",
+           "sft", "train"]  # fmt: skip
 
 _HOME = {
     "Message": "posttrain.types",
@@ -27,6 +28,7 @@ _HOME = {
     "grpo": "posttrain.api",
     "plan": "posttrain.planner.estimate",
     "resume": "posttrain.api",
+    "search": "posttrain.api",
     "sft": "posttrain.api",
     "train": "posttrain.api",
 }

@@ -16,37 +16,30 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from posttrain import __version__, algos, config, rng
 from posttrain.cluster.launch import Cluster
 from posttrain.cluster.supervise import supervised
 from posttrain.config import EvalRecipe, Recipe
 from posttrain.data.reading import evaluation_settings
-from posttrain.data.tasks.load import TaskSets, chosen, is_generated, read_tasks, write_tasks
+from posttrain.data.tasks.load import read_tasks, write_tasks
 from posttrain.evaluation import bias_probes
 from posttrain.evaluation.accuracy import Report
 from posttrain.evaluation.accuracy import evaluate as evaluate_tasks
 from posttrain.evaluation.bias_probes import Finding
-from posttrain.models import heads, weights
-from posttrain.models.load import (
-    Policy,
-    chat_format_of,
-    load_policy,
-    load_weights,
-    save_pretrained,
-    with_chat_format,
-)
+from posttrain.models import heads
+from posttrain.models.load import load_policy, save_pretrained, with_chat_format
+from posttrain.models.opening import open_policy as open_policy
 from posttrain.planner import estimate
 from posttrain.rewards import combine
 from posttrain.rewards.models import load_reward_model
 from posttrain.rollout import journal
-from posttrain.rollout.build import engine_versions, make_collector
-from posttrain.rollout.collector import Collector, check_failures
-from posttrain.rollout.tasks import env_tasks
+from posttrain.rollout.build import engine_versions
+from posttrain.rollout.collector import check_failures
+from posttrain.search.problems import held_out, search_recipe, side
+from posttrain.search.solve import Progress, Searched, evaluated
 from posttrain.store import checkpoint
 from posttrain.store.extending import extend
-from posttrain.store.listing import next_folder, run_date, run_of
+from posttrain.store.listing import next_folder, run_date
 from posttrain.store.run import Event, Run
 from posttrain.store.tracker import open_trackers
 from posttrain.train import device
@@ -285,28 +278,6 @@ def _drive(store: Run, recipe: Recipe, job: Job, on_step: OnStep | None, cluster
     return Result(store.folder, summary, interrupt.requested)
 
 
-def open_policy(path: str, cfg: config.ModelConfig | None = None, on: torch.device | str = "cpu") -> Policy:
-    """Loads a model from a folder, hub id, `abacus`, a PEFT adapter, a run or one of its checkpoints.
-
-    A run stands for its newest checkpoint, finished or not, or for its best one if it kept that (`run.keep_best`).
-    """
-    run = run_of(path)
-    if run is None:
-        return load_policy(replace(cfg or config.ModelConfig(), path=path), on)
-    recipe, saved = weights.recipe_of(run), weights.chosen(run, Path(path))
-    if saved is None:  # finished, and its checkpoints were removed; or no checkpoint yet
-        return load_policy(replace(recipe.model, path=path, lora_rank=0, continue_adapter=False), on)
-    rng.seed_global(recipe.run.seed, "init")
-    policy = load_policy(recipe.model, on)
-    tensors = weights.load_checkpoint(saved)
-    if (head := tensors.get("scalar.weight")) is not None:
-        heads.attach_scalar(policy, len(head))
-        if recipe.facts().trains == "scorer":
-            heads.as_critic(policy)
-    load_weights(policy, tensors)
-    return policy
-
-
 def evaluate(
     model: str = "abacus", tasks: str = "arithmetic", reward: Rewards = "auto", **settings: Any
 ) -> tuple[Report, list[list[Episode]]]:
@@ -319,15 +290,40 @@ def evaluate(
     return evaluate_recipe(model, config.resolve_as(EvalRecipe, {}, overrides), function)
 
 
-def evaluate_recipe(model: str, recipe: EvalRecipe, reward: Any = None) -> tuple[Report, list[list[Episode]]]:
-    """`evaluate` for a resolved recipe, with its data, rollout, eval and run.seed settings.
+def evaluate_recipe(
+    model: str, recipe: EvalRecipe, reward: Any = None, progress: Progress | None = None
+) -> tuple[Report, list[list[Episode]]]:
+    """`evaluate` for a resolved recipe, with its data, rollout, eval, search and run.seed settings.
 
-    With `data.eval_tasks`, only these are loaded; otherwise the held-out side of `data.tasks` is evaluated.
+    With `data.eval_tasks`, only these are loaded; otherwise the held-out side of `data.tasks` is evaluated. With
+    `search.strategy`, the one episode of a task is the completion that the search chose.
     """
+    if recipe.search.strategy:
+        return evaluated(search_recipe(model, recipe, reward=reward, progress=progress))
     with Cluster(recipe, reward) as workers:
-        sets, collector = _held_out(model, recipe, reward, False, workers)
+        sets, collector = held_out(model, recipe, reward, False, workers)
         report, groups = evaluate_tasks(collector, sets.test, recipe.eval.samples, 0)
     return replace(report, notes=sets.notes), groups
+
+
+def search(
+    model: str = "abacus",
+    tasks: str = "arithmetic",
+    strategy: str = "best-of-n",
+    budget: int = 16,
+    scorer: str = "",
+    reward: Rewards = "auto",
+    out: str | Path | None = None,
+    **settings: Any,
+) -> Searched:
+    """Test-time search on held-out tasks: the report, and a result and a tree for each task (docs/guides/search.md).
+
+    `reward` verifies the results; `scorer` steers the search. With a folder `out`, a killed search continues there.
+    """
+    function, name = _named_reward(reward)
+    given = {"data.tasks": tasks, "reward.name": name, "search.strategy": strategy, "search.budget": budget}
+    overrides = evaluation_settings({**given, "search.scorer": scorer, **_dotted(settings)})
+    return search_recipe(model, config.resolve_as(EvalRecipe, {}, overrides), out and Path(out), function)
 
 
 def sample_many(
@@ -337,23 +333,14 @@ def sample_many(
 
     Raises RolloutError if more than `reward.max_failure_rate` of them could not be scored.
     """
+    if recipe.search.strategy:
+        raise ConfigError(f"search.strategy={recipe.search.strategy!r} has no effect here; use `posttrain search`.")
     with Cluster(recipe) as workers:
-        sets, collector = _held_out(model, recipe, None, split == "train", workers)
-        shuffled = is_generated(recipe.data.tasks)
-        tasks = sets.test if split == "held-out" else chosen(sets.train, recipe.eval.problems, shuffled)
+        sets, collector = held_out(model, recipe, None, split == "train", workers)
+        tasks = side(sets, recipe, split)
         groups = collector.groups(tasks, recipe.eval.samples, 0, "best-of-n")
     check_failures(groups, recipe.reward.max_failure_rate)
     return tasks, groups
-
-
-def _held_out(model: str, recipe: EvalRecipe, reward: Any, train: bool, workers: Workers) -> tuple[TaskSets, Collector]:
-    """The tasks of a recipe, and a collector that samples the model at `eval.temperature`."""
-    device.set_threads(recipe.train.threads)
-    policy = open_policy(model, recipe.model, device.resolve(recipe.train.device))
-    chat = chat_format_of(policy, model, recipe.data.format, recipe.data.template_kwargs)
-    sets, verify, env = env_tasks(recipe, chat, None, reward, train)
-    collector = make_collector(policy, chat, verify, recipe, env, workers)
-    return sets, replace(collector, params=replace(collector.params, temperature=recipe.eval.temperature))
 
 
 def probe(model: str, tasks: str = "arithmetic", count: int = 64, seed: int = 0) -> list[Finding]:

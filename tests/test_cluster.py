@@ -24,6 +24,7 @@ from posttrain.cluster.actors import Actor, WorkerDied, call, message
 from posttrain.cluster.launch import Cluster
 from posttrain.cluster.messages import decode, encode
 from posttrain.lab import app as lab_app
+from posttrain.models.kernels.build import SWITCH
 from posttrain.store.run import Run
 from posttrain.types import ConfigError
 from tests import tiny
@@ -306,8 +307,12 @@ def test_samplers_and_judges_evaluate_a_model_to_the_same_bits(place: Path) -> N
 
 
 @pytest.mark.parametrize("algorithm", ["sft", "grpo"])
-def test_a_sharded_model_trains_as_one_process_to_rounding(algorithm: str, place: Path, tmp_path: Path) -> None:
+def test_a_sharded_model_trains_as_one_process_to_rounding(
+    algorithm: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sharded pass has no fused kernels; without them in rank 0's own pass, the difference is the shards' alone."""
     given = settings(place, algorithm) | {"train.lanes": 1}
+    monkeypatch.setenv(SWITCH, "0")  # of workers: this process has loaded its kernels
     for out, more in (("alone", {}), ("shards", {"cluster.learners": 2, "cluster.shard": "full"})):
         recipe = config.resolve(algorithm, {}, given | more | {"run.out": str(tmp_path / out)})
         assert api.start(algorithm, recipe).summary
@@ -316,7 +321,7 @@ def test_a_sharded_model_trains_as_one_process_to_rounding(algorithm: str, place
             alone, shards = one.at(step), several.at(step)
             assert shards["loss"] == pytest.approx(alone["loss"], rel=1e-4, abs=1e-6)
             assert shards["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-4)
-        assert several.at(1)["shard_difference"] <= 5e-6 and "shard_difference" not in several.at(2)
+        assert several.at(1)["shard_difference"] <= 1e-6 and "shard_difference" not in several.at(2)
     assert kept(tmp_path / "shards").keys() == kept(tmp_path / "alone").keys()
     assert pt.resume(tmp_path / "shards", steps=3, cluster={"learners": 1, "shard": "optimizer"}).summary
 

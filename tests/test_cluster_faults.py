@@ -327,6 +327,28 @@ def test_a_completion_that_kills_three_judges_is_unscored_and_the_others_are_not
         assert "is unscored" in notes[-1]
 
 
+@pytest.mark.parametrize(
+    ("then", "said"),
+    [
+        (
+            'raise RuntimeError("no dictionary")',
+            "judge-[01] cannot make the reward longer: .*RuntimeError: no dictionary",
+        ),
+        ("os._exit(3)", "exit code 3. 3 judges ended before they had made longer"),
+    ],
+)
+def test_a_judge_that_cannot_be_made_ends_the_run_with_one_sentence(
+    then: str, said: str, place: Path, tmp_path: Path
+) -> None:
+    """The file of the reward is as it should be where the run was started, but not where its judges are."""
+    (tmp_path / "reward.py").write_text(
+        f"import os\nif os.getpid() != {os.getpid()}:\n    {then}\n" + (place / "reward.py").read_text()
+    )
+    given = settings(place, "grpo") | {"reward.name": f"{tmp_path / 'reward.py'}:longer", **of(1, 0, 2)}
+    with pytest.raises(ConfigError, match=said):
+        trained(tmp_path / "run", "grpo", given)
+
+
 # --- workers -----------------------------------------------------------------------------------------------------
 
 

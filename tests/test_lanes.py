@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,16 @@ def by_definition(parts: list[torch.Tensor], low: int, high: int) -> torch.Tenso
     return by_definition(parts, low, middle) + by_definition(parts, middle, high)
 
 
+def tree(parts: Iterable[torch.Tensor]) -> torch.Tensor:
+    """The sum of at least one tensor by `lanes.Tree`."""
+    adding = lanes.Tree()
+    for part in parts:
+        adding.add(part)
+    total = adding.sum()
+    assert total is not None
+    return total
+
+
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.view(torch.int32), b.view(torch.int32))
 
@@ -72,7 +83,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 @given(st.integers(1, 16), st.integers(0, 99))
 def test_a_tree_is_the_balanced_sum_over_numbers_and_missing_leaves_are_zeros(count: int, seed: int) -> None:
     parts = vectors(count, seed)
-    assert same_bits(lanes.tree(part.clone() for part in parts), by_definition(parts, 0, 16))
+    assert same_bits(tree(part.clone() for part in parts), by_definition(parts, 0, 16))
 
 
 def test_another_order_gives_other_bits() -> None:
@@ -80,7 +91,7 @@ def test_another_order_gives_other_bits() -> None:
     ahead = parts[0].clone()
     for part in parts[1:]:
         ahead += part
-    assert not same_bits(lanes.tree(part.clone() for part in parts), ahead)
+    assert not same_bits(tree(part.clone() for part in parts), ahead)
 
 
 @given(st.sampled_from(LANES), st.integers(1, 30), st.integers(0, 99), st.data())
@@ -99,8 +110,8 @@ def test_any_number_of_processes_that_own_whole_subtrees_gives_the_same_bits(
     order = lanes.order(passes, count)
     assert sorted(number for numbers in order for number in numbers) == list(range(passes))
     own = count // ranks
-    of_rank = [lanes.tree(lane(numbers) for numbers in order[r * own : (r + 1) * own]) for r in range(ranks)]
-    assert same_bits(lanes.tree(of_rank), lanes.tree(lane(numbers) for numbers in order if numbers))
+    of_rank = [tree(lane(numbers) for numbers in order[r * own : (r + 1) * own]) for r in range(ranks)]
+    assert same_bits(tree(of_rank), tree(lane(numbers) for numbers in order if numbers))
 
 
 @given(st.lists(st.lists(st.integers(1, 9), max_size=3), min_size=1, max_size=6), st.sampled_from(LANES))
@@ -161,8 +172,8 @@ def test_processes_that_compute_their_own_lanes_have_the_bits_of_one(folder: Pat
                     backward(mine, batches[number], loss, token_stats, 1.0, 1)
                     own._add_gradients(total)  # pyright: ignore[reportPrivateUsage]
                 of_lanes.append(total)
-            halves.append(lanes.tree(of_lanes))
-        assert same_bits(lanes.tree(halves), torch.cat(one.gradient)), ranks
+            halves.append(tree(of_lanes))
+        assert same_bits(tree(halves), torch.cat(one.gradient)), ranks
 
 
 @pytest.mark.parametrize("count", LANES)

@@ -49,6 +49,7 @@ LAZY = {
     "cli.arguments": "the same",
     "cli.data": "the same",
     "cli.cluster": "the same",
+    "cli.search": "the same",
     "cli.doctor": "each measurement loads what it measures",
     "lab.checkpoints": "the lab starts without torch",
     "lab.rescore": "the same",

@@ -24,6 +24,7 @@ from posttrain.train.forward import (
     row_scores,
     sample_logprobs,
     step_scores,
+    step_scores_and_likelihood,
     token_stats,
     token_stats_with_entropy,
     token_values,
@@ -115,7 +116,17 @@ def test_rows_that_share_a_prompt_have_the_outputs_and_the_gradient_of_separate_
     assert_same(outcome(policy, samples, share=True), outcome(policy, samples, share=False, room=1))
 
 
-@pytest.mark.parametrize("forward", [token_stats_with_entropy, token_values, actor_critic, row_scores, step_scores])
+FORWARDS = [
+    token_stats_with_entropy,
+    token_values,
+    actor_critic,
+    row_scores,
+    step_scores,
+    step_scores_and_likelihood,
+]
+
+
+@pytest.mark.parametrize("forward", FORWARDS)
 def test_every_kind_of_pass_is_the_same_with_shared_prompts(policy: Policy, forward: Any) -> None:
     samples = group_rows([(30, [5, 9, 1]), (20, [20, 20])], policy.vocab)
     ours = outcome(policy, samples, True, forward)

@@ -347,3 +347,12 @@ def test_the_memory_of_each_process_is_planned(shard: str) -> None:
     assert two.workers["the run's process"][1] < alone.peak
     assert two.peak == sum(count * size for count, size in two.workers.values())
     assert two.as_dict()["processes"]["sampler"]["count"] == 2
+
+
+def test_a_run_that_samples_ahead_needs_no_model_of_its_own_where_samplers_have_one() -> None:
+    def driver(ahead: int) -> int:
+        given = {"cluster.samplers": 1, "algo.ahead": ahead, "model.lora_rank": 4, "model.path": "Qwen/Qwen2.5-0.5B"}
+        plan = estimate.plan(config.resolve("grpo", {}, given), memory=64, device="cpu", probe=False)
+        return plan.workers["the run's process"][1]
+
+    assert driver(1) - driver(0) == shape_of("Qwen/Qwen2.5-0.5B").adapters(4) * 4, "the adapter's weights once more"

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from posttrain import api, config
-from posttrain.algos.prm import auc, held_out, labelled_rows, loss, resampled
+from posttrain.algos.prm import auc, held_out, joint_loss, labelled_rows, loss, resampled
 from posttrain.config import ModelConfig, RewardConfig, TrainConfig
 from posttrain.config.prm import PRMConfig
 from posttrain.data import batching
@@ -32,11 +33,17 @@ from posttrain.rewards.verifiers import exact
 from posttrain.rollout.build import with_opening
 from posttrain.rollout.collector import Collector
 from posttrain.rollout.generator import OnDone, OnToken, Request
-from posttrain.rollout.sample_solutions import sample_solutions, step_values
+from posttrain.rollout.sample_solutions import (
+    checked_steps,
+    first_mistakes,
+    graded_sample,
+    sample_solutions,
+    step_values,
+)
 from posttrain.store.run import Run
-from posttrain.train.forward import step_scores
+from posttrain.train.forward import step_scores, step_scores_and_likelihood
 from posttrain.train.learner import make_learner
-from posttrain.types import Completion, ConfigError, DataError, Message, SamplingParams, Task
+from posttrain.types import Completion, ConfigError, DataError, Message, SamplingParams, Solution, Task
 from tests import tiny
 from tests.conftest import shared
 
@@ -129,6 +136,23 @@ def test_the_loss_is_the_cross_entropy_of_the_steps_with_their_soft_labels(chat:
     ]
     assert value.item() == pytest.approx(sum(nats) / 3)
     assert stats["step_accuracy"].value == pytest.approx(2 / 3)
+
+
+def test_the_language_modelling_loss_adds_the_likelihood_of_whole_rows(root: Path, chat: ChatFormat) -> None:
+    """Hand-worked for two rows of two and one steps: 2/3 and 1/3 of their mean negative log-probabilities."""
+    policy = heads.attach_scalar(load_policy(ModelConfig(path=str(root / "base"))), 1, 0)
+    rows = [step_row(chat, ASK, "a\nb", [1, 3], [1.0, 0.25]), step_row(chat, ASK, "c", [1], [0.0])]
+    (batch,) = batching.micro(rows, 999, "token-mean")
+    logits, likelihood = step_scores_and_likelihood(policy, batch)
+    assert torch.equal(logits, step_scores(policy, batch)[0])
+    for row, mean in zip(rows, likelihood.tolist(), strict=True):
+        logits_of = policy.model(torch.from_numpy(row.tokens[None].astype(np.int64))).logits[0].log_softmax(-1)
+        each = [logits_of[i - 1, token].item() for i, token in enumerate(row.tokens.tolist()) if i]
+        assert mean == pytest.approx(np.mean(each), rel=1e-4)
+    value, stats = joint_loss(0.5)(logits, likelihood, batch)
+    nats = -likelihood
+    assert value.item() == pytest.approx(loss(logits, batch)[0].item() + 0.5 * (2 * nats[0] + nats[1]).item() / 3)
+    assert stats["lm_loss"].value == pytest.approx(nats.mean().item())
 
 
 def test_auc_is_the_chance_that_a_right_one_scores_higher_ties_half() -> None:
@@ -257,6 +281,41 @@ def test_sampled_solutions_begin_as_told_and_end_with_the_label_of_their_own_ans
     assert with_opening(own, chat, "") is own
 
 
+@given(lengths=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1, max_size=4))
+def test_binary_search_finds_the_first_mistake_of_hard_labels_with_few_completions(
+    chat: ChatFormat, lengths: list[tuple[int, int]]
+) -> None:
+    """Steps `a` are right and `x` wrong, and every completion after an `x` is wrong: OmegaPRM = hard labels."""
+    task = Task("t", "mine", ASK, "7")
+    solutions = [
+        (f"t#{n}", task, ["a" if i < right else "x" for i in range(length)], right >= length)
+        for n, (length, right) in enumerate(lengths)
+    ]
+    own = collector(chat, lambda begun, _: " #### 8" if "x" in begun.rpartition("Go.")[2] else " #### 7")
+    cfg = PRMConfig(separator=";", completions=2)
+    hard = step_values(own, chat, [one[:3] for one in solutions], replace(cfg, labels="hard"))
+    own.generator.prompts.clear()  # type: ignore[attr-defined]
+    assert first_mistakes(own, chat, solutions, cfg) == hard
+    asked = len(own.generator.prompts)  # type: ignore[attr-defined]
+    assert asked <= sum(
+        math.ceil(math.log2(length)) for _, _, steps, right in solutions if (length := len(steps)) and not right
+    )
+
+
+def test_the_steps_after_a_first_mistake_are_left_out_or_wrong(chat: ChatFormat) -> None:
+    """Hand-worked: `10+70=80, 2+2=5, 80+5=85` breaks at its second step."""
+    task = Task("t", "sums", ASK, "84", {"skill": "reasoning", "kind": "sums", "numbers": [12, 72]})
+    steps = ["<think>10+70=80", "2+2=5", "80+5=85</think>85"]
+    assert checked_steps(task, steps, ", ") == [1.0, 0.0, 0.0]
+    one = Solution("t#0", ASK, tuple(steps), (1.0, 0.0, 0.0))
+    known = {
+        (labels, after): graded_sample(one, PRMConfig(after_mistake=after), labels).known
+        for labels in ("soft", "hard", "first-mistake", "program")
+        for after in ("drop", "wrong")
+    }
+    assert known == {key: 2 if key[0] in ("first-mistake", "program") and key[1] == "drop" else 3 for key in known}
+
+
 # --- whole runs ------------------------------------------------------------------------------------------------------
 
 
@@ -272,6 +331,16 @@ def test_a_process_model_learns_which_steps_are_wrong_and_finds_the_first(traine
     assert before["eval/first_mistake"] < 0.7
     assert after["eval/step_auc_low"] > 0.95 and after["eval/first_mistake_low"] > 0.8
     assert after["eval/outcome_auc"] > 0.95 and after["eval/step_loss"] < before["eval/step_loss"] / 2
+    assert after["eval/middle_step_auc_low"] > 0.9
+    assert math.isnan(after["eval/first_step_auc"])  # no first step is wrong
+
+
+def test_a_process_model_also_learns_with_a_language_modelling_loss(root: Path) -> None:
+    folder = train(root, "joint", algo__lm_coef=0.5)
+    assert summary(folder)["after"]["eval/step_auc_low"] > 0.9
+    with Run.read(folder) as run:
+        losses = [value for _, _, value in run.metrics("lm_loss")]
+    assert losses[-1] < losses[0]
 
 
 def test_an_outcome_model_learns_from_whole_answers(root: Path) -> None:

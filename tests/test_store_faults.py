@@ -89,6 +89,7 @@ def undisturbed(server: Server) -> tuple[Any, dict[str, int], float]:
         return outcome(folder / "run"), json.loads((folder / "run.hits").read_text()), seconds
 
 
+# the store's loop samples nothing: tests/test_journal.py and test_ahead.py kill at "journal:recorded"
 @pytest.mark.parametrize("name", [name for name in failpoints.FAILPOINTS if not name.startswith("journal:")])
 def test_a_run_killed_at_any_failpoint_resumes_to_the_same_end(
     server: Server, undisturbed: Any, name: str, memory: Path

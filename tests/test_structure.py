@@ -81,9 +81,7 @@ def test_an_algorithms_run_is_short_and_repeats_little_of_the_others(name: str) 
     assert share <= 0.2, f"{share:.0%} of {name}.run are in the run of another algorithm, too"
 
 
-def test_a_loop_is_at_most_ten_calls_in_six_files_away_from_a_drawn_token(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_loop_is_at_most_nine_calls_away_from_a_drawn_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, str]] = []
     draw = kernels.draw
 
@@ -106,11 +104,12 @@ def test_a_loop_is_at_most_ten_calls_in_six_files_away_from_a_drawn_token(
         "count": 16,
     }
     pt.grpo(str(model), "sums", length, tmp_path / "run", steps=1, **small)
-    ours = [file for file, _ in calls if "posttrain" in file]
-    assert calls and len(calls) <= 10 and len({*ours}) <= 6, calls
+    ours = {Path(file).name for file, _ in calls if "posttrain" in file}
+    # five files, and the journal: it wraps any generator, so it is in every way to one
+    assert calls and len(calls) <= 9 and len(ours - {"journal.py"}) <= 5, calls
 
 
 def test_recipes_are_typed_and_free_form_dictionaries_are_few() -> None:
     text = "\n".join(file.read_text(encoding="utf-8") for file in PACKAGE.rglob("*.py"))
     assert not re.search(r"\brecipe: Any\b", text)
-    assert len(re.findall(r"\b(?:dict|Mapping)\[str, Any\]", text)) <= 34
+    assert len(re.findall(r"\b(?:dict|Mapping)\[str, Any\]", text)) <= 30

@@ -83,16 +83,18 @@ class Progress:
 
 
 def prepare(setup: Setup[GRPORecipe]) -> Job:
-    """Loads tasks, verifier or environment; makes the collector (on a copy of the policy if it lags) and evaluator."""
+    """Loads tasks, verifier or environment; makes the collector (with weights of its own if it lags) and evaluator."""
     recipe, policy = setup.recipe, setup.policy
     sets, verify, env = env_tasks(recipe, setup.chat, setup.given, setup.reward)
     collector = make_collector(policy, setup.chat, verify, recipe, env, workers=setup.workers)
     lag = recipe.algo.ahead or recipe.algo.max_lag
     collector = collector if lag else journaled(collector, setup)
     evaluate = Evaluator(collector, sets.test, recipe.eval)
-    if lag:  # a lagging sampler needs its own copy of the weights
-        sampler = copy.deepcopy(policy)
-        sampler.notes = policy.notes  # what its decoder notes is about the run
+    if lag:
+        sampler = policy
+        if not recipe.cluster.samplers:  # a lagging sampler needs its own copy of the weights; processes have one
+            sampler = copy.deepcopy(policy)
+            sampler.notes = policy.notes  # what its decoder notes is about the run
         collector = journaled(
             make_collector(sampler, setup.chat, verify, recipe, env, workers=setup.workers), setup, lag
         )

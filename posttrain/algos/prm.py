@@ -2,12 +2,12 @@
 
 A linear head reads the hidden state at the last token of each step (PRM, arXiv 2305.20050 and 2312.08935) or at the
 token that ends the solution (ORM, arXiv 2110.14168); the sigmoid of its logit is the probability of being correct. The
-loss is the cross-entropy with the label, which may be soft; every labelled step has the same weight.
+loss is the cross-entropy with the label, which may be soft; every labelled step has the same weight. With `lm_coef`, a
+language modelling loss is added, as Cobbe et al. do (arXiv 2110.14168, section 4.2).
 
 Choices made here, where implementations differ: the head has one output, where Math-Shepherd's code trains two tokens
-of the vocabulary; there is no language modelling loss, which Cobbe et al. add; a step is read at the last token of its
-text, not at a special token after it, so scoring never changes the text; an ORM is read at the end of the solution, not
-at every token.
+of the vocabulary; a step is read at the last token of its text, not at a special token after it, so scoring never
+changes the text; an ORM is read at the end of the solution, not at every token.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from posttrain.objectives.reward import binary
 from posttrain.rewards.models import joined_steps
 from posttrain.rollout.sample_solutions import load_solutions
 from posttrain.store.run import EpisodeRow
-from posttrain.train.forward import per_token, step_scores
+from posttrain.train.forward import per_token, step_scores, step_scores_and_likelihood
 from posttrain.train.job import Job, Loop, Metrics, Setup, Summary
-from posttrain.train.learner import Learner
+from posttrain.train.learner import Learner, Loss
 from posttrain.types import Batch, DataError, Message, Sample, Stat, stat_values
 
 BINS = 10  # over predicted probabilities
@@ -88,6 +88,17 @@ def loss(logits: torch.Tensor, b: Batch) -> tuple[torch.Tensor, dict[str, Stat]]
     return (b.weights * per_token).sum(), {"step_accuracy": Stat(float((hit & mask).sum()), int(mask.sum()))}
 
 
+def joint_loss(coef: float) -> Loss:
+    """`loss` plus `coef` times the negative log-likelihood per token; a row counts as often as it has steps."""
+
+    def joint(logits: torch.Tensor, logp: torch.Tensor, b: Batch) -> tuple[torch.Tensor, dict[str, Stat]]:
+        value, stats = loss(logits, b)
+        likelihood = (b.weights.sum(1) * logp).sum()
+        return value - coef * likelihood, stats | {"lm_loss": Stat.over(-logp.detach())}
+
+    return joint
+
+
 def run(
     recipe: PRMRecipe, policy: Policy, train: Sequence[Sample], test: Sequence[tuple[Graded, Sample]], loop: Loop
 ) -> Summary | None:
@@ -97,7 +108,8 @@ def run(
     """
     cfg, seed, micro_batch_tokens = recipe.algo, recipe.run.seed, recipe.train.micro_batch_tokens
     epochs = Epochs(len(train), cfg.batch_rows, recipe.train, seed, recipe.data.shuffle)
-    learner = loop.learner(policy, recipe.train, epochs.steps, forward=step_scores)
+    forward, objective = (step_scores_and_likelihood, joint_loss(cfg.lm_coef)) if cfg.lm_coef else (step_scores, loss)
+    learner = loop.learner(policy, recipe.train, epochs.steps, forward=forward)
     loop.restore(learner)
 
     def evaluate(step: int) -> tuple[Metrics, list[EpisodeRow]]:
@@ -107,7 +119,7 @@ def run(
         rows = [train[i] for i in epochs.rows(step)]
         rng.seed_global(seed, "update", step)  # whatever the model draws
         batches = batching.micro(rows, micro_batch_tokens, "token-mean", device=policy.device)
-        values = stat_values([*learner.forward_backward(batches, loss), learner.step()])
+        values = stat_values([*learner.forward_backward(batches, objective), learner.step()])
         loop.end(learner, values, tokens=sum(len(row.tokens) for row in rows))
     summary = loop.summary(learner)
     return summary and summary | {"calibration": held_out(learner, test, cfg)[1]}
@@ -118,7 +130,8 @@ def held_out(
 ) -> tuple[dict[str, float], list[Bin]]:
     """Metrics `eval/…` on held-out solutions, and the calibration table; both empty without held-out solutions.
 
-    A label or prediction of 0.5 or more counts as correct. Intervals resample whole solutions. The outcome is predicted
+    A label or prediction of 0.5 or more counts as correct. AUCs of first steps, and of those that are neither first nor
+    last, tell how well unfinished solutions are judged. Intervals resample whole solutions. The outcome is predicted
     from all steps of a solution, combined by `cfg.aggregate`.
     """
     if not solutions:
@@ -145,6 +158,9 @@ def held_out(
     }
     if cfg.level == "step":
         values |= _spread("step_auc", resampled(owner, lambda i: auc(predicted[i], targets[i] >= 0.5)))
+        spots = np.concatenate([_spots(len(part), len(whole)) for part, whole in zip(known, logits, strict=True)])
+        for spot in ("first", "middle"):
+            values |= _spread(f"{spot}_step_auc", _auc_at(spots == spot, owner, predicted, targets >= 0.5))
         first = [_first_wrong(p, 0.0) == _first_wrong(w, 0.5) for p, w in zip(known, labels, strict=True)]
         values |= _spread("first_mistake", wilson(sum(first), len(first)))
     return values, table
@@ -177,6 +193,19 @@ def resampled(owner: np.ndarray, statistic: Callable[[np.ndarray], float]) -> Es
 
 def _spread(name: str, estimate: Estimate) -> dict[str, float]:
     return {f"eval/{name}": estimate.value, f"eval/{name}_low": estimate.low, f"eval/{name}_high": estimate.high}
+
+
+def _spots(known: int, steps: int) -> np.ndarray:
+    """`first`, `middle` or `last` for each of the first `known` steps of a solution."""
+    return np.array(["first", *["middle"] * (steps - 2), *["last"] * (steps > 1)][:known])
+
+
+def _auc_at(chosen: np.ndarray, owner: np.ndarray, scores: np.ndarray, right: np.ndarray) -> Estimate:
+    """AUC of the chosen steps only, resampled by the solutions that have one."""
+    if not chosen.any():
+        return Estimate(math.nan, math.nan, math.nan, 0)
+    members, scores, right = np.unique(owner[chosen], return_inverse=True)[1], scores[chosen], right[chosen]
+    return resampled(members, lambda i: auc(scores[i], right[i]))
 
 
 def _first_wrong(values: np.ndarray, limit: float) -> int:

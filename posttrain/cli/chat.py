@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import TypedDict
 
 from posttrain import api
 from posttrain.cli.tables import printable
+from posttrain.config import EvalRecipe
 from posttrain.models.load import chat_format_of, stops_of
+from posttrain.rollout.build import make_collector
 from posttrain.rollout.engines.embedded import EmbeddedGenerator
 from posttrain.rollout.generator import Request, completion_seed
 from posttrain.rollout.text import Stream, text_of
+from posttrain.search.build import check_name, make_engine, make_scorer, reads_gold, scorer_name
+from posttrain.search.run import check, search
+from posttrain.search.solve import check_separator
 from posttrain.store.listing import recipe_behind, run_behind
 from posttrain.train.device import resolve
-from posttrain.types import Message, SamplingParams
+from posttrain.types import ConfigError, Message, RolloutError, SamplingParams, Task, Verdict
 
 
 def warn_about_environment(model: str) -> None:
@@ -65,6 +71,44 @@ def sample(
         }
         for c in completions
     ]
+
+
+def search_chat(model: str, recipe: EvalRecipe, system: str) -> None:
+    """Like `chat`, but a search chooses each reply; after it, what that cost is printed.
+
+    Raises ConfigError if the scorer needs a gold answer, which a chat does not have.
+    """
+    warn_about_environment(model)
+    cfg = recipe.search
+    check_name(cfg)
+    if reads_gold(cfg.scorer):
+        raise ConfigError(
+            f"search.scorer={cfg.scorer!r} compares with a gold answer, which a chat does not have. Use `confidence`, "
+            "`self-certainty`, a reward model (model:FOLDER) or a judge."
+        )
+    policy = api.open_policy(model, on=resolve("auto"))
+    form = chat_format_of(policy, model, "chat")
+    collector = make_collector(policy, form, no_verdict, recipe)
+    params = replace(collector.params, temperature=recipe.eval.temperature, stop=stops_of(policy, model))
+    collector = replace(collector, params=params)
+    scorer = make_scorer(cfg, policy, collector, recipe.train.micro_batch_tokens, recipe.reward)
+    check(cfg, scorer)
+    engine = make_engine(collector, form, cfg, scorer)
+    check_separator(engine, scorer)
+    history = [Message("system", system)] if system else []
+    by = f", scorer {scorer_name(cfg)}" if scorer else ""
+    print(f"Chatting with {model}: {cfg.strategy}, budget {cfg.budget}{by}. An empty line or Ctrl-D quits.")
+    while line := _ask():
+        history.append(Message("user", line))
+        found = search(Task(f"chat-{len(history)}", "chat", tuple(history), None), engine, scorer, cfg, 0)
+        print(printable(found.answer) if found.answer else "(no completion ended)")
+        print(f"[{len(found.completions)} completions, {found.generated} tokens generated, {found.scored} scored]")
+        history.append(Message("assistant", found.answer))
+
+
+def no_verdict(task: Task, text: str) -> Verdict:
+    """The verifier of a chat, which has no gold answer and is never asked."""
+    raise RolloutError("a chat has no gold answer to compare with.", boundary="reward")
 
 
 def chat(model: str, temperature: float, max_tokens: int, system: str) -> None:

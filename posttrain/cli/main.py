@@ -31,6 +31,8 @@ from posttrain.cli.arguments import (
     split_settings,
 )
 from posttrain.cli.inspect import COMMANDS
+from posttrain.cli.search import search
+from posttrain.config.search import parsed
 from posttrain.types import ConfigError, JsonView, PosttrainError
 
 HELP = {"help_option_names": ["-h", "--help"]}
@@ -212,24 +214,37 @@ def resume(args: tuple[str, ...], steps: int | None, as_json: bool) -> None:
 @click.option("--tasks", help="Built-in task, file, or dataset id.")
 @click.option("--reward", help="`auto`, a verifier, or FILE.py:FUNCTION.")
 @click.option("--samples", help="Completions per task; 2 or more adds pass@k and maj@k.")
+@click.option("--search", help="Evaluate what a search chooses: STRATEGY:BUDGET, such as beam:16.")
+@click.option("--scorer", help="With --search: what steers it, as in `posttrain search`.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on stdout.")
-def evaluate(
-    model: str, args: tuple[str, ...], tasks: str | None, reward: str | None, samples: str | None, as_json: bool
-) -> None:
+def evaluate(model: str, args: tuple[str, ...], search: str | None, as_json: bool, **options: str | None) -> None:
     """Evaluate a model or run on held-out tasks.
 
     All rows of a file in --tasks are evaluated. Reports accuracy and, with --samples 2 or more, pass@k and maj@k, with
     95 % intervals.
     """
     from posttrain.cli import tables
+    from posttrain.cli.search_tables import SearchLine
 
-    given = {"data.tasks": tasks, "reward.name": reward, "eval.samples": samples}
+    given = {"data.tasks": options["tasks"], "reward.name": options["reward"], "eval.samples": options["samples"]}
+    if search is not None:
+        given = {
+            **given,
+            "eval.samples": options["samples"] or "1",
+            **parsed(search),
+            "search.scorer": options["scorer"],
+        }
+    elif options["scorer"] is not None:
+        raise ConfigError(
+            f"--scorer {options['scorer']} has no effect without --search; give --reward for the verifier."
+        )
     recipe = read_evaluation(args, given, sections_of(model), whole=True)
     out = tables.console(as_json)
-    with out.status(f"evaluating {model} on {recipe.data.eval_tasks or recipe.data.tasks}"):
+    source = recipe.data.eval_tasks or recipe.data.tasks
+    with SearchLine(out) if recipe.search.strategy else out.status(f"evaluating {model} on {source}") as line:
         from posttrain import api
 
-        report, groups = api.evaluate_recipe(model, recipe)
+        report, groups = api.evaluate_recipe(model, recipe, progress=line if isinstance(line, SearchLine) else None)
     if as_json:
         click.echo(json.dumps(report.as_dict()))
     else:
@@ -284,6 +299,9 @@ def best_of_n(model: str, args: tuple[str, ...], out: str, least: float | None, 
         tables.best_of_n(console, model, found, written)
 
 
+main.add_command(search)
+
+
 @main.command()
 @click.argument("model")
 @click.option("--tasks", default="arithmetic", show_default=True, help="Built-in task, or file with gold answers.")
@@ -336,16 +354,25 @@ def sample(model: str, prompt: str, plain: bool, as_json: bool, **options: Any) 
 @click.option("--temperature", default=1.0, show_default=True, help="Sampling temperature; 0 is greedy.")
 @click.option("--max-tokens", default=256, show_default=True, help="Maximum tokens per reply.")
 @click.option("--system", default="", help="System message.")
-def chat(model: str, temperature: float, max_tokens: int, system: str) -> None:
+@click.option("--search", help="A search chooses each reply: STRATEGY:BUDGET, such as best-of-n:16.")
+@click.option("--scorer", default="", help="With --search: what steers it; it must not need a gold answer.")
+def chat(model: str, temperature: float, max_tokens: int, system: str, search: str | None, scorer: str) -> None:
     """Chat with a model or run in the terminal.
 
     An empty line or Ctrl-D quits.
     """
     from posttrain.cli import tables
 
+    if search is None and scorer:
+        raise ConfigError(f"--scorer {scorer} has no effect without --search.")
+    given = {"eval.temperature": temperature, "rollout.max_tokens": max_tokens, "search.scorer": scorer}
+    recipe = config.resolve_as(config.EvalRecipe, {}, {**given, **parsed(search)}) if search is not None else None
     with tables.console().status(f"loading {model}"):
         from posttrain.cli import chat as session
-    session.chat(model, temperature, max_tokens, system)
+    if recipe:
+        session.search_chat(model, recipe, system)
+    else:
+        session.chat(model, temperature, max_tokens, system)
 
 
 for _command in COMMANDS:

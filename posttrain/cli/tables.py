@@ -300,6 +300,9 @@ def report(out: Console, model: str, found: Report, groups: Sequence[Sequence[Ep
     table.add_row("share that think", f"{found.think_share:.0%}", "")
     table.add_row("mean length (tokens)", f"{found.length:.1f}", "")
     table.add_row("truncated at max_tokens", f"{found.truncated:.1%}", "")
+    for name, tokens in (("tokens generated per task", found.generated), ("tokens scored per task", found.scored)):
+        if tokens is not None:
+            table.add_row(name, f"{tokens.value:,.1f}", f"{tokens.low:,.1f} – {tokens.high:,.1f}")
     for name, mean in found.parts.items():
         table.add_row(Text(f"part {printable(name)}"), f"{mean:.3g}", "")
     for name, part in found.sources.items():

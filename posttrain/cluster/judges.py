@@ -12,7 +12,7 @@ from posttrain.cluster.actors import RUN_ENDED, Actor, WorkerDied, call
 from posttrain.config import Sampling
 from posttrain.rewards import code
 from posttrain.rewards.judging import Verifier
-from posttrain.rewards.scoring import name_of, score_safely
+from posttrain.rewards.scoring import CannotScore, name_of, score_safely
 from posttrain.rollout.tasks import make_verifier
 from posttrain.types import ConfigError, RolloutError, Task, Verdict
 
@@ -52,7 +52,7 @@ class Judges:
             self._free.put(actor)
 
     def __call__(self, task: Task, text: str) -> Verdict:
-        """Scores a completion. Raises RolloutError if it cannot be scored."""
+        """Scores a completion. Raises RolloutError if it cannot be scored, and CannotScore if none can be."""
         for attempt in range(1, TRIES + 1):
             actor = self._free.get()
             try:
@@ -63,10 +63,16 @@ class Judges:
                 if self.closed:
                     raise
                 last = attempt == TRIES
+                if last and not _is_made(actor):
+                    raise CannotScore(f"{reason}. {TRIES} judges ended before they had made {self.__name__}.") from None
                 then = "is unscored" if last else f"is scored again (try {attempt + 1} of {TRIES})"
                 self._note(f"{reason}. Task {task.id!r} {then}.")
                 actor = self._replaced(actor)
                 continue
+            except Exception as error:
+                if _is_made(actor):
+                    raise
+                raise CannotScore(f"{actor.name} cannot make the reward {self.__name__}: {error}") from error
             finally:
                 self._free.put(actor)
             if verdict is None:
@@ -87,3 +93,8 @@ class Judges:
         self.closed = True
         for actor in self.actors:
             actor.kill(reason)
+
+
+def _is_made(actor: Actor) -> bool:
+    """Whether a judge has its verifier."""
+    return actor.made.done() and actor.made.exception() is None

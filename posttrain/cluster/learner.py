@@ -23,7 +23,6 @@ from posttrain.train.forward import Forward, per_token, planned, token_stats
 from posttrain.train.lane_learner import MOMENTS, named_state
 from posttrain.train.learner import Loss
 from posttrain.train.ranks import shares
-from posttrain.train.update import check_names
 from posttrain.types import Batch, ConfigError, Json, JsonView, Sample, Stat
 
 LARGEST_LOSS = 1 << 20  # bytes; a loss is sent with every call, so it must not hold a model
@@ -41,8 +40,64 @@ def check_size(loss: Loss) -> None:
         )
 
 
-class RemoteLearner:
-    """`Learner` on ranks. `policy` is the driver's copy, whose weights are those of the latest `weights` call."""
+class OnRanks:
+    """What learners on ranks have in common. `policy` is the driver's copy, as of the latest call of `weights`."""
+
+    def __init__(self, ranks: Sequence[Actor], timeout: float, key: str, policy: Policy) -> None:
+        self.ranks, self.timeout, self.key, self.policy = ranks, timeout, key, policy
+        self.steps = 0
+        self._fresh = True  # whether the driver's policy has the ranks' weights
+
+    def _all(self, method: str, *arguments: Any) -> list[Any]:
+        """Calls a method of every rank."""
+        return ask_all(self.ranks, self.timeout, method, self.key, *arguments)
+
+    def _together(self, method: str, *arguments: Any) -> list[Any]:
+        """Calls a method of every rank's learner, in which all take part."""
+        return self._all("together", method, *arguments)
+
+    def logprobs(self, samples: Sequence[Sample]) -> list[np.ndarray]:
+        """See `Learner.logprobs`."""
+        return per_token(samples, lambda rows: self.outputs(rows, token_stats))
+
+    def outputs(self, samples: Sequence[Sample], forward: Forward) -> list[np.ndarray]:
+        """See `Learner.outputs`."""
+        raise NotImplementedError
+
+    def step(self, only: str = "", update: int | None = None) -> dict[str, Stat]:
+        """See `Learner.step`."""
+        stats = self._together("step", only, update)[0]
+        self.steps, self._fresh = self.steps + 1, False
+        return stats
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """See `Learner.weights`; fetches them from the ranks if they have changed."""
+        own = trainable(self.policy)
+        if not self._fresh:
+            with torch.no_grad():
+                for name, tensor in self._fetched().items():
+                    own[name].copy_(tensor)
+            self._fresh = True
+        return {name: parameter.detach() for name, parameter in own.items()}
+
+    def _fetched(self) -> dict[str, torch.Tensor]:
+        """The ranks' trainable tensors, whole."""
+        raise NotImplementedError
+
+    def assign(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """See `Learner.assign`."""
+        self._together("assign", dict(tensors))
+        self._fresh = False
+
+    def load(self, tensors: Mapping[str, Mapping[str, torch.Tensor]], state: JsonView) -> None:
+        """See `Learner.load`."""
+        kept = {group: dict(tensors[group]) for group in ("model", "optim")}
+        self._together("load", kept, dict(state))
+        self.steps, self._fresh = int(state["steps"]), False
+
+
+class RemoteLearner(OnRanks):
+    """`Learner` on ranks that have the whole model each, and a share of the optimizer."""
 
     def __init__(
         self,
@@ -55,15 +110,10 @@ class RemoteLearner:
         temperature: float,
         forward: Forward,
     ) -> None:
-        self.ranks, self.timeout, self.key, self.policy, self.cfg = ranks, timeout, key, policy, cfg
-        self.steps = 0
+        super().__init__(ranks, timeout, key, policy)
+        self.cfg = cfg
         self.layout = lanes.Layout({name: p.shape for name, p in trainable(policy).items()}, cfg.lanes)
-        self._fresh = True  # whether the driver's policy has the ranks' weights
-        ask_all(ranks, timeout, "open", key, policy, cfg, total_steps, temperature, forward)
-
-    def logprobs(self, samples: Sequence[Sample]) -> list[np.ndarray]:
-        """See `Learner.logprobs`."""
-        return per_token(samples, lambda rows: self.outputs(rows, token_stats))
+        self._all("open", policy, cfg, total_steps, temperature, forward)
 
     def outputs(self, samples: Sequence[Sample], forward: Forward) -> list[np.ndarray]:
         """See `Learner.outputs`."""
@@ -97,35 +147,13 @@ class RemoteLearner:
             for r in range(len(self.ranks))
         ]
         stats = dict(one for part in ask(self.ranks, asked, self.timeout) for one in part or ())
-        self._all("reduce")
+        self._together("reduce")
         rng.seed_global("after", drawn)
         return [stats[number] for number in range(len(batches))]
 
-    def _all(self, method: str, *arguments: Any) -> list[Any]:
-        """Calls a method of every rank."""
-        return ask_all(self.ranks, self.timeout, method, self.key, *arguments)
-
-    def step(self, only: str = "", update: int | None = None) -> dict[str, Stat]:
-        """See `Learner.step`."""
-        stats = self._all("step", only, update)[0]
-        self.steps, self._fresh = self.steps + 1, False
-        return stats
-
-    def weights(self) -> dict[str, torch.Tensor]:
-        """See `Learner.weights`; fetches them from a rank if they have changed."""
-        own = trainable(self.policy)
-        if not self._fresh:
-            (tensors,) = ask_all(self.ranks[:1], self.timeout, "weights", self.key)
-            with torch.no_grad():
-                for name, tensor in tensors.items():
-                    own[name].copy_(tensor)
-            self._fresh = True
-        return {name: parameter.detach() for name, parameter in own.items()}
-
-    def assign(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """See `Learner.assign`."""
-        self._all("assign", dict(tensors))
-        self._fresh = False
+    def _fetched(self) -> dict[str, torch.Tensor]:
+        (tensors,) = ask_all(self.ranks[:1], self.timeout, "weights", self.key)  # every rank has them
+        return tensors
 
     def state(self) -> tuple[dict[str, dict[str, torch.Tensor]], Json]:
         """See `Learner.state`: the same tensors and names for any number of ranks."""
@@ -135,10 +163,3 @@ class RemoteLearner:
                 for (start, end), part in zip(shares(self.layout, number, len(self.ranks)), parts, strict=True):
                     vectors[name][start:end] = part
         return named_state(self.layout, vectors, self.steps)
-
-    def load(self, tensors: Mapping[str, Mapping[str, torch.Tensor]], state: JsonView) -> None:
-        """See `Learner.load`."""
-        check_names(tensors["model"], self.layout.places)
-        kept = {group: dict(tensors[group]) for group in ("model", "optim")}
-        self._all("load", kept, dict(state))
-        self.steps, self._fresh = int(state["steps"]), False

@@ -26,7 +26,7 @@ from posttrain.cluster.messages import Buffer, decode
 from posttrain.cluster.node import LOOPBACK, QUIET, TOKEN_PATH, is_loopback, token_file
 from posttrain.cluster.worker import ADDRESS, Host, versions
 from posttrain.config import ClusterConfig
-from posttrain.types import ConfigError
+from posttrain.types import ConfigError, Json
 
 GET_ADDRESS = 0x8915  # SIOCGIFADDR of Linux, netdevice(7)
 _gpus = 0.0  # of each learner and sampler
@@ -218,7 +218,7 @@ def _first_line(error: Exception) -> str:
     return lines[0].rstrip(".") if lines else type(error).__name__
 
 
-def nodes() -> list[dict[str, Any]]:
+def nodes() -> list[Json]:
     """The cluster's nodes, as Ray describes them."""
     return import_module("ray").nodes()
 

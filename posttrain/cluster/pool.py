@@ -21,7 +21,7 @@ import torch
 from posttrain.cluster.actors import RUN_ENDED, Actor, WorkerDied, message
 from posttrain.cluster.messages import Buffer
 from posttrain.cluster.sampler import Done, OtherWeights
-from posttrain.rollout.generator import OnDone, OnToken, Request
+from posttrain.rollout.generator import OnDone, OnToken, Request, ended
 from posttrain.store.checkpoint import weights_digest
 from posttrain.types import Completion, RolloutError, SamplingParams
 
@@ -163,11 +163,7 @@ class Pool:
                 number, index, completion = event.done
                 if out[number][index] is None:
                     out[number][index], missing = completion, missing - 1
-                    if on_token:
-                        for token in completion.tokens.tolist():
-                            on_token(number, index, token)
-                    if on_done:
-                        on_done(number, index, completion)
+                    ended(number, index, completion, on_token, on_done)
                 continue
             asked.discard(event.member)
             rest = [one for unit in event.units for one in _rest(unit, out[unit.number])]
@@ -219,7 +215,7 @@ class Pool:
             at, index, completion = done
             events.put(Event(member, units, (units[at].number, units[at].first + index, completion)))
 
-        def ended(done: Future[Any]) -> None:
+        def answered(done: Future[Any]) -> None:
             member.units = []  # also where nobody waits for it any more, after an exception in `on_done`
             error = done.exception()
             if isinstance(error, OtherWeights):
@@ -228,7 +224,7 @@ class Pool:
             events.put(Event(member, units, error=error))
 
         asked = message("generate", [unit.request for unit in units], params, self.version, self._digest)
-        member.actor.send(asked, on_part).add_done_callback(ended)
+        member.actor.send(asked, on_part).add_done_callback(answered)
 
     def _loaded(self, member: Member, digest: str, done: Future[Any]) -> None:
         """Checks that a sampler has the weights it was sent; ends one that has others."""

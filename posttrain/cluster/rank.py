@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
 from datetime import timedelta
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from posttrain.cluster.actors import WorkerDied
-from posttrain.cluster.sharded import ShardedLearner, gradient_difference
+from posttrain.cluster.sharded import ShardedLearner, gradient_difference, moved
 from posttrain.cluster.worker import ADDRESS
 from posttrain.config import TrainConfig
 from posttrain.models.load import Policy
@@ -24,7 +23,7 @@ from posttrain.train.forward import Forward, outputs_of_pass
 from posttrain.train.lane_learner import LaneLearner
 from posttrain.train.learner import Loss
 from posttrain.train.ranks import Ranks
-from posttrain.types import Batch, JsonView, PosttrainError, Sample, Stat
+from posttrain.types import Batch, PosttrainError, Sample, Stat
 
 
 class Rank:
@@ -66,18 +65,8 @@ class Rank:
         self, key: str, batches: Mapping[int, Batch], count: int, loss: Loss, drawn: int
     ) -> Iterator[tuple[int, dict[str, Stat]]]:
         """See `LaneLearner.accumulate`; no collective."""
-        moved = {number: _on(batch, self.device) for number, batch in batches.items()}
-        yield from self.learners[key].accumulate(moved, count, loss, drawn)
-
-    def reduce(self, key: str) -> None:
-        """See `LaneLearner.reduce`; a collective."""
-        with self._collective():
-            self.learners[key].reduce()
-
-    def step(self, key: str, only: str, update: int | None) -> dict[str, Stat]:
-        """See `Learner.step`; a collective."""
-        with self._collective():
-            return self.learners[key].step(only, update)
+        here = {number: moved(batch, self.device) for number, batch in batches.items()}
+        yield from self.learners[key].accumulate(here, count, loss, drawn)
 
     def outputs(self, key: str, passes: Sequence[Sequence[Sample]], forward: Forward) -> Iterator[np.ndarray]:
         """Yields the first output of `forward` for the rows of each pass; no collective."""
@@ -93,16 +82,6 @@ class Rank:
         """This rank's share of the master weights and moments; no collective."""
         return self.learners[key].kept
 
-    def assign(self, key: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """See `Learner.assign`; a collective."""
-        with self._collective():
-            self.learners[key].assign(tensors)
-
-    def load(self, key: str, tensors: Mapping[str, Mapping[str, torch.Tensor]], state: JsonView) -> None:
-        """See `Learner.load`; a collective."""
-        with self._collective():
-            self.learners[key].load(tensors, state)
-
     def shard(
         self, key: str, policy: Policy, cfg: TrainConfig, total_steps: int, temperature: float, forward: Forward
     ) -> None:
@@ -111,10 +90,10 @@ class Rank:
         with self._collective():
             self.shards[key] = ShardedLearner(policy, cfg, total_steps, temperature, forward)
 
-    def sharded(self, key: str, method: str, *arguments: Any) -> Any:
-        """Calls a method of a sharded learner; a collective."""
+    def together(self, key: str, method: str, *arguments: Any) -> Any:
+        """Calls a method of a learner in which all ranks take part; a collective."""
         with self._collective():
-            return getattr(self.shards[key], method)(*arguments)
+            return getattr(self.shards.get(key) or self.learners[key], method)(*arguments)
 
     def seeded(self, key: str, drawn: int, batches: Sequence[Batch], loss: Loss) -> list[dict[str, Stat]]:
         """See `ShardedLearner.forward_backward`, with the driver's random numbers; a collective."""
@@ -144,13 +123,3 @@ class Rank:
         except RuntimeError as error:
             lines = str(error).splitlines() or [type(error).__name__]
             raise WorkerDied(f"learner-{self.number}", f"it has lost the others ({lines[0]})") from None
-
-
-def _on(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on a device."""
-    moved: dict[str, Any] = {
-        field.name: value.to(device)
-        for field in fields(batch)
-        if isinstance(value := getattr(batch, field.name), torch.Tensor)
-    }
-    return replace(batch, **moved)

@@ -13,7 +13,6 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from posttrain.cluster.actors import Actor
 from posttrain.store.durable import publish_file
@@ -85,7 +84,7 @@ class Record:
 
     def as_dict(self) -> Json:
         """The record, as in the file; times are seconds since 1970."""
-        rows: list[dict[str, Any]] = [
+        rows: list[Json] = [
             {
                 "name": actor.name,
                 "role": role,

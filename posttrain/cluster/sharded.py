@@ -22,7 +22,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -97,7 +97,7 @@ class ShardedLearner:
         self.dtypes = {name: parameter.dtype for name, parameter in trainable(policy).items()}
         on = "cuda" if dist.get_backend(self.group) == "nccl" else policy.device.type
         self.root = shard(policy, DeviceMesh.from_group(self.group, on))
-        self.parameters: dict[str, Any] = dict(trainable(policy))  # DTensors
+        self.parameters = cast(dict[str, DTensor], trainable(policy))
         groups = [
             {"params": [p for p in self.parameters.values() if p.dim() >= 2], "weight_decay": cfg.weight_decay},
             {"params": [p for p in self.parameters.values() if p.dim() < 2], "weight_decay": 0.0},
@@ -176,7 +176,7 @@ class ShardedLearner:
                 batch, number = round_[self.rank], start + self.rank
             else:
                 batch, number = _first_row(round_[0]), None
-            yield number, _on(batch, self.policy.device), max(counts) - _calls(self.policy, batch)
+            yield number, moved(batch, self.policy.device), max(counts) - _calls(self.policy, batch)
 
     def step(self, only: str = "", update: int | None = None) -> dict[str, Stat]:
         """See `Learner.step`."""
@@ -333,7 +333,8 @@ def gradient_difference(learner: ShardedLearner, whole: Policy | None, batches: 
         if expected is None:  # not used by any micro-batch, or sent by rank 0
             expected = torch.zeros(parameter.shape, device=parameter.device)
         wanted = distribute_tensor(expected, parameter.device_mesh, parameter.placements).to_local().double()
-        made = torch.zeros_like(wanted) if parameter.grad is None else parameter.grad.to_local().double()
+        gradient = cast(DTensor | None, parameter.grad)
+        made = torch.zeros_like(wanted) if gradient is None else gradient.to_local().double()
         sums += torch.stack([(made - wanted).square().sum(), wanted.square().sum()])
         parameter.grad = None
     dist.all_reduce(sums, group=learner.group)
@@ -370,7 +371,7 @@ def _first_row(batch: Batch) -> Batch:
     return replace(batch, **{name: value[:1] for name, value in tensors.items()}, shared=(), rows=batch.rows[:1])
 
 
-def _on(batch: Batch, device: torch.device) -> Batch:
+def moved(batch: Batch, device: torch.device) -> Batch:
     """The batch with its tensors on a device."""
     tensors = {f.name: value for f in fields(batch) if isinstance(value := getattr(batch, f.name), torch.Tensor)}
     return replace(batch, **{name: value.to(device) for name, value in tensors.items()})

@@ -7,8 +7,8 @@ import re
 from posttrain.types import ConfigError
 
 HIGHER = re.compile(
-    r"reward|reward_margin|(\w+_)?accuracy|pass_at_\d+|maj_at_\d+|score_gap|(step|outcome)_auc|first_mistake|chosen_logp"
-    r"|part/.+"
+    r"reward|reward_margin|(\w+_)?accuracy|pass_at_\d+|maj_at_\d+|score_gap|(\w+_)?(step|outcome)_auc|first_mistake"
+    r"|chosen_logp|part/.+"
 )
 LOWER = re.compile(r"nll(/.+)?|(pair_|step_)?loss|ece|truncated|unscored|uncertainty")
 KNOWN = "accuracy, reward, pass_at_K, maj_at_K, part/NAME, nll, loss, pair_accuracy, pair_loss, step_auc or ece"

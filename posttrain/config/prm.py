@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -20,6 +21,9 @@ from posttrain.config.sections import (
 )
 from posttrain.types import ConfigError
 
+Labels = Literal["soft", "hard", "first-mistake", "program"]
+"""How sampled steps are labelled."""
+
 
 @dataclass(frozen=True)
 class PRMConfig:
@@ -33,14 +37,20 @@ class PRMConfig:
     """What to do with the unlabelled steps after the first mistake: leave them out, or label them wrong."""
     batch_rows: int = 32
     """Solutions per optimizer step."""
+    lm_coef: float = 0.0
+    """Weight of a language modelling loss on prompts and solutions, which keeps what the model needs to check steps."""
     max_tokens: int = 1024
     """Maximum row length, prompt included; longer rows are dropped and counted."""
     solutions: int = 4
     """Solutions to sample from the starting model per task, if data.tasks has tasks instead of labelled solutions."""
     completions: int = 8
     """Completions to sample after each step of a sampled solution; the share of correct ones labels the step."""
-    labels: Literal["soft", "hard"] = "soft"
-    """Labels of sampled steps: `soft` is the share of correct completions, `hard` is 1 if any is correct."""
+    labels: Labels = "soft"
+    """Labels of sampled steps: `soft` is the share of correct completions, `hard` is 1 if any is correct,
+    `first-mistake` finds the first step without a correct completion by binary search (OmegaPRM), and `program` checks
+    the steps of built-in arithmetic and countdown tasks exactly, without completions."""
+    held_out_labels: Literal["", "soft", "hard", "first-mistake", "program"] = ""
+    """Labels of the held-out solutions that are sampled, to measure against better labels; empty uses `labels`."""
     opening: str = ""
     """Prefix of every sampled solution, e.g. `<think>`."""
 
@@ -76,6 +86,8 @@ class PRMRecipe:
 
     def __post_init__(self) -> None:
         require_positive(self.algo, "batch_rows", "max_tokens", "solutions", "completions")
+        if not 0 <= self.algo.lm_coef < math.inf:
+            raise ConfigError(f"algo.lm_coef={self.algo.lm_coef} is not a weight; set 0 or more.")
         if not self.algo.separator:
             raise ConfigError(
                 "algo.separator is empty, so every solution would be one step. Set it to the text between steps."

@@ -41,6 +41,8 @@ ADDED = {
     "rollout.vllm_gpus": "",
     "rollout.vllm_sync": "files",
     "rollout.vllm_timeout": 600.0,
+    "algo.held_out_labels": "",
+    "algo.lm_coef": 0.0,
 }
 """Settings that were added later → their default, which keeps the previous behaviour."""
 ADDED_SECTIONS = {"eval": {"every": 0}}

@@ -162,7 +162,9 @@ def coerce(value: Any, hint: Any, name: str) -> Any:
         chosen = [part.strip() for part in str(value).split(",") if part.strip()] if several else [value]
         for one in chosen:
             if one not in allowed:
-                raise ConfigError(f"{name}={one!r} is not one of {', '.join(map(str, allowed))}.")
+                close = difflib.get_close_matches(str(one), [*map(str, allowed)], n=1, cutoff=0.6)
+                meant = f" Did you mean {close[0]!r}?" if close else ""
+                raise ConfigError(f"{name}={one!r} is not one of {', '.join(filter(None, map(str, allowed)))}.{meant}")
         return value
     if origin is tuple:
         return _coerce_list(value, typing.get_args(hint)[0], name)

@@ -74,6 +74,14 @@ class SearchConfig:
         return [name for name in changed if name not in COMMON]
 
 
+def parsed(text: str) -> dict[str, str]:
+    """The settings that `STRATEGY` or `STRATEGY:BUDGET` stands for, such as `beam:16`."""
+    strategy, colon, budget = text.partition(":")
+    if colon and not budget.strip().isdecimal():
+        raise ConfigError(f"search {text!r}: the budget {budget!r} is not a whole number; write {strategy}:16.")
+    return {"search.strategy": strategy, **({"search.budget": budget} if colon else {})}
+
+
 def rounds(cfg: SearchConfig) -> list[int]:
     """Widths of the rounds in which a budget is spent: `width` each, and the rest in the last one.
 

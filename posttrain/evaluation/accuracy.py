@@ -40,6 +40,8 @@ class Report:
     parts: dict[str, float] = field(default_factory=lambda: {})  # mean of each part of the verdicts
     sources: dict[str, Report] = field(default_factory=lambda: {})  # of each source of a mixture
     notes: list[str] = field(default_factory=lambda: [])  # on tasks that were left out
+    generated: Estimate | None = None  # tokens per task of a search, sampled by the model
+    scored: Estimate | None = None  # and read by its scorer
 
     def metrics(self) -> dict[str, float]:
         """Flat `eval/…` metrics for the run store."""
@@ -55,13 +57,15 @@ class Report:
         }
         for name, table in (("pass", self.pass_at), ("maj", self.maj_at)):
             out |= {f"eval/{name}_at_{k}": estimate.value for k, estimate in table.items()}
+        if self.generated and self.scored:
+            out |= {"eval/search_generated": self.generated.value, "eval/search_scored": self.scored.value}
         for name, part in self.sources.items():
             out |= {f"eval/accuracy/{name}": part.accuracy.value, f"eval/reward/{name}": part.reward}
         return out | {f"eval/part/{name}": mean for name, mean in self.parts.items()}
 
     def as_dict(self) -> Json:
-        """A JSON-serialisable dict."""
-        return asdict(self)
+        """A JSON-serialisable dict; tokens only of a search."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def bootstrap(values: Sequence[float], seed: int = 0) -> Estimate:

@@ -34,6 +34,8 @@ CHANGES = (
     ("eval/score_gap", "mean score gap of held-out pairs", "{:.2f}"),
     ("eval/step_accuracy", "held-out step accuracy", "{:.1%}"),
     ("eval/step_auc", "AUC of step scores, right against wrong", "{:.1%}"),
+    ("eval/first_step_auc", "the same, first steps only", "{:.1%}"),
+    ("eval/middle_step_auc", "the same, neither first nor last steps", "{:.1%}"),
     ("eval/outcome_auc", "AUC of answer scores, right against wrong", "{:.1%}"),
     ("eval/first_mistake", "first mistake (or that there is none) found", "{:.1%}"),
     ("eval/ece", "expected calibration error", "{:.3f}"),

@@ -131,10 +131,17 @@ class SlotCache:
         weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
         return torch.matmul(_rows(weights), values[:, :, :seen])[:, :, :groups].reshape(count, 1, heads, width)
 
-    def fill(self, slot: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Copies a prompt's keys and values (layers, Hkv, n, D) to the start of a slot."""
-        self.keys[:, slot, :, :, : keys.shape[2]] = keys.transpose(2, 3)
-        self.values[:, slot, :, : values.shape[2]] = values
+    def fill(self, slot: int, keys: torch.Tensor, values: torch.Tensor, first: int = 0) -> None:
+        """Copies keys and values (layers, Hkv, n, D) to tokens first … first + n − 1 of a slot."""
+        end = first + keys.shape[2]
+        self.keys[:, slot, :, :, first:end] = keys.transpose(2, 3)
+        self.values[:, slot, :, first:end] = values
+
+    def part(self, slot: int, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A copy of the keys and values (layers, Hkv, count, D) of tokens first … first + count − 1 of a slot."""
+        keys = self.keys[:, slot, :, :, first : first + count].transpose(2, 3)
+        values = self.values[:, slot, :, first : first + count]
+        return keys.clone(memory_format=torch.contiguous_format), values.clone(memory_format=torch.contiguous_format)
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copies the first `length` tokens of one slot over another."""

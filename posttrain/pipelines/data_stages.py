@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from posttrain.pipelines import best_of_n, critique, demonstrations, labeler, probing, selection, shrink
+from posttrain.pipelines import best_of_n, critique, demonstrations, labeler, probing, search, selection, shrink
 from posttrain.types import Json
 
 Builder = Callable[[Any, Path], Json]
@@ -18,6 +18,7 @@ DATA_STAGES: dict[str, tuple[type, Builder]] = {
     "selection": (selection.Selection, selection.make),
     "critique": (critique.Critiques, critique.make),
     "best-of-n": (best_of_n.BestOfN, best_of_n.make),
+    "search": (search.Search, search.make),
     "probes": (probing.Probes, probing.make),
     "shrink": (shrink.Shrink, shrink.make),
 }

@@ -72,8 +72,9 @@ def make(cfg: Demonstrations, folder: Path) -> Json:
 
 
 def is_arithmetic(task: Task) -> bool:
-    """Whether a task is an abacus reasoning problem."""
-    return task.meta.get("skill") == "reasoning" and task.meta.get("kind") in ARITHMETIC
+    """Whether a task is an abacus reasoning problem whose answer is not a demonstration already."""
+    known = task.meta.get("skill") == "reasoning" and task.meta.get("kind") in ARITHMETIC
+    return known and not str(task.answer).startswith(THINK)
 
 
 def answer(task: Task, style: Literal["direct", "worked", "long"], rng: random.Random, mixed: bool = False) -> str:

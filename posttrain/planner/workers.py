@@ -50,7 +50,9 @@ def _driver(recipe: Recipe, shape: ModelShape, rows: Rows, where: Where) -> int:
         for name in memory.generator(recipe, shape, rows, where):
             held.pop(name, None)
         phases.pop("sampling", None)
-        held["weights of the samplers"] = learns * memory.width_of(recipe)
+        held.pop("sampler's copy", None)
+        copies = 1 + recipe.facts().sampler_copies  # of what is trained: to send, and of steps that wait
+        held["weights of the samplers"] = copies * learns * (4 if recipe.model.lora_rank else memory.width_of(recipe))
     if cfg.learners > 1:
         for name in ("float32 masters", "optimizer", "critic"):
             held.pop(name, None)

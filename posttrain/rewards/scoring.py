@@ -13,11 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.rewards.judging import BatchVerifier, Verifier
-from posttrain.types import RolloutError, Task, Verdict
+from posttrain.types import ConfigError, RolloutError, Task, Verdict
 
 RAISED = (Exception, SystemExit, asyncio.CancelledError)
 """What a reward may raise to leave a completion unscored: all but Ctrl-C. `sys.exit` must not end the run as if it had
 finished, nor stop the event loop of asynchronous rewards."""
+
+
+class CannotScore(ConfigError):
+    """A verifier that can score nothing, whatever the completion. It ends the run."""
 
 
 def scores_groups(verify: Verifier) -> bool:
@@ -26,7 +30,7 @@ def scores_groups(verify: Verifier) -> bool:
 
 
 def score_safely(verify: Verifier, task: Task, text: str) -> tuple[Verdict | None, str | None]:
-    """Scores one completion: (verdict, None), or (None, error message). Only KeyboardInterrupt propagates.
+    """Scores one completion: (verdict, None), or (None, error message). Propagates KeyboardInterrupt and CannotScore.
 
     Outside the main thread, a reward that sets a signal handler, as most time limits do, gets an error from Python.
     Some catch it and return a number, so a reward that tried to set one counts as failed, whatever it returned.
@@ -47,6 +51,8 @@ def score_safely(verify: Verifier, task: Task, text: str) -> tuple[Verdict | Non
 def _score(verify: Verifier, task: Task, text: str) -> tuple[Verdict | None, str | None]:
     try:
         verdict = verify(task, text)
+    except CannotScore:
+        raise
     except RolloutError as error:
         return None, str(error)
     except RAISED as error:  # it must neither become a number nor end the run

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from posttrain.models import decoder, kernels
 from posttrain.models.load import Policy
 from posttrain.models.packing import Packed
+from posttrain.rollout.decoding import weights_seen
 from posttrain.rollout.products import Product, product_of, times
 
 LANES = 16  # tokens per block of keys; row lengths of values are padded to a multiple of it
@@ -27,14 +29,26 @@ BLOCK = 64  # cache capacity per sequence is a multiple of this many tokens
 PREFILL = 4096  # prompt tokens per prefill pass
 
 
-@dataclass
-class Prompt:
-    """A prefilled prompt: keys (layers, Hkv, blocks, D, 16), values (layers, Hkv, blocks, 16, room), logits (1, V)."""
+@dataclass(frozen=True)
+class Part:
+    """Tokens that sequences share: keys (layers, Hkv, blocks, D, 16) and values (layers, Hkv, blocks, 16, room)."""
 
     length: int
     keys: torch.Tensor
     values: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prefilled prompt, and the pieces that extend it; logits (1, V) after the last token."""
+
+    parts: tuple[Part, ...]
     logits: torch.Tensor
+
+    @cached_property
+    def table(self) -> np.ndarray:
+        """`Part` of attention.c for each part: (parts, 3) int64."""
+        return np.array([(p.length, p.keys.data_ptr(), p.values.data_ptr()) for p in self.parts], np.int64)
 
 
 class _Shape(ctypes.Structure):
@@ -92,10 +106,12 @@ class _Layer:
 
 
 class FusedDecoder:
-    """`Decoder` of rollout/engines/embedded.py. Moving a sequence to another slot swaps indices and copies no tensors.
+    """`Decoder` of rollout/decoding.py. Moving a sequence to another slot swaps indices and copies no tensors.
 
     `dtype` applies to the layers' matrix products; everything else, including the output layer, is in float32.
     """
+
+    divisible = True
 
     def __init__(self, policy: Policy, slots: int, dtype: torch.dtype = torch.float32) -> None:
         self.policy, self.slots = policy, slots
@@ -107,25 +123,29 @@ class FusedDecoder:
         parts = [n * self.width for n in (heads, kv, kv)]
         self.linears = [layer.linears(self.config, parts) for layer in self.layers]
         self._seen: list[tuple[int, int]] = []
-        self._room = (0, 0, 0)
+        self._room = (0, 0, 0, 0)
         self._threads = 0
 
-    def prepare(self, sequences: int, longest_prompt: int, max_tokens: int) -> None:
+    def prepare(self, sequences: int, longest_prompt: int, max_tokens: int, pieces: int = 0) -> None:
         """Allocates the cache for this many sequences of this length and repacks weights that have changed."""
-        used = min(self.slots, sequences)
-        wanted = (used, *(-(-n // BLOCK) * BLOCK for n in (max_tokens, longest_prompt + max_tokens)))
+        used, threads = min(self.slots, sequences), torch.get_num_threads()
+        longest = longest_prompt + max_tokens
+        wanted = (used, *(-(-n // BLOCK) * BLOCK for n in (max_tokens, longest, longest + (pieces + 2) * LANES)))
         room = tuple(max(pair) for pair in zip(wanted, self._room, strict=True))
-        if room != self._room or torch.get_num_threads() != self._threads:
-            self._room, self._threads = room, torch.get_num_threads()
-            self._allocate(*room)
+        bound = (room, threads) == (self._room, self._threads)
+        if room[:2] != self._room[:2]:
+            self._allocate(*room[:2])
+        if not bound:
+            self._room, self._threads = room, threads
+            self._reach(*room[1:])
         self.prompt[:] = [None] * len(self.prompt)  # release the prompts of the last call
-        # in-place updates increment a tensor's version; a replaced tensor has another address
-        seen = [(p._version, p.data_ptr()) for p in self.policy.model.parameters()]
+        seen = weights_seen(self.policy)
         if seen != self._seen:
             for layer in self.layers:
                 for product in (layer.qkv, layer.out, layer.gates, layer.down):
                     product.refresh()
             self.head.refresh()
+        if seen != self._seen or not bound:
             self.plan, self._seen = self._plan(), seen
 
     def prefill(self, prompts: Sequence[np.ndarray]) -> list[Prompt]:
@@ -137,11 +157,27 @@ class FusedDecoder:
             done += self._prefill(remaining[: max(1, fit)])
         return done
 
-    def start(self, slot: int, prompt: Prompt) -> None:
-        """Assigns a prefilled prompt to a slot."""
+    def start(self, slot: int, prompt: Prompt, kept: Part | None = None, tokens: int = 0) -> None:
+        """Assigns a prefilled prompt to a slot; see `Decoder.start`."""
         place = self.place[slot]
         self.prompt[place] = prompt  # keeps it alive while its address is in use
-        self.shared[:, place] = (prompt.length, prompt.keys.data_ptr(), prompt.values.data_ptr())
+        table = prompt.table
+        self.shared[:, place] = (table[:, 0].sum(), len(table), table.ctypes.data)
+        if kept is not None:
+            blocks = -(-tokens // LANES)
+            self.keys[:, place, :, :blocks] = kept.keys[:, :, :blocks]
+            self.values[:, place, :, : blocks * LANES] = kept.values[:, :, :blocks].flatten(2, 3)
+
+    def kept(self, slot: int, tokens: int) -> Part:
+        """A copy of the keys and values of the slot's own first tokens."""
+        place, blocks = self.place[slot], -(-tokens // LANES)
+        keys = self.keys[:, place, :, :blocks].clone(memory_format=torch.contiguous_format)
+        values = self.values[:, place, :, : blocks * LANES].clone(memory_format=torch.contiguous_format)
+        return Part(tokens, keys, values.unflatten(2, (-1, LANES)))
+
+    def extended(self, prompt: Prompt, kept: Part, logits: torch.Tensor) -> Prompt:
+        """See `Decoder.extended`; nothing is copied."""
+        return Prompt((*prompt.parts, kept), logits)
 
     def move(self, source: int, target: int, length: int) -> None:
         """Moves a sequence to another slot by swapping the two slots."""
@@ -161,7 +197,8 @@ class FusedDecoder:
             operation()
         return self.logits[:count]
 
-    def _allocate(self, slots: int, own: int, longest: int) -> None:
+    def _allocate(self, slots: int, own: int) -> None:
+        """Allocates the cache and the buffers for `slots` sequences, each of `own` tokens after its prompt."""
         config, like = self.config, self.policy.head.weight
         kv, room = config.num_key_value_heads, -(-self.width // LANES) * LANES
         wide = (config.num_attention_heads + 2 * kv) * self.width
@@ -169,7 +206,7 @@ class FusedDecoder:
         self.values = like.new_zeros(config.num_hidden_layers, slots, kv, own, room)
         self.place = np.arange(slots)  # slot → cache index
         self.prompt: list[Prompt | None] = [None] * slots
-        self.shared = np.zeros((3, slots), np.int64)  # prompt length and the addresses of its keys and values
+        self.shared = np.zeros((3, slots), np.int64)  # prompt length, its parts and the address of their table
         self.at = torch.zeros(
             5, slots, dtype=torch.int64
         )  # per row: cache index, position, and the three rows of `shared`
@@ -181,13 +218,18 @@ class FusedDecoder:
         self.gates = like.new_zeros(slots, 2 * config.intermediate_size)
         self.gated = like.new_zeros(slots, config.intermediate_size)
         self.logits = like.new_zeros(slots, self.policy.vocab)
+
+    def _reach(self, own: int, longest: int, padded: int) -> None:
+        """Prepares for sequences of at most `longest` tokens, of which `own` come after the prompt; `padded`: with all
+        parts rounded up to whole blocks."""
+        config = self.config
+        heads, kv, room = config.num_attention_heads, config.num_key_value_heads, -(-self.width // LANES) * LANES
         self.angles = decoder.angles(self.body, torch.arange(longest))
-        self.scratch = like.new_zeros(self._threads, longest + 2 * LANES)
+        self.scratch = self.x.new_zeros(self._threads, padded)
         self.shape = _Shape(
-            config.num_attention_heads, kv, self.width, room, own // LANES, self._threads, self.scratch.shape[1],
-            self.body.layers[0].self_attn.scaling, config.rms_norm_eps,
+            heads, kv, self.width, room, own // LANES, self._threads, padded, self.body.layers[0].self_attn.scaling,
+            config.rms_norm_eps,
         )  # fmt: skip
-        self.plan, self._seen = [], []
 
     def _plan(self) -> list[Callable[[], Any]]:
         """All calls of a decode step with bound arguments, in order; `count` holds the number of rows."""
@@ -232,5 +274,5 @@ class FusedDecoder:
             own = [torch.stack([layer[i][:, end - n : end] for layer in layout.kept]) for i in (0, 1)]
             keys = F.pad(own[0], (0, 0, 0, -n % LANES)).unflatten(2, (-1, LANES)).transpose(3, 4).contiguous()
             values = F.pad(own[1], (0, -self.width % LANES, 0, -n % LANES)).unflatten(2, (-1, LANES))
-            out.append(Prompt(n, keys, values, logits[row : row + 1]))
+            out.append(Prompt((Part(n, keys, values),), logits[row : row + 1].clone()))
         return out

@@ -25,22 +25,26 @@ class Prompt:
 
 
 @dataclass
-class _Sequence:
+class Read:
+    """A sequence of tokens and the model's cache after them."""
+
     tokens: list[int]
     cache: Cache
 
 
 class GeneralDecoder:
-    """`Decoder` of rollout/engines/embedded.py. Each completion has its own copy of its prompt's cache.
+    """`Decoder` of rollout/decoding.py. Each completion has its own copy of its prompt's cache.
 
     Where the model's cache does not reproduce its own forward pass (`route.cached`), each step computes whole rows.
     """
 
+    divisible = False  # a cache may be a state of all tokens read
+
     def __init__(self, policy: Policy, slots: int) -> None:
         self.policy, self.slots = policy, slots
-        self.sequences: list[_Sequence | None] = [None] * slots
+        self.sequences: list[Read | None] = [None] * slots
 
-    def prepare(self, sequences: int, longest_prompt: int, max_tokens: int) -> None:
+    def prepare(self, sequences: int, longest_prompt: int, max_tokens: int, pieces: int = 0) -> None:
         """Releases the sequences of the last call."""
         self.sequences = [None] * self.slots
 
@@ -53,9 +57,20 @@ class GeneralDecoder:
             done.append(Prompt(tokens, cache, logits))
         return done
 
-    def start(self, slot: int, prompt: Prompt) -> None:
-        """Copies a prefilled prompt's cache into a slot."""
-        self.sequences[slot] = _Sequence(list(prompt.tokens), copy.deepcopy(prompt.cache))
+    def start(self, slot: int, prompt: Prompt, kept: Read | None = None, tokens: int = 0) -> None:
+        """Copies a prefilled prompt's cache, or all that was kept of a longer sequence, into a slot."""
+        begun = kept or prompt
+        self.sequences[slot] = Read(list(begun.tokens), copy.deepcopy(begun.cache))
+
+    def kept(self, slot: int, tokens: int) -> Read:
+        """The whole sequence of a slot: its cache cannot be cut."""
+        sequence = self.sequences[slot]
+        assert sequence is not None, "call `start` first"
+        return sequence
+
+    def extended(self, prompt: Prompt, kept: Read, logits: torch.Tensor) -> Prompt:
+        """See `Decoder.extended`."""
+        return Prompt(kept.tokens, kept.cache, logits)
 
     def move(self, source: int, target: int, length: int) -> None:
         """Moves a sequence to another slot."""

@@ -50,8 +50,8 @@ class Request:
             )
         if (self.pieces or self.keep) and (sum(self.pieces) != len(self.prefix) or min(self.pieces, default=1) < 1):
             raise RolloutError(
-                f"request has pieces {self.pieces} for a prefix of {len(self.prefix)} tokens; give the length of each "
-                "part in which it was sampled, at least 1 and adding up to the prefix.",
+                f"request has pieces {self.pieces} for a prefix of {len(self.prefix)} tokens; give the length of "
+                "each part in which it was sampled, at least 1 and adding up to the prefix.",
                 boundary="generator",
             )
 
@@ -75,6 +75,15 @@ OnToken = Callable[[int, int, int], None]
 
 OnDone = Callable[[int, int, Completion], None]
 """Called with (request, index, completion) as each completion ends, in any order."""
+
+
+def ended(group: int, index: int, completion: Completion, on_token: OnToken | None, on_done: OnDone | None) -> None:
+    """Reports a whole completion: its tokens to `on_token`, then itself to `on_done`."""
+    if on_token:
+        for token in completion.tokens.tolist():
+            on_token(group, index, token)
+    if on_done:
+        on_done(group, index, completion)
 
 
 class Generator(Protocol):

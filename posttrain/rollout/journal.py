@@ -25,7 +25,7 @@ import torch
 from posttrain import __version__
 from posttrain.config import SamplingRecipe
 from posttrain.rollout.collector import Collector
-from posttrain.rollout.generator import Generator, OnDone, OnToken, Request
+from posttrain.rollout.generator import Generator, OnDone, OnToken, Request, ended
 from posttrain.store import checkpoint
 from posttrain.store.failpoints import failpoint
 from posttrain.train.job import Setup
@@ -79,11 +79,8 @@ class Journal:
         done: list[list[Completion | None]] = [[self._known(key) for key in row] for row in keys]
         for g, row in enumerate(done):
             for i, completion in enumerate(row):
-                if completion and on_token:
-                    for token in completion.tokens.tolist():
-                        on_token(g, i, token)
-                if completion and on_done:
-                    on_done(g, i, completion)
+                if completion:
+                    ended(g, i, completion, on_token, on_done)
         missing = {g: [i for i, completion in enumerate(row) if completion is None] for g, row in enumerate(done)}
         missing = {g: row for g, row in missing.items() if row}
         places = [*missing]
@@ -120,7 +117,8 @@ class Journal:
     def _keys(self, request: Request, params: SamplingParams) -> list[bytes]:
         """For each completion a hash of everything that it depends on."""
         prompt, prefix = (np.asarray(tokens, np.int64).tobytes() for tokens in (request.prompt, request.prefix))
-        said = json.dumps([self.about, self._weights, vars(params), len(prompt), len(prefix), *request.pieces])
+        drawn = vars(replace(params, max_tokens=1))  # every completion has a limit of its own
+        said = json.dumps([self.about, self._weights, drawn, len(prompt), len(prefix), *request.pieces])
         shared = hashlib.sha256(said.encode() + prompt + prefix)
         keys: list[bytes] = []
         for index, seed in enumerate(request.seeds):

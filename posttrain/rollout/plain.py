@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,15 +19,16 @@ PROMPT_BLOCK = 32  # prompts are right-padded to a multiple of this; no token at
 
 @dataclass
 class Prompt:
-    """A prefilled prompt."""
+    """A prefilled prompt, and the pieces that extend it: keys and values (layers, Hkv, n, D) of each part in order."""
 
-    keys: torch.Tensor  # (layers, Hkv, n, D)
-    values: torch.Tensor
-    logits: torch.Tensor  # (1, V) after the last prompt token
+    parts: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    logits: torch.Tensor  # (1, V) after the last token
 
 
 class PlainDecoder:
-    """`Decoder` of rollout/engines/embedded.py. A prompt's keys and values are copied into each of its slots."""
+    """`Decoder` of rollout/decoding.py. A prompt's keys and values are copied into each of its slots."""
+
+    divisible = True
 
     def __init__(self, policy: Policy, slots: int) -> None:
         self.policy, self.slots = policy, slots
@@ -35,6 +37,7 @@ class PlainDecoder:
         self.rows = equal_row_counts(linear_shapes(policy.body), tiles, like)
         self.head_rows = equal_row_counts(linear_shapes(policy.head), [c for c in ROW_COUNTS if c <= slots], like)
         self._cache: SlotCache | None = None
+        self.begun = [0] * slots  # tokens of each slot's prompt
         self.layers, self.heads, self.width = self._sizes()
 
     @property
@@ -43,7 +46,7 @@ class PlainDecoder:
         assert self._cache is not None, "call `prepare` first"
         return self._cache
 
-    def prepare(self, sequences: int, longest_prompt: int, max_tokens: int) -> None:
+    def prepare(self, sequences: int, longest_prompt: int, max_tokens: int, pieces: int = 0) -> None:
         """Allocates the KV cache for this many sequences of this length; weights are not copied."""
         used, capacity = min(self.slots, -(-sequences // TILE) * TILE), longest_prompt + max_tokens
         if self._cache is None or self._cache.capacity < capacity or self._cache.keys.shape[1] < used:
@@ -76,16 +79,32 @@ class PlainDecoder:
                 keys, values = torch.stack(layout.keys, 1), torch.stack(layout.values, 1)  # (n, layers, Hkv, padded, D)
                 for row, i in enumerate(part):
                     n = len(prompts[i])
-                    done[i] = Prompt(keys[row, :, :, :n], values[row, :, :, :n], logits[row : row + 1])
+                    own = keys[row, :, :, :n].clone(), values[row, :, :, :n].clone()  # not the whole call's memory
+                    done[i] = Prompt((own,), logits[row : row + 1].clone())
         return [done[i] for i in range(len(prompts))]
 
-    def start(self, slot: int, prompt: Prompt) -> None:
-        """Copies a prefilled prompt into a slot."""
-        self.cache.fill(slot, prompt.keys, prompt.values)
+    def start(self, slot: int, prompt: Prompt, kept: Any = None, tokens: int = 0) -> None:
+        """Copies a prefilled prompt into a slot; see `Decoder.start`."""
+        first = 0
+        for keys, values in prompt.parts:
+            self.cache.fill(slot, keys, values, first)
+            first += keys.shape[2]
+        if kept is not None:
+            self.cache.fill(slot, *(part[:, :, :tokens] for part in kept), first)
+        self.begun[slot] = first
+
+    def kept(self, slot: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A copy of the keys and values (layers, Hkv, tokens, D) of the slot's own first tokens."""
+        return self.cache.part(slot, self.begun[slot], tokens)
+
+    def extended(self, prompt: Prompt, kept: tuple[torch.Tensor, torch.Tensor], logits: torch.Tensor) -> Prompt:
+        """See `Decoder.extended`; nothing is copied."""
+        return Prompt((*prompt.parts, kept), logits)
 
     def move(self, source: int, target: int, length: int) -> None:
         """Moves a sequence of `length` tokens to another slot."""
         self.cache.move(source, target, length)
+        self.begun[target] = self.begun[source]
 
     def step(self, newest: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """One decode step for slots 0 … R−1: newest tokens (R,) at positions (R,) → next logits (R, V)."""

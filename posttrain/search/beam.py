@@ -21,9 +21,10 @@ def beam(tree: Tree, width: int, expansions: int) -> Asks[None]:
     steps = yield from tree.grow([tree.root] * width)
     while live := [node for node in steps if not node.ended]:
         width = width - (len(steps) - len(live))
-        if expansions > 1:
+        keep = -(-width // expansions)
+        if len(live) > keep:
             yield from tree.score(live)
-        kept = best(live, -(-width // expansions))
+        kept = best(live, keep)
         steps = yield from tree.grow(shared_equally(kept, width))
 
 

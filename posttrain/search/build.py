@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
 import torch
 
-from posttrain.config import RewardConfig
+from posttrain.config import RewardConfig, nearest
 from posttrain.config.search import SearchConfig
 from posttrain.data.chat import ChatFormat
 from posttrain.models.heads import about
 from posttrain.models.policy import Policy
-from posttrain.rewards import judge
+from posttrain.rewards import combine, judge
 from posttrain.rewards.auto import verifier_for
 from posttrain.rewards.functions import reward_from
 from posttrain.rewards.models import PREFIX, load_reward_model
+from posttrain.rewards.step_checks import step_check
+from posttrain.rewards.verifiers import VERIFIERS
 from posttrain.rollout.collector import Collector
+from posttrain.rollout.tasks import GOLD_DECIDES, GOLD_MAY_BE_GIVEN
 from posttrain.search.engine import Engine
+from posttrain.search.run import needed
 from posttrain.search.scorers import Confidence, Program, Reward, Scorer, SelfCertainty, Steps
 from posttrain.train.forward import LOGITS_PER_CHUNK, before_trained, outputs, per_token, scatter
 from posttrain.types import Batch, ConfigError, Sample, Task
 
 PROGRAM = "steps:"
-PROGRAMS: dict[str, Callable[[Task, str], float]] = {}
+PROGRAMS: dict[str, Callable[[Task, str], float]] = {"arithmetic": step_check}
 """Programs that check the steps of an unfinished completion, for `search.scorer = "steps:NAME"`."""
 
 
@@ -40,7 +45,7 @@ def make_scorer(
 
     Raises ConfigError for a name that is none of `confidence`, `self-certainty`, `steps:NAME`, or a reward.
     """
-    name = cfg.scorer
+    name = scorer_name(cfg)
     if not name:
         return None
     if name == "confidence":
@@ -59,13 +64,36 @@ def make_scorer(
     return Reward(reward_from(name, verifier_for, lambda _: None, ()), words)
 
 
+def scorer_name(cfg: SearchConfig) -> str:
+    """`search.scorer`; `confidence` if it is empty and the strategy needs scores."""
+    return cfg.scorer or ("" if needed(cfg) == "none" else "confidence")
+
+
+def check_name(cfg: SearchConfig) -> None:
+    """Raises ConfigError if `search.scorer` is a name that nothing has."""
+    known = ["confidence", "self-certainty", *(PROGRAM + name for name in PROGRAMS), "auto", *VERIFIERS]
+    plain = re.fullmatch(r"[\w-]+", cfg.scorer) or cfg.scorer.startswith(PROGRAM)
+    if plain and cfg.scorer not in known:
+        raise ConfigError(
+            f"unknown search.scorer {cfg.scorer!r}{nearest(cfg.scorer, known)} FILE.py:FUNCTION, model:FOLDER and "
+            "judge:FILE.toml work, too."
+        )
+
+
+def reads_gold(name: str) -> bool:
+    """Whether a scorer compares with the gold answer, which a user does not have."""
+    if not name or name in ("confidence", "self-certainty") or name.startswith((PROGRAM, PREFIX, judge.PREFIX)):
+        return False
+    return any(leaf.name in (*GOLD_DECIDES, *GOLD_MAY_BE_GIVEN) for leaf in combine.leaves_of(name))
+
+
 def _program(name: str) -> Program:
     if name not in PROGRAMS:
         raise ConfigError(f"search.scorer='steps:{name}' is none of {', '.join(PROGRAM + n for n in PROGRAMS)}.")
     return Program(PROGRAMS[name])
 
 
-def certainties(policy: Policy, micro_batch_tokens: int, samples: list[Sample]) -> list[np.ndarray]:
+def certainties(policy: Policy, micro_batch_tokens: int, samples: Sequence[Sample]) -> list[np.ndarray]:
     """KL(uniform ‖ policy) in nats at each masked token [L] of each sample, by a pass without gradient."""
     return per_token(samples, lambda rows: outputs(policy, rows, micro_batch_tokens, token_certainty))
 

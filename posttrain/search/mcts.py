@@ -28,7 +28,9 @@ def simulate(tree: Tree, exploration: float, expansions: int) -> Asks[None]:
     """Selects a leaf, samples its next steps if it was visited before, evaluates one, and averages along its path."""
     leaf = select(tree.root, exploration)
     if not leaf.ended and (leaf.visits or leaf is tree.root):
-        yield from tree.grow([leaf] * expansions)
+        children = yield from tree.grow([leaf] * expansions)
+        if tree.partial:
+            yield from tree.score(children)
         leaf = select(leaf, exploration)
     node = leaf if tree.partial or leaf.ended else (yield from complete(tree, leaf))
     yield from tree.score([node])
@@ -46,13 +48,14 @@ def select(node: Node, exploration: float) -> Node:
 def puct(parent: Node, children: Sequence[Node], exploration: float) -> list[float]:
     """Q + c · P · √N / (1 + n) of each child, with visits N of the parent and n of the child.
 
-    P is the policy's share: the softmax of the mean log-probability of the child's tokens. A child's Q is 0 before its
-    first visit, as in AlphaZero.
+    Q is the mean value of a child's visits, and before the first one its score, or 0 if unfinished completions can't be
+    scored. P is the policy's share: the softmax of the mean log-probability of the child's tokens.
     """
     likely = [math.exp(float(child.logprobs.mean())) if len(child.logprobs) else 1.0 for child in children]
     root = math.sqrt(max(1, parent.visits))
     return [
-        child.value + exploration * one / sum(likely) * root / (1 + child.visits)
+        (child.value if child.visits else child.score or 0.0)
+        + exploration * one / sum(likely) * root / (1 + child.visits)
         for child, one in zip(children, likely, strict=True)
     ]
 

@@ -102,10 +102,9 @@ def check(cfg: SearchConfig, scorer: Scorer | None) -> None:
             f"search.{unread[0]}={getattr(cfg, unread[0])!r} has no effect on the strategy {cfg.strategy!r}; it is "
             f"for {', '.join(users)}. Leave it out."
         )
-    needs = "steps" if cfg.reject else strategy.scores
-    choose = strategy.choose if cfg.choose == "auto" else cfg.choose
-    if scorer is None and (needs != "none" or choose != "vote"):
-        why = f"the strategy {cfg.strategy!r}" if needs != "none" else f"search.choose={choose!r}"
+    needs = needed(cfg)
+    if scorer is None and needs != "none":
+        why = f"the strategy {cfg.strategy!r}" if strategy.scores != "none" else f"search.choose={cfg.choose!r}"
         raise ConfigError(f"{why} needs scores. Give search.scorer (`confidence` needs no other model).")
     if scorer is not None and needs == "steps" and not scorer.partial:
         raise ConfigError(
@@ -113,6 +112,13 @@ def check(cfg: SearchConfig, scorer: Scorer | None) -> None:
             "finished ones only. Use a process reward model (model:FOLDER of `posttrain prm`), `confidence` or "
             "`steps:NAME`, or a strategy such as best-of-n."
         )
+
+
+def needed(cfg: SearchConfig) -> str:
+    """What scores the strategy needs with these settings: of `steps`, of finished completions (`ends`), or `none`."""
+    strategy = STRATEGIES[cfg.strategy]
+    choose = strategy.choose if cfg.choose == "auto" else cfg.choose
+    return "steps" if cfg.reject else "ends" if strategy.scores == "none" and choose != "vote" else strategy.scores
 
 
 def _whole(strategy: Strategy, tree: Tree, cfg: SearchConfig, scorer: Scorer | None) -> Asks[None]:

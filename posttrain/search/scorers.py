@@ -33,8 +33,11 @@ class Scored:
 class Scorer(Protocol):
     """Scores nodes, unfinished ones only if `partial`. `separator` ends the steps that it reads, if it has one."""
 
-    partial: bool
-    separator: str
+    @property
+    def partial(self) -> bool: ...
+
+    @property
+    def separator(self) -> str: ...
 
     def __call__(self, nodes: Sequence[tuple[Task, Node]]) -> list[Scored]: ...
 

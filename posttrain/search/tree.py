@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -54,21 +55,20 @@ class Node:
         """Whether the completion is over."""
         return self.end in ("stop", "length")
 
-    @property
+    @cached_property
     def path(self) -> list[Node]:
         """The nodes from below the root to this one."""
-        above = self.parent.path if self.parent else []
-        return [*above, self] if self.parent else above
+        return [*self.parent.path, self] if self.parent else []
 
     @property
     def root(self) -> Node:
         """The node with the prompt."""
         return self.parent.root if self.parent else self
 
-    @property
+    @cached_property
     def prefix(self) -> np.ndarray:
-        """Token ids [k] of the completion up to here."""
-        return np.concatenate([np.zeros(0, np.int32), *(node.tokens for node in self.path)])
+        """Token ids [k] of the completion up to here, once the node is in its tree."""
+        return np.concatenate([self.parent.prefix, self.tokens]) if self.parent else self.tokens
 
     def confidence(self) -> float:
         """Geometric mean of the probabilities of the sampled tokens up to here; 1 for none."""

@@ -77,6 +77,19 @@ def step_scores(policy: Policy, batch: Batch, temperature: float = 1.0) -> tuple
     return (scatter(_scalar(policy, hidden)[:, 0], batch.mask),)
 
 
+def step_scores_and_likelihood(
+    policy: Policy, batch: Batch, temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`step_scores`, and from the same pass the mean log-probability (B,) of each row's tokens, without its first."""
+    hidden = hidden_at(policy, batch, torch.arange(int(batch.real.sum()), device=batch.tokens.device))
+    later = batch.real.clone()
+    later[:, 0] = False
+    before = later[batch.real].nonzero().squeeze(1) - 1
+    logp, _ = project(policy, hidden.index_select(0, before), batch.tokens[later], temperature)
+    scores = _scalar(policy, hidden.index_select(0, trained_positions(batch)))[:, 0]
+    return scatter(scores, batch.mask), scatter(logp, later).sum(1) / later.sum(1)
+
+
 def before_trained(policy: Policy, batch: Batch) -> torch.Tensor:
     """Last hidden states (K, width) that predict the trained tokens: at the token before each."""
     return hidden_at(policy, batch, trained_positions(batch) - 1)

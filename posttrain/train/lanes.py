@@ -12,7 +12,7 @@ into 2L equal chunks of a multiple of 64 elements each: the units of the norm an
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -102,13 +102,3 @@ class Tree:
         while self._waiting and total is not None:
             total = self._waiting.pop()[1].add_(total)
         return total
-
-
-def tree(parts: Iterable[torch.Tensor]) -> torch.Tensor:
-    """The sum of at least one tensor by `Tree`."""
-    adding = Tree()
-    for part in parts:
-        adding.add(part)
-    total = adding.sum()
-    assert total is not None, "a sum needs a tensor"
-    return total

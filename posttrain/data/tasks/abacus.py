@@ -9,7 +9,7 @@ import ast
 import hashlib
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from posttrain.data.tasks.requests import HARMFUL_ACTS, HARMLESS_ACTS, THINGS
@@ -217,6 +217,21 @@ def countdown(rng: random.Random) -> Problem:
     return _make(key, "reasoning", "countdown", prompt, expression, numbers=ordered, target=target)
 
 
+def countdown_steps(rng: random.Random) -> Problem:
+    """A countdown whose answer is a demonstration: one equation for each two numbers, then the expression."""
+    problem = countdown(rng)
+    first, sign, last = _halves(problem.answer)
+    begun, target = evaluate(first)[0], problem.meta["target"]
+    thought = f"{first}={begun}, {begun}{sign}{last}={target}"
+    return replace(problem, answer=f"<think>{thought}</think>{problem.answer}")
+
+
+def _halves(expression: str) -> tuple[str, str, str]:
+    """An expression of one of the SHAPES as the part computed first, the sign after it, and the last number."""
+    split = max(expression.rfind(sign) for sign in "+-*")
+    return expression[:split].strip("()"), expression[split], expression[split + 1 :]
+
+
 def listing(rng: random.Random) -> Problem:
     """Name a given number of things from one category."""
     category, count, verb = rng.choice(list(CATEGORIES)), rng.randint(2, 5), rng.choice(("Name", "List", "Give me"))
@@ -289,6 +304,7 @@ GENERATORS: dict[str, Generator] = {
     "products": products,
     "arithmetic": _mix(sums, products),
     "countdown": countdown,
+    "countdown-steps": countdown_steps,
     "list": listing,
     "capitals": capitals,
     "repeat": repeat,

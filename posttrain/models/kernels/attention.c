@@ -77,16 +77,22 @@ typedef struct {
     float scale, eps;
 } Shape;
 
+/* Part of a sequence that was computed before: the number of its tokens and where their keys and values of all layers
+   lie, each layer laid out as a slot with just the blocks it needs. */
+typedef struct {
+    int64_t count;
+    const float *keys, *values;
+} Part;
+
 /* One decode step of one layer. qkv (rows, (heads + 2 kv_heads) width) as the product gave it; q_norm and k_norm
    (width) or null; cosine and sine (positions, width / 2). Row r is sequence `slot[r]` at `position[r]`; its first
-   `shared[r]` tokens are a prompt whose keys and values of all layers lie at shared_keys[r] and shared_values[r], each
-   layer laid out as a slot with just the blocks it needs. The new key and value are stored, then attended to.
-   keys (slots, kv_heads, blocks, width, 16), values (slots, kv_heads, blocks 16, room), out (rows, heads width),
-   scratch (threads, shape.scratch). */
+   `shared[r]` tokens lie in `parts[r]` parts at tables[r], which other rows may read too. The new key and value are
+   stored, then attended to. keys (slots, kv_heads, blocks, width, 16), values (slots, kv_heads, blocks 16, room),
+   out (rows, heads width), scratch (threads, shape.scratch). */
 void decode_attention(const float *qkv, const float *q_norm, const float *k_norm, const float *cosine,
                       const float *sine, const int64_t *slot, const int64_t *position, const int64_t *shared,
-                      const int64_t *shared_keys, const int64_t *shared_values, int64_t layer, float *keys,
-                      float *values, float *out, float *scratch, int64_t rows, const Shape *shape) {
+                      const int64_t *parts, const int64_t *tables, int64_t layer, float *keys, float *values,
+                      float *out, float *scratch, int64_t rows, const Shape *shape) {
     const Shape z = *shape;
     const int64_t groups = z.heads / z.kv_heads, half = z.width / 2, wide = (z.heads + 2 * z.kv_heads) * z.width;
     int64_t next = 0;
@@ -99,7 +105,8 @@ void decode_attention(const float *qkv, const float *q_norm, const float *k_norm
 #pragma omp for schedule(dynamic, 2)
         for (int64_t item = 0; item < rows * z.kv_heads; item++) {
             const int64_t h = item / rows, r = item % rows; /* head by head: a group's rows share the prompt's keys */
-            const int64_t at = position[r] - shared[r], shared_blocks = (shared[r] + LANES - 1) / LANES;
+            const int64_t at = position[r] - shared[r], head = layer * z.kv_heads + h;
+            const Part *part = (const Part *)tables[r], *end = part + parts[r];
             const float *row = qkv + r * wide, *c = cosine + position[r] * half, *s = sine + position[r] * half;
             float *own_keys = keys + (slot[r] * z.kv_heads + h) * z.blocks * LANES * z.width;
             float *own_values = values + (slot[r] * z.kv_heads + h) * z.blocks * LANES * z.room;
@@ -110,20 +117,21 @@ void decode_attention(const float *qkv, const float *q_norm, const float *k_norm
             float *key = own_keys + (at / LANES) * LANES * z.width + at % LANES;
             for (int64_t d = 0; d < z.width; d++) key[d * LANES] = turned[d];
             memcpy(own_values + at * z.room, row + (z.heads + z.kv_heads + h) * z.width, z.width * sizeof(float));
-            const int64_t before = (layer * z.kv_heads + h) * shared_blocks * LANES;
-            const float *prompt_keys = (const float *)shared_keys[r] + before * z.width;
-            const float *prompt_values = (const float *)shared_values[r] + before * z.room;
             for (int64_t g = 0; g < groups; g++) {
                 memcpy(raw, row + (h * groups + g) * z.width, z.width * sizeof(float));
                 if (q_norm) head_norm(raw, q_norm, z.width, z.eps);
                 rotate(raw, turned, c, s, half, 1.0f);
                 for (int64_t d = 0; d < z.width; d++) turned[d] *= z.scale;
-                float *own_scores = scores + shared_blocks * LANES;
+                float *own_scores = scores;
                 v16 most = splat(-INFINITY);
-                if (shared[r]) most = key_scores(turned, prompt_keys, shared[r], z.width, scores, most);
+                for (const Part *p = part; p < end; p++) {
+                    const int64_t padded = (p->count + LANES - 1) / LANES * LANES;
+                    most = key_scores(turned, p->keys + head * padded * z.width, p->count, z.width, own_scores, most);
+                    own_scores += padded;
+                }
                 most = key_scores(turned, own_keys, at + 1, z.width, own_scores, most);
                 const v16 top = splat(largest(most));
-                const int64_t padded = (shared_blocks + at / LANES + 1) * LANES;
+                const int64_t padded = own_scores - scores + (at / LANES + 1) * LANES;
                 v16 mass = splat(0.0f), sums[64];
                 for (int64_t i = 0; i < padded; i += LANES) {
                     v16 e = exponential(load(scores + i) - top);
@@ -131,7 +139,12 @@ void decode_attention(const float *qkv, const float *q_norm, const float *k_norm
                     mass += e;
                 }
                 for (int64_t j = 0; j < z.room / LANES; j++) sums[j] = splat(0.0f);
-                if (shared[r]) weigh(scores, prompt_values, shared[r], z.room, sums);
+                const float *weights = scores;
+                for (const Part *p = part; p < end; p++) {
+                    const int64_t padded = (p->count + LANES - 1) / LANES * LANES;
+                    weigh(weights, p->values + head * padded * z.room, p->count, z.room, sums);
+                    weights += padded;
+                }
                 weigh(own_scores, own_values, at + 1, z.room, sums);
                 const float inverse = 1.0f / total(mass);
                 float *o = out + (r * z.heads + h * groups + g) * z.width, *flat = (float *)sums;

@@ -9,9 +9,9 @@ position, so a completion does not depend on the other sequences in the batch, t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -26,10 +26,12 @@ from posttrain.models.check import allowed, first_line
 from posttrain.models.invariance import TILE
 from posttrain.models.load import take_weights, weight_views
 from posttrain.models.policy import Policy, by_rows
+from posttrain.rollout.decoding import Decoder
 from posttrain.rollout.fused import FusedDecoder
 from posttrain.rollout.general import GeneralDecoder
 from posttrain.rollout.generator import OnDone, OnToken, Request, draw
 from posttrain.rollout.plain import PlainDecoder
+from posttrain.rollout.prefixes import BUDGET, Prefixes
 from posttrain.rollout.scheduler import Scheduler
 from posttrain.rollout.stopping import StopStrings
 from posttrain.types import Completion, ConfigError, RolloutError, SamplingParams
@@ -37,16 +39,6 @@ from posttrain.types import Completion, ConfigError, RolloutError, SamplingParam
 DECODED = 3  # tokens that are decoded to compare a decoder with the forward pass
 _compared: WeakKeyDictionary[nn.Module, dict[tuple[str, torch.dtype], str]] = WeakKeyDictionary()
 """By model, decoder and dtype of its products: how its logits differ from whole rows; empty if they agree."""
-
-
-class Decoder(Protocol):
-    """Computes logits for the slots in use, which are always 0 … R−1."""
-
-    def prepare(self, sequences: int, longest_prompt: int, max_tokens: int) -> None: ...
-    def prefill(self, prompts: Sequence[np.ndarray]) -> Sequence[Any]: ...
-    def start(self, slot: int, prompt: Any) -> None: ...
-    def move(self, source: int, target: int, length: int) -> None: ...
-    def step(self, newest: torch.Tensor, positions: torch.Tensor) -> torch.Tensor: ...
 
 
 class _Slots:
@@ -107,24 +99,27 @@ class _Slots:
 class EmbeddedGenerator:
     """`Generator` on an in-process policy: the learner's, or a copy with older weights."""
 
-    def __init__(self, policy: Policy, slots: int = 128, dtype: torch.dtype | None = None) -> None:
-        """`dtype` of the matrix products defaults to the model's. Raises ConfigError if the decoder does not support
-        another one."""
+    def __init__(
+        self, policy: Policy, slots: int = 128, dtype: torch.dtype | None = None, prefix_bytes: int = BUDGET
+    ) -> None:
+        """`dtype` of the matrix products defaults to the model's. `prefix_bytes` is the memory for keys and values of
+        completions that may be continued. Raises ConfigError if the decoder does not support the dtype."""
         self.policy = policy
         self.slots = -(-slots // TILE) * TILE
         self.version = 0
         self.decoder = make_decoder(policy, self.slots, dtype or policy.head.weight.dtype)
+        self.prefixes = Prefixes(prefix_bytes)
 
     def load(self, weights: Mapping[str, torch.Tensor], version: int) -> None:
         """Loads new weights, named as in `trainable(policy)`; no copy if they are the policy's own tensors."""
         take_weights(self.policy, weights)
         self.version = version
+        self.prefixes.clear()
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The current weights by name (views, not copies)."""
         return weight_views(self.policy)
 
-    @torch.no_grad()
     def generate(
         self,
         requests: Sequence[Request],
@@ -137,19 +132,33 @@ class EmbeddedGenerator:
             return []
         self._check(requests, params)
         self.policy.model.eval()
-        beyond = [_longest(r, params) > self.policy.route.reach for r in requests]
-        if not any(beyond) or isinstance(self.decoder, GeneralDecoder):
-            return self._generate(self.decoder, requests, params, on_token, on_done)
         done: list[list[Completion]] = [[] for _ in requests]
-        for general in (False, True):  # a request's decoder depends on the request alone, so that batch-mates do not
-            own = [i for i, far in enumerate(beyond) if far == general]
-            if own:
+        with torch.no_grad():
+            for steps, own in self._parts(requests, params):
                 calls = _renumbered(own, on_token), _renumbered(own, on_done)
-                chosen = GeneralDecoder(self.policy, self.slots) if general else self.decoder
-                made = self._generate(chosen, [requests[i] for i in own], params, *calls)
+                made = self._generate(steps, [requests[i] for i in own], params, *calls)
                 for i, completions in zip(own, made, strict=True):
                     done[i] = completions
         return done
+
+    def _parts(self, requests: Sequence[Request], params: SamplingParams) -> Iterator[tuple[Decoder, list[int]]]:
+        """The requests that are sampled together, with their decoder, which depends on the request alone so that
+        batch-mates do not matter. At most as many as there are slots may be continued or continue another."""
+        for beyond in (False, True):
+            general = beyond and not isinstance(self.decoder, GeneralDecoder)
+            steps = GeneralDecoder(self.policy, self.slots) if general else self.decoder
+            own: list[int] = []
+            held = 0
+            for i, request in enumerate(requests):
+                if (_longest(request, params) > self.policy.route.reach) != beyond:
+                    continue
+                if held == self.slots:
+                    yield steps, own
+                    own, held = [], 0
+                own.append(i)
+                held += request.keep or bool(request.pieces)
+            if own:
+                yield steps, own
 
     def _generate(
         self,
@@ -161,10 +170,16 @@ class EmbeddedGenerator:
     ) -> list[list[Completion]]:
         """Samples with one decoder. See `Generator.generate`."""
         scheduler = Scheduler(self.slots, [len(r.seeds) for r in requests])
-        steps.prepare(len(scheduler.waiting), max(len(r.context) for r in requests), params.max_tokens)
+        longest = max([params.max_tokens, *(n for r in requests for n in r.pieces)])
+        deepest = max(len(r.pieces) for r in requests)
+        steps.prepare(len(scheduler.waiting), max(len(r.context) for r in requests), longest, deepest)
         slots = _Slots(min(self.slots, len(scheduler.waiting)), params.max_tokens)
         stops, strings = np.array(self.policy.stop_ids), self._stop_strings(params)
-        prompts: dict[int, Any] = {}
+        tree = [g for g, r in enumerate(requests) if r.keep or r.pieces]
+        places = self.prefixes.places(steps, [requests[g] for g in tree]) if tree else []
+        paths = {group: place.path for group, place in zip(tree, places, strict=True)}
+        prompts: dict[int, Any] = {group: place.prompt for group, place in zip(tree, places, strict=True)}
+        del places  # a prompt is released with its last sequence
         done: list[list[Completion | None]] = [[None] * len(r.seeds) for r in requests]
 
         def take(used: np.ndarray, logits: torch.Tensor) -> None:
@@ -182,6 +197,8 @@ class EmbeddedGenerator:
                 group, index = slots.sequence[slot]  # type: ignore[misc]
                 completion = slots.completion(slot, bool(stopped[row]), self.version, ended.get(row, ""))
                 done[group][index] = completion
+                if requests[group].keep:
+                    self.prefixes.keep(steps, slot, paths[group], completion.tokens)
                 scheduler.finish(slot)
                 if on_done:
                     on_done(group, index, completion)
@@ -223,9 +240,10 @@ class EmbeddedGenerator:
             )
         turn = self.policy.route.turn
         for request in requests:
-            if len(request.context) <= turn < _longest(request, params):
+            prefilled = len(request.prompt) if request.pieces else len(request.context)
+            if prefilled <= turn < _longest(request, params):
                 raise RolloutError(
-                    f"a prompt of {len(request.context)} tokens plus max_tokens={params.max_tokens} crosses "
+                    f"a prompt of {prefilled} tokens plus max_tokens={params.max_tokens} crosses "
                     f"original_max_position_embeddings={turn}, where longrope changes the positions of all tokens. "
                     "Lower rollout.max_tokens or data.max_prompt_tokens.",
                     boundary="generator",

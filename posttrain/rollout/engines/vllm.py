@@ -26,7 +26,7 @@ from posttrain.models.decoder import head_width
 from posttrain.models.load import take_weights, weight_views
 from posttrain.models.policy import Policy, states
 from posttrain.models.weights import base_of
-from posttrain.rollout.generator import OnDone, OnToken, Request
+from posttrain.rollout.generator import OnDone, OnToken, Request, ended
 from posttrain.types import Completion, ConfigError, PosttrainError, RolloutError, SamplingParams
 
 COLDEST = 0.01  # vLLM silently raises lower positive temperatures to this
@@ -87,7 +87,8 @@ class VLLMGenerator:
         if self._engine.holder is not self:
             self._engine.hold(self, self.policy)
         engine = self._engine.llm.llm_engine
-        engine.reset_prefix_cache()  # earlier requests must not affect how these prompts are computed
+        if not all(request.pieces for request in requests):  # which only those that they continue may do
+            engine.reset_prefix_cache()  # earlier requests must not affect how these prompts are computed
         done: list[list[Completion | None]] = [[None] * len(r.seeds) for r in requests]
         running: dict[str, tuple[int, int]] = {}
         try:
@@ -101,11 +102,7 @@ class VLLMGenerator:
                     if output.finished:
                         g, i = running.pop(output.request_id)
                         done[g][i] = completion = self._completion(output.outputs[0])
-                        if on_token:
-                            for token in completion.tokens.tolist():
-                                on_token(g, i, token)
-                        if on_done:
-                            on_done(g, i, completion)
+                        ended(g, i, completion, on_token, on_done)
         finally:
             engine.abort_request([*running])
         return [[c for c in group if c is not None] for group in done]

@@ -24,7 +24,7 @@ from posttrain.config import RolloutConfig
 from posttrain.models.load import take_weights, weight_views
 from posttrain.models.policy import Policy
 from posttrain.rollout.engines.vllm import check_requests
-from posttrain.rollout.generator import OnDone, OnToken, Request
+from posttrain.rollout.generator import OnDone, OnToken, Request, ended
 from posttrain.rollout.servers.client import ServerLost
 from posttrain.rollout.servers.host import Host, installed
 from posttrain.rollout.servers.process import StartError
@@ -98,11 +98,7 @@ class VLLMServerGenerator:
         def finished(job: Job, completion: Completion) -> None:
             g, i = job
             done[g][i] = completion
-            if on_token:
-                for token in completion.tokens.tolist():
-                    on_token(g, i, token)
-            if on_done:
-                on_done(g, i, completion)
+            ended(g, i, completion, on_token, on_done)
 
         def ask_missing() -> None:
             self._hold()

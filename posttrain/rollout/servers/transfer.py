@@ -64,7 +64,7 @@ class Routes:
     def __init__(self, call: Call) -> None:
         self._call = call
 
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+    def init_weight_transfer_engine(self, init_info: JsonView) -> None:
         self._call("/init_weight_transfer_engine", {"init_info": init_info})
 
     def start_weight_update(self) -> None:
