@@ -264,7 +264,7 @@ def test_an_address_that_asks_for_nonsense_says_so_and_leaves_a_way_on(browser: 
 def test_the_frontier_shows_every_recorded_number(page: Page, lab: Opened) -> None:
     go(page, lab)
     page.get_by_text("All numbers, for every strategy").click()
-    rows = page.get_by_role("region", name="Accuracy on 256 problems").locator("tbody tr")
+    rows = page.get_by_role("region", name="Accuracy on 128 problems").locator("tbody tr")
     record = search.frontier()
     expect(rows).to_have_count(sum(len(one["points"]) for one in record["series"]))
     best = curve("best-of-n", "confidence")[-1]["accuracy"]
