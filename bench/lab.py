@@ -62,6 +62,7 @@ KEYS: dict[str, tuple[str, tuple[str, str]]] = {
     "/explore/hacking": ("input[name=beta]", ARROWS),
     "/explore/grpo": ("input[name=reward-1]", ARROWS),
     "/explore/preferences": ("main", ("1", "u")),
+    "/explore/search": ("input[name=grown]", ("ArrowLeft", "ArrowRight")),
 }
 """Explorer → focused element, and the two keys that are pressed alternately."""
 WATCH = """() => {

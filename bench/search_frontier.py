@@ -34,19 +34,19 @@ from posttrain.search.choose import classes, expected_vote
 from posttrain.search.run import SearchResult, search_all
 from posttrain.types import Task
 
-PROBLEMS = 256
+PROBLEMS = 128
 SLOTS = 128
 SAMPLED = (("majority", ""), ("best-of-n", "confidence"), ("best-of-n", "self-certainty"), ("best-of-n", "checker"))
-SEARCHED = (("beam", "confidence"), ("dvts", "confidence"), ("rebase", "confidence"), ("particles", "confidence"),
-            ("mcts", "confidence"), ("mcts", "checker"))  # fmt: skip
+"""Strategies that sample whole completions, with their scorers."""
+SEARCHED = (("beam", "confidence"), ("rebase", "confidence"), ("mcts", "confidence"), ("mcts", "checker"))
 Rows = list[tuple[int, list[float], float, float]]
 """(budget, each problem's chance of a right answer, tokens generated per problem, tokens scored per problem)."""
 
 
 def tasks_of(count: int) -> list[Task]:
     """Held-out problems, those that the page offers first."""
-    return [task_of(problem.prompt.removeprefix("What is ").removesuffix("?"))
-            for problem in problems("arithmetic", count, 0, "test")]  # fmt: skip
+    drawn = problems("arithmetic", count, 0, "test")
+    return [task_of(problem.prompt.removeprefix("What is ").removesuffix("?")) for problem in drawn]
 
 
 def searched(searcher: Searcher, tasks: Sequence[Task], strategy: str, scorer: str, budget: int) -> list[SearchResult]:
@@ -59,9 +59,13 @@ def searched(searcher: Searcher, tasks: Sequence[Task], strategy: str, scorer: s
 def by_subsets(searcher: Searcher, tasks: Sequence[Task], strategy: str, scorer: str, budgets: Sequence[int]) -> Rows:
     """Expected accuracy of n of the most completions, over all subsets."""
     results = searched(searcher, tasks, strategy, scorer, budgets[-1])
-    tokens = [float(np.mean([count(r) for r in results])) / budgets[-1]
-              for count in (lambda r: r.generated, lambda r: r.scored)]  # fmt: skip
-    return [(n, [_expected(r, n) for r in results], tokens[0] * n, tokens[1] * n) for n in budgets]
+    generated, scored = (cost / budgets[-1] for cost in _costs(results))
+    return [(n, [_expected(r, n) for r in results], generated * n, scored * n) for n in budgets]
+
+
+def _costs(results: Sequence[SearchResult]) -> tuple[float, float]:
+    """Tokens generated and tokens scored per problem."""
+    return float(np.mean([r.generated for r in results])), float(np.mean([r.scored for r in results]))
 
 
 def _expected(result: SearchResult, n: int) -> float:
@@ -71,8 +75,9 @@ def _expected(result: SearchResult, n: int) -> float:
     if all(node.score is None for node in nodes):
         answers = classes([node.text for node in nodes])
         return expected_vote([a if kept else -1 for a, kept in zip(answers, whole, strict=True)], passed, n)
-    scores = [-math.inf if node.score is None or not kept else node.score
-              for node, kept in zip(nodes, whole, strict=True)]  # fmt: skip
+    scores = [
+        -math.inf if node.score is None or not kept else node.score for node, kept in zip(nodes, whole, strict=True)
+    ]
     return expected_pick(np.array(scores), np.array(passed, float), n)
 
 
@@ -82,9 +87,7 @@ def by_searches(searcher: Searcher, tasks: Sequence[Task], strategy: str, scorer
     for budget in budgets:
         results = searched(searcher, tasks, strategy, scorer, budget)
         passed = [float(r.chosen is not None and verify(r.task, r.answer).passed) for r in results]
-        generated, scored = (float(np.mean([n(r) for r in results])) for n in
-                             (lambda r: r.generated, lambda r: r.scored))  # fmt: skip
-        rows.append((budget, passed, generated, scored))
+        rows.append((budget, passed, *_costs(results)))
     return rows
 
 

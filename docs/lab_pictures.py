@@ -1,4 +1,4 @@
-"""Takes the pictures of the five explorers in the README and docs: `python -m docs.lab_pictures [OUT]`.
+"""Takes the pictures of the six explorers in the README and docs: `python -m docs.lab_pictures [OUT]`.
 
 It opens the real lab on an empty folder, drives a Chromium as a reader would, and writes docs/images/lab-NAME.png.
 """
@@ -18,6 +18,7 @@ WIDTH, HEIGHT = 1200, 1120
 STAGES = "/explore/stages?stage=ppo"
 GRPO = "/explore/grpo?problem=98*8&size=8"
 HACKING = "/explore/hacking?at=60"
+SEARCH = "/explore/search"
 
 
 def take(page: Page, address: str) -> dict[str, bytes]:
@@ -40,11 +41,14 @@ def take(page: Page, address: str) -> dict[str, bytes]:
     page.goto(address + HACKING)
     page.get_by_text("at 120").first.wait_for()
     found["hacking"] = page.screenshot()
+    page.goto(address + SEARCH)
+    page.get_by_text("✓ Right:").wait_for()
+    found["search"] = page.screenshot()
     return found
 
 
 def main(out: Path) -> None:
-    """Writes all five."""
+    """Writes all six."""
     with tempfile.TemporaryDirectory() as folder, opened(Path(folder)) as lab, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT}, reduced_motion="reduce")

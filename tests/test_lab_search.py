@@ -205,7 +205,7 @@ def test_more_tokens_buy_the_right_answer(page: Page, lab: Opened) -> None:
 
 def test_until_the_scorer_is_the_limit(page: Page, lab: Opened) -> None:
     go(page, lab)
-    page.get_by_label("Problem").select_option(search.OVERRATED)
+    page.get_by_role("combobox", name="Problem").select_option(search.OVERRATED)
     budget(page, 32)
     expect(card(page, "Best of n")).to_contain_text("✗ wrong")
     expect(card(page, "Best of n")).to_contain_text("although 1 of 32 completions is right")
@@ -254,7 +254,7 @@ def test_an_address_that_asks_for_nonsense_says_so_and_leaves_a_way_on(browser: 
     page.set_default_timeout(PATIENCE)
     page.goto(f"{lab.address}/explore/search?problem=<b>&scorer=x&budget=7&strategies=no,majority&watch=9")
     page.get_by_text("unsupported problem").first.wait_for()
-    page.get_by_label("Problem").select_option("36*9")
+    page.get_by_role("combobox", name="Problem").select_option("36*9")
     page.get_by_role("radio", name="its own confidence").check()
     page.get_by_role("slider", name="Budget").press("ArrowRight")
     expect(card(page, "Majority").locator(".search-answer")).to_be_visible()
@@ -264,7 +264,7 @@ def test_an_address_that_asks_for_nonsense_says_so_and_leaves_a_way_on(browser: 
 def test_the_frontier_shows_every_recorded_number(page: Page, lab: Opened) -> None:
     go(page, lab)
     page.get_by_text("All numbers, for every strategy").click()
-    rows = page.get_by_role("region", name="Accuracy on 256 problems").locator("tbody tr")
+    rows = page.get_by_role("region", name="Accuracy on 128 problems").locator("tbody tr")
     record = search.frontier()
     expect(rows).to_have_count(sum(len(one["points"]) for one in record["series"]))
     best = curve("best-of-n", "confidence")[-1]["accuracy"]

@@ -185,7 +185,7 @@ def forced() -> Worked:
         answer = node if isinstance(ask, Force) else [node]
     return Worked(
         title="“Wait”: a thought that is not allowed to end",
-        given="A scripted model thinks 98*8=774 and stops after three tokens (here, words). At least five are required.",
+        given="A scripted model thinks 98*8=774 and stops after three tokens (here words). At least five are required.",
         calls=("search.budget_forcing.think",),
         head=("budget forcing", "tokens so far"),
         rows=tuple(rows),

@@ -1,7 +1,7 @@
 """Searches of the built-in model for the page "Think longer": one problem, one strategy, and the tree that it grew.
 
-The searches are posttrain.search's own, on abacus as it ships; a step of its thoughts ends with a comma. A result depends
-only on the problem, the seed, the strategy, the scorer and the budget.
+The searches are posttrain.search's own, on abacus as it ships; a step of its thoughts ends with a comma. A result
+depends only on the problem, the seed, the strategy, the scorer and the budget.
 """
 
 from __future__ import annotations
