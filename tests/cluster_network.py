@@ -142,8 +142,8 @@ def suffer(made: Machines, request: dict[str, Any], fault: Callable[[list[dict[s
     for line in driver.stdout:
         said = json.loads(line)
         if "workers" in said:
-            began = time.monotonic()
             fault(said["workers"])
+            began = time.monotonic()
             print("go on", file=driver.stdin, flush=True)
         elif "note" in said:
             out.noticed.append((said["at"] - began, said["note"]))

@@ -88,7 +88,9 @@ def open(cfg: ClusterConfig) -> None:
         except Exception as error:
             where = f"the Ray cluster at {address}" if address else "Ray on this machine"
             raise ConfigError(f"{where} cannot be used: {_first_line(error)}") from None
-    check_resources(ray, cfg)
+    global _asked, _gpus
+    _asked, _gpus = cfg, float(bool(ray.cluster_resources().get("GPU")))
+    check_resources(ray, cfg, _gpus)
 
 
 def _messages_to_stderr() -> None:
@@ -116,14 +118,14 @@ def _interface(address: str) -> str:
     return ""
 
 
-def check_resources(ray: Any, cfg: ClusterConfig) -> None:
-    """Raises ConfigError if the cluster does not have what the workers need; otherwise Ray would wait for ever."""
-    global _gpus, _asked
-    _asked = cfg
+def check_resources(ray: Any, cfg: ClusterConfig, gpus: float) -> None:
+    """Raises ConfigError if the cluster does not have what the workers need; otherwise Ray would wait for ever.
+
+    `gpus` is the number for each learner and sampler.
+    """
     there, workers = ray.cluster_resources(), _workers(cfg)
     on_gpus = cfg.learners * (cfg.learners > 1) + cfg.samplers
-    _gpus = 1.0 if there.get("GPU", 0) else 0.0
-    for name, needed in (("CPU", workers), ("GPU", on_gpus * _gpus)):
+    for name, needed in (("CPU", workers), ("GPU", on_gpus * gpus)):
         if there.get(name, 0) < needed:
             raise ConfigError(
                 f"the Ray cluster has {there.get(name, 0):g} {name}s, but cluster.learners={cfg.learners}, "
@@ -154,7 +156,7 @@ class RayActor:
         """Ends a worker that waits for a place in vain: the cluster may have lost a machine since it was looked at."""
         while self.alive and not self._ray.wait([self._process], timeout=PLACED)[0]:
             try:
-                check_resources(self._ray, _asked)
+                check_resources(self._ray, _asked, _gpus)
             except ConfigError as error:
                 self._end_all(error)
 
