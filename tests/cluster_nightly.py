@@ -11,6 +11,8 @@ bytes of checkpoint files, metrics and episodes. It ends in one line with its fi
 * resume: 1 → 2 → 4 → 1 learners.
 * failpoints: the driver is killed at every failpoint, the first and the last time it passes it.
 * kills: SIGKILL of a random worker or the driver at random moments, several in a run.
+* network: on Ray, two machines as network namespaces: a cut of 1 s, one that stays, with and without room for the lost
+  workers elsewhere, and workers that hang (tests/cluster_network.py).
 """
 
 from __future__ import annotations
@@ -38,11 +40,12 @@ from posttrain.cluster.actors import Actor
 from posttrain.cluster.launch import Cluster
 from posttrain.store.failpoints import FAILPOINTS
 from posttrain.store.run import Run
-from tests import run_server, tiny
+from tests import cluster_network, run_server, tiny
 from tests.cluster_lives import LONGEST
+from tests.cluster_network import TIMEOUT
 from tests.test_cluster import kept
 
-PARTS = ("matrix", "variants", "resume", "failpoints", "kills")
+PARTS = ("matrix", "variants", "resume", "failpoints", "kills", "network")
 IN_A_RUN = 3  # kills of workers in one run
 Kept = dict[str, str]
 SPREAD = {"cluster.learners": 2, "cluster.samplers": 2, "cluster.judges": 2, "cluster.max_restarts": 99}
@@ -60,6 +63,7 @@ class Bench:
     equal: dict[str, list[bool]] = field(default_factory=dict[str, list[bool]])
     kills: dict[str, int] = field(default_factory=dict[str, int])
     outlived: float = 0.0  # see `Lives`
+    noticed: dict[str, float] = field(default_factory=dict[str, float])  # fault → seconds until it was noticed
     _number: int = 0
 
     def __post_init__(self) -> None:
@@ -280,6 +284,73 @@ def kills(bench: Bench, count: int, seed: int, seconds: float) -> None:
     lives.close()
 
 
+# --- two machines ------------------------------------------------------------------------------------------------
+
+
+def network(bench: Bench) -> None:
+    if why := cluster_network.missing():
+        print(f"network: left out: {why}", flush=True)
+        return
+    more: dict[str, Any] = {"train.steps": 3, "run.checkpoint_every": 1, "eval.every": 0}
+    expected = bench.alone("grpo", more)
+    spread = {"cluster.learners": 2, "cluster.samplers": 2, "cluster.backend": "ray", "cluster.timeout": TIMEOUT}
+    with cluster_network.machines(bench.root) as two:
+        two.start(0, cpus=2)
+        two.start(1, cpus=2)
+
+        def run(fault: str, happen: Callable[[list[dict[str, Any]]], None]) -> tuple[Path, cluster_network.Outcome]:
+            folder = bench.folder()
+            settings = bench.settings("grpo", more | spread) | {
+                "run.out": str(folder), "cluster.address": f"{two.address(0)}:6379",
+            }  # fmt: skip
+            out = cluster_network.suffer(two, {"algorithm": "grpo", "settings": settings, "at": 1}, happen)
+            for seconds, note in out.noticed:
+                print(f"network: {fault}: {seconds:.1f} s: {note}", flush=True)
+            if out.error:
+                print(f"network: {fault}: ended: {out.error}", flush=True)
+            if out.noticed:
+                bench.noticed[fault] = out.noticed[0][0]
+                assert out.noticed[0][0] <= TIMEOUT + cluster_network.WITHIN, "noticed too late"
+            return folder, out
+
+        def goes_on(fault: str, happen: Callable[[list[dict[str, Any]]], None]) -> Kept:
+            folder, out = run(fault, happen)
+            assert not out.error, out.error
+            return kept(folder) | {"weights": out.weights}
+
+        def blink(workers: Any) -> None:
+            two.cable("down")
+            threading.Timer(1.0, two.cable, ["up"]).start()
+
+        def hang(role: str) -> Callable[[list[dict[str, Any]]], None]:
+            def stop(workers: list[dict[str, Any]]) -> None:
+                worker = next(worker for worker in workers if worker["role"] == role)
+                os.kill(int(worker["where"].split()[1]), signal.SIGSTOP)
+
+            return stop
+
+        def ends() -> Kept:
+            """No room is left: the run ends with one sentence, and is resumed elsewhere."""
+            folder, out = run("cut, no room", lambda workers: two.cable("down"))
+            assert "CPUs, but" in out.error and "\n" not in out.error, out.error or "the run has not ended"
+            summary = pt.resume(folder, cluster={"learners": 1, "samplers": 0, "backend": "processes"}).summary
+            assert summary is not None
+            return kept(folder) | {"weights": summary["weights"]}
+
+        def moves() -> Kept:
+            """The first machine gets room for the lost workers while the run goes on."""
+            return goes_on("cut, room elsewhere", lambda workers: (two.start(0, cpus=4), two.cable("down"))[1])
+
+        bench.compare("network", "a cut of 1 s", expected, lambda: goes_on("cut of 1 s", blink))
+        for role in ("sampler", "learner"):
+            what = f"a {role} that hangs"
+            bench.compare("network", what, expected, lambda w=what, r=role: goes_on(w, hang(r)))
+        bench.compare("network", "a cut that stays, no room", expected, ends)
+        two.cable("up")
+        two.start(1, cpus=2)
+        bench.compare("network", "a cut that stays, room elsewhere", expected, moves)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas")
@@ -291,7 +362,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, tiny.threads(1):
         os.environ["POSTTRAIN_CACHE"] = f"{folder}/cache"
         bench = Bench(Path(folder))
-        simple = {"matrix": matrix, "variants": variants, "resume": resume, "failpoints": failpoints}
+        simple = {
+            "matrix": matrix,
+            "variants": variants,
+            "resume": resume,
+            "failpoints": failpoints,
+            "network": network,
+        }
         for part in args.only.split(","):
             if part == "kills":
                 kills(bench, args.kills, args.seed, args.seconds)
@@ -299,10 +376,11 @@ def main() -> None:
                 simple[part](bench)
     counts = ", ".join(f"{part} {sum(found)}/{len(found)}" for part, found in bench.equal.items())
     shot = ", ".join(f"{count} of {role}s" for role, count in sorted(bench.kills.items()))
+    latest = max(bench.noticed.values(), default=0.0)
     right = all(all(found) for found in bench.equal.values())
     print(
         f"{'PASSED' if right else 'FAILED'}: runs with equal bits: {counts}; kills: {shot or 'none'}; no process "
-        f"left {bench.outlived:.1f} s after its driver; "
+        f"left {bench.outlived:.1f} s after its driver; faults of machines noticed within {latest:.1f} s; "
         f"{(time.monotonic() - began) / 60:.1f} minutes, load {os.getloadavg()[0]:.1f}"
     )
     sys.exit(0 if right else 1)

@@ -223,6 +223,7 @@ import os, signal
 from posttrain.cluster import on_ray
 from posttrain.cluster.actors import WorkerDied, call
 from posttrain.config import ClusterConfig
+from posttrain.types import ConfigError
 on_ray.open(ClusterConfig(judges=1, backend="ray"))
 actor = on_ray.start("judge-0", "builtins:object", ())
 assert len(call(actor, "about").result(100)) == 3
@@ -232,26 +233,40 @@ try:
 except WorkerDied as died:
     assert not actor.alive and actor.reason in str(died)
     print(died)
+on_ray._gpus, on_ray._asked = 1.0, ClusterConfig(samplers=1)  # as if the machine with the GPU had been lost since
+waits = on_ray.start("sampler-0", "builtins:object", ())
+for _ in range(2):
+    try:
+        call(waits, "about").result(60)
+    except ConfigError as lost:
+        assert not waits.alive and waits.reason == str(lost)
+        print(lost)
 """
 
 
-def test_a_death_on_ray_is_noticed_and_only_the_program_writes_to_stdout(head: dict[str, Any]) -> None:
+def test_a_death_and_a_lost_machine_are_noticed_on_ray_and_only_the_program_writes_to_stdout(
+    head: dict[str, Any],
+) -> None:
     done = subprocess.run(
         [sys.executable, "-c", KILLED],
         env={**os.environ, "RAY_ADDRESS": head["address"]}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("judge-0 died: ") and done.stdout.count("\n") == 1
+    died, *lost = done.stdout.splitlines()
+    assert died.startswith("judge-0 died: ")
+    assert len(lost) == 2 and all(
+        line.startswith("the Ray cluster has 0 GPUs, but cluster.learners=1") for line in lost
+    )
 
 
 def test_a_cluster_with_too_little_names_the_resource() -> None:
     small = SimpleNamespace(cluster_resources=lambda: {"CPU": 4.0})
     with pytest.raises(ConfigError, match="has 4 CPUs, but cluster.learners=2, samplers=3 and judges=1 need 6"):
-        on_ray.check_resources(small, ClusterConfig(learners=2, samplers=3, judges=1))
-    on_ray.check_resources(small, ClusterConfig(learners=2, samplers=2))
+        on_ray.check_resources(small, ClusterConfig(learners=2, samplers=3, judges=1), 0)
+    on_ray.check_resources(small, ClusterConfig(learners=2, samplers=2), 0)
     with pytest.raises(ConfigError, match="has 1 GPUs"):
         full = SimpleNamespace(cluster_resources=lambda: {"CPU": 8.0, "GPU": 1.0})
-        on_ray.check_resources(full, ClusterConfig(learners=2))
+        on_ray.check_resources(full, ClusterConfig(learners=2), 1)
 
 
 def test_a_run_without_the_clusters_token_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,9 @@ from posttrain.config import ClusterConfig
 from posttrain.types import ConfigError, Json
 
 GET_ADDRESS = 0x8915  # SIOCGIFADDR of Linux, netdevice(7)
+PLACED = 2.0  # seconds between two looks whether the cluster still has room for a worker that waits for it
 _gpus = 0.0  # of each learner and sampler
+_asked = ClusterConfig()
 
 
 class _Worker:
@@ -86,7 +88,9 @@ def open(cfg: ClusterConfig) -> None:
         except Exception as error:
             where = f"the Ray cluster at {address}" if address else "Ray on this machine"
             raise ConfigError(f"{where} cannot be used: {_first_line(error)}") from None
-    check_resources(ray, cfg)
+    global _asked, _gpus
+    _asked, _gpus = cfg, float(bool(ray.cluster_resources().get("GPU")))
+    check_resources(ray, cfg, _gpus)
 
 
 def _messages_to_stderr() -> None:
@@ -114,13 +118,14 @@ def _interface(address: str) -> str:
     return ""
 
 
-def check_resources(ray: Any, cfg: ClusterConfig) -> None:
-    """Raises ConfigError if the cluster does not have what the workers need; otherwise Ray would wait for ever."""
-    global _gpus
+def check_resources(ray: Any, cfg: ClusterConfig, gpus: float) -> None:
+    """Raises ConfigError if the cluster does not have what the workers need; otherwise Ray would wait for ever.
+
+    `gpus` is the number for each learner and sampler.
+    """
     there, workers = ray.cluster_resources(), _workers(cfg)
     on_gpus = cfg.learners * (cfg.learners > 1) + cfg.samplers
-    _gpus = 1.0 if there.get("GPU", 0) else 0.0
-    for name, needed in (("CPU", workers), ("GPU", on_gpus * _gpus)):
+    for name, needed in (("CPU", workers), ("GPU", on_gpus * gpus)):
         if there.get(name, 0) < needed:
             raise ConfigError(
                 f"the Ray cluster has {there.get(name, 0):g} {name}s, but cluster.learners={cfg.learners}, "
@@ -133,7 +138,8 @@ class RayActor:
 
     def __init__(self, name: str, kind: str, arguments: tuple[Any, ...], node: str = "") -> None:
         self._ray = import_module("ray")
-        self.name, self._reason, self._lock = name, "", threading.Lock()
+        self.name, self._lock = name, threading.Lock()
+        self._ended: Exception | None = None
         self.calls, self.parts = -1, 0  # the first call makes the object
         self._open: set[Future[Any]] = set()
         needs = {"num_cpus": 1, "num_gpus": 0 if name.startswith("judge") else _gpus, "max_restarts": 0}
@@ -144,6 +150,15 @@ class RayActor:
         self._actor: Any = self._ray.remote(**needs)(_Worker).remote(environment)
         self._where, self._process = "", self._actor.process.remote()
         self.made = self.send(message("make", kind, versions(), *arguments))
+        threading.Thread(target=self._wait_for_place, daemon=True).start()
+
+    def _wait_for_place(self) -> None:
+        """Ends a worker that waits for a place in vain: the cluster may have lost a machine since it was looked at."""
+        while self.alive and not self._ray.wait([self._process], timeout=PLACED)[0]:
+            try:
+                check_resources(self._ray, _asked, _gpus)
+            except ConfigError as error:
+                self._end_all(error)
 
     @property
     def where(self) -> str:
@@ -155,18 +170,19 @@ class RayActor:
 
     @property
     def reason(self) -> str:
-        return self._reason
+        died = self._ended
+        return died.reason if isinstance(died, WorkerDied) else str(died or "")
 
     @property
     def alive(self) -> bool:
-        return not self._reason
+        return self._ended is None
 
     def send(self, message: Sequence[Buffer], on_part: OnPart | None = None) -> Future[Any]:
         """See `Actor.send`."""
         future: Future[Any] = Future()
         with self._lock:
-            if self._reason:
-                future.set_exception(WorkerDied(self.name, self._reason))
+            if self._ended:
+                future.set_exception(self._ended)
                 return future
             self._open.add(future)
             arrays = [np.frombuffer(part, np.uint8) for part in message]
@@ -189,8 +205,8 @@ class RayActor:
                     self._end(future, value if kind.tobytes() == b"raised" else None, value)
         except Exception as error:  # Ray's: the actor is gone
             with self._lock:
-                self._reason = self._reason or _first_line(error)
-            self._end(future, WorkerDied(self.name, self._reason), None)
+                self._ended = died = self._ended or WorkerDied(self.name, _first_line(error))
+            self._end(future, died, None)
 
     def _end(self, future: Future[Any], error: BaseException | None, value: Any) -> None:
         with self._lock:
@@ -201,15 +217,19 @@ class RayActor:
 
     def kill(self, reason: str) -> None:
         """See `Actor.kill`."""
+        self._end_all(WorkerDied(self.name, reason))
+
+    def _end_all(self, why: Exception) -> None:
+        """Ends the worker; open calls, and those to come, raise `why`."""
         with self._lock:
-            if self._reason:
+            if self._ended:
                 return
-            self._reason, waiting = reason, list(self._open)
+            self._ended, waiting = why, list(self._open)
             self._open.clear()
         with suppress(Exception):
             self._ray.kill(self._actor, no_restart=True)
         for future in waiting:
-            future.set_exception(WorkerDied(self.name, reason))
+            future.set_exception(why)
 
 
 def _first_line(error: Exception) -> str:
