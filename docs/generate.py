@@ -24,6 +24,7 @@ from posttrain.cli import main as cli
 from posttrain.cluster.node import TOKEN_PATH
 from posttrain.cluster.worker import ADDRESS
 from posttrain.config.renamed import RENAMED
+from posttrain.config.search import SearchConfig
 from posttrain.models.kernels.build import SWITCH
 from posttrain.pipelines.card import CardConfig
 from posttrain.pipelines.data_stages import DATA_STAGES
@@ -158,6 +159,17 @@ def config_page() -> str:
         for cls, of in classes.items():
             used = " and ".join(f"`{user}`" for user in of)
             lines += ["", f"Used by {used}.", "", *section_table(cls)]
+    lines += [
+        "",
+        "## Searches",
+        "",
+        "`posttrain search`, and `posttrain eval` with `--search`, have the sections of an evaluation and this one "
+        "([search.md](../guides/search.md)).",
+        "",
+        "### `[search]`",
+        "",
+        *section_table(SearchConfig),
+    ]
     return "\n".join([*lines, *pipeline_lines()]) + "\n"
 
 

@@ -264,7 +264,7 @@ def written(model: Path, tmp_path_factory: pytest.TempPathFactory) -> set[str]:
         with Run.read(folder) as run:
             names |= {name for _, name, _ in run.metrics() + run.timings()}
     one = Estimate(0.5, 0.0, 1.0, 1)
-    names |= Report(one, 0.0, 0.0, 1.0, 0.0, 0, 1, 64, {64: one}, {64: one}).metrics().keys()
+    names |= Report(one, 0.0, 0.0, 1.0, 0.0, 0, 1, 64, {64: one}, {64: one}, generated=one, scored=one).metrics().keys()
     families = (r"_at_\d+$", "_at_K"), (r"/(addition|sums)$", "/SOURCE"), (r"\bpart/.+$", "part/NAME")
     return {reduce(lambda name, family: re.sub(*family, name), families, name) for name in names}
 
