@@ -93,7 +93,7 @@ def joint_loss(coef: float) -> Loss:
 
     def joint(logits: torch.Tensor, logp: torch.Tensor, b: Batch) -> tuple[torch.Tensor, dict[str, Stat]]:
         value, stats = loss(logits, b)
-        likelihood = (b.weights.sum(1) * logp).sum()
+        likelihood = (b.weights * logp).sum()
         return value - coef * likelihood, stats | {"lm_loss": Stat.over(-logp.detach())}
 
     return joint

@@ -80,14 +80,14 @@ def step_scores(policy: Policy, batch: Batch, temperature: float = 1.0) -> tuple
 def step_scores_and_likelihood(
     policy: Policy, batch: Batch, temperature: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`step_scores`, and from the same pass the mean log-probability (B,) of each row's tokens, without its first."""
+    """`step_scores`, and from the same pass the mean log-probability (B, 1) of each row's tokens, without its first."""
     hidden = hidden_at(policy, batch, torch.arange(int(batch.real.sum()), device=batch.tokens.device))
     later = batch.real.clone()
     later[:, 0] = False
     before = later[batch.real].nonzero().squeeze(1) - 1
     logp, _ = project(policy, hidden.index_select(0, before), batch.tokens[later], temperature)
     scores = _scalar(policy, hidden.index_select(0, trained_positions(batch)))[:, 0]
-    return scatter(scores, batch.mask), scatter(logp, later).sum(1) / later.sum(1)
+    return scatter(scores, batch.mask), scatter(logp, later).sum(1, keepdim=True) / later.sum(1, keepdim=True)
 
 
 def before_trained(policy: Policy, batch: Batch) -> torch.Tensor:
