@@ -25,8 +25,8 @@ from posttrain import __version__
 from posttrain.data.tasks.abacus import problems
 from posttrain.evaluation.accuracy import bootstrap
 from posttrain.lab import checkpoints
+from posttrain.lab.explore.budgets import BUDGETS, FRONTIER, settings
 from posttrain.lab.explore.problems import task_of
-from posttrain.lab.explore.search import BUDGETS, FRONTIER, settings
 from posttrain.lab.explore.trees import Searcher, verify
 from posttrain.lab.folders import Place
 from posttrain.search.best_of_n import expected_pick

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,10 @@ from starlette.requests import Request
 
 from bench import search_frontier
 from posttrain.data.answers import final_answer
-from posttrain.lab.explore import search
+from posttrain.lab.course import worked_search
+from posttrain.lab.course.working import one
+from posttrain.lab.explore import budgets
+from posttrain.lab.explore import search as routes
 from posttrain.lab.explore.problems import BEYOND, task_of
 from posttrain.lab.explore.trees import Searcher, describe, open_searcher, verify
 from posttrain.lab.folders import Place
@@ -35,21 +39,21 @@ def searcher(tmp_path_factory: pytest.TempPathFactory) -> Searcher:
 
 
 def test_the_page_offers_strategies_and_problems_that_exist() -> None:
-    assert set(search.STRATEGIES) <= set(STRATEGIES) and {"majority", "best-of-n", "beam", "mcts"} <= {
-        *search.STRATEGIES
+    assert set(budgets.STRATEGIES) <= set(STRATEGIES) and {"majority", "best-of-n", "beam", "mcts"} <= {
+        *budgets.STRATEGIES
     }
-    assert {name for name in search.STRATEGIES if STRATEGIES[name].scores == "none"} == {*search.UNSCORED}
-    assert {name for name in search.STRATEGIES if STRATEGIES[name].scores == "steps"} == {*search.LIMITED}
-    offered = search.offered_problems()
-    assert offered[:3] == [search.FIRST, search.OVERRATED, BEYOND] and len({*offered}) == len(offered)
+    assert {name for name in budgets.STRATEGIES if STRATEGIES[name].scores == "none"} == {*budgets.UNSCORED}
+    assert {name for name in budgets.STRATEGIES if STRATEGIES[name].scores == "steps"} == {*budgets.LIMITED}
+    offered = budgets.offered_problems()
+    assert offered[:3] == [budgets.FIRST, budgets.OVERRATED, BEYOND] and len({*offered}) == len(offered)
     assert all(task_of(problem) for problem in offered)
 
 
-@pytest.mark.parametrize("strategy", search.STRATEGIES)
+@pytest.mark.parametrize("strategy", budgets.STRATEGIES)
 def test_what_is_shown_is_what_the_library_finds(searcher: Searcher, strategy: str) -> None:
-    found = searcher.found(search.FIRST, 1, strategy, "confidence", 8)
-    engine, judge = searcher.engine(), None if strategy in search.UNSCORED else searcher.scorer("confidence")
-    result = run_search(task_of(search.FIRST), engine, judge, search.settings(strategy, "confidence", 8), 1)
+    found = searcher.found(budgets.FIRST, 1, strategy, "confidence", 8)
+    engine, judge = searcher.engine(), None if strategy in budgets.UNSCORED else searcher.scorer("confidence")
+    result = run_search(task_of(budgets.FIRST), engine, judge, budgets.settings(strategy, "confidence", 8), 1)
     assert found == describe(result, strategy)
     assert found["answer"] == final_answer(result.answer)
     assert found["generated"] == sum(node["tokens"] for node in found["nodes"]) == engine.generated
@@ -67,24 +71,25 @@ def test_what_is_shown_is_what_the_library_finds(searcher: Searcher, strategy: s
 
 def test_more_tokens_find_the_answer_and_then_the_scorer_is_the_limit(searcher: Searcher) -> None:
     """The discoveries to which the page leads, on the problems that it offers first."""
-    assert not searcher.found(search.FIRST, 0, "majority", "confidence", 1)["passed"]
-    assert not searcher.found(search.FIRST, 0, "best-of-n", "confidence", 1)["passed"]
+    assert not searcher.found(budgets.FIRST, 0, "majority", "confidence", 1)["passed"]
+    assert not searcher.found(budgets.FIRST, 0, "best-of-n", "confidence", 1)["passed"]
     for strategy in ("best-of-n", "beam"):
-        assert searcher.found(search.FIRST, 0, strategy, "confidence", 16)["passed"], strategy
-    for budget in search.BUDGETS:
-        sure = searcher.found(search.OVERRATED, 0, "best-of-n", "confidence", budget)
-        assert not sure["passed"], budget
-    known = searcher.found(search.OVERRATED, 0, "best-of-n", "checker", search.BUDGETS[-1])
-    assert known["passed"] and sure["right"] == known["right"] > 0  # the same completions, differently chosen
-    assert searcher.found(BEYOND, 0, "best-of-n", "checker", search.BUDGETS[-1])["right"] == 0
+        assert searcher.found(budgets.FIRST, 0, strategy, "confidence", 16)["passed"], strategy
+    sure = {n: searcher.found(budgets.OVERRATED, 0, "best-of-n", "confidence", n) for n in budgets.BUDGETS}
+    assert not any(one["passed"] for one in sure.values())
+    known = searcher.found(budgets.OVERRATED, 0, "best-of-n", "checker", budgets.BUDGETS[-1])
+    assert (
+        known["passed"] and sure[budgets.BUDGETS[-1]]["right"] == known["right"] > 0
+    )  # the same completions, differently chosen
+    assert searcher.found(BEYOND, 0, "best-of-n", "checker", budgets.BUDGETS[-1])["right"] == 0
 
 
 def test_reading_completions_again_costs_tokens_and_confidence_and_votes_cost_none(searcher: Searcher) -> None:
-    found = {scorer: searcher.found(search.FIRST, 0, "best-of-n", scorer, 4) for scorer in search.SCORERS}
+    found = {scorer: searcher.found(budgets.FIRST, 0, "best-of-n", scorer, 4) for scorer in budgets.SCORERS}
     assert {scorer for scorer, one in found.items() if one["scored"]} == {"self-certainty"}
-    prompt = len(searcher.chat.prompt_tokens(task_of(search.FIRST).messages))
+    prompt = len(searcher.chat.prompt_tokens(task_of(budgets.FIRST).messages))
     assert found["self-certainty"]["scored"] == found["self-certainty"]["generated"] + 4 * prompt
-    assert searcher.found(search.FIRST, 0, "majority", "self-certainty", 4)["scored"] == 0
+    assert searcher.found(budgets.FIRST, 0, "majority", "self-certainty", 4)["scored"] == 0
 
 
 @pytest.mark.parametrize(
@@ -103,27 +108,50 @@ def test_what_cannot_be_searched_is_refused_before_a_model_is_opened(query: dict
     asked = {"problem": "36*9", "seed": "0", "strategy": "majority", "scorer": "confidence", "budget": "4", **query}
     text = "&".join(f"{name}={value}" for name, value in asked.items())
     with pytest.raises(ConfigError, match=re.escape(said)):
-        search.read_tree(Place(Path("nowhere")), Request({"type": "http", "query_string": text.encode()}))
+        routes.read_tree(Place(Path("nowhere")), Request({"type": "http", "query_string": text.encode()}))
+
+
+# --- the course's numbers -------------------------------------------------------------------------------------------
+
+
+def test_the_worked_numbers_of_searches_are_those_worked_by_hand() -> None:
+    found = {name: example() for name, example in worked_search.EXAMPLES.items()}
+    assert [step.result for step in found["weighted-vote"].steps] == ["371", "324"]  # 2 votes; 0.91 against 0.51
+    assert found["vote-by-size"].rows[0] == ("1", one(4 / 12))
+    assert found["vote-by-size"].rows[-1] == ("12", "1.000")  # 4 votes against 2
+    assert found["decided"].rows[3] == ("4 to 0", one(1 - 0.5**5), "yes")
+    assert found["decided"].rows[4] == ("4 to 1", one(1 - (1 + 6) / 2**6), "no")  # at most one of six heads
+    powers = [math.exp(s / 0.2) for s in (0.9, 0.8, 0.5, 0.2)]
+    assert found["next-steps"].steps[0].result == one(8 * powers[0] / sum(powers), 2)
+    assert [row[2:] for row in found["next-steps"].rows] == [
+        ("4", "4", "2"), ("4", "3", "2"), ("0", "1", "2"), ("0", "0", "2")]  # fmt: skip
+    rows = found["visits"].rows
+    assert rows[0] == ("1", "0.600", "0.300", "0.100", "1")  # only priors, and N counts as 1
+    assert rows[1][1:3] == (one(0.2 + 0.6 * 1 / 2), "0.300")  # step 1 has been visited once
+    assert rows[4][2] == one(0.6 + 0.3 * math.sqrt(4) / 2) and [row[4] for row in rows] == list("11122222")
+    thought = [row[0] for row in found["forced-thinking"].rows]
+    assert thought[1] == "writes “Wait”" and thought[-1] == "lets it say “784”"
+    assert [row[1] for row in found["forced-thinking"].rows] == ["3", "3", "7", "8"]  # the closing tag is taken back
 
 
 # --- the recorded frontier ------------------------------------------------------------------------------------------
 
 
 def curve(strategy: str, scorer: str) -> list[dict[str, Any]]:
-    (found,) = [one for one in search.frontier()["series"] if (one["strategy"], one["scorer"]) == (strategy, scorer)]
+    (found,) = [one for one in budgets.frontier()["series"] if (one["strategy"], one["scorer"]) == (strategy, scorer)]
     return found["points"]
 
 
 def test_the_frontier_has_every_curve_and_budget_and_says_how_it_was_made() -> None:
-    record = search.frontier()
+    record = budgets.frontier()
     assert record["command"] == "python -m bench.search_frontier" and record["problems"] == search_frontier.PROBLEMS
     pairs = {(one["strategy"], one["scorer"]) for one in record["series"]}
     assert pairs == {*search_frontier.SAMPLED, *search_frontier.SEARCHED}
-    for one in record["series"]:
-        assert [point["budget"] for point in one["points"]] == [*search.BUDGETS]
-        spent = [point["generated"] + point["scored"] for point in one["points"]]
+    for series in record["series"]:
+        assert [point["budget"] for point in series["points"]] == [*budgets.BUDGETS]
+        spent = [point["generated"] + point["scored"] for point in series["points"]]
         assert spent == sorted(spent) and spent[0] > 0
-        assert all(0 <= point["low"] <= point["accuracy"] <= point["high"] <= 1 for point in one["points"])
+        assert all(0 <= point["low"] <= point["accuracy"] <= point["high"] <= 1 for point in series["points"])
 
 
 def test_more_tokens_buy_accuracy_until_the_scorer_is_the_limit() -> None:
@@ -133,15 +161,14 @@ def test_more_tokens_buy_accuracy_until_the_scorer_is_the_limit() -> None:
         assert all(b["accuracy"] >= a["accuracy"] for a, b in zip(points, points[1:], strict=False))
     certain = curve("best-of-n", "self-certainty")
     assert certain[-1]["high"] < certain[0]["low"]  # a bad scorer: more to choose from makes it worse
-    for one in search.frontier()["series"]:
-        if one["strategy"] == "best-of-n":  # nothing chooses better than the checker from the same completions
-            assert all(a["accuracy"] <= b["accuracy"] for a, b in zip(one["points"], knows, strict=True))
+    for points in (sure, certain):  # nothing chooses better than the checker from the same completions
+        assert all(a["accuracy"] <= b["accuracy"] for a, b in zip(points, knows, strict=True))
     assert vote[0]["accuracy"] == sure[0]["accuracy"] == knows[0]["accuracy"]  # one completion: nothing to choose
 
 
 def test_the_record_is_what_the_searches_give(searcher: Searcher) -> None:
     tasks = search_frontier.tasks_of(4)
-    assert [task.prompt for task in tasks][0] == f"What is {search.FIRST}?"
+    assert [task.prompt for task in tasks][0] == f"What is {budgets.FIRST}?"
     rows = search_frontier.by_subsets(searcher, tasks, "best-of-n", "checker", (1, 4))
     for place, task in enumerate(tasks):
         problem = task.prompt.removeprefix("What is ").removesuffix("?")
@@ -179,7 +206,7 @@ def card(page: Page, name: str) -> Locator:
 
 def budget(page: Page, completions: int) -> None:
     """Moves the budget with the keyboard."""
-    slider, at = page.get_by_role("slider", name="Budget"), search.BUDGETS.index(completions)
+    slider, at = page.get_by_role("slider", name="Budget"), budgets.BUDGETS.index(completions)
     slider.press("Home")
     for _ in range(at):
         slider.press("ArrowRight")
@@ -205,7 +232,7 @@ def test_more_tokens_buy_the_right_answer(page: Page, lab: Opened) -> None:
 
 def test_until_the_scorer_is_the_limit(page: Page, lab: Opened) -> None:
     go(page, lab)
-    page.get_by_role("combobox", name="Problem").select_option(search.OVERRATED)
+    page.get_by_role("combobox", name="Problem").select_option(budgets.OVERRATED)
     budget(page, 32)
     expect(card(page, "Best of n")).to_contain_text("✗ wrong")
     expect(card(page, "Best of n")).to_contain_text("although 1 of 32 completions is right")
@@ -265,7 +292,7 @@ def test_the_frontier_shows_every_recorded_number(page: Page, lab: Opened) -> No
     go(page, lab)
     page.get_by_text("All numbers, for every strategy").click()
     rows = page.get_by_role("region", name="Accuracy on 128 problems").locator("tbody tr")
-    record = search.frontier()
+    record = budgets.frontier()
     expect(rows).to_have_count(sum(len(one["points"]) for one in record["series"]))
     best = curve("best-of-n", "confidence")[-1]["accuracy"]
     expect(page.locator(".search-read")).to_contain_text(f"to {100 * best:.1f} % with 32")

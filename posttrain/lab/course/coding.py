@@ -318,7 +318,7 @@ def puct_scores(values: Floats, priors: Floats, visits: Sequence[int], c: float)
 
 def search_cases() -> list[Case]:
     """The rules by which a vote, rebase and tree search spend tokens."""
-    children = [[0.2, 0.6, 0.0], [0.5, 0.3, 0.2], [3, 2, 0]]
+    values, priors, visits = [0.2, 0.6, 0.0], [0.5, 0.3, 0.2], [3, 2, 0]
     return [
         Case("a majority", "vote", [[4, 7, 7], [1.0, 1.0, 1.0]], vote([4, 7, 7], [1.0] * 3)),
         Case(
@@ -349,15 +349,15 @@ def search_cases() -> list[Case]:
         Case(
             "PUCT at a node with five visits",
             "puct",
-            [*children, 1.0],
-            puct_scores(*children, 1.0),
+            [values, priors, visits, 1.0],
+            puct_scores(values, priors, visits, 1.0),
             (
-                (children[0], "that is the mean value alone; the bonus is missing."),
-                (puct_scores(children[0], [0.5, 0.3, 0.2], [3, 2, 0], 5**0.5), "that is N where its root is expected."),
+                (values, "that is the mean value alone; the bonus is missing."),
+                (puct_scores(values, priors, visits, 5**0.5), "that is N where its root is expected."),
             ),
         ),
-        Case("before any visit the policy decides", "puct", [[0.0] * 3, [0.5, 0.3, 0.2], [0] * 3, 1.5],
-             puct_scores([0.0] * 3, [0.5, 0.3, 0.2], [0] * 3, 1.5)),
+        Case("before any visit the policy decides", "puct", [[0.0] * 3, priors, [0] * 3, 1.5],
+             puct_scores([0.0] * 3, priors, [0] * 3, 1.5)),
     ]  # fmt: skip
 
 

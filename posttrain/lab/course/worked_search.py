@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
 from posttrain.config.search import SearchConfig
 from posttrain.lab.course.working import Example, Step, Worked, many, one
-from posttrain.lab.explore.search import frontier
+from posttrain.lab.explore.budgets import frontier
 from posttrain.search.adaptive import lead
 from posttrain.search.beam import best, shared_equally
 from posttrain.search.budget_forcing import think
@@ -222,14 +222,14 @@ def measured() -> Worked:
         ("best-of-n", "self-certainty", "best of n, by self-certainty"),
         ("best-of-n", "checker", "best of n, by the true checker"),
     )
-    found = {(one["strategy"], one["scorer"]): one["points"] for one in record["series"]}
+    found = {(one["strategy"], one["scorer"]): {p["budget"]: p for p in one["points"]} for one in record["series"]}
     budgets = (1, 4, 16, 32)
-    rows = [(name, *(_share(found[strategy, scorer], n) for n in budgets)) for strategy, scorer, name in shown]
+    rows = [(name, *(_share(found[strategy, scorer][n]) for n in budgets)) for strategy, scorer, name in shown]
     return Worked(
         title="What more tokens bought, measured",
         given=f"abacus as it ships on {record['problems']} held-out arithmetic problems, with 1 to 32 completions (or "
         "visits) for each. In brackets: tokens per problem, those that the scorer reads included.",
-        calls=("lab.explore.search.frontier",),
+        calls=("lab.explore.budgets.frontier",),
         head=("strategy", *(str(n) for n in budgets)),
         rows=tuple(rows),
         after="With a good scorer, more tokens buy accuracy. With a bad one they cost it: self-certainty likes the "
@@ -237,8 +237,7 @@ def measured() -> Worked:
     )
 
 
-def _share(points: Sequence[dict[str, float]], budget: int) -> str:
-    point = next(point for point in points if point["budget"] == budget)
+def _share(point: Mapping[str, float]) -> str:
     return f"{100 * point['accuracy']:.1f} % ({point['generated'] + point['scored']:.0f})"
 
 

@@ -14,8 +14,8 @@ from posttrain.data.answers import final_answer
 from posttrain.data.chat import ChatFormat
 from posttrain.data.thoughts import shown_text
 from posttrain.lab import checkpoints
+from posttrain.lab.explore.budgets import UNSCORED, settings
 from posttrain.lab.explore.problems import task_of
-from posttrain.lab.explore.search import UNSCORED, settings
 from posttrain.lab.folders import Place
 from posttrain.models.load import Policy
 from posttrain.rewards.auto import verifier_for
