@@ -82,7 +82,7 @@ def said(completion: Completion) -> Said:
     )  # fmt: skip
 
 
-def grown(generator: Callable[[int], Generator], cut: bool = False, depths: int = 3) -> list[Said]:
+def grown(generator: Callable[[int], Generator | Journal], cut: bool = False, depths: int = 3) -> list[Said]:
     """A small tree: two completions of each prompt, and twice pieces after them; the first path of a prompt has two
     children, of which one goes on, and with `cut` the second is cut in its middle."""
     out: list[Said] = []

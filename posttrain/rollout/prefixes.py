@@ -119,6 +119,7 @@ class Prefixes:
             found[key] = kept
         places: dict[Key, Place] = {}
         for key, kept in found.items():
+            assert kept.logits is not None, "a whole piece has the logits after it"
             prompt = decoder.extended(parents[key].prompt, kept.state, kept.logits)
             places[key] = Place(_path(key), parents[key].length + kept.count, prompt)
         return places
