@@ -7,7 +7,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from click.testing import CliRunner, Result
 import posttrain as pt
 from posttrain.cli import main as cli
 from posttrain.rollout import journal
+from posttrain.search.scorers import Scored
 from posttrain.search.solve import Searched
 from posttrain.store.failpoints import VARIABLE
 from tests import tiny
@@ -204,6 +206,29 @@ def test_wrong_input_is_one_sentence_before_anything_is_sampled(given: str, monk
     monkeypatch.setattr("posttrain.search.engine.Engine.sample", lambda *asked: pytest.fail("it has sampled"))
     result = call(f"search abacus {SMALL} {given} --out wrong")
     assert result.exit_code == 2 and WRONG[given] in result.stderr and not Path("wrong/results.jsonl").exists()
+
+
+@dataclass(frozen=True)
+class Separated:
+    """A scorer whose steps end in a text, as a process reward model has it."""
+
+    separator: str
+    partial: bool = True
+
+    def __call__(self, nodes: Sequence[Any]) -> list[Scored]:
+        return [Scored((0.5,)) for _ in nodes]
+
+
+def test_a_scorer_whose_step_separator_the_model_does_not_write_ends_the_search(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for separator, code, words in (
+        ("☃", 2, "reads steps that end in '☃', but the model's tokenizer cannot write that"),
+        ("==", 5, "none of the first 32 completions has '==', with which search.scorer ends a step"),
+    ):
+        monkeypatch.setattr("posttrain.search.solve.make_scorer", lambda *_, end=separator: Separated(end))
+        result = call(f"search abacus {SMALL} --budget 8 --out separated{code}")
+        assert result.exit_code == code and words in result.stderr, result.output
 
 
 def test_wrong_searches_of_other_commands() -> None:

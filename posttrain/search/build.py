@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -92,7 +92,7 @@ def _program(name: str) -> Program:
     return Program(PROGRAMS[name])
 
 
-def certainties(policy: Policy, micro_batch_tokens: int, samples: list[Sample]) -> list[np.ndarray]:
+def certainties(policy: Policy, micro_batch_tokens: int, samples: Sequence[Sample]) -> list[np.ndarray]:
     """KL(uniform ‖ policy) in nats at each masked token [L] of each sample, by a pass without gradient."""
     return per_token(samples, lambda rows: outputs(policy, rows, micro_batch_tokens, token_certainty))
 
