@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,8 +20,9 @@ import posttrain as pt
 from posttrain.cli import main as cli
 from posttrain.rollout import journal
 from posttrain.search.scorers import Scored
-from posttrain.search.solve import Searched
+from posttrain.search.solve import Searched, check_separator
 from posttrain.store.failpoints import VARIABLE
+from posttrain.types import ConfigError
 from tests import tiny
 
 SMALL = "--tasks arithmetic --eval.problems 4 --rollout.max_tokens 40"
@@ -222,13 +224,19 @@ class Separated:
 def test_a_scorer_whose_step_separator_the_model_does_not_write_ends_the_search(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for separator, code, words in (
-        ("☃", 2, "reads steps that end in '☃', but the model's tokenizer cannot write that"),
-        ("==", 5, "none of the first 32 completions has '==', with which search.scorer ends a step"),
-    ):
-        monkeypatch.setattr("posttrain.search.solve.make_scorer", lambda *_, end=separator: Separated(end))
-        result = call(f"search abacus {SMALL} --budget 8 --out separated{code}")
-        assert result.exit_code == code and words in result.stderr, result.output
+    monkeypatch.setattr("posttrain.search.solve.make_scorer", lambda *_: Separated("☃"))
+    result = call(f"search abacus {SMALL} --budget 8 --out separated")
+    words = "none of the first 32 completions has '☃', with which search.scorer ends a step"
+    assert result.exit_code == 5 and words in result.stderr, result.output
+
+
+def test_a_step_separator_that_the_tokenizer_loses_is_refused() -> None:
+    def engine(text: str) -> Any:
+        return SimpleNamespace(encode=lambda _: [1, 2], collector=SimpleNamespace(decode=lambda _: text))
+
+    check_separator(engine("a\nb"), Separated("\n"))
+    with pytest.raises(ConfigError, match="reads steps that end in '\\\\n', but the model's tokenizer cannot write"):
+        check_separator(engine("a b"), Separated("\n"))
 
 
 def test_wrong_searches_of_other_commands() -> None:
