@@ -323,7 +323,7 @@ def search(
     function, name = _named_reward(reward)
     given = {"data.tasks": tasks, "reward.name": name, "search.strategy": strategy, "search.budget": budget}
     overrides = evaluation_settings({**given, "search.scorer": scorer, **_dotted(settings)})
-    return search_recipe(model, config.resolve_as(EvalRecipe, {}, overrides), out and Path(out), function)
+    return search_recipe(model, config.resolve_as(EvalRecipe, {}, overrides), Path(out) if out else None, function)
 
 
 def sample_many(

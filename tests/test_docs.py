@@ -372,7 +372,8 @@ def test_a_command_in_a_code_fence_parses_and_its_settings_resolve(words: list[s
         algorithm = plain[0]
     elif plain and not plain[0].endswith(".toml"):
         algorithm = config.read_toml(arguments.find_recipe(plain[0]))[0]
-    recipe = config.RECIPES[algorithm]
+    evaluates = words[0] in ("eval", "best-of-n", "search")
+    recipe = config.EvalRecipe if evaluates else config.RECIPES[algorithm]
     for name, value in settings.items():
         section, key = config.locate(recipe, name)
         config.coerce(value, get_type_hints(get_type_hints(recipe)[section])[key], name)

@@ -7,8 +7,10 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,8 +19,10 @@ from click.testing import CliRunner, Result
 import posttrain as pt
 from posttrain.cli import main as cli
 from posttrain.rollout import journal
-from posttrain.search.solve import Searched
+from posttrain.search.scorers import Scored
+from posttrain.search.solve import Searched, check_separator
 from posttrain.store.failpoints import VARIABLE
+from posttrain.types import ConfigError
 from tests import tiny
 
 SMALL = "--tasks arithmetic --eval.problems 4 --rollout.max_tokens 40"
@@ -204,6 +208,35 @@ def test_wrong_input_is_one_sentence_before_anything_is_sampled(given: str, monk
     monkeypatch.setattr("posttrain.search.engine.Engine.sample", lambda *asked: pytest.fail("it has sampled"))
     result = call(f"search abacus {SMALL} {given} --out wrong")
     assert result.exit_code == 2 and WRONG[given] in result.stderr and not Path("wrong/results.jsonl").exists()
+
+
+@dataclass(frozen=True)
+class Separated:
+    """A scorer whose steps end in a text, as a process reward model has it."""
+
+    separator: str
+    partial: bool = True
+
+    def __call__(self, nodes: Sequence[Any]) -> list[Scored]:
+        return [Scored((0.5,)) for _ in nodes]
+
+
+def test_a_scorer_whose_step_separator_the_model_does_not_write_ends_the_search(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("posttrain.search.solve.make_scorer", lambda *_: Separated("☃"))
+    result = call(f"search abacus {SMALL} --budget 8 --out separated")
+    words = "none of the first 32 completions has '☃', with which search.scorer ends a step"
+    assert result.exit_code == 5 and words in result.stderr, result.output
+
+
+def test_a_step_separator_that_the_tokenizer_loses_is_refused() -> None:
+    def engine(text: str) -> Any:
+        return SimpleNamespace(encode=lambda _: [1, 2], collector=SimpleNamespace(decode=lambda _: text))
+
+    check_separator(engine("a\nb"), Separated("\n"))
+    with pytest.raises(ConfigError, match="reads steps that end in '\\\\n', but the model's tokenizer cannot write"):
+        check_separator(engine("a b"), Separated("\n"))
 
 
 def test_wrong_searches_of_other_commands() -> None:
