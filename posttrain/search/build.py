@@ -66,13 +66,18 @@ def make_scorer(
         return Steps(model, about(model.members[0].policy)["separator"])
     if name == SHOWN_TESTS:
         return Reward(shown_tests, words=True)
-    words = name.startswith(judge.PREFIX) or ".py:" in name
+    words = scorer_file(name)  # a reward model has none
     return Reward(reward_from(name, verifier_for, lambda _: None, ()), words)
 
 
 def scorer_name(cfg: SearchConfig) -> str:
     """`search.scorer`; `confidence` if it is empty and the strategy needs scores."""
     return cfg.scorer or ("" if needed(cfg) == "none" else "confidence")
+
+
+def scorer_file(name: str) -> bool:
+    """Whether a scorer is read from files: a trained model, a judge or a user's function."""
+    return name.startswith((PREFIX, judge.PREFIX)) or ".py:" in name
 
 
 def check_name(cfg: SearchConfig) -> None:

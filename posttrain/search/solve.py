@@ -20,8 +20,17 @@ from posttrain.models.policy import Policy
 from posttrain.rewards.scoring import score_all, score_groups, scores_groups
 from posttrain.rollout.collector import Collector, by_source
 from posttrain.rollout.journal import Journal, digest
+from posttrain.rollout.tasks import reward_hash
 from posttrain.search import stored
-from posttrain.search.build import check_name, check_tasks, make_engine, make_scorer, reads_gold, scorer_name
+from posttrain.search.build import (
+    check_name,
+    check_tasks,
+    make_engine,
+    make_scorer,
+    reads_gold,
+    scorer_file,
+    scorer_name,
+)
 from posttrain.search.engine import Engine
 from posttrain.search.folder import SearchFolder, flat
 from posttrain.search.report import Outcome, SearchReport, summarise
@@ -73,7 +82,8 @@ class Problems:
             sections[section] = {k: v for k, v in sections[section].items() if k not in names}
         kept = {k: v for k, v in config.identity(sections).items() if k != "train"}
         weights = digest(self.collector.generator.weights())
-        return {"model": self.model, "weights": weights, "tasks": self.hash, **flat(kept)}
+        scorer = reward_hash(name) if scorer_file(name := scorer_name(self.recipe.search)) else ""
+        return {"model": self.model, "weights": weights, "scorer": scorer, "tasks": self.hash, **flat(kept)}
 
 
 @dataclass(frozen=True)
