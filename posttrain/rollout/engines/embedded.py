@@ -170,16 +170,9 @@ class EmbeddedGenerator:
     ) -> list[list[Completion]]:
         """Samples with one decoder. See `Generator.generate`."""
         scheduler = Scheduler(self.slots, [len(r.seeds) for r in requests])
-        longest = max([params.max_tokens, *(n for r in requests for n in r.pieces)])
-        deepest = max(len(r.pieces) for r in requests)
-        steps.prepare(len(scheduler.waiting), max(len(r.context) for r in requests), longest, deepest)
         slots = _Slots(min(self.slots, len(scheduler.waiting)), params.max_tokens)
         stops, strings = np.array(self.policy.stop_ids), self._stop_strings(params)
-        tree = [g for g, r in enumerate(requests) if r.keep or r.pieces]
-        places = self.prefixes.places(steps, [requests[g] for g in tree]) if tree else []
-        paths = {group: place.path for group, place in zip(tree, places, strict=True)}
-        prompts: dict[int, Any] = {group: place.prompt for group, place in zip(tree, places, strict=True)}
-        del places  # a prompt is released with its last sequence
+        paths, prompts = self._begin(steps, requests, params)
         done: list[list[Completion | None]] = [[None] * len(r.seeds) for r in requests]
 
         def take(used: np.ndarray, logits: torch.Tensor) -> None:
@@ -221,6 +214,18 @@ class EmbeddedGenerator:
             written = slots.lengths[used] - 1
             newest = torch.from_numpy(slots.tokens[used, written])
             take(used, steps.step(newest, torch.from_numpy(slots.prompts[used] + written)))
+
+    def _begin(
+        self, steps: Decoder, requests: Sequence[Request], params: SamplingParams
+    ) -> tuple[dict[int, bytes], dict[int, Any]]:
+        """Prepares the decoder; returns path and prompt of each request that continues another or may be continued."""
+        own = max([params.max_tokens, *(n for r in requests for n in r.pieces)])
+        longest, deepest = max(len(r.context) for r in requests), max(len(r.pieces) for r in requests)
+        steps.prepare(sum(len(r.seeds) for r in requests), longest, own, deepest)
+        tree = [g for g, r in enumerate(requests) if r.keep or r.pieces]
+        places = self.prefixes.places(steps, [requests[g] for g in tree]) if tree else []
+        paths = {group: place.path for group, place in zip(tree, places, strict=True)}
+        return paths, {group: place.prompt for group, place in zip(tree, places, strict=True)}
 
     def _stop_strings(self, params: SamplingParams) -> StopStrings | None:
         """The detector of the parameters' stop strings, if there are any."""
