@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from posttrain.cli.arguments import FREE, read_evaluation, sections_of
-from posttrain.types import ConfigError
+from posttrain.types import ConfigError, Json, JsonView
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -78,7 +77,7 @@ def search(model: str, args: tuple[str, ...], out: str | None, as_json: bool, **
 
 
 def _search(
-    screen: Console, model: str, recipe: EvalRecipe, folder: Path, side: Any, given: Mapping[str, Any], as_json: bool
+    screen: Console, model: str, recipe: EvalRecipe, folder: Path, side: Any, given: JsonView, as_json: bool
 ) -> None:
     """Runs one search, writes the files that were asked for and prints the report."""
     from posttrain.cli.search_tables import SearchLine, searched
@@ -95,7 +94,7 @@ def _search(
 
 
 def _compare(
-    screen: Console, model: str, recipe: EvalRecipe, folder: Path, side: Any, run: Mapping[str, Any], as_json: bool
+    screen: Console, model: str, recipe: EvalRecipe, folder: Path, side: Any, run: JsonView, as_json: bool
 ) -> None:
     """Runs a comparison, writes its files and prints it."""
     from posttrain.cli.search_report import show, write
@@ -113,7 +112,7 @@ def _compare(
         show(screen, found, files)
 
 
-def _comparison(given: Mapping[str, Any]) -> dict[str, Any]:
+def _comparison(given: JsonView) -> Json:
     """The strategies and budgets of --compare. Raises ConfigError for options that it does not use."""
     unused = [name for name in ("strategy", "budget", *FILES) if given[name]]
     if unused:
@@ -146,7 +145,7 @@ def _ended(folder: Path, out: str | None, error: BaseException) -> None:
         folder.rmdir()
 
 
-def _check_files(given: Mapping[str, Any]) -> None:
+def _check_files(given: JsonView) -> None:
     """Raises ConfigError for a file that could not be written at the end, and for lists without --compare."""
     lists = [name for name in ("strategies", "budgets") if given[name] and not given["compare"]]
     if lists:
@@ -156,7 +155,7 @@ def _check_files(given: Mapping[str, Any]) -> None:
             raise ConfigError(f"{path} cannot be written: the folder {Path(path).parent} does not exist.")
 
 
-def _write(found: Searched, given: Mapping[str, Any]) -> dict[str, int]:
+def _write(found: Searched, given: JsonView) -> dict[str, int]:
     """Writes the files that were asked for; file → rows."""
     from posttrain.search import export
 

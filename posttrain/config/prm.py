@@ -46,9 +46,7 @@ class PRMConfig:
     completions: int = 8
     """Completions to sample after each step of a sampled solution; the share of correct ones labels the step."""
     labels: Labels = "soft"
-    """Labels of sampled steps: `soft` is the share of correct completions, `hard` is 1 if any is correct,
-    `first-mistake` finds the first step without a correct completion by binary search (OmegaPRM), and `program` checks
-    the steps of built-in arithmetic and countdown tasks exactly, without completions."""
+    """`soft`: share of right completions; `hard`: any right; `first-mistake`: binary search; `program`: exact check."""
     held_out_labels: Literal["", "soft", "hard", "first-mistake", "program"] = ""
     """Labels of the held-out solutions that are sampled, to measure against better labels; empty uses `labels`."""
     opening: str = ""

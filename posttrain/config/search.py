@@ -21,15 +21,13 @@ class SearchConfig:
     budget: int = 16
     """Completions per problem that the search may sample, or as many unfinished ones; the report counts the tokens."""
     scorer: str = ""
-    """What scores completions: a reward as in `reward.name`, a PRM (`model:FOLDER`), `confidence`, `self-certainty`,
-    `shown-tests` (of code), or `steps:arithmetic`; empty: none, or `confidence` where the strategy needs scores."""
+    """A reward, PRM, `confidence`, `self-certainty`, `shown-tests` or `steps:arithmetic`; empty: the strategy's own."""
     separator: str = ""
     """Text that ends a step; empty: that of the process reward model that scores, else a line break."""
     aggregate: Literal["min", "product", "last", "mean"] = "min"
     """How the scores of a completion's steps are combined into one."""
     choose: Literal["auto", "vote", "weighted", "best"] = "auto"
-    """Which completion is the result: one with the most common answer, with the largest sum of scores, or with the
-    highest score; `auto` is the strategy's own rule."""
+    """The result: the most common answer, that with the largest sum of scores, or the best; `auto`: by strategy."""
     width: int = 0
     """Completions explored side by side; 0 takes the whole budget, fewer are repeated until it is spent."""
     expansions: int = 4
