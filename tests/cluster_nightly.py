@@ -280,6 +280,7 @@ def kills(bench: Bench, count: int, seed: int, seconds: float) -> None:
             bench.compare("kills", f"{name}, the driver", expected, driver)
         else:
             bench.compare("kills", f"{name}, workers", expected, workers)
+        print(f"kills: {sum(bench.kills.values()) - before} so far", flush=True)
     bench.outlived = max(bench.outlived, lives.outlived)
     lives.close()
 

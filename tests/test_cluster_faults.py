@@ -8,6 +8,8 @@ import gc
 import json
 import os
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import time
@@ -27,6 +29,7 @@ from posttrain.cluster.actors import WorkerDied, call
 from posttrain.cluster.launch import Cluster
 from posttrain.cluster.learner import check_size
 from posttrain.cluster.sampler import Sampler
+from posttrain.cluster.worker import FORK
 from posttrain.data import batching
 from posttrain.rewards.scoring import score_safely
 from posttrain.rollout.build import make_generator
@@ -527,6 +530,23 @@ def test_no_process_survives_a_killed_driver_whose_standard_streams_are_closed(t
     began = time.monotonic()
     assert eventually(lambda: all(gone(pid) for pid in pids)), [pid for pid in pids if not gone(pid)]
     assert time.monotonic() - began < 10
+
+
+def test_a_driver_that_dies_before_it_is_told_of_its_worker_leaves_none(tmp_path: Path) -> None:
+    """The process that forks has the request when its driver's connection closes, and another holds the worker's."""
+    ours, theirs = socket.socketpair()
+    own, workers_end = socket.socketpair()
+    with (tmp_path / "output").open("w") as output:
+        forker = processes.spawn(theirs)
+        text = json.dumps({}).encode()
+        socket.send_fds(ours, [FORK], [workers_end.fileno(), output.fileno()])
+        ours.sendall(struct.pack("<Q", len(text)) + text)
+    for one in (ours, theirs, workers_end):
+        one.close()
+    assert forker.wait(120) == 0
+    own.settimeout(60)
+    assert own.recv(1) == b"", "the worker has ended"
+    own.close()
 
 
 @pytest.fixture(scope="module")

@@ -134,31 +134,39 @@ def main(descriptor: int) -> None:
     sock = socket.socket(fileno=descriptor)
     _load(driver)
     workers: set[int] = set()  # that have not been waited for
-    while True:
-        while not select.select([sock], [], [], LOOK)[0]:
-            if os.getppid() != driver:  # another process may hold the connection, if the driver has forked
-                _end(workers)
-        request, descriptors, _, _ = socket.recv_fds(sock, 1, 2)
-        size = sock.recv(8, socket.MSG_WAITALL) if request else b""
-        if len(size) < 8:
+    try:
+        while True:
+            _answer(sock, driver, workers)
+    except ConnectionError:  # the driver has died before it got its answer
+        _end(workers)
+
+
+def _answer(sock: socket.socket, driver: int, workers: set[int]) -> None:
+    """Waits for a request and answers it; ends if the driver has died."""
+    while not select.select([sock], [], [], LOOK)[0]:
+        if os.getppid() != driver:  # another process may hold the connection, if the driver has forked
             _end(workers)
-        body = json.loads(sock.recv(struct.unpack("<Q", size)[0], socket.MSG_WAITALL))
-        if request == WAIT:
-            known = body in workers  # not if it was forked by a process before this one, which has died
-            sock.sendall(struct.pack("<q", os.waitpid(body, 0)[1] if known else UNKNOWN))
-            workers.discard(body)
-            continue
-        pid = os.fork()
-        if pid == 0:
-            sock.close()
-            connection, output = descriptors
-            _begin(connection, output, body)
-        with suppress(OSError):  # it may have ended
-            os.setpgid(pid, pid)  # here too, so that it can be ended as a group from now on
-        workers.add(pid)
-        for one in descriptors:
-            os.close(one)
-        sock.sendall(struct.pack("<q", pid))
+    request, descriptors, _, _ = socket.recv_fds(sock, 1, 2)
+    size = sock.recv(8, socket.MSG_WAITALL) if request else b""
+    if len(size) < 8:
+        _end(workers)
+    body = json.loads(sock.recv(struct.unpack("<Q", size)[0], socket.MSG_WAITALL))
+    if request == WAIT:
+        known = body in workers  # not if it was forked by a process before this one, which has died
+        sock.sendall(struct.pack("<q", os.waitpid(body, 0)[1] if known else UNKNOWN))
+        workers.discard(body)
+        return
+    pid = os.fork()
+    if pid == 0:
+        sock.close()
+        connection, output = descriptors
+        _begin(connection, output, body)
+    with suppress(OSError):  # it may have ended
+        os.setpgid(pid, pid)  # here too, so that it can be ended as a group from now on
+    workers.add(pid)
+    for one in descriptors:
+        os.close(one)
+    sock.sendall(struct.pack("<q", pid))
 
 
 def _load(driver: int) -> None:
