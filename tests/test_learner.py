@@ -20,6 +20,7 @@ from posttrain.models.policy import Policy, hidden_states
 from posttrain.objectives.tokens import token_logprobs
 from posttrain.train import forward as forward_module
 from posttrain.train.forward import sample_logprobs, token_stats
+from posttrain.train.learner import make_learner
 from posttrain.train.learners.local import LocalLearner
 from posttrain.types import Batch, ResumeError, Sample, Stat, TrainingDiverged
 from tests import tiny
@@ -312,6 +313,16 @@ def test_a_gradient_that_is_not_finite_is_not_applied(folder: Path) -> None:
     with pytest.raises(TrainingDiverged, match="the gradient norm of update 1 is nan"):
         learner.step()
     assert all(torch.equal(t, before[name]) for name, t in learner.state()[0]["model"].items())
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_weights_that_are_not_finite_end_the_run_before_they_are_saved(folder: Path, lanes: int) -> None:
+    policy = tiny.load(folder)
+    learner = make_learner(policy, replace(CFG, lr=1e308, lanes=lanes), 10)
+    batches = batching.micro(samples_for(policy), 64, "token-mean")
+    learner.forward_backward(batches, lambda logp, entropy, b: ((b.weights * logp).sum(), {}))
+    with pytest.raises(TrainingDiverged, match="no longer finite after update 1"):
+        learner.step()
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,12 @@ over ranks. Embeddings, last norm and output layer are gathered for a whole pass
 
 Micro-batch i of a call is computed by rank i mod R. Collectives happen inside passes, so ranks must compute equally
 many: in the last round, a rank without a micro-batch computes the first row of another one, with a gradient of zero.
-For the same reason an error in a loss is shared before the backward pass and raised by every rank. An error inside the
-model on one rank alone leaves the others waiting for it until the group's timeout.
+So an error in a loss is shared before the backward pass and raised by every rank. One inside the model on a single rank
+leaves the others waiting until the group's timeout.
 
 The gradient is that of one process up to rounding, because the order of its sum depends on the number of ranks
-(`gradient_difference` measures it). Checkpoints have the names and shapes of those of one process, whatever the number
-of ranks. Weights of lower precision have float32 masters: these are what is sharded, and they are rounded when they are
-gathered.
+(`gradient_difference` measures it). Checkpoints have the names and shapes of those of one process. Weights of lower
+precision have float32 masters: these are sharded, and rounded when they are gathered.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ from posttrain.models.policy import Policy, by_rows, learner_mode
 from posttrain.train.forward import Forward, per_token, planned, token_stats
 from posttrain.train.learner import Loss
 from posttrain.train.learners.local import LocalLearner
-from posttrain.train.update import check_names, check_norm, checked_loss, learning_rate
+from posttrain.train.update import check_names, check_norm, check_weights, checked_loss, finite, learning_rate
 from posttrain.types import Batch, ConfigError, Json, JsonView, Sample, Stat
 
 T = TypeVar("T")
@@ -202,12 +201,15 @@ class ShardedLearner:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
+        odd = torch.tensor(float(not finite(p.to_local() for p in self.parameters.values())))
+        dist.all_reduce(odd, group=self.group)
         self.optimizer.zero_grad(set_to_none=True)
         self.steps += 1
+        check_weights(not odd.item(), self.steps)
         return {"grad_norm": Stat(norm.item()), "lr": Stat(rate)}
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The trainable tensors by name, whole, on every rank: copies in the precision of the model that was given."""
+        """The trainable tensors by name, whole, on every rank: copies in the given model's precision."""
         return dict(self.tensors())
 
     @torch.no_grad()

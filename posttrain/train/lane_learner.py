@@ -18,7 +18,7 @@ from posttrain.train import lanes
 from posttrain.train.forward import Forward, outputs, sample_logprobs
 from posttrain.train.learner import Loss
 from posttrain.train.ranks import Alone, Group, shares
-from posttrain.train.update import backward, check_names, check_norm, learning_rate
+from posttrain.train.update import backward, check_names, check_norm, check_weights, finite, learning_rate
 from posttrain.types import Batch, Json, JsonView, Sample, Stat
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state per element
@@ -135,6 +135,7 @@ class LaneLearner:
         self.optimizer.zero_grad(set_to_none=True)
         self.gradient = None  # frees memory while sampling
         self.publish()
+        check_weights(finite(self.parameters.values()), self.steps + 1)  # on all ranks alike: no rank waits for another
         self.steps += 1
         return {"grad_norm": Stat(norm.item()), "lr": Stat(rate)}
 

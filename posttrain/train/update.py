@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 import torch
 
@@ -50,6 +50,21 @@ def check_norm(norm: torch.Tensor, update: int) -> None:
         raise TrainingDiverged(
             f"the gradient norm of update {update} is {norm.item()}. The update was not applied; "
             "lower train.lr or set train.max_grad_norm."
+        )
+
+
+def finite(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether all values of all tensors are finite."""
+    largest = [torch.linalg.vector_norm(t.detach(), math.inf) for t in tensors if t.numel()]  # NaN if any is
+    return not largest or bool(torch.isfinite(torch.stack(largest)).all())
+
+
+def check_weights(all_finite: bool, update: int) -> None:
+    """Raises TrainingDiverged if the weights after update number `update` (from 1) are not all finite."""
+    if not all_finite:
+        raise TrainingDiverged(
+            f"the weights are no longer finite after update {update}. They were not saved; lower train.lr, and go on "
+            "from the last checkpoint with `posttrain resume`."
         )
 
 

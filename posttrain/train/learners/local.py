@@ -12,7 +12,7 @@ from posttrain.models.load import Policy, trainable
 from posttrain.train.forward import Forward, outputs, sample_logprobs, token_stats
 from posttrain.train.lane_learner import LaneLearner
 from posttrain.train.learner import Learner, Loss
-from posttrain.train.update import backward, check_names, check_norm, learning_rate
+from posttrain.train.update import backward, check_names, check_norm, check_weights, finite, learning_rate
 from posttrain.types import Batch, Json, JsonView, Sample, Stat
 
 
@@ -85,6 +85,7 @@ class LocalLearner:
             group["lr"] = rate
         self.optimizer.step()
         torch.autograd.graph.increment_version(masters)  # fused AdamW does not bump tensor versions
+        check_weights(finite(masters), self.steps + 1)
         self._publish()
         self.optimizer.zero_grad(set_to_none=True)  # frees memory while sampling
         self.steps += 1
