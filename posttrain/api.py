@@ -26,8 +26,8 @@ from posttrain.evaluation import bias_probes
 from posttrain.evaluation.accuracy import Report
 from posttrain.evaluation.accuracy import evaluate as evaluate_tasks
 from posttrain.evaluation.bias_probes import Finding
-from posttrain.models import heads
-from posttrain.models.load import load_policy, save_pretrained, with_chat_format
+from posttrain.models.export import export
+from posttrain.models.load import load_policy, with_chat_format
 from posttrain.models.opening import open_policy as open_policy
 from posttrain.planner import estimate
 from posttrain.rewards import combine
@@ -270,9 +270,7 @@ def _drive(store: Run, recipe: Recipe, job: Job, on_step: OnStep | None, cluster
         cluster.attach(store.folder, loop.notes)
         summary = job.run(loop)
         if summary is not None:
-            save_pretrained(job.policy, store.folder / "model")
-            if job.policy.scalar is not None:
-                heads.save_head(job.policy, store.folder / "model")
+            export(job.policy, store.folder / "model")
             store.finish(summary)
             journal.remove(store.folder)
     return Result(store.folder, summary, interrupt.requested)

@@ -8,7 +8,7 @@ from typing import Any
 
 from posttrain import api
 from posttrain.config.sections import require_positive
-from posttrain.models.load import save_pretrained
+from posttrain.models.export import export
 from posttrain.types import ConfigError
 
 
@@ -38,5 +38,5 @@ def make(cfg: Shrink, folder: Path) -> dict[str, int]:
     policy.config.num_hidden_layers = cfg.layers
     if getattr(policy.config, "layer_types", None):
         policy.config.layer_types = policy.config.layer_types[: cfg.layers]
-    save_pretrained(policy, folder / "model")
+    export(policy, folder / "model")
     return {"layers": cfg.layers, "parameters": sum(p.numel() for p in policy.model.parameters())}
