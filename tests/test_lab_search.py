@@ -51,9 +51,9 @@ def test_the_page_offers_strategies_and_problems_that_exist() -> None:
 
 @pytest.mark.parametrize("strategy", budgets.STRATEGIES)
 def test_what_is_shown_is_what_the_library_finds(searcher: Searcher, strategy: str) -> None:
-    found = searcher.found(budgets.FIRST, 1, strategy, "confidence", 8)
+    found = searcher.found(budgets.FIRST, 1, strategy, "confidence", 4)
     engine, judge = searcher.engine(), None if strategy in budgets.UNSCORED else searcher.scorer("confidence")
-    result = run_search(task_of(budgets.FIRST), engine, judge, budgets.settings(strategy, "confidence", 8), 1)
+    result = run_search(task_of(budgets.FIRST), engine, judge, budgets.settings(strategy, "confidence", 4), 1)
     assert found == describe(result, strategy)
     assert found["answer"] == final_answer(result.answer)
     assert found["generated"] == sum(node["tokens"] for node in found["nodes"]) == engine.generated
@@ -299,8 +299,7 @@ def test_the_frontier_shows_every_recorded_number(page: Page, lab: Opened) -> No
     assert "python -m bench.search_frontier" in page.locator("main").inner_text()
 
 
-@pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 390)])
 def test_the_page_is_accessible_and_fits(page: Page, lab: Opened, scheme: Any, width: int) -> None:
     page.emulate_media(color_scheme=scheme)
     page.set_viewport_size({"width": width, "height": 900})

@@ -228,7 +228,8 @@ def measured() -> Worked:
     return Worked(
         title="What more tokens bought, measured",
         given=f"abacus as it ships on {record['problems']} held-out arithmetic problems, with 1 to 32 completions (or "
-        "visits) for each. In brackets: tokens per problem, those that the scorer reads included.",
+        "visits) for each. In brackets: tokens per problem, those that the scorer reads included. Recorded by "
+        "bench/search_frontier.py.",
         calls=("lab.explore.budgets.frontier",),
         head=("strategy", *(str(n) for n in budgets)),
         rows=tuple(rows),

@@ -27,6 +27,7 @@ const titled = (names, scorers) => ({ strategy, scorer }) => names[strategy][0] 
 function Read({ series }) {
   const of = (strategy, scorer) => series.find((one) => one.strategy === strategy && one.scorer === scorer)?.points;
   const [vote, sure, certain, knows] = [of("majority", ""), of("best-of-n", "confidence"), of("best-of-n", "self-certainty"), of("best-of-n", "checker")];
+  const tree = of("mcts", "confidence");
   if (!vote || !sure || !certain || !knows) return "";
   const [first, last] = [(points) => percent(points[0].accuracy), (points) => percent(points.at(-1).accuracy)];
   const most = sure.at(-1).budget;
@@ -36,8 +37,10 @@ function Read({ series }) {
       worked out and unsure of a guess.</li>
     <li><strong>Until the scorer is the limit.</strong> Choosing by self-certainty from the same completions ends at ${last(certain)}. It prefers answers without a thought,
       and the more there are to choose from, the surer it finds one.</li>
-    <li><strong>A vote needs no scorer, but more tokens.</strong> With few completions it is hardly better than one, because most completions skip the thought and guess. With
-      ${most} it reaches ${last(vote)}: wrong guesses scatter, right thoughts agree.</li></ul>`;
+    <li><strong>A vote needs no scorer, but more tokens.</strong> With few completions it is hardly better than one, because most completions skip the thought and
+      guess. With ${most} it reaches ${last(vote)}: wrong guesses scatter, right thoughts agree.</li>
+    ${tree && html`<li><strong>A cleverer search is not always better.</strong> Tree search ends at ${last(tree)} for ${Math.round(spent(tree.at(-1)))} tokens: it samples at most eight
+      first steps, and sometimes none of them begins a thought. Solutions of three steps leave little to search.</li>`}</ul>`;
 }
 
 function Plot({ series, budget, titled }) {
