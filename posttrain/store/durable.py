@@ -101,7 +101,8 @@ def free_bytes(path: Path) -> int:
 class FolderLock:
     """Exclusive write lock on a run folder, held until `release` or until the process ends for any reason.
 
-    It is an flock on `LOCK`, which the kernel releases with the process, so there are no stale locks to clean up.
+    It is an flock on `LOCK`, which the kernel releases with the process, so there are no stale locks to clean up. A
+    forked child, such as a worker of a reward's process pool, does not hold it.
     """
 
     def __init__(self, folder: Path, patience: float = 0.5) -> None:
@@ -118,10 +119,26 @@ class FolderLock:
             time.sleep(0.02)
         os.ftruncate(self._descriptor, 0)
         os.write(self._descriptor, f"{os.getpid()}\n".encode())
+        _held.add(self._descriptor)
 
     def release(self) -> None:
         """Releases the lock."""
-        os.close(self._descriptor)
+        if self._descriptor in _held:  # not in a forked child
+            _held.remove(self._descriptor)
+            os.close(self._descriptor)
+
+
+_held: set[int] = set()
+"""Descriptors of the locks that this process holds."""
+
+
+def _forget_locks() -> None:
+    """Closes a forked child's copies: the lock is held as long as any copy is open."""
+    while _held:
+        os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_forget_locks)
 
 
 def is_locked(folder: Path) -> bool:
