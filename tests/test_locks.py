@@ -27,20 +27,21 @@ time.sleep(600)
 
 
 def test_a_forked_worker_does_not_keep_the_lock_of_a_run_that_was_killed(tmp_path: Path) -> None:
-    process = subprocess.Popen([sys.executable, "-c", CHILD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    worker = int(process.stdout.readline())
-    try:
-        assert is_locked(tmp_path)
-        with pytest.raises(ResumeError, match="in use by another process"):
-            FolderLock(tmp_path, patience=0)
-        process.kill()
-        process.wait()
-        os.kill(worker, 0)  # it lives on
-        assert not is_locked(tmp_path)
-        FolderLock(tmp_path, patience=0).release()
-    finally:
-        os.kill(worker, signal.SIGKILL)
+    command = [sys.executable, "-c", CHILD, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        worker = int(process.stdout.readline())
+        try:
+            assert is_locked(tmp_path)
+            with pytest.raises(ResumeError, match="in use by another process"):
+                FolderLock(tmp_path, patience=0)
+            process.kill()
+            process.wait()
+            os.kill(worker, 0)  # it lives on
+            assert not is_locked(tmp_path)
+            FolderLock(tmp_path, patience=0).release()
+        finally:
+            os.kill(worker, signal.SIGKILL)
 
 
 def test_a_fork_does_not_take_the_lock_away_either(tmp_path: Path) -> None:
