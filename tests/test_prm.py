@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
 
 from posttrain import api, config
 from posttrain.algos.prm import auc, held_out, joint_loss, labelled_rows, loss, resampled
@@ -144,13 +145,14 @@ def test_the_language_modelling_loss_adds_the_likelihood_of_whole_rows(root: Pat
     rows = [step_row(chat, ASK, "a\nb", [1, 3], [1.0, 0.25]), step_row(chat, ASK, "c", [1], [0.0])]
     (batch,) = batching.micro(rows, 999, "token-mean")
     logits, likelihood = step_scores_and_likelihood(policy, batch)
-    assert torch.equal(logits, step_scores(policy, batch)[0])
-    for row, mean in zip(rows, likelihood.tolist(), strict=True):
-        logits_of = policy.model(torch.from_numpy(row.tokens[None].astype(np.int64))).logits[0].log_softmax(-1)
-        each = [logits_of[i - 1, token].item() for i, token in enumerate(row.tokens.tolist()) if i]
+    torch.testing.assert_close(logits, step_scores(policy, batch)[0])
+    plain = AutoModelForCausalLM.from_pretrained(root / "base")
+    for row, (mean,) in zip(rows, likelihood.tolist(), strict=True):
+        logp = plain(torch.from_numpy(row.tokens[None].astype(np.int64))).logits[0].log_softmax(-1)
+        each = [logp[i - 1, token].item() for i, token in enumerate(row.tokens.tolist()) if i]
         assert mean == pytest.approx(np.mean(each), rel=1e-4)
     value, stats = joint_loss(0.5)(logits, likelihood, batch)
-    nats = -likelihood
+    nats = -likelihood[:, 0]
     assert value.item() == pytest.approx(loss(logits, batch)[0].item() + 0.5 * (2 * nats[0] + nats[1]).item() / 3)
     assert stats["lm_loss"].value == pytest.approx(nats.mean().item())
 
