@@ -296,7 +296,7 @@ def evaluate_recipe(
     With `data.eval_tasks`, only these are loaded; otherwise the held-out side of `data.tasks` is evaluated. With
     `search.strategy`, the one episode of a task is the completion that the search chose.
     """
-    if recipe.search.strategy:
+    if isinstance(recipe, EvalRecipe) and recipe.search.strategy:  # a training recipe may be evaluated, too
         return evaluated(search_recipe(model, recipe, reward=reward, progress=progress))
     with Cluster(recipe, reward) as workers:
         sets, collector = held_out(model, recipe, reward, False, workers)

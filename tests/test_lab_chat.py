@@ -63,7 +63,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     finished(runs / "small", tiny.chatty(root / "tiny"))
     finished(runs / "judge", root / "tiny")
     (runs / "judge" / "model" / HEAD_FILE).write_bytes(b"")
-    config = finished(runs / "endless", root / "tiny") / "model" / "config.json"
+    config = finished(runs / "endless", checkpoints.FOLDER) / "model" / "config.json"  # writes slower than tiny
     never_stop(config.parent)
     config.write_text(json.dumps({**json.loads(config.read_text()), "max_position_embeddings": 10**6}))
     return Place(runs)

@@ -16,7 +16,16 @@ from posttrain.pipelines.recipe import Pipeline, read_pipeline
 from posttrain.pipelines.runner import run_pipeline
 from tests.test_report import checked
 
-SHIPPED = ("rlhf", "preference-methods", "overoptimisation", "diversity", "r1-zero", "r1", "constitution")
+SHIPPED = (
+    "rlhf",
+    "preference-methods",
+    "overoptimisation",
+    "diversity",
+    "r1-zero",
+    "r1",
+    "constitution",
+    "expert-search",
+)
 
 
 @pytest.fixture(scope="module")

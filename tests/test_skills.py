@@ -42,7 +42,8 @@ def test_own_answer_passes_and_nonsense_fails(kind: str) -> None:
         thought = judge(problem.answer, problem.meta, f"<think>hm</think>{good}")
         assert thought.passed and thought.parts["think"] == 1.0 and thought.score == 1.0
         assert not judge(problem.answer, problem.meta, "").passed
-        assert not judge(problem.answer, problem.meta, "<think>" + good).passed
+        unclosed = "<think>" + good.replace("</think>", ", ")
+        assert not judge(problem.answer, problem.meta, unclosed).passed
 
 
 @pytest.mark.parametrize("reply", ["283", "282!", "282 283", "28 2", "two", "٢٨٢", "2e2", "9" * 5000, "282.0"])

@@ -90,7 +90,8 @@ class PlainDecoder:
             self.cache.fill(slot, keys, values, first)
             first += keys.shape[2]
         if kept is not None:
-            self.cache.fill(slot, *(part[:, :, :tokens] for part in kept), first)
+            keys, values = kept
+            self.cache.fill(slot, keys[:, :, :tokens], values[:, :, :tokens], first)
         self.begun[slot] = first
 
     def kept(self, slot: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
