@@ -180,7 +180,7 @@ def worker(name: str, root: Path, threads: int) -> None:
     phases.within(LocalLearner, "forward_backward", "training pass")
     phases.within(LocalLearner, "step", "update")
     phases.within(checkpoint, "save", "saving")
-    phases.within(api, "save_pretrained", "saving")
+    phases.within(api, "export", "saving")
     algorithm, overrides = settings(name, root, threads)
     recipe = config.resolve(algorithm, {}, overrides)
     with phases.phase("elsewhere"):

@@ -81,7 +81,7 @@ def test_a_run_that_was_killed_as_it_was_solved_ends_there_when_it_is_resumed(
 ) -> None:
     settings = {**SMALL, "max_flat_steps": 3, "steps": 9}
     whole = pt.grpo(str(model), "sums", right, tmp_path / "whole", **settings)
-    monkeypatch.setattr(api, "save_pretrained", lambda policy, folder: (_ for _ in ()).throw(Killed()))
+    monkeypatch.setattr(api, "export", lambda policy, folder: (_ for _ in ()).throw(Killed()))
     with pytest.raises(Killed):
         pt.grpo(str(model), "sums", right, tmp_path / "cut", **settings)
     monkeypatch.undo()
