@@ -245,7 +245,7 @@ def written(model: Path, tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     recipe = config.resolve("reward", {}, {**pairs, "algo.heads": 2, "run.out": str(root / "reward")})
     folders.append(api.start("reward", recipe).folder)
     (root / "steps.jsonl").write_text(rows.replace('"chosen": "a"', '"steps": ["a", "b"], "labels": [1, 0]'))
-    pairs |= {"data.tasks": str(root / "steps.jsonl"), "run.out": str(root / "prm")}
+    pairs |= {"data.tasks": str(root / "steps.jsonl"), "run.out": str(root / "prm"), "algo.lm_coef": 0.1}
     folders.append(api.start("prm", config.resolve("prm", {}, pairs)).folder)
     recipe = config.resolve("online-dpo", {}, {**own, "algo.group_size": 4, "run.out": str(root / "online-dpo")})
     folders.append(api.start("online-dpo", recipe, reward=spread).folder)
