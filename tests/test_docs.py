@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
 import re
 import shlex
 from collections.abc import Callable, Iterator
@@ -244,7 +245,9 @@ def written(model: Path, tmp_path_factory: pytest.TempPathFactory) -> set[str]:
             folders.append(api.start("dpo", recipe).folder)
     recipe = config.resolve("reward", {}, {**pairs, "algo.heads": 2, "run.out": str(root / "reward")})
     folders.append(api.start("reward", recipe).folder)
-    (root / "steps.jsonl").write_text(rows.replace('"chosen": "a"', '"steps": ["a", "b"], "labels": [1, 0]'))
+    marks = ([1, 1, 1], [1, 0, 0], [0, 0, 0])  # right and wrong first and middle steps
+    steps = [{"prompt": f"q{i}", "steps": ["a", "b", "c"], "labels": marks[i % 3]} for i in range(30)]
+    (root / "steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps))
     pairs |= {"data.tasks": str(root / "steps.jsonl"), "run.out": str(root / "prm"), "algo.lm_coef": 0.1}
     folders.append(api.start("prm", config.resolve("prm", {}, pairs)).folder)
     recipe = config.resolve("online-dpo", {}, {**own, "algo.group_size": 4, "run.out": str(root / "online-dpo")})

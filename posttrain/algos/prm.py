@@ -160,7 +160,8 @@ def held_out(
         values |= _spread("step_auc", resampled(owner, lambda i: auc(predicted[i], targets[i] >= 0.5)))
         spots = np.concatenate([_spots(len(part), len(whole)) for part, whole in zip(known, logits, strict=True)])
         for spot in ("first", "middle"):
-            values |= _spread(f"{spot}_step_auc", _auc_at(spots == spot, owner, predicted, targets >= 0.5))
+            found = _auc_at(spots == spot, owner, predicted, targets >= 0.5)
+            values |= {} if math.isnan(found.value) else _spread(f"{spot}_step_auc", found)
         first = [_first_wrong(p, 0.0) == _first_wrong(w, 0.5) for p, w in zip(known, labels, strict=True)]
         values |= _spread("first_mistake", wilson(sum(first), len(first)))
     return values, table
