@@ -21,7 +21,6 @@ LAYERS = (
     ("rewards",),
     ("envs",),
     ("rollout",),
-    ("cluster",),
     ("evaluation",),
     ("cluster",),
     ("search",),

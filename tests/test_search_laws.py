@@ -6,7 +6,7 @@ import itertools
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -33,7 +33,7 @@ from posttrain.search.engine import Engine
 from posttrain.search.run import SearchResult, check, search, search_all
 from posttrain.search.scorers import Confidence, Reward, Scored, lowest_confidence
 from posttrain.search.strategies import STRATEGIES
-from posttrain.search.tree import Node, Tree
+from posttrain.search.tree import Node
 from posttrain.types import ConfigError, Task, Verdict
 from tests.search_games import TASK, Game, Path, Values, moves
 
@@ -438,7 +438,3 @@ def test_budget_forcing_holds_thinking_between_its_bounds() -> None:
         closed = next(part for part in node.path if "</think>" in part.text)
         before = len(closed.prefix)
         assert 16 <= before <= 30 + len("</think>") or end is closed
-
-
-def trees_of(iterator: Iterator[tuple[int, SearchResult]]) -> dict[int, Tree]:
-    return {i: one.tree for i, one in iterator}

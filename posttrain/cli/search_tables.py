@@ -6,32 +6,21 @@ import time
 from collections.abc import Mapping
 
 from rich.console import Console
-from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from posttrain.cli.tables import printable
+from posttrain.cli.tables import LiveLine, printable
 from posttrain.evaluation.intervals import Estimate
 from posttrain.search.solve import Searched
 
 
-class SearchLine:
-    """Live progress line of a search; prints a line for each tenth of the problems if the output is no terminal."""
+class SearchLine(LiveLine):
+    """Live progress line of a search; a line for each tenth of the problems if the output is no terminal."""
 
     def __init__(self, out: Console) -> None:
-        self.out = out
+        super().__init__(out, "loading model and data")
         self._began = time.monotonic()
         self._shown = -1
-        self._live = Live(Text("loading model and data"), console=out, refresh_per_second=8)
-
-    def __enter__(self) -> SearchLine:
-        if self.out.is_terminal:
-            self._live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._live.is_started:
-            self._live.stop()
 
     def __call__(self, done: int, total: int, tokens: int) -> None:
         """Shows how many problems are done, and the tokens that were generated."""
@@ -41,11 +30,9 @@ class SearchLine:
         line = f"problem {done}/{total} · {tokens:,} tokens" + (
             f" · {tokens / seconds:,.0f} tokens/s" if tokens else ""
         )
-        if self.out.is_terminal:
-            self._live.update(Text(line))
-        elif (tenth := 10 * done // max(1, total)) != self._shown:
-            self._shown = tenth
-            self.out.print(line, soft_wrap=True)
+        tenth = 10 * done // max(1, total)
+        self.show(line, tenth != self._shown)
+        self._shown = tenth
 
 
 def searched(out: Console, model: str, found: Searched, written: Mapping[str, int]) -> None:

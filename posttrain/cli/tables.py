@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
 from rich.live import Live
@@ -106,16 +106,14 @@ def duration(seconds: float) -> str:
     return f"{whole}s" if whole < 60 else f"{whole // 60}m{whole % 60:02d}s"
 
 
-class StepLine:
-    """Live progress line of a run; prints plain lines if the output is not a terminal."""
+class LiveLine:
+    """A line that is overwritten while work goes on; some are printed below each other if the output is no terminal."""
 
-    def __init__(self, out: Console, recipe: config.Recipe) -> None:
-        self.out, self.total = out, recipe.train.steps
-        self._began: tuple[int, float] | None = None
-        self._live = Live(Text("loading, then evaluating before training …"), console=out, refresh_per_second=8)
-        self._every = max(1, self.total // 20) if self.total else 10  # 0: one pass, of unknown length
+    def __init__(self, out: Console, first: str) -> None:
+        self.out = out
+        self._live = Live(Text(first), console=out, refresh_per_second=8)
 
-    def __enter__(self) -> StepLine:
+    def __enter__(self) -> Self:
         if self.out.is_terminal:
             self._live.start()
         return self
@@ -124,16 +122,29 @@ class StepLine:
         if self._live.is_started:
             self._live.stop()
 
+    def show(self, line: str, printed: bool) -> None:
+        """Overwrites the line; `printed` says whether it is shown where nothing can be overwritten."""
+        if self.out.is_terminal:
+            self._live.update(Text(line))
+        elif printed:
+            self.out.print(line, soft_wrap=True)
+
+
+class StepLine(LiveLine):
+    """Live progress line of a run."""
+
+    def __init__(self, out: Console, recipe: config.Recipe) -> None:
+        super().__init__(out, "loading, then evaluating before training …")
+        self.total = recipe.train.steps
+        self._began: tuple[int, float] | None = None
+        self._every = max(1, self.total // 20) if self.total else 10  # 0: one pass, of unknown length
+
     def __call__(self, step: int, values: Mapping[str, float]) -> None:
         """Shows a step's numbers."""
         now = time.monotonic()
         if self._began is None:
             self._began = (step, now)
-        line = self.line(step, values, now)
-        if self.out.is_terminal:
-            self._live.update(Text(line))
-        elif step == 0 or step % self._every == 0 or step == self.total:
-            self.out.print(line, soft_wrap=True)
+        self.show(self.line(step, values, now), step == 0 or step % self._every == 0 or step == self.total)
 
     def line(self, step: int, values: Mapping[str, float], now: float) -> str:
         """The progress line of a step."""

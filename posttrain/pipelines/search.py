@@ -85,13 +85,14 @@ def make(cfg: Search, folder: Path) -> Json:
         rows = all_demonstrations(found)
         write_rows(path, rows)
     else:
-        rows = all_pairs(found) if cfg.rows == "pairs" else all_solutions(found)
+        pairs, solutions = (all_pairs(found), []) if cfg.rows == "pairs" else ([], all_solutions(found))
+        rows = pairs or solutions
         if not rows:
             raise DataError(f"the search found no {cfg.rows} in {len(found.tasks)} tasks. Use more tasks or budget.")
-        if cfg.rows == "pairs":
-            write_preferences(path, all_pairs(found))
+        if pairs:
+            write_preferences(path, pairs)
         else:
-            write_solutions(path, all_solutions(found))
+            write_solutions(path, solutions)
     shutil.rmtree(folder / KEPT / FOLDER, ignore_errors=True)
     durable.sync_file(path)
     report = found.report

@@ -47,13 +47,12 @@ class Member:
     def scores(self, pairs: Sequence[tuple[Task, str]]) -> np.ndarray:
         """(N, heads) float64, in the order given. A step model gives a completion without steps probability 0."""
         head = about(self.policy)
+        if self.kind == "step":
+            found = self._step_logits(pairs)
+            return np.array([[joined_steps(torch.from_numpy(logits), head["aggregate"])] for logits, _ in found])
         rows = [self._row(task, text, head) for task, text in pairs]
-        if self.kind != "step":
-            scores = sample_scores(self.policy, rows, self.micro_batch_tokens).astype(np.float64)
-            return scores if self.kind == "reward" else 1 / (1 + np.exp(-scores))
-        steps = sample_step_scores(self.policy, rows, self.micro_batch_tokens)
-        at_ends = [torch.from_numpy(all_[row.loss_mask]) for all_, row in zip(steps, rows, strict=True)]
-        return np.array([[joined_steps(logits, head["aggregate"])] for logits in at_ends])
+        scores = sample_scores(self.policy, rows, self.micro_batch_tokens).astype(np.float64)
+        return scores if self.kind == "reward" else 1 / (1 + np.exp(-scores))
 
     def tokens(self, pairs: Sequence[tuple[Task, str]]) -> int:
         """Number of tokens of these texts' rows."""
@@ -64,13 +63,14 @@ class Member:
 
         Texts may be unfinished. Only for a step model.
         """
+        return [(1 / (1 + np.exp(-logits.astype(np.float64))), tokens) for logits, tokens in self._step_logits(pairs)]
+
+    def _step_logits(self, pairs: Sequence[tuple[Task, str]]) -> list[tuple[np.ndarray, int]]:
+        """For each text the logits [S] of its steps, and the number of tokens read."""
         head = about(self.policy)
         rows = [self._row(task, text, head) for task, text in pairs]
         scores = sample_step_scores(self.policy, rows, self.micro_batch_tokens)
-        found = (
-            1 / (1 + np.exp(-all_[row.loss_mask].astype(np.float64))) for all_, row in zip(scores, rows, strict=True)
-        )
-        return [(probabilities, len(row.tokens)) for probabilities, row in zip(found, rows, strict=True)]
+        return [(found[row.loss_mask], len(row.tokens)) for found, row in zip(scores, rows, strict=True)]
 
     def _row(self, task: Task, text: str, head: dict[str, str]) -> Sample:
         ends: list[int] = []

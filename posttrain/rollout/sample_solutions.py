@@ -204,8 +204,9 @@ def shares_right(
     requests = [Request(prefix, _seeds(collector, "complete", name, count)) for name, _, prefix in cuts]
     groups = collector.generator.generate(requests, collector.params)
     pairs = [
-        (task, collector.text(task, c, prefix[len(chat.prompt_tokens(task.messages)) :]))
+        (task, collector.text(task, c, begun))
         for (_, task, prefix), group in zip(cuts, groups, strict=True)
+        for begun in [prefix[len(chat.prompt_tokens(task.messages)) :]]
         for c in group
     ]
     passed = [verdict is not None and verdict.passed for verdict, _ in score_all(collector.verify, pairs)]

@@ -19,7 +19,7 @@ from posttrain.config.search import COMMON, SearchConfig
 from posttrain.evaluation.intervals import Estimate
 from posttrain.search import frontier, stored
 from posttrain.search.best_of_n import expected_pick
-from posttrain.search.build import check_name, make_scorer, scorer_name
+from posttrain.search.build import check_name, scorer_name
 from posttrain.search.choose import classes, expected_vote
 from posttrain.search.frontier import Point
 from posttrain.search.report import Outcome
@@ -124,15 +124,11 @@ def _strategies(problems: Problems, named: Sequence[str]) -> list[str]:
         if name not in STRATEGIES:
             raise ConfigError(f"unknown strategy {name!r}{nearest(name, list(STRATEGIES))}")
     possible: list[str] = []
-    scorers = {}
     for name in names:
         cfg = settings(replace(recipe.search, strategy=name), recipe.search.budget)
-        key = scorer_name(cfg)
-        if key not in scorers:
-            scorers[key] = make_scorer(
-                cfg, problems.policy, problems.collector, recipe.train.micro_batch_tokens, recipe.reward)  # fmt: skip
+        scorer = problems.with_search(cfg).scorer()
         try:
-            check(cfg, scorers[key])
+            check(cfg, scorer)
             possible.append(name)
         except ConfigError:
             if named:

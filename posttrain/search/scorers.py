@@ -150,7 +150,9 @@ class SelfCertainty:
         ]
 
     def _sample(self, task: Task, node: Node) -> Sample:
-        prompt = self.cache.setdefault(task.id, self.prompt(task))
+        if task.id not in self.cache:
+            self.cache[task.id] = self.prompt(task)
+        prompt = self.cache[task.id]
         tokens = np.concatenate([prompt, node.prefix]).astype(np.int32)
         blank = np.zeros(len(tokens), np.float32)
         return Sample(tokens, np.arange(len(tokens)) >= len(prompt), blank, blank)

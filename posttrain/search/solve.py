@@ -17,7 +17,7 @@ from posttrain.data.chat import ChatFormat
 from posttrain.evaluation.accuracy import Report
 from posttrain.evaluation.accuracy import summarise as summary
 from posttrain.models.policy import Policy
-from posttrain.rewards.scoring import score_all, score_groups, scores_groups
+from posttrain.rewards.scoring import score_groups, scores_groups
 from posttrain.rollout.collector import Collector, by_source
 from posttrain.rollout.journal import Journal, digest
 from posttrain.rollout.tasks import reward_hash
@@ -59,6 +59,16 @@ class Problems:
     tasks: Sequence[Task]
     hash: str = ""
     notes: Sequence[str] = ()
+    scorers: dict[str, Scorer | None] = field(default_factory=dict[str, Scorer | None])  # by name, once they are loaded
+
+    def scorer(self) -> Scorer | None:
+        """The scorer of the search. It is loaded once for all searches of these problems."""
+        cfg, recipe = self.recipe.search, self.recipe
+        name = scorer_name(cfg)
+        if name not in self.scorers:
+            tokens = recipe.train.micro_batch_tokens
+            self.scorers[name] = make_scorer(cfg, self.policy, self.collector, tokens, recipe.reward)
+        return self.scorers[name]
 
     def with_search(self, cfg: SearchConfig) -> Problems:
         """The same problems with another search."""
@@ -110,7 +120,7 @@ def solve(
     """
     recipe, cfg = problems.recipe, problems.recipe.search
     check_name(cfg)
-    scorer = make_scorer(cfg, problems.policy, problems.collector, recipe.train.micro_batch_tokens, recipe.reward)
+    scorer = problems.scorer()
     check(cfg, scorer)
     check_tasks(scorer, problems.tasks)
     notes = [*problems.notes, *_notes(cfg)]
@@ -158,9 +168,7 @@ def judged(collector: Collector, index: int, result: SearchResult) -> Outcome:
     """The outcome of a search: the verifier's verdict on every completion, once for each text."""
     task, ends = result.task, result.completions
     texts = [node.text for node in ends] if scores_groups(collector.verify) else list({n.text: 0 for n in ends})
-    pairs = [(task, text) for text in texts]
-    verdicts = score_groups(collector.verify, [pairs]) if scores_groups(collector.verify) else score_all(
-        collector.verify, pairs)  # fmt: skip
+    verdicts = score_groups(collector.verify, [[(task, text) for text in texts]])
     passed = {text: verdict and verdict.passed for text, (verdict, _) in zip(texts, verdicts, strict=True)}
     return Outcome(
         index, task.id,

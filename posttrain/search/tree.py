@@ -70,11 +70,10 @@ class Node:
         """Token ids [k] of the completion up to here, once the node is in its tree."""
         return np.concatenate([self.parent.prefix, self.tokens]) if self.parent else self.tokens
 
-    def confidence(self) -> float:
-        """Geometric mean of the probabilities of the sampled tokens up to here; 1 for none."""
-        rows = [node.logprobs for node in self.path if not node.forced]
-        logprobs = np.concatenate(rows) if rows else np.zeros(0)
-        return float(np.exp(logprobs.mean(dtype=np.float64))) if len(logprobs) else 1.0
+    @property
+    def added(self) -> str:
+        """The text that this node adds to its parent's; all of it if a character of the parent's was not complete."""
+        return self.text.removeprefix(self.parent.text) if self.parent else self.text
 
 
 @dataclass(frozen=True)
@@ -177,11 +176,9 @@ class Tree:
 
 
 def _node(node: Node) -> Json:
-    before = node.parent.text if node.parent else ""
-    own = node.text[len(before) :] if node.text.startswith(before) else node.text
     return {
         "parent": node.parent.number if node.parent else None,
-        "text": own,
+        "text": node.added,
         "tokens": node.tokens.tolist(),
         "logprob": float(node.logprobs.sum(dtype=np.float64)),
         "end": node.end,

@@ -132,10 +132,9 @@ def describe(result: SearchResult, strategy: str) -> Found:
 
 
 def _branch(task: Task, node: Node) -> Branch:
-    before = node.parent.text if node.parent else ""
     return {
         "parent": node.parent.number if node.parent else None,
-        "text": node.text.removeprefix(before),
+        "text": node.added,
         "tokens": len(node.tokens),
         "score": node.score,
         "visits": node.visits,
